@@ -1,0 +1,1 @@
+"""Watching: drift in what production asks and what the model answers."""

@@ -1,0 +1,1 @@
+"""Serving: the Bento service over the newest model."""

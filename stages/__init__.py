@@ -1,0 +1,1 @@
+"""The pipeline's stages: one module per DVC stage; files are their only interface."""

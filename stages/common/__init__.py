@@ -1,0 +1,1 @@
+"""What stages share: parameters, records, artifacts, chat rendering, models, metrics, errors."""

@@ -1,0 +1,98 @@
+"""Where a stage's files lie, and how they are written: beside, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from stages.common.errors import InputError
+
+
+def artifacts(stage: str) -> Path:
+    """Return the folder of what later stages read from `stage`."""
+    return Path("artifacts") / stage
+
+
+def reports(stage: str) -> Path:
+    """Return the folder of what people read from `stage`: evidence as JSON, pictures, pages."""
+    return Path("reports") / stage
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` so that `path` holds either the old content or all of the new."""
+    with replacing(path) as beside:
+        beside.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8, all or nothing."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON with sorted keys, so that equal values are equal bytes.
+
+    Raises:
+        ValueError: `value` holds NaN or an infinity, which JSON does not know.
+    """
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file that an earlier stage wrote.
+
+    Raises:
+        InputError: it is not there, or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise missing(path) from None
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}", f"remove it and run its stage again: {_repro(path)}") from None
+
+
+def missing(path: Path) -> InputError:
+    """Return the error for a file that an earlier stage should have written."""
+    return InputError(f"{path} is not there", f"run the stage that makes it: {_repro(path)}")
+
+
+def _repro(path: Path) -> str:
+    parts = path.parts
+    return f"dvc repro {parts[1]}" if len(parts) > 2 and parts[0] in ("artifacts", "reports") else "dvc repro"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path` for the caller to write; rename it over `path` on success."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    beside = Path(name)
+    try:
+        yield beside
+        os.chmod(beside, 0o644)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def fresh_dir(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path`; on success it takes the place of `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield beside
+        os.chmod(beside, 0o755)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(beside, path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

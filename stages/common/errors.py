@@ -1,0 +1,28 @@
+"""The two errors that a user can cause, and mend."""
+
+from __future__ import annotations
+
+
+class InputError(Exception):
+    """Something that came from outside is wrong: a file, a row, a model, a full disk.
+
+    Args:
+        what: the thing, and the value seen; several problems go on several lines.
+        remedy: what the user can do about it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, remedy: str) -> None:
+        super().__init__(what, remedy)
+        self.what = what
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.what}\n  remedy: {self.remedy}"
+
+
+class ParamsError(InputError):
+    """`params.yaml` is wrong. Every problem of the file is in the one message."""
+
+    exit_code = 2

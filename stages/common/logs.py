@@ -1,0 +1,105 @@
+"""How a stage speaks: log lines, progress, and how it ends."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import NoReturn
+
+from stages.common.errors import InputError
+
+# Nothing phones home from a training machine. Set before the libraries are imported.
+QUIET_ENVIRONMENT = {
+    "DO_NOT_TRACK": "1",
+    "BENTOML_DO_NOT_TRACK": "True",
+    "GX_ANALYTICS_ENABLED": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+PROGRESS_INTERVAL_S = 1.0
+
+
+def get_logger(stage: str) -> logging.Logger:
+    """Return the logger of a stage; its name is the stage's."""
+    return logging.getLogger(stage)
+
+
+def set_quiet_environment() -> None:
+    """Switch off telemetry of every library we use, unless the user has set it."""
+    for name, value in QUIET_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def run_stage(main: Callable[[], None]) -> NoReturn:
+    """Run a stage's `main` and exit: 0 done, 1 bad input, 2 bad parameters, else a traceback.
+
+    A user's mistake gets its message and no traceback; a full disk is a user's matter too.
+    """
+    set_quiet_environment()
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
+    logging.captureWarnings(True)
+    for noisy in ("httpx", "urllib3", "filelock", "great_expectations", "matplotlib", "py.warnings"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    try:
+        main()
+    except InputError as error:
+        _leave(f"error: {error}", error.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" while writing {error.filename}" if error.filename else ""
+        _leave(
+            f"error: the disk is full{where}\n  remedy: free some space and run again; "
+            "finished stages and checkpoints are kept",
+            1,
+        )
+    sys.exit(0)
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    print(message, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+class _Progress:
+    """The bar on a terminal, or the time of the last progress line: one per process."""
+
+    bar: object | None = None
+    last_line_at: float = -PROGRESS_INTERVAL_S
+
+
+def progress(logger: logging.Logger, done: int, total: int, note: str = "") -> None:
+    """Show that `done` of `total` steps are finished.
+
+    A terminal gets a bar. Elsewhere a line `progress 120/400 note` is logged, at most one a
+    second and always the last one; the training flow reads these lines.
+    """
+    if sys.stderr.isatty():
+        _draw_bar(logger.name, done, total, note)
+        return
+    now = time.monotonic()
+    if done < total and now - _Progress.last_line_at < PROGRESS_INTERVAL_S:
+        return
+    _Progress.last_line_at = now
+    logger.info("progress %d/%d %s", done, total, note)
+
+
+def _draw_bar(name: str, done: int, total: int, note: str) -> None:
+    from tqdm import tqdm
+
+    bar = _Progress.bar
+    if not isinstance(bar, tqdm) or bar.total != total or done < bar.n:
+        bar = tqdm(total=total, desc=name, file=sys.stderr, dynamic_ncols=True, initial=0)
+        _Progress.bar = bar
+    bar.set_postfix_str(note, refresh=False)
+    bar.update(done - bar.n)
+    if done >= total:
+        bar.close()
+        _Progress.bar = None

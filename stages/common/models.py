@@ -1,0 +1,73 @@
+"""Loading the base model, its tokenizer and the tuned adapter, on the device that the machine has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.common.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def pick_device() -> torch.device:
+    """Return the GPU if there is one, else the CPU."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pick_dtype(device: torch.device, wanted: str = "auto") -> torch.dtype:
+    """Return bfloat16 where the machine computes in it natively, else float32.
+
+    On a CPU without AVX512-BF16 or AMX, bfloat16 is emulated and slower than float32.
+
+    Args:
+        wanted: `auto`, `bfloat16` or `float32`.
+    """
+    import torch
+
+    if wanted != "auto":
+        return torch.bfloat16 if wanted == "bfloat16" else torch.float32
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = bool(torch.cpu.get_capabilities().get("avx512_bf16")) or bool(
+            torch.cpu.get_capabilities().get("amx_bf16")
+        )
+    return torch.bfloat16 if native else torch.float32
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load the tokenizer of a model folder, with a padding token."""
+    from transformers import AutoTokenizer
+
+    _check_folder(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """Load the base model of a model folder, in evaluation mode."""
+    from transformers import AutoModelForCausalLM
+
+    _check_folder(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    return model.to(device).eval()
+
+
+def load_tuned(base: Path, adapter: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """Load the base model with the adapter merged into its weights, in evaluation mode."""
+    from peft import PeftModel
+
+    if not (adapter / "adapter_config.json").exists():
+        raise InputError(f"{adapter} holds no adapter", "run the stage that makes it: dvc repro finetune")
+    return PeftModel.from_pretrained(load_base(base, dtype, device), adapter).merge_and_unload().eval()
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "config.json").exists():
+        raise InputError(f"{folder} holds no model", "run the stage that makes it: dvc repro fetch_base")
