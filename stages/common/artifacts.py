@@ -55,7 +55,9 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise missing(path) from None
     except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}", f"remove it and run its stage again: {_repro(path)}") from None
+        raise InputError(
+            f"{path} is not JSON: {error}", f"remove it and run its stage again: {_repro(path)}"
+        ) from None
 
 
 def missing(path: Path) -> InputError:

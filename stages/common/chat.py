@@ -58,7 +58,9 @@ def _render(tokenizer: Any, messages: Sequence[Message], *, add_generation_promp
             "choose an instruction-tuned base model (fetch_base in params.yaml)",
         )
     conversation = [{"role": m.role, "content": m.content} for m in messages]
-    text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt)
+    text = tokenizer.apply_chat_template(
+        conversation, tokenize=False, add_generation_prompt=add_generation_prompt
+    )
     return str(text)
 
 

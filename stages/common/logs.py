@@ -64,7 +64,8 @@ def run_stage(main: Callable[[], None]) -> NoReturn:
 
 
 def _leave(message: str, code: int) -> NoReturn:
-    print(message, file=sys.stderr, flush=True)
+    sys.stderr.write(message + "\n")
+    sys.stderr.flush()
     sys.exit(code)
 
 

@@ -144,10 +144,13 @@ def read_rows(path: Path) -> list[Row]:
     try:
         table = pq.read_table(path)
     except pa.ArrowInvalid as error:
-        raise InputError(f"{path} cannot be read as Parquet: {error}", "run the stage that makes it again") from None
+        raise InputError(
+            f"{path} cannot be read as Parquet: {error}", "run the stage that makes it again"
+        ) from None
     if not table.schema.equals(_schema()):
         raise InputError(
-            f"{path} has the columns {table.schema.names}, not {_schema().names}", "run the stage that makes it again"
+            f"{path} has the columns {table.schema.names}, not {_schema().names}",
+            "run the stage that makes it again",
         )
     return [
         Row(

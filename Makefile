@@ -1,0 +1,71 @@
+# Perennial. `make run` does everything; `make help` lists the rest.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+# Everything a recipe starts takes python from the environment, as DVC's stages must.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+INSTALL := $(BIN)/python -m pip install --quiet --constraint requirements.lock --editable
+
+.PHONY: help run test test-all lint format lock up deploy params clean
+
+help: ## list the commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+run: $(VENV)/.core ## install, run the whole pipeline, show what the model learned
+	@python -m flows.training
+
+test: $(VENV)/.dev ## the fast tests (under five minutes, no GPU, no network)
+	@python -m pytest -m "not slow"
+
+test-all: $(VENV)/.dev ## every test: the real base model, servers, a browser
+	@python -m pytest
+
+lint: $(VENV)/.dev ## what the hooks and CI check
+	@ruff check .
+	@ruff format --check .
+	@mypy
+
+format: $(VENV)/.dev ## mend what can be mended by machine
+	@ruff check --fix .
+	@ruff format .
+
+params: $(VENV)/.core ## check params.yaml and nothing else
+	@python -m stages.common.params
+
+up: $(VENV)/.core ## Prefect's server and page, the schedule, and what runs it; Ctrl-C ends all
+	@python -m flows.up
+
+deploy: $(VENV)/.core ## register the training flow and its schedule on a running server
+	@python -m flows.deployments
+
+lock: $(VENV)/.dev ## resolve requirements.lock anew
+	@pip-compile --quiet --upgrade --all-extras --strip-extras --allow-unsafe --no-emit-index-url \
+	  --no-emit-find-links --no-emit-trusted-host --output-file requirements.lock pyproject.toml
+	@# The lock serves CPU and CUDA builds alike: no local version label such as +cpu.
+	@sed -E -i.bak 's/^(torch==[0-9.]+)\+.*/\1/' requirements.lock && rm requirements.lock.bak
+
+clean: ## remove the environment and everything a run made; data/ and git are left alone
+	@rm -rf $(VENV) artifacts reports checkpoints .perennial dvc.lock .dvc/cache .dvc/tmp *.egg-info
+
+# A stamp is touched last: an installation that was interrupted is taken up again.
+$(VENV)/.core: pyproject.toml requirements.lock | $(BIN)/python
+	@echo "installing what training needs (a few minutes the first time) …"
+	@$(INSTALL) '.[core]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml requirements.lock | $(BIN)/python
+	@echo "installing what training and development need (a few minutes the first time) …"
+	@$(INSTALL) '.[core,dev]'
+	@touch $@ $(VENV)/.core
+
+$(BIN)/python:
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
+	  || { echo "error: Python 3.11 is needed, and $(PYTHON) is $$("$(PYTHON)" -V 2>&1)"; \
+	       echo "  remedy: install it, or name it: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@"$(PYTHON)" -m venv $(VENV)
