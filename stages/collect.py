@@ -1,0 +1,117 @@
+"""Collect: bring the sources that `params.yaml` names into one table of records.
+
+In: `collect.sources`: the packaged default (`home_intents`) and files under `data/`.
+Out: `artifacts/collect/rows.parquet`, and `rejects.jsonl` with every row turned away, its file,
+line and reason; `reports/collect/metrics.json` with the counts.
+Run: `python -m stages.collect`
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from stages.common.artifacts import artifacts, reports, write_json, write_text
+from stages.common.errors import InputError
+from stages.common.logs import get_logger, run_stage
+from stages.common.params import File, HomeIntents, load_params
+from stages.common.records import Row, write_rows
+from stages.common.sources import Collected, Rejected
+from stages.common.sources.files import Columns, collect_file
+
+log = get_logger("collect")
+
+
+def source_name(source: HomeIntents | File) -> str:
+    """Return what the report calls a source."""
+    return source.path if isinstance(source, File) else f"{source.kind} {source.version} {source.language}"
+
+
+def collect_source(source: HomeIntents | File, system_prompt: str | None, on_bad_row: str) -> Collected:
+    """Read one source.
+
+    Raises:
+        InputError: the source is missing or broken, or gives no row.
+    """
+    if isinstance(source, File):
+        columns = Columns(
+            messages=source.messages_column,
+            prompt=source.prompt_column,
+            completion=source.completion_column,
+            group=source.group_column,
+            tags=source.tag_columns,
+        )
+        stop = "stop" if on_bad_row == "stop" else "reject"
+        return collect_file(Path(source.path), source.license, source.origin, columns, system_prompt, stop)
+    from stages.common.sources.home_intents import collect_home_intents
+
+    return collect_home_intents(
+        version=source.version,
+        language=source.language,
+        rows_per_template=source.rows_per_template,
+        min_rows_per_intent=source.min_rows_per_intent,
+        seed=source.seed,
+        system_prompt=system_prompt,
+    )
+
+
+def figures(named: Sequence[tuple[str, Collected]]) -> dict[str, Any]:
+    """Return the counts of the report: in all, and by source."""
+    rows = [row for _, collected in named for row in collected.rows]
+    rejected = [reject for _, collected in named for reject in collected.rejected]
+    return {
+        "rows": len(rows),
+        "rejected": len(rejected),
+        "groups": len({row.group for row in rows}),
+        "by_license": counted(row.license for row in rows),
+        "by_origin": counted(row.origin for row in rows),
+        "rejected_by_reason": counted(reject.reason for reject in rejected),
+        "sources": [
+            {
+                "name": name,
+                "rows": len(collected.rows),
+                "rejected_by_reason": counted(reject.reason for reject in collected.rejected),
+                **collected.figures,
+            }
+            for name, collected in named
+        ],
+    }
+
+
+def counted(values: Any) -> dict[str, int]:
+    """Return how often each value occurs, by value."""
+    return dict(sorted(Counter(values).items()))
+
+
+def rejects_jsonl(rejected: Sequence[Rejected]) -> str:
+    """Return one JSON object a line: file, line, reason, detail, content."""
+    return "".join(json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in rejected)
+
+
+def main() -> None:
+    params = load_params().collect
+    named: list[tuple[str, Collected]] = []
+    for source in params.sources:
+        collected = collect_source(source, params.system_prompt, params.on_bad_row)
+        name = source_name(source)
+        if not collected.rows:
+            raise InputError(f"{name} gives no row", "mend the source, or take its entry out of collect.sources")
+        reasons = ", ".join(f"{n} {reason}" for reason, n in counted(r.reason for r in collected.rejected).items())
+        log.info("%s: %d rows%s", name, len(collected.rows), f", set aside: {reasons}" if reasons else "")
+        named.append((name, collected))
+    rows: list[Row] = [row for _, collected in named for row in collected.rows]
+    rejected = [reject for _, collected in named for reject in collected.rejected]
+    folder = artifacts("collect")
+    write_text(folder / "rejects.jsonl", rejects_jsonl(rejected))
+    write_rows(folder / "rows.parquet", rows)
+    write_json(reports("collect") / "metrics.json", figures(named))
+    if rejected:
+        log.warning("%d set aside in %s", len(rejected), folder / "rejects.jsonl")
+
+
+if __name__ == "__main__":
+    run_stage(main)
