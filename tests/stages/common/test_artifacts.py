@@ -1,0 +1,51 @@
+import pytest
+
+from stages.common.artifacts import fresh_dir, read_json, replacing, write_json
+from stages.common.errors import InputError
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path):
+    path = tmp_path / "out.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(ZeroDivisionError), replacing(path) as beside:
+        beside.write_text("half")
+        raise ZeroDivisionError
+    assert read_json(path) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_json_is_the_same_bytes_for_the_same_value(tmp_path):
+    write_json(tmp_path / "a", {"x": 1, "y": "ü"})
+    write_json(tmp_path / "b", {"y": "ü", "x": 1})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_what_json_does_not_know_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(tmp_path / "a", {"x": float("nan")})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_fresh_folder_takes_the_place_of_the_old_one_only_on_success(tmp_path):
+    folder = tmp_path / "model"
+    with fresh_dir(folder) as new:
+        (new / "old").write_text("1")
+    with pytest.raises(ZeroDivisionError), fresh_dir(folder) as new:
+        (new / "half").write_text("2")
+        raise ZeroDivisionError
+    assert [p.name for p in folder.iterdir()] == ["old"]
+    with fresh_dir(folder) as new:
+        (new / "new").write_text("3")
+    assert [p.name for p in folder.iterdir()] == ["new"]
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_broken_evidence_names_the_file_and_the_stage(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reports/curate").mkdir(parents=True)
+    path = tmp_path.joinpath("reports/curate/metrics.json").relative_to(tmp_path)
+    with pytest.raises(InputError, match="dvc repro curate"):
+        read_json(path)
+    path.write_text("{")
+    with pytest.raises(InputError, match="is not JSON"):
+        read_json(path)

@@ -1,0 +1,168 @@
+"""The rules of the house: who may import whom, one word everywhere, every shipped file against its code."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stages.common.params import Params, load_params
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("flows", "stages", "services", "monitoring")
+STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+# Whom a package may import, besides itself. Flows run stages through DVC and never import one.
+MAY_IMPORT = {
+    "stages.common": (),
+    "stages": ("stages.common",),
+    "monitoring": ("stages.common", "services.events"),
+    "services": ("stages.common",),
+    "flows": ("stages.common", "monitoring", "services"),
+}
+
+
+def modules(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def our_imports(path: Path) -> set[str]:
+    """Every module of ours that a file imports, at its top or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        for name in names:
+            if name.split(".")[0] in PACKAGES and (ROOT / (name.replace(".", "/") + ".py")).exists():
+                found.add(name)
+    return found
+
+
+def home(module: str) -> str:
+    return "stages.common" if module.startswith("stages.common") else module.split(".")[0]
+
+
+@pytest.mark.parametrize("path", [p for package in PACKAGES for p in modules(package)], ids=dotted)
+def test_imports_go_one_way(path):
+    here = home(dotted(path))
+    for imported in our_imports(path):
+        inside = home(imported) == here and here != "stages"
+        allowed = any(imported == a or imported.startswith(a + ".") for a in MAY_IMPORT[here])
+        assert inside or allowed, f"{dotted(path)} imports {imported}"
+
+
+def test_no_module_of_flows_bears_the_name_of_a_package():
+    ours = {*PACKAGES, "tests", "prefect", "dvc", "torch", "transformers", "peft", "bentoml", "evidently"}
+    assert not {path.stem for path in modules("flows")} & ours
+
+
+def test_one_word_names_a_stage_its_module_its_parameters_and_its_folders():
+    sections = [field.alias or name for name, field in Params.model_fields.items()]
+    assert sections == [*STAGES, "flows"]
+    assert {p.stem for p in (ROOT / "stages").glob("*.py")} - {"__init__"} == set(STAGES)
+    for name, stage in STAGES.items():
+        assert stage["cmd"] == f"python -m stages.{name}"
+        assert stage["params"] == [name]
+        for kind in ("outs", "metrics", "plots"):
+            for out in stage.get(kind, []):
+                path = out if isinstance(out, str) else next(iter(out))
+                assert path.split("/")[:2] in (["artifacts", name], ["reports", name])
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_depends_on_every_file_of_ours_that_it_imports(name):
+    """A file left out would let DVC call a stage unchanged though its code has changed."""
+    known = {
+        "stages.common.errors",
+        "stages.common.logs",
+        "stages.common.params",
+        "stages.common.checked_yaml",
+    }
+    waiting, reached = [f"stages.{name}"], set()
+    while waiting:
+        module = waiting.pop()
+        reached.add(module)
+        waiting += our_imports(ROOT / (module.replace(".", "/") + ".py")) - reached - known
+    needed = {module.replace(".", "/") + ".py" for module in reached}
+    assert needed <= set(STAGES[name]["deps"]) | {"stages/common/artifacts.py"}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_stage_has_a_dependency(name):
+    assert STAGES[name]["deps"], "DVC does not restore stages without one from a remote"
+
+
+def test_the_shipped_parameters_are_right():
+    assert load_params(ROOT / "params.yaml").flows.training.cron
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted({*ROOT.glob("*.y*ml"), *ROOT.glob(".*.y*ml"), *ROOT.glob("docs/**/*.y*ml")}),
+    ids=lambda p: p.name,
+)
+def test_every_shipped_yaml_parses(path):
+    assert yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def documented_commands() -> list[tuple[str, str]]:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    found = []
+    for page in pages:
+        for block in re.findall(r"```(?:sh|bash|console)\n(.*?)```", page.read_text(encoding="utf-8"), re.S):
+            lines = block.replace("\\\n", " ").splitlines()
+            commands = (line.split("  #")[0].removeprefix("$ ").strip() for line in lines)
+            found += [(page.name, c) for c in commands if c and not c.startswith("#")]
+    return found
+
+
+@pytest.mark.parametrize(("page", "command"), documented_commands())
+def test_a_documented_command_exists(page, command):
+    """A make target is one of the Makefile's, a module can be found, a DVC stage is in the graph."""
+    words = [word for word in command.split() if "=" not in word or word.startswith("-")]
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    if words[0] == "make":
+        assert set(words[1:]) <= targets
+    elif words[:2] == ["python", "-m"]:
+        known = subprocess.run(
+            [sys.executable, "-c", f"import importlib.util as u; assert u.find_spec({words[2]!r})"],
+            cwd=ROOT,
+            capture_output=True,
+        )
+        assert known.returncode == 0, f"{page} names {words[2]}"
+    elif words[:2] == ["dvc", "repro"]:
+        assert {word for word in words[2:] if not word.startswith("-")} <= set(STAGES)
+    else:
+        assert words[0] in {
+            "git",
+            "cd",
+            "dvc",
+            "pip",
+            "cp",
+            "export",
+            "pre-commit",
+            "python3.11",
+            "prefect",
+            "kubectl",
+        }
+
+
+def test_nothing_committed_names_a_machine():
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    leak = re.compile(r"/(?:home|Users|root|work)/[a-z]")
+    for name in tracked:
+        path = ROOT / name
+        if path.suffix in {".md", ".py", ".yaml", ".toml", ".json", ".cfg", ""} and path.is_file():
+            text = path.read_text(encoding="utf-8", errors="ignore")
+            assert not leak.search(text), f"{name}: {leak.search(text)}"
