@@ -12,7 +12,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 INSTALL := $(BIN)/python -m pip install --quiet --constraint requirements.lock --editable
 
-.PHONY: help run test test-all lint format lock up deploy params clean
+.PHONY: help run test test-all lint format docs lock up deploy params clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,6 +43,9 @@ up: $(VENV)/.core ## Prefect's server and page, the schedule, and what runs it; 
 
 deploy: $(VENV)/.core ## register the training flow and its schedule on a running server
 	@python -m flows.deployments
+
+docs: $(VENV)/.dev ## write the generated pages of docs/ anew
+	@python docs/reference/generate.py
 
 lock: $(VENV)/.dev ## resolve requirements.lock anew
 	@pip-compile --quiet --upgrade --all-extras --strip-extras --allow-unsafe --no-emit-index-url \

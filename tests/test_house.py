@@ -114,6 +114,13 @@ def test_every_shipped_yaml_parses(path):
     assert yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
+def test_the_reference_of_the_parameters_is_up_to_date():
+    done = subprocess.run(
+        [sys.executable, "docs/reference/generate.py", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def documented_commands() -> list[tuple[str, str]]:
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
     found = []
