@@ -28,9 +28,10 @@ from hassil.expression import (
     ListReference,
     Permutation,
     RuleReference,
+    Sentence,
     TextChunk,
 )
-from hassil.intents import Intent, IntentData, Intents, RangeSlotList, SlotList, TextSlotList, WildcardSlotList
+from hassil.intents import IntentData, Intents, RangeSlotList, SlotList, TextSlotList, WildcardSlotList
 from hassil.recognize import RecognizeResult, recognize_all
 from hassil.util import normalize_whitespace
 
@@ -58,21 +59,37 @@ USUAL_NUMBERS = {
 }
 PERCENTAGES = (5, 100, 5)
 
-# Templates are made to understand, not to speak: these expansions are understood, and nobody says them.
+# Templates are made to understand, not to speak: these expansions are understood, and nobody says
+# them. Each is searched for in "Intent: sentence".
+_THINGS = "lights?|lamps?|lighting|fans?|switch(?:es)?|locks?|(?:garage )?doors?|windows?|gates?|shutters?|blinds?"
+_STATES = "on|off|open|opening|closed|closing|shut|shutting|locked|unlocked|securely"
 UNNATURAL = {
     "en": re.compile(
-        r"\b(\w+) \1\b"  # "floor floor"
-        r"|\b(?:lamp|lantern|LED strip|spotlights?|spots|light|lights) (?:light|lights|lighting|lamp|lamps)\b"
-        r"|\b(?:the|my|our|of|every|single|each|all) (?:the|my|our) (?:the|my|our)\b"
-        r"|\b(?:the|my|our|every|single) [^ ]+'s\b"  # "the Amina's lamp"
-        r"|(?<![\d.])1[ -](?:hours|minutes|seconds|degrees)\b"
-        r"|-(?:hours|minutes|seconds)\b"  # "5-minutes timer"
-        r"|(?!1 |1-)\b\d+ (?:hour|minute|second|degree)\b(?! timer| and| \d)"  # "for 5 minute"
-        r"|\d-(?:hour|minute|second)\b(?! timer| and| \d)"  # "for 5-minute"
-        r"|\b(?:a|an) timer (?:status)|\ban (?!8|11|18|hour)\b|\ba (?:8|11|18)\b"
-        r"|\b(?:in|on|at|of) (?:the |my |our )?(?:upstairs|downstairs)\b"
-        r"|\b(?:the|my|our) (?:upstairs|downstairs)$"
-        r"|\b(?:upstairs|downstairs|basement|attic|loft|cellar|mezzanine|penthouse) floor\b"
+        "|".join(
+            (
+                r"\b(\w+) \1\b",  # first floor floor
+                r"\b(?:lamp|lantern|strip|spotlights?|spots|lights?) (?:lights?|lighting|lamps?)\b",
+                r"\b(?:the|my|our|every|single) [^ ]+'s\b",  # the Amina's lamp
+                r"\b(?:the|my|our) (?:the|my|our|all|any|some|each|every)\b",
+                r"\b(?:many|which|what|there|any|some) (?:the|my|our|all|each|every)\b",  # how many the locks
+                rf"\b(?:every|single|each) (?:[^ ]+ ){{0,3}}?(?:{_THINGS.replace('s?', 's')})\b",  # every fans
+                rf"\b(?:is|are) (?:there|the|my|our) (?:{_STATES})\b",  # which fans are my on
+                r"\b(?:lights|lamps|fans|switches|locks|doors|windows|gates|shutters|blinds|curtains|shades) is\b",
+                r"\b(?:light|lamp|fan|switch|lock|door|window|gate|shutter|blind|curtain|shade) are\b",
+                rf"^HassGetState: .* (?:{_STATES.removeprefix('on|')}) (?:the|my|our)\b",  # locked the cellar
+                r"\bwhat of\b",
+                r"^HassGetState: (?:please )?(?:all|every|each)\b",  # not to be told from a request to turn them on
+                r"\bturn (?:increase|decrease)\b",
+                r"(?<![\d.])1[ -](?:hours|minutes|seconds|degrees)\b",
+                r"-(?:hours|minutes|seconds)\b",  # 5-minutes timer
+                r"\b(?!1[ -])\d+[ -](?:hour|minute|second)\b(?! timer| and \d| \d)",  # for 5 minute
+                r"\b(?!1 )[\d.]+ degree\b",
+                r"\ba (?:8|11|18)\b|\ban (?!8|11|18|hour)",
+                r"\b(?:in|on|at|of|across|around|throughout) (?:the |my |our )?(?:up|down)stairs\b",
+                r"\b(?:up|down)stairs$",
+                r"(?:stairs|basement|attic|loft|cellar|mezzanine|penthouse) floor\b",
+            )
+        )
     )
 }
 IMPERATIVES = {
@@ -85,7 +102,6 @@ IMPERATIVES = {
 }
 
 Slots = dict[str, Any]
-Score = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,36 +111,35 @@ class Template:
     Attributes:
         group: a name that holds in every run; templates with the same words share it.
         combination: which slots it fills, in the package's words.
-        expression: its parsed form; domains: of the devices that `{name}` may be.
-        data: hassil's form, without the room that a satellite would add from where it stands.
+        domains: of the devices that `{name}` may be.
+        sentence: its parsed form; data: the block it stands in.
     """
 
     intent: str
     group: str
     combination: str
-    expression: Expression
     domains: tuple[str, ...]
+    sentence: Sentence
     data: IntentData
 
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """A language's templates, its lists and the recogniser over all of it."""
+    """A language's templates, and all that hassil knows of it."""
 
     language: str
     templates: tuple[Template, ...]
-    whole: Intents
+    intents: Intents
 
-    def alone(self, template: Template) -> Intents:
-        """Return a recogniser that knows this one template."""
-        return Intents(
-            language=self.language,
-            intents={template.intent: Intent(template.intent, [template.data])},
-            slot_lists=self.whole.slot_lists,
-            expansion_rules=self.whole.expansion_rules,
-            skip_words=self.whole.skip_words,
-            settings=self.whole.settings,
-        )
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One way in which hassil understands a sentence; of two, the one with the lower rank is better."""
+
+    answer: str
+    rank: tuple[int, int, int]
+    sentence: Sentence
+    data: IntentData
 
 
 @dataclass(slots=True)
@@ -202,40 +217,39 @@ def load_grammar(language: str) -> Grammar:
         raise InputError(f"{PACKAGE} has no language {language!r}", f"set language to one of: {have}")
     raw = json.loads(file.read_text(encoding="utf-8"))
     for intent in raw["intents"].values():
-        intent["data"] = [block for whole in intent["data"] for block in _one_sentence_blocks(whole)]
-    whole = Intents.from_dict(raw)
+        for block in intent["data"]:
+            block["requires_context"] = without_room(block.get("requires_context", {}))
+    intents = Intents.from_dict(raw)
     templates = tuple(
-        _template(intent.name, data) for intent in whole.intents.values() for data in intent.data
+        _template(intent.name, data, sentence)
+        for intent in intents.intents.values()
+        for data in intent.data
+        for sentence in data.sentences
     )
-    return Grammar(language, templates, whole)
+    return Grammar(language, templates, intents)
 
 
-def _one_sentence_blocks(block: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Split a block into its templates, and drop the demand for a room that the text does not name.
+def without_room(context: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop the demand for a room that the text does not name.
 
     `requires_context: {area: {slot: true}}` fills the room in from where the satellite stands. The
-    model sees the text alone, so the room is in no answer.
+    model sees the text alone, so that room is in no answer.
     """
-    context = {
-        key: value
-        for key, value in block.get("requires_context", {}).items()
-        if not (isinstance(value, Mapping) and value.get("slot"))
+    return {
+        key: value for key, value in context.items() if not (isinstance(value, Mapping) and value.get("slot"))
     }
-    for sentence in block["sentences"]:
-        yield {**block, "sentences": [sentence], "requires_context": context}
 
 
-def _template(intent: str, data: IntentData) -> Template:
-    sentence = data.sentence_texts[0]
+def _template(intent: str, data: IntentData, sentence: Sentence) -> Template:
     combination = (data.metadata or {}).get("slot_combination", "default")
-    digest = sha256(f"{intent}\n{sentence}".encode()).hexdigest()[:6]
+    digest = sha256(f"{intent}\n{sentence.text}".encode()).hexdigest()[:6]
     domains = data.requires_context.get("domain", ())
     return Template(
         intent=intent,
         group=f"{intent}/{combination}/{digest}",
         combination=combination,
-        expression=data.sentences[0].expression,
         domains=(domains,) if isinstance(domains, str) else tuple(domains),
+        sentence=sentence,
         data=data,
     )
 
@@ -259,7 +273,6 @@ class Writer:
     def write(self, template: Template, wanted: int) -> Iterator[tuple[str, str, Person | None]]:
         """Yield up to `wanted` new sentences of a template, each with its answer and the person it names."""
         rng = random.Random(f"{self.seed}/{template.group}/{template.domains}")
-        alone = self.grammar.alone(template)
         written = 0
         for _ in range(wanted * TRIES_PER_ROW):
             if written == wanted:
@@ -267,7 +280,7 @@ class Writer:
             draft = self._draft(template, rng)
             text = self._courteous(normalize_whitespace(" ".join("".join(draft.words).split())), rng)
             self.drawn += 1
-            reason, answer = self._judge(template, alone, draft, text)
+            reason, answer = self._judge(template, draft, text)
             if reason is None:
                 self._said.add(text.casefold())
                 written += 1
@@ -275,20 +288,20 @@ class Writer:
             else:
                 self.left_out[reason] += 1
 
-    def _judge(self, template: Template, alone: Intents, draft: Draft, text: str) -> tuple[str | None, str]:
+    def _judge(self, template: Template, draft: Draft, text: str) -> tuple[str | None, str]:
         """Return why the sentence is left out, or None, and its answer."""
         unnatural = UNNATURAL.get(self.grammar.language)
         if text.casefold() in self._said:
             return "said_before", ""
-        if unnatural and unnatural.search(text):
+        if unnatural and unnatural.search(f"{template.intent}: {text}"):
             return "unnatural", ""
         filled = answer_json(template.intent, {**template.data.slots, **draft.slots})
-        lists = name_lists(self.lexicon, text)
-        own = best_answers(text, alone, lists)
+        found = readings(text, self.grammar.intents, name_lists(self.lexicon, text))
+        own = best_answers(r for r in found if r.sentence is template.sentence and r.data is template.data)
         if draft.contradictory or own != {filled}:
             self._reject(template, "ambiguous_in_template", text, {filled} | own)
             return "ambiguous_in_template", ""
-        everywhere = best_answers(text, self.grammar.whole, lists)
+        everywhere = best_answers(found)
         if everywhere != {filled}:
             self._reject(template, "ambiguous", text, {filled} | everywhere)
             return "ambiguous", ""
@@ -300,7 +313,7 @@ class Writer:
 
     def _draft(self, template: Template, rng: random.Random) -> Draft:
         draft = Draft()
-        for part in expand(template.expression, self.grammar.whole, rng):
+        for part in expand(template.sentence.expression, self.grammar.intents, rng):
             if isinstance(part, str):
                 draft.words.append(part)
             else:
@@ -320,14 +333,14 @@ class Writer:
             text = self._owned(draft, names, rng)
             draft.fill(slot, text, text)
         else:
-            values = self.grammar.whole.slot_lists[name]
+            values = self.grammar.intents.slot_lists[name]
             if isinstance(values, WildcardSlotList):
                 kind = str(draft.slots.get("media_class", ""))
                 text = self._owned(draft, self._phrases[name, kind] or self._phrases[name, ""], rng)
                 draft.fill(slot, text, text)
             elif isinstance(values, TextSlotList):
                 value = rng.choice(values.values)
-                draft.fill(slot, "".join(_words(value.text_in, self.grammar.whole, rng)), value.value_out)
+                draft.fill(slot, "".join(_words(value.text_in, self.grammar.intents, rng)), value.value_out)
             elif isinstance(values, RangeSlotList):
                 number = pick_number(name, values, rng)
                 draft.fill(slot, f"{number:g}", number if values.multiplier is None else number * values.multiplier)
@@ -413,27 +426,34 @@ def name_lists(lexicon: Lexicon, text: str) -> dict[str, SlotList]:
     }
 
 
-def best_answers(text: str, intents: Intents, lists: dict[str, SlotList]) -> set[str]:
-    """Return what the recogniser makes of `text`: one answer, several with equal rights, or none.
+def readings(text: str, intents: Intents, lists: dict[str, SlotList]) -> list[Reading]:
+    """Return all that hassil's recogniser makes of `text`.
 
-    Readings are ranked as `hassil.recognize.recognize_best` ranks them (fewer wildcards, then more
-    literal words, then less text in wildcards), which is what Home Assistant calls; that function
-    settles ties by the intent's name, and here a tie is an ambiguity.
+    They are ranked as `hassil.recognize.recognize_best` ranks them, which is what Home Assistant
+    calls: fewer wildcards, then more literal words, then less text in wildcards. That function
+    settles ties by the intent's name; here a tie is an ambiguity.
     """
-    readings = list(recognize_all(text, intents, slot_lists=lists))
-    if not readings:
-        return set()
-    best = min(_score(reading) for reading in readings)
-    return {_answer(reading) for reading in readings if _score(reading) == best}
+    return [
+        Reading(
+            answer=answer_json(found.intent.name, {entity.name: entity.value for entity in found.entities_list}),
+            rank=_rank(found),
+            sentence=found.intent_sentence,
+            data=found.intent_data,
+        )
+        for found in recognize_all(text, intents, slot_lists=lists)
+    ]
 
 
-def _score(reading: RecognizeResult) -> Score:
-    wildcards = [entity for entity in reading.entities_list if entity.is_wildcard]
-    return len(wildcards), -reading.text_chunks_matched, sum(len(entity.text or "") for entity in wildcards)
+def _rank(found: RecognizeResult) -> tuple[int, int, int]:
+    wildcards = [entity for entity in found.entities_list if entity.is_wildcard]
+    return len(wildcards), -found.text_chunks_matched, sum(len(entity.text or "") for entity in wildcards)
 
 
-def _answer(reading: RecognizeResult) -> str:
-    return answer_json(reading.intent.name, {entity.name: entity.value for entity in reading.entities_list})
+def best_answers(found: Iterable[Reading]) -> set[str]:
+    """Return the answers of the best readings: one, several with equal rights, or none."""
+    found = list(found)
+    best = min((reading.rank for reading in found), default=None)
+    return {reading.answer for reading in found if reading.rank == best}
 
 
 def answer_json(intent: str, slots: Mapping[str, Any]) -> str:
