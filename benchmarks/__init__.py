@@ -1,0 +1,1 @@
+"""Side-by-side measurements, one script each; results in docs/benchmarks.md."""
