@@ -84,6 +84,7 @@ UNNATURAL = {
                 r"-(?:hours|minutes|seconds)\b",  # 5-minutes timer
                 r"\b(?!1[ -])\d+[ -](?:hour|minute|second)\b(?! timer| and \d| \d)",  # for 5 minute
                 r"\b(?!1 )[\d.]+ degree\b",
+                r"\b(?:an hours|a minutes|and (?:a )?(?:half|1/2) (?:hour|minute))\b",
                 r"\ba (?:8|11|18)\b|\ban (?!8|11|18|hour)",
                 r"\b(?:in|on|at|of|across|around|throughout) (?:the |my |our )?(?:up|down)stairs\b",
                 r"\b(?:up|down)stairs$",

@@ -1,0 +1,391 @@
+"""Curate: keep the rows worth learning from, and say of every other one why it goes.
+
+In: `artifacts/collect/rows.parquet`.
+Out: `artifacts/curate/rows.parquet`, and `rejects.jsonl` with each dropped row and its reason;
+`reports/curate/metrics.json` with the counts, and `kept_and_dropped.svg`.
+Run: `python -m stages.curate`
+
+A rule is a function from a row to None (keep) or a `Drop` with a reason. Rules over the whole
+table (conflicts, duplicates) return a `Drop` for each row that they drop. Rules run in the order
+in which `main` lists them, and a row's reason is that of the first rule that drops it.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from typing import Any
+
+from stages.common.artifacts import artifacts, reports, write_bytes, write_json, write_text
+from stages.common.errors import InputError
+from stages.common.logs import get_logger, run_stage
+from stages.common.near_duplicates import SimilarTexts, prompt_text
+from stages.common.params import load_params
+from stages.common.records import Message, Row, canonical_json, make_row, read_rows, write_rows
+
+log = get_logger("curate")
+
+MAX_SAME_CHARACTERS = 30  # in a row; a ruled line in Markdown is shorter
+MAX_SAME_WORDS = 8  # in a row
+MIN_TEXT_SHARE = 0.3  # letters and digits among the visible characters; "2+2=?" has 0.4
+MIN_CHARS_TO_JUDGE = 10  # a shorter question may be all signs: ":-)"
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Why a row goes: a word to count by, and what was seen."""
+
+    reason: str
+    detail: str
+
+
+Rule = Callable[[Row], Drop | None]
+TableRule = Callable[[Sequence[Row]], dict[int, Drop]]
+
+
+def normalise(row: Row) -> Row:
+    """Return the row with one spelling of the same text; the id follows the new text.
+
+    NFC, plain spaces and line ends, no control characters, no space around the text or at line
+    ends. Runs of spaces become one only in a text of one line: elsewhere they indent code.
+    """
+    messages = [Message(message.role, normalised(message.content)) for message in row.messages]
+    if tuple(messages) == row.messages:
+        return row
+    if not all(message.content for message in messages if message.role != "system"):
+        return row  # nothing is left of a message: the length rule names it as it came
+    group = None if row.group == row.id else row.group
+    return make_row(messages, row.source, row.license, group=group, tags=row.tags, origin=row.origin)
+
+
+def normalised(text: str) -> str:
+    """Return the one spelling of `text`."""
+    text = unicodedata.normalize("NFC", text).replace("\r\n", "\n").replace("\r", "\n")
+    text = "".join(" " if unicodedata.category(c) == "Zs" else c for c in text)
+    text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs"))
+    text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE).strip("\ufeff \t\n")
+    return text if "\n" in text else re.sub(r"[ \t]+", " ", text)
+
+
+def question_length(min_chars: int, max_chars: int) -> Rule:
+    """Drop rows whose question is shorter or longer than that."""
+
+    def rule(row: Row) -> Drop | None:
+        length = len(row.question.strip())
+        if length == 0:
+            return Drop("empty_question", "no visible character")
+        if length < min_chars:
+            return Drop("short_question", f"{length} characters, at least {min_chars} wanted")
+        if length > max_chars:
+            return Drop("long_question", f"{length} characters, at most {max_chars} wanted")
+        return None
+
+    return rule
+
+
+def answer_length(max_chars: int) -> Rule:
+    """Drop rows whose answer is empty or longer than that."""
+
+    def rule(row: Row) -> Drop | None:
+        length = len(row.answer.strip())
+        if length == 0 or not normalised(row.answer):
+            return Drop("empty_answer", "no visible character")
+        if length > max_chars:
+            return Drop("long_answer", f"{length} characters, at most {max_chars} wanted")
+        return None
+
+    return rule
+
+
+def answer_is_json(row: Row) -> Drop | None:
+    """Drop rows whose answer does not parse as a JSON object or list."""
+    try:
+        value = json.loads(row.answer)
+    except (ValueError, RecursionError) as error:
+        return Drop("answer_not_json", str(error))
+    if not isinstance(value, dict | list):
+        return Drop("answer_not_json", f"a {type(value).__name__}, not an object or a list")
+    return None
+
+
+def repetition(row: Row) -> Drop | None:
+    """Drop rows in which a character or a word is said over and over."""
+    for role, text in _said(row):
+        if re.search(rf"(\S)\1{{{MAX_SAME_CHARACTERS},}}", text):
+            return Drop("repetition", f"one character more than {MAX_SAME_CHARACTERS} times in a row ({role})")
+        run, last = 0, ""
+        for word in text.casefold().split():
+            run = run + 1 if word == last else 1
+            last = word
+            if run > MAX_SAME_WORDS:
+                return Drop("repetition", f"{word[:20]!r} more than {MAX_SAME_WORDS} times in a row ({role})")
+    return None
+
+
+def mostly_not_text(row: Row) -> Drop | None:
+    """Drop rows whose question is mostly signs."""
+    visible = [c for c in row.question if not c.isspace()]
+    share = sum(unicodedata.category(c)[0] in "LMN" for c in visible) / max(1, len(visible))
+    if len(visible) >= MIN_CHARS_TO_JUDGE and share < MIN_TEXT_SHARE:
+        return Drop("mostly_not_text", f"{share:.0%} letters and digits, at least {MIN_TEXT_SHARE:.0%} wanted")
+    return None
+
+
+def personal_data(kinds: Sequence[str]) -> Rule:
+    """Drop rows in which one of `kinds` of personal data stands; the detail does not repeat it."""
+
+    def rule(row: Row) -> Drop | None:
+        for role, text in _said(row):
+            for kind in kinds:
+                if PERSONAL_DATA[kind](text):
+                    return Drop(f"personal_{kind}", f"in what the {role} says")
+        return None
+
+    return rule
+
+
+def has_email(text: str) -> bool:
+    """Return whether an e-mail address stands in `text`."""
+    return bool(re.search(r"\b[\w.+-]+@[\w-]+(?:\.[\w-]+)*\.[^\W\d_]{2,}\b", text))
+
+
+def has_phone(text: str) -> bool:
+    """Return whether a phone number stands in `text`, written as such.
+
+    With a country's prefix, in North American groups, or with a leading 0; a bare run of digits
+    may be anything and is not one.
+    """
+    return bool(
+        re.search(r"(?<![\w+])\+\d(?:[ ().-]{0,2}\d){7,13}(?!\w)", text)
+        or re.search(r"(?<![\w.-])(?:1[ .-])?(?:\(\d{3}\) ?|\d{3}[ .-])\d{3}[ .-]\d{4}(?![\w-])", text)
+        or re.search(r"(?<![\w.,-])0\d{1,4}[ /-]\d{3,4}[ -]?\d{3,5}(?![\w-])", text)
+    )
+
+
+def has_iban(text: str) -> bool:
+    """Return whether an IBAN with right check digits (ISO 13616, mod 97) stands in `text`."""
+    for match in re.finditer(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b", text):
+        number = match.group().replace(" ", "")
+        digits = "".join(str(int(c, 36)) for c in number[4:] + number[:4])
+        if 15 <= len(number) <= 34 and int(digits) % 97 == 1:
+            return True
+    return False
+
+
+def has_credit_card(text: str) -> bool:
+    """Return whether a payment card's number with a right check digit (Luhn) stands in `text`."""
+    for match in re.finditer(r"(?<![\d.-])[2-6](?:[ -]?\d){12,18}(?![\d-])", text):
+        digits = [int(c) for c in match.group() if c.isdigit()]
+        doubled = sum(sum(divmod(2 * d, 10)) for d in digits[-2::-2])
+        if (doubled + sum(digits[-1::-2])) % 10 == 0:
+            return True
+    return False
+
+
+def has_ipv4(text: str) -> bool:
+    """Return whether a public IPv4 address stands in `text`; private ranges name nobody."""
+    for match in re.finditer(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?!\w|\.\d)", text):
+        try:
+            if ipaddress.IPv4Address(match.group()).is_global:
+                return True
+        except ValueError:
+            continue
+    return False
+
+
+def has_ssn(text: str) -> bool:
+    """Return whether a US social security number of the ranges in use stands in `text`."""
+    return bool(re.search(r"(?<![\w-])(?!000|666|9\d\d)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\w-])", text))
+
+
+PERSONAL_DATA: dict[str, Callable[[str], bool]] = {
+    "email": has_email,
+    "phone": has_phone,
+    "iban": has_iban,
+    "credit_card": has_credit_card,
+    "ipv4": has_ipv4,
+    "ssn": has_ssn,
+}
+
+
+def conflicting_answers(rows: Sequence[Row]) -> dict[int, Drop]:
+    """Drop all rows of a prompt that has several answers: nothing says which one is right."""
+    answers: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for number, row in enumerate(rows):
+        answers[_prompt_key(row)][_answer_key(row)].append(number)
+    return {
+        number: Drop("conflicting_answer", f"{len(by_answer)} different answers to one prompt")
+        for by_answer in answers.values()
+        if len(by_answer) > 1
+        for numbers in by_answer.values()
+        for number in numbers
+    }
+
+
+def exact_duplicates(rows: Sequence[Row]) -> dict[int, Drop]:
+    """Drop all but the first of the rows with the same messages."""
+    seen: set[str] = set()
+    dropped = {}
+    for number, row in enumerate(rows):
+        if row.id in seen:
+            dropped[number] = Drop("exact_duplicate", f"of {row.id}")
+        seen.add(row.id)
+    return dropped
+
+
+def near_duplicates(threshold: float) -> TableRule:
+    """Drop rows whose prompt is nearly that of an earlier kept row with the same answer."""
+
+    def rule(rows: Sequence[Row]) -> dict[int, Drop]:
+        by_answer: dict[str, list[int]] = defaultdict(list)
+        for number, row in enumerate(rows):
+            by_answer[_answer_key(row)].append(number)
+        dropped = {}
+        for numbers in by_answer.values():
+            if len(numbers) == 1:
+                continue
+            prompts = {number: prompt_text(rows[number]) for number in numbers}
+            index = SimilarTexts(threshold, prompts.values())
+            kept: list[int] = []
+            for number in numbers:
+                near = next(iter(index.near(prompts[number])), None)
+                if near is None:
+                    index.add(prompts[number])
+                    kept.append(number)
+                else:
+                    earlier, score = near
+                    dropped[number] = Drop("near_duplicate", f"{score:.3f} like {rows[kept[earlier]].id}")
+        return dropped
+
+    return rule
+
+
+def _said(row: Row) -> Iterable[tuple[str, str]]:
+    return ((message.role, message.content) for message in row.messages if message.role != "system")
+
+
+def _prompt_key(row: Row) -> str:
+    return canonical_json([[message.role, " ".join(message.content.casefold().split())] for message in row.prompt])
+
+
+def _answer_key(row: Row) -> str:
+    """The answer itself, or the one text of its JSON: the order of keys makes no other answer."""
+    try:
+        return canonical_json(json.loads(row.answer))
+    except (ValueError, RecursionError):
+        return row.answer
+
+
+def apply(
+    rows: Sequence[Row], rules: Sequence[Rule], table_rules: Sequence[TableRule]
+) -> tuple[list[Row], list[tuple[Row, Drop]]]:
+    """Return the rows kept, and the rows dropped with their reasons, both in the order they came."""
+    drops: dict[int, Drop] = {}
+    for number, row in enumerate(rows):
+        drop = next((drop for rule in rules if (drop := rule(row))), None)
+        if drop:
+            drops[number] = drop
+    for table_rule in table_rules:
+        left = [number for number in range(len(rows)) if number not in drops]
+        found = table_rule([rows[number] for number in left])
+        drops |= {left[place]: drop for place, drop in found.items()}
+    kept = [row for number, row in enumerate(rows) if number not in drops]
+    return kept, [(rows[number], drops[number]) for number in sorted(drops)]
+
+
+def figures(rows_in: int, kept: Sequence[Row], dropped: Sequence[tuple[Row, Drop]]) -> dict[str, Any]:
+    """Return the counts of the report.
+
+    Raises:
+        AssertionError: a row was lost on the way, which no input can cause.
+    """
+    if rows_in != len(kept) + len(dropped):
+        raise AssertionError(f"{rows_in} rows went in, {len(kept)} were kept and {len(dropped)} dropped")
+    return {
+        "rows_in": rows_in,
+        "kept": len(kept),
+        "dropped": len(dropped),
+        "kept_share": round(len(kept) / rows_in, 6) if rows_in else 0.0,
+        "dropped_by_reason": dict(sorted(Counter(drop.reason for _, drop in dropped).items())),
+        "kept_by_source": dict(sorted(Counter(row.source for row in kept).items())),
+        "groups_kept": len({row.group for row in kept}),
+    }
+
+
+def rejects_jsonl(dropped: Sequence[tuple[Row, Drop]]) -> str:
+    """Return one JSON object a line: id, reason, detail, row."""
+    lines = (
+        {"id": row.id, "reason": drop.reason, "detail": drop.detail, "row": {**asdict(row), "tags": dict(row.tags)}}
+        for row, drop in dropped
+    )
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def picture(kept: int, by_reason: dict[str, int]) -> bytes:
+    """Draw the rows kept and dropped as bars, as SVG with the same bytes for the same numbers."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = ["kept", *sorted(by_reason, key=lambda reason: (-by_reason[reason], reason))]
+    counts = [kept, *(by_reason[name] for name in names[1:])]
+    with plt.rc_context({"svg.hashsalt": "perennial", "svg.fonttype": "none"}):
+        figure, axes = plt.subplots(figsize=(7, 1.2 + 0.4 * len(names)))
+        bars = axes.barh(names, counts, color=["#2a9d8f"] + ["#e76f51"] * (len(names) - 1))
+        axes.bar_label(bars, labels=[f"{count:,}" for count in counts], padding=3)
+        axes.invert_yaxis()
+        axes.set_xscale("symlog")  # one dropped row must be seen beside thousands kept
+        axes.set_xlim(0, max(counts) * 4 + 1)
+        axes.set_xlabel("rows (logarithmic)")
+        axes.set_title("Rows kept, and dropped by reason")
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.tight_layout()
+        buffer = BytesIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        plt.close(figure)
+    return buffer.getvalue()
+
+
+def main() -> None:
+    params = load_params().curate
+    rows = [normalise(row) for row in read_rows(artifacts("collect") / "rows.parquet")]
+    rules: list[Rule] = [
+        question_length(params.min_question_chars, params.max_question_chars),
+        answer_length(params.max_answer_chars),
+        *([answer_is_json] if params.answer_format == "json" else []),
+        repetition,
+        mostly_not_text,
+        personal_data(params.personal_data),
+    ]
+    table_rules: list[TableRule] = [
+        # Two people may put an answer in words differently; a JSON answer is right or wrong.
+        *([conflicting_answers] if params.answer_format == "json" else []),
+        exact_duplicates,
+        near_duplicates(params.near_duplicate_threshold),
+    ]
+    kept, dropped = apply(rows, rules, table_rules)
+    counts = figures(len(rows), kept, dropped)
+    folder = artifacts("curate")
+    write_text(folder / "rejects.jsonl", rejects_jsonl(dropped))
+    if not kept:
+        raise InputError(
+            f"all {len(rows)} rows were dropped: {counts['dropped_by_reason']}",
+            f"read the reasons in {folder / 'rejects.jsonl'}, then mend the data or the limits under curate",
+        )
+    write_rows(folder / "rows.parquet", kept)
+    write_json(reports("curate") / "metrics.json", counts)
+    write_bytes(reports("curate") / "kept_and_dropped.svg", picture(len(kept), counts["dropped_by_reason"]))
+    log.info("%d rows in, %d kept, %d dropped", len(rows), len(kept), len(dropped))
+    for reason, count in counts["dropped_by_reason"].items():
+        log.info("dropped %d: %s", count, reason)
+
+
+if __name__ == "__main__":
+    run_stage(main)
