@@ -1,0 +1,223 @@
+"""Split: set whole groups aside for validation and test, and prove that nothing of them is learned.
+
+In: `artifacts/curate/rows.parquet`.
+Out: `artifacts/split/{train,validation,test}.parquet`; `reports/split/metrics.json` with the
+counts and the proof: no group on two sides, and no training prompt nearly that of a held-out row.
+Run: `python -m stages.split`
+
+A group is what its source says belongs together (the sentences of one template); a row without
+a group is a group of its own.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from stages.common.artifacts import artifacts, reports, write_json
+from stages.common.errors import InputError
+from stages.common.logs import get_logger, run_stage
+from stages.common.near_duplicates import SimilarTexts, closest, prompt_text
+from stages.common.params import load_params
+from stages.common.records import Row, read_rows, write_rows
+
+log = get_logger("split")
+
+Side = Literal["train", "validation", "test"]
+SIDES: tuple[Side, ...] = ("train", "validation", "test")
+
+
+@dataclass(frozen=True, slots=True)
+class Sides:
+    """The rows of each side."""
+
+    train: tuple[Row, ...]
+    validation: tuple[Row, ...]
+    test: tuple[Row, ...]
+
+    def __getitem__(self, side: Side) -> tuple[Row, ...]:
+        return {"train": self.train, "validation": self.validation, "test": self.test}[side]
+
+
+def labels_of_groups(rows: Sequence[Row], stratify_by: str | None) -> dict[str, str]:
+    """Return each group's label: the commonest value of the tag among its rows, or "" for all.
+
+    Raises:
+        InputError: no row has the tag.
+    """
+    if stratify_by and not any(stratify_by in row.tags for row in rows):
+        have = sorted({tag for row in rows for tag in row.tags})
+        raise InputError(
+            f"split.stratify_by: no row has the tag {stratify_by!r} (tags there: {', '.join(have) or 'none'})",
+            "name one of them, or set stratify_by: null",
+        )
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in rows:
+        counts[row.group][row.tags.get(stratify_by, "") if stratify_by else ""] += 1
+    return {group: min(c, key=lambda label: (-c[label], label)) for group, c in counts.items()}
+
+
+def assign(
+    labels: Mapping[str, str], validation_fraction: float, test_fraction: float, seed: int
+) -> dict[str, Side]:
+    """Put each group on a side, label by label, so that all labels have the same share of each side.
+
+    The share of a small label is less than a group; what is owed is carried on to the next label,
+    so that the shares are right over all. A label always keeps a group in training.
+    """
+    groups_of: dict[str, list[str]] = defaultdict(list)
+    for group, label in labels.items():
+        groups_of[label].append(group)
+    order = sorted(groups_of)
+    random.Random(f"{seed}/labels").shuffle(order)
+    sides: dict[str, Side] = dict.fromkeys(labels, "train")
+    owed: dict[Side, float] = {"test": 0.0, "validation": 0.0}
+    for label in order:
+        groups = sorted(groups_of[label])
+        random.Random(f"{seed}/{label}").shuffle(groups)
+        spare = len(groups) - 1
+        for side, fraction in (("test", test_fraction), ("validation", validation_fraction)):
+            held: Side = "test" if side == "test" else "validation"
+            owed[held] += fraction * len(groups)
+            # Groups of equal label are alike; a share of 0.5 is rounded up, or two groups would never be asked.
+            taken = min(spare, int(owed[held] + 0.5))
+            for _ in range(taken):
+                sides[groups.pop()] = held
+            spare -= taken
+            owed[held] -= taken
+    return sides
+
+
+def divide(
+    rows: Sequence[Row], sides: Mapping[str, Side], max_test_rows_per_group: int, seed: int
+) -> tuple[Sides, int]:
+    """Return the rows of each side, and how many test rows the cap on a group left out."""
+    by_side: dict[Side, list[Row]] = {side: [] for side in SIDES}
+    tests: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        side = sides[row.group]
+        if side == "test":
+            tests[row.group].append(row)
+        else:
+            by_side[side].append(row)
+    left_out = 0
+    for group, members in tests.items():
+        chosen = random.Random(f"{seed}/{group}").sample(members, min(len(members), max_test_rows_per_group))
+        left_out += len(members) - len(chosen)
+        by_side["test"] += sorted(chosen, key=lambda row: row.id)
+    # Neighbours in the file are of one group; training wants them apart.
+    random.Random(f"{seed}/train").shuffle(by_side["train"])
+    return Sides(tuple(by_side["train"]), tuple(by_side["validation"]), tuple(by_side["test"])), left_out
+
+
+def without_near_duplicates(sides: Sides, threshold: float) -> tuple[Sides, int]:
+    """Remove the training rows whose prompt is nearly that of a validation or test row; return how many."""
+    near = near_training_rows(sides, threshold)
+    train = tuple(row for number, row in enumerate(sides.train) if number not in near)
+    return Sides(train, sides.validation, sides.test), len(near)
+
+
+def near_training_rows(sides: Sides, threshold: float) -> set[int]:
+    """Return which training rows have a prompt nearly that of a held-out row."""
+    held_out = [prompt_text(row) for row in (*sides.validation, *sides.test)]
+    train = [prompt_text(row) for row in sides.train]
+    index = SimilarTexts(threshold, [*train, *held_out])
+    for text in held_out:
+        index.add(text)
+    return {number for number, text in enumerate(train) if any(True for _ in index.near(text))}
+
+
+def proof(sides: Sides, threshold: float) -> dict[str, Any]:
+    """Look again for what must not be, and return what was found.
+
+    Raises:
+        AssertionError: a group or a near duplicate is on two sides, which no input can cause.
+    """
+    groups = {side: {row.group for row in sides[side]} for side in SIDES}
+    shared = sum(len(groups[a] & groups[b]) for a, b in (("train", "validation"), ("train", "test"), ("validation", "test")))
+    held_out = [prompt_text(row) for row in (*sides.validation, *sides.test)]
+    train = [prompt_text(row) for row in sides.train]
+    nearest = closest(held_out, train)
+    found = {
+        "groups_on_two_sides": shared,
+        "pairs_compared": len(held_out) * len(train),
+        "highest_similarity": round(nearest[2], 6) if nearest else 0.0,
+        "closest_pair": [held_out[nearest[0]], train[nearest[1]]] if nearest else [],
+        "near_duplicate_threshold": threshold,
+        "near_duplicates_across": len(near_training_rows(sides, threshold)),
+    }
+    if shared or found["near_duplicates_across"] or (nearest and nearest[2] >= threshold):
+        raise AssertionError(f"the split is not clean: {found}")
+    return found
+
+
+def check_sizes(sides: Sides, rows_in: int, groups_in: int, min_train_rows: int, min_test_rows: int) -> None:
+    """Refuse a split too small to learn from or to judge by.
+
+    Raises:
+        InputError: with the numbers of both sides.
+    """
+    problems = [
+        f"{side}: {len(sides[side])} rows, but split.min_{side}_rows is {least}"
+        for side, least in (("train", min_train_rows), ("test", min_test_rows))
+        if len(sides[side]) < least
+    ]
+    if problems:
+        raise InputError(
+            f"the split of {rows_in} rows in {groups_in} groups is too small\n" + "\n".join(problems),
+            "collect more rows (for the packaged default: collect.sources rows_per_template), raise "
+            "split.test_fraction or split.max_test_rows_per_group, or lower split.min_train_rows or "
+            "split.min_test_rows (and evaluate.min_test_rows) and live with wider intervals",
+        )
+
+
+def figures(sides: Sides, labels: Mapping[str, str], stratify_by: str | None) -> dict[str, Any]:
+    """Return rows and groups of each side, in all and by label."""
+    report: dict[str, Any] = {
+        "rows": {side: len(sides[side]) for side in SIDES},
+        "groups": {side: len({row.group for row in sides[side]}) for side in SIDES},
+    }
+    if stratify_by:
+        groups_of_label = Counter(labels.values())
+        rows_of_label = {side: Counter(labels[row.group] for row in sides[side]) for side in SIDES}
+        report["labels"] = {
+            label: {"groups": count, **{side: rows_of_label[side][label] for side in SIDES}}
+            for label, count in sorted(groups_of_label.items())
+        }
+        report["labels_without_test_rows"] = sorted(
+            label for label in groups_of_label if not rows_of_label["test"][label]
+        )
+    return report
+
+
+def main() -> None:
+    params = load_params().split
+    rows = read_rows(artifacts("curate") / "rows.parquet")
+    labels = labels_of_groups(rows, params.stratify_by)
+    assigned = assign(labels, params.validation_fraction, params.test_fraction, params.seed)
+    sides, over_cap = divide(rows, assigned, params.max_test_rows_per_group, params.seed)
+    sides, removed = without_near_duplicates(sides, params.near_duplicate_threshold)
+    check_sizes(sides, len(rows), len(labels), params.min_train_rows, params.min_test_rows)
+    report = {
+        "rows_in": len(rows),
+        "test_rows_over_cap": over_cap,
+        "train_rows_removed_as_near_duplicates": removed,
+        **figures(sides, labels, params.stratify_by),
+        "proof": proof(sides, params.near_duplicate_threshold),
+    }
+    for side in SIDES:
+        write_rows(artifacts("split") / f"{side}.parquet", sides[side])
+    write_json(reports("split") / "metrics.json", report)
+    log.info(
+        "%s rows in %s groups (train, validation, test); %d training rows too near to held-out ones removed",
+        [len(sides[side]) for side in SIDES],
+        list(report["groups"].values()),
+        removed,
+    )
+
+
+if __name__ == "__main__":
+    run_stage(main)
