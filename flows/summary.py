@@ -1,0 +1,137 @@
+"""The results of a run for people: base against tuned, as a table on a terminal and on Prefect's page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.common.artifacts import read_json, reports
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# The first that a reader wants to know; others follow by name.
+METRICS_IN_ORDER = (
+    "exact_match",
+    "label_accuracy",
+    "intent_accuracy",
+    "slot_f1",
+    "valid_output",
+    "rouge_l",
+    "chrf",
+    "bleu",
+    "perplexity",
+)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A metric with its interval."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+    def __str__(self) -> str:
+        interval = (
+            "" if self.low is None or self.high is None else f" ({_number(self.low)} to {_number(self.high)})"
+        )
+        return f"{_number(self.value)}{interval}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One metric of the base and of the tuned model."""
+
+    metric: str
+    base: Figure
+    tuned: Figure
+    difference: Figure | None
+    p_value: float | None
+
+    @property
+    def change(self) -> str:
+        """The difference with its p-value, in words."""
+        value = self.difference.value if self.difference else self.tuned.value - self.base.value
+        sign = "+" if value >= 0 else "−"
+        p = "" if self.p_value is None else f", p {_p(self.p_value)}"
+        return f"{sign}{_number(abs(value))}{p}"
+
+
+def read_results(root: Path) -> list[Comparison] | None:
+    """Read the metrics that both models have; None if the evaluation is not there."""
+    path = root / reports("evaluate") / "metrics.json"
+    return comparisons(read_json(path)) if path.exists() else None
+
+
+def card_path(root: Path) -> Path:
+    """Return where the model card lies."""
+    return root / reports("model_card") / "README.md"
+
+
+def comparisons(metrics: dict[str, Any]) -> list[Comparison]:
+    """Pair the figures of base and tuned in the content of reports/evaluate/metrics.json."""
+    base, tuned, difference = (metrics.get(part, {}) for part in ("base", "tuned", "difference"))
+    names = [name for name in tuned if _is_figure(tuned[name]) and _is_figure(base.get(name))]
+    known = {name: position for position, name in enumerate(METRICS_IN_ORDER)}
+    return [
+        Comparison(
+            name,
+            _figure(base[name]),
+            _figure(tuned[name]),
+            _figure(difference[name]) if _is_figure(difference.get(name)) else None,
+            _p_value(difference.get(name)),
+        )
+        for name in sorted(names, key=lambda name: (known.get(name, len(known)), name))
+    ]
+
+
+def table(results: Sequence[Comparison]) -> list[dict[str, str]]:
+    """Return the rows of the table artifact."""
+    return [
+        {
+            "metric": _words(result.metric),
+            "base": str(result.base),
+            "tuned": str(result.tuned),
+            "difference": result.change,
+        }
+        for result in results
+    ]
+
+
+def terminal_table(results: Sequence[Comparison]) -> Table:
+    """Return the same rows for a terminal."""
+    from rich.table import Table
+
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("metric", "base", "tuned", "difference"):
+        shown.add_column("" if column == "metric" else column, no_wrap=True)
+    for row in table(results):
+        shown.add_row(*row.values())
+    return shown
+
+
+def _is_figure(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("value"), int | float)
+
+
+def _figure(value: dict[str, Any]) -> Figure:
+    return Figure(value["value"], value.get("low"), value.get("high"))
+
+
+def _p_value(value: Any) -> float | None:
+    return value.get("p_value", value.get("p")) if isinstance(value, dict) else None
+
+
+def _words(metric: str) -> str:
+    return metric.replace("_", " ")
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"= {value:.3f}"

@@ -1,0 +1,164 @@
+"""Run the training flow: bring the model, its evaluation and its card up to date.
+
+`python -m flows.training` runs what changed since the last run, and nothing else; this is what
+`make run` calls. The parameters are checked, the lock is taken and the plan is made before Prefect
+is imported, so that a mistake is told at once.
+
+Exit codes: 0 done; 1 a stage failed, or bad input; 2 wrong parameters; 130 and 143 stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from stages.common.errors import InputError, ParamsError
+from stages.common.logs import set_quiet_environment
+from stages.common.params import load_params
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from flows.pipeline import PipelineResult, StageFailure
+
+CONSOLE_ENVIRONMENT = {
+    "PREFECT_LOGGING_FORMATTERS_STANDARD_TASK_RUN_FMT": "%(asctime)s  %(task_run_name)-10s  %(message)s",
+    "PREFECT_LOGGING_FORMATTERS_STANDARD_FLOW_RUN_FMT": "%(asctime)s  %(message)s",
+    "PREFECT_LOGGING_FORMATTERS_STANDARD_FORMAT": "%(asctime)s  %(message)s",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",
+    "PREFECT_CLI_PROMPT": "false",
+}
+STOPPED_EXIT_CODE = 128  # plus the number of the signal, as shells have it
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the training flow from the command line; return the exit code."""
+    options = _parser().parse_args(arguments)
+    set_quiet_environment()
+    for name, value in CONSOLE_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    _log_before_prefect()
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return _run(Path.cwd(), options)
+    except InputError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        return STOPPED_EXIT_CODE + signal.SIGINT
+
+
+def _log_before_prefect() -> None:
+    """Show what this package logs; Prefect sets up the rest when it is imported, and leaves this alone."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("flows")
+    logger.handlers = [handler]
+    logger.propagate = False
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.training",
+        description="Run the stages of dvc.yaml that changed, as a Prefect flow, and show the result. "
+        "`dvc repro` gives the same files without Prefect.",
+    )
+    parser.add_argument("--force", action="store_true", help="run every stage, changed or not")
+    parser.add_argument("--until", metavar="STAGE", help="run this stage and what it needs, not what follows")
+    parser.add_argument(
+        "--no-wait", action="store_true", help="if another run is at work in this folder, say so and stop"
+    )
+    return parser
+
+
+def _run(root: Path, options: argparse.Namespace) -> int:
+    started = time.monotonic()
+    load_params(root / "params.yaml")
+    from flows import server
+    from flows.prepared_run import prepared
+
+    with ExitStack() as stack:
+        # The lock comes first: the server belongs to the run, and is cleaned up with it.
+        run = stack.enter_context(
+            prepared(root, force=options.force, until=options.until, wait=not options.no_wait)
+        )
+        api = stack.enter_context(server.reachable(root))
+        run.start_early()
+        from flows.pipeline import PipelineResult
+        from flows.training_flow import flush, training
+
+        api.wait()
+        if api.is_temporary:
+            # Prefect would point to a page that this server does not have.
+            logging.getLogger("prefect.flow_runs").addFilter(_is_no_link)
+        state = training.with_options(flow_run_name=run.name)(
+            force=options.force, until=options.until, return_state=True
+        )
+        stopped_by = run.processes.stopped_by
+        flush()
+    if stopped_by is not None:
+        sys.stderr.write("stopped; finished stages are kept, and the next run goes on from there\n")
+        return STOPPED_EXIT_CODE + stopped_by
+    result = state.result(raise_on_failure=False)
+    if not isinstance(result, PipelineResult):
+        sys.stderr.write(f"error: the flow ended {state.name}: {state.message}\n")
+        return 1
+    if result.failures:
+        return _show_failures(result.failures, result.not_run)
+    _show_result(root, run.name, result, time.monotonic() - started)
+    return 0
+
+
+def _is_no_link(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("View at ")
+
+
+def _show_failures(failures: Sequence[StageFailure], not_run: Sequence[str]) -> int:
+    for failure in failures:
+        sys.stderr.write(f"\nerror: {failure.stage} failed: {failure.message}\n")
+    if not_run:
+        sys.stderr.write(f"not run: {', '.join(not_run)}\n")
+    sys.stderr.write("finished stages are kept; the next run goes on from there\n")
+    return 2 if any(failure.exit_code == ParamsError.exit_code for failure in failures) else 1
+
+
+def _show_result(root: Path, name: str, result: PipelineResult, seconds: float) -> None:
+    from rich.console import Console
+
+    from flows import summary
+
+    console = Console(highlight=False, soft_wrap=True)
+    counts = {"ran": result.ran, "restored": result.restored, "unchanged": result.unchanged}
+    said = ", ".join(f"{len(stages)} {how}" for how, stages in counts.items() if stages)
+    console.print(f"\n[bold]{name}[/bold]: {said}, in {_duration(seconds)}\n")
+    if results := summary.read_results(root):
+        console.print(summary.terminal_table(results))
+        console.print("[dim]intervals from the test rows; p of a paired test[/dim]\n")
+    where = {"card": summary.card_path(root), "figures": root / "reports" / "evaluate" / "metrics.json"}
+    for what, path in where.items():
+        if path.exists():
+            console.print(f"{what:<8} {path.relative_to(root)}")
+    console.print("next     change a line of params.yaml or put your own rows under data/, then run again")
+    console.print("         `make up` shows the runs at http://127.0.0.1:4200 and runs them on schedule")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
+    sys.exit(STOPPED_EXIT_CODE + signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""The training flow: the DVC graph as a Prefect flow, with its results as artifacts.
+
+`python -m flows.training` runs it by hand (see there); the deployment runs it on a schedule.
+"""
+
+from __future__ import annotations
+
+import signal
+from contextlib import ExitStack
+from pathlib import Path
+
+from prefect import flow, runtime
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State
+from prefect.events.worker import EventsWorker
+from prefect.logging.handlers import APILogWorker
+from prefect.states import Cancelled, Completed, Failed
+
+from flows import summary
+from flows.pipeline import PipelineResult, run_stages
+from flows.plan import lock_order, sort_lock
+from flows.prepared_run import PreparedRun, prepared
+from stages.common.params import load_params
+
+FLUSH_S = 5.0
+
+
+@flow(name="training")
+def training(force: bool = False, until: str | None = None) -> State[PipelineResult]:
+    """Bring the model, its evaluation and its card up to date with code, parameters and data.
+
+    Args:
+        force: run every stage, changed or not.
+        until: run this stage and what it needs; None for all stages.
+    """
+    root = Path.cwd()
+    settings = load_params(root / "params.yaml").flows.training
+    with ExitStack() as stack:
+        run = stack.enter_context(prepared(root, force=force, until=until, wait=True))
+        if runtime.deployment.id:
+            _rename(run.name)
+        else:
+            # By hand: a stopped run ends in good order. A deployment's run is stopped by Prefect.
+            stack.enter_context(run.processes.stopping_on(signal.SIGINT, signal.SIGTERM))
+        before = lock_order(root)
+        result = run_stages(run, retries=settings.retries, retry_delay_s=settings.retry_delay_s)
+        sort_lock(root, before, run.plan)
+        return _final_state(run, result)
+
+
+def flush() -> None:
+    """Send what Prefect still has in hand: log lines and the events that record task runs."""
+    APILogWorker.drain_all(timeout=FLUSH_S)
+    EventsWorker.drain_all(timeout=FLUSH_S)
+
+
+def _rename(name: str) -> None:
+    with get_client(sync_client=True) as client:
+        client.update_flow_run(runtime.flow_run.id, name=name)
+
+
+def _final_state(run: PreparedRun, result: PipelineResult) -> State[PipelineResult]:
+    if run.processes.stopped_by is not None:
+        return Cancelled(message=f"stopped by {run.processes.stopped_by.name}", data=result)
+    if result.failures:
+        messages = "\n".join(f"{failure.stage}: {failure.message}" for failure in result.failures)
+        return Failed(message=messages, data=result)
+    _show_results(run.root)
+    return Completed(message=run.name, data=result)
+
+
+def _show_results(root: Path) -> None:
+    results = summary.read_results(root)
+    if results is not None:
+        create_table_artifact(
+            summary.table(results), key="results", description="base against tuned, on the test rows"
+        )
+    card = summary.card_path(root)
+    if card.exists():
+        create_markdown_artifact(card.read_text(encoding="utf-8"), key="model-card", description=str(card))
