@@ -21,7 +21,7 @@ from stages.common.logs import get_logger, run_stage
 from stages.common.params import File, HomeIntents, load_params
 from stages.common.records import Row, write_rows
 from stages.common.sources import Collected, Rejected
-from stages.common.sources.files import Columns, collect_file
+from stages.common.sources.files import Columns, OnBadRow, collect_file
 
 log = get_logger("collect")
 
@@ -31,7 +31,7 @@ def source_name(source: HomeIntents | File) -> str:
     return source.path if isinstance(source, File) else f"{source.kind} {source.version} {source.language}"
 
 
-def collect_source(source: HomeIntents | File, system_prompt: str | None, on_bad_row: str) -> Collected:
+def collect_source(source: HomeIntents | File, system_prompt: str | None, on_bad_row: OnBadRow) -> Collected:
     """Read one source.
 
     Raises:
@@ -45,8 +45,9 @@ def collect_source(source: HomeIntents | File, system_prompt: str | None, on_bad
             group=source.group_column,
             tags=source.tag_columns,
         )
-        stop = "stop" if on_bad_row == "stop" else "reject"
-        return collect_file(Path(source.path), source.license, source.origin, columns, system_prompt, stop)
+        return collect_file(
+            Path(source.path), source.license, source.origin, columns, system_prompt, on_bad_row
+        )
     from stages.common.sources.home_intents import collect_home_intents
 
     return collect_home_intents(
@@ -93,14 +94,19 @@ def rejects_jsonl(rejected: Sequence[Rejected]) -> str:
 
 
 def main() -> None:
+    """Read all sources, then write the rows, what was set aside, and the counts."""
     params = load_params().collect
     named: list[tuple[str, Collected]] = []
     for source in params.sources:
         collected = collect_source(source, params.system_prompt, params.on_bad_row)
         name = source_name(source)
         if not collected.rows:
-            raise InputError(f"{name} gives no row", "mend the source, or take its entry out of collect.sources")
-        reasons = ", ".join(f"{n} {reason}" for reason, n in counted(r.reason for r in collected.rejected).items())
+            raise InputError(
+                f"{name} gives no row", "mend the source, or take its entry out of collect.sources"
+            )
+        reasons = ", ".join(
+            f"{n} {reason}" for reason, n in counted(r.reason for r in collected.rejected).items()
+        )
         log.info("%s: %d rows%s", name, len(collected.rows), f", set aside: {reasons}" if reasons else "")
         named.append((name, collected))
     rows: list[Row] = [row for _, collected in named for row in collected.rows]

@@ -2,7 +2,7 @@
 
 In: `artifacts/collect/rows.parquet`.
 Out: `artifacts/curate/rows.parquet`, and `rejects.jsonl` with each dropped row and its reason;
-`reports/curate/metrics.json` with the counts, and `kept_and_dropped.svg`.
+`reports/curate/metrics.json` with the counts, and `rows.svg`.
 Run: `python -m stages.curate`
 
 A rule is a function from a row to None (keep) or a `Drop` with a reason. Rules over the whole
@@ -118,7 +118,9 @@ def repetition(row: Row) -> Drop | None:
     """Drop rows in which a character or a word is said over and over."""
     for role, text in _said(row):
         if re.search(rf"(\S)\1{{{MAX_SAME_CHARACTERS},}}", text):
-            return Drop("repetition", f"one character more than {MAX_SAME_CHARACTERS} times in a row ({role})")
+            return Drop(
+                "repetition", f"one character more than {MAX_SAME_CHARACTERS} times in a row ({role})"
+            )
         run, last = 0, ""
         for word in text.casefold().split():
             run = run + 1 if word == last else 1
@@ -133,7 +135,9 @@ def mostly_not_text(row: Row) -> Drop | None:
     visible = [c for c in row.question if not c.isspace()]
     share = sum(unicodedata.category(c)[0] in "LMN" for c in visible) / max(1, len(visible))
     if len(visible) >= MIN_CHARS_TO_JUDGE and share < MIN_TEXT_SHARE:
-        return Drop("mostly_not_text", f"{share:.0%} letters and digits, at least {MIN_TEXT_SHARE:.0%} wanted")
+        return Drop(
+            "mostly_not_text", f"{share:.0%} letters and digits, at least {MIN_TEXT_SHARE:.0%} wanted"
+        )
     return None
 
 
@@ -271,7 +275,9 @@ def _said(row: Row) -> Iterable[tuple[str, str]]:
 
 
 def _prompt_key(row: Row) -> str:
-    return canonical_json([[message.role, " ".join(message.content.casefold().split())] for message in row.prompt])
+    return canonical_json(
+        [[message.role, " ".join(message.content.casefold().split())] for message in row.prompt]
+    )
 
 
 def _answer_key(row: Row) -> str:
@@ -321,7 +327,12 @@ def figures(rows_in: int, kept: Sequence[Row], dropped: Sequence[tuple[Row, Drop
 def rejects_jsonl(dropped: Sequence[tuple[Row, Drop]]) -> str:
     """Return one JSON object a line: id, reason, detail, row."""
     lines = (
-        {"id": row.id, "reason": drop.reason, "detail": drop.detail, "row": {**asdict(row), "tags": dict(row.tags)}}
+        {
+            "id": row.id,
+            "reason": drop.reason,
+            "detail": drop.detail,
+            "row": {**asdict(row), "tags": dict(row.tags)},
+        }
         for row, drop in dropped
     )
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -354,6 +365,7 @@ def picture(kept: int, by_reason: dict[str, int]) -> bytes:
 
 
 def main() -> None:
+    """Sort the collected rows into kept and dropped, and write both with their counts."""
     params = load_params().curate
     rows = [normalise(row) for row in read_rows(artifacts("collect") / "rows.parquet")]
     rules: list[Rule] = [
@@ -381,7 +393,7 @@ def main() -> None:
         )
     write_rows(folder / "rows.parquet", kept)
     write_json(reports("curate") / "metrics.json", counts)
-    write_bytes(reports("curate") / "kept_and_dropped.svg", picture(len(kept), counts["dropped_by_reason"]))
+    write_bytes(reports("curate") / "rows.svg", picture(len(kept), counts["dropped_by_reason"]))
     log.info("%d rows in, %d kept, %d dropped", len(rows), len(kept), len(dropped))
     for reason, count in counts["dropped_by_reason"].items():
         log.info("dropped %d: %s", count, reason)

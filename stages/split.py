@@ -27,7 +27,6 @@ from stages.common.records import Row, read_rows, write_rows
 log = get_logger("split")
 
 Side = Literal["train", "validation", "test"]
-SIDES: tuple[Side, ...] = ("train", "validation", "test")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +37,9 @@ class Sides:
     validation: tuple[Row, ...]
     test: tuple[Row, ...]
 
-    def __getitem__(self, side: Side) -> tuple[Row, ...]:
-        return {"train": self.train, "validation": self.validation, "test": self.test}[side]
+    def items(self) -> tuple[tuple[str, tuple[Row, ...]], ...]:
+        """Return each side with its name."""
+        return ("train", self.train), ("validation", self.validation), ("test", self.test)
 
 
 def labels_of_groups(rows: Sequence[Row], stratify_by: str | None) -> dict[str, str]:
@@ -51,7 +51,7 @@ def labels_of_groups(rows: Sequence[Row], stratify_by: str | None) -> dict[str, 
     if stratify_by and not any(stratify_by in row.tags for row in rows):
         have = sorted({tag for row in rows for tag in row.tags})
         raise InputError(
-            f"split.stratify_by: no row has the tag {stratify_by!r} (tags there: {', '.join(have) or 'none'})",
+            f"split.stratify_by: no row has the tag {stratify_by!r} (tags: {', '.join(have) or 'none'})",
             "name one of them, or set stratify_by: null",
         )
     counts: dict[str, Counter[str]] = defaultdict(Counter)
@@ -74,20 +74,19 @@ def assign(
     order = sorted(groups_of)
     random.Random(f"{seed}/labels").shuffle(order)
     sides: dict[str, Side] = dict.fromkeys(labels, "train")
-    owed: dict[Side, float] = {"test": 0.0, "validation": 0.0}
+    shares: dict[Side, float] = {"test": test_fraction, "validation": validation_fraction}
+    owed = dict.fromkeys(shares, 0.0)
     for label in order:
         groups = sorted(groups_of[label])
         random.Random(f"{seed}/{label}").shuffle(groups)
         spare = len(groups) - 1
-        for side, fraction in (("test", test_fraction), ("validation", validation_fraction)):
-            held: Side = "test" if side == "test" else "validation"
-            owed[held] += fraction * len(groups)
-            # Groups of equal label are alike; a share of 0.5 is rounded up, or two groups would never be asked.
-            taken = min(spare, int(owed[held] + 0.5))
+        for side, fraction in shares.items():
+            owed[side] += fraction * len(groups_of[label])
+            taken = min(spare, max(0, int(owed[side] + 0.5)))
             for _ in range(taken):
-                sides[groups.pop()] = held
+                sides[groups.pop()] = side
             spare -= taken
-            owed[held] -= taken
+            owed[side] -= taken
     return sides
 
 
@@ -95,7 +94,7 @@ def divide(
     rows: Sequence[Row], sides: Mapping[str, Side], max_test_rows_per_group: int, seed: int
 ) -> tuple[Sides, int]:
     """Return the rows of each side, and how many test rows the cap on a group left out."""
-    by_side: dict[Side, list[Row]] = {side: [] for side in SIDES}
+    by_side: dict[Side, list[Row]] = {"train": [], "validation": [], "test": []}
     tests: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         side = sides[row.group]
@@ -136,8 +135,8 @@ def proof(sides: Sides, threshold: float) -> dict[str, Any]:
     Raises:
         AssertionError: a group or a near duplicate is on two sides, which no input can cause.
     """
-    groups = {side: {row.group for row in sides[side]} for side in SIDES}
-    shared = sum(len(groups[a] & groups[b]) for a, b in (("train", "validation"), ("train", "test"), ("validation", "test")))
+    on_sides = Counter(group for _, rows in sides.items() for group in {row.group for row in rows})
+    shared = sum(count > 1 for count in on_sides.values())
     held_out = [prompt_text(row) for row in (*sides.validation, *sides.test)]
     train = [prompt_text(row) for row in sides.train]
     nearest = closest(held_out, train)
@@ -161,9 +160,9 @@ def check_sizes(sides: Sides, rows_in: int, groups_in: int, min_train_rows: int,
         InputError: with the numbers of both sides.
     """
     problems = [
-        f"{side}: {len(sides[side])} rows, but split.min_{side}_rows is {least}"
-        for side, least in (("train", min_train_rows), ("test", min_test_rows))
-        if len(sides[side]) < least
+        f"{side}: {len(rows)} rows, but split.min_{side}_rows is {least}"
+        for side, rows, least in (("train", sides.train, min_train_rows), ("test", sides.test, min_test_rows))
+        if len(rows) < least
     ]
     if problems:
         raise InputError(
@@ -177,14 +176,14 @@ def check_sizes(sides: Sides, rows_in: int, groups_in: int, min_train_rows: int,
 def figures(sides: Sides, labels: Mapping[str, str], stratify_by: str | None) -> dict[str, Any]:
     """Return rows and groups of each side, in all and by label."""
     report: dict[str, Any] = {
-        "rows": {side: len(sides[side]) for side in SIDES},
-        "groups": {side: len({row.group for row in sides[side]}) for side in SIDES},
+        "rows": {side: len(rows) for side, rows in sides.items()},
+        "groups": {side: len({row.group for row in rows}) for side, rows in sides.items()},
     }
     if stratify_by:
         groups_of_label = Counter(labels.values())
-        rows_of_label = {side: Counter(labels[row.group] for row in sides[side]) for side in SIDES}
+        rows_of_label = {side: Counter(labels[row.group] for row in rows) for side, rows in sides.items()}
         report["labels"] = {
-            label: {"groups": count, **{side: rows_of_label[side][label] for side in SIDES}}
+            label: {"groups": count, **{side: counts[label] for side, counts in rows_of_label.items()}}
             for label, count in sorted(groups_of_label.items())
         }
         report["labels_without_test_rows"] = sorted(
@@ -194,6 +193,7 @@ def figures(sides: Sides, labels: Mapping[str, str], stratify_by: str | None) ->
 
 
 def main() -> None:
+    """Split the curated rows, prove the split, and write its sides."""
     params = load_params().split
     rows = read_rows(artifacts("curate") / "rows.parquet")
     labels = labels_of_groups(rows, params.stratify_by)
@@ -208,12 +208,12 @@ def main() -> None:
         **figures(sides, labels, params.stratify_by),
         "proof": proof(sides, params.near_duplicate_threshold),
     }
-    for side in SIDES:
-        write_rows(artifacts("split") / f"{side}.parquet", sides[side])
+    for side, chosen in sides.items():
+        write_rows(artifacts("split") / f"{side}.parquet", chosen)
     write_json(reports("split") / "metrics.json", report)
     log.info(
         "%s rows in %s groups (train, validation, test); %d training rows too near to held-out ones removed",
-        [len(sides[side]) for side in SIDES],
+        list(report["rows"].values()),
         list(report["groups"].values()),
         removed,
     )

@@ -19,7 +19,7 @@ ROUNDING = 1e-9  # 0.7 * 10 is 7.000000000000001
 
 
 def prompt_text(row: Row) -> str:
-    """Return what of a row is compared: all turns before the answer, without the system message they share."""
+    """Return what of a row is compared: all turns before the answer but the system message, which rows share."""
     return "\n".join(message.content for message in row.prompt if message.role != "system")
 
 
@@ -91,7 +91,10 @@ def near_duplicate_pairs(texts: Sequence[str], threshold: float) -> list[tuple[i
 
 
 def closest(texts: Sequence[str], others: Sequence[str]) -> tuple[int, int, float] | None:
-    """Return the most similar pair (i of texts, j of others, similarity), every pair compared; None without pairs."""
+    """Return the most similar pair (i of texts, j of others, similarity), or None where one side is empty.
+
+    Every pair is compared, however far apart, which is what a proof needs.
+    """
     import numpy as np
 
     sets = [grams(text) for text in others]
@@ -105,7 +108,9 @@ def closest(texts: Sequence[str], others: Sequence[str]) -> tuple[int, int, floa
     for number, text in enumerate(texts):
         own = grams(text)
         hits = [postings[gram] for gram in sorted(own) if gram in postings]
-        shared = np.bincount(np.concatenate(hits), minlength=len(sets)) if hits else np.zeros(len(sets), dtype=int)
+        shared = (
+            np.bincount(np.concatenate(hits), minlength=len(sets)) if hits else np.zeros(len(sets), dtype=int)
+        )
         if not len(shared):
             continue
         scores = shared / (sizes + len(own) - shared)

@@ -22,6 +22,7 @@ from stages.common.sources import Collected, Rejected
 MAX_SHOWN = 50  # problems in one message; the count is always of all
 BATCH_ROWS = 4096
 
+OnBadRow = Literal["reject", "stop"]
 Record = Mapping[str, Any]
 
 
@@ -65,7 +66,7 @@ def collect_file(
     origin: str,
     columns: Columns,
     system_prompt: str | None,
-    on_bad_row: Literal["reject", "stop"],
+    on_bad_row: OnBadRow,
 ) -> Collected:
     """Read the rows of one file.
 
@@ -90,7 +91,11 @@ def collect_file(
             "mend the lines above, or set collect.on_bad_row: reject to go on without them",
         )
     if not rows:
-        what = f"{path} gives no row: all {len(rejected)} are bad\n{_listed(rejected)}" if rejected else _empty(path)
+        what = (
+            f"{path} gives no row: all {len(rejected)} are bad\n{_listed(rejected)}"
+            if rejected
+            else _empty(path)
+        )
         raise InputError(what, "mend the file, or take its entry out of collect.sources")
     return Collected(tuple(rows), tuple(rejected))
 
@@ -108,7 +113,9 @@ def read_entries(path: Path) -> Iterator[Entry]:
         folder = path.parent
         have = sorted(p.name for p in folder.iterdir() if p.is_file()) if folder.is_dir() else []
         there = f"{folder} has {', '.join(have[:10])}" if have else f"{folder} has no files"
-        raise InputError(f"{path} is not there ({there}){_nearest(path.name, have)}", "mend the path in collect.sources")
+        raise InputError(
+            f"{path} is not there ({there}){_nearest(path.name, have)}", "mend the path in collect.sources"
+        )
     if path.stat().st_size == 0:
         raise InputError(_empty(path), "fill it, or take its entry out of collect.sources")
     return reader(path)
@@ -264,7 +271,12 @@ def to_row(
     group = fields.get(columns.group) if columns.group else None
     tags = {name: _plain(fields[name]) for name in columns.tags if fields.get(name) not in (None, "")}
     return make_row(
-        messages, source, license, group=_plain(group) if group not in (None, "") else None, tags=tags, origin=origin
+        messages,
+        source,
+        license,
+        group=_plain(group) if group not in (None, "") else None,
+        tags=tags,
+        origin=origin,
     )
 
 
@@ -298,7 +310,9 @@ def _chat(value: Any) -> list[Message]:
         if not isinstance(turn, Mapping) or not {"role", "content"} <= turn.keys():
             raise BadRow("wrong_messages", f"message {place} has no role and content: {_short(turn)}")
         if not isinstance(turn["content"], str):
-            raise BadRow("wrong_messages", f"the content of message {place} is a {type(turn['content']).__name__}")
+            raise BadRow(
+                "wrong_messages", f"the content of message {place} is a {type(turn['content']).__name__}"
+            )
         messages.append(Message(str(turn["role"]), turn["content"]))
     return messages
 

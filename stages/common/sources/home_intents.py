@@ -14,7 +14,6 @@ import importlib.resources
 import json
 import math
 import random
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -58,49 +57,6 @@ USUAL_NUMBERS = {
     "volume_step_down": (5, 30, 5),
 }
 PERCENTAGES = (5, 100, 5)
-
-# Templates are made to understand, not to speak: these expansions are understood, and nobody says
-# them. Each is searched for in "Intent: sentence".
-_THINGS = "lights?|lamps?|lighting|fans?|switch(?:es)?|locks?|(?:garage )?doors?|windows?|gates?|shutters?|blinds?"
-_STATES = "on|off|open|opening|closed|closing|shut|shutting|locked|unlocked|securely"
-UNNATURAL = {
-    "en": re.compile(
-        "|".join(
-            (
-                r"\b(\w+) \1\b",  # first floor floor
-                r"\b(?:lamp|lantern|strip|spotlights?|spots|lights?) (?:lights?|lighting|lamps?)\b",
-                r"\b(?:the|my|our|every|single) [^ ]+'s\b",  # the Amina's lamp
-                r"\b(?:the|my|our) (?:the|my|our|all|any|some|each|every)\b",
-                r"\b(?:many|which|what|there|any|some) (?:the|my|our|all|each|every)\b",  # how many the locks
-                rf"\b(?:every|single|each) (?:[^ ]+ ){{0,3}}?(?:{_THINGS.replace('s?', 's')})\b",  # every fans
-                rf"\b(?:is|are) (?:there|the|my|our) (?:{_STATES})\b",  # which fans are my on
-                r"\b(?:lights|lamps|fans|switches|locks|doors|windows|gates|shutters|blinds|curtains|shades) is\b",
-                r"\b(?:light|lamp|fan|switch|lock|door|window|gate|shutter|blind|curtain|shade) are\b",
-                rf"^HassGetState: .* (?:{_STATES.removeprefix('on|')}) (?:the|my|our)\b",  # locked the cellar
-                r"\bwhat of\b",
-                r"^HassGetState: (?:please )?(?:all|every|each)\b",  # not to be told from a request to turn them on
-                r"\bturn (?:increase|decrease)\b",
-                r"(?<![\d.])1[ -](?:hours|minutes|seconds|degrees)\b",
-                r"-(?:hours|minutes|seconds)\b",  # 5-minutes timer
-                r"\b(?!1[ -])\d+[ -](?:hour|minute|second)\b(?! timer| and \d| \d)",  # for 5 minute
-                r"\b(?!1 )[\d.]+ degree\b",
-                r"\b(?:an hours|a minutes|and (?:a )?(?:half|1/2) (?:hour|minute))\b",
-                r"\ba (?:8|11|18)\b|\ban (?!8|11|18|hour)",
-                r"\b(?:in|on|at|of|across|around|throughout) (?:the |my |our )?(?:up|down)stairs\b",
-                r"\b(?:up|down)stairs$",
-                r"(?:stairs|basement|attic|loft|cellar|mezzanine|penthouse) floor\b",
-            )
-        )
-    )
-}
-IMPERATIVES = {
-    "en": frozenset(
-        "activate add adjust announce broadcast cancel change check clean close complete continue create deactivate "
-        "decrease delete dock get illuminate increase light lift lock lower make mow mute open pause play press push "
-        "put raise remove replay resume return run set shut skip start stop switch take transition turn unlock unmute "
-        "vacuum".split()
-    )
-}
 
 Slots = dict[str, Any]
 
@@ -160,7 +116,12 @@ class Draft:
 
 
 def collect_home_intents(
-    version: str, language: str, rows_per_template: int, min_rows_per_intent: int, seed: int, system_prompt: str | None
+    version: str,
+    language: str,
+    rows_per_template: int,
+    min_rows_per_intent: int,
+    seed: int,
+    system_prompt: str | None,
 ) -> Collected:
     """Expand the templates of `language` into rows; the same arguments give the same rows everywhere.
 
@@ -291,10 +252,9 @@ class Writer:
 
     def _judge(self, template: Template, draft: Draft, text: str) -> tuple[str | None, str]:
         """Return why the sentence is left out, or None, and its answer."""
-        unnatural = UNNATURAL.get(self.grammar.language)
         if text.casefold() in self._said:
             return "said_before", ""
-        if unnatural and unnatural.search(f"{template.intent}: {text}"):
+        if any(pattern.search(f"{template.intent}: {text}") for pattern in self.lexicon.unnatural):
             return "unnatural", ""
         filled = answer_json(template.intent, {**template.data.slots, **draft.slots})
         found = readings(text, self.grammar.intents, name_lists(self.lexicon, text))
@@ -310,7 +270,9 @@ class Writer:
 
     def _reject(self, template: Template, reason: str, text: str, answers: Iterable[str]) -> None:
         file = f"{PACKAGE}:{self.grammar.language}.json"
-        self.rejected.append(Rejected(file, None, reason, f"{template.group}: " + " or ".join(sorted(answers)), text))
+        self.rejected.append(
+            Rejected(file, None, reason, f"{template.group}: " + " or ".join(sorted(answers)), text)
+        )
 
     def _draft(self, template: Template, rng: random.Random) -> Draft:
         draft = Draft()
@@ -330,7 +292,9 @@ class Writer:
             text = self._owned(draft, self.lexicon.floors, rng)
             draft.fill(slot, text, text)
         elif name == "name":
-            names = [d.name for d in self.lexicon.devices if not template.domains or d.domain in template.domains]
+            names = [
+                d.name for d in self.lexicon.devices if not template.domains or d.domain in template.domains
+            ]
             text = self._owned(draft, names, rng)
             draft.fill(slot, text, text)
         else:
@@ -344,7 +308,9 @@ class Writer:
                 draft.fill(slot, "".join(_words(value.text_in, self.grammar.intents, rng)), value.value_out)
             elif isinstance(values, RangeSlotList):
                 number = pick_number(name, values, rng)
-                draft.fill(slot, f"{number:g}", number if values.multiplier is None else number * values.multiplier)
+                draft.fill(
+                    slot, f"{number:g}", number if values.multiplier is None else number * values.multiplier
+                )
 
     def _owned(self, draft: Draft, texts: Sequence[str], rng: random.Random) -> str:
         """Pick a text; some of them name a person, at most one in a sentence."""
@@ -358,7 +324,7 @@ class Writer:
     def _courteous(self, text: str, rng: random.Random) -> str:
         if rng.random() >= COURTEOUS_SHARE:
             return text
-        verb_first = text.split(" ", 1)[0] in IMPERATIVES.get(self.grammar.language, ())
+        verb_first = text.split(" ", 1)[0] in self.lexicon.verbs
         courtesy = rng.choice([c for c in self.lexicon.courtesies if verb_first or not c.verb_first])
         return " ".join(part for part in (courtesy.before, text, courtesy.after) if part)
 
@@ -398,7 +364,8 @@ def pick_number(name: str, values: RangeSlotList, rng: random.Random) -> float:
     if usual and rng.random() < 0.8:
         start, stop, step = usual
         return rng.randrange(start, stop + 1, step)
-    return rng.choice(list(values.get_numbers()))
+    numbers: list[float] = list(values.get_numbers())
+    return rng.choice(numbers)
 
 
 def name_lists(lexicon: Lexicon, text: str) -> dict[str, SlotList]:
@@ -436,7 +403,9 @@ def readings(text: str, intents: Intents, lists: dict[str, SlotList]) -> list[Re
     """
     return [
         Reading(
-            answer=answer_json(found.intent.name, {entity.name: entity.value for entity in found.entities_list}),
+            answer=answer_json(
+                found.intent.name, {entity.name: entity.value for entity in found.entities_list}
+            ),
             rank=_rank(found),
             sentence=found.intent_sentence,
             data=found.intent_data,

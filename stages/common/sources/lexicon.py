@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import random
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class Phrase:
 
 @dataclass(frozen=True, slots=True)
 class Courtesy:
-    """Words around a request that do not change it; `verb_first` ones need a request that begins with a verb."""
+    """Words around a request that do not change it; some need one that begins with a verb."""
 
     before: str
     after: str
@@ -56,7 +57,11 @@ class Courtesy:
 
 @dataclass(frozen=True, slots=True)
 class Lexicon:
-    """All the words of one language."""
+    """All the words of one language.
+
+    `verbs` are those a request begins with. `unnatural` find, in "Intent: sentence", what a
+    template can understand and nobody says, such as "lights off in the top floor floor".
+    """
 
     people: tuple[Person, ...]
     areas: tuple[str, ...]
@@ -64,6 +69,8 @@ class Lexicon:
     devices: tuple[Device, ...]
     phrases: tuple[Phrase, ...]
     courtesies: tuple[Courtesy, ...]
+    verbs: frozenset[str]
+    unnatural: tuple[re.Pattern[str], ...]
 
 
 def read_lexicon(language: str, folder: Path = FOLDER) -> Lexicon:
@@ -76,7 +83,7 @@ def read_lexicon(language: str, folder: Path = FOLDER) -> Lexicon:
         have = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir()))
         raise InputError(
             f"there are no word lists for language {language!r} (there are: {have})",
-            f"write areas, floors, devices, phrases and courtesies as CSV in {folder / language}, like those in en",
+            f"write the CSV files that {folder / 'en'} has into {folder / language}",
         )
     own = folder / language
     return Lexicon(
@@ -86,8 +93,11 @@ def read_lexicon(language: str, folder: Path = FOLDER) -> Lexicon:
         devices=tuple(Device(r["name"], r["domain"]) for r in _records(own / "devices.csv")),
         phrases=tuple(Phrase(r["list"], r["kind"], r["text"]) for r in _records(own / "phrases.csv")),
         courtesies=tuple(
-            Courtesy(r["before"], r["after"], r["verb_first"] == "yes") for r in _records(own / "courtesies.csv")
+            Courtesy(r["before"], r["after"], r["verb_first"] == "yes")
+            for r in _records(own / "courtesies.csv")
         ),
+        verbs=frozenset(r["verb"] for r in _records(own / "verbs.csv")),
+        unnatural=tuple(re.compile(r["pattern"]) for r in _records(own / "unnatural.csv")),
     )
 
 
