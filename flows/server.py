@@ -105,25 +105,26 @@ def reachable(root: Path) -> Iterator[Api]:
         return
     for known in (announced_url(root), DEFAULT_URL):
         if known and is_up(known):
-            with _environment("PREFECT_API_URL", known):
+            with environment("PREFECT_API_URL", known):
                 yield Api(known)
             return
     port = free_port()
     url = f"http://127.0.0.1:{port}/api"
     process = start_temporary(port, root / FOLDER / "server.log")
     try:
-        with _environment("PREFECT_API_URL", url):
+        with environment("PREFECT_API_URL", url):
             yield Api(url, process)
     finally:
         stop(process)
 
 
-def start(host: str, port: int) -> subprocess.Popen[bytes]:
-    """Start a Prefect server with its page and its services, in a session of its own."""
+def start(host: str, port: int, log: Path) -> subprocess.Popen[bytes]:
+    """Start a Prefect server with its page and its services, in a session of its own.
+
+    Its output, a banner that explains what `make up` has done already, goes to `log`.
+    """
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", host, "--port", str(port)]
-    return subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, env=_server_environment(), start_new_session=True
-    )
+    return _start_logged(command, {}, log)
 
 
 def start_temporary(port: int, log: Path) -> subprocess.Popen[bytes]:
@@ -133,6 +134,10 @@ def start_temporary(port: int, log: Path) -> subprocess.Popen[bytes]:
     command += ["prefect.server.api.server:create_app", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--log-level", "error", "--lifespan", "on"]
     environment = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
+    return _start_logged(command, environment, log)
+
+
+def _start_logged(command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
     log.parent.mkdir(exist_ok=True)
     with log.open("wb") as file:
         return subprocess.Popen(
@@ -140,13 +145,9 @@ def start_temporary(port: int, log: Path) -> subprocess.Popen[bytes]:
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            env={**_server_environment(), **environment},
+            env={**os.environ, **environment},
             start_new_session=True,
         )
-
-
-def _server_environment() -> dict[str, str]:
-    return {**os.environ, "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
 
 
 def wait_until_up(url: str, process: subprocess.Popen[bytes]) -> None:
@@ -171,14 +172,15 @@ def wait_until_up(url: str, process: subprocess.Popen[bytes]) -> None:
         time.sleep(POLL_S)
 
 
-def stop(process: subprocess.Popen[bytes], patience_s: float = 5.0) -> None:
-    """End a server and all it started, gently first."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
+def stop(
+    process: subprocess.Popen[bytes], number: signal.Signals = signal.SIGTERM, patience_s: float = 5.0
+) -> None:
+    """Ask a process to end, and kill what is left of it and of what it started after a while."""
+    process.send_signal(number)
     try:
         process.wait(timeout=patience_s)
     except subprocess.TimeoutExpired:
-        logger.warning("the Prefect server did not end in %.0f s; killing it", patience_s)
+        logger.warning("process %d did not end in %.0f s; killing it", process.pid, patience_s)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -192,7 +194,8 @@ def free_port() -> int:
 
 
 @contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
+def environment(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable for the block."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:

@@ -34,7 +34,8 @@ _BLOCKER = re.compile(r"^  \(PID (\d+)\): (.*)$")
 # What DVC says on every run; Prefect shows the same by its states.
 _DVC_CHATTER = re.compile(
     r"^(Running stage '|> |Stage '.*' didn't change|Stage '.*' is cached|Generating lock file"
-    r"|Updating lock file|To track the changes with git|\tgit add |To enable auto staging|\tdvc config |Use `dvc push`"
+    r"|Updating lock file|To track the changes with git|\tgit add |To enable auto staging|\tdvc config "
+    r"|Use `dvc push`"
     r"|Data and pipelines are up to date|Reproducing stage )"
 )
 _DVC_ERROR = re.compile(r"^ERROR: failed to reproduce ")

@@ -10,8 +10,6 @@ Exit codes: 0 done; 1 a stage failed, or bad input; 2 wrong parameters; 130 and 
 from __future__ import annotations
 
 import argparse
-import logging
-import os
 import signal
 import sys
 import time
@@ -20,8 +18,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from flows import console
 from stages.common.errors import InputError, ParamsError
-from stages.common.logs import set_quiet_environment
 from stages.common.params import load_params
 
 if TYPE_CHECKING:
@@ -29,24 +27,13 @@ if TYPE_CHECKING:
 
     from flows.pipeline import PipelineResult, StageFailure
 
-CONSOLE_ENVIRONMENT = {
-    "PREFECT_LOGGING_FORMATTERS_STANDARD_TASK_RUN_FMT": "%(asctime)s  %(task_run_name)-10s  %(message)s",
-    "PREFECT_LOGGING_FORMATTERS_STANDARD_FLOW_RUN_FMT": "%(asctime)s  %(message)s",
-    "PREFECT_LOGGING_FORMATTERS_STANDARD_FORMAT": "%(asctime)s  %(message)s",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",
-    "PREFECT_CLI_PROMPT": "false",
-}
 STOPPED_EXIT_CODE = 128  # plus the number of the signal, as shells have it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the training flow from the command line; return the exit code."""
     options = _parser().parse_args(arguments)
-    set_quiet_environment()
-    for name, value in CONSOLE_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    _log_before_prefect()
+    console.set_up()
     signal.signal(signal.SIGTERM, _terminate)
     try:
         return _run(Path.cwd(), options)
@@ -55,15 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return STOPPED_EXIT_CODE + signal.SIGINT
-
-
-def _log_before_prefect() -> None:
-    """Show what this package logs; Prefect sets up the rest when it is imported, and leaves this alone."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
-    logger = logging.getLogger("flows")
-    logger.handlers = [handler]
-    logger.propagate = False
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -98,8 +76,7 @@ def _run(root: Path, options: argparse.Namespace) -> int:
 
         api.wait()
         if api.is_temporary:
-            # Prefect would point to a page that this server does not have.
-            logging.getLogger("prefect.flow_runs").addFilter(_is_no_link)
+            console.hide_links()
         state = training.with_options(flow_run_name=run.name)(
             force=options.force, until=options.until, return_state=True
         )
@@ -118,10 +95,6 @@ def _run(root: Path, options: argparse.Namespace) -> int:
     return 0
 
 
-def _is_no_link(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith("View at ")
-
-
 def _show_failures(failures: Sequence[StageFailure], not_run: Sequence[str]) -> int:
     for failure in failures:
         sys.stderr.write(f"\nerror: {failure.stage} failed: {failure.message}\n")
@@ -136,19 +109,19 @@ def _show_result(root: Path, name: str, result: PipelineResult, seconds: float) 
 
     from flows import summary
 
-    console = Console(highlight=False, soft_wrap=True)
+    terminal = Console(highlight=False, soft_wrap=True)
     counts = {"ran": result.ran, "restored": result.restored, "unchanged": result.unchanged}
     said = ", ".join(f"{len(stages)} {how}" for how, stages in counts.items() if stages)
-    console.print(f"\n[bold]{name}[/bold]: {said}, in {_duration(seconds)}\n")
+    terminal.print(f"\n[bold]{name}[/bold]: {said}, in {_duration(seconds)}\n")
     if results := summary.read_results(root):
-        console.print(summary.terminal_table(results))
-        console.print("[dim]intervals from the test rows; p of a paired test[/dim]\n")
+        terminal.print(summary.terminal_table(results))
+        terminal.print("[dim]intervals from the test rows; p of a paired test[/dim]\n")
     where = {"card": summary.card_path(root), "figures": root / "reports" / "evaluate" / "metrics.json"}
     for what, path in where.items():
         if path.exists():
-            console.print(f"{what:<8} {path.relative_to(root)}")
-    console.print("next     change a line of params.yaml or put your own rows under data/, then run again")
-    console.print("         `make up` shows the runs at http://127.0.0.1:4200 and runs them on schedule")
+            terminal.print(f"{what:<8} {path.relative_to(root)}")
+    terminal.print("next     change a line of params.yaml or put your own rows under data/, then run again")
+    terminal.print("         `make up` shows the runs at http://127.0.0.1:4200 and runs them on schedule")
 
 
 def _duration(seconds: float) -> str:
