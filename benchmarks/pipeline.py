@@ -16,7 +16,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -82,9 +81,11 @@ def clone(folder: Path) -> Path:
     return folder
 
 
-def stages_run(log: Path) -> list[str]:
-    """Return the stages that a run's log says it ran."""
-    return re.findall(r"Running stage '(\w+)'", log.read_text(errors="replace"))
+def written_at(folder: Path) -> dict[str, int]:
+    """Return when each stage's evidence was written, in nanoseconds."""
+    return {
+        path.parent.name: path.stat().st_mtime_ns for path in folder.glob("reports/*/*") if path.is_file()
+    }
 
 
 @contextlib.contextmanager
@@ -93,7 +94,15 @@ def prefect_server(folder: Path, log: Path) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [str(folder / ".venv/bin/prefect"), "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    command = [
+        str(folder / ".venv/bin/prefect"),
+        "server",
+        "start",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
     environment = _clean_environment() | {
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_HOME": str(folder / ".perennial" / "benchmark-server"),
@@ -147,8 +156,10 @@ def main() -> None:
     result: dict[str, Any] = {"machine": machine()}
 
     def step(name: str, command: list[str], where: Path = folder, **environment: str) -> None:
-        log = base / f"{name}.log"
-        result[name] = measured(command, where, log, **environment) | {"stages_run": stages_run(log)}
+        before = written_at(where)
+        result[name] = measured(command, where, base / f"{name}.log", **environment)
+        after = written_at(where)
+        result[name]["stages_run"] = sorted(stage for stage in after if after[stage] != before.get(stage))
         sys.stderr.write(f"{name}: {result[name]}\n")
 
     step("clean_clone", ["make", "run"])
