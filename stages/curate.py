@@ -78,7 +78,7 @@ def question_length(min_chars: int, max_chars: int) -> Rule:
 
     def rule(row: Row) -> Drop | None:
         length = len(row.question.strip())
-        if length == 0:
+        if not normalised(row.question):
             return Drop("empty_question", "no visible character")
         if length < min_chars:
             return Drop("short_question", f"{length} characters, at least {min_chars} wanted")
@@ -94,7 +94,7 @@ def answer_length(max_chars: int) -> Rule:
 
     def rule(row: Row) -> Drop | None:
         length = len(row.answer.strip())
-        if length == 0 or not normalised(row.answer):
+        if not normalised(row.answer):
             return Drop("empty_answer", "no visible character")
         if length > max_chars:
             return Drop("long_answer", f"{length} characters, at most {max_chars} wanted")
@@ -168,7 +168,7 @@ def has_phone(text: str) -> bool:
     return bool(
         re.search(r"(?<![\w+])\+\d(?:[ ().-]{0,2}\d){7,13}(?!\w)", text)
         or re.search(r"(?<![\w.-])(?:1[ .-])?(?:\(\d{3}\) ?|\d{3}[ .-])\d{3}[ .-]\d{4}(?![\w-])", text)
-        or re.search(r"(?<![\w.,-])0\d{1,4}[ /-]\d{3,4}[ -]?\d{3,5}(?![\w-])", text)
+        or re.search(r"(?<![\w.,-])(?<!\d )0\d{1,4}[ /-]\d{3,4}[ -]?\d{3,5}(?![\w-]| \d)", text)
     )
 
 

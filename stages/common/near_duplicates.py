@@ -19,7 +19,7 @@ ROUNDING = 1e-9  # 0.7 * 10 is 7.000000000000001
 
 
 def prompt_text(row: Row) -> str:
-    """Return what of a row is compared: all turns before the answer but the system message, which rows share."""
+    """Return what is compared of a row: all turns before the answer, without the shared system message."""
     return "\n".join(message.content for message in row.prompt if message.role != "system")
 
 

@@ -44,7 +44,7 @@ LICENSE = "apache-2.0"
 
 PERSON_SHARE = 0.4  # of the names, rooms and texts that could belong to somebody
 COURTEOUS_SHARE = 0.12  # of the sentences get a "please" or a "could you"
-TRIES_PER_ROW = 15  # a template with few sentences in it gives up here
+TRIES = 400  # for one template; one with few sentences in it gives up here
 
 # What people mostly say, as (from, to, step); one number in five is from the list's whole range.
 USUAL_NUMBERS = {
@@ -228,6 +228,7 @@ class Writer:
         self.rejected: list[Rejected] = []
         self._said: set[str] = set()
         self._people = deal_people(lexicon.people, random.Random(f"{seed}/people"))
+        self._next_person = next(self._people)
         self._phrases = defaultdict(list)
         for phrase in lexicon.phrases:
             self._phrases[phrase.list_name, phrase.kind].append(phrase.text)
@@ -236,7 +237,7 @@ class Writer:
         """Yield up to `wanted` new sentences of a template, each with its answer and the person it names."""
         rng = random.Random(f"{self.seed}/{template.group}/{template.domains}")
         written = 0
-        for _ in range(wanted * TRIES_PER_ROW):
+        for _ in range(TRIES):
             if written == wanted:
                 return
             draft = self._draft(template, rng)
@@ -246,6 +247,8 @@ class Writer:
             if reason is None:
                 self._said.add(text.casefold())
                 written += 1
+                if draft.person:  # dealt only now: a person of a sentence left out gets the next one
+                    self._next_person = next(self._people)
                 yield text, answer, draft.person
             else:
                 self.left_out[reason] += 1
@@ -318,7 +321,7 @@ class Writer:
         common = [text for text in texts if PERSON_MARK not in text]
         if not personal or (common and (draft.person or rng.random() >= PERSON_SHARE)):
             return rng.choice(common)
-        draft.person = draft.person or next(self._people)
+        draft.person = draft.person or self._next_person
         return rng.choice(personal).replace(PERSON_MARK, draft.person.name)
 
     def _courteous(self, text: str, rng: random.Random) -> str:

@@ -1,0 +1,219 @@
+import csv
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from stages.common.errors import InputError
+from stages.common.sources.files import Columns, collect_file
+
+GOOD = {"prompt": "2+2?", "completion": "4"}
+
+
+def write(path, *lines):
+    path.write_bytes(b"".join((line if isinstance(line, bytes) else line.encode()) + b"\n" for line in lines))
+    return path
+
+
+def collect(path, on_bad_row="reject", columns=None, system_prompt=None, origin="human"):
+    return collect_file(Path(path), "cc-by-4.0", origin, columns or Columns(), system_prompt, on_bad_row)
+
+
+def jsonl(tmp_path, *rows):
+    return write(
+        tmp_path / "rows.jsonl", *(row if isinstance(row, str | bytes) else json.dumps(row) for row in rows)
+    )
+
+
+def test_prompt_and_completion_become_a_row_that_knows_where_it_came_from(tmp_path):
+    path = jsonl(tmp_path, GOOD)
+    (row,) = collect(path, origin="synthetic").rows
+    assert [(m.role, m.content) for m in row.messages] == [("user", "2+2?"), ("assistant", "4")]
+    assert (row.source, row.license, row.origin, row.group) == (str(path), "cc-by-4.0", "synthetic", row.id)
+
+
+def test_chat_messages_become_a_row(tmp_path):
+    turns = [
+        ("system", "Be brief."),
+        ("user", "hi"),
+        ("assistant", "hello"),
+        ("user", "bye"),
+        ("assistant", "bye"),
+    ]
+    path = jsonl(tmp_path, {"messages": [{"role": role, "content": content} for role, content in turns]})
+    (row,) = collect(path, system_prompt="Not this one.").rows
+    assert [(m.role, m.content) for m in row.messages] == turns
+
+
+def test_the_system_prompt_is_put_before_rows_that_have_none(tmp_path):
+    (row,) = collect(jsonl(tmp_path, GOOD), system_prompt="Be brief.").rows
+    assert (row.messages[0].role, row.messages[0].content) == ("system", "Be brief.")
+
+
+def test_group_and_tags_come_from_the_columns_named(tmp_path):
+    path = jsonl(
+        tmp_path, {**GOOD, "topic": "sums", "lang": "en", "level": 3}, {**GOOD, "topic": 7, "lang": None}
+    )
+    columns = Columns(group="topic", tags=("lang", "level"))
+    first, second = collect(path, columns=columns).rows
+    assert (first.group, first.tags) == ("sums", {"lang": "en", "level": "3"})
+    assert (second.group, second.tags) == ("7", {})
+
+
+def test_a_json_answer_need_not_be_quoted(tmp_path):
+    (row,) = collect(jsonl(tmp_path, {"prompt": "on", "completion": {"intent": "On", "area": "hall"}})).rows
+    assert row.answer == '{"intent":"On","area":"hall"}'
+
+
+def test_csv_rows_with_quoted_commas_and_lines_are_read(tmp_path):
+    path = write(tmp_path / "rows.csv", "\ufeffprompt,completion", '"a, b","one\ntwo"', "c,d")
+    assert [(r.question, r.answer) for r in collect(path).rows] == [("a, b", "one\ntwo"), ("c", "d")]
+
+
+def test_csv_may_hold_chat_messages_as_json(tmp_path):
+    path = tmp_path / "rows.csv"
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["messages"], [json.dumps(turns)]])
+    assert collect(path).rows[0].answer == "hello"
+
+
+def test_parquet_is_read_in_both_forms(tmp_path):
+    pq.write_table(pa.table({"q": ["a", "b"], "a": ["1", None]}), tmp_path / "pairs.parquet")
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    pq.write_table(pa.table({"messages": [turns]}), tmp_path / "chat.parquet")
+    pairs = collect(tmp_path / "pairs.parquet", columns=Columns(prompt="q", completion="a"))
+    assert [r.answer for r in pairs.rows] == ["1"]
+    assert [(r.line, r.reason) for r in pairs.rejected] == [(2, "no_answer")]
+    assert collect(tmp_path / "chat.parquet").rows[0].answer == "hello"
+
+
+BAD = [
+    ('{"prompt": "a", "completion"', "broken_json"),
+    ('["prompt", "completion"]', "broken_json"),
+    ("[" * 100_000, "broken_json"),
+    (b'{"prompt": "caf\xe9", "completion": "b"}', "not_utf8"),
+    ('{"prompt": "a", "completion": ""}', "no_answer"),
+    ('{"prompt": "a", "completion": null}', "no_answer"),
+    ('{"prompt": "a", "completion": 4}', "not_text"),
+    ('{"prompt": "a \\ud800", "completion": "b"}', "not_text"),
+    ('{"prompt": " ", "completion": "b"}', "no_question"),
+    ('{"prompt": "a", "complétion": "b"}', "missing_field"),
+    ('{"messages": []}', "wrong_messages"),
+    ('{"messages": "hello"}', "wrong_messages"),
+    ('{"messages": {"role": "user"}}', "wrong_messages"),
+    ('{"messages": [{"role": "user"}]}', "wrong_messages"),
+    (
+        '{"messages": [{"role": "robot", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+        "wrong_messages",
+    ),
+    (
+        '{"messages": [{"role": "user", "content": ["a"]}, {"role": "assistant", "content": "b"}]}',
+        "wrong_messages",
+    ),
+    ('{"messages": [{"role": "assistant", "content": "b"}]}', "wrong_messages"),
+    ('{"messages": [{"role": "user", "content": "a"}]}', "no_answer"),
+    ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]}', "no_answer"),
+]
+
+
+@pytest.mark.parametrize(("line", "reason"), BAD, ids=range(len(BAD)))
+def test_a_bad_row_is_set_aside_with_its_line_and_reason_and_the_others_survive(tmp_path, line, reason):
+    path = jsonl(tmp_path, GOOD, "", line, {**GOOD, "prompt": "3+3?"})
+    found = collect(path)
+    assert [row.question for row in found.rows] == ["2+2?", "3+3?"]
+    assert [(r.file, r.line, r.reason) for r in found.rejected] == [(str(path), 3, reason)]
+
+
+def test_every_kind_of_bad_row_is_named_in_one_message_when_the_run_shall_stop(tmp_path):
+    path = jsonl(tmp_path, GOOD, *(line for line, _ in BAD))
+    with pytest.raises(InputError) as error:
+        collect(path, on_bad_row="stop")
+    text = str(error.value)
+    assert f"{len(BAD)} bad rows" in text
+    for number, (_, reason) in enumerate(BAD, start=2):
+        assert f"{path}:{number}: {reason}: " in text
+    assert "on_bad_row: reject" in error.value.remedy
+
+
+def test_a_message_about_thousands_of_bad_rows_counts_the_ones_it_does_not_show(tmp_path):
+    path = jsonl(tmp_path, GOOD, *["{"] * 3000)
+    with pytest.raises(InputError, match="3000 bad rows") as error:
+        collect(path, on_bad_row="stop")
+    assert "and 2950 more broken_json" in str(error.value)
+
+
+def test_the_rejects_keep_what_stood_in_the_file(tmp_path):
+    found = collect(jsonl(tmp_path, GOOD, b'{"prompt": "caf\xe9"}'))
+    assert found.rejected[0].content == '{"prompt": "caf\\xe9"}'
+    assert "0xe9 at 16" in found.rejected[0].detail
+
+
+def test_csv_rows_with_too_many_cells_or_broken_bytes_are_set_aside(tmp_path):
+    path = write(tmp_path / "rows.csv", "prompt,completion", "a,b,c", b"caf\xe9,x", "c,d")
+    found = collect(path)
+    assert [row.question for row in found.rows] == ["c"]
+    assert [(r.line, r.reason) for r in found.rejected] == [(2, "broken_csv"), (3, "not_utf8")]
+    assert "3 cells under 2 columns" in found.rejected[0].detail
+
+
+def test_a_quote_left_open_in_csv_is_named(tmp_path):
+    path = write(tmp_path / "rows.csv", "prompt,completion", "a,b", '"c,d')
+    found = collect(path)
+    assert [row.question for row in found.rows] == ["a"]
+    assert [r.reason for r in found.rejected] == ["broken_csv"]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_a_missing_column_names_those_there_and_the_nearest(tmp_path, suffix):
+    lines = {"jsonl": ['{"promt": "a", "completion": "b"}'], "csv": ["promt,completion", "a,b"]}[suffix]
+    path = write(tmp_path / f"rows.{suffix}", *lines)
+    with pytest.raises(InputError) as error:
+        collect(path)
+    assert "no column 'prompt'; did you mean 'promt'?" in error.value.what
+    assert "columns there: promt, completion" in error.value.what
+    assert "prompt_column" in error.value.remedy
+
+
+def test_a_missing_group_or_tag_column_is_an_error_too(tmp_path):
+    with pytest.raises(InputError, match="no column 'topik'"):
+        collect(jsonl(tmp_path, {**GOOD, "topic": "a"}), columns=Columns(group="topik"))
+
+
+def test_a_missing_file_names_its_neighbours(tmp_path):
+    jsonl(tmp_path, GOOD)
+    with pytest.raises(
+        InputError, match=r"row\.jsonl is not there .*has rows\.jsonl.*did you mean 'rows\.jsonl'"
+    ):
+        collect(tmp_path / "row.jsonl")
+
+
+def test_a_file_in_a_missing_folder_is_an_error(tmp_path):
+    with pytest.raises(InputError, match="is not there"):
+        collect(tmp_path / "nowhere" / "rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.jsonl", b""), ("a.jsonl", b"\n\n"), ("a.csv", b""), ("a.csv", b"a,b\n")]
+)
+def test_an_empty_file_is_an_error(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match="is empty"):
+        collect(tmp_path / name)
+
+
+def test_an_unknown_kind_of_file_is_an_error(tmp_path):
+    with pytest.raises(InputError, match=r"use \.jsonl, \.csv, \.parquet"):
+        collect(write(tmp_path / "rows.txt", "a"))
+
+
+def test_a_broken_parquet_file_is_an_error(tmp_path):
+    with pytest.raises(InputError, match="cannot be read as Parquet"):
+        collect(write(tmp_path / "rows.parquet", "no parquet at all"))
+
+
+def test_a_file_of_bad_rows_only_is_an_error_that_shows_them(tmp_path):
+    with pytest.raises(InputError, match=r"all 2 are bad\n.*:1: no_answer"):
+        collect(jsonl(tmp_path, {**GOOD, "completion": ""}, "{"))

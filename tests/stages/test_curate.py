@@ -1,0 +1,241 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from stages import curate
+from stages.common.errors import InputError
+from stages.common.records import Message, make_row, read_rows, write_rows
+from stages.curate import (
+    PERSONAL_DATA,
+    answer_is_json,
+    answer_length,
+    apply,
+    conflicting_answers,
+    exact_duplicates,
+    figures,
+    mostly_not_text,
+    near_duplicates,
+    normalise,
+    normalised,
+    personal_data,
+    picture,
+    question_length,
+    repetition,
+)
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def row(question="turn on the light", answer='{"intent":"On"}', **more):
+    return make_row([Message("user", question), Message("assistant", answer)], "toy", "mit", **more)
+
+
+def reason(rule, **parts):
+    drop = rule(row(**parts))
+    return drop.reason if drop else None
+
+
+@pytest.mark.parametrize(
+    ("text", "one_spelling"),
+    [
+        ("cafe\u0301", "café"),
+        ("  turn   on\tnow  ", "turn on now"),
+        ("a\u00a0b\u3000c", "a b c"),
+        ("a\x00b\x1bc", "abc"),
+        ("\ufeffhello", "hello"),
+        ("one\r\ntwo\rthree", "one\ntwo\nthree"),
+        ("def f():  \n    return  1\n", "def f():\n    return  1"),
+        ("👩‍🚀 ok", "👩‍🚀 ok"),
+    ],
+)
+def test_one_text_has_one_spelling(text, one_spelling):
+    assert normalised(text) == one_spelling
+    assert normalised(one_spelling) == one_spelling
+
+
+def test_normalising_keeps_what_a_row_knows_and_gives_it_the_id_of_its_new_text():
+    before = row("cafe\u0301 ", group="g", tags={"a": "b"}, origin="feedback")
+    after = normalise(before)
+    assert after == row("café", group="g", tags={"a": "b"}, origin="feedback")
+    assert normalise(row("cafe\u0301")).group == row("café").id
+
+
+def test_a_message_of_control_characters_only_is_dropped_and_not_lost():
+    assert normalise(row("\x00")) == row("\x00")
+    kept, dropped = apply([normalise(row("\x00\x01"))], [question_length(1, 10)], [])
+    assert (kept, [drop.reason for _, drop in dropped]) == ([], ["empty_question"])
+
+
+def test_questions_and_answers_have_a_length():
+    assert reason(question_length(3, 5), question="ab") == "short_question"
+    assert reason(question_length(3, 5), question="abcdef") == "long_question"
+    assert reason(question_length(3, 5), question="abcd") is None
+    assert reason(answer_length(5), answer="abcdef") == "long_answer"
+    assert reason(answer_length(5), answer="abc") is None
+
+
+@pytest.mark.parametrize("answer", ["on", '{"a":', "4", '"a"', "null"])
+def test_an_answer_that_is_no_json_object_goes(answer):
+    assert reason(answer_is_json, answer=answer) == "answer_not_json"
+    assert reason(answer_is_json, answer='{"a": [1]}') is None
+
+
+def test_what_is_said_over_and_over_goes():
+    assert reason(repetition, question="a" * 40) == "repetition"
+    assert reason(repetition, answer="yes " * 12) == "repetition"
+    assert reason(repetition, question="=" * 20 + " a title " + "=" * 20) is None
+    assert reason(repetition, question="no no no, I said no") is None
+
+
+def test_questions_of_signs_go():
+    assert reason(mostly_not_text, question="!!!??? ### $$$ %%% &&&") == "mostly_not_text"
+    assert reason(mostly_not_text, question=":-)") is None
+    assert reason(mostly_not_text, question="今日の天気はどうですか、教えてください") is None
+    assert reason(mostly_not_text, question="12 + 30 * (4 - 5) = ?") is None
+
+
+PERSONAL = {
+    "email": ["write to ann.lee+x@mail.example.co.uk now"],
+    "phone": [
+        "call +49 30 1234567",
+        "call (212) 555-0187",
+        "212-555-0187",
+        "+14155550187",
+        "ring 020 7946 0958",
+    ],
+    "iban": ["pay DE89 3704 0044 0532 0130 00 today", "GB29NWBK60161331926819"],
+    "credit_card": ["card 4111 1111 1111 1111", "5500-0000-0000-0004"],
+    "ipv4": ["from 8.8.8.8."],
+    "ssn": ["my number is 123-45-6789"],
+}
+INNOCENT = [
+    "set a timer for 12 hours 30 minutes and 45 seconds",
+    "play 1999 at 50 percent",
+    "version 2026.10.27 of the package",
+    "on 2024-05-17 at 10:30:00",
+    "meet @ noon",
+    "the sum is 1234567890123456",
+    "card 4111 1111 1111 1112",
+    "DE00 3704 0044 0532 0130 00",
+    "192.168.1.10 and 127.0.0.1 and 300.1.1.1",
+    "000-45-6789",
+    "3.14159 26535 89793",
+    "from 100 200 to 300 400",
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"), [(kind, text) for kind, texts in PERSONAL.items() for text in texts]
+)
+def test_personal_data_is_found_by_its_kind(kind, text):
+    assert reason(personal_data([kind]), question=text) == f"personal_{kind}"
+    assert reason(personal_data([kind]), answer=text) == f"personal_{kind}"
+    assert reason(personal_data([other for other in PERSONAL_DATA if other != kind]), question=text) is None
+
+
+@pytest.mark.parametrize("text", INNOCENT)
+def test_other_numbers_are_no_personal_data(text):
+    assert reason(personal_data(list(PERSONAL_DATA)), question=text) is None
+
+
+def test_the_reason_does_not_repeat_the_personal_data():
+    drop = personal_data(["email"])(row("write to ann@example.org"))
+    assert "ann" not in drop.detail
+
+
+def test_both_rows_of_a_conflict_go_and_the_order_of_keys_is_no_conflict():
+    rows = [
+        row("a b", '{"x":1}'),
+        row("A  b", '{"x":2}'),
+        row("c", '{"x":1,"y":2}'),
+        row("c", '{"y":2, "x":1}'),
+    ]
+    assert {number: drop.reason for number, drop in conflicting_answers(rows).items()} == {
+        0: "conflicting_answer",
+        1: "conflicting_answer",
+    }
+
+
+def test_all_but_the_first_of_equal_rows_go():
+    rows = [row("a"), row("b"), row("a"), row("a")]
+    assert sorted(exact_duplicates(rows)) == [2, 3]
+
+
+def test_near_duplicates_go_when_the_answer_is_the_same():
+    rows = [
+        row("turn on the light in the kitchen"),
+        row("turn on the lights in the kitchen"),
+        row("turn on the light in the kitchen!", '{"intent":"Off"}'),
+    ]
+    dropped = near_duplicates(0.8)(rows)
+    assert sorted(dropped) == [1]
+    assert rows[0].id in dropped[1].detail
+
+
+def test_a_chain_of_near_duplicates_is_measured_against_kept_rows_only():
+    texts = ["turn on the light", "turn on the lights", "turn on the lights!!", "turn on the lights!! now"]
+    kept, dropped = apply([row(text) for text in texts], [], [near_duplicates(0.8)])
+    assert texts.index(kept[1].question) > 1
+    assert len(kept) + len(dropped) == 4
+
+
+def test_a_row_has_the_reason_of_the_first_rule_and_nothing_is_lost():
+    rows = [row("x", "no json"), row("fine"), row("fine"), row("write to ann@example.org", "no json")]
+    kept, dropped = apply(rows, [question_length(2, 99), answer_is_json], [exact_duplicates])
+    assert kept == [row("fine")]
+    assert [(r.question, d.reason) for r, d in dropped] == [
+        ("x", "short_question"),
+        ("fine", "exact_duplicate"),
+        ("write to ann@example.org", "answer_not_json"),
+    ]
+    assert figures(4, kept, dropped)["dropped_by_reason"] == {
+        "answer_not_json": 1,
+        "exact_duplicate": 1,
+        "short_question": 1,
+    }
+
+
+def test_counts_that_do_not_add_up_are_refused():
+    with pytest.raises(AssertionError, match="3 rows went in"):
+        figures(3, [row()], [])
+
+
+def test_equal_numbers_are_equal_pictures():
+    counts = {"near_duplicate": 3, "short_question": 1}
+    assert picture(10, counts) == picture(10, dict(reversed(counts.items())))
+    assert b"near_duplicate" in picture(10, counts)
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+
+
+def test_rejects_are_written_with_their_rows(project):
+    write_rows(
+        Path("artifacts/collect/rows.parquet"),
+        [row("one light on"), row("one light on"), row("call a@b.org")],
+    )
+    curate.main()
+    assert read_rows(Path("artifacts/curate/rows.parquet")) == [row("one light on")]
+    rejects = [json.loads(line) for line in Path("artifacts/curate/rejects.jsonl").read_text().splitlines()]
+    assert [reject["reason"] for reject in rejects] == ["exact_duplicate", "personal_email"]
+    assert rejects[1]["row"]["messages"][0]["content"] == "call a@b.org"
+    assert rejects[1]["id"] == rejects[1]["row"]["id"]
+    report = json.loads(Path("reports/curate/metrics.json").read_text())
+    assert (report["rows_in"], report["kept"], report["dropped"]) == (3, 1, 2)
+    assert Path("reports/curate/rows.svg").read_bytes().startswith(b"<?xml")
+
+
+def test_when_no_row_is_left_the_reasons_are_named_and_written(project):
+    write_rows(Path("artifacts/collect/rows.parquet"), [row(answer="no json")])
+    with pytest.raises(InputError, match=r"all 1 rows were dropped.*answer_not_json"):
+        curate.main()
+    assert "answer_not_json" in Path("artifacts/curate/rejects.jsonl").read_text()
+
+
+def test_curating_before_collecting_says_what_to_run(project):
+    with pytest.raises(InputError, match="dvc repro collect"):
+        curate.main()

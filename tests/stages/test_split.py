@@ -1,0 +1,200 @@
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stages import split
+from stages.common.errors import InputError
+from stages.common.records import Message, make_row, read_rows, write_rows
+from stages.split import (
+    Sides,
+    assign,
+    check_sizes,
+    divide,
+    figures,
+    labels_of_groups,
+    proof,
+    without_near_duplicates,
+)
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def row(question, group=None, intent="On"):
+    messages = [Message("system", "s"), Message("user", question), Message("assistant", "{}")]
+    return make_row(messages, "toy", "mit", group=group, tags={"intent": intent})
+
+
+def distinct(number):
+    """A sentence that is near no other one."""
+    return " ".join(str((number + 7) ** power) for power in range(3, 8))
+
+
+def many(groups, rows_per_group=5, intents=4):
+    return [
+        row(distinct(100 * group + number), f"g{group}", f"I{group % intents}")
+        for group in range(groups)
+        for number in range(rows_per_group)
+    ]
+
+
+def test_every_label_has_its_share_on_each_side():
+    labels = {f"{label}{n}": label for label, count in (("a", 100), ("b", 40)) for n in range(count)}
+    sides = Counter((labels[group], side) for group, side in assign(labels, 0.1, 0.2, 7).items())
+    assert sides["a", "test"] == 20
+    assert sides["b", "test"] == 8
+    assert sides["a", "validation"] == 10
+    assert sides["b", "validation"] == 4
+
+
+def test_the_shares_of_small_labels_are_right_over_all():
+    labels = {f"{label}-{n}": str(label) for label in range(40) for n in range(3)}
+    sides = Counter(assign(labels, 0.05, 0.15, 7).values())
+    assert sides["test"] == 18
+    assert sides["validation"] == 6
+
+
+def test_every_label_keeps_a_group_in_training():
+    labels = {f"{label}-{n}": str(label) for label in range(30) for n in range(1 + label % 3)}
+    sides = assign(labels, 0.3, 0.6, 7)
+    in_train = {labels[group] for group, side in sides.items() if side == "train"}
+    assert in_train == set(labels.values())
+    for label, count in Counter(labels.values()).items():
+        if count == 1:
+            assert sides[f"{label}-0"] == "train"
+
+
+def test_the_same_seed_gives_the_same_sides_in_whatever_order_groups_come():
+    labels = {f"{label}-{n}": str(label) for label in range(9) for n in range(9)}
+    backwards = dict(reversed(labels.items()))
+    assert assign(labels, 0.1, 0.2, 7) == assign(backwards, 0.1, 0.2, 7)
+    assert assign(labels, 0.1, 0.2, 7) != assign(labels, 0.1, 0.2, 8)
+
+
+def test_a_group_has_its_commonest_label():
+    rows = [row("a", "g", "On"), row("b", "g", "Off"), row("c", "g", "Off")]
+    assert labels_of_groups(rows, "intent") == {"g": "Off"}
+    assert labels_of_groups(rows, None) == {"g": ""}
+
+
+def test_a_tag_that_no_row_has_is_refused_with_those_there():
+    with pytest.raises(InputError, match=r"no row has the tag 'topic' \(tags: intent\)"):
+        labels_of_groups([row("a")], "topic")
+
+
+def test_no_group_is_asked_more_often_than_the_cap_and_all_rows_are_accounted_for():
+    rows = many(40)
+    labels = labels_of_groups(rows, "intent")
+    sides, over_cap = divide(rows, assign(labels, 0.1, 0.3, 7), 2, 7)
+    assert set(Counter(r.group for r in sides.test).values()) == {2}
+    assert sum(len(chosen) for _, chosen in sides.items()) + over_cap == len(rows)
+
+
+def test_training_rows_near_a_held_out_one_are_removed_and_others_stay():
+    test_row = row("turn on the light in the kitchen now", "t")
+    near, far = row("turn on the lights in the kitchen now", "a"), row("what time is it in Lima", "b")
+    sides, removed = without_near_duplicates(Sides((near, far), (), (test_row,)), 0.8)
+    assert removed == 1
+    assert sides == Sides((far,), (), (test_row,))
+
+
+def test_the_shared_system_message_makes_no_near_duplicate():
+    rows = [
+        make_row([Message("system", "s" * 300), Message("user", q), Message("assistant", "{}")], "toy", "mit")
+        for q in ("lamp on", "what time is it")
+    ]
+    assert without_near_duplicates(Sides((rows[0],), (), (rows[1],)), 0.5)[1] == 0
+
+
+def test_the_proof_names_the_closest_pair_and_how_many_were_compared():
+    sides = Sides(
+        (row("turn on the light", "a"), row("what time is it", "b")), (), (row("turn on the lights", "c"),)
+    )
+    found = proof(sides, 0.95)
+    assert found["pairs_compared"] == 2
+    assert found["groups_on_two_sides"] == found["near_duplicates_across"] == 0
+    assert found["closest_pair"] == ["turn on the lights", "turn on the light"]
+    assert 0.9 < found["highest_similarity"] < 0.95
+
+
+@pytest.mark.parametrize(
+    "sides",
+    [
+        Sides((row("one thing", "g"),), (), (row("another matter", "g"),)),
+        Sides((row("turn on the light", "a"),), (), (row("turn on the light!", "b"),)),
+    ],
+    ids=["group on two sides", "near duplicate"],
+)
+def test_a_split_that_leaks_is_refused(sides):
+    with pytest.raises(AssertionError, match="not clean"):
+        proof(sides, 0.8)
+
+
+def test_a_split_too_small_names_both_sides_numbers_and_what_to_do():
+    with pytest.raises(InputError) as error:
+        check_sizes(Sides((row("a"),), (), (row("b"),)), 2, 2, 10, 300)
+    assert "2 rows in 2 groups" in error.value.what
+    assert "train: 1 rows, but split.min_train_rows is 10" in error.value.what
+    assert "test: 1 rows, but split.min_test_rows is 300" in error.value.what
+    assert "rows_per_template" in error.value.remedy
+
+
+def test_labels_without_test_rows_are_named():
+    sides = Sides((row("a", "g", "On"),), (), (row("b", "h", "Off"),))
+    report = figures(sides, {"g": "On", "h": "Off"}, "intent")
+    assert report["labels_without_test_rows"] == ["On"]
+    assert report["labels"]["Off"] == {"groups": 1, "train": 0, "validation": 0, "test": 1}
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def write(rows, **changes):
+        params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+        params["split"] |= changes
+        params["evaluate"]["min_test_rows"] = 1
+        Path("params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+        write_rows(Path("artifacts/curate/rows.parquet"), rows)
+
+    return write
+
+
+def test_twenty_rows_without_groups_or_labels_can_be_split(project):
+    project([row(distinct(n)) for n in range(20)], stratify_by=None, min_train_rows=10, min_test_rows=3)
+    split.main()
+    sizes = [
+        len(read_rows(Path(f"artifacts/split/{side}.parquet"))) for side in ("train", "validation", "test")
+    ]
+    assert sizes == [16, 1, 3]
+
+
+def test_the_split_of_the_same_rows_is_the_same_files(project):
+    project(many(60), min_train_rows=10, min_test_rows=10)
+    split.main()
+    first = {path.name: path.read_bytes() for path in Path("artifacts/split").iterdir()}
+    report = Path("reports/split/metrics.json").read_bytes()
+    split.main()
+    assert {path.name: path.read_bytes() for path in Path("artifacts/split").iterdir()} == first
+    assert Path("reports/split/metrics.json").read_bytes() == report
+
+
+def test_nothing_is_written_when_the_test_side_is_too_small(project):
+    project(many(10))
+    with pytest.raises(InputError, match="min_test_rows is 300"):
+        split.main()
+    assert not Path("artifacts/split").exists()
+    assert not Path("reports").exists()
+
+
+def test_the_report_adds_up(project):
+    rows = many(60) + [row(distinct(100 * g) + "!", f"copy{g}", "I0") for g in range(60)]
+    project(rows, min_train_rows=10, min_test_rows=10)
+    split.main()
+    report = json.loads(Path("reports/split/metrics.json").read_text())
+    removed, over_cap = report["train_rows_removed_as_near_duplicates"], report["test_rows_over_cap"]
+    assert removed > 0
+    assert sum(report["rows"].values()) + removed + over_cap == report["rows_in"] == len(rows)
+    assert report["proof"]["near_duplicates_across"] == 0
