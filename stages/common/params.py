@@ -5,6 +5,8 @@ Run `python -m stages.common.params` to check the file and print nothing but its
 
 from __future__ import annotations
 
+import importlib.util
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,7 @@ from stages.common.checked_yaml import (
     Section,
     check_section,
     duplicate_keys,
+    nearest,
     parse,
     unknown_key,
 )
@@ -118,15 +121,34 @@ class Curate(Section):
             )
 
 
+Severity = Literal["critical", "warning"]
+
+
+class Severities(Section):
+    """What a failed expectation does: critical stops the pipeline, a warning is recorded."""
+
+    rows: Severity = "critical"
+    ids: Severity = "critical"
+    provenance: Severity = "critical"
+    licenses: Severity = "critical"
+    texts: Severity = "critical"
+    answers: Severity = "critical"
+    labels: Severity = "critical"
+
+
 class Validate(Section):
     """What the curated rows must satisfy."""
 
     min_rows: PositiveCount
     max_rows: PositiveCount
     allowed_licenses: Annotated[tuple[str, ...], Field(min_length=1)]
+    max_prompt_chars: PositiveCount
+    max_answer_chars: PositiveCount
     label_key: str | None = None
     min_labels: PositiveCount = 1
+    max_labels: PositiveCount | None = None
     max_label_share: Fraction = 1.0
+    severity: Severities = Severities()
     max_shown_rows: PositiveCount = 10
     expectations: tuple[dict[str, Any], ...] = ()
 
@@ -134,6 +156,16 @@ class Validate(Section):
     def impossible(self) -> Iterator[tuple[str, str]]:
         if self.min_rows > self.max_rows:
             yield "min_rows", f"is above max_rows ({self.max_rows}): no table could pass"
+        if self.max_labels is not None and self.min_labels > self.max_labels:
+            yield "min_labels", f"is above max_labels ({self.max_labels}): no table could pass"
+        known = _expectation_types() if self.expectations else []
+        for index, expectation in enumerate(self.expectations):
+            kind = expectation.get("type")
+            if known and kind not in known:
+                yield (
+                    f"expectations.{index}",
+                    f"has no type that is an expectation{nearest(str(kind), known)}",
+                )
 
 
 class CheckBias(Section):
@@ -286,6 +318,14 @@ def load_params(path: str | Path = "params.yaml") -> Params:
 def _impossible_across(document: Document, sections: dict[str, Any]) -> Iterator[Problem]:
     """Yield the pairs of keys of two stages that cannot stand together."""
     curate, evaluate, split = (sections.get(key) for key in ("curate", "evaluate", "split"))
+    for stage in ("validate", "check_bias"):
+        judge = sections.get(stage)
+        if curate and judge and judge.label_key is not None and curate.answer_format != "json":
+            yield (
+                document.line((stage, "label_key")),
+                f"{stage}.label_key: {judge.label_key!r} is a key of JSON answers, but curate.answer_format is "
+                f"{curate.answer_format!r}; set it to null",
+            )
     if curate and evaluate and evaluate.task == "json" and curate.answer_format != "json":
         yield (
             document.line(("evaluate", "task")),
@@ -298,6 +338,18 @@ def _impossible_across(document: Document, sections: dict[str, Any]) -> Iterator
             f"evaluate.min_test_rows: {evaluate.min_test_rows} is above split.min_test_rows "
             f"({split.min_test_rows}): the split could pass and the gate refuse; set both alike",
         )
+
+
+def _expectation_types() -> list[str]:
+    """Return the names of Great Expectations' own expectations, read and not imported: that takes seconds.
+
+    Empty where it is not installed, as on a server.
+    """
+    package = importlib.util.find_spec("great_expectations")
+    if package is None or package.origin is None:
+        return []
+    core = Path(package.origin).parent / "expectations" / "core" / "__init__.py"
+    return sorted(set(re.findall(r"\bExpect\w+", core.read_text(encoding="utf-8"))))
 
 
 def _inside_data(path: str) -> bool:
