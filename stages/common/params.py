@@ -6,6 +6,7 @@ Run `python -m stages.common.params` to check the file and print nothing but its
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -168,17 +169,32 @@ class Validate(Section):
                 )
 
 
+class GroupLimits(Section):
+    """What one group is held to; null measures and does not judge."""
+
+    min_representation_ratio: Fraction | None
+    max_cramers_v: Fraction | None
+
+
 class CheckBias(Section):
     """How balanced the rows must be."""
 
     label_key: str | None = None
-    groups: tuple[str, ...]
+    groups: Annotated[dict[str, GroupLimits], Field(min_length=1)]
     min_rows: PositiveCount
-    min_representation_ratio: Fraction
-    max_cramers_v: Fraction
-    alpha: Fraction
+    alpha: Annotated[float, Field(gt=0.0, lt=1.0)]
     permutations: PositiveCount
     seed: int
+
+    @override
+    def impossible(self) -> Iterator[tuple[str, str]]:
+        tests = 2 * len(self.groups)  # of each group: the tie to the outcome, and to being dropped
+        if tests / (self.permutations + 1) >= self.alpha:
+            yield (
+                "permutations",
+                f"are too few: with {tests} tests corrected for their number, no p-value could fall below "
+                f"alpha ({self.alpha}); {math.ceil(tests / self.alpha)} could",
+            )
 
 
 class Split(Section):
@@ -323,8 +339,8 @@ def _impossible_across(document: Document, sections: dict[str, Any]) -> Iterator
         if curate and judge and judge.label_key is not None and curate.answer_format != "json":
             yield (
                 document.line((stage, "label_key")),
-                f"{stage}.label_key: {judge.label_key!r} is a key of JSON answers, but curate.answer_format is "
-                f"{curate.answer_format!r}; set it to null",
+                f"{stage}.label_key: {judge.label_key!r} is a key of JSON answers, but curate.answer_format "
+                f"is {curate.answer_format!r}; set it to null",
             )
     if curate and evaluate and evaluate.task == "json" and curate.answer_format != "json":
         yield (

@@ -1,0 +1,105 @@
+"""Whether two properties of rows go together, when rows of one template resemble each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Z_95 = 1.959964  # two-sided 95 % of the normal distribution, for Wilson's interval
+# A permutation test that sees this many values as large as the observed one has its answer: the p-value is
+# then known to about a fifth, and far from any threshold that matters (Besag & Clifford 1991, Biometrika 78).
+ENOUGH_EXCEEDANCES = 30
+
+
+def wilson(successes: int, trials: int) -> tuple[float, float]:
+    """Return the 95 % score interval of a share (Wilson 1927, JASA 22).
+
+    Rows are taken as independent trials; templates repeat their words, so the truth is somewhat wider.
+    """
+    if trials == 0:
+        return 0.0, 1.0
+    share, z2 = successes / trials, Z_95**2
+    centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = Z_95 / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def cramers_v(table: NDArray[np.int64]) -> float:
+    """Return Cramer's V of a contingency table, corrected for bias (Bergsma 2013, J. Korean Stat. Soc. 42).
+
+    The plain V of two independent variables grows with the number of cells over rows: with 42 intents and ten
+    origins it would find a tie in pure chance.
+    """
+    table = table[table.sum(axis=1) > 0][:, table.sum(axis=0) > 0]
+    total = int(table.sum())
+    values, outcomes = table.shape
+    if total < 2 or min(values, outcomes) < 2:
+        return 0.0
+    phi2 = max(0.0, _chi2(table) / total - (values - 1) * (outcomes - 1) / (total - 1))
+    corrected = [size - (size - 1) ** 2 / (total - 1) for size in (values, outcomes)]
+    smaller = min(corrected) - 1
+    return min(1.0, math.sqrt(phi2 / smaller)) if smaller > 0 else 0.0
+
+
+def _chi2(table: NDArray[np.int64]) -> float:
+    """Pearson's chi-squared, as n (sum of n_ij^2 / (n_i n_j) - 1)."""
+    margins = np.outer(table.sum(axis=1), table.sum(axis=0)).astype(float)
+    return float(table.sum() * ((table.astype(float) ** 2 / margins).sum() - 1.0))
+
+
+def permutation_p(
+    values: Sequence[str], outcomes: Sequence[str], clusters: Sequence[str], permutations: int, seed: int
+) -> float:
+    """Return how often chance alone ties values and outcomes as strongly as seen.
+
+    Rows of one cluster (expansions of one template) share words and mostly the outcome, so rows must not be
+    shuffled freely: that would make every tie look certain. Whole clusters of the same size are exchanged,
+    and rows within them (multi-level block permutation: Winkler et al. 2015, NeuroImage 123). Where every row
+    is its own cluster this is the plain permutation test. Never 0: the observed order is one of the orders.
+    """
+    value_codes, outcome_codes = codes_of(values), codes_of(outcomes)
+    shape = (int(value_codes.max()) + 1, int(outcome_codes.max()) + 1)
+    blocks = _blocks_of_equal_size(clusters)
+
+    def tie(shuffled: NDArray[np.int64]) -> float:
+        cells = np.bincount(value_codes * shape[1] + shuffled, minlength=shape[0] * shape[1])
+        return _chi2(cells.reshape(shape))
+
+    observed = tie(outcome_codes) - 1e-9
+    rng = np.random.default_rng(seed)
+    shuffled = outcome_codes.copy()
+    exceeding = 0
+    for drawn in range(1, permutations + 1):
+        for block in blocks:
+            exchanged = outcome_codes[block[rng.permutation(len(block))]]
+            shuffled[block] = rng.permuted(exchanged, axis=1)
+        exceeding += tie(shuffled) >= observed
+        if exceeding == ENOUGH_EXCEEDANCES:
+            return exceeding / drawn
+    return (1 + exceeding) / (1 + permutations)
+
+
+def codes_of(names: Sequence[str]) -> NDArray[np.int64]:
+    """Return each name's place among the sorted different names."""
+    return np.unique(np.asarray(names, dtype=str), return_inverse=True)[1]
+
+
+def _blocks_of_equal_size(clusters: Sequence[str]) -> list[NDArray[np.int64]]:
+    """Return matrices of row positions, a line a cluster, one matrix for each size of cluster."""
+    codes = codes_of(clusters)
+    members = np.split(np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))[:-1])
+    sizes = sorted({len(member) for member in members})
+    return [np.stack([member for member in members if len(member) == size]) for size in sizes]
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return the p-values corrected for their number (Holm 1979, Scand. J. Statist. 6)."""
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    corrected, running = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        running = max(running, min(1.0, p_values[index] * (len(p_values) - rank)))
+        corrected[index] = running
+    return corrected
