@@ -94,7 +94,7 @@ def make_plan(root: Path, until: str | None = None) -> Plan:
     """Read the graph of the checkout at `root` and ask DVC what changed.
 
     Args:
-        root: the folder with `dvc.yaml`.
+        root: the folder with `dvc.yaml`, and the current one: DVC names things from there.
         until: plan this stage and what it needs; None for all stages.
 
     Raises:

@@ -1,9 +1,10 @@
 import os
+import shutil
 
 import pytest
 
 from flows import server
-from tests.flows.toy import Api, make_toy
+from tests.flows.toy import Api, Toy, make_toy
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +29,29 @@ def api(clean_environment, tmp_path_factory):
         yield Api(url)
     finally:
         server.stop(process)
+
+
+@pytest.fixture(scope="session")
+def finished_toy(tmp_path_factory, clean_environment):
+    """A small checkout in which `dvc repro` has run everything; copied by `finished`."""
+    toy = make_toy(tmp_path_factory.mktemp("finished"), clean_environment)
+    assert toy.dvc("repro").returncode == 0
+    toy.forget()
+    return toy
+
+
+@pytest.fixture
+def finished(tmp_path, finished_toy, api):
+    """A small checkout in which everything has run, its runs going to the server of the tests."""
+    root = shutil.copytree(finished_toy.root, tmp_path / "checkout", symlinks=True)
+    return Toy(root, {**finished_toy.environment, "PREFECT_API_URL": api.url})
+
+
+@pytest.fixture
+def retrain(finished):
+    """The same, with a parameter of train changed."""
+    finished.change("params.yaml", "learning_rate: 0.001", "learning_rate: 0.002")
+    return finished
 
 
 @pytest.fixture

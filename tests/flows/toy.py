@@ -1,6 +1,5 @@
 """A checkout with a small DVC graph, and the training flow run on it as a user would."""
 
-import json
 import os
 import signal
 import subprocess
@@ -101,6 +100,10 @@ class Toy:
             command, cwd=self.root, env=self.environment, text=True, capture_output=True, check=False
         )
 
+    def start_dvc(self, *arguments: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "dvc", *arguments]
+        return subprocess.Popen(command, cwd=self.root, env=self.environment, stdout=subprocess.DEVNULL)
+
     def write(self, path: str, text: str) -> None:
         file = self.root / path
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -131,9 +134,6 @@ class Toy:
         names = ("fetch.txt", "read.txt", "train.txt", "judge.txt", "dvc.lock")
         return {name: (self.root / name).read_bytes() for name in names}
 
-    def record(self) -> dict[str, Any]:
-        return json.loads((self.root / ".perennial" / "run.json").read_text())
-
     def wait_for(self, stage: str, timeout_s: float = 60) -> None:
         """Wait until a stage has begun."""
         deadline = time.monotonic() + timeout_s
@@ -151,6 +151,10 @@ class Toy:
             except psutil.Error:
                 continue
         return found
+
+    def stage_processes(self) -> list[psutil.Process]:
+        """The stages at work, without DVC."""
+        return [one for one in self.processes() if "work/stage.py" in " ".join(one.cmdline())]
 
 
 def make_toy(root: Path, environment: dict[str, str], seconds: float = 0.0) -> Toy:

@@ -1,0 +1,86 @@
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from flows import server
+from tests.flows.toy import Api
+
+
+def start(toy, module: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", module],
+        cwd=toy.root,
+        env={**toy.environment, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_until(condition, timeout_s: float, what: str):
+    deadline = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"{what} within {timeout_s} s"
+        time.sleep(0.5)
+    return found
+
+
+def test_one_command_registers_the_schedule_of_params_yaml(finished, api):
+    finished.change("params.yaml", "cron: 0 3 * * 1", "cron: 30 2 * * *")
+    finished.change("params.yaml", "timezone: UTC", "timezone: Europe/Madrid")
+
+    process = start(finished, "flows.deployments")
+    out, _ = process.communicate(timeout=60)
+
+    assert process.returncode == 0, out
+    assert "registered training/scheduled: cron 30 2 * * * (Europe/Madrid)" in out
+    (deployment,) = [row for row in api.rows("deployments") if row["name"] == "scheduled"]
+    (schedule,) = deployment["schedules"]
+    assert schedule["active"]
+    assert (schedule["schedule"]["cron"], schedule["schedule"]["timezone"]) == ("30 2 * * *", "Europe/Madrid")
+    assert deployment["entrypoint"] == "flows.training_flow.training"
+
+
+def test_without_a_server_registering_says_how_to_start_one(finished):
+    nowhere = f"http://127.0.0.1:{server.free_port()}/api"
+
+    process = start(finished, "flows.deployments", PREFECT_API_URL=nowhere)
+    out, _ = process.communicate(timeout=30)
+
+    assert process.returncode == 1
+    assert f"error: no Prefect server answers at {nowhere}\n  remedy: start one with `make up`" in out
+
+
+@pytest.mark.slow
+def test_up_shows_the_page_executes_what_is_due_and_ends_with_all_it_started(finished, tmp_path):
+    """With SQLAlchemy 2.1 Prefect's cron schedules never fire, and nothing else says so."""
+    finished.change("params.yaml", "cron: 0 3 * * 1", 'cron: "* * * * *"')
+    finished.change("params.yaml", "learning_rate: 0.001", "learning_rate: 0.002")
+    port = server.free_port()
+    api = Api(f"http://127.0.0.1:{port}/api")
+    environment = {"PREFECT_HOME": str(tmp_path / "home"), "PREFECT_SERVER_API_PORT": str(port)}
+    finished.environment.pop("PREFECT_API_URL")
+    process = start(finished, "flows.up", **environment)
+    try:
+        wait_until(lambda: server.is_up(api.url), 60, "the server is up")
+        wait_until(lambda: "train" in finished.begun(), 120, "a run by the schedule begins")
+
+        def done():
+            runs = api.rows("flow_runs", flow_runs={"state": {"type": {"any_": ["COMPLETED"]}}})
+            return [run for run in runs if run["name"] == "params finetune.learning_rate 0.001→0.002"]
+
+        (run,) = wait_until(done, 60, "it ends, named for what changed")
+        assert run["auto_scheduled"]
+        # A run by hand goes to the same server, found without any setting.
+        by_hand = finished.run(PREFECT_HOME=environment["PREFECT_HOME"])
+        assert by_hand.returncode == 0 and f"View at http://127.0.0.1:{port}/" in by_hand.stderr
+    finally:
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, out
+    assert f"Prefect's page is at http://127.0.0.1:{port}" in out
+    assert finished.processes() == []
