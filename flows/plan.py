@@ -82,7 +82,7 @@ def _never_run(stage: StagePlan) -> bool:
 def _shortened(changes: Sequence[Change]) -> str:
     # What a person changed explains the missing outputs of the same run.
     shown = [change for change in changes if change.kind != "output"] or list(changes)
-    words = {"never run": "unfinished", "data": "new data", "output": "missing"}
+    words = {"never run": "unfinished", "data": "new data", "output": "rebuild"}
     parts = [f"{words.get(change.kind, change.kind)} {change.what}" for change in shown[:MAX_CHANGES_NAMED]]
     if len(shown) > MAX_CHANGES_NAMED:
         parts.append(f"{len(shown) - MAX_CHANGES_NAMED} more")
@@ -147,7 +147,8 @@ def _changes(stage: PipelineStage, made_by: dict[str, Any]) -> Iterator[Change]:
         for path, how in entry.get("changed deps", {}).items():
             yield from _dependency_changes(stage, path, how, made_by)
         for path in entry.get("changed outs", {}):
-            yield Change("output", path)
+            # A stage without a command is a file that the user gave to `dvc add`.
+            yield Change("output" if stage.cmd else "data", path)
 
 
 def _dependency_changes(

@@ -60,7 +60,7 @@ def test_until_leaves_out_what_follows(checkout):
         ("work/judge.py", "alone", "changed", "code judge"),
         ("data/in.txt", "rows", "other rows", "new data read"),
         ("dvc.yaml", "stage.py train 0", "stage.py train 0.0", "command train"),
-        ("read.txt", "rows", "touched by hand", "missing read.txt"),
+        ("read.txt", "rows", "touched by hand", "rebuild read.txt"),
     ],
 )
 def test_the_name_of_a_run_says_what_changed(checkout, path, old, new, name):
