@@ -19,8 +19,8 @@ from types import FrameType
 from typing import Literal
 
 from flows import dvc_locks
+from stages.common.errors import PassingTroubleError
 
-TEMPORARY_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed later
 TAIL_LINES = 60  # kept to tell why a stage failed
 BLOCKED_POLL_S = 1.0
 INTERRUPT_PATIENCE_S = 8.0  # then SIGKILL
@@ -62,7 +62,7 @@ class Outcome:
     @property
     def is_temporary(self) -> bool:
         """Whether trying again may help, by the stage's own word."""
-        return self.how == "failed" and self.exit_code == TEMPORARY_EXIT_CODE
+        return self.how == "failed" and self.exit_code == PassingTroubleError.exit_code
 
 
 def parse_progress(line: str) -> Progress | None:

@@ -1,4 +1,4 @@
-"""The two errors that a user can cause, and mend."""
+"""The errors that a user can cause or meet, and mend."""
 
 from __future__ import annotations
 
@@ -26,3 +26,12 @@ class ParamsError(InputError):
     """`params.yaml` is wrong. Every problem of the file is in the one message."""
 
     exit_code = 2
+
+
+class PassingTroubleError(InputError):
+    """A trouble of the moment, such as a network that does not answer: the training flow tries again.
+
+    The code is EX_TEMPFAIL of sysexits.h, "the user is invited to retry".
+    """
+
+    exit_code = 75

@@ -74,6 +74,7 @@ def test_nothing_is_done_without_locks(tmp_path):
     assert dvc_locks.clear_dead(tmp_path) == 0
 
 
+@pytest.mark.slow
 def test_dvc_runs_again_after_its_lock_of_a_reused_process_id_is_cleared(finished):
     finished.change("params.yaml", "learning_rate: 0.001", "learning_rate: 0.002")
     path = finished.root / ".dvc" / "tmp" / "rwlock"

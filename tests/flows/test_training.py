@@ -45,6 +45,7 @@ def test_a_changed_parameter_runs_its_stage_and_names_the_run(retrain, api):
     assert api.task_states(run)["judge"] == "Unchanged"
 
 
+@pytest.mark.slow
 def test_force_runs_everything_again(finished, api):
     assert finished.run("--force", "--until", "train").returncode == 0
 
@@ -82,6 +83,7 @@ def test_a_failed_stage_says_why_stops_what_follows_and_is_not_tried_again(retra
     assert (states["train"], states["judge"]) == ("Failed", "NotReady")
 
 
+@pytest.mark.slow
 def test_a_stage_that_finds_wrong_parameters_ends_the_run_with_2(retrain):
     retrain.trouble("train-fails", "2 error: finetune.rank: 0 is too small\n  remedy: mend params.yaml")
 
@@ -139,6 +141,7 @@ def test_after_kill_9_no_stage_lives_on_and_the_next_run_says_so_and_goes_on(ret
     assert retrain.begun() == ["train"]
 
 
+@pytest.mark.slow
 def test_after_kill_9_of_everything_but_the_stage_the_next_run_ends_it_first(retrain):
     retrain.trouble("train-slow", "60")
     process = retrain.start("--until", "train")
@@ -190,6 +193,7 @@ def test_a_second_run_waits_for_the_first_and_says_for_whom(retrain):
     assert retrain.begun() == ["train"], "nothing ran twice"
 
 
+@pytest.mark.slow
 def test_a_run_beside_dvc_repro_waits_and_says_for_whom(retrain):
     retrain.trouble("train-slow", "3")
     by_dvc = retrain.start_dvc("repro", "train")
@@ -252,6 +256,7 @@ def test_ctrl_c_ends_the_stage_and_the_run_in_good_order(retrain, api):
     assert api.last_run()["state_type"] == "CANCELLED"
 
 
+@pytest.mark.slow
 def test_sigterm_ends_a_run_with_143(retrain):
     retrain.trouble("train-slow", "60")
     process = retrain.start()
