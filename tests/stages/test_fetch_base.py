@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from stages.common.artifacts import read_json
-from stages.common.errors import InputError
+from stages.common.errors import InputError, PassingTroubleError
 from stages.fetch_base import file_sha256, find_in_folder, find_on_hub, main, spdx
 from tests.tiny import make_model, save_model
 
@@ -203,6 +203,7 @@ def test_a_hub_that_refuses_connections_fails_within_thirty_seconds(tmp_path):
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert time.monotonic() - started < 30
+    assert "PassingTroubleError: the hub model owner/some-model" in result.stderr
     assert "the network does not answer" in result.stderr
 
 
@@ -255,7 +256,18 @@ def test_a_file_that_is_no_gguf_is_refused(project, wheels):
 def test_a_version_that_the_index_has_not_is_named(project, wheels):
     write_wheel(wheels, {})
     project(origin="package", name="tiny-base", revision="9.9", sha256="0" * 64, file="model.gguf")
-    with pytest.raises(InputError, match=r"could not download tiny-base==9\.9"):
+    with pytest.raises(InputError, match=r"could not download tiny-base==9\.9") as error:
+        main()
+    assert error.value.exit_code == 1  # trying again would not help
+
+
+def test_an_index_that_refuses_connections_is_a_trouble_that_may_pass(project, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    project(origin="package", name="tiny-base", revision="1.0", sha256="0" * 64, file="model.gguf")
+    with pytest.raises(PassingTroubleError, match=r"could not download tiny-base==1\.0"):
         main()
 
 
