@@ -79,7 +79,7 @@ def run_stages(run: PreparedRun, *, retries: int, retry_delay_s: float) -> Pipel
             retry_condition_fn=_retry_condition(ledger, stage.name),
             cache_policy=NO_CACHE,
             persist_result=False,
-        )(_recorded(body, ledger, stage))
+        )(_recorded(run, body, ledger, stage))
         futures[stage.name] = stage_task.submit(
             return_state=False, wait_for=[futures[name] for name in stage.upstream]
         )
@@ -94,7 +94,7 @@ def _unchanged() -> Outcome:
 
 def _stage_body(run: PreparedRun, stage: str) -> Callable[[], Outcome]:
     def run_stage() -> Outcome:
-        lines = _Lines(stage, get_run_logger())
+        lines = _Lines(stage, get_run_logger(), lambda: run.processes.stopped_by is not None)
 
         def on_blocked(outcome: Outcome) -> bool:
             holders = "; ".join(map(str, outcome.blockers))
@@ -109,21 +109,25 @@ def _stage_body(run: PreparedRun, stage: str) -> Callable[[], Outcome]:
     return run_stage
 
 
-def _recorded(body: Callable[[], Outcome], ledger: _Ledger, stage: StagePlan) -> Callable[[], State[None]]:
-    def run() -> State[None]:
+def _recorded(
+    run: PreparedRun, body: Callable[[], Outcome], ledger: _Ledger, stage: StagePlan
+) -> Callable[[], State[None]]:
+    def run_and_record() -> State[None]:
         try:
             outcome = body()
         except InterruptedError as error:
             return Cancelled(message=str(error))
+        if outcome.how == "failed" and (stopped_by := run.processes.stopped_by) is not None:
+            return Cancelled(message=f"stopped by {stopped_by.name}")
         ledger.outcomes[stage.name] = outcome
         return _state(outcome)
 
-    return run
+    return run_and_record
 
 
 def _state(outcome: Outcome) -> State[None]:
     if outcome.how == "unchanged":
-        return Completed(name="Unchanged", message="nothing that it depends on has changed")
+        return Completed(name="Unchanged", message="nothing changed")
     if outcome.how == "restored":
         return Completed(name="Restored", message="DVC had kept the outputs of this very run")
     if outcome.how == "ran":
@@ -170,8 +174,9 @@ def _failure(stage: str, outcome: Outcome) -> StageFailure:
 class _Lines:
     """Sends the lines of one stage to Prefect's log and its progress to a bar on Prefect's page."""
 
-    def __init__(self, stage: str, logger: StageLogger) -> None:
+    def __init__(self, stage: str, logger: StageLogger, is_stopped: Callable[[], bool]) -> None:
         self._stage = stage
+        self._is_stopped = is_stopped
         self.logger = logger
         self._artifact: UUID | None = None
         self._shown_at = self._logged_at = float("-inf")
@@ -179,7 +184,7 @@ class _Lines:
     def take(self, line: str) -> None:
         if (progress := parse_progress(line)) is not None:
             self._show(progress)
-        elif is_chatter(line):
+        elif is_chatter(line) or self._is_stopped():  # an interrupted stage ends with a traceback
             self.logger.debug(line)
         elif line.startswith(("error:", "ERROR:")):
             self.logger.error(line)

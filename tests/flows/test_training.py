@@ -253,7 +253,10 @@ def test_ctrl_c_ends_the_stage_and_the_run_in_good_order(retrain, api):
     assert "stopped; finished stages are kept" in err
     assert not (retrain.root / ".perennial" / "run.json").exists()
     assert retrain.stage_processes() == []
-    assert api.last_run()["state_type"] == "CANCELLED"
+    run = api.last_run()
+    assert run["state_type"] == "CANCELLED"
+    assert api.task_states(run)["train"] == "Cancelled"
+    assert "KeyboardInterrupt" not in err
 
 
 @pytest.mark.slow
