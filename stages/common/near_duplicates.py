@@ -3,12 +3,14 @@
 The search is exact. MinHash with LSH would miss some pairs, and `split` has to prove that there
 are none. It is fast because two sets with similarity t or more share one of their rarest grams:
 only the first n - ceil(t n) + 1 grams of a set, the rarest first, need an index (prefix
-filtering; Bayardo, Ma and Srikant, "Scaling up all pairs similarity search", 2007).
+filtering; Bayardo, Ma and Srikant, "Scaling up all pairs similarity search", 2007; Xiao and
+others, "Efficient similarity joins for near duplicate detection", 2008).
 """
 
 from __future__ import annotations
 
 import math
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -49,8 +51,9 @@ class SimilarTexts:
         self.threshold = threshold
         self._frequency = Counter(gram for text in expected for gram in grams(text))
         self._texts: list[frozenset[str]] = []
-        self._by_gram: defaultdict[str, list[int]] = defaultdict(list)
-        self.compared = 0
+        # Arrays, so that numpy can look at thousands of candidates at once.
+        self._sizes = array("q")
+        self._by_gram: defaultdict[str, array[int]] = defaultdict(lambda: array("q"))
 
     def add(self, text: str) -> int:
         """Put a text in the index and return its number there, counted from 0."""
@@ -58,21 +61,36 @@ class SimilarTexts:
         for gram in self._prefix(own):
             self._by_gram[gram].append(len(self._texts))
         self._texts.append(own)
+        self._sizes.append(len(own))
         return len(self._texts) - 1
 
     def near(self, text: str) -> Iterator[tuple[int, float]]:
         """Yield the number and the similarity of each text in the index that is near `text`, in order."""
         own = grams(text)
-        candidates = {number for gram in self._prefix(own) for number in self._by_gram.get(gram, ())}
-        for number in sorted(candidates):
-            other = self._texts[number]
-            sizes = sorted((len(own), len(other)))
-            if sizes[0] < self.threshold * sizes[1] - ROUNDING:
-                continue
-            self.compared += 1
-            score = similarity(own, other)
+        for number in self._candidates(own):
+            score = similarity(own, self._texts[number])
             if score >= self.threshold - ROUNDING:
                 yield number, score
+
+    def _candidates(self, own: frozenset[str]) -> list[int]:
+        """The texts whose prefix shares enough with the prefix of `own` (the filter of PPJoin).
+
+        What two texts share beyond both their prefixes comes after one of them, so it can be no
+        more than what stands there.
+        """
+        import numpy as np
+
+        prefix = self._prefix(own)
+        holders = [np.frombuffer(self._by_gram[gram], np.int64) for gram in prefix if gram in self._by_gram]
+        if not holders:
+            return []
+        numbers, shared = np.unique(np.concatenate(holders), return_counts=True)
+        sizes = np.frombuffer(self._sizes, np.int64)[numbers]
+        beyond = np.maximum(len(own) - len(prefix), np.ceil(self.threshold * sizes - ROUNDING) - 1)
+        at_most = np.minimum(shared + np.maximum(beyond, 0), np.minimum(sizes, len(own)))
+        needed = self.threshold / (1 + self.threshold) * (len(own) + sizes)
+        found: list[int] = numbers[at_most >= needed - ROUNDING].tolist()
+        return found
 
     def _prefix(self, own: frozenset[str]) -> list[str]:
         """The grams of which a near text must share one: the rarest, in an order all texts agree on."""
