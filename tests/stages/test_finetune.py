@@ -1,0 +1,263 @@
+import csv
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from stages import finetune
+from stages.common.chat import Encoded, encode_example
+from stages.common.errors import InputError
+from stages.common.models import load_tokenizer
+from stages.common.records import Message, make_row, write_rows
+from tests.tiny import save_model
+
+REPO = Path(__file__).resolve().parents[2]
+SETTINGS = {
+    "rank": 4,
+    "alpha": 8,
+    "learning_rate": 0.01,
+    "batch_size": 4,
+    "gradient_accumulation": 1,
+    "epochs": 1,
+    "max_length": 200,
+    "checkpoint_every_steps": 3,
+    "dtype": "float32",
+}
+
+
+def rows(count, start=0):
+    return [
+        make_row(
+            [
+                Message("system", "Answer."),
+                Message("user", "abc"[n % 3] * (1 + n % 7) + str(n)),
+                Message("assistant", f'{{"n":{n % 5}}}'),
+            ],
+            "toy",
+            "cc0-1.0",
+        )
+        for n in range(start, start + count)
+    ]
+
+
+def make_project(folder, count=40, **changes):
+    """Lay out what finetune reads: the base model, the split and params.yaml."""
+    save_model(folder / "artifacts" / "fetch_base")
+    (folder / "artifacts" / "split").mkdir()
+    write_rows(folder / "artifacts" / "split" / "train.parquet", rows(count))
+    write_rows(folder / "artifacts" / "split" / "validation.parquet", rows(8, start=1000))
+    params = yaml.safe_load((REPO / "params.yaml").read_text())
+    params["finetune"].update({**SETTINGS, **changes})
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    return folder
+
+
+def adapter(project):
+    return (project / "artifacts" / "finetune" / "adapter_model.safetensors").read_bytes()
+
+
+def evidence(project):
+    metrics = json.loads((project / "reports" / "finetune" / "metrics.json").read_text())
+    metrics.pop("throughput")
+    return metrics
+
+
+def start_stage(project):
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "stages.finetune"],
+        cwd=project,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A model this small is slower on several threads, much slower where other work has the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    monkeypatch.chdir(make_project(tmp_path))
+    return tmp_path
+
+
+def test_training_lowers_the_loss_and_leaves_adapter_evidence_curve_and_picture(project):
+    finetune.main()
+    metrics = evidence(project)
+    assert metrics["train_rows"] == 40
+    assert metrics["steps"] == 10
+    assert metrics["share_prefix"] is True
+    assert metrics["fast_modules"] == {"lora_linear": 14, "rms_norm": 5}
+    with (project / "reports" / "finetune" / "loss.csv").open() as file:
+        curve = list(csv.DictReader(file))
+    assert [int(point["step"]) for point in curve] == list(range(1, 11))
+    assert float(curve[-1]["loss"]) < float(curve[0]["loss"])
+    assert (project / "reports" / "finetune" / "loss.svg").read_text().startswith("<?xml")
+    names = {path.name for path in (project / "artifacts" / "finetune").iterdir()}
+    assert names == {"adapter_model.safetensors", "adapter_config.json"}
+    assert not list((project / "checkpoints" / "finetune").iterdir())
+
+
+def test_two_runs_write_the_same_bytes(project):
+    finetune.main()
+    kept = [p for p in project.glob("*/finetune/*") if p.suffix in {".safetensors", ".json", ".csv", ".svg"}]
+    first = {path: path.read_bytes() for path in kept if path.name != "metrics.json"}
+    metrics = evidence(project)
+    finetune.main()
+    assert evidence(project) == metrics
+    assert {path: path.read_bytes() for path in first} == first
+    assert len(first) == 4
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation": 2, "dropout": 0.1, "epochs": 2}])
+def test_a_run_killed_in_the_middle_ends_with_the_adapter_of_an_unbroken_run(tmp_path, settings):
+    unbroken = make_project(tmp_path / "unbroken", 160, **settings)
+    assert start_stage(unbroken).wait() == 0
+    killed = make_project(tmp_path / "killed", 160, **settings)
+    stage = start_stage(killed)
+    deadline = time.monotonic() + 60
+    while not list(killed.glob("checkpoints/finetune/*/checkpoint-1[0-9]/complete.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    stage.send_signal(signal.SIGKILL)
+    stage.wait()
+    assert not (killed / "artifacts" / "finetune").exists()
+    again = start_stage(killed)
+    _, log = again.communicate()
+    assert again.returncode == 0, log
+    assert int(re.search(r"resuming from step (\d+) of", log)[1]) >= 9
+    assert adapter(killed) == adapter(unbroken)
+    assert evidence(killed) == evidence(unbroken)
+    for name in ("loss.csv", "loss.svg"):
+        one, other = (p / "reports" / "finetune" / name for p in (killed, unbroken))
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_checkpoint_cut_short_is_never_taken_for_whole(tmp_path):
+    for step in (3, 6, 9, 12):
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        checkpoint.mkdir()
+        for name in ("adapter_model.safetensors", "optimizer.pt"):
+            (checkpoint / name).write_bytes(b"x" * 100)
+        if step != 9:
+            finetune.mark_whole(checkpoint)
+    (tmp_path / "checkpoint-12" / "optimizer.pt").write_bytes(b"x" * 50)
+    assert finetune.whole_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-6"]
+
+
+def test_checkpoints_of_other_parameters_are_not_resumed_and_do_not_pile_up(project):
+    base = project / "artifacts" / "fetch_base"
+    examples = [Encoded([0, 1, 2], 1)]
+    settings = dict.fromkeys(finetune.Recipe.__dataclass_fields__, 1)
+    recipe = finetune.Recipe(**settings)
+    other = finetune.Recipe(**{**settings, "rank": 2})
+    names = {
+        finetune.fingerprint(recipe, examples, base),
+        finetune.fingerprint(other, examples, base),
+        finetune.fingerprint(recipe, [Encoded([0, 1, 3], 1)], base),
+    }
+    assert len(names) == 3
+    runs = project / "checkpoints" / "finetune"
+    for age, name in enumerate(("new", "middle", "old")):
+        (runs / name).mkdir(parents=True)
+        os.utime(runs / name, (1000 - age, 1000 - age))
+    finetune.forget_other_runs(runs / "mine", kept=1)
+    assert [path.name for path in runs.iterdir()] == ["new"]
+
+
+def test_gradient_accumulation_weighs_every_answer_token_alike(tmp_path, monkeypatch):
+    results = {}
+    for name, settings in {"whole": (8, 1), "halves": (4, 2)}.items():
+        project = make_project(
+            tmp_path / name, 8, batch_size=settings[0], gradient_accumulation=settings[1], epochs=3
+        )
+        monkeypatch.chdir(project)
+        monkeypatch.setattr(finetune, "BATCHES_SORTED_TOGETHER", 20)
+        finetune.main()
+        results[name] = evidence(project)["train_loss"]
+    assert results["halves"] == pytest.approx(results["whole"], rel=1e-4)
+
+
+def test_every_epoch_takes_each_row_once_in_an_order_of_its_own():
+    lengths = [10 + n % 13 for n in range(103)]
+    plan = finetune.plan_batches(lengths, batch_size=8, epochs=2, seed=7)
+    assert plan == finetune.plan_batches(lengths, 8, 2, 7)
+    assert plan != finetune.plan_batches(lengths, 8, 2, 8)
+    half = len(plan) // 2
+    for epoch in (plan[:half], plan[half:]):
+        assert Counter(row for batch in epoch for row in batch) == Counter(range(103))
+    assert plan[:half] != plan[half:]
+    spread = [max(lengths[r] for r in b) - min(lengths[r] for r in b) for b in plan]
+    assert sum(spread) / len(spread) <= 2
+
+
+def test_long_rows_are_dropped_or_named(tmp_path):
+    tokenizer = load_tokenizer(save_model(tmp_path))
+    toy = rows(3)
+    length = max(len(encode_example(tokenizer, row.messages).input_ids) for row in toy)
+    longer = make_row([Message("user", "x" * 200), Message("assistant", "y")], "toy", "cc0-1.0")
+    examples, long = finetune.encode_rows(tokenizer, [*toy, longer], length, "drop")
+    assert (len(examples), long) == (3, [longer])
+    with pytest.raises(InputError, match=f"1 of 4 rows .*\n.*{longer.id}.*\n.*finetune.max_length"):
+        finetune.encode_rows(tokenizer, [*toy, longer], length, "stop")
+    with pytest.raises(InputError, match="all 3 rows"):
+        finetune.encode_rows(tokenizer, toy, 5, "drop")
+
+
+def test_no_rows_no_module_and_a_loss_that_is_no_number_are_clear_errors(project, monkeypatch):
+    write_rows(project / "artifacts" / "split" / "train.parquet", [])
+    with pytest.raises(InputError, match="no rows"):
+        finetune.main()
+    make_project(project / "modules", target_modules=["no_such_proj"])
+    monkeypatch.chdir(project / "modules")
+    with pytest.raises(InputError, match="target_modules"):
+        finetune.main()
+    make_project(project / "diverged", learning_rate=1e30, warmup_fraction=0.0)
+    monkeypatch.chdir(project / "diverged")
+    with pytest.raises(InputError, match=r"diverged[\s\S]*learning_rate"):
+        finetune.main()
+
+
+def test_a_disk_too_small_for_the_checkpoints_is_said_before_the_work(tmp_path):
+    with pytest.raises(InputError, match="MiB left"):
+        finetune.check_free_space(tmp_path, trained_parameters=10**15)
+
+
+def test_a_disk_that_fills_up_while_saving_is_a_clear_error(project, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "optimizer.pt")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(InputError, match=r"is full[\s\S]*last whole checkpoint"):
+        finetune.main()
+
+
+def test_without_validation_rows_there_is_no_validation_loss(project):
+    write_rows(project / "artifacts" / "split" / "validation.parquet", [])
+    finetune.main()
+    assert evidence(project)["validation_loss"] is None
+
+
+def test_a_model_that_attends_otherwise_is_trained_with_padded_rows(project):
+    path = project / "artifacts" / "fetch_base" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "attention_dropout": 0.1}))
+    finetune.main()
+    assert evidence(project)["share_prefix"] is False
