@@ -134,12 +134,14 @@ def read_jsonl(path: Path) -> Iterator[Entry]:
 
 def _parsed_json(raw: bytes) -> Record | BadRow:
     try:
-        value = json.loads(raw.decode("utf-8"))
+        value = json.loads(raw.decode("utf-8").rstrip())
     except UnicodeDecodeError as error:
         return BadRow("not_utf8", f"byte 0x{raw[error.start]:02x} at {error.start + 1}")
     except RecursionError:
         return BadRow("broken_json", "nested too deeply")
-    except ValueError as error:
+    except json.JSONDecodeError as error:
+        return BadRow("broken_json", f"{error.msg} at character {error.pos + 1}")
+    except ValueError as error:  # a number of thousands of digits
         return BadRow("broken_json", str(error))
     if not isinstance(value, dict):
         return BadRow("broken_json", f"a {type(value).__name__} instead of an object")

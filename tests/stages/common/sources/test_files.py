@@ -94,6 +94,7 @@ BAD = [
     ('{"prompt": "a", "completion"', "broken_json"),
     ('["prompt", "completion"]', "broken_json"),
     ("[" * 100_000, "broken_json"),
+    ('{"prompt": ' + "1" * 5000 + "}", "broken_json"),
     (b'{"prompt": "caf\xe9", "completion": "b"}', "not_utf8"),
     ('{"prompt": "a", "completion": ""}', "no_answer"),
     ('{"prompt": "a", "completion": null}', "no_answer"),
@@ -143,6 +144,11 @@ def test_a_message_about_thousands_of_bad_rows_counts_the_ones_it_does_not_show(
     with pytest.raises(InputError, match="3000 bad rows") as error:
         collect(path, on_bad_row="stop")
     assert "and 2950 more broken_json" in str(error.value)
+
+
+def test_broken_json_names_the_place_in_the_line(tmp_path):
+    found = collect(jsonl(tmp_path, GOOD, '{"prompt" "a"}'))
+    assert found.rejected[0].detail == "Expecting ':' delimiter at character 11"
 
 
 def test_the_rejects_keep_what_stood_in_the_file(tmp_path):
