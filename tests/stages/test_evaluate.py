@@ -12,7 +12,6 @@ import yaml
 
 from stages import evaluate
 from stages.common.errors import InputError
-from stages.common.mistakes import code
 from stages.common.records import Message, make_row, write_rows
 from tests.tiny import save_model
 
@@ -229,22 +228,6 @@ def test_max_rows_takes_the_same_rows_every_time():
     assert len(chosen) == 15
     assert chosen == evaluate.choose_rows(rows, 15, 10, seed=7)
     assert [row for row in rows if row in chosen] == chosen
-
-
-@pytest.mark.parametrize(
-    ("text", "cell"),
-    [
-        ("a|b", "`a\\|b`"),
-        ("two\nlines", "`two ⏎ lines`"),
-        ("a\r\u2028b\0c", "`a ⏎ b c`"),
-        ("tick ` inside", "``tick ` inside``"),
-        ("`edge`", "`` `edge` ``"),
-        ("  ", "(nothing)"),
-        ("x" * 200, "`" + "x" * 159 + "…`"),
-    ],
-)
-def test_any_text_fits_into_a_table_cell(text, cell):
-    assert code(text) == cell
 
 
 def test_the_worst_error_comes_first(judged, report):
