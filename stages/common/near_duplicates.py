@@ -117,11 +117,11 @@ def closest(texts: Sequence[str], others: Sequence[str]) -> tuple[int, int, floa
 
     sets = [grams(text) for text in others]
     sizes = np.array([len(own) for own in sets])
-    holders: defaultdict[str, list[int]] = defaultdict(list)
+    holders: defaultdict[str, array[int]] = defaultdict(lambda: array("q"))
     for number, own in enumerate(sets):
         for gram in own:
             holders[gram].append(number)
-    postings = {gram: np.array(numbers) for gram, numbers in holders.items()}
+    postings = {gram: np.frombuffer(numbers, np.int64) for gram, numbers in holders.items()}
     best: tuple[int, int, float] | None = None
     for number, text in enumerate(texts):
         own = grams(text)
