@@ -150,7 +150,7 @@ def dependencies_page() -> str:
     asked = {"always": project["dependencies"], **project["optional-dependencies"]}
     for extra, requirements in asked.items():
         out += [f"## {extra}", "", "| package | version | licence |", "|---|---|---|"]
-        names = {re.split(r"[<>=\[]", requirement)[0] for requirement in requirements} - {"perennial"}
+        names = {re.split(r"[<>=\[]", requirement)[0] for requirement in requirements}
         out += [
             f"| {name} | {locked[name.lower()]} | {license_of(name, locked)} |" for name in sorted(names)
         ] + [""]
