@@ -163,6 +163,14 @@ def test_a_documented_command_exists(page, command):
         }
 
 
+def test_the_lock_is_exact_and_holds_for_any_machine():
+    lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if line and not line.startswith((" ", "#"))]
+    assert pins
+    # No file:// of ours, no +cpu of a machine without a GPU.
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!]+", pin) for pin in pins), pins
+
+
 def test_nothing_committed_names_a_machine():
     tracked = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -170,6 +178,9 @@ def test_nothing_committed_names_a_machine():
     leak = re.compile(r"/(?:home|Users|root|work)/[a-z]")
     for name in tracked:
         path = ROOT / name
-        if path.suffix in {".md", ".py", ".yaml", ".toml", ".json", ".cfg", ""} and path.is_file():
+        if (
+            path.suffix in {".md", ".py", ".yaml", ".toml", ".json", ".cfg", ".lock", ".j2", ""}
+            and path.is_file()
+        ):
             text = path.read_text(encoding="utf-8", errors="ignore")
             assert not leak.search(text), f"{name}: {leak.search(text)}"
