@@ -39,7 +39,8 @@ CODE = ("stages", "dvc.yaml", "params.yaml", "pyproject.toml", "requirements.loc
 
 # Figures without which there is no card. `a.b.c`: key c of key b of reports/a/metrics.json.
 NEEDED = (
-    *(f"fetch_base.{key}" for key in ("origin", "name", "revision", "license", "sha256", "parameters")),
+    *(f"fetch_base.{key}" for key in ("origin", "name", "revision", "file", "license")),
+    *(f"fetch_base.{key}" for key in ("sha256", "parameters")),
     *(
         f"collect.{key}"
         for key in ("rows", "rejected", "rejected_by_reason", "by_license", "by_origin", "sources")
@@ -57,11 +58,12 @@ NEEDED = (
     *(f"finetune.{key}" for key in ("train_rows", "dropped_long_rows", "steps", "train_tokens", "dtype")),
     *(f"finetune.{key}" for key in ("trained_parameters", "train_loss", "validation_loss")),
     *(f"evaluate.{key}" for key in ("rows", "test_rows", "groups", "base", "tuned", "difference", "slices")),
-    *(f"evaluate.{key}" for key in ("primary", "task", "confidence", "resamples", "errors", "confusions")),
+    *(f"evaluate.{key}" for key in ("primary", "task", "confidence", "resamples", "confusions")),
+    *(f"evaluate.errors.{key}" for key in ("rows", "by_kind", "right_in_base_only")),
     *(f"evaluate.{key}" for key in ("answer_limit_tokens", "references_over_limit")),
 )
-# Figures that may be null: a folder has no revision, a split without validation rows no loss.
-MAY_BE_NULL = ("fetch_base.revision", "finetune.validation_loss")
+# These may be null: a folder has no revision, a hub id no file, a split without validation rows no loss.
+MAY_BE_NULL = ("fetch_base.revision", "fetch_base.file", "finetune.validation_loss")
 
 # Sums that must agree; `a.b.*` is the sum over all keys of a.b.
 AGREEMENTS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
@@ -94,8 +96,10 @@ GATES = (
 HUB_METRICS = {"slot_f1": "f1", "rouge_l": "rouge"}
 NOT_FOR_THE_HUB = ("finished", "answer_tokens")
 
+# In the order of the table; the accuracy of the label, whose name depends on its key, comes second.
 METRIC_MEANINGS = {
     "exact_match": "answers equal to the reference (JSON: as values, whatever the order of keys)",
+    "": "answers with the right label",
     "valid_output": "answers that can be used at all: one JSON value of the right shape",
     "slot_f1": "micro-averaged F1 over the pairs of key and value other than the label",
     "rouge_l": "mean F1 of the longest common subsequence of words",
@@ -164,8 +168,13 @@ def check_figures(evidence: Evidence) -> list[str]:
         found = figure(evidence, name)
         if found is not None and found != wanted:
             problems.append(f"{name} is {json.dumps(found)}, not {json.dumps(wanted)}")
+    for number, finding in enumerate(figure(evidence, "check_bias.findings") or ()):
+        if not finding.get("statement"):
+            problems.append(f"check_bias.findings.{number} has no statement")
     sources = figure(evidence, "collect.sources")
-    if sources is not None and (rows := sum(s["rows"] for s in sources)) != figure(evidence, "collect.rows"):
+    if sources is not None and (rows := sum(s.get("rows", 0) for s in sources)) != figure(
+        evidence, "collect.rows"
+    ):
         problems.append(
             f"the sources of collect have {rows} rows, and collect.rows is {evidence['collect']['rows']}"
         )
@@ -309,16 +318,18 @@ def sources_table(sides: Mapping[str, Sequence[Row]]) -> list[dict[str, Any]]:
 
 def results_table(report: Mapping[str, Any]) -> list[dict[str, str]]:
     """Return one line a metric: base, tuned and difference with intervals, p-value."""
+    order = list(METRIC_MEANINGS)
+    known = {name: name if name in METRIC_MEANINGS else "" for name in report["tuned"]}
     return [
         {
             "name": name,
-            "meaning": METRIC_MEANINGS.get(name, "answers with the right label"),
+            "meaning": METRIC_MEANINGS[known[name]],
             "base": _with_interval(report["base"][name]),
             "tuned": _with_interval(report["tuned"][name]),
             "difference": _with_interval(report["difference"][name], sign="+"),
             "p_value": f"{report['difference'][name]['p_value']:.4f}",
         }
-        for name in report["tuned"]
+        for name in sorted(report["tuned"], key=lambda name: order.index(known[name]))
     ]
 
 
@@ -339,8 +350,8 @@ def limits(evidence: Evidence) -> list[str]:
             "people ask in other words, and nothing here measures how much that costs."
         )
     found.append(
-        f"The test asks for {report['groups']} groups that training never saw, but of the same sources: "
-        "of other sources nothing is known."
+        f"The test asks for {_many(report['groups'], 'group')} that training never saw, but of the same "
+        "sources: of other sources nothing is known."
     )
     wrong = report["errors"]["rows"]
     faults = ", ".join(
@@ -352,14 +363,15 @@ def limits(evidence: Evidence) -> list[str]:
     if report["errors"]["right_in_base_only"]:
         found.append(f"{report['errors']['right_in_base_only']} of these the base model had right.")
     for tag, by_value in report["slices"].items():
-        weakest = sorted(by_value.items(), key=lambda item: (item[1]["value"], -item[1]["n"], item[0]))
-        weakest = weakest[:WEAKEST_SHOWN] if len(weakest) > 1 else []
-        if weakest:
+        # By the upper end: a slice of two rows, both wrong, is no proof of weakness.
+        weakest = sorted(by_value.items(), key=lambda item: (item[1]["high"], item[1]["value"], item[0]))
+        if len(weakest) > 1:
             each = "; ".join(
-                f"{code(value)} {_with_interval(f)} on {f['n']} rows in {f['groups']} groups"
-                for value, f in weakest
+                f"{code(value)} {_with_interval(part)} on {_many(part['n'], 'row')} "
+                f"in {_many(part['groups'], 'group')}"
+                for value, part in weakest[:WEAKEST_SHOWN]
             )
-            found.append(f"Weakest by {tag} ({report['primary']}): {each}.")
+            found.append(f"Weakest by {tag} ({report['primary']}, the surest first): {each}.")
     if report["confusions"]:
         each = "; ".join(
             f"{code(c['expected'])} answered as {code(c['answered'])} ({c['n']})"
@@ -369,13 +381,14 @@ def limits(evidence: Evidence) -> list[str]:
     if untested := split.get("labels_without_test_rows"):
         found.append(f"Never tested, for want of groups: {', '.join(map(code, untested))}.")
     if collect["rejected"]:
-        found.append(
-            f"Never collected: {collect['rejected']} rows ({_counts(collect['rejected_by_reason'])})."
-        )
+        reasons = _counts(collect["rejected_by_reason"])
+        found.append(f"Never collected: {_many(collect['rejected'], 'row')} ({reasons}).")
     if curate["dropped"]:
-        found.append(f"Never kept: {curate['dropped']} rows ({_counts(curate['dropped_by_reason'])}).")
+        found.append(
+            f"Never kept: {_many(curate['dropped'], 'row')} ({_counts(curate['dropped_by_reason'])})."
+        )
     if finetune["dropped_long_rows"]:
-        found.append(f"Never learned: {finetune['dropped_long_rows']} rows that were too long.")
+        found.append(f"Never learned, being too long: {_many(finetune['dropped_long_rows'], 'row')}.")
     if report["references_over_limit"]:
         found.append(
             f"{report['references_over_limit']} references are longer than the "
@@ -384,6 +397,10 @@ def limits(evidence: Evidence) -> list[str]:
     if report["rows"] < report["test_rows"]:
         found.append(f"Only {report['rows']} of {report['test_rows']} test rows were asked.")
     return found
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + "s" * (count != 1)
 
 
 def _counts(by_reason: Mapping[str, int]) -> str:

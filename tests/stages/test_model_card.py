@@ -210,6 +210,16 @@ def test_the_card_states_the_results_with_intervals(project):
     assert "rank | 16" in text
 
 
+def test_the_most_telling_metric_comes_first(project):
+    names = re.findall(r"^\| (\w+) \| [-\d]", card(), re.M)
+    assert names[:4] == ["exact_match", "intent_accuracy", "slot_f1", "perplexity"]
+
+
+def test_weak_slices_come_with_their_rows_and_groups(project):
+    weak = re.search(r"Weakest by intent.*", card()).group()
+    assert "`Off` 0.250 (0.100 to 0.900) on 5 rows in 2 groups; `On` 0.500" in weak
+
+
 def test_the_hub_can_read_the_front_matter(project):
     from huggingface_hub import ModelCard
 
