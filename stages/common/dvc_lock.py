@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,14 @@ class Lock:
         return found[0] if len(found) == 1 else None
 
 
-def read_lock(path: Path = LOCK) -> Lock:
-    """Read `dvc.lock`; without the file nothing is recorded."""
-    stages = (
-        (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("stages", {}) if path.exists() else {}
-    )
+def read_lock(names: Sequence[str], path: Path = LOCK) -> Lock:
+    """Read what `dvc.lock` records of some stages; without the file nothing is recorded.
+
+    A stage that reads the lock while it runs must not name itself or what follows it: the file still has
+    what they saw the last time.
+    """
+    recorded = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
+    stages = {name: entry for name, entry in recorded.get("stages", {}).items() if name in names}
     hashes: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for stage, entry in stages.items():
         for item in (*entry.get("deps", ()), *entry.get("outs", ())):
