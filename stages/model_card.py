@@ -524,7 +524,7 @@ def read_adapter_config() -> tuple[dict[str, Any] | None, list[str]]:
 def main() -> None:
     """Check all evidence against itself, then write the card."""
     params = load_params().model_card
-    lock = read_lock()
+    lock = read_lock(BEFORE)
     evidence, problems = read_evidence()
     sides, unreadable_rows = read_sides()
     adapter, unreadable_adapter = read_adapter_config()
