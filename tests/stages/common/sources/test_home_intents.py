@@ -73,6 +73,7 @@ def recognisers(group):
     ]
 
 
+@cache
 def whole_lists(person):
     """All rooms, floors and devices, with those of one person: nothing is cut to the sentence."""
 
@@ -115,6 +116,7 @@ def test_hassil_given_the_template_agrees_with_the_label_of_every_row_of_a_sampl
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # 50 s of work, on a machine that may be shared
 def test_hassil_given_the_template_agrees_with_every_label_of_the_default_set():
     assert_hassil_agrees(
         collect_home_intents(
