@@ -89,6 +89,8 @@ def replacing(path: Path) -> Iterator[Path]:
 def fresh_dir(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside `path`; on success it takes the place of `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    for killed in path.parent.glob(f".{path.name}.*"):  # a process killed in here could not tidy up
+        shutil.rmtree(killed, ignore_errors=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield beside

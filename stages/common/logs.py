@@ -51,16 +51,23 @@ def run_stage(main: Callable[[], None]) -> NoReturn:
         main()
     except InputError as error:
         _leave(f"error: {error}", error.exit_code)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if not _is_full_disk(error):
             raise
-        where = f" while writing {error.filename}" if error.filename else ""
+        where = f" while writing {error.filename}" if isinstance(error, OSError) and error.filename else ""
         _leave(
             f"error: the disk is full{where}\n  remedy: free some space and run again; "
             "finished stages and checkpoints are kept",
             1,
         )
     sys.exit(0)
+
+
+def _is_full_disk(error: Exception) -> bool:
+    """Return whether the disk is full; libraries in Rust (safetensors) say so in words alone."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "os error 28" in str(error)
 
 
 def _leave(message: str, code: int) -> NoReturn:

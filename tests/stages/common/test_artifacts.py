@@ -40,6 +40,13 @@ def test_a_fresh_folder_takes_the_place_of_the_old_one_only_on_success(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
+def test_what_a_killed_process_left_beside_a_folder_is_swept_away(tmp_path):
+    (tmp_path / ".model.killed").mkdir()
+    with fresh_dir(tmp_path / "model") as new:
+        (new / "new").write_text("1")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
 def test_broken_evidence_names_the_file_and_the_stage(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "reports/curate").mkdir(parents=True)

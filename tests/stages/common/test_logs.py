@@ -3,7 +3,8 @@ import sys
 
 
 def run_stage(body: str) -> subprocess.CompletedProcess[str]:
-    code = f"import errno\nfrom stages.common.errors import *\nfrom stages.common.logs import *\ndef main():\n    {body}\nrun_stage(main)"
+    imports = "import errno\nfrom stages.common.errors import *\nfrom stages.common.logs import *\n"
+    code = f"{imports}def main():\n    {body}\nrun_stage(main)"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
@@ -21,6 +22,12 @@ def test_a_full_disk_is_told_as_one():
     assert done.returncode == 1
     assert "the disk is full while writing model.safetensors" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_full_disk_that_a_library_tells_in_words_is_told_as_one():
+    done = run_stage("raise RuntimeError('Error while serializing: I/O error: No space left (os error 28)')")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: the disk is full")
 
 
 def test_a_bug_keeps_its_traceback():

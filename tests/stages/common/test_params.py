@@ -46,7 +46,7 @@ def test_an_unknown_key_is_named_with_its_line_value_and_the_nearest_right_key(e
 
 
 def test_a_wrong_type_is_named_with_its_line_and_value(edited):
-    with pytest.raises(ParamsError, match="finetune.epochs: .*integer.*'two'") as error:
+    with pytest.raises(ParamsError, match=r"finetune\.epochs: .*integer.*'two'") as error:
         edited(("epochs: 1", "epochs: two"))
     assert f":{line_of('epochs: 1')}:" in str(error.value)
 
