@@ -53,8 +53,10 @@ def load_tokenizer(folder: Path) -> Any:
 def load_base(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """Load the base model of a model folder, in evaluation mode."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     _check_folder(folder)
+    logging.disable_progress_bar()  # a bar over a second of loading, in every log
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     return model.to(device).eval()
 

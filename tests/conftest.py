@@ -1,0 +1,5 @@
+"""One thread a process: the test models are tiny, and threads that wait for each other slow a busy machine down."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
