@@ -1,4 +1,4 @@
-"""One thread a process: the test models are tiny, and threads that wait for each other slow a busy machine down."""
+"""One thread a process: the test models are tiny, and waiting threads slow a busy machine down."""
 
 import os
 
