@@ -10,6 +10,7 @@ Exit codes: 0 done; 1 a stage failed, or bad input; 2 wrong parameters; 130 and 
 from __future__ import annotations
 
 import argparse
+import shutil
 import signal
 import sys
 import time
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from flows.pipeline import PipelineResult, StageFailure
 
+RESULT_COLUMNS = 100
 STOPPED_EXIT_CODE = 128  # plus the number of the signal, as shells have it
 
 
@@ -109,7 +111,9 @@ def _show_result(root: Path, name: str, result: PipelineResult, seconds: float) 
 
     from flows import summary
 
-    terminal = Console(highlight=False, soft_wrap=True)
+    # A narrower table would cut its figures off; a log has 80 columns by default.
+    columns = max(RESULT_COLUMNS, shutil.get_terminal_size().columns)
+    terminal = Console(highlight=False, soft_wrap=True, width=columns)
     counts = {"ran": result.ran, "restored": result.restored, "unchanged": result.unchanged}
     said = ", ".join(f"{len(stages)} {how}" for how, stages in counts.items() if stages)
     terminal.print(f"\n[bold]{name}[/bold]: {said}, in {_duration(seconds)}\n")
