@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from typing import Any
 from benchmarks.machine import machine
 from stages.common.artifacts import artifacts
 from stages.common.chat import encode_example
-from stages.common.models import load_tokenizer
+from stages.common.models import load_tokenizer, pick_device
 from stages.common.params import load_params
 from stages.common.records import Row, read_rows
 from stages.finetune import Recipe, build_model, peak_rss_mib, train
@@ -70,7 +71,14 @@ def run_trl(rows: list[Row], recipe: Recipe) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         trainer = SFTTrainer(
             model=str(base),
-            args=SFTConfig(output_dir=folder, num_train_epochs=1, report_to="none", save_strategy="no"),
+            args=SFTConfig(
+                output_dir=folder,
+                num_train_epochs=1,
+                report_to="none",
+                save_strategy="no",
+                # Without a GPU it refuses its default of bfloat16 unless it is told so.
+                use_cpu=pick_device().type == "cpu",
+            ),
             train_dataset=Dataset.from_list(conversations),
             peft_config=LoraConfig(
                 r=recipe.rank,
@@ -120,7 +128,8 @@ def main() -> None:
     if arguments.only:
         params = load_params().finetune
         recipe = Recipe(**params.model_dump(include=set(Recipe.__dataclass_fields__)))
-        rows = read_rows(artifacts("split") / "train.parquet")[: arguments.rows]
+        every_row = read_rows(artifacts("split") / "train.parquet")
+        rows = random.Random(recipe.seed).sample(every_row, arguments.rows)
         print(json.dumps(CONTESTANTS[arguments.only](rows, recipe)))
         return
 
