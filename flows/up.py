@@ -56,7 +56,7 @@ def up(root: Path, settings: TrainingFlow) -> int:
         raise InputError(f"a Prefect server already answers at {url}", remedy)
     os.environ[leftovers.RUN_ID_VARIABLE] = uuid.uuid4().hex
     with ExitStack() as stack:
-        stack.enter_context(_sigterm_interrupts())
+        stack.enter_context(_signals_interrupt())
         stack.enter_context(leftovers.watchdog(os.environ[leftovers.RUN_ID_VARIABLE]))
         api = server.start(host, port, root / FOLDER / "server.log")
         stack.callback(server.stop, api)
@@ -89,15 +89,18 @@ def _watch(processes: dict[str, subprocess.Popen[bytes]]) -> int:
 
 
 @contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
+def _signals_interrupt() -> Iterator[None]:
+    """Take SIGTERM as Ctrl-C, and Ctrl-C even where a shell has started this in its background."""
+
     def interrupt(_number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":
