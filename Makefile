@@ -12,7 +12,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 INSTALL := $(BIN)/python -m pip install --quiet --constraint requirements.lock --editable
 
-.PHONY: help run test test-all lint format docs lock up deploy params clean
+.PHONY: help run test test-slow test-all lint format docs lock up deploy params clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -23,8 +23,10 @@ run: $(VENV)/.core ## install, run the whole pipeline, show what the model learn
 test: $(VENV)/.dev ## the fast tests (under five minutes, no GPU, no network)
 	@python -m pytest -m "not slow"
 
-test-all: $(VENV)/.dev ## every test: the real base model, servers, a browser
-	@python -m pytest
+test-slow: $(VENV)/.dev ## the others: the real base model, servers, a browser
+	@python -m pytest -m slow
+
+test-all: test test-slow ## every test
 
 lint: $(VENV)/.dev ## what the hooks and CI check
 	@ruff check .
