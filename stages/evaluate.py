@@ -62,19 +62,6 @@ ANSWER_ROOM = 1.25
 # The metric by which slices are shown and answers called right.
 PRIMARY = {"json": "exact_match", "text": "rouge_l"}
 
-# What is wrong with an answer, worst first.
-FAULTS = (
-    "invalid",
-    "wrong label",
-    "missing slot",
-    "wrong value",
-    "extra slot",
-    "wrong answer",
-    "other words",
-)
-
-INVALID_LABEL = "(invalid)"
-
 Metrics = dict[str, Metric]
 
 
