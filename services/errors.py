@@ -69,7 +69,7 @@ class ApiError(Exception):
         return {"error": error}
 
     def headers(self) -> dict[str, str]:
-        """Return the response's headers: Retry-After in whole seconds (RFC 9110 10.2.3), the challenge of a 401."""
+        """Return the response's headers: whole seconds to wait (RFC 9110 10.2.3), the challenge of a 401."""
         headers = {}
         if self.retry_after_s is not None:
             headers["Retry-After"] = str(max(1, math.ceil(self.retry_after_s)))
