@@ -12,7 +12,6 @@ in which `main` lists them, and a row's reason is that of the first rule that dr
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import re
 import unicodedata
@@ -27,6 +26,7 @@ from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage
 from stages.common.near_duplicates import SimilarTexts, prompt_text
 from stages.common.params import load_params
+from stages.common.personal_data import holds
 from stages.common.records import Message, Row, canonical_json, make_row, read_rows, write_rows
 
 log = get_logger("curate")
@@ -147,75 +147,11 @@ def personal_data(kinds: Sequence[str]) -> Rule:
     def rule(row: Row) -> Drop | None:
         for role, text in _said(row):
             for kind in kinds:
-                if PERSONAL_DATA[kind](text):
+                if holds(kind, text):
                     return Drop(f"personal_{kind}", f"in what the {role} says")
         return None
 
     return rule
-
-
-def has_email(text: str) -> bool:
-    """Return whether an e-mail address stands in `text`."""
-    return bool(re.search(r"\b[\w.+-]+@[\w-]+(?:\.[\w-]+)*\.[^\W\d_]{2,}\b", text))
-
-
-def has_phone(text: str) -> bool:
-    """Return whether a phone number stands in `text`, written as such.
-
-    With a country's prefix, in North American groups, or with a leading 0; a bare run of digits
-    may be anything and is not one.
-    """
-    return bool(
-        re.search(r"(?<![\w+])\+\d(?:[ ().-]{0,2}\d){7,13}(?!\w)", text)
-        or re.search(r"(?<![\w.-])(?:1[ .-])?(?:\(\d{3}\) ?|\d{3}[ .-])\d{3}[ .-]\d{4}(?![\w-])", text)
-        or re.search(r"(?<![\w.,-])(?<!\d )0\d{1,4}[ /-]\d{3,4}[ -]?\d{3,5}(?![\w-]| \d)", text)
-    )
-
-
-def has_iban(text: str) -> bool:
-    """Return whether an IBAN with right check digits (ISO 13616, mod 97) stands in `text`."""
-    for match in re.finditer(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b", text):
-        number = match.group().replace(" ", "")
-        digits = "".join(str(int(c, 36)) for c in number[4:] + number[:4])
-        if 15 <= len(number) <= 34 and int(digits) % 97 == 1:
-            return True
-    return False
-
-
-def has_credit_card(text: str) -> bool:
-    """Return whether a payment card's number with a right check digit (Luhn) stands in `text`."""
-    for match in re.finditer(r"(?<![\d.-])[2-6](?:[ -]?\d){12,18}(?![\d-])", text):
-        digits = [int(c) for c in match.group() if c.isdigit()]
-        doubled = sum(sum(divmod(2 * d, 10)) for d in digits[-2::-2])
-        if (doubled + sum(digits[-1::-2])) % 10 == 0:
-            return True
-    return False
-
-
-def has_ipv4(text: str) -> bool:
-    """Return whether a public IPv4 address stands in `text`; private ranges name nobody."""
-    for match in re.finditer(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?!\w|\.\d)", text):
-        try:
-            if ipaddress.IPv4Address(match.group()).is_global:
-                return True
-        except ValueError:
-            continue
-    return False
-
-
-def has_ssn(text: str) -> bool:
-    """Return whether a US social security number of the ranges in use stands in `text`."""
-    return bool(re.search(r"(?<![\w-])(?!000|666|9\d\d)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\w-])", text))
-
-
-PERSONAL_DATA: dict[str, Callable[[str], bool]] = {
-    "email": has_email,
-    "phone": has_phone,
-    "iban": has_iban,
-    "credit_card": has_credit_card,
-    "ipv4": has_ipv4,
-    "ssn": has_ssn,
-}
 
 
 def conflicting_answers(rows: Sequence[Row]) -> dict[int, Drop]:

@@ -5,9 +5,9 @@ import pytest
 
 from stages import curate
 from stages.common.errors import InputError
+from stages.common.personal_data import PERSONAL_DATA
 from stages.common.records import Message, make_row, read_rows, write_rows
 from stages.curate import (
-    PERSONAL_DATA,
     answer_is_json,
     answer_length,
     apply,
@@ -23,6 +23,7 @@ from stages.curate import (
     question_length,
     repetition,
 )
+from tests.stages.common.test_personal_data import PERSONAL
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -95,48 +96,12 @@ def test_questions_of_signs_go():
     assert reason(mostly_not_text, question="12 + 30 * (4 - 5) = ?") is None
 
 
-PERSONAL = {
-    "email": ["write to ann.lee+x@mail.example.co.uk now"],
-    "phone": [
-        "call +49 30 1234567",
-        "call (212) 555-0187",
-        "212-555-0187",
-        "+14155550187",
-        "ring 020 7946 0958",
-    ],
-    "iban": ["pay DE89 3704 0044 0532 0130 00 today", "GB29NWBK60161331926819"],
-    "credit_card": ["card 4111 1111 1111 1111", "5500-0000-0000-0004"],
-    "ipv4": ["from 8.8.8.8."],
-    "ssn": ["my number is 123-45-6789"],
-}
-INNOCENT = [
-    "set a timer for 12 hours 30 minutes and 45 seconds",
-    "play 1999 at 50 percent",
-    "version 2026.10.27 of the package",
-    "on 2024-05-17 at 10:30:00",
-    "meet @ noon",
-    "the sum is 1234567890123456",
-    "card 4111 1111 1111 1112",
-    "DE00 3704 0044 0532 0130 00",
-    "192.168.1.10 and 127.0.0.1 and 300.1.1.1",
-    "000-45-6789",
-    "3.14159 26535 89793",
-    "from 100 200 to 300 400",
-]
-
-
-@pytest.mark.parametrize(
-    ("kind", "text"), [(kind, text) for kind, texts in PERSONAL.items() for text in texts]
-)
-def test_personal_data_is_found_by_its_kind(kind, text):
+@pytest.mark.parametrize("kind", PERSONAL_DATA)
+def test_personal_data_goes_by_its_kind_wherever_it_stands(kind):
+    text, others = PERSONAL[kind][0], [other for other in PERSONAL_DATA if other != kind]
     assert reason(personal_data([kind]), question=text) == f"personal_{kind}"
     assert reason(personal_data([kind]), answer=text) == f"personal_{kind}"
-    assert reason(personal_data([other for other in PERSONAL_DATA if other != kind]), question=text) is None
-
-
-@pytest.mark.parametrize("text", INNOCENT)
-def test_other_numbers_are_no_personal_data(text):
-    assert reason(personal_data(list(PERSONAL_DATA)), question=text) is None
+    assert reason(personal_data(others), question=text) is None
 
 
 def test_the_reason_does_not_repeat_the_personal_data():

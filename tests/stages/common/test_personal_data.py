@@ -1,0 +1,82 @@
+import random
+import re
+
+import pytest
+
+from stages.common.personal_data import PERSONAL_DATA, emails, holds
+
+PERSONAL = {
+    "email": ["write to ann.lee+x@mail.example.co.uk now"],
+    "phone": [
+        "call +49 30 1234567",
+        "call (212) 555-0187",
+        "212-555-0187",
+        "+14155550187",
+        "ring 020 7946 0958",
+    ],
+    "iban": ["pay DE89 3704 0044 0532 0130 00 today", "GB29NWBK60161331926819"],
+    "credit_card": ["card 4111 1111 1111 1111", "5500-0000-0000-0004"],
+    "ipv4": ["from 8.8.8.8."],
+    "ssn": ["my number is 123-45-6789"],
+}
+INNOCENT = [
+    "set a timer for 12 hours 30 minutes and 45 seconds",
+    "play 1999 at 50 percent",
+    "version 2026.10.27 of the package",
+    "on 2024-05-17 at 10:30:00",
+    "meet @ noon",
+    "the sum is 1234567890123456",
+    "card 4111 1111 1111 1112",
+    "DE00 3704 0044 0532 0130 00",
+    "192.168.1.10 and 127.0.0.1 and 300.1.1.1",
+    "000-45-6789",
+    "3.14159 26535 89793",
+    "from 100 200 to 300 400",
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"), [(kind, text) for kind, texts in PERSONAL.items() for text in texts]
+)
+def test_personal_data_is_found_by_its_kind_and_no_other(kind, text):
+    assert [other for other in PERSONAL_DATA if holds(other, text)] == [kind]
+
+
+@pytest.mark.parametrize("text", INNOCENT)
+def test_other_numbers_are_no_personal_data(text):
+    assert [kind for kind in PERSONAL_DATA if holds(kind, text)] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "addresses"),
+    [
+        ("to ann@example.org, bob@example.org.", ["ann@example.org", "bob@example.org"]),
+        ("..ann@example.org", ["ann@example.org"]),
+        ("a@b.co.x@d.org", ["a@b.co", "x@d.org"]),
+        ("a@b@c.org", ["b@c.org"]),
+        ("...@c.org", []),
+    ],
+)
+def test_a_span_is_the_address_and_nothing_else(text, addresses):
+    found = [text[start:end] for start, end in emails(text)]
+    assert found == addresses
+
+
+def test_an_address_is_found_where_the_plain_pattern_finds_one():
+    """The plain pattern says what an address is; it takes quadratic time, so the finder has another one."""
+    plain = re.compile(r"\b[\w.+-]+@[\w-]+(?:\.[\w-]+)*\.[^\W\d_]{2,}\b")
+    dice = random.Random(7)
+    for _ in range(20_000):
+        text = "".join(dice.choices("ab1_.+-@@ é", k=dice.randint(1, 14)))
+        assert holds("email", text) == bool(plain.search(text)), text
+
+
+@pytest.mark.timeout(60)  # quadratic time would be hours
+@pytest.mark.parametrize(
+    "part", ["a.", "a@", "a@b.1.", "+1 ", "+14155550187", "0", "4 ", "4-", "AB12 ", "1.", "123-45-", "\u0660"]
+)
+def test_a_long_text_takes_linear_time(part):
+    text = part * (1_000_000 // len(part))
+    for kind in PERSONAL_DATA:
+        holds(kind, text)
+        holds(kind, "a@b" + text)
