@@ -1,0 +1,83 @@
+"""JSON that fits a schema, held while it is written: which tokens may come next.
+
+llguidance is exact where others approximate: a schema that no answer satisfies, or a keyword that it does not
+hold, is an error before the first token.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from services.engines.protocol import SchemaUnsupported
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# White space between elements: as much as `json.dumps` writes, and no endless run of it, to which a small
+# model under a grammar is prone.
+WHITESPACE = "[ ]?"
+
+
+class Grammars:
+    """Makes a grammar of each schema; holds what depends on the tokenizer alone.
+
+    Args:
+        vocab_size: logits a step, which may be more than the tokenizer has tokens.
+        end_id: the token that ends an answer.
+    """
+
+    def __init__(self, tokenizer: Any, vocab_size: int, end_id: int) -> None:
+        from llguidance.hf import from_tokenizer
+
+        self._tokens = from_tokenizer(tokenizer, n_vocab=max(vocab_size, len(tokenizer)), eos_token=end_id)
+        self.vocab_size = vocab_size
+
+    def compile(self, schema: str) -> Grammar:
+        """Return the grammar of a JSON schema; raise SchemaUnsupported if there is none."""
+        from llguidance import LLMatcher
+
+        try:
+            parsed = json.loads(schema)
+            if parsed is True:
+                parsed = {}
+            if not isinstance(parsed, dict):
+                raise SchemaUnsupported("a JSON schema is an object; false allows no answer")
+            grammar = LLMatcher.grammar_from_json_schema(
+                json.dumps(parsed), overrides={"whitespace_pattern": WHITESPACE}
+            )
+            matcher = LLMatcher(self._tokens, grammar, log_level=0)
+        except SchemaUnsupported:
+            raise
+        except ValueError as error:
+            raise SchemaUnsupported(f"the JSON schema cannot be held: {error}") from error
+        if matcher.is_error():
+            raise SchemaUnsupported(f"the JSON schema cannot be held: {matcher.get_error()}")
+        return Grammar(matcher, self.vocab_size)
+
+
+class Grammar:
+    """Which tokens may come next in one answer."""
+
+    __slots__ = ("_mask", "_matcher", "_vocab_size")
+
+    def __init__(self, matcher: Any, vocab_size: int) -> None:
+        from llguidance.numpy import allocate_token_bitmask
+
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+        self._mask = allocate_token_bitmask(1, vocab_size)
+
+    def allowed(self) -> np.ndarray:
+        """Return which tokens may come next; booleans of shape (vocabulary,)."""
+        import numpy as np
+        from llguidance.numpy import fill_next_token_bitmask
+
+        fill_next_token_bitmask(self._matcher, self._mask, 0)
+        bits = np.unpackbits(self._mask[0].view(np.uint8), bitorder="little")
+        return bits[: self._vocab_size].astype(bool)
+
+    def take(self, token: int) -> None:
+        """Go on behind a token; raise EngineError's cause if it does not fit."""
+        if not self._matcher.consume_token(token):
+            raise ValueError(f"token {token} does not fit the schema: {self._matcher.get_error()}")

@@ -1,0 +1,240 @@
+"""The engine for a CPU: OpenVINO's continuous batching over a GGUF file.
+
+Nothing is converted on disk: OpenVINO reads the GGUF and compiles it when the server starts. Its pipeline has
+paged attention, prefix caching and chunked prompts; what is here feeds it and reads it in one thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from services.engines.grammar import Grammars
+from services.engines.protocol import (
+    EngineError,
+    FinishReason,
+    Sampling,
+    SchemaUnsupported,
+    Step,
+    TokenLogprob,
+)
+from services.engines.worker import Outcome, Request, Worker
+from stages.common.chat import end_of_turn_ids
+from stages.common.errors import InputError
+
+log = logging.getLogger(__name__)
+
+# OpenVINO's paged attention on a CPU; checked against what the pipeline reports in the tests.
+BLOCK_TOKENS = 32
+
+# Architectures whose GGUF OpenVINO builds a model from.
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+
+# Keywords of JSON schema that the pipeline's own grammar holds. It compiles a schema in the middle of a step,
+# and what it cannot compile breaks the pipeline, so anything else is refused before.
+SCHEMA_KEYWORDS = frozenset(
+    (
+        *("type", "enum", "const", "anyOf", "$ref", "$defs", "definitions"),
+        *("properties", "required", "additionalProperties", "items", "minItems", "maxItems"),
+        *("minLength", "maxLength", "minimum", "maximum"),
+        *("title", "description", "default", "examples", "$schema"),
+    )
+)
+
+
+class OpenvinoEngine(Worker):
+    """Writes answers with OpenVINO GenAI's continuous batching pipeline.
+
+    Args:
+        gguf: the merged model.
+        config: the model's `config.json`, for the size of its key-value cache.
+        tokenizer: the one of transformers; prompts come as its ids.
+        kv_cache_mib: memory for keys and values of all sequences, and of prompts' common beginnings.
+        threads: of the computation; 0 leaves the number to OpenVINO.
+        batch_tokens: read at once in a step. A long prompt is read in pieces of this size, and the others
+            write a token between two pieces.
+        precision: `auto` computes in what the CPU is fastest in, `float32` exactly.
+
+    Raises:
+        InputError: the wheel is missing, or the file cannot be read.
+    """
+
+    name = "openvino"
+
+    def __init__(
+        self,
+        gguf: Path,
+        config: Path,
+        tokenizer: Any,
+        *,
+        max_running: int = 32,
+        max_waiting: int = 256,
+        kv_cache_mib: int = 1024,
+        threads: int = 0,
+        batch_tokens: int = 256,
+        precision: str = "auto",
+    ) -> None:
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        block = _block_bytes(settings, 4 if precision == "float32" else 2)
+        blocks = kv_cache_mib * 2**20 // block
+        if blocks < 1:
+            raise InputError(
+                f"a key-value cache of {kv_cache_mib} MiB holds no {BLOCK_TOKENS} tokens ({block} bytes)",
+                "raise services.engine.kv_cache_mib in params.yaml",
+            )
+        super().__init__(
+            # A sequence must fit into the cache alone, or it could never end.
+            context_tokens=min(settings["max_position_embeddings"], blocks * BLOCK_TOKENS),
+            max_running=max_running,
+            max_waiting=max_waiting,
+            end_ids=end_of_turn_ids(tokenizer),
+        )
+        self._grammars = Grammars(tokenizer, settings["vocab_size"], min(self._end_ids))
+        self._genai = _import_genai()
+        self._pipeline = self._open(gguf, blocks, threads, batch_tokens, precision)
+        self._numbers = iter(range(2**63))
+        self._start()
+
+    def _open(self, gguf: Path, blocks: int, threads: int, batch_tokens: int, precision: str) -> Any:
+        scheduler = self._genai.SchedulerConfig()
+        scheduler.num_kv_blocks = blocks
+        scheduler.max_num_seqs = self.max_running
+        scheduler.max_num_batched_tokens = max(batch_tokens, self.max_running)
+        scheduler.dynamic_split_fuse = True
+        scheduler.enable_prefix_caching = True
+        properties: dict[str, Any] = {"KV_CACHE_PRECISION": "f16"}
+        if threads:
+            properties["INFERENCE_NUM_THREADS"] = threads
+        if precision == "float32":
+            properties |= {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+        try:
+            return self._genai.ContinuousBatchingPipeline(str(gguf), scheduler, "CPU", properties)
+        except RuntimeError as error:
+            raise InputError(
+                f"OpenVINO cannot read {gguf}: {error}",
+                "make it anew (dvc repro export), or choose another engine (services.engine.name)",
+            ) from error
+
+    def _prepare(self, sampling: Sampling) -> Any:
+        if sampling.json_schema is not None:
+            self._grammars.compile(sampling.json_schema)
+            check_keywords(json.loads(sampling.json_schema))
+        config = self._config(sampling)
+        try:
+            config.validate()
+        except RuntimeError as error:
+            raise EngineError(f"OpenVINO refuses the parameters: {error}") from error
+        return config
+
+    def _config(self, sampling: Sampling) -> Any:
+        config = self._genai.GenerationConfig()
+        config.apply_chat_template = False
+        config.max_new_tokens = sampling.max_tokens
+        config.eos_token_id = min(self._end_ids)
+        config.stop_token_ids = set(self._end_ids)
+        config.frequency_penalty = sampling.frequency_penalty
+        config.presence_penalty = sampling.presence_penalty
+        config.do_sample = sampling.temperature > 0
+        if config.do_sample:
+            config.temperature = sampling.temperature
+            config.top_p = sampling.top_p
+            config.rng_seed = (
+                int.from_bytes(os.urandom(4)) if sampling.seed is None else sampling.seed % 2**63
+            )
+        if sampling.logprobs is not None:
+            config.logprobs = 1  # it reports the written token only, whatever the number
+        if sampling.json_schema is not None:
+            structured = self._genai.StructuredOutputConfig()
+            structured.json_schema = sampling.json_schema
+            config.structured_output_config = structured
+        return config
+
+    def _enter(self, request: Request) -> None:
+        import numpy as np
+        from openvino import Tensor
+
+        config = request.state
+        config.max_new_tokens = request.max_tokens
+        ids = Tensor(np.array([request.prompt], dtype=np.int64))
+        request.state = self._pipeline.add_request(next(self._numbers), ids, config)
+
+    def _leave(self, request: Request) -> None:
+        request.state.cancel()
+
+    def _advance(self, running: Sequence[Request]) -> list[Outcome]:
+        self._pipeline.step()
+        outcomes: list[Outcome] = []
+        for request in running:
+            handle = request.state
+            if handle.can_read():
+                outcomes.append((request, self._read(request)))
+            elif handle.get_status() == self._genai.GenerationStatus.IGNORED:
+                outcomes.append((request, EngineError("the key-value cache has no room for this answer")))
+        return outcomes
+
+    def _read(self, request: Request) -> Step:
+        ids: list[int] = []
+        nats: list[float] = []
+        reason: FinishReason | None = None
+        handle = request.state
+        while handle.can_read():
+            for output in handle.read().values():
+                ids += output.generated_ids
+                nats += output.generated_log_probs
+                reason = _REASONS[output.finish_reason.name]
+        if ids and ids[-1] in self._end_ids:
+            ids, nats, reason = ids[:-1], nats[:-1], "stop"
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if request.sampling.logprobs is not None:
+            logprobs = tuple(map(TokenLogprob, ids, nats))
+        return Step(tuple(ids), reason, logprobs)
+
+    def _end(self, left: Sequence[Request]) -> None:
+        with contextlib.suppress(RuntimeError):  # a broken pipeline has nothing in order
+            for request in left:
+                self._leave(request)
+            self._pipeline.step()
+        del self._pipeline
+
+
+_REASONS: dict[str, FinishReason | None] = {"NONE": None, "STOP": "stop", "LENGTH": "length"}
+
+
+def check_keywords(schema: Any) -> None:
+    """Raise SchemaUnsupported for a keyword that the pipeline's grammar does not hold."""
+    if not isinstance(schema, dict):
+        return
+    unknown = sorted(set(schema) - SCHEMA_KEYWORDS)
+    if unknown:
+        raise SchemaUnsupported(f"the openvino engine does not hold {', '.join(unknown)} in a JSON schema")
+    reference = schema.get("$ref", "#")
+    if not isinstance(reference, str) or not reference.startswith("#"):
+        raise SchemaUnsupported(f"a JSON schema refers to {reference!r}, which is not within it")
+    for key in ("properties", "$defs", "definitions"):
+        for part in schema.get(key, {}).values():
+            check_keywords(part)
+    for part in (schema.get("items"), schema.get("additionalProperties"), *schema.get("anyOf", ())):
+        check_keywords(part)
+
+
+def _block_bytes(settings: dict[str, Any], width: int) -> int:
+    """Return what a block of keys and values takes in all layers, in bytes; a number takes `width`."""
+    heads = settings.get("num_key_value_heads") or settings["num_attention_heads"]
+    size = settings.get("head_dim") or settings["hidden_size"] // settings["num_attention_heads"]
+    return int(settings["num_hidden_layers"] * 2 * heads * size * BLOCK_TOKENS * width)
+
+
+def _import_genai() -> Any:
+    try:
+        import openvino_genai
+    except ImportError as error:
+        raise InputError(
+            f"the engine openvino is not installed ({error})",
+            "pip install 'perennial[serve]', or choose another engine (services.engine.name in params.yaml)",
+        ) from error
+    return openvino_genai
