@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +50,11 @@ def end_of_turn_ids(tokenizer: Any) -> list[int]:
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     return sorted(ids)
+
+
+def template_sha256(tokenizer: Any) -> str:
+    """Return the hash of the tokenizer's chat template: two that differ write different prompts."""
+    return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
 
 
 def _render(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:

@@ -1,0 +1,203 @@
+"""The service: `bentoml serve services.generation:Generation`, or `make serve`.
+
+Everything it does is set under `services` in params.yaml. It serves the newest model of the pipeline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import aclosing, suppress
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import bentoml
+from fastapi import Request
+from pydantic import Field
+
+from services import errors
+from services.answering import Answerer, Part, Question, new_request_id
+from services.api import make_app
+from services.engines.choice import check_gpus, load_engine
+from services.engines.protocol import Sampling
+from services.events import open_store, prune
+from services.fleet import Fleet, Served, run_forever
+from services.keys import Access, Caller, KeyFile
+from services.network import BodyLimit, listens_beyond_loopback
+from services.redaction import redactor
+from services.schemas import Answer
+from services.versions import ModelFiles, newest_as_champion
+from stages.common.logs import set_quiet_environment
+from stages.common.models import load_tokenizer
+from stages.common.params import load_params
+from stages.common.records import Message
+from stages.common.service_params import Services
+
+set_quiet_environment()
+SETTINGS = load_params().services
+MAX_CLIENTS = 100_000  # whose rates are remembered: some 100 bytes each
+PRUNE_EVERY_S = 86_400.0
+
+logger = logging.getLogger("services.generation")
+
+
+class _Running:
+    """What answers in this process: made when the service starts, and reached by its routes."""
+
+    answerer: Answerer | None = None
+
+
+_running = _Running()
+
+
+def load_served(files: ModelFiles, settings: Services) -> Served:
+    """Load a version: its tokenizer, and the engine that suits the machine."""
+    return Served(files, load_tokenizer(files.tokenizer), load_engine(files, settings.engine))
+
+
+def get_answerer() -> Answerer:
+    """Return what answers in this process.
+
+    Raises:
+        ApiError: the service is still starting, or ending.
+    """
+    if _running.answerer is None:
+        raise errors.not_ready("it is starting")
+    return _running.answerer
+
+
+def get_caller(request: Request) -> Caller:
+    """Return who sends a request.
+
+    Raises:
+        ApiError: they may not, or too often.
+    """
+    address = request.client.host if request.client else ""
+    return get_answerer().access.admit(request.headers.get("authorization"), address)
+
+
+@bentoml.service(
+    name="perennial",
+    workers=1,  # one engine fills the machine; a second would halve its batches and double its memory
+    traffic={"timeout": SETTINGS.request_timeout_s},
+    resources={"gpu": SETTINGS.engine.gpus} if SETTINGS.engine.gpus else {},
+    http={"host": SETTINGS.host, "port": SETTINGS.port},
+)
+@bentoml.asgi_app(make_app(get_answerer, get_caller), path="/")
+class Generation:
+    """Answers with the champion, and keeps every exchange."""
+
+    @bentoml.on_startup
+    async def start(self) -> None:
+        """Open the store, name the champion, and load it beside the event loop."""
+        check_gpus(SETTINGS.engine)
+        champion = await asyncio.to_thread(newest_as_champion, SETTINGS.versions.follow_pipeline)
+        logger.info("the champion is %s", champion)
+        events = SETTINGS.events
+        store = await asyncio.to_thread(
+            open_store,
+            events.url,
+            queue_size=events.queue_size,
+            group_rows=events.group_rows,
+            group_wait_s=events.group_wait_ms / 1000,
+            redact=redactor(events.redact),
+        )
+        access = SETTINGS.access
+        rules = Access(
+            KeyFile(Path(access.keys_file)),
+            keys_needed=access.keys == "always" or listens_beyond_loopback(),
+            requests_per_minute=access.requests_per_minute,
+            tokens_per_day=access.tokens_per_day,
+            max_clients=MAX_CLIENTS,
+        )
+        fleet = Fleet(lambda files: load_served(files, SETTINGS), SETTINGS.versions.keep_loaded)
+        _running.answerer = Answerer(SETTINGS, fleet, store, rules)
+        self.tasks = [asyncio.create_task(run_forever(fleet.follow))]
+        if events.retention_days is not None:
+            self.tasks.append(asyncio.create_task(run_forever(self._prune)))
+
+    async def _prune(self) -> None:
+        """Remove events that are older than they may be."""
+        import time
+
+        days = SETTINGS.events.retention_days or 0
+        await asyncio.to_thread(prune, SETTINGS.events.url, time.time() - days * 86_400)
+        await asyncio.sleep(PRUNE_EVERY_S)
+
+    @bentoml.on_shutdown
+    async def stop(self) -> None:
+        """Store what is still to be stored, and end the engines."""
+        for task in self.tasks:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+        answerer, _running.answerer = _running.answerer, None
+        if answerer is not None:
+            await answerer.settle()
+            answerer.fleet.close()
+            await asyncio.to_thread(answerer.store.close)
+
+    async def __is_ready__(self) -> bool:
+        """Return whether a request would be answered now."""
+        answerer = _running.answerer
+        if answerer is None:
+            return False
+        store = answerer.store.health() if SETTINGS.events.on_failure == "refuse" else None
+        problem = answerer.fleet.health() or store
+        if problem is not None:
+            logger.warning("not ready: %s", problem)
+        return problem is None
+
+    @bentoml.api(route="/ask")
+    async def ask(
+        self,
+        ctx: bentoml.Context,
+        question: Annotated[str, Field(min_length=1, description="what the user says")],
+        max_tokens: Annotated[int, Field(ge=1)] = SETTINGS.answers.default_max_tokens,
+        user: Annotated[str, Field(max_length=256)] | None = None,
+    ) -> Answer:
+        """Answer one question with the model's own system prompt, and say whether the answer is valid."""
+        answerer = get_answerer()
+        caller = get_caller(ctx.request)
+        asked = Question(
+            request_id=new_request_id(),
+            route="/ask",
+            messages=(Message("user", question),),
+            sampling=Sampling(max_tokens=min(max_tokens, SETTINGS.answers.max_tokens)),
+            caller=caller,
+            user=user,
+        )
+        choice = answerer.fleet.pick(asked.model, asked.asker)
+        async with aclosing(answerer.answer(asked, choice)) as parts:
+            gathered = [part async for part in parts]
+        return native_answer(asked, gathered, choice.served.files)
+
+
+def native_answer(asked: Question, parts: list[Part], files: ModelFiles) -> Answer:
+    """Return the pieces of an answer as the native endpoint gives it."""
+    last, text = parts[-1], "".join(part.text for part in parts)
+    assert last.usage is not None
+    return Answer(
+        request_id=asked.request_id,
+        text=text,
+        parsed=_parsed(text) if files.about["answer_format"] == "json" else None,
+        valid=last.valid,
+        model=files.name,
+        version=files.version,
+        finish_reason=last.finish_reason or "stop",
+        prompt_tokens=last.usage.prompt_tokens,
+        completion_tokens=last.usage.completion_tokens,
+        mean_logprob=last.mean_logprob,
+    )
+
+
+def _parsed(text: str) -> Any:
+    import json
+
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+cast(Any, Generation).add_asgi_middleware(BodyLimit, max_bytes=SETTINGS.guard.max_body_bytes)

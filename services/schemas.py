@@ -1,0 +1,160 @@
+"""The bodies of requests, and of the native answer."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+MAX_STOPS = 4  # as OpenAI has it
+MAX_ALTERNATIVES = 20
+
+
+class _Body(BaseModel):
+    """What OpenAI's clients may send besides and what changes no answer (`metadata`, `store`) is ignored."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class TextPart(_Body):
+    """One piece of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Body):
+    """One turn of a conversation; `developer` is OpenAI's newer word for `system`."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+
+    def text(self) -> str:
+        """Return the content in one piece."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class JsonSchema(_Body):
+    """A named JSON schema."""
+
+    name: Annotated[str, Field(max_length=64)] = "answer"
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class ResponseFormat(_Body):
+    """What the answer must be: any text, a JSON object, or JSON that fits a schema."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_is_there(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("type json_schema needs json_schema, and no other type has one")
+        return self
+
+
+class StreamOptions(_Body):
+    """What a stream tells besides the text."""
+
+    include_usage: bool | None = False
+
+
+class _Sampled(_Body):
+    """What both kinds of completion share."""
+
+    model: str | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = None
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: str | list[str] | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] | None = None
+    response_format: ResponseFormat | None = None
+    user: Annotated[str, Field(max_length=256)] | None = None
+    session: Annotated[str, Field(max_length=256)] | None = None
+    n: Annotated[int, Field(ge=1, le=1)] | None = None
+
+    @field_validator("stop")
+    @classmethod
+    def _few_stops(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        stops = [stop] if isinstance(stop, str) else stop or []
+        if len(stops) > MAX_STOPS or not all(stops):
+            raise ValueError(f"at most {MAX_STOPS} strings, none of them empty")
+        return stop
+
+    def stops(self) -> tuple[str, ...]:
+        """Return the stop strings."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    def wants_usage(self) -> bool:
+        """Return whether a stream ends with a chunk of its own for the usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class ChatRequest(_Sampled):
+    """The body of /v1/chat/completions. Unlike OpenAI's, the temperature is 0 where none is given."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+
+    @model_validator(mode="after")
+    def _alternatives_need_logprobs(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        return self
+
+
+class CompletionRequest(_Sampled):
+    """The body of /v1/completions: raw text or token ids, with no chat template around them."""
+
+    prompt: Annotated[str, Field(min_length=1)] | Annotated[list[int], Field(min_length=1)]
+    logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
+    echo: Literal[False] | None = None
+    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
+    suffix: Annotated[str, Field(max_length=0)] | None = None
+
+
+class FeedbackRequest(_Body):
+    """The body of /v1/feedback: what a person thinks of an answer."""
+
+    request_id: Annotated[str, Field(min_length=1, max_length=64)]
+    thumb: Literal["up", "down"] | None = None
+    correction: Annotated[str, Field(max_length=20_000)] | None = None
+    comment: Annotated[str, Field(max_length=4_000)] | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> FeedbackRequest:
+        if self.thumb is None and not self.correction and not self.comment:
+            raise ValueError("give a thumb, a correction or a comment")
+        return self
+
+
+class Answer(BaseModel):
+    """The answer of the native endpoint.
+
+    Attributes:
+        text: as the model wrote it.
+        parsed: the JSON in it; null where the task is text or the text is no JSON.
+        valid: whether it fits the schema of the training answers; null where there is none.
+        version: content hash of the model that answered.
+        mean_logprob: mean log-probability of its tokens, in nats; null where the engine has none.
+    """
+
+    request_id: str
+    text: str
+    parsed: Any = None
+    valid: bool | None
+    model: str
+    version: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    mean_logprob: float | None
