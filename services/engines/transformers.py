@@ -1,0 +1,254 @@
+"""The engine that runs everywhere, and the reference: transformers over the base model and the adapter.
+
+transformers has continuous batching of its own, but one sampler for all requests: no seed, no schema and no
+alternatives for a single one. So the batch is kept here: it decodes all answers together, and one joins or
+leaves it at any step.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from services.engines.grammar import Grammars
+from services.engines.protocol import EngineError, FinishReason, Sampling, Step
+from services.engines.sampling import Chooser
+from services.engines.worker import Outcome, Request, Worker
+from stages.common.chat import end_of_turn_ids
+from stages.common.models import load_base, load_tuned, pick_device, pick_dtype
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(slots=True)
+class _Writing:
+    """What is kept of an answer: how it is chosen, its own cache until the prompt is read, what is next."""
+
+    chooser: Chooser
+    cache: Any = None
+    read: int = 0
+    written: int = 0
+    last: int = -1
+
+
+class TransformersEngine(Worker):
+    """Writes answers with the modules of transformers, on a GPU or a CPU.
+
+    Memory grows with `max_running` times the context, since all answers are padded to the longest.
+
+    Args:
+        base: folder of the base model.
+        adapter: folder of the adapter, which is merged; None serves the base model.
+        device: `auto`, `cpu` or `cuda`.
+        precision: `auto`, `bfloat16` or `float32`; see `stages.common.models.pick_dtype`.
+        threads: of the computation on a CPU; 0 leaves the number to torch.
+        batch_tokens: of a prompt, read at once in a step; the others write a token between two pieces.
+
+    Raises:
+        InputError: a folder holds no model or no adapter.
+    """
+
+    name = "transformers"
+
+    def __init__(
+        self,
+        base: Path,
+        adapter: Path | None,
+        tokenizer: Any,
+        *,
+        device: str = "auto",
+        precision: str = "auto",
+        max_running: int = 8,
+        max_waiting: int = 256,
+        threads: int = 0,
+        batch_tokens: int = 256,
+    ) -> None:
+        import torch
+
+        if threads:
+            torch.set_num_threads(threads)
+        self._device = pick_device() if device == "auto" else torch.device(device)
+        dtype = pick_dtype(self._device, precision)
+        if adapter is None:
+            self._model = load_base(base, dtype, self._device)
+        else:
+            self._model = load_tuned(base, adapter, dtype, self._device)
+        super().__init__(
+            context_tokens=self._model.config.max_position_embeddings,
+            max_running=max_running,
+            max_waiting=max_waiting,
+            end_ids=end_of_turn_ids(tokenizer),
+        )
+        self._grammars = Grammars(tokenizer, self._model.config.vocab_size, min(self._end_ids))
+        self._batch_tokens = batch_tokens
+        self._reading: deque[Request] = deque()
+        self._batch = _Batch()
+        self._start()
+
+    def _prepare(self, sampling: Sampling) -> _Writing:
+        schema = sampling.json_schema
+        grammar = None if schema is None else self._grammars.compile(schema)
+        return _Writing(Chooser(sampling, sorted(self._end_ids), grammar))
+
+    def _enter(self, request: Request) -> None:
+        self._reading.append(request)
+
+    def _leave(self, request: Request) -> None:
+        if request in self._reading:
+            self._reading.remove(request)
+        else:
+            self._batch.keep([other for other in self._batch.requests if other is not request])
+
+    def _advance(self, running: Sequence[Request]) -> list[Outcome]:
+        import torch
+
+        with torch.inference_mode():
+            outcomes = self._decode()
+            if self._reading:
+                outcomes += self._read_piece(self._reading[0])
+        return outcomes
+
+    def _decode(self) -> list[Outcome]:
+        """Write one token of each answer whose prompt is read."""
+        if not self._batch.requests:
+            return []
+        logits = self._batch.step(self._model, self._device)
+        outcomes = self._write(self._batch.requests, logits)
+        ended = {id(request) for request, item in outcomes if _is_end(item)}
+        if ended:
+            self._batch.keep([request for request in self._batch.requests if id(request) not in ended])
+        return outcomes
+
+    def _read_piece(self, request: Request) -> list[Outcome]:
+        """Read the next piece of a prompt; behind the last one the answer begins."""
+        import torch
+        from transformers import DynamicCache
+
+        state: _Writing = request.state
+        piece = request.prompt[state.read : state.read + self._batch_tokens]
+        state.cache = state.cache or DynamicCache()
+        ids = torch.tensor([piece], device=self._device)
+        positions = torch.arange(state.read, state.read + len(piece), device=self._device)[None]
+        out = self._model(
+            input_ids=ids,
+            position_ids=positions,
+            past_key_values=state.cache,
+            use_cache=True,
+            logits_to_keep=torch.tensor([len(piece) - 1], device=self._device),
+        )
+        state.read += len(piece)
+        if state.read < len(request.prompt):
+            return []
+        self._reading.popleft()
+        outcomes = self._write([request], out.logits[:, -1])
+        if not _is_end(outcomes[0][1]):
+            self._batch.join(request, state.cache)
+        state.cache = None
+        return outcomes
+
+    def _write(self, requests: Sequence[Request], logits: torch.Tensor) -> list[Outcome]:
+        likeliest = logits.argmax(dim=-1).tolist()
+        rows = None
+        outcomes: list[Outcome] = []
+        for place, request in enumerate(requests):
+            if request.state.chooser.takes_likeliest:
+                outcomes.append((request, self._step_of(request, likeliest[place], None)))
+                continue
+            rows = logits.float().cpu().numpy() if rows is None else rows
+            try:
+                token, logprob = request.state.chooser.choose(rows[place])
+            except ValueError as error:
+                outcomes.append((request, EngineError(str(error))))
+            else:
+                outcomes.append((request, self._step_of(request, token, logprob)))
+        return outcomes
+
+    def _step_of(self, request: Request, token: int, logprob: Any) -> Step:
+        if token in self._end_ids:
+            return Step((), "stop")
+        state: _Writing = request.state
+        state.last = token
+        state.written += 1
+        reason: FinishReason | None = "length" if state.written >= request.max_tokens else None
+        return Step((token,), reason, () if logprob is None else (logprob,))
+
+    def _end(self, left: Sequence[Request]) -> None:
+        self._batch = _Batch()
+        self._reading.clear()
+        del self._model
+
+
+def _is_end(item: Step | Exception) -> bool:
+    return isinstance(item, Exception) or item.finish_reason is not None
+
+
+class _Batch:
+    """Answers that are written together, their keys and values padded on the left to one length."""
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+        self._cache: Any = None
+        self._mask: Any = None  # 1 where a row's cache holds a token; shape (rows, cached)
+
+    def step(self, model: Any, device: torch.device) -> torch.Tensor:
+        """Read the last token of each answer and return the logits behind it; shape (rows, vocabulary)."""
+        import torch
+
+        tokens = torch.tensor([[request.state.last] for request in self.requests], device=device)
+        positions = self._mask.sum(dim=1, keepdim=True)
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
+        out = model(
+            input_ids=tokens,
+            attention_mask=self._mask,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        return out.logits[:, -1]  # type: ignore[no-any-return]
+
+    def join(self, request: Request, cache: Any) -> None:
+        """Take in an answer whose prompt is read."""
+        import torch
+
+        mask = torch.ones(1, cache.get_seq_length(), dtype=torch.long, device=cache.layers[0].keys.device)
+        if self.requests:
+            width = max(self._mask.shape[1], mask.shape[1])
+            self._mask = torch.cat([_padded(self._mask, width, 1), _padded(mask, width, 1)])
+            for mine, new in zip(self._cache.layers, cache.layers, strict=True):
+                mine.keys = torch.cat([_padded(mine.keys, width, 2), _padded(new.keys, width, 2)])
+                mine.values = torch.cat([_padded(mine.values, width, 2), _padded(new.values, width, 2)])
+        else:
+            self._mask, self._cache = mask, cache
+        self.requests.append(request)
+
+    def keep(self, requests: list[Request]) -> None:
+        """Leave all but these out, and the padding that nobody needs any more."""
+        import torch
+
+        if not requests:
+            self.requests, self._cache, self._mask = [], None, None
+            return
+        rows = torch.tensor([self.requests.index(r) for r in requests], device=self._mask.device)
+        self._mask = self._mask[rows]
+        unused = int(self._mask.any(dim=0).int().argmax())
+        self._mask = self._mask[:, unused:]
+        for layer in self._cache.layers:
+            layer.keys = layer.keys[rows, :, unused:]
+            layer.values = layer.values[rows, :, unused:]
+        self.requests = requests
+
+
+def _padded(tensor: torch.Tensor, width: int, dim: int) -> torch.Tensor:
+    """Return a tensor with zeros before it, so that it is `width` long in a dimension."""
+    import torch
+
+    missing = width - tensor.shape[dim]
+    if not missing:
+        return tensor
+    shape = list(tensor.shape)
+    shape[dim] = missing
+    return torch.cat([tensor.new_zeros(shape), tensor], dim=dim)
