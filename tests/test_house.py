@@ -71,7 +71,10 @@ def test_one_word_names_a_stage_its_module_its_parameters_and_its_folders():
     assert {p.stem for p in (ROOT / "stages").glob("*.py")} - {"__init__"} == set(STAGES)
     for name, stage in STAGES.items():
         assert stage["cmd"] == f"python -m stages.{name}"
-        assert stage["params"] == [name]
+        own, *borrowed = stage["params"]
+        assert own == name
+        # A single key of another section, never a whole one: a stage that runs anew needs a reason.
+        assert all(re.fullmatch(rf"(?!{name}\.)({'|'.join(STAGES)})\.\w+", key) for key in borrowed), borrowed
         for kind in ("outs", "metrics", "plots"):
             for out in stage.get(kind, []):
                 path = out if isinstance(out, str) else next(iter(out))

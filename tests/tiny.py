@@ -8,15 +8,20 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tokenizer():
-    """Return a tokenizer that knows every byte and the two marks of the chat template."""
+def make_tokenizer(merges: tuple[tuple[str, str], ...] = (), pre_tokenizer=None, ignore_merges=False):
+    """Return a tokenizer that knows every byte, the two marks of the chat template and these merges.
+
+    Two marks and 256 bytes are 258 tokens; each merge makes one more.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<|im_start|>": 0, "<|im_end|>": 1, **{byte: n + 2 for n, byte in enumerate(alphabet)}}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    for left, right in merges:
+        vocabulary.setdefault(left + right, len(vocabulary))
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges), ignore_merges=ignore_merges))
+    tokenizer.pre_tokenizer = pre_tokenizer or pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -29,30 +34,31 @@ def make_tokenizer():
     return fast
 
 
-def make_model(seed: int = 0):
-    """Return a random Llama with grouped-query attention and tied embeddings, as the default base has."""
+def make_model(seed: int = 0, model_type: str = "llama", **changes):
+    """Return a random model with grouped-query attention and tied embeddings, as the default base has."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=258,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    return LlamaForCausalLM(config).eval()
+    shape = {
+        "vocab_size": 258,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
+    config = AutoConfig.for_model(model_type, **{**shape, **changes})
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
-def save_model(folder: Path, seed: int = 0) -> Path:
+def save_model(folder: Path, seed: int = 0, merges: tuple[tuple[str, str], ...] = (), **changes) -> Path:
     """Save the tiny model with its tokenizer as a model folder."""
-    make_model(seed).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    make_model(seed, vocab_size=258 + len(merges), **changes).save_pretrained(folder)
+    make_tokenizer(merges).save_pretrained(folder)
     return folder

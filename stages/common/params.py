@@ -263,6 +263,13 @@ class Evaluate(Section):
             yield "label_key", "is set, but task: text has no labels; set it to null"
 
 
+class Export(Section):
+    """In which form the tuned model leaves the pipeline."""
+
+    gguf: bool
+    quantization: Literal["f16", "bf16", "q8_0", "q4_0"]
+
+
 class ModelCard(Section):
     """What the evidence cannot say about the model."""
 
@@ -299,6 +306,7 @@ class Params(Section):
     split: Split
     finetune: Finetune
     evaluate: Evaluate
+    export: Export
     model_card: ModelCard
     flows: Flows
 

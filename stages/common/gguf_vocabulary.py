@@ -1,0 +1,269 @@
+"""The tokenizer as GGUF knows it: a list of tokens, merges, and the name of a way to split text.
+
+llama.cpp has the ways to split built in, each under a name, and a GGUF file carries only that name. A wrong
+name still loads and still answers, with other tokens than the model learned. So the name is taken from how
+the tokenizer really splits, never from the name of the model, and what was written is read back and compared.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.common.chat import end_of_turn_ids
+from stages.common.errors import InputError
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader, GGUFWriter
+
+REMEDY = (
+    "set export.gguf: false, and the transformers or vLLM engine serves base model and adapter; "
+    "or choose a base model that GGUF can carry"
+)
+
+# As tokenizer.json writes them; llama.cpp has each under the name in WAYS.
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_PUNCTUATION_AND_SPACE = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+ONE_DIGIT = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _PUNCTUATION_AND_SPACE
+THREE_DIGITS = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _PUNCTUATION_AND_SPACE
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+BY_CASE = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A way to split text before the merges, under its name in llama.cpp.
+
+    Attributes:
+        steps: what the tokenizer does, in order: `words` is GPT-2's own split into words and bytes, `bytes`
+            the bytes alone, `digits` takes digits one by one, and all else is a regular expression.
+        ignore_merges: whether a word that is a token is taken whole, whatever the merges say.
+    """
+
+    pre: str
+    steps: tuple[str, ...]
+    ignore_merges: bool = False
+
+
+WAYS = (
+    Way("gpt-2", ("words",)),
+    Way("smollm", ("digits", "words")),
+    Way("qwen2", (ONE_DIGIT, "bytes")),
+    Way("smaug-bpe", (THREE_DIGITS, "bytes")),
+    Way("llama-bpe", (THREE_DIGITS, "bytes"), ignore_merges=True),
+    Way("tekken", (BY_CASE, "bytes"), ignore_merges=True),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """What a GGUF file holds of a tokenizer.
+
+    Attributes:
+        tokens: by id, one for each row of the embedding.
+        types: of each token, as `gguf.TokenType`.
+        merges: pairs of tokens with a space between, the first merged first.
+        ends: ids that end an answer: the end of turn first, then others.
+    """
+
+    pre: str
+    tokens: tuple[str, ...]
+    types: tuple[int, ...]
+    merges: tuple[str, ...]
+    ends: tuple[int, ...]
+    bos: int | None
+    pad: int | None
+    chat_template: str
+
+
+def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
+    """Return the vocabulary of a loaded tokenizer, filled up to `size` tokens, the rows of the embedding.
+
+    Raises:
+        InputError: GGUF or llama.cpp has no equal of this tokenizer.
+    """
+    from gguf import TokenType
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise InputError("the base model's tokenizer is not a fast one (tokenizer.json)", REMEDY)
+    described = json.loads(backend.to_str())
+    way = way_of(described)
+    by_id = {index: token for token, index in tokenizer.get_vocab().items()}
+    if max(by_id) >= size:
+        raise InputError(
+            f"the tokenizer has the token id {max(by_id)}, and the model's embedding {size} rows", REMEDY
+        )
+    if not described["model"]["merges"]:
+        raise InputError(
+            "the base model's tokenizer has no merges, without which llama.cpp reads none", REMEDY
+        )
+    special = {token["id"]: token["special"] for token in described["added_tokens"]}
+    tokens, types = [], []
+    for index in range(size):
+        tokens.append(by_id.get(index, f"[PAD{index}]"))
+        if index not in by_id:
+            types.append(TokenType.UNUSED)
+        elif index in special:
+            types.append(TokenType.CONTROL if special[index] else TokenType.USER_DEFINED)
+        else:
+            types.append(TokenType.NORMAL)
+    merges = [m if isinstance(m, str) else " ".join(m) for m in described["model"]["merges"]]
+    ends = end_of_turn_ids(tokenizer)
+    return Vocabulary(
+        pre=way.pre,
+        tokens=tuple(tokens),
+        types=tuple(int(kind) for kind in types),
+        merges=tuple(merges),
+        # llama.cpp's page and Ollama show the first as the model's end: the tokenizer's own, if there is one.
+        ends=tuple(sorted(ends, key=lambda end: end != tokenizer.eos_token_id)),
+        bos=tokenizer.bos_token_id,
+        pad=tokenizer.pad_token_id,
+        chat_template=str(tokenizer.chat_template),
+    )
+
+
+def way_of(described: dict[str, Any]) -> Way:
+    """Return the way in which a tokenizer.json splits text.
+
+    Raises:
+        InputError: it is no byte-level BPE, or llama.cpp does not know its way.
+    """
+    model = described["model"]
+    if model.get("type") != "BPE" or model.get("byte_fallback"):
+        kind = "BPE with byte fallback (SentencePiece)" if model.get("byte_fallback") else model.get("type")
+        raise InputError(f"the base model's tokenizer is {kind}, not byte-level BPE", REMEDY)
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise InputError(f"the base model's tokenizer has the {key} {model[key]!r}", REMEDY)
+    unequal = [n["type"] for n in _flat(described.get("normalizer"), "normalizers") if n["type"] != "NFC"]
+    if unequal:
+        raise InputError(
+            f"the base model's tokenizer changes its text ({', '.join(unequal)}), as llama.cpp cannot", REMEDY
+        )
+    steps = tuple(_step(part) for part in _flat(described.get("pre_tokenizer"), "pretokenizers"))
+    ignore_merges = bool(model.get("ignore_merges"))
+    for way in WAYS:
+        if way.steps == steps and way.ignore_merges == ignore_merges:
+            return way
+    raise InputError(
+        f"the base model's tokenizer splits text in a way that llama.cpp is not known to have: {steps}, "
+        f"ignore_merges {ignore_merges}",
+        REMEDY,
+    )
+
+
+def _flat(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    if part is None:
+        return []
+    return [inner for p in part[key] for inner in _flat(p, key)] if part["type"] == "Sequence" else [part]
+
+
+def _step(part: dict[str, Any]) -> str:
+    """Return the step of `Way.steps` that this part of a pre-tokenizer is, or its JSON if it is none."""
+    if part["type"] == "ByteLevel" and not part["add_prefix_space"]:
+        return "words" if part["use_regex"] else "bytes"
+    if part["type"] == "Digits" and part["individual_digits"]:
+        return "digits"
+    if part["type"] == "Split" and part["behavior"] == "Isolated" and not part["invert"]:
+        return str(part["pattern"].get("Regex", part))
+    return json.dumps(part, sort_keys=True)
+
+
+def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
+    """Put the vocabulary into the head of a GGUF file."""
+    writer.add_tokenizer_model("gpt2")  # GGUF's word for any byte-level BPE
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(list(vocabulary.tokens))
+    writer.add_token_types(list(vocabulary.types))
+    writer.add_token_merges(list(vocabulary.merges))
+    if vocabulary.bos is not None:
+        writer.add_bos_token_id(vocabulary.bos)
+    if vocabulary.pad is not None:
+        writer.add_pad_token_id(vocabulary.pad)
+    writer.add_eos_token_id(vocabulary.ends[0])
+    if len(vocabulary.ends) > 1:
+        writer.add_eot_token_id(vocabulary.ends[1])
+    # The model learned text as its chat template renders it, with nothing put before it.
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(vocabulary.chat_template)
+
+
+def vocabulary_in(reader: GGUFReader) -> Vocabulary:
+    """Return the vocabulary that a GGUF file holds."""
+
+    def value(key: str) -> Any:
+        field = reader.fields.get(f"tokenizer.{key}")
+        return None if field is None else field.contents()
+
+    ends = (value("ggml.eos_token_id"), value("ggml.eot_token_id"))
+    return Vocabulary(
+        pre=value("ggml.pre"),
+        tokens=tuple(value("ggml.tokens")),
+        types=tuple(value("ggml.token_type")),
+        merges=tuple(value("ggml.merges")),
+        ends=tuple(end for end in ends if end is not None),
+        bos=value("ggml.bos_token_id"),
+        pad=value("ggml.padding_token_id"),
+        chat_template=value("chat_template"),
+    )
+
+
+def tokenizer_of(vocabulary: Vocabulary) -> Any:
+    """Return a tokenizer built from nothing but the vocabulary, as llama.cpp builds its own."""
+    from gguf import TokenType
+    from tokenizers import AddedToken, Tokenizer, models
+
+    way = next(way for way in WAYS if way.pre == vocabulary.pre)
+    ids = {token: index for index, token in enumerate(vocabulary.tokens)}
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in vocabulary.merges)]
+    built = Tokenizer(models.BPE(vocab=ids, merges=pairs, ignore_merges=way.ignore_merges))
+    built.pre_tokenizer = _pre_tokenizer(way)
+    marks = [
+        AddedToken(token, normalized=False, special=kind == TokenType.CONTROL)
+        for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
+        if kind in (TokenType.CONTROL, TokenType.USER_DEFINED)
+    ]
+    built.add_tokens(marks)
+    return built
+
+
+def _pre_tokenizer(way: Way) -> Any:
+    from tokenizers import Regex, pre_tokenizers
+
+    parts: list[Any] = []
+    for step in way.steps:
+        if step in ("words", "bytes"):
+            parts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=step == "words"))
+        elif step == "digits":
+            parts.append(pre_tokenizers.Digits(individual_digits=True))
+        else:
+            parts.append(pre_tokenizers.Split(Regex(step), "isolated"))
+    return pre_tokenizers.Sequence(parts)
+
+
+def count_equal(vocabulary: Vocabulary, tokenizer: Any, texts: Sequence[str], file: Path) -> int:
+    """Return how many texts have the same token ids in the vocabulary as in the tokenizer.
+
+    They may differ only where the tokenizer normalises the text first (NFC), which llama.cpp does not.
+
+    Raises:
+        InputError: another text has other ids, the first of which is named.
+    """
+    built = tokenizer_of(vocabulary)
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    equal = 0
+    for text in texts:
+        ours = built.encode(text, add_special_tokens=False).ids
+        theirs = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if ours == theirs:
+            equal += 1
+        elif normalizer is None or normalizer.normalize_str(text) == text:
+            raise InputError(f"{file} gives {text[:80]!r} other tokens than the base model's", REMEDY)
+    return equal
