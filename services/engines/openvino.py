@@ -32,9 +32,6 @@ log = logging.getLogger(__name__)
 # OpenVINO's paged attention on a CPU; checked against what the pipeline reports in the tests.
 BLOCK_TOKENS = 32
 
-# Architectures whose GGUF OpenVINO builds a model from.
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
-
 # Keywords of JSON schema that the pipeline's own grammar holds. It compiles a schema in the middle of a step,
 # and what it cannot compile breaks the pipeline, so anything else is refused before.
 SCHEMA_KEYWORDS = frozenset(
@@ -55,7 +52,8 @@ class OpenvinoEngine(Worker):
         config: the model's `config.json`, for the size of its key-value cache.
         tokenizer: the one of transformers; prompts come as its ids.
         kv_cache_mib: memory for keys and values of all sequences, and of prompts' common beginnings.
-        threads: of the computation; 0 leaves the number to OpenVINO.
+        context_tokens: of prompt and answer together at most; None for all that the model reads.
+        threads: of the computation; None for all cores.
         batch_tokens: read at once in a step. A long prompt is read in pieces of this size, and the others
             write a token between two pieces.
         precision: `auto` computes in what the CPU is fastest in, `float32` exactly.
@@ -75,12 +73,14 @@ class OpenvinoEngine(Worker):
         max_running: int = 32,
         max_waiting: int = 256,
         kv_cache_mib: int = 1024,
-        threads: int = 0,
+        context_tokens: int | None = None,
+        threads: int | None = None,
         batch_tokens: int = 256,
         precision: str = "auto",
     ) -> None:
         settings = json.loads(config.read_text(encoding="utf-8"))
         block = _block_bytes(settings, 4 if precision == "float32" else 2)
+        length = settings["max_position_embeddings"]
         blocks = kv_cache_mib * 2**20 // block
         if blocks < 1:
             raise InputError(
@@ -89,7 +89,7 @@ class OpenvinoEngine(Worker):
             )
         super().__init__(
             # A sequence must fit into the cache alone, or it could never end.
-            context_tokens=min(settings["max_position_embeddings"], blocks * BLOCK_TOKENS),
+            context_tokens=min(context_tokens or length, length, blocks * BLOCK_TOKENS),
             max_running=max_running,
             max_waiting=max_waiting,
             end_ids=end_of_turn_ids(tokenizer),
@@ -100,7 +100,7 @@ class OpenvinoEngine(Worker):
         self._numbers = iter(range(2**63))
         self._start()
 
-    def _open(self, gguf: Path, blocks: int, threads: int, batch_tokens: int, precision: str) -> Any:
+    def _open(self, gguf: Path, blocks: int, threads: int | None, batch_tokens: int, precision: str) -> Any:
         scheduler = self._genai.SchedulerConfig()
         scheduler.num_kv_blocks = blocks
         scheduler.max_num_seqs = self.max_running
@@ -117,7 +117,7 @@ class OpenvinoEngine(Worker):
         except RuntimeError as error:
             raise InputError(
                 f"OpenVINO cannot read {gguf}: {error}",
-                "make it anew (dvc repro export), or choose another engine (services.engine.name)",
+                "make it anew (dvc repro export), or choose another engine (services.engine.kind)",
             ) from error
 
     def _prepare(self, sampling: Sampling) -> Any:
@@ -235,6 +235,6 @@ def _import_genai() -> Any:
     except ImportError as error:
         raise InputError(
             f"the engine openvino is not installed ({error})",
-            "pip install 'perennial[serve]', or choose another engine (services.engine.name in params.yaml)",
+            "pip install 'perennial[serve]', or choose another engine (services.engine.kind in params.yaml)",
         ) from error
     return openvino_genai

@@ -45,7 +45,8 @@ class TransformersEngine(Worker):
         adapter: folder of the adapter, which is merged; None serves the base model.
         device: `auto`, `cpu` or `cuda`.
         precision: `auto`, `bfloat16` or `float32`; see `stages.common.models.pick_dtype`.
-        threads: of the computation on a CPU; 0 leaves the number to torch.
+        context_tokens: of prompt and answer together at most; None for all that the model reads.
+        threads: of the computation on a CPU; None leaves the number to torch.
         batch_tokens: of a prompt, read at once in a step; the others write a token between two pieces.
 
     Raises:
@@ -64,7 +65,8 @@ class TransformersEngine(Worker):
         precision: str = "auto",
         max_running: int = 8,
         max_waiting: int = 256,
-        threads: int = 0,
+        context_tokens: int | None = None,
+        threads: int | None = None,
         batch_tokens: int = 256,
     ) -> None:
         import torch
@@ -77,8 +79,9 @@ class TransformersEngine(Worker):
             self._model = load_base(base, dtype, self._device)
         else:
             self._model = load_tuned(base, adapter, dtype, self._device)
+        length = self._model.config.max_position_embeddings
         super().__init__(
-            context_tokens=self._model.config.max_position_embeddings,
+            context_tokens=min(context_tokens or length, length),
             max_running=max_running,
             max_waiting=max_waiting,
             end_ids=end_of_turn_ids(tokenizer),

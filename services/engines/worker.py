@@ -48,7 +48,7 @@ class Worker:
     Args:
         context_tokens: prompt and answer together.
         max_running: sequences decoded together.
-        max_waiting: requests that may wait for a place; one more is refused with QueueFull.
+        max_waiting: requests beyond them that may wait; one more is refused with QueueFull.
         end_ids: tokens that end an answer.
     """
 
@@ -148,8 +148,8 @@ class Worker:
         with self._wake:
             if self._broken or self._closed:
                 raise EngineError(self._broken or "the engine is closed")
-            if len(self._waiting) >= self._max_waiting:
-                raise QueueFull(f"{len(self._waiting)} requests wait already")
+            if len(self._waiting) + len(self._running) >= self.max_running + self._max_waiting:
+                raise QueueFull(f"{len(self._running)} requests run and {len(self._waiting)} wait already")
             self._waiting.append(request)
             self._wake.notify()
 

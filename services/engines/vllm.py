@@ -1,0 +1,278 @@
+"""The engine for CUDA: vLLM, one base model in memory, each version of the tuned model an adapter over it.
+
+Written for vLLM 0.32 (`AsyncLLM`). vLLM computes in a process of its own; what is here translates.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from services.engines.grammar import Grammars
+from services.engines.protocol import (
+    ContextOverflow,
+    EngineError,
+    FinishReason,
+    Load,
+    QueueFull,
+    Sampling,
+    SchemaUnsupported,
+    Step,
+    TokenLogprob,
+)
+from stages.common.chat import end_of_turn_ids
+from stages.common.errors import InputError
+
+# Ranks that vLLM has room for; an adapter gets the next one.
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
+class VllmEngine:
+    """Writes answers with vLLM; engines over the same base model share it in memory.
+
+    Args:
+        base: folder of the base model.
+        adapter: folder of the adapter; None serves the base model.
+        context_tokens: of prompt and answer together at most; None for all that the model reads.
+        max_adapters: versions that serve at the same time, such as champion and challenger.
+        gpu_memory: share of the GPU's memory that vLLM takes.
+
+    Raises:
+        InputError: vLLM is not installed, or the adapter's rank is too high for it.
+    """
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        base: Path,
+        adapter: Path | None,
+        tokenizer: Any,
+        *,
+        max_running: int = 64,
+        max_waiting: int = 256,
+        context_tokens: int | None = None,
+        max_adapters: int = 3,
+        gpu_memory: float = 0.9,
+    ) -> None:
+        self.max_running = max_running
+        self._max_waiting = max_waiting
+        self._vllm = _import_vllm()
+        key = _content(base)
+        if key not in _CORES:
+            arguments = self._vllm.AsyncEngineArgs(
+                model=str(base),
+                enable_lora=True,
+                max_loras=max_adapters,
+                max_lora_rank=_room_for(adapter),
+                max_num_seqs=max_running,
+                max_model_len=context_tokens,
+                gpu_memory_utilization=gpu_memory,
+                enable_prefix_caching=True,
+                # llguidance, as in the other engines: a schema means the same everywhere.
+                structured_outputs_config=self._vllm.StructuredOutputsConfig(
+                    backend="guidance", disable_any_whitespace=True
+                ),
+                disable_log_stats=True,
+            )
+            _CORES[key] = _Core(key, self._vllm.AsyncLLMEngine.from_engine_args(arguments))
+        self._core = _CORES[key]
+        settings = self._core.model.model_config
+        self.context_tokens: int = settings.max_model_len
+        self._end_ids = frozenset(end_of_turn_ids(tokenizer))
+        self._grammars = Grammars(tokenizer, settings.get_vocab_size(), min(self._end_ids))
+        self._lora = None if adapter is None else self._request_of(adapter)
+        self._core.users += 1
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._waiting: set[str] = set()
+        self._running: set[str] = set()
+        self._closed: str | None = None
+
+    @property
+    def broken(self) -> str | None:
+        """Return why the engine takes no more requests, or None."""
+        return self._closed or ("vLLM's process is gone" if self._core.model.errored else None)
+
+    def load(self) -> Load:
+        """Return how many requests wait for their first token, and how many are being written."""
+        return Load(len(self._waiting), len(self._running))
+
+    async def generate(self, prompt: Sequence[int], sampling: Sampling) -> AsyncIterator[Step]:
+        """Write an answer to a prompt; see `Engine.generate`."""
+        await self._check(prompt, sampling)
+        self._loop = asyncio.get_running_loop()
+        number = str(next(self._core.numbers))
+        self._waiting.add(number)
+        outputs = self._core.model.generate(
+            {"prompt_token_ids": list(prompt)},
+            self._parameters(sampling, self.context_tokens - len(prompt)),
+            number,
+            lora_request=self._lora,
+        )
+        try:
+            async for output in outputs:
+                self._waiting.discard(number)
+                self._running.add(number)
+                step = self._step(output.outputs[0], sampling)
+                yield step
+                if step.finish_reason is not None:
+                    return
+            raise EngineError(self._closed or "vLLM ended an answer without a reason")
+        except (self._vllm.EngineDeadError, self._vllm.EngineGenerateError) as error:
+            raise EngineError(f"vLLM broke: {error}") from error
+        except ValueError as error:  # vLLM refuses a request with one
+            kind = SchemaUnsupported if sampling.json_schema is not None else EngineError
+            raise kind(f"vLLM refuses the request: {error}") from error
+        finally:
+            self._waiting.discard(number)
+            self._running.discard(number)
+            await outputs.aclose()  # aborts what has not ended
+
+    async def _check(self, prompt: Sequence[int], sampling: Sampling) -> None:
+        if reason := self.broken:
+            raise EngineError(reason)
+        if not prompt or len(prompt) >= self.context_tokens:
+            raise ContextOverflow(
+                f"the prompt takes {len(prompt)} tokens; with its answer it may take {self.context_tokens}"
+            )
+        if len(self._waiting) + len(self._running) >= self.max_running + self._max_waiting:
+            raise QueueFull(f"{len(self._running)} requests run and {len(self._waiting)} wait already")
+        if sampling.json_schema is not None:
+            await asyncio.to_thread(self._grammars.compile, sampling.json_schema)
+
+    def _parameters(self, sampling: Sampling, room: int) -> Any:
+        structured = None
+        if sampling.json_schema is not None:
+            structured = self._vllm.StructuredOutputsParams(json=sampling.json_schema)
+        return self._vllm.SamplingParams(
+            max_tokens=min(sampling.max_tokens, room),
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+            frequency_penalty=sampling.frequency_penalty,
+            presence_penalty=sampling.presence_penalty,
+            logprobs=sampling.logprobs,
+            stop_token_ids=sorted(self._end_ids),
+            detokenize=False,
+            output_kind=self._vllm.RequestOutputKind.DELTA,
+            structured_outputs=structured,
+        )
+
+    def _step(self, output: Any, sampling: Sampling) -> Step:
+        ids = tuple(output.token_ids)
+        tables = list(output.logprobs or ())
+        reason: FinishReason | None = None
+        if output.finish_reason is not None:
+            if output.finish_reason not in ("stop", "length"):
+                raise EngineError(self._closed or f"vLLM ended an answer: {output.finish_reason}")
+            reason = "stop" if output.finish_reason == "stop" else "length"
+        if ids and ids[-1] in self._end_ids:
+            ids = ids[:-1]
+        if sampling.logprobs is None:
+            return Step(ids, reason)
+        pairs = zip(ids, tables, strict=False)
+        return Step(ids, reason, tuple(_logprob(token, table, sampling.logprobs) for token, table in pairs))
+
+    def close(self) -> None:
+        """Unload the adapter; the last engine over a base model ends vLLM's process."""
+        if self._closed is not None:
+            return
+        self._closed = "the engine is closed"
+        self._core.users -= 1
+        if not self._core.users:
+            del _CORES[self._core.key]
+        if self._loop is not None and not self._loop.is_closed():
+            asyncio.run_coroutine_threadsafe(self._unload(), self._loop)
+        elif not self._core.users:
+            self._core.model.shutdown()
+
+    async def _unload(self) -> None:
+        """End what runs first: vLLM tells nobody who waits that it shuts down."""
+        await self._core.model.abort([*self._waiting, *self._running])
+        if not self._core.users:
+            self._core.model.shutdown()
+        elif self._lora is not None:
+            await self._core.model.remove_lora(self._lora.lora_int_id)
+
+    def _request_of(self, adapter: Path) -> Any:
+        number = next(self._core.adapters)
+        return self._vllm.LoRARequest(
+            lora_name=f"adapter-{number}", lora_int_id=number, lora_path=str(adapter)
+        )
+
+
+class _Core:
+    """One vLLM, shared by the engines of several adapters over one base model."""
+
+    def __init__(self, key: str, model: Any) -> None:
+        self.key = key
+        self.model = model
+        self.users = 0
+        self.numbers = itertools.count()
+        self.adapters = itertools.count(1)  # vLLM takes 0 for no adapter
+
+
+_CORES: dict[str, _Core] = {}  # by the content of the base model: each version has a folder of its own
+
+
+def _content(base: Path) -> str:
+    """Return a hash of a base model's configuration and weights."""
+    whole = hashlib.sha256()
+    for file in sorted([base / "config.json", *base.glob("*.safetensors")]):
+        with file.open("rb") as opened:
+            whole.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
+    return whole.hexdigest()
+
+
+def _logprob(token: int, table: Any, count: int) -> TokenLogprob:
+    best = sorted(((int(i), float(entry.logprob)) for i, entry in table.items()), key=lambda pair: -pair[1])
+    return TokenLogprob(token, float(table[token].logprob), tuple(best[:count]))
+
+
+def _room_for(adapter: Path | None) -> int:
+    """Return the rank to reserve: the adapter's, and not less than the usual ones of later versions."""
+    if adapter is None:
+        return 64
+    rank = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+    if rank > RANKS[-1]:
+        raise InputError(
+            f"{adapter} has rank {rank}; vLLM takes up to {RANKS[-1]}",
+            "lower finetune.lora.rank in params.yaml, or set services.engine.kind: transformers",
+        )
+    return next(room for room in RANKS if room >= max(rank, 64))
+
+
+def _import_vllm() -> Any:
+    """Return the names that are used of vLLM."""
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it reports its use to its makers otherwise
+    try:
+        from vllm import SamplingParams
+        from vllm.config import StructuredOutputsConfig
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.engine.async_llm_engine import AsyncLLMEngine
+        from vllm.lora.request import LoRARequest
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+    except ImportError as error:
+        raise InputError(
+            f"the engine vllm is not installed ({error})",
+            "pip install 'perennial[gpu]', or choose another engine (services.engine.kind in params.yaml)",
+        ) from error
+    return SimpleNamespace(
+        SamplingParams=SamplingParams,
+        AsyncEngineArgs=AsyncEngineArgs,
+        AsyncLLMEngine=AsyncLLMEngine,
+        LoRARequest=LoRARequest,
+        RequestOutputKind=RequestOutputKind,
+        StructuredOutputsConfig=StructuredOutputsConfig,
+        StructuredOutputsParams=StructuredOutputsParams,
+        EngineDeadError=EngineDeadError,
+        EngineGenerateError=EngineGenerateError,
+    )
