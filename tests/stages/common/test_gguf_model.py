@@ -40,8 +40,8 @@ def model_of(name):
                 tensor.normal_(std=0.5)
             elif "norm" in key:
                 tensor.uniform_(0.5, 1.5)
-        # Marks and bytes beyond ASCII are never the likeliest: llama.cpp gives no logprobs of an end or half a
-        # character.
+        # Never the likeliest: marks and bytes beyond ASCII. llama.cpp gives no logprobs of an end or of half
+        # a character.
         model.get_output_embeddings().weight[[0, 1, *range(96, 260)]] = 0
     return model.half().float()
 
@@ -71,7 +71,7 @@ def test_llama_cpp_computes_what_transformers_computes(name, tmp_path):
         [found] = llama_cpp.complete(prompt, 1, logprobs=20)
         assert len(found) >= 20
         for token, logprob in found.items():
-            # llama.cpp rounds what flows between layers to float16, too; a wrong order of heads costs several nats.
+            # llama.cpp rounds what flows between layers, too; a wrong order of heads costs several nats.
             assert logprob == pytest.approx(float(expected[token]), abs=0.15)
 
 
