@@ -217,8 +217,15 @@ class Answerer:
         usage = Usage(progress.prompt_tokens, progress.completion_tokens)
         yield Part(last, logprobs, progress.finish_reason, usage, progress.valid, progress.mean_logprob)
 
+    def health(self) -> str | None:
+        """Return why no request would be answered now, or None."""
+        return self.fleet.health() or self._store_problem()
+
+    def _store_problem(self) -> str | None:
+        return self.store.health() if self.settings.events.on_failure == "refuse" else None
+
     def _check_store(self) -> None:
-        if self.settings.events.on_failure == "refuse" and (problem := self.store.health()) is not None:
+        if (problem := self._store_problem()) is not None:
             logger.error("the event store takes nothing: %s", problem)
             raise errors.store_unavailable()
 

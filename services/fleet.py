@@ -15,7 +15,7 @@ from typing import Any, Literal
 from services import errors
 from services.engines.protocol import Engine, EngineError, Sampling
 from services.metrics import get_metrics
-from services.versions import ALIASES, Aliases, ModelFiles, read_aliases, stored
+from services.versions import ALIASES, Aliases, ModelFiles, read_aliases
 from stages.common.chat import encode_prompt
 from stages.common.errors import InputError
 from stages.common.records import Message
@@ -55,7 +55,7 @@ class Choice:
     shadow: Served | None = None
 
 
-Loader = Callable[[ModelFiles], Served]
+Loader = Callable[[str], Served]
 
 
 @dataclass(slots=True)
@@ -63,7 +63,7 @@ class Fleet:
     """What is in memory.
 
     Args:
-        load: makes a version ready to answer; blocks, so it runs beside the event loop.
+        load: makes the version of a tag ready to answer; blocks, so it runs beside the event loop.
         keep_loaded: versions that stay in memory, so that going back is instant.
         path: the alias file that is followed.
     """
@@ -122,7 +122,7 @@ class Fleet:
 
     async def _ready(self, tag: str) -> Served:
         logger.info("loading %s …", tag)
-        served = await asyncio.to_thread(lambda: self.load(stored(tag)))
+        served = await asyncio.to_thread(self.load, tag)
         await warm_up(served)
         logger.info("%s is ready", tag)
         return served

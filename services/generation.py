@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import aclosing, suppress
-from pathlib import Path
+from contextlib import aclosing
 from typing import Annotated, Any, cast
 
 import bentoml
@@ -20,39 +19,36 @@ from services.answering import Answerer, Part, Question, new_request_id
 from services.api import make_app
 from services.engines.choice import check_gpus, load_engine
 from services.engines.protocol import Sampling
-from services.events import open_store, prune
-from services.fleet import Fleet, Served, run_forever
-from services.keys import Access, Caller, KeyFile
+from services.fleet import Served
+from services.keys import Caller
 from services.network import BodyLimit, listens_beyond_loopback
-from services.redaction import redactor
 from services.schemas import Answer
-from services.versions import ModelFiles, newest_as_champion
+from services.startup import Running, start, stop
+from services.versions import ModelFiles, newest_as_champion, stored
 from stages.common.logs import set_quiet_environment
 from stages.common.models import load_tokenizer
 from stages.common.params import load_params
 from stages.common.records import Message
-from stages.common.service_params import Services
 
 set_quiet_environment()
 SETTINGS = load_params().services
-MAX_CLIENTS = 100_000  # whose rates are remembered: some 100 bytes each
-PRUNE_EVERY_S = 86_400.0
 
 logger = logging.getLogger("services.generation")
 
 
-class _Running:
-    """What answers in this process: made when the service starts, and reached by its routes."""
+class _Process:
+    """What runs in this process; its routes find it here."""
 
-    answerer: Answerer | None = None
-
-
-_running = _Running()
+    running: Running | None = None
 
 
-def load_served(files: ModelFiles, settings: Services) -> Served:
-    """Load a version: its tokenizer, and the engine that suits the machine."""
-    return Served(files, load_tokenizer(files.tokenizer), load_engine(files, settings.engine))
+_process = _Process()
+
+
+def load_served(tag: str) -> Served:
+    """Load a stored version: its tokenizer, and the engine that suits the machine."""
+    files = stored(tag)
+    return Served(files, load_tokenizer(files.tokenizer), load_engine(files, SETTINGS.engine))
 
 
 def get_answerer() -> Answerer:
@@ -61,9 +57,9 @@ def get_answerer() -> Answerer:
     Raises:
         ApiError: the service is still starting, or ending.
     """
-    if _running.answerer is None:
+    if _process.running is None:
         raise errors.not_ready("it is starting")
-    return _running.answerer
+    return _process.running.answerer
 
 
 def get_caller(request: Request) -> Caller:
@@ -89,61 +85,24 @@ class Generation:
 
     @bentoml.on_startup
     async def start(self) -> None:
-        """Open the store, name the champion, and load it beside the event loop."""
+        """Name the champion and begin to load it: alive at once, and ready when it answers."""
         check_gpus(SETTINGS.engine)
         champion = await asyncio.to_thread(newest_as_champion, SETTINGS.versions.follow_pipeline)
         logger.info("the champion is %s", champion)
-        events = SETTINGS.events
-        store = await asyncio.to_thread(
-            open_store,
-            events.url,
-            queue_size=events.queue_size,
-            group_rows=events.group_rows,
-            group_wait_s=events.group_wait_ms / 1000,
-            redact=redactor(events.redact),
-        )
-        access = SETTINGS.access
-        rules = Access(
-            KeyFile(Path(access.keys_file)),
-            keys_needed=access.keys == "always" or listens_beyond_loopback(),
-            requests_per_minute=access.requests_per_minute,
-            tokens_per_day=access.tokens_per_day,
-            max_clients=MAX_CLIENTS,
-        )
-        fleet = Fleet(lambda files: load_served(files, SETTINGS), SETTINGS.versions.keep_loaded)
-        _running.answerer = Answerer(SETTINGS, fleet, store, rules)
-        self.tasks = [asyncio.create_task(run_forever(fleet.follow))]
-        if events.retention_days is not None:
-            self.tasks.append(asyncio.create_task(run_forever(self._prune)))
-
-    async def _prune(self) -> None:
-        """Remove events that are older than they may be."""
-        import time
-
-        days = SETTINGS.events.retention_days or 0
-        await asyncio.to_thread(prune, SETTINGS.events.url, time.time() - days * 86_400)
-        await asyncio.sleep(PRUNE_EVERY_S)
+        _process.running = await start(SETTINGS, load_served, listens_beyond_loopback())
 
     @bentoml.on_shutdown
     async def stop(self) -> None:
-        """Store what is still to be stored, and end the engines."""
-        for task in self.tasks:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
-        answerer, _running.answerer = _running.answerer, None
-        if answerer is not None:
-            await answerer.settle()
-            answerer.fleet.close()
-            await asyncio.to_thread(answerer.store.close)
+        """Let what is running end, and close what is open."""
+        running, _process.running = _process.running, None
+        if running is not None:
+            await stop(running)
 
     async def __is_ready__(self) -> bool:
         """Return whether a request would be answered now."""
-        answerer = _running.answerer
-        if answerer is None:
+        if _process.running is None:
             return False
-        store = answerer.store.health() if SETTINGS.events.on_failure == "refuse" else None
-        problem = answerer.fleet.health() or store
+        problem = _process.running.answerer.health()
         if problem is not None:
             logger.warning("not ready: %s", problem)
         return problem is None

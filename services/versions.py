@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import hashlib
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -165,11 +166,20 @@ def add_pipeline_output(root: Path = Path()) -> str:
     files = _files(export, base, adapter)
     if _is_stored(files.tag):
         return files.tag
-    base_tag = f"{files.name}-base:{files.about['base_sha256'][:12]}"
+    base_tag = f"{files.name}-base:{_sha256(base)[:12]}"
     if not _is_stored(base_tag):
         _store(base_tag, {".": base}, {})
     _store(files.tag, {"export": export, "adapter": adapter}, {"base": base_tag})
     return files.tag
+
+
+def _sha256(folder: Path) -> str:
+    """Return the hash of a folder's files, which several versions share a base by."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _store(tag: str, folders: dict[str, Path], metadata: dict[str, Any]) -> None:

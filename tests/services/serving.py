@@ -1,0 +1,132 @@
+"""The whole service around a tiny model, reached by HTTP: real engine, real store, real sockets."""
+
+import asyncio
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import uvicorn
+
+from services.api import make_app
+from services.engines.transformers import TransformersEngine
+from services.fleet import Served
+from services.network import BodyLimit
+from services.startup import start, stop
+from services.versions import Aliases, ModelFiles, _write
+from stages.common.models import load_tokenizer
+from stages.common.params import load_params
+from tests.tiny import save_model
+
+ROOT = Path(__file__).resolve().parents[2]
+ADDRESS = "127.0.0.1"
+
+
+def settings(folder: Path, **changes):
+    """Return the settings of params.yaml with a store in `folder`, changed as `guard={"max_messages": 3}`."""
+    services = load_params(ROOT / "params.yaml").services
+    own = {
+        "events": {"url": f"sqlite:///{folder / 'events.db'}"},
+        "access": {"keys_file": str(folder / "keys.json")},
+        "answers": {"default_max_tokens": 16},
+    }
+    for section in {**own, **changes}:
+        values = {**own.get(section, {}), **changes.get(section, {})}
+        values = {"schema_" if key == "schema" else key: value for key, value in values.items()}
+        services = services.model_copy(update={section: getattr(services, section).model_copy(update=values)})
+    return services
+
+
+def tiny_files(folder: Path, version: str = "a" * 12, seed: int = 0, **about) -> ModelFiles:
+    """Save a tiny model and return it as a version's files."""
+    save_model(folder, seed)
+    told = {"name": "tiny", "version": version, "system_prompt": None, "answer_schema": None, "label_key": None}
+    return ModelFiles(
+        "tiny", version, folder, None, folder, None, {**told, "answer_format": "text", "base_model": "tiny", **about}
+    )
+
+
+def load_tiny(files: ModelFiles) -> Served:
+    """Load a tiny version exactly, in one thread."""
+    tokenizer = load_tokenizer(files.tokenizer)
+    engine = TransformersEngine(
+        files.base, None, tokenizer, device="cpu", precision="float32", max_running=8, threads=1
+    )
+    return Served(files, tokenizer, engine)
+
+
+@dataclass
+class Server:
+    """A running service: where it is, and what is inside."""
+
+    url: str
+    answerer: object
+    aliases: Path
+    loop: asyncio.AbstractEventLoop
+
+    def client(self, **options) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=60.0, **options)
+
+    def run(self, coroutine):
+        """Run something in the service's own loop."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(60)
+
+
+@contextmanager
+def serving(folder: Path, *versions: ModelFiles, load=load_tiny, keys_needed=False, **changes):
+    """Serve the versions, the first of them as champion, until the block ends."""
+    by_tag = {files.tag: files for files in versions}
+    chosen = settings(folder, **changes)
+    aliases = folder / "aliases.json"
+    _write(aliases, Aliases(versions[0].tag))
+    ready, over, state = threading.Event(), threading.Event(), {}
+
+    async def run() -> None:
+        running = await start(chosen, lambda tag: load(by_tag[tag]), keys_needed, aliases)
+        state.update(running=running, loop=asyncio.get_running_loop())
+
+        def caller(request):
+            address = request.client.host
+            return running.answerer.access.admit(request.headers.get("authorization"), address)
+
+        # BentoML calls a dependency in a worker thread or in the loop, as FastAPI decides: so does this.
+        app = BodyLimit(make_app(lambda: running.answerer, caller), chosen.guard.max_body_bytes)
+        config = uvicorn.Config(app, ADDRESS, 0, log_level="warning", lifespan="off", ws="none")
+        server = uvicorn.Server(config)
+        serve = asyncio.create_task(server.serve())
+        while not (server.started and running.answerer.health() is None):
+            if serve.done():
+                raise RuntimeError("the server ended before it was ready")
+            await asyncio.sleep(0.01)
+        state["port"] = server.servers[0].sockets[0].getsockname()[1]
+        ready.set()
+        await asyncio.to_thread(over.wait)
+        server.should_exit = True
+        await serve
+        await stop(running)
+
+    def target() -> None:
+        try:
+            asyncio.run(run())
+        except BaseException as error:
+            state["error"] = error
+            ready.set()
+
+    thread = threading.Thread(target=target, daemon=True)
+    thread.start()
+    assert ready.wait(60), "the service is not ready after a minute"
+    try:
+        if "error" in state:
+            raise state["error"]
+        yield Server(f"http://{ADDRESS}:{state['port']}", state["running"].answerer, aliases, state["loop"])
+    finally:
+        over.set()
+        thread.join(60)
+    assert "error" not in state, state.get("error")
+
+
+def ask(client: httpx.Client, content: str = "Hello", **fields):
+    """Ask one question and return the response."""
+    body = {"messages": [{"role": "user", "content": content}], **fields}
+    return client.post("/v1/chat/completions", json=body)
