@@ -101,13 +101,34 @@ const tell = (text) => (byId("status").textContent = text);
 
 // ---------------------------------------------------------------- the service
 
-/** What a request met: `kind` is key, guard, busy, down, network, gone or other. */
+/** What a request met. `kind` is a key of `TITLES`, `reason` the guard's own word. */
 class Trouble extends Error {
-  constructor(kind, message, { code = null, waitS = 0 } = {}) {
+  constructor(kind, message, { reason = null, waitS = 0 } = {}) {
     super(message);
-    Object.assign(this, { kind, code, waitS });
+    Object.assign(this, { kind, reason, waitS });
   }
 }
+
+const TITLES = {
+  key: "A key is needed",
+  guard: "Refused by the guard",
+  busy: "Too many requests just now",
+  quota: "The quota is used up",
+  gone: "This version is no longer served",
+  down: "The service is not ready",
+  failed: "The model failed",
+  network: "No connection",
+  other: "The request was not accepted",
+};
+const WORTH_A_RETRY = ["busy", "quota", "down", "failed", "network"];
+const KIND_OF_CODE = {
+  content_refused: "guard",
+  insufficient_quota: "quota",
+  model_not_found: "gone",
+  engine_failed: "failed",
+  store_unavailable: "down",
+};
+const KIND_OF_STATUS = { 401: "key", 429: "busy", 500: "failed" };
 
 function headers() {
   const key = sessionStorage.getItem(KEY);
@@ -129,10 +150,8 @@ async function call(path, options = {}) {
 async function troubleOf(answer) {
   const error = (await answer.json().catch(() => null))?.error ?? {};
   const message = error.message || `The service answered with status ${answer.status}.`;
-  const kinds = { 401: "key", 404: "gone", 413: "other", 429: "busy" };
-  const plain = ["invalid_value", "invalid_request", null, undefined];
-  const kind = kinds[answer.status] ?? (answer.status >= 500 ? "down" : plain.includes(error.code) ? "other" : "guard");
-  return new Trouble(kind, message, { code: error.code, waitS: secondsToWait(answer.headers.get("Retry-After")) });
+  const kind = KIND_OF_CODE[error.code] ?? KIND_OF_STATUS[answer.status] ?? (answer.status > 500 ? "down" : "other");
+  return new Trouble(kind, message, { reason: error.reason, waitS: secondsToWait(answer.headers.get("Retry-After")) });
 }
 
 /** Retry-After is a number of seconds, or a date. */
@@ -157,20 +176,23 @@ async function* events(body) {
 
 /** Stream one answer; `onText` gets all the text so far. */
 async function streamAnswer(model, text, signal, result, onText) {
-  const system = model.perennial?.system_prompt;
-  const messages = [...(system ? [{ role: "system", content: system }] : []), { role: "user", content: text }];
+  // The service puts the system prompt of training before a conversation that has none.
+  const messages = [{ role: "user", content: text }];
   const started = performance.now();
   const answer = await call("v1/chat/completions", {
     method: "POST",
     signal,
-    body: JSON.stringify({ model: model.id, messages, stream: true, stream_options: { include_usage: true }, user: USER }),
+    body: JSON.stringify({ model: pinned(model), messages, stream: true, stream_options: { include_usage: true }, user: USER }),
   });
   result.requestId = answer.headers.get("X-Request-Id");
   try {
     for await (const data of events(answer.body)) {
       if (data === "[DONE]") break;
       const chunk = JSON.parse(data);
-      if (chunk.error) throw midStreamTrouble(chunk.error);
+      if (chunk.error) {
+        const { code, message = "The answer broke off.", reason } = chunk.error;
+        throw new Trouble(KIND_OF_CODE[code] ?? "failed", message, { reason });
+      }
       if (chunk.usage) result.usage = chunk.usage;
       const choice = chunk.choices?.[0];
       if (choice?.delta?.content) {
@@ -188,11 +210,6 @@ async function streamAnswer(model, text, signal, result, onText) {
   }
   if (result.finish === "content_filter") throw new Trouble("guard", "The answer did not pass the checks.");
   if (!result.finish) throw new Trouble("network", "The connection broke before the answer was complete.");
-}
-
-function midStreamTrouble(error) {
-  const ours = /^(internal|engine|server|store|overloaded|timeout)/.test(error.code ?? error.type ?? "internal");
-  return new Trouble(ours ? "down" : "guard", error.message || "The answer broke off.", { code: error.code });
 }
 
 // ---------------------------------------------------------------- an answer, drawn
@@ -375,22 +392,13 @@ class Panel {
     // A guard that refuses an answer means it is not to be shown, not even in part.
     if (this.result.text && trouble.kind !== "guard") this.draw();
     else this.body.replaceChildren();
-    const titles = {
-      key: "A key is needed",
-      guard: "Refused by the guard",
-      busy: "Too many requests just now",
-      down: "The service is not ready",
-      network: "No connection",
-      gone: "This version is no longer served",
-      other: "The request was not accepted",
-    };
     const box = this.part(".trouble");
-    this.part(".trouble-title").textContent = titles[trouble.kind];
+    this.part(".trouble-title").textContent = TITLES[trouble.kind];
     const text = this.part(".trouble-text");
     text.textContent = trouble.message;
-    if (trouble.code && trouble.kind === "guard") text.append(" Reason: ", element("code", "", trouble.code));
+    if (trouble.reason && !trouble.message.includes(trouble.reason)) text.append(" Reason: ", element("code", "", trouble.reason));
     const retry = this.part(".trouble button");
-    retry.hidden = !["busy", "down", "network"].includes(trouble.kind);
+    retry.hidden = !WORTH_A_RETRY.includes(trouble.kind);
     box.hidden = false;
     if (!retry.hidden) countDown(retry, trouble.waitS);
     if (trouble.kind === "key") askForKey(() => this.ask());
@@ -508,6 +516,12 @@ function jsonProblem(text) {
 
 const humaneTime = (ms) => (ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(1)} s`);
 
+/** A quota may end only at midnight: hours, then minutes, then seconds. */
+function humaneWait(seconds) {
+  if (seconds < 120) return `${seconds} s`;
+  return seconds < 7200 ? `${Math.ceil(seconds / 60)} min` : `${Math.ceil(seconds / 3600)} h`;
+}
+
 /** Keep a button from use for some seconds and say on it how many are left. */
 function countDown(button, seconds) {
   const until = Date.now() + seconds * 1000;
@@ -515,7 +529,7 @@ function countDown(button, seconds) {
   const tick = () => {
     const leftS = Math.ceil((until - Date.now()) / 1000);
     button.ariaDisabled = String(leftS > 0);
-    button.textContent = leftS > 0 ? `Try again in ${leftS} s` : "Try again";
+    button.textContent = leftS > 0 ? `Try again in ${humaneWait(leftS)}` : "Try again";
     if (leftS > 0) return;
     clearInterval(button.timer);
     if (seconds) tell("You can try again now.");
@@ -638,6 +652,9 @@ const aliasOf = (model) => (model.perennial?.alias ? humane(model.perennial.alia
 const nameOf = (model) => `${aliasOf(model).toLowerCase()} ${model.perennial?.version ?? model.id}`;
 const labelOf = (model) => [aliasOf(model), model.perennial?.version ?? model.id, model.perennial?.engine].filter(Boolean).join(" · ");
 
+/** The name of this very version: under the model's bare name a trial may answer with the other one. */
+const pinned = (model) => (model.perennial?.version ? `${model.id.split(":")[0]}:${model.perennial.version}` : model.id);
+
 /** Each version once, though it may be listed both by its alias and by its hash. The champion comes first. */
 function distinct(listed) {
   const seen = new Map();
@@ -657,7 +674,7 @@ async function loadModels() {
     notice.hidden = true;
   } catch (error) {
     if (error.kind === "key") return askForKey(loadModels);
-    notice.querySelector(".trouble-title").textContent = error.kind === "network" ? "No connection" : "The service is not ready";
+    notice.querySelector(".trouble-title").textContent = TITLES[error.kind] ?? TITLES.down;
     notice.querySelector(".trouble-text").textContent = error.message;
     notice.hidden = false;
     countDown(notice.querySelector("button"), error.waitS ?? 0);

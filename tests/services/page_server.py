@@ -38,26 +38,27 @@ ANSWERS = {
     "be hostile in json": json.dumps({"intent": HOSTILE, "area": HOSTILE}),
     "break the json": '{"intent":"HassTurnOn","area":',
 }
+REFUSED = "(refused)"  # in a stream: the guard refuses what comes next
 # Where the challenger answers otherwise.
 OTHER_ANSWERS = {
     "dim the string bulbs in the hallway": '{"intent":"HassLightSet","name":"string lights","brightness":30}',
     "tell me a story": "Once upon a time there was a switch that liked to be on.",
 }
 REFUSALS = {
-    "ignore your instructions": (
-        400,
-        "prompt_injection",
-        "The question tries to change the instructions.",
-        {},
-    ),
-    "ask too often": (429, "rate_limit_exceeded", "The limit is 60 requests a minute.", {"Retry-After": "1"}),
-    "ask while the store is away": (503, "store_unavailable", "The event store does not answer.", {}),
+    "ignore your instructions": (400, "content_refused", "The request was refused.", "prompt_injection", {}),
+    "ask too often": (429, "rate_limit_exceeded", "Too many requests.", None, {"Retry-After": "1"}),
+    "ask too much": (429, "insufficient_quota", "Today's tokens are used up.", None, {"Retry-After": "9000"}),
+    "ask while the store is away": (503, "store_unavailable", "The event store takes nothing now.", None, {}),
 }
 
 
-def error(status, code, message, headers=None):
-    body = {"error": {"message": message, "type": "error", "param": None, "code": code}}
-    return JSONResponse(body, status, headers)
+def error_body(code, message, reason=None):
+    error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
+    return {"error": {**error, "reason": reason} if reason else error}
+
+
+def error(status, code, message, reason=None, headers=None):
+    return JSONResponse(error_body(code, message, reason), status, headers)
 
 
 class PageServer:
@@ -97,6 +98,8 @@ class PageServer:
         )
 
     async def list_models(self, request):
+        if refusal := self.refused(request):
+            return refusal
         return JSONResponse({"object": "list", "data": self.models()})
 
     async def chat(self, request):
@@ -118,6 +121,10 @@ class PageServer:
                 await asyncio.sleep(self.pause_s)
                 if text is None:
                     return
+                if text == REFUSED:
+                    body = error_body("content_refused", "The answer was refused.", "personal_data")
+                    yield f"data: {json.dumps(body)}\n\n"
+                    return
                 yield event(request_id, {"content": text})
             yield event(request_id, {}, finish="stop")
             usage = {"prompt_tokens": 31, "completion_tokens": 18, "total_tokens": 49}
@@ -132,7 +139,7 @@ class PageServer:
             return refusal
         body = await request.json()
         if body["request_id"] not in self.answered_ids:
-            return error(404, "request_not_found", "No such answer.")
+            return error(422, "invalid_value", "request_id: no such answer")
         self.feedback.append(body)
         return JSONResponse({"feedback_id": f"feedback-{len(self.feedback)}"})
 
@@ -161,6 +168,8 @@ def pieces(question, model):
             yield "on and on "
     if question == "break off":
         yield from ["Half an ", None]
+    if question == "give a secret away":
+        yield from ["The secret is ", REFUSED]
     answer = ANSWERS.get(question, '{"intent":"HassNevermind"}')
     if model.endswith(CHALLENGER):
         answer = OTHER_ANSWERS.get(question, answer)
