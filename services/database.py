@@ -14,7 +14,6 @@ from sqlalchemy.exc import (
     ArgumentError,
     DatabaseError,
     DBAPIError,
-    IntegrityError,
     InternalError,
     OperationalError,
     ProgrammingError,
@@ -133,11 +132,10 @@ def file_ids(url: URL) -> FileIds:
 
     SQLite goes on writing to a file that was deleted, and calls that committed.
     """
-    path = sqlite_path(url)
-    return () if path is None else (_file_id(path), _file_id(Path(f"{path}-wal")))
+    return (_file_id(f"{url.database}"), _file_id(f"{url.database}-wal")) if url.drivername in SQLITE else ()
 
 
-def _file_id(path: Path) -> tuple[int, int] | None:
+def _file_id(path: str) -> tuple[int, int] | None:
     try:
         status = os.stat(path)
     except OSError:
@@ -155,7 +153,7 @@ def is_store_failure(error: Exception) -> bool:
         # SQLSTATE class 42: no such table, no permission. Without a state the driver refused a value.
         return str(getattr(error.orig, "sqlstate", None) or "").startswith("42")
     # The class itself: SQLite's "malformed" and "not a database".
-    return type(error) is DatabaseError and not isinstance(error, IntegrityError)
+    return type(error) is DatabaseError
 
 
 def reason_of(error: Exception) -> str:

@@ -28,12 +28,14 @@ def migrate(engine: Engine, name: str) -> bool:
         name: of the store, for the error.
 
     Raises:
-        InputError: the database is newer than the code.
+        InputError: the database is newer than the code, or cannot hold every text.
     """
     from alembic import command
 
-    if _is_current(engine, name):
-        return False
+    with engine.connect() as connection:
+        _check_encoding(connection, name)
+        if problem(connection, name) is None:
+            return False
     with _one_at_a_time, engine.execution_options(writes=True).begin() as connection:
         if connection.dialect.name == "postgresql":
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": ADVISORY_LOCK})
@@ -45,9 +47,15 @@ def migrate(engine: Engine, name: str) -> bool:
     return True
 
 
-def _is_current(engine: Engine, name: str) -> bool:
-    with engine.connect() as connection:
-        return problem(connection, name) is None
+def _check_encoding(connection: Connection, name: str) -> None:
+    if connection.dialect.name != "postgresql":
+        return
+    encoding = connection.execute(text("SHOW server_encoding")).scalar()
+    if encoding != "UTF8":
+        raise InputError(
+            f"the event store {name} has the encoding {encoding}, which cannot hold every text",
+            "make it with CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE template0",
+        )
 
 
 def problem(connection: Connection, name: str) -> str | None:

@@ -105,9 +105,13 @@ def url(request, tmp_path):
     if request.param == "sqlite":
         yield f"sqlite:///{tmp_path}/deep/events.db"
         return
-    server = request.getfixturevalue("postgresql")
-    engine = make_engine(check_url(server.url))
-    yield server.url
+    yield request.getfixturevalue("postgresql_url")
+
+
+@pytest.fixture
+def postgresql_url(postgresql):
+    yield postgresql.url
+    engine = make_engine(check_url(postgresql.url))
     with engine.begin() as connection:
         connection.execute(text("DROP SCHEMA public CASCADE"))
         connection.execute(text("CREATE SCHEMA public"))
@@ -296,7 +300,7 @@ def test_sqlite_waits_for_the_disk(sqlite_url):
 
 
 @pytest.mark.slow
-def test_postgresql_waits_for_the_disk_whatever_the_server_says(postgresql, url_of_its_own):
+def test_postgresql_waits_for_the_disk_whatever_the_server_says(postgresql, postgresql_url):
     engine = make_engine(check_url(postgresql.url))
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("ALTER DATABASE postgres SET synchronous_commit = off"))
@@ -305,9 +309,16 @@ def test_postgresql_waits_for_the_disk_whatever_the_server_says(postgresql, url_
         assert connection.execute(text("SHOW synchronous_commit")).scalar() == "on"
 
 
-@pytest.fixture
-def url_of_its_own(request):
-    return request.getfixturevalue("postgresql").url
+@pytest.mark.slow
+def test_a_database_that_cannot_hold_every_text_is_refused(postgresql):
+    engine = make_engine(check_url(postgresql.url))
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(
+            text("CREATE DATABASE latin ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0")
+        )
+    engine.dispose()
+    with pytest.raises(InputError, match="LATIN1"):
+        opened(postgresql.url.replace("/postgres", "/latin")).__enter__()
 
 
 def test_another_process_reads_while_this_one_writes(url):
@@ -322,23 +333,17 @@ def test_another_process_reads_while_this_one_writes(url):
         assert record(store, exchange(11)) == [None]
 
 
-def test_two_processes_that_open_at_once_find_one_schema(url):
+def test_processes_that_open_at_once_find_one_schema(url):
     opening = (
-        "import sys, asyncio; from services.events import open_store; sys.stdin.readline();"
+        "import sys, alembic.command; from services.events import open_store; print('ready', flush=True);"
+        "sys.stdin.readline();"
         "store = open_store(sys.argv[1], queue_size=9, group_rows=9, group_wait_s=0);"
         "assert store.health() is None; store.close()"
     )
-    several = [
-        subprocess.Popen(
-            [sys.executable, "-c", opening, url],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(4)
-    ]
-    time.sleep(1.5)  # all have imported and wait for the word
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    several = [subprocess.Popen([sys.executable, "-c", opening, url], cwd=ROOT, **pipes) for _ in range(4)]
+    for process in several:
+        assert process.stdout.readline() == "ready\n"
     for process in several:
         process.stdin.write("go\n")
         process.stdin.flush()
@@ -531,7 +536,7 @@ def test_what_was_acknowledged_survives_a_killed_process(url):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("end", ["stop", "kill"])
-def test_what_was_acknowledged_survives_a_database_that_ends_and_comes_back(postgresql, end):
+def test_what_was_acknowledged_survives_a_database_that_ends_and_comes_back(postgresql, postgresql_url, end):
     process = subprocess.Popen(
         [sys.executable, "-c", WRITE, postgresql.url], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
@@ -545,16 +550,11 @@ def test_what_was_acknowledged_survives_a_database_that_ends_and_comes_back(post
     said += process.stdout.readlines()
     process.wait()
     assert len(acknowledged(said)) >= 5400
-    assert set(acknowledged(said)) <= set(ids(postgresql.url))
-    engine = make_engine(check_url(postgresql.url))
-    with engine.begin() as connection:
-        connection.execute(text("DROP SCHEMA public CASCADE"))
-        connection.execute(text("CREATE SCHEMA public"))
-    engine.dispose()
+    assert set(acknowledged(said)) <= set(ids(postgresql_url))
 
 
 @pytest.mark.slow
-def test_a_database_that_is_restarted_quickly_costs_nobody_an_event(postgresql, url_of_its_own):
+def test_a_database_that_is_restarted_quickly_costs_nobody_an_event(postgresql, postgresql_url):
     async def restart_meanwhile(store):
         await store.record(exchange(0))
         await asyncio.to_thread(postgresql.stop)
@@ -566,6 +566,34 @@ def test_a_database_that_is_restarted_quickly_costs_nobody_an_event(postgresql, 
         assert asyncio.run(restart_meanwhile(store)) == [None] * 49
         assert store.health() is None
         assert len(ids(postgresql.url)) >= 50
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can halt another user's process")
+def test_a_database_that_hangs_is_reported_and_keeps_nobody_waiting(postgresql, postgresql_url, monkeypatch):
+    monkeypatch.setattr(events, "COMMIT_WITHIN_S", 1.0)
+    monkeypatch.setattr(events, "STALLED_S", 0.5)
+    with opened(postgresql_url) as store:
+        assert record(store, exchange(1)) == [None]
+        engine = make_engine(check_url(postgresql_url))
+        with engine.connect() as connection:
+            ours = "SELECT pid FROM pg_stat_activity WHERE application_name = 'perennial'"
+            others = f"{ours} AND pid <> pg_backend_pid()"
+            halted = list(connection.execute(text(others)).scalars())
+        engine.dispose()
+        for pid in halted:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            (outcome,) = record(store, exchange(2))
+            assert isinstance(outcome, StoreUnavailable)
+            assert "within 1 s" in str(outcome)
+            assert "not answered" in store.health()
+        finally:
+            for pid in halted:
+                os.kill(pid, signal.SIGCONT)
+        until_healthy(store)
+        assert record(store, exchange(3)) == [None]
+    assert {"r1", "r3"} <= set(ids(postgresql_url))
 
 
 FILL = """
