@@ -33,12 +33,13 @@ log = logging.getLogger(__name__)
 BLOCK_TOKENS = 32
 
 # Keywords of JSON schema that the pipeline's own grammar holds. It compiles a schema in the middle of a step,
-# and what it cannot compile breaks the pipeline, so anything else is refused before.
+# and what it cannot compile breaks the pipeline, so anything else is refused before. Lengths of strings are
+# left out because it lets control characters into such strings, which JSON forbids.
 SCHEMA_KEYWORDS = frozenset(
     (
         *("type", "enum", "const", "anyOf", "$ref", "$defs", "definitions"),
         *("properties", "required", "additionalProperties", "items", "minItems", "maxItems"),
-        *("minLength", "maxLength", "minimum", "maximum"),
+        *("minimum", "maximum"),
         *("title", "description", "default", "examples", "$schema"),
     )
 )
