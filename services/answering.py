@@ -70,11 +70,11 @@ class Question:
         """Whom a trial takes or leaves, always alike: the user, else the session, else the caller."""
         return self.user or self.session or self.caller.client
 
-    def texts(self) -> list[str]:
-        """Return all text that the asker sent."""
+    def said(self) -> list[dict[str, str]]:
+        """Return what the asker sent, as the guard reads it."""
         if isinstance(self.raw, str):
-            return [self.raw]
-        return [message.content for message in self.messages]
+            return [{"role": "user", "content": self.raw}]
+        return [{"role": message.role, "content": message.content} for message in self.messages]
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +244,8 @@ class Answerer:
         """
         limits = self.settings.guard
         tokenizer = progress.served.tokenizer
-        texts = question.texts()
+        said = question.said()
+        texts = [message["content"] for message in said]
         chars = sum(map(len, texts))
         if chars > limits.max_prompt_tokens * MAX_CHARS_PER_TOKEN:
             raise errors.context_length_exceeded(chars // MAX_CHARS_PER_TOKEN, limits.max_prompt_tokens)
@@ -255,9 +256,9 @@ class Answerer:
             guard.check_control_tokens(texts, special_tokens(tokenizer)),
         )
         if limits.prompt_injection != "off":
-            self._look(progress, "prompt_injection", limits.prompt_injection, guard.check_injection(texts))
+            self._look(progress, "prompt_injection", limits.prompt_injection, guard.check_injection(said))
         if limits.toxicity != "off":
-            self._look(progress, "toxicity", limits.toxicity, guard.check_toxicity(texts))
+            self._look(progress, "toxicity", limits.toxicity, guard.check_toxicity(said))
         if isinstance(question.raw, tuple):
             prompt = list(question.raw)
         elif question.raw is not None:
@@ -441,8 +442,8 @@ def answer_schema(served: Served) -> str | None:
 
 def exchange(question: Question, progress: Progress, status: int, reason: str | None) -> Exchange:
     """Return the event of a request: what was asked, what was answered, by whom and how fast."""
-    messages: list[dict[str, Any]] = [{"role": m.role, "content": m.content} for m in question.messages]
-    if question.raw is not None:
+    messages: list[Any] = question.said()
+    if isinstance(question.raw, tuple):
         messages = [{"role": "raw", "content": question.raw}]
     sampling = question.sampling
     parameters = {

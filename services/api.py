@@ -373,7 +373,9 @@ def _add_error_handlers(app: FastAPI) -> None:
 def validation_error(error: RequestValidationError) -> ApiError:
     """Return the first problem of a body as an error: 400 if it is not JSON at all, 422 for a wrong value."""
     first = error.errors()[0]
-    if first["type"] in ("json_invalid", "model_attributes_type"):
+    if first["type"] == "model_attributes_type":
+        return errors.invalid_value(None, "The body must be a JSON object.")
+    if first["type"] == "json_invalid":
         return errors.invalid_json(str(first.get("ctx", {}).get("error", first["msg"])))
     where = ".".join(str(part) for part in first["loc"] if part != "body")
     return errors.invalid_value(where or None, first["msg"])

@@ -121,6 +121,12 @@ def check_tokens(tokens: int, max_tokens: int) -> Verdict:
     return PASS if tokens <= max_tokens else Verdict(False, "too_many_tokens")
 
 
+def check_control_tokens(texts: Sequence[str], tokens: Sequence[str]) -> Verdict:
+    """Refuse text in which a token stands that steers the model: whoever writes one can forge a turn."""
+    forged = any(token in text for text in texts for token in tokens)
+    return Verdict(False, "control_tokens") if forged else PASS
+
+
 def check_injection(messages: Sequence[Mapping[str, str]]) -> Verdict:
     """Refuse a conversation in which a message forges turns, or tries to replace the operator's orders."""
     for text in _judged(messages):

@@ -67,7 +67,7 @@ class Caller:
     client: str
     key: str | None
     admin: bool
-    requests_per_minute: int
+    requests_per_minute: int | None
     tokens_per_day: int | None
 
 
@@ -286,19 +286,26 @@ class DailyQuota:
 
 
 class Access:
-    """Who may ask, and how much: keys, rates and quotas together. Used from one thread."""
+    """Who may ask, and how much: keys, rates and quotas together. Used from one thread.
+
+    Args:
+        keys_needed: whether a caller needs a key even where none was ever made.
+        requests_per_minute, tokens_per_day: of a caller whose key has no limits of its own; None for none.
+    """
 
     def __init__(
         self,
         keys: KeyFile,
         *,
-        requests_per_minute: int,
+        keys_needed: bool = False,
+        requests_per_minute: int | None,
         tokens_per_day: int | None,
         max_clients: int,
         clock_ns: Callable[[], int] = time.monotonic_ns,
         clock_s: Callable[[], float] = time.time,
     ) -> None:
         self._keys = keys
+        self._keys_needed = keys_needed
         self._requests_per_minute = requests_per_minute
         self._tokens_per_day = tokens_per_day
         self._rates = RateLimit(max_clients, clock_ns)
@@ -318,7 +325,7 @@ class Access:
         if key is None:
             # Wrong keys are held to the address's rate: guessing is hopeless, but should not be cheap.
             self._take(f"address:{network_of(address)}", self._requests_per_minute)
-            if self._keys.needed:
+            if self._keys_needed or self._keys.needed:
                 raise errors.invalid_api_key()
             client = f"address:{network_of(address)}"
             return Caller(client, None, False, self._requests_per_minute, self._tokens_per_day)
@@ -348,7 +355,9 @@ class Access:
         scheme, _, token = (authorization or "").partition(" ")
         return self._keys.find(token.strip()) if scheme.lower() == "bearer" else None
 
-    def _take(self, client: str, requests_per_minute: int) -> None:
+    def _take(self, client: str, requests_per_minute: int | None) -> None:
+        if requests_per_minute is None:
+            return
         wait_s = self._rates.take(client, requests_per_minute)
         if wait_s > 0:
             raise errors.rate_limit_exceeded(wait_s)

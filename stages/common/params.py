@@ -27,6 +27,7 @@ from stages.common.checked_yaml import (
     unknown_key,
 )
 from stages.common.errors import ParamsError
+from stages.common.service_params import Services
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0)]
@@ -308,6 +309,7 @@ class Params(Section):
     evaluate: Evaluate
     export: Export
     model_card: ModelCard
+    services: Services
     flows: Flows
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import httpx
 import uvicorn
+from fastapi import Request
 
 from services.api import make_app
 from services.engines.transformers import TransformersEngine
@@ -41,9 +42,21 @@ def settings(folder: Path, **changes):
 def tiny_files(folder: Path, version: str = "a" * 12, seed: int = 0, **about) -> ModelFiles:
     """Save a tiny model and return it as a version's files."""
     save_model(folder, seed)
-    told = {"name": "tiny", "version": version, "system_prompt": None, "answer_schema": None, "label_key": None}
+    told = {
+        "name": "tiny",
+        "version": version,
+        "system_prompt": None,
+        "answer_schema": None,
+        "label_key": None,
+    }
     return ModelFiles(
-        "tiny", version, folder, None, folder, None, {**told, "answer_format": "text", "base_model": "tiny", **about}
+        "tiny",
+        version,
+        folder,
+        None,
+        folder,
+        None,
+        {**told, "answer_format": "text", "base_model": "tiny", **about},
     )
 
 
@@ -86,7 +99,7 @@ def serving(folder: Path, *versions: ModelFiles, load=load_tiny, keys_needed=Fal
         running = await start(chosen, lambda tag: load(by_tag[tag]), keys_needed, aliases)
         state.update(running=running, loop=asyncio.get_running_loop())
 
-        def caller(request):
+        def caller(request: Request):
             address = request.client.host
             return running.answerer.access.admit(request.headers.get("authorization"), address)
 
