@@ -112,6 +112,7 @@ class Progress:
     first_token_s: float | None = None
     finish_reason: str | None = None
     valid: bool | None = None
+    kept: bool = False  # its event is stored
 
     @property
     def served(self) -> Served:
@@ -180,10 +181,14 @@ class Answerer:
                 async for part in self._parts(question, progress):
                     yield part
             except ApiError as error:
+                self._ended(question, progress, error.status)
                 self._later(self._keep(question, progress, error.status, error.reason or error.code))
                 raise
             except (asyncio.CancelledError, GeneratorExit):
+                if progress.kept:  # the answer was complete: nobody waited for the end of the stream
+                    raise
                 progress.finish_reason = "cancelled"
+                self._ended(question, progress, CLIENT_GONE)
                 self._later(self._keep(question, progress, CLIENT_GONE, "client_gone"))
                 raise
         if choice.shadow is not None:
@@ -213,6 +218,8 @@ class Answerer:
             await self._keep(question, progress, 200, None)
         except StoreUnavailable:
             raise errors.store_unavailable() from None
+        progress.kept = True
+        self._ended(question, progress, 200)
         self._measure(progress)
         usage = Usage(progress.prompt_tokens, progress.completion_tokens)
         yield Part(last, logprobs, progress.finish_reason, usage, progress.valid, progress.mean_logprob)
@@ -361,6 +368,10 @@ class Answerer:
                 raise
         else:
             get_metrics().events.labels("stored").inc()
+
+    @staticmethod
+    def _ended(question: Question, progress: Progress, status: int) -> None:
+        get_metrics().requests.labels(question.route, str(status), progress.version).inc()
 
     def _measure(self, progress: Progress) -> None:
         metrics, version = get_metrics(), progress.version

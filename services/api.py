@@ -22,14 +22,13 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from services import errors
-from services.answering import CLIENT_GONE, Answerer, Part, Question, new_request_id
+from services.answering import Answerer, Part, Question, new_request_id
 from services.chunks import ChatShape, CompletionShape, Shape
 from services.engines.protocol import Sampling
 from services.errors import ApiError
 from services.events import Feedback, StoreUnavailable
 from services.fleet import Served
 from services.keys import Caller
-from services.metrics import get_metrics
 from services.schemas import ChatRequest, CompletionRequest, FeedbackRequest, ResponseFormat
 from stages.common.chat import template_sha256
 from stages.common.records import Message
@@ -67,58 +66,51 @@ class AnswerResponse(Response):
             make_shape,
             stream,
         )
-        self._version = ""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Write the answer, and count how it ended."""
+        """Write the answer."""
         work = asyncio.ensure_future(self._write(scope, receive, send))
         gone = asyncio.ensure_future(_disconnected(receive))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
+            if gone.done():
                 work.cancel()
-            status = await work
+            await work
         except (asyncio.CancelledError, OSError):
-            status = CLIENT_GONE
             if not gone.done():
-                work.cancel()
                 raise
         finally:
+            work.cancel()
             gone.cancel()
-        get_metrics().requests.labels(self._question.route, str(status), self._version).inc()
 
-    async def _write(self, scope: Scope, receive: Receive, send: Send) -> int:
+    async def _write(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             choice = self._answerer.fleet.pick(self._question.model, self._question.asker)
-            self._version = choice.served.files.version
             shape = self._make_shape(choice.served)
             async with aclosing(self._answerer.answer(self._question, choice)) as parts:
                 first = await anext(parts)
                 if self._stream:
-                    return await self._send_stream(shape, first, parts, send)
+                    await self._send_stream(shape, first, parts, send)
+                    return
                 gathered = [first, *[part async for part in parts]]
         except ApiError as error:
             await error_response(error, self._question.request_id)(scope, receive, send)
-            return error.status
+            return
         headers = {"X-Request-Id": self._question.request_id}
         await Response(shape.whole(gathered), 200, headers, "application/json")(scope, receive, send)
-        return 200
 
-    async def _send_stream(self, shape: Shape, first: Part, parts: AsyncIterator[Part], send: Send) -> int:
+    async def _send_stream(self, shape: Shape, first: Part, parts: AsyncIterator[Part], send: Send) -> None:
         headers = {**STREAM_HEADERS, "X-Request-Id": self._question.request_id}
         raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": 200, "headers": raw})
-        status = 200
         try:
             await _send_body(send, shape.opening() + shape.chunk(first))
             async for part in parts:
                 await _send_body(send, shape.chunk(part))
             await _send_body(send, b"data: [DONE]\n\n")
         except ApiError as error:  # too late for a status: the stream ends with the error, and without [DONE]
-            status = error.status
             await _send_body(send, b"data: " + json.dumps(error.body()).encode() + b"\n\n")
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-        return status
 
 
 async def _send_body(send: Send, body: bytes) -> None:

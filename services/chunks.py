@@ -43,8 +43,10 @@ class _Shape:
             "system_fingerprint": served.files.version,
         }
         # What all chunks of a stream share is written once: a chunk costs little more than its text.
-        head = json.dumps({**self._common, "object": self.chunk_object}, ensure_ascii=False)[:-1]
-        self._head = f'data: {head}, "choices": [{{"index": 0, '
+        head = json.dumps(
+            {**self._common, "object": self.chunk_object}, ensure_ascii=False, separators=(",", ":")
+        )[:-1]
+        self._head = f'data: {head},"choices":[{{"index":0,'
 
     def opening(self) -> bytes:
         return b""

@@ -76,6 +76,7 @@ class Fleet:
     _loaded: dict[str, Served] = field(default_factory=dict)  # by tag, the last wanted last
     _seen: tuple[int, int] | None = None
     _retired: list[Served] = field(default_factory=list)
+    _shown: set[tuple[str, str]] = field(default_factory=set)  # versions and roles that Prometheus knows
 
     async def follow(self) -> None:
         """Load what the alias file names, and follow its changes, until cancelled."""
@@ -140,10 +141,12 @@ class Fleet:
         self._retired = waiting
 
     def _show(self) -> None:
-        get_metrics().served.clear()
-        get_metrics().served.labels(self.champion.files.version, "champion").set(1)
+        roles = {(self.champion.files.version, "champion")}
         if trial := self.aliases.challenger:
-            get_metrics().served.labels(self._loaded[trial.tag].files.version, trial.mode).set(1)
+            roles.add((self._loaded[trial.tag].files.version, trial.mode))
+        for role in self._shown | roles:
+            get_metrics().served.labels(*role).set(int(role in roles))
+        self._shown |= roles
 
     @property
     def champion(self) -> Served:

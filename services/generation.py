@@ -40,6 +40,7 @@ class _Process:
     """What runs in this process; its routes find it here."""
 
     running: Running | None = None
+    problem: str | None = None  # why it was not ready when it was last asked
 
 
 _process = _Process()
@@ -103,8 +104,9 @@ class Generation:
         if _process.running is None:
             return False
         problem = _process.running.answerer.health()
-        if problem is not None:
-            logger.warning("not ready: %s", problem)
+        if problem != _process.problem:
+            logger.info("not ready: %s", problem) if problem else logger.info("ready")
+            _process.problem = problem
         return problem is None
 
     @bentoml.api(route="/ask")
