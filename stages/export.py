@@ -109,9 +109,7 @@ def export_gguf(
     from gguf import GGUFReader
     from transformers import AutoConfig
 
-    logging.getLogger("gguf").setLevel(
-        logging.WARNING
-    )  # it tells of the byte order and of its temporary name
+    logging.getLogger("gguf").setLevel(logging.WARNING)  # else: the byte order, and a name that soon changes
     # Before the weights are read: a refusal should come at once.
     architecture = architecture_of(AutoConfig.from_pretrained(base, local_files_only=True))
     tokenizer = load_tokenizer(base)
