@@ -111,12 +111,15 @@ class Fleet:
             raise InputError("no model is champion", "name one: python -m services.versions champion TAG")
         wanted = [aliases.challenger.tag] if aliases.challenger else []
         for tag in [*wanted, aliases.champion]:
-            served = self._loaded.pop(tag, None)
-            if served is not None and served.engine.broken is not None:
+            served = self._loaded.get(tag)
+            if served is None:
+                served = await self._ready(tag)
+            elif served.engine.broken is not None:
                 logger.error("%s: the engine broke (%s); it is started anew", tag, served.engine.broken)
-                self._retired.append(served)
-                served = None
-            self._loaded[tag] = served or await self._ready(tag)
+                broken, served = served, await self._ready(tag)
+                self._retired.append(broken)
+            self._loaded.pop(tag, None)  # the last wanted goes last
+            self._loaded[tag] = served
         surplus = len(self._loaded) - max(self.keep_loaded, len(wanted) + 1)
         for tag in list(self._loaded)[: max(0, surplus)]:
             self._retired.append(self._loaded.pop(tag))
