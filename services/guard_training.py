@@ -4,8 +4,8 @@
 
 Reads train_attack.csv, train_toxic.csv and train_benign.csv (family, text; `{a|b}` stands for either), and
 writes injection.npz and toxicity.npz beside them. The held-out files are not looked at: they are for
-`python -m benchmarks.guard`. The threshold comes from cross-validation in which whole families of attacks
-are unseen. Same files and seed: same weights. `--check` trains and compares, and writes nothing.
+`python -m benchmarks.guard`. The threshold comes from cross-validation over templates. Same files and seed:
+same weights. `--check` trains and compares, and writes nothing.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ logger = logging.getLogger("guard_training")
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A training text; `fold_key` keeps what was drawn from one family or template on one side."""
+    """A training text; `fold_key` keeps what was drawn from one template on one side."""
 
     text: str
     attack: bool
@@ -73,8 +73,8 @@ def examples(attacks: Path, benign: Path, seed: int) -> list[Example]:
     """Return what a model learns from: sentences, benign paragraphs, and attacks inside such paragraphs."""
     rng = random.Random(seed)
     bad = [
-        Example(text, True, family)
-        for family, template in read_templates(attacks)
+        Example(text, True, template)
+        for _, template in read_templates(attacks)
         for text in draw(template, ATTACK_DRAWS, rng)
     ]
     good = [
@@ -94,7 +94,7 @@ def examples(attacks: Path, benign: Path, seed: int) -> list[Example]:
 
 
 def fold_of(key: str) -> int:
-    """Return the fold of a family or template."""
+    """Return the fold of a template, or of a paragraph of one fold's sentences."""
     if key.startswith("fold "):
         return int(key.removeprefix("fold "))
     return sum(key.encode()) % FOLDS
@@ -183,13 +183,7 @@ def train(attacks: Path, benign: Path, seed: int = SEED, l2: float = L2) -> Text
     """Return a model of all examples, its threshold from texts that were unseen when they were scored."""
     all_examples = examples(attacks, benign, seed)
     attack = np.array([example.attack for example in all_examples])
-    families = sorted({example.fold_key for example in all_examples if example.attack})
-    folds = np.array(
-        [
-            families.index(example.fold_key) % FOLDS if example.attack else fold_of(example.fold_key)
-            for example in all_examples
-        ]
-    )
+    folds = np.array([fold_of(example.fold_key) for example in all_examples])
     data = bags([example.text for example in all_examples])
     unseen = np.zeros(attack.size)
     for fold in range(FOLDS):
