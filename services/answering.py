@@ -27,6 +27,7 @@ from services.events import EventStore, Exchange, StoreUnavailable
 from services.fleet import Choice, Fleet, Served
 from services.keys import Access, Caller
 from services.metrics import get_metrics
+from services.redaction import pseudonym
 from services.text import AnswerText
 from stages.common.chat import encode_prompt
 from stages.common.records import Message
@@ -359,7 +360,7 @@ class Answerer:
             StoreUnavailable: it could not be stored, and the settings do not let it be lost.
         """
         try:
-            await self.store.record(exchange(question, progress, status, reason))
+            await self.store.record(exchange(question, progress, status, reason, self.settings.events.redact))
         except StoreUnavailable as error:
             logger.error("%s is not stored: %s", question.request_id, error)
             lost = self.settings.events.on_failure == "drop"
@@ -448,10 +449,12 @@ def with_system_prompt(messages: Sequence[Message], served: Served) -> list[Mess
 def answer_schema(served: Served) -> str | None:
     """Return the JSON schema of the training answers, as text; None where the task has none."""
     schema = served.files.about["answer_schema"]
-    return json.dumps(schema, sort_keys=True) if schema is not None else None
+    return json.dumps(schema) if schema is not None else None  # in the order that answers are written in
 
 
-def exchange(question: Question, progress: Progress, status: int, reason: str | None) -> Exchange:
+def exchange(
+    question: Question, progress: Progress, status: int, reason: str | None, redact: Sequence[str]
+) -> Exchange:
     """Return the event of a request: what was asked, what was answered, by whom and how fast."""
     messages: list[Any] = question.said()
     if isinstance(question.raw, tuple):
@@ -470,8 +473,8 @@ def exchange(question: Question, progress: Progress, status: int, reason: str | 
         received_at=question.received_at,
         route=question.route,
         key_id=question.caller.key,
-        user=question.user,
-        session=question.session,
+        user=pseudonym(question.user, redact),
+        session=pseudonym(question.session, redact),
         role=progress.choice.role,
         shadow_of=question.shadow_of,
         model=progress.served.files.name,

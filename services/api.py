@@ -154,7 +154,7 @@ def make_app(get_answerer: GetAnswerer, get_caller: GetCaller) -> FastAPI:
         choice = get_answerer().fleet.pick(model, "")
         return _model(choice.role, choice.served)
 
-    @app.post("/v1/chat/completions", responses=_ERRORS, response_class=AnswerResponse)
+    @app.post("/v1/chat/completions", responses=_ERRORS, response_model=None)
     async def chat(body: ChatRequest, caller: Caller = caller) -> AnswerResponse:
         """Answer a conversation."""
         answerer = get_answerer()
@@ -162,7 +162,7 @@ def make_app(get_answerer: GetAnswerer, get_caller: GetCaller) -> FastAPI:
         shape = partial(ChatShape, question, body.model, body.wants_usage())
         return AnswerResponse(answerer, question, shape, bool(body.stream))
 
-    @app.post("/v1/completions", responses=_ERRORS, response_class=AnswerResponse)
+    @app.post("/v1/completions", responses=_ERRORS, response_model=None)
     async def completions(body: CompletionRequest, caller: Caller = caller) -> AnswerResponse:
         """Continue a text, with no chat template around it."""
         answerer = get_answerer()
@@ -300,7 +300,8 @@ def _json_schema(wanted: ResponseFormat | None) -> str | None:
         return None
     if wanted.json_schema is None:
         return '{"type": "object"}'
-    return json.dumps(wanted.json_schema.schema_, sort_keys=True)
+    # Keys stay in their order: it is the order in which the answer is written.
+    return json.dumps(wanted.json_schema.schema_)
 
 
 def _model(alias: str, served: Served) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -27,6 +28,16 @@ def redact(text: str, kinds: Sequence[str] = tuple(PERSONAL_DATA)) -> str:
         if text == before:
             return text
     return MAY_HOLD.sub("#", text)
+
+
+def pseudonym(name: str | None, kinds: Sequence[str] = tuple(PERSONAL_DATA)) -> str | None:
+    """Return a name as it is, or a hash in its place where it is personal data.
+
+    An e-mail address as the name of a user is not kept, and the requests of one user still belong together.
+    """
+    if name is None or redact(name, kinds) == name:
+        return name
+    return f"hashed-{hashlib.blake2b(name.encode('utf-8', 'surrogatepass'), digest_size=8).hexdigest()}"
 
 
 def _replace(text: str, kinds: Sequence[str]) -> str:

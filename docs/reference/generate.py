@@ -84,8 +84,9 @@ def table(model: type[Section], lines: dict[str, tuple[str, str]]) -> Iterator[s
     for name, field in model.model_fields.items():
         if sections_of(field):
             continue
+        name = field.alias or name
         value, comment = lines.get(name, (default_of(field), ""))
-        if name == "kind":
+        if name == "kind" and len(typing.get_args(field.annotation)) == 1:
             value, comment = typing.get_args(field.annotation)[0], "says which kind of source the entry is"
         if not comment:
             raise SystemExit(f"params.yaml: {name} of {model.__name__} has no comment that says what it does")

@@ -158,6 +158,12 @@ def test_personal_data_is_not_stored(client, server):
     assert "example.org" not in kept["messages"] and "[email]" in kept["messages"]
 
 
+def test_a_user_named_by_an_address_is_kept_under_a_hash(client, server):
+    ids = [ask(client, max_tokens=1, user=user).headers["x-request-id"] for user in ("j@example.org",) * 2]
+    users = {row["user"] for row in events(server) if row["request_id"] in ids}
+    assert len(users) == 1 and next(iter(users)).startswith("hashed-")
+
+
 def test_feedback_is_kept_with_the_answer_it_is_about(client, server):
     request_id = ask(client, max_tokens=3).headers["x-request-id"]
     given = {"request_id": request_id, "thumb": "down", "correction": "better", "comment": "why not"}

@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from services.versions import Aliases, Challenger, _write, read_aliases, roll_back, set_challenger, set_champion
+from services.versions import (
+    Aliases,
+    Challenger,
+    _write,
+    read_aliases,
+    roll_back,
+    set_challenger,
+    set_champion,
+)
 from stages.common.errors import InputError
 from tests.tiny import save_model
 
