@@ -264,30 +264,19 @@ def test_personal_data_is_found_by_the_kinds_that_are_asked_for():
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize(
-    "unit",
-    [
-        "a",
-        "a ",
-        "1a",
-        "ab:",
-        "x://",
-        "a.",
-        "a@",
-        "eyJ",
-        ".eyJaaaaaaaaaa",
-        "sk-",
-        "<|",
-        "password='",
-        "A1 ",
-        "[",
-        "é",
-    ],
-)
-def test_a_mebibyte_of_anything_is_checked_in_linear_time(unit):
+@pytest.mark.parametrize("unit", ["a ", "1a", "ab:", "é"])
+def test_a_mebibyte_of_anything_is_read_in_linear_time(unit):
     """The limit is far above what linear work takes, and far below what quadratic work does."""
     text = (unit * MEBI)[:MEBI]
     guard.check_injection(said(text))
     guard.check_toxicity(said(text))
-    guard.check_secrets(text)
-    guard.check_personal_data(text)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "unit",
+    ["a", "a.", "a@", "x://", "://a:", "eyJ", ".eyJaaaaaaaaaa", "sk-", "password='", "A1 ", "-----BEGIN "],
+)
+def test_a_mebibyte_of_anything_is_searched_for_secrets_in_linear_time(unit):
+    guard.check_secrets((unit * MEBI)[:MEBI])
+    guard.check_personal_data((unit * MEBI)[:MEBI])
