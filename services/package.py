@@ -96,9 +96,25 @@ def stage(root: Path, folder: Path, champion: str, engine: str) -> None:
     params = with_engine((root / "params.yaml").read_text(encoding="utf-8"), engine)
     write_text(folder / "params.yaml", params)
     load_params(folder / "params.yaml")
+    write_text(folder / REQUIREMENTS, "".join(f"{line}\n" for line in requirements(root, engine)))
+
+
+def requirements(root: Path, engine: str) -> list[str]:
+    """Return what pip shall install beside BentoML: exact versions, as they were tested.
+
+    vLLM's pins exclude those of the lock, and it has an environment of its own: there pyproject.toml's
+    ranges hold, and vLLM's pins within them.
+
+    Raises:
+        InputError: the lock lacks a package.
+    """
+    from packaging.requirements import Requirement
+
+    asked = asked_for((root / "pyproject.toml").read_text(encoding="utf-8"), engine)
+    if engine == "vllm":
+        return [line for line in asked if Requirement(line).name != "bentoml"]
     lock = (root / "requirements.lock").read_text(encoding="utf-8")
-    roots = asked_for((root / "pyproject.toml").read_text(encoding="utf-8"), engine)
-    write_text(folder / REQUIREMENTS, "".join(f"{pin}\n" for pin in closure(lock, roots)))
+    return closure(lock, [Requirement(line).name for line in asked])
 
 
 def with_engine(params: str, engine: str) -> str:
@@ -114,18 +130,15 @@ def with_engine(params: str, engine: str) -> str:
 
 
 def asked_for(pyproject: str, engine: str) -> list[str]:
-    """Return the names of the packages that pyproject.toml asks for to serve with this engine."""
+    """Return the lines of pyproject.toml that say what serving with this engine needs."""
     import tomllib
 
-    from packaging.requirements import Requirement
-
     project = tomllib.loads(pyproject)["project"]
-    extras = ("serve", "gpu") if engine == "vllm" else ("serve",)
-    lines = [
+    extras = ("serve", "postgres", "gpu") if engine == "vllm" else ("serve", "postgres")
+    return [
         *project["dependencies"],
         *(line for name in extras for line in project["optional-dependencies"][name]),
     ]
-    return [Requirement(line).name for line in lines]
 
 
 def closure(lock: str, roots: Iterable[str]) -> list[str]:
