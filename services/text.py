@@ -10,7 +10,7 @@ class AnswerText:
     """The text of one answer, built as its tokens arrive.
 
     All that `push` and `finish` return, put together, is what `stages.common.generation` makes of the same
-    ids at once, up to the first stop string. Which stop string is first depends on the text alone, not on how it was
+    ids at once, up to the first stop string. Which one is first depends on the text alone, not on how it was
     cut into steps: it is the one that is complete first, and of two that end together the longer.
 
     Args:
