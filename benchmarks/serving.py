@@ -2,11 +2,16 @@
 
     python -m benchmarks.serving [--rounds 3] [--seconds 8] [--soak-s 120] [--quick]
         [--only throughput,constrained,soak,overload,kill,switch] [--out serving.json]
+        [--contenders transformers,bare,openvino,llama.cpp,ctranslate2,perennial]
 
 Needs the pipeline's output up to `export` (`dvc repro export evaluate`). The service runs with the parameters
 of this checkout, in a folder of its own under `.perennial`, with its own events and model store; nothing that
 is served here is touched. Every server is a process of its own on 127.0.0.1. Peers that are not installed
 (xllamacpp, ctranslate2) are left out and named. Prints Markdown; `docs/benchmarks.md` keeps the results.
+
+Other work on the machine hurts some more than others: threads of llama.cpp that wait for each other on cores
+that others use are fifty times slower. Run it alone, or with a higher priority (`nice -n -10`), which all that
+it starts inherits.
 """
 
 from __future__ import annotations
@@ -14,13 +19,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import signal
 import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +56,7 @@ from stages.common.metrics import read_json_answer
 from stages.common.models import load_tokenizer
 
 CLIENTS = (1, 8, 32)
+CONTENDERS = ("transformers", "bare", "openvino", "llama.cpp", "ctranslate2", "perennial")
 TRANSFORMERS, BARE, OURS = "transformers", "bare engine", "perennial"
 SPEED_ASKED = {1: 8.0, 8: 20.0, 32: 20.0}  # times transformers
 SOAK_CLIENTS, KILL_CLIENTS, SWITCH_CLIENTS, CONSTRAINED_CLIENTS = 64, 16, 16, 8
@@ -70,11 +77,15 @@ class Plan:
 
     Attributes:
         seconds: of a turn, at least.
+        each: requests of every client in a turn, at least.
+        contenders: who takes part in the throughput.
     """
 
     rounds: int
     seconds: float
     soak_s: float
+    each: int = 2
+    contenders: tuple[str, ...] = CONTENDERS
 
 
 @dataclass(slots=True)
@@ -171,7 +182,7 @@ async def throughput(place: Workspace, questions: Questions, plan: Plan) -> Repo
     """Measure tokens/s and waiting times of everybody, in turns."""
     report = Report()
     judge = Judge(load_tokenizer(artifacts("fetch_base")), [row.answer for row in questions.rows])
-    async with contenders(place, questions, report) as them:
+    async with contenders(place, questions, plan.contenders, report) as them:
         runs = await rounds(them, plan)
     for clients in CLIENTS:
         _throughput_table(report, judge, clients, {name: runs[name, clients] for name in them})
@@ -182,13 +193,14 @@ async def throughput(place: Workspace, questions: Questions, plan: Plan) -> Repo
 async def rounds(them: Mapping[str, Contender], plan: Plan) -> dict[tuple[str, int], list[Run[Answer]]]:
     """Let everybody answer in turn, round after round, the same rows."""
     runs: dict[tuple[str, int], list[Run[Answer]]] = {(name, c): [] for name in them for c in CLIENTS}
-    for contender in them.values():
+    for name, contender in them.items():
+        note(f"warming up {name}")
         await contender.turn(CLIENTS[-1] if contender.name != TRANSFORMERS else 1, 0, 0.5, 2)
     for number in range(plan.rounds):
         for clients in CLIENTS:
             for name, contender in them.items():
                 first = 101 * (number * len(CLIENTS) + CLIENTS.index(clients))
-                run = await contender.turn(clients, first, plan.seconds, 2 * clients)
+                run = await contender.turn(clients, first, plan.seconds, plan.each * clients)
                 runs[name, clients].append(run)
                 done = sum(answer.ok for answer in run.answers)
                 note(
@@ -199,7 +211,9 @@ async def rounds(them: Mapping[str, Contender], plan: Plan) -> dict[tuple[str, i
 
 
 @asynccontextmanager
-async def contenders(place: Workspace, questions: Questions, report: Report) -> Any:
+async def contenders(
+    place: Workspace, questions: Questions, wanted: Sequence[str], report: Report
+) -> AsyncIterator[dict[str, Contender]]:
     """Start everybody who is installed, and end them afterwards; yields them by name."""
     them: dict[str, Contender] = {}
     async with AsyncExitStack() as stack:
@@ -221,25 +235,28 @@ async def contenders(place: Workspace, questions: Questions, report: Report) -> 
             return contender
 
         engines: list[str] = []
-        await add(served(place, questions, TRANSFORMERS, "/health", "transformers"), TRANSFORMERS)
-        await add(without_server(BARE, "engine"), BARE)
-        if engines:
-            report.say(f"Our engine on this machine: {engines[0]}.")
-        if "openvino" not in engines and installed("openvino_genai"):
+        if "transformers" in wanted:
+            await add(served(place, questions, TRANSFORMERS, "/health", "transformers"), TRANSFORMERS)
+        if "bare" in wanted:
+            await add(without_server(BARE, "engine"), BARE)
+            report.say(f"Our engine on this machine: {', '.join(engines)}.")
+        if "openvino" in wanted and "openvino" not in engines and installed("openvino_genai"):
             await add(without_server("openvino", "engine", "--kind", "openvino"), "openvino")
-        if installed("xllamacpp"):
+        if "llama.cpp" in wanted and _is_there(report, "xllamacpp", "llama.cpp"):
             for name, gguf in _ggufs(place):
                 await add(served(place, questions, name, "/health", "llama", "--gguf", gguf), name)
-        else:
-            report.say("*llama.cpp* is left out: xllamacpp is not installed.")
-        if installed("ctranslate2"):
-            await add(
-                without_server("ctranslate2 int8", "ctranslate2", "--work", place.folder), "ctranslate2"
-            )
-        else:
-            report.say("*CTranslate2* is left out: ctranslate2 is not installed.")
-        await add(service(place, questions), OURS)
+        if "ctranslate2" in wanted and _is_there(report, "ctranslate2", "CTranslate2"):
+            name = "ctranslate2 int8"
+            await add(without_server(name, "ctranslate2", "--work", place.folder), name)
+        if "perennial" in wanted:
+            await add(service(place, questions), OURS)
         yield them
+
+
+def _is_there(report: Report, module: str, name: str) -> bool:
+    if not installed(module):
+        report.say(f"*{name}* is left out: {module} is not installed.")
+    return installed(module)
 
 
 def _ggufs(place: Workspace) -> Iterator[tuple[str, Path]]:
@@ -274,7 +291,7 @@ def _throughput_table(
                 f"{exact:.3f}",
                 len(good),
                 len(every) - len(good),
-                f"{sum(run.cpu_s for run in own) / sum(run.stopped - run.started for run in own):.2f}",
+                _cpu(own),
             )
         )
         report.figures[f"{name}, {clients}"] = {
@@ -289,10 +306,15 @@ def _throughput_table(
     report.table(
         (
             *("", "tokens/s (rounds)", "× transformers", "× bare", "first text p50 / p95, ms"),
-            *("answer p50 / p95 / p99, ms", "exact match", "answers", "failed", "asker's CPU, s/s"),
+            *("answer p50 / p95 / p99, ms", "exact match", "answers", "failed", "clients' CPU, s/s"),
         ),
         rows,
     )
+
+
+def _cpu(runs: Sequence[Run[Answer]]) -> str:
+    share = sum(run.cpu_s for run in runs) / sum(run.stopped - run.started for run in runs)
+    return "–" if math.isnan(share) else f"{share:.3f}"
 
 
 def _ratio(judge: Judge, own: Sequence[Run[Answer]], others: Sequence[Run[Answer]]) -> str:
@@ -415,7 +437,7 @@ def fits(text: str, schema: Any) -> bool:
 
 
 @asynccontextmanager
-async def running(place: Workspace, questions: Questions) -> Any:
+async def running(place: Workspace, questions: Questions) -> AsyncIterator[Served]:
     """Start a service; end it afterwards. Yields it when it is ready."""
     ours = await service(place, questions)
     try:
@@ -697,15 +719,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8.0, help="of a turn, at least")
     parser.add_argument("--soak-s", type=float, default=120.0)
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, with commas between")
+    parser.add_argument("--contenders", default=",".join(CONTENDERS), help="in the throughput")
     parser.add_argument("--quick", action="store_true", help="one round of short turns, to see that it runs")
     parser.add_argument("--out", type=Path, help="also write all figures to this file, as JSON")
     arguments = parser.parse_args()
-    names = arguments.only.split(",")
-    if unknown := [name for name in names if name not in SECTIONS]:
-        parser.error(f"unknown section {', '.join(unknown)}; known: {', '.join(SECTIONS)}")
-    plan = Plan(arguments.rounds, arguments.seconds, arguments.soak_s)
+    names, who = arguments.only.split(","), tuple(arguments.contenders.split(","))
+    for given, known in ((names, SECTIONS), (who, CONTENDERS)):
+        if unknown := [name for name in given if name not in known]:
+            parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
+    plan = Plan(arguments.rounds, arguments.seconds, arguments.soak_s, contenders=who)
     if arguments.quick:
-        plan = Plan(1, 3.0, 15.0)
+        plan = Plan(1, 3.0, 15.0, 1, who)
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what we started ends with us
     about_machine = machine()
@@ -716,7 +740,10 @@ def main() -> None:
         f" Load before: {os.getloadavg()[0]:.1f}. Rounds: {plan.rounds}; turns of {plan.seconds:g} s.\n",
         flush=True,
     )
-    found = asyncio.run(measure(names, plan))
+    try:
+        found = asyncio.run(measure(names, plan))
+    except KeyboardInterrupt:
+        sys.exit("interrupted; what was started has ended")
     if arguments.out:
         text = json.dumps({"machine": about_machine, **found}, indent=2)
         arguments.out.write_text(text + "\n", encoding="utf-8")
