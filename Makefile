@@ -10,15 +10,29 @@ BIN := $(VENV)/bin
 # Everything a recipe starts takes python from the environment, as DVC's stages must.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# All but gpu: vLLM's pins exclude ours, and it has an environment of its own.
+LOCKED_EXTRAS := --extra core --extra serve --extra postgres --extra monitor --extra dev
 INSTALL := $(BIN)/python -m pip install --quiet --constraint requirements.lock --editable
 
-.PHONY: help run test test-slow test-all lint format docs lock up deploy params clean
+# The event store on PostgreSQL: make serve SERVE_EXTRAS=serve,postgres
+SERVE_EXTRAS := serve
+
+.PHONY: help run serve parity bento test test-slow test-all lint format docs lock up deploy params clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 run: $(VENV)/.core ## install, run the whole pipeline, show what the model learned
 	@python -m flows.training
+
+serve: $(VENV)/.$(SERVE_EXTRAS) ## install, and serve the newest model at http://127.0.0.1:3000 (API and page)
+	@bentoml serve services.generation:Generation
+
+parity: $(VENV)/.core $(VENV)/.$(SERVE_EXTRAS) ## ask the running service the test rows: does it answer as the trainer did?
+	@python -m services.parity
+
+bento: $(VENV)/.$(SERVE_EXTRAS) ## pack the served model and the service for another machine
+	@python -m services.package
 
 test: $(VENV)/.dev ## the fast tests (under five minutes, no GPU, no network)
 	@python -m pytest -m "not slow"
@@ -50,7 +64,7 @@ docs: $(VENV)/.dev ## write the generated pages of docs/ anew
 	@python docs/reference/generate.py
 
 lock: $(VENV)/.dev ## resolve requirements.lock anew
-	@pip-compile --quiet --upgrade --all-extras --strip-extras --allow-unsafe --no-emit-index-url \
+	@pip-compile --quiet --upgrade $(LOCKED_EXTRAS) --strip-extras --allow-unsafe --no-emit-index-url \
 	  --no-emit-find-links --no-emit-trusted-host --output-file requirements.lock pyproject.toml
 	@# The lock serves CPU and CUDA builds alike: no local version label such as +cpu.
 	@sed -E -i.bak 's/^(torch==[0-9.]+)\+.*/\1/' requirements.lock && rm requirements.lock.bak
@@ -64,10 +78,15 @@ $(VENV)/.core: pyproject.toml requirements.lock | $(BIN)/python
 	@$(INSTALL) '.[core]'
 	@touch $@
 
+$(VENV)/.$(SERVE_EXTRAS): pyproject.toml requirements.lock | $(BIN)/python
+	@echo "installing what serving needs (a few minutes the first time) …"
+	@$(INSTALL) '.[$(SERVE_EXTRAS)]'
+	@touch $@
+
 $(VENV)/.dev: pyproject.toml requirements.lock | $(BIN)/python
-	@echo "installing what training and development need (a few minutes the first time) …"
-	@$(INSTALL) '.[core,dev]'
-	@touch $@ $(VENV)/.core
+	@echo "installing what training, serving and development need (a few minutes the first time) …"
+	@$(INSTALL) '.[core,serve,postgres,dev]'
+	@touch $@ $(VENV)/.core $(VENV)/.serve
 
 $(BIN)/python:
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \

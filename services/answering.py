@@ -30,6 +30,7 @@ from services.metrics import get_metrics
 from services.redaction import pseudonym
 from services.text import AnswerText
 from stages.common.chat import encode_prompt
+from stages.common.errors import InputError
 from stages.common.records import Message
 from stages.common.service_params import Services
 
@@ -196,6 +197,7 @@ class Answerer:
             self._ask_shadow(question, choice.shadow)
 
     async def _parts(self, question: Question, progress: Progress) -> AsyncIterator[Part]:
+        check_asked_schema(question.sampling.json_schema)
         self._check_load(progress.served)
         prompt = self._prompt(question, progress)
         reserved = len(prompt) + question.sampling.max_tokens
@@ -431,6 +433,20 @@ async def _logged(work: Coroutine[Any, Any, None]) -> None:
         pass  # logged and counted where it was raised, and nobody waits for the outcome
     except Exception:
         logger.exception("work after a request failed")
+
+
+def check_asked_schema(schema: str | None) -> None:
+    """Refuse a schema that no answer could be checked against, before anything is written.
+
+    Raises:
+        ApiError: it is no JSON schema, or has parts that are not supported.
+    """
+    if schema is None:
+        return
+    try:
+        guard.check_schema("null", schema)
+    except InputError as error:
+        raise errors.invalid_value("response_format", error.what) from None
 
 
 def special_tokens(tokenizer: Any) -> tuple[str, ...]:

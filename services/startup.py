@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from services import guard
 from services.answering import Answerer
 from services.events import open_store, prune
 from services.fleet import Fleet, Loader, run_forever
@@ -39,6 +40,7 @@ async def start(settings: Services, load: Loader, keys_needed: bool, aliases: Pa
     Raises:
         StoreUnavailable, InputError: the store cannot be opened.
     """
+    await asyncio.to_thread(guard.warm)
     store = await asyncio.to_thread(
         open_store,
         settings.events.url,

@@ -20,6 +20,10 @@ SCHEMA = {
 }
 
 
+def long_message(size):
+    return b'{"messages": [{"role": "user", "content": "' + b"x" * size + b'"}]}'
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("service")
@@ -197,8 +201,8 @@ def test_feedback_on_nothing_is_refused(client):
         (b'{"messages": [{"role": "user", "content": "x"}], "tools": [{}]}', 422, "invalid_value"),
         (b'{"messages": [{"role": "user", "content": "x"}], "model": "gpt-4"}', 404, "model_not_found"),
         (b'{"messages": [{"role": "user", "content": "<|im_end|>"}]}', 400, "content_refused"),
-        (b'{"messages": [{"role": "user", "content": "' + b"x" * 200_000 + b'"}]}', 400, "context_length_exceeded"),
-        (b'{"messages": [{"role": "user", "content": "' + b"x" * 2_000_000 + b'"}]}', 413, "request_too_large"),
+        (long_message(200_000), 400, "context_length_exceeded"),
+        (long_message(2_000_000), 413, "request_too_large"),
     ],
 )  # fmt: skip
 def test_bad_input_gets_its_status_in_openais_shape(client, body, status, code):
@@ -307,10 +311,10 @@ def test_a_key_is_needed_where_keys_are_on(tmp_path):
 
 
 def test_too_many_requests_are_told_when_to_come_again(tmp_path):
-    with serving(tmp_path, tiny_files(tmp_path / "model"), access={"requests_per_minute": 2}) as server:
-        with server.client() as client:
-            assert [ask(client, max_tokens=1).status_code for _ in range(3)] == [200, 200, 429]
-            refused = ask(client)
+    served = serving(tmp_path, tiny_files(tmp_path / "model"), access={"requests_per_minute": 2})
+    with served as server, server.client() as client:
+        assert [ask(client, max_tokens=1).status_code for _ in range(3)] == [200, 200, 429]
+        refused = ask(client)
     assert refused.json()["error"]["code"] == "rate_limit_exceeded"
     assert int(refused.headers["retry-after"]) >= 1
 

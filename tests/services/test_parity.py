@@ -1,0 +1,112 @@
+"""Trainer against server, with a server that answers as the trainer did, and with others that do not."""
+
+import json
+
+import pytest
+
+from services import parity
+from stages.common.artifacts import write_json
+from stages.common.errors import InputError
+from stages.common.generation import answer_questions, encode_questions
+from stages.common.models import load_base, load_tokenizer
+from stages.common.params import load_params
+from stages.common.records import Message, make_row, write_rows
+from tests.services.serving import ROOT, serving, tiny_files
+
+ANSWER_TOKENS = 6
+
+
+@pytest.fixture(scope="module")
+def params():
+    shipped = load_params(ROOT / "params.yaml")
+    evaluate = shipped.evaluate.model_copy(update={"task": "text", "label_key": None, "resamples": 200})
+    return shipped.model_copy(update={"evaluate": evaluate})
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """Return a folder in which a tiny model was judged: about half of its answers are right."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import torch
+
+    root = tmp_path_factory.mktemp("project")
+    base = root / "artifacts/fetch_base"
+    tiny_files(base)
+    model, tokenizer = load_base(base, torch.float32, torch.device("cpu")), load_tokenizer(base)
+    asked = [
+        make_row(
+            [Message("user", f"question {n}"), Message("assistant", "x")],
+            source="test",
+            license="mit",
+            group=f"g{n}",
+        )
+        for n in range(24)
+    ]
+    answers = answer_questions(model, tokenizer, encode_questions(tokenizer, asked), 8, ANSWER_TOKENS)
+    rows = [
+        make_row(
+            [
+                row.messages[0],
+                Message("assistant", answer.text if n % 2 and answer.text.strip() else "something else"),
+            ],
+            source="test",
+            license="mit",
+            group=row.group,
+        )
+        for n, (row, answer) in enumerate(zip(asked, answers, strict=True))
+    ]
+    write_rows(root / "artifacts/split/test.parquet", rows)
+    table = pa.table({"id": [row.id for row in rows], "tuned": [answer.text for answer in answers]})
+    (root / "artifacts/evaluate").mkdir()
+    pq.write_table(table, root / "artifacts/evaluate/predictions.parquet")
+    write_json(root / "artifacts/export/serving.json", {"version": "a" * 12})
+    write_json(root / "reports/evaluate/metrics.json", {"answer_limit_tokens": ANSWER_TOKENS})
+    return root
+
+
+def test_the_same_model_behind_http_agrees(project, params, tmp_path):
+    with serving(tmp_path, tiny_files(tmp_path / "model")) as server:
+        verdict = parity.check(server.url, None, params, project)
+    assert verdict.agrees and verdict.reasons == ()
+    assert 0.2 < verdict.trainer_exact_match == verdict.served_exact_match < 0.6
+    assert verdict.same_answers == 1.0 and verdict.exact_match.value == 0.0
+
+
+def test_another_model_is_refused_for_what_it_loses(project, params, tmp_path):
+    with serving(tmp_path, tiny_files(tmp_path / "model", seed=5)) as server:
+        verdict = parity.check(server.url, None, params, project)
+    assert not verdict.agrees
+    assert any(reason.startswith("exact match falls by 0.") for reason in verdict.reasons)
+
+
+def test_another_chat_template_is_refused(project, params, tmp_path):
+    files = tiny_files(tmp_path / "model")
+    template = tmp_path / "model/chat_template.jinja"
+    text = template.read_text().replace("assistant\n", "assistant: \n").replace("'role'] }}", "'role'] }}: ")
+    template.write_text(text)
+    with serving(tmp_path, files) as server:
+        verdict = parity.check(server.url, None, params, project)
+    assert not verdict.agrees
+    assert "the server's chat template is not the trainer's" in verdict.reasons
+    assert verdict.templates_differ == verdict.rows
+
+
+def test_a_server_of_another_version_is_not_compared(project, params, tmp_path):
+    served = serving(tmp_path, tiny_files(tmp_path / "model", "b" * 12))
+    problem = f"serves version {'b' * 12}.*are of {'a' * 12}"
+    with served as server, pytest.raises(InputError, match=problem):
+        parity.check(server.url, None, params, project)
+
+
+def test_a_server_that_is_not_there_is_named_with_what_to_do(project, params):
+    with pytest.raises(InputError, match=r"127\.0\.0\.1:9 cannot be asked[\s\S]*make serve"):
+        parity.check("http://127.0.0.1:9", None, params, project)
+
+
+def test_a_verdict_can_be_written_as_json(project, params, tmp_path):
+    from dataclasses import asdict
+
+    with serving(tmp_path, tiny_files(tmp_path / "model")) as server:
+        verdict = parity.check(server.url, None, params, project)
+    assert json.loads(json.dumps(asdict(verdict)))["agrees"] is True
