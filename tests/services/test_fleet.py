@@ -90,7 +90,9 @@ def test_a_shadow_is_asked_the_same_kept_and_not_shown(tmp_path, versions):
         assert version_of(shown) == first.version
         server.run(server.answerer.settle())
         url = server.answerer.settings.events.url
-        kept = {row["role"]: row for batch in read_exchanges(url, 0, time.time() + 9) for row in batch.to_pylist()}
+        kept = {
+            row["role"]: row for batch in read_exchanges(url, 0, time.time() + 9) for row in batch.to_pylist()
+        }
     assert kept["shadow"]["shadow_of"] == kept["champion"]["request_id"] == shown.headers["x-request-id"]
     assert kept["shadow"]["version"] == second.version
     assert json.loads(kept["shadow"]["messages"]) == json.loads(kept["champion"]["messages"])

@@ -21,12 +21,18 @@ def server(tmp_path_factory):
 def test_no_input_breaks_the_service(server):
     described = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     operations = [found.ok() for found in described.get_all_operations()]
-    assert {operation.path for operation in operations} >= {"/v1/chat/completions", "/v1/completions", "/v1/feedback"}
+    assert {operation.path for operation in operations} >= {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/feedback",
+    }
     for operation in operations:
         for mode in GenerationMode:  # what the description allows, and what it does not
 
             @given(case=operation.as_strategy(generation_mode=mode))
-            @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+            @settings(
+                max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+            )
             def refuse_or_answer(case):
                 response = case.call(timeout=30)
                 assert response.status_code in STATUSES, response.text
