@@ -1,0 +1,151 @@
+"""The compiled graph and the pool of blocks in which it keeps keys and values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.engines.paged.graph import build_graph
+from services.engines.paged.weights import Shape, read_gguf
+from services.engines.protocol import EngineError
+from stages.common.errors import InputError
+
+WORTH_A_CHANGE = 12  # tokens of padding above which a step of another size is faster
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The new tokens of one sequence in a step.
+
+    Attributes:
+        past: tokens whose keys and values the blocks hold already.
+        rows: how many of the new tokens, from the last, logits are wanted for.
+    """
+
+    token_ids: Sequence[int]
+    past: int
+    blocks: Sequence[int]
+    rows: int
+
+
+class PagedModel:
+    """A Llama on the CPU that computes tokens of many sequences in one step.
+
+    Args:
+        path: the GGUF file.
+        cache_mib: of keys and values.
+        threads: of the computation; 0 leaves the number to OpenVINO.
+        precision: `auto` computes in bfloat16 where the processor has it, `float32` exactly.
+    """
+
+    def __init__(self, path: Path, *, cache_mib: int, threads: int = 0, precision: str = "auto") -> None:
+        import openvino as ov
+
+        weights = read_gguf(path)
+        self.shape: Shape = weights.shape
+        core = ov.Core()
+        native = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        kind = "bf16" if native and precision == "auto" else "f32"
+        options: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": kind,
+            "KV_CACHE_PRECISION": kind,  # never the 8-bit default: rows of a block are copied
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        if threads:
+            options["INFERENCE_NUM_THREADS"] = threads
+        try:
+            self._compiled = core.compile_model(build_graph(weights), "CPU", options)
+        except (RuntimeError, TypeError) as error:
+            raise EngineError(f"OpenVINO {ov.__version__} does not take the paged graph: {error}") from error
+        self._request = self._compiled.create_infer_request()
+        self._size = 0  # tokens of the last step
+        self._cache = self._allocate(cache_mib * 2**20)
+        self.block_tokens: int = self._cache.shape[3]
+        self.blocks = self._cache.shape[1] - 1  # the last takes the keys and values of padding
+
+    def _allocate(self, size: int) -> NDArray[Any]:
+        """Give the graph one array [layers * 2, blocks, heads, tokens of a block, head_dim] in slices."""
+        import openvino as ov
+
+        ports = [port for port in self._compiled.inputs if "_cache." in port.any_name]
+        kind = ports[0].element_type
+        dims = [dim.get_length() for dim in list(ports[0].partial_shape)[1:]]
+        numbers = np.float32 if kind == ov.Type.f32 else np.uint16
+        blocks = size // (len(ports) * math.prod(dims) * np.dtype(numbers).itemsize)
+        if blocks < 1:
+            raise InputError(
+                f"a key-value cache of {size >> 20} MiB does not hold {dims[1]} tokens",
+                "raise services.engine.kv_cache_mib in params.yaml",
+            )
+        # Memory is touched, and taken, only as blocks come into use.
+        cache = np.zeros((len(ports), blocks + 1, *dims), numbers)
+        for port, part in zip(ports, cache, strict=True):
+            self._request.set_tensor(port, ov.Tensor(part, ov.Shape(part.shape), kind))
+        return cache
+
+    def warm_up(self, tokens: int) -> None:
+        """Compute a step of every size up to `tokens`: the runtime makes its kernels at the first of each."""
+        size = 0
+        while size < tokens:
+            size = padded(size + 1)
+            self.step([Run([0] * n, 0, [self.blocks], n) for n in _pieces(size, self.block_tokens)])
+
+    def step(self, runs: Sequence[Run]) -> NDArray[np.float32]:
+        """Compute the runs' tokens; return logits [wanted rows, vocabulary], run after run.
+
+        The array is the graph's own memory: it holds until the next step.
+        """
+        count = sum(len(run.token_ids) for run in runs)
+        # Another size than the last costs the runtime as much as a dozen tokens: all its nodes prepare anew.
+        if not 0 <= self._size - count <= WORTH_A_CHANGE:
+            self._size = padded(count)
+        if padding := self._size - count:
+            runs = [*runs, Run([0] * padding, 0, [self.blocks], 0)]
+        lengths = [len(run.token_ids) for run in runs]
+        begins = np.cumsum([0, *lengths])
+        positions = [np.arange(run.past, run.past + n) for run, n in zip(runs, lengths, strict=True)]
+        ends = begins[1:].tolist()
+        wanted = [row for run, end in zip(runs, ends, strict=True) for row in range(end - run.rows, end)]
+        self._set("input_ids", [token for run in runs for token in run.token_ids], np.int64)
+        self._set("position_ids", np.concatenate(positions), np.int64)
+        self._set("past_lens", [run.past for run in runs], np.int32)
+        self._set("subsequence_begins", begins, np.int32)
+        self._set("block_indices", [block for run in runs for block in run.blocks], np.int32)
+        self._set("block_indices_begins", np.cumsum([0, *(len(run.blocks) for run in runs)]), np.int32)
+        self._set(
+            "max_context_len", max(run.past + n for run, n in zip(runs, lengths, strict=True)), np.int32
+        )
+        self._set("wanted", wanted + [0] * (padded(len(wanted)) - len(wanted)), np.int64)
+        self._request.infer()
+        logits: NDArray[np.float32] = self._request.get_output_tensor(0).data
+        return logits.reshape(-1, self.shape.vocabulary)[: len(wanted)]
+
+    def _set(self, name: str, values: Any, kind: type) -> None:
+        import openvino as ov
+
+        self._request.set_tensor(name, ov.Tensor(np.array(values, dtype=kind)))
+
+    def copy_rows(self, source: int, target: int, rows: int) -> None:
+        """Copy the keys and values of a block's first tokens to another block."""
+        self._cache[:, target, :, :rows] = self._cache[:, source, :, :rows]
+
+
+def padded(count: int) -> int:
+    """Return the size of step, at least 1, that `count` tokens are padded to.
+
+    The runtime makes kernels for each size it meets, which takes as long as a step itself.
+    """
+    if count <= 16:
+        return max(count, 1)
+    grain = 4 if count <= 64 else 8 if count <= 128 else 16
+    return -(-count // grain) * grain
+
+
+def _pieces(size: int, longest: int) -> list[int]:
+    return [min(longest, size - begin) for begin in range(0, size, longest)]

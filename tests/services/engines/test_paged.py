@@ -1,0 +1,191 @@
+import asyncio
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from services.engines.paged import PagedEngine
+from services.engines.paged.blocks import BlockPool, PrefixCache
+from services.engines.paged.drafts import Drafts, least_chance
+from services.engines.paged.model import padded
+from services.engines.paged.sampling import draw
+from services.engines.protocol import Load, Sampling
+from stages.common.errors import InputError
+from tests.services.engines.makers import tiny
+from tests.services.engines.test_contract import answer, expected, ids_of, until_idle
+
+
+def make_paged(**settings):
+    made = tiny()
+    settings = {"kv_cache_mib": 4, "threads": 1, "batch_tokens": 64, **settings}
+    return PagedEngine(made.folder / "model.gguf", made.tokenizer, precision="float32", **settings)
+
+
+@pytest.fixture
+def make():
+    made = []
+
+    def build(**settings):
+        made.append(make_paged(**settings))
+        return made[-1]
+
+    yield build
+    for one in made:
+        one.close()
+
+
+def ask_all(engine, prompts, sampling):
+    async def ask():
+        return await asyncio.gather(*(answer(engine, prompt, sampling) for prompt in prompts))
+
+    return asyncio.run(ask())
+
+
+PROMPTS = ("hello", "what is this?", "a", "x" * 70, "the table")
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_guesses_right_or_wrong_do_not_change_an_answer(make, wrong):
+    prompts = [ids_of(text) for text in PROMPTS]
+    wanted = [expected(prompt, 24) for prompt in prompts]
+    examples = [(p, ids[::-1] if wrong else ids) for p, (ids, _) in zip(prompts, wanted, strict=True)]
+    engine = make(examples=examples)
+    assert [one[:2] for one in ask_all(engine, prompts, Sampling(24))] == wanted
+    assert (engine.scheduler.accepted > engine.scheduler.drafted / 2) is not wrong
+
+
+def test_an_answer_given_before_is_guessed_the_next_time(make):
+    engine = make()
+    first = asyncio.run(answer(engine, ids_of("hello"), Sampling(24)))
+    before = engine.scheduler.accepted
+    assert asyncio.run(answer(engine, ids_of("hello"), Sampling(24))) == first
+    assert engine.scheduler.accepted > before
+
+
+def test_a_seed_draws_the_same_with_and_without_guesses(make):
+    prompts = [ids_of(text) for text in PROMPTS]
+    sampling = Sampling(24, temperature=0.7, top_p=0.9, seed=5, frequency_penalty=0.5, logprobs=1)
+    plain = ask_all(make(guess=False), prompts, sampling)
+    examples = [(prompt, ids) for prompt, (ids, _, _) in zip(prompts, plain, strict=True)]
+    engine = make(examples=examples)
+    guessed = ask_all(engine, prompts, sampling)
+    assert [one[:2] for one in guessed] == [one[:2] for one in plain]
+    assert engine.scheduler.accepted > 0
+
+
+@pytest.mark.parametrize("shared", [1, 17, 31, 32, 33, 80])
+def test_a_prompt_that_begins_like_another_gets_its_own_answer(make, shared):
+    engine = make()
+    beginning = ids_of("the same words at the beginning of all; " * 3)[:shared]
+    for end in ("one", "another", "one", "o"):
+        prompt = beginning + ids_of(end)
+        assert asyncio.run(answer(engine, prompt, Sampling(12)))[:2] == expected(prompt, 12)
+
+
+def test_blocks_that_run_out_are_taken_from_the_youngest_and_all_answers_come_whole(make):
+    # 1 MiB holds 8,192 tokens of this model; 24 answers of 480 take 11,520.
+    engine = make(kv_cache_mib=1, max_running=24, guess=False)
+    count = 480
+    prompts = [ids_of(f"question {n}") for n in range(24)]
+    endless = '{"type": "array", "items": {"type": "boolean"}, "minItems": 1000}'
+    sampling = Sampling(count, temperature=1.0, seed=1, json_schema=endless)
+    crowded = ask_all(engine, prompts, sampling)
+    assert engine.scheduler.sent_back > 0
+    assert crowded == ask_all(make(kv_cache_mib=16, max_running=24, guess=False), prompts, sampling)
+
+
+def test_an_aborted_answer_leaves_its_blocks_to_others(make):
+    engine = make()
+    room = engine.scheduler.free_blocks
+
+    async def leave():
+        for n in range(40):
+            stream = engine.generate(ids_of(f"question {n}"), Sampling(400, temperature=1.5))
+            await anext(stream)
+            await stream.aclose()
+        while engine.load() != Load(0, 0):
+            await asyncio.sleep(0.001)
+        await until_idle(engine)
+        await answer(engine, ids_of("hello"), Sampling(2))
+
+    asyncio.run(leave())
+    while engine.scheduler._prefixes.drop_oldest():
+        pass
+    assert engine.scheduler.free_blocks == room
+
+
+def test_a_cache_too_small_for_a_block_is_refused():
+    with pytest.raises(InputError, match="does not hold"):
+        make_paged(kv_cache_mib=0)
+
+
+def test_a_file_that_is_no_model_is_refused(tmp_path):
+    file = tmp_path / "model.gguf"
+    for content in (b"", b"GGUF but no more", b"something else altogether"):
+        file.write_bytes(content)
+        with pytest.raises(InputError, match="cannot be read"):
+            PagedEngine(file, tiny().tokenizer)
+
+
+def test_shared_blocks_are_free_when_the_last_holder_lets_go():
+    pool = BlockPool(2)
+    block = pool.take()
+    pool.share([block])
+    pool.give_back([block])
+    assert pool.free == 1
+    pool.give_back([block])
+    assert pool.free == 2
+
+
+def test_the_prefix_cache_finds_the_longest_beginning_and_drops_the_least_used():
+    pool = BlockPool(3)
+    prefixes = PrefixCache(pool)
+    blocks = [pool.take() for _ in range(3)]
+    for tokens, block in zip(([1, 2, 3], [1, 2, 4, 5], [9]), blocks, strict=True):
+        prefixes.keep(tokens, [block])
+    assert prefixes.find([1, 2, 4, 6]) == (3, [blocks[1]])
+    assert prefixes.find([7]) == (0, [])
+    prefixes.drop_oldest()
+    assert prefixes.find([1, 2, 3]) == (2, [blocks[1]])
+
+
+def test_words_of_the_prompt_decide_between_known_answers():
+    drafts = Drafts()
+    for _ in range(5):
+        drafts.learn([1, 50, 2], [10, 11, 0])
+        drafts.learn([1, 60, 2], [10, 12, 0])
+        drafts.learn([1, 70, 2], [10, 13, 0])
+    for word, token in ((50, 11), (60, 12), (70, 13)):
+        words = drafts.words([1, word, 2])
+        assert words == [word]
+        assert drafts.guess(words, [], 8, 0.3) == [10, token, 0]
+    assert drafts.guess(drafts.words([1, 50, 2]), [10], 1, 0.3) == [11]
+    assert drafts.guess(drafts.words([1, 50, 2]), [99], 8, 0.3) == []
+
+
+def test_what_is_forgotten_is_not_guessed():
+    drafts = Drafts(capacity=1)
+    drafts.learn([1], [10, 11])
+    drafts.learn([1], [20, 21])
+    assert drafts.guess([], [10], 4, 0.1) == []
+    assert drafts.guess([], [20], 4, 0.1) == [21]
+
+
+def test_more_answers_at_once_ask_for_surer_guesses():
+    chances = [least_chance(running) for running in (1, 8, 32, 128)]
+    assert chances == sorted(chances)
+    assert chances[0] < 0.1 < 0.5 < chances[2]
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely():
+    scores = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
+    random = np.random.default_rng(0)
+    drawn = Counter(draw(scores, 1.0, random.random()) for _ in range(20_000))
+    assert [round(drawn[token] / 20_000, 1) for token in range(3)] == [0.5, 0.3, 0.1] or drawn[2] > 2_800
+    nucleus = Counter(draw(scores, 0.75, random.random()) for _ in range(20_000))
+    assert set(nucleus) == {0, 1}
+    assert nucleus[0] / 20_000 == pytest.approx(0.5 / 0.8, abs=0.02)
+
+
+def test_steps_are_padded_little():
+    assert all(0 <= padded(count) - count < max(4, count / 8) for count in range(1, 1000))
