@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 ORDERS = (8, 6, 5, 4, 3, 2, 1)  # tokens before a guess, the longest known context first
-WORD_ORDER = 4  # context in which the words of the prompt are weighed
+WORD_ORDER = 3  # context in which the words of the prompt are weighed
 START = -1  # stands before the first token of an answer
 PROMPT_TOKENS = 64  # looked at, from the prompt's end
 UNSEEN = 0.02  # what a word counts that never came with a token
