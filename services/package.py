@@ -41,7 +41,8 @@ REQUIREMENTS = "requirements.txt"
 BENTOFILE = "bentofile.yaml"  # JSON is YAML
 # Run in the staged folder, by a Python that sees no other `services`: what is missing there shows here.
 BUILD = "import sys; from services.package import build_staged; build_staged(sys.argv[1])"
-READY = "import urllib.request as u; u.urlopen('http://127.0.0.1:3000/readyz', timeout=4)"
+PORT = 3000
+READY = f"import urllib.request as u; u.urlopen('http://127.0.0.1:{PORT}/readyz', timeout=4)"
 
 log = logging.getLogger("package")
 
@@ -297,7 +298,8 @@ def image(engine: str, requirements: str) -> Image:
 
 def environment(engine: str) -> dict[str, str]:
     """Return the variables of the image; they do not matter where no image is made of the Bento."""
-    values = {"BENTOML_DO_NOT_TRACK": "True", "BENTOML_HOST": "0.0.0.0"}  # a container's loopback is its own
+    # A container's loopback is its own. The port is what the image exposes, and its health check asks.
+    values = {"BENTOML_DO_NOT_TRACK": "True", "BENTOML_HOST": "0.0.0.0", "BENTOML_PORT": str(PORT)}
     if engine == "openvino":
         values["UV_TORCH_BACKEND"] = "cpu"  # the other builds bring several GB of CUDA
     if engine == "vllm":
