@@ -112,6 +112,7 @@ class Progress:
     logprob_sum: float = 0.0
     logprob_count: int = 0
     first_token_s: float | None = None
+    queue_s: float = 0.0
     finish_reason: str | None = None
     valid: bool | None = None
     kept: bool = False  # its event is stored
@@ -140,6 +141,7 @@ class Progress:
         """Add what the engine wrote."""
         if self.first_token_s is None and (step.token_ids or step.finish_reason):
             self.first_token_s = time.monotonic() - self.started
+        self.queue_s += step.queue_s
         self.completion_tokens += len(step.token_ids)
         self.logprob_sum += sum(entry.logprob for entry in step.logprobs)
         self.logprob_count += len(step.logprobs)
@@ -380,6 +382,7 @@ class Answerer:
         metrics, version = get_metrics(), progress.version
         total_s = time.monotonic() - progress.started
         first_s = progress.first_token_s or total_s
+        metrics.queue_s.labels(version).observe(progress.queue_s)
         metrics.first_token_s.labels(version).observe(first_s)
         metrics.total_s.labels(version).observe(total_s)
         metrics.tokens.labels("in", version).inc(progress.prompt_tokens)
@@ -503,7 +506,7 @@ def exchange(
         finish_reason=progress.finish_reason,
         prompt_tokens=progress.prompt_tokens,
         completion_tokens=progress.completion_tokens,
-        queue_s=0.0,
+        queue_s=progress.queue_s,
         first_token_s=progress.first_token_s,
         total_s=time.monotonic() - progress.started,
         verdicts=json.dumps({check: [v.allow, v.reason] for check, v in progress.verdicts.items()}),

@@ -65,11 +65,13 @@ class Step:
         token_ids: new tokens, without the end-of-turn token.
         finish_reason: set on the last step only.
         logprobs: one for each token if they were asked for, else empty.
+        queue_s: how long the request waited for a place; set on the first step only.
     """
 
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+    queue_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

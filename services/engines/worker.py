@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from services.engines.protocol import ContextOverflow, EngineError, Load, QueueFull, Sampling, Step
@@ -34,6 +35,8 @@ class Request:
     max_tokens: int
     loop: asyncio.AbstractEventLoop
     state: Any = None
+    submitted_at: float = field(default_factory=time.monotonic)
+    entered_at: float | None = None
     items: deque[Step | Exception] = field(default_factory=deque)
     waiter: asyncio.Future[None] | None = None
     ended: bool = False
@@ -124,6 +127,9 @@ class Worker:
                 item = request.items.popleft()
                 if isinstance(item, Exception):
                     raise item
+                if request.entered_at is not None:  # told once, with the first step
+                    item = replace(item, queue_s=request.entered_at - request.submitted_at)
+                    request.entered_at = None
                 yield item
                 if item.finish_reason is not None:
                     return
@@ -194,6 +200,7 @@ class Worker:
             while self._waiting and len(self._running) < self.max_running:
                 request = self._waiting.popleft()
                 self._running[id(request)] = request
+                request.entered_at = time.monotonic()
                 entering.append(request)
         for request in leaving:
             self._leave(request)
