@@ -243,8 +243,6 @@ class Answerer:
 
     def _check_load(self, served: Served) -> None:
         load = served.engine.load()
-        get_metrics().waiting.set(load.waiting)
-        get_metrics().running.set(load.running)
         if load.waiting >= self.settings.engine.max_waiting and load.running >= served.engine.max_running:
             raise errors.overloaded(retry_after_s=1.0)
 

@@ -87,6 +87,7 @@ class Fleet:
     async def catch_up(self) -> None:
         """Bring what is served in line with the alias file; on trouble the old versions stay."""
         self._close_retired()
+        self._show_load()
         stamp = _stamp(self.path)
         if stamp == self._seen and not self._broken():
             return
@@ -142,6 +143,12 @@ class Fleet:
             if not served.users:
                 served.engine.close()
         self._retired = waiting
+
+    def _show_load(self) -> None:
+        """Tell Prometheus how long the queues are: by the clock, since an idle queue sees no request."""
+        loads = [served.engine.load() for served in self._loaded.values()]
+        get_metrics().waiting.set(sum(load.waiting for load in loads))
+        get_metrics().running.set(sum(load.running for load in loads))
 
     def _show(self) -> None:
         roles = {(self.champion.files.version, "champion")}

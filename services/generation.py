@@ -16,9 +16,10 @@ from pydantic import Field
 
 from services import errors
 from services.answering import Answerer, Part, Question, new_request_id
-from services.api import make_app
+from services.api import error_response, make_app
 from services.engines.choice import check_gpus, load_engine
 from services.engines.protocol import Sampling
+from services.errors import ApiError
 from services.fleet import Served
 from services.keys import Caller
 from services.network import BodyLimit, listens_beyond_loopback
@@ -118,19 +119,22 @@ class Generation:
         user: Annotated[str, Field(max_length=256)] | None = None,
     ) -> Answer:
         """Answer one question with the model's own system prompt, and say whether the answer is valid."""
-        answerer = get_answerer()
-        caller = get_caller(ctx.request)
-        asked = Question(
-            request_id=new_request_id(),
-            route="/ask",
-            messages=(Message("user", question),),
-            sampling=Sampling(max_tokens=min(max_tokens, SETTINGS.answers.max_tokens)),
-            caller=caller,
-            user=user,
-        )
-        choice = answerer.fleet.pick(asked.model, asked.asker)
-        async with aclosing(answerer.answer(asked, choice)) as parts:
-            gathered = [part async for part in parts]
+        request_id = new_request_id()
+        try:
+            answerer, caller = get_answerer(), get_caller(ctx.request)
+            asked = Question(
+                request_id=request_id,
+                route="/ask",
+                messages=(Message("user", question),),
+                sampling=Sampling(max_tokens=min(max_tokens, SETTINGS.answers.max_tokens)),
+                caller=caller,
+                user=user,
+            )
+            choice = answerer.fleet.pick(asked.model, asked.asker)
+            async with aclosing(answerer.answer(asked, choice)) as parts:
+                gathered = [part async for part in parts]
+        except ApiError as error:
+            return cast(Answer, error_response(error, request_id))  # BentoML passes responses on
         return native_answer(asked, gathered, choice.served.files)
 
 

@@ -395,13 +395,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def keys_file_of(params: Path) -> Path:
-    """Return `services.access.keys_file` of a parameters file, or the default where none is there.
+    """Return PERENNIAL_KEYS_FILE, else `services.access.keys_file` of a parameters file, else the default.
 
     Read without the checks of stages.common.params: a wrong line about training should not keep anybody
     from revoking a key.
     """
     import yaml
 
+    if named := os.environ.get("PERENNIAL_KEYS_FILE"):
+        return Path(named)
     try:
         node: Any = yaml.safe_load(params.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,12 @@ from stages.common.checked_yaml import (
 )
 from stages.common.errors import ParamsError
 from stages.common.service_params import Services
+
+# The environment's word for a key of params.yaml.
+ENVIRONMENT = {
+    "PERENNIAL_EVENTS_URL": ("services", "events", "url"),
+    "PERENNIAL_KEYS_FILE": ("services", "access", "keys_file"),
+}
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0)]
@@ -316,11 +323,15 @@ class Params(Section):
 def load_params(path: str | Path = "params.yaml") -> Params:
     """Read and check `params.yaml`.
 
+    Where a service runs elsewhere, a variable of `ENVIRONMENT` takes the place of a key: secrets and
+    mounted folders are told to a container by its environment.
+
     Raises:
         ParamsError: with every problem of the file: line, key, value, and the nearest right key.
     """
     path = Path(path)
     document = parse(path)
+    _from_environment(document)
     models = {field.alias or name: field.annotation for name, field in Params.model_fields.items()}
     found = list(duplicate_keys(document.root))
     found += [unknown_key(document, (key,), models) for key in document.values if key not in models]
@@ -339,6 +350,13 @@ def load_params(path: str | Path = "params.yaml") -> Params:
             f"{count} in {path}\n{lines}", "mend the lines above; docs/reference/params.md has every key"
         )
     return Params.model_validate(sections)
+
+
+def _from_environment(document: Document) -> None:
+    for name, (section, part, key) in ENVIRONMENT.items():
+        values = document.values.get(section, {}).get(part)
+        if name in os.environ and isinstance(values, dict):
+            values[key] = os.environ[name]
 
 
 def _impossible_across(document: Document, sections: dict[str, Any]) -> Iterator[Problem]:
