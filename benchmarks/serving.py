@@ -9,9 +9,9 @@ of this checkout, in a folder of its own under `.perennial`, with its own events
 is served here is touched. Every server is a process of its own on 127.0.0.1. Peers that are not installed
 (xllamacpp, ctranslate2) are left out and named. Prints Markdown; `docs/benchmarks.md` keeps the results.
 
-Other work on the machine hurts some more than others: threads of llama.cpp that wait for each other on cores
-that others use are fifty times slower. Run it alone, or with a higher priority (`nice -n -10`), which all that
-it starts inherits.
+Other work on the machine hurts some more than others: threads of llama.cpp that wait for each other on
+cores that others use are fifty times slower. Run it alone, or with a higher priority (`nice -n -10`), which
+all that it starts inherits.
 """
 
 from __future__ import annotations
@@ -183,14 +183,16 @@ async def throughput(place: Workspace, questions: Questions, plan: Plan) -> Repo
     report = Report()
     judge = Judge(load_tokenizer(artifacts("fetch_base")), [row.answer for row in questions.rows])
     async with contenders(place, questions, plan.contenders, report) as them:
-        runs = await rounds(them, plan)
+        runs = await rounds(them, plan, report)
     for clients in CLIENTS:
         _throughput_table(report, judge, clients, {name: runs[name, clients] for name in them})
     _throughput_targets(report, judge, runs)
     return report
 
 
-async def rounds(them: Mapping[str, Contender], plan: Plan) -> dict[tuple[str, int], list[Run[Answer]]]:
+async def rounds(
+    them: Mapping[str, Contender], plan: Plan, report: Report
+) -> dict[tuple[str, int], list[Run[Answer]]]:
     """Let everybody answer in turn, round after round, the same rows."""
     runs: dict[tuple[str, int], list[Run[Answer]]] = {(name, c): [] for name in them for c in CLIENTS}
     for name, contender in them.items():
@@ -207,6 +209,9 @@ async def rounds(them: Mapping[str, Contender], plan: Plan) -> dict[tuple[str, i
                     f"round {number + 1}, {clients} at once, {name}: {done} of {len(run.answers)} answers"
                     f" in {run.stopped - run.started:.1f} s"
                 )
+                if failed := [answer for answer in run.answers if not answer.ok]:
+                    report.figures.setdefault("failures", []).append(f"{name}, {clients}: {failed[0]}")
+                    note(f"the first that failed: {failed[0]}")
     return runs
 
 
@@ -582,7 +587,7 @@ async def kill(place: Workspace, questions: Questions, plan: Plan) -> Report:
         requests = [chat_request(ours.port, body) for body in bodies]
         began = time.time()
         loading = asyncio.create_task(load(ours.port, requests, KILL_CLIENTS, from_row(0), 60.0, stop=stop))
-        await asyncio.sleep(max(3.0, plan.seconds))
+        await asyncio.sleep(max(6.0, plan.seconds))
         killed = ours.child.kill()
         stop.set()
         run = await loading

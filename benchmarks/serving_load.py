@@ -177,11 +177,19 @@ class Connection(asyncio.Protocol):
 
     async def ask(self, request: bytes, row: int, within_s: float = ANSWER_WITHIN_S) -> Reply:
         """Send a request and return what came: all of it, or what there was when the connection broke."""
-        reply = self._reply = Reply(row, time.monotonic())
+        used = self._transport is not None
+        await self._send(reply := Reply(row, time.monotonic()), request, within_s)
+        if used and not reply.data:
+            # A server may close an idle connection at any time: HTTP clients ask once more on a new one.
+            await self._send(reply, request, within_s)
+        reply.ended = reply.ended or time.monotonic()
+        return reply
+
+    async def _send(self, reply: Reply, request: bytes, within_s: float) -> None:
+        self._reply = reply
         self._waiter = asyncio.get_running_loop().create_future()
         try:
             await self.open()
-            reply.sent = time.monotonic()
             assert self._transport is not None
             self._transport.write(request)
             async with asyncio.timeout(within_s):
@@ -189,9 +197,7 @@ class Connection(asyncio.Protocol):
         except (OSError, TimeoutError):
             self.close()
             await asyncio.sleep(0.01)  # a server that is gone is not asked in a busy loop
-        reply.ended = reply.ended or time.monotonic()
         self._reply = None
-        return reply
 
     def close(self) -> None:
         """Disconnect."""
