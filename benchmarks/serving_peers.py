@@ -12,8 +12,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -344,3 +344,20 @@ async def _ready_or_ended(child: Child, port: int, path: str) -> None:
 def installed(module: str) -> bool:
     """Return whether a peer's package is there."""
     return importlib.util.find_spec(module) is not None
+
+
+@asynccontextmanager
+async def running(place: Workspace, questions: Questions) -> AsyncIterator[Served]:
+    """Start a service; end it afterwards. Yields it when it is ready."""
+    ours = await service(place, questions)
+    try:
+        yield ours
+    finally:
+        await asyncio.to_thread(ours.child.end)
+
+
+async def about(port: int) -> dict[str, Any]:
+    """Return what the service says of its champion; empty while it says nothing."""
+    status, body = await get(port, "/v1/models")
+    found: dict[str, Any] = json.loads(body)["data"][0]["perennial"] if status == 200 else {}
+    return found
