@@ -25,6 +25,7 @@ from stages.common.answer_schema import Schema, derive_schema, fits, read_object
 from stages.common.artifacts import artifacts, fresh_dir, read_json, reports, write_json, write_text
 from stages.common.chat import end_of_turn_ids
 from stages.common.errors import InputError
+from stages.common.examples import encode_examples, write_examples
 from stages.common.gguf_model import architecture_of, check_tensors, context_tokens, write_gguf
 from stages.common.gguf_vocabulary import count_equal, read_vocabulary, vocabulary_in
 from stages.common.logs import get_logger, progress, run_stage
@@ -214,6 +215,8 @@ def main() -> None:
         if settings.gguf:
             gguf, speed = export_gguf(base, adapter, rows, settings.quantization, name, folder / GGUF)
             gguf["ollama_template"] = write_modelfile(folder, system_prompt)
+        examples = encode_examples(load_tokenizer(base), rows, settings.examples)
+        write_examples(folder / "examples.npz", examples)
         serving = {
             "adapter_sha256": file_sha256(adapter / "adapter_model.safetensors"),
             "answer_format": params.curate.answer_format,
@@ -233,6 +236,7 @@ def main() -> None:
         reports("export") / "metrics.json",
         {
             "answers": {**evidence, "schema": answers.schema is not None},
+            "examples": len(examples),
             "gguf": gguf,
             "system_prompt": system_prompt is not None,
             "throughput": speed,

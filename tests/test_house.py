@@ -140,6 +140,8 @@ def test_a_documented_command_exists(page, command):
     """A make target is one of the Makefile's, a module can be found, a DVC stage is in the graph."""
     words = [word for word in command.split() if "=" not in word or word.startswith("-")]
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    if not words:  # only variables are set
+        return
     if words[0] == "make":
         assert set(words[1:]) <= targets
     elif words[:2] == ["python", "-m"]:
@@ -153,7 +155,12 @@ def test_a_documented_command_exists(page, command):
         assert {word for word in words[2:] if not word.startswith("-")} <= set(STAGES)
     else:
         assert Path(words[0]).name in {
+            "bentoml",
+            "curl",
+            "docker",
             "git",
+            "llama-server",
+            "sqlite3",
             "cd",
             "dvc",
             "pip",
@@ -178,7 +185,7 @@ def test_nothing_committed_names_a_machine():
     tracked = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()
-    leak = re.compile(r"/(?:home|Users|root|work)/[a-z]")
+    leak = re.compile(r"/(?:home|Users|root|work)/(?!bentoml)[a-z]")
     for name in tracked:
         path = ROOT / name
         if (

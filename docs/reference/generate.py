@@ -26,6 +26,7 @@ HERE = ROOT / "docs" / "reference"
 # Licences that a package's metadata does not say in a few words, read in its licence file.
 LICENSES = {
     "accelerate": "Apache-2.0",
+    "axe-playwright-python": "MIT",
     "dvc": "Apache-2.0",
 }
 KEY_LINE = re.compile(r"^\s*(?:# )?\s*(?:- )?(?P<key>\w+):\s*(?P<value>.*?)\s*(?:#\s*(?P<comment>.*))?$")
@@ -152,8 +153,9 @@ def dependencies_page() -> str:
     for extra, requirements in asked.items():
         out += [f"## {extra}", "", "| package | version | licence |", "|---|---|---|"]
         names = {re.split(r"[<>=\[]", requirement)[0] for requirement in requirements}
+        versions = locked if extra != "gpu" else dict(pin.split("==") for pin in requirements)
         out += [
-            f"| {name} | {locked[name.lower()]} | {license_of(name, locked)} |" for name in sorted(names)
+            f"| {name} | {versions[name.lower()]} | {license_of(name, versions)} |" for name in sorted(names)
         ] + [""]
     return "\n".join(out).rstrip() + "\n"
 

@@ -8,8 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from services.engines.protocol import Engine
+from services.engines.protocol import Engine, EngineError
 from stages.common.errors import InputError
+from stages.common.examples import read_examples
 from stages.common.models import load_tokenizer
 
 if TYPE_CHECKING:
@@ -36,17 +37,10 @@ def load_engine(files: ModelFiles, settings: EngineSettings) -> Engine:
         "context_tokens": settings.context_tokens,
     }
     tokenizer = load_tokenizer(files.tokenizer)
-    if kind == "openvino":
-        from services.engines.openvino import OpenvinoEngine
-
-        assert files.gguf is not None
-        return OpenvinoEngine(
-            files.gguf,
-            files.tokenizer / "config.json",
-            tokenizer,
-            threads=settings.threads,
-            kv_cache_mib=settings.kv_cache_mib,
-            **common,
+    if files.gguf is not None and kind in ("paged", "openvino"):
+        common |= {"threads": settings.threads, "kv_cache_mib": settings.kv_cache_mib}
+        return _on_openvino(
+            kind, files.gguf, files.tokenizer, tokenizer, common, fall_back=settings.kind == "auto"
         )
     assert files.base is not None
     if kind == "vllm":
@@ -56,6 +50,25 @@ def load_engine(files: ModelFiles, settings: EngineSettings) -> Engine:
     from services.engines.transformers import TransformersEngine
 
     return TransformersEngine(files.base, files.adapter, tokenizer, threads=settings.threads, **common)
+
+
+def _on_openvino(
+    kind: str, gguf: Path, folder: Path, tokenizer: Any, common: dict[str, Any], fall_back: bool
+) -> Engine:
+    from services.engines.openvino import OpenvinoEngine
+    from services.engines.paged import PagedEngine
+
+    if kind == "paged":
+        try:
+            return PagedEngine(gguf, tokenizer, examples=read_examples(folder / "examples.npz"), **common)
+        except EngineError as error:
+            if not fall_back:
+                raise InputError(
+                    f"the engine paged does not start: {error}",
+                    "set services.engine.kind: openvino in params.yaml",
+                ) from None
+            log.warning("Not the engine paged: %s", error)
+    return OpenvinoEngine(gguf, folder / "config.json", tokenizer, **common)
 
 
 def check_gpus(settings: EngineSettings) -> None:
@@ -70,7 +83,7 @@ def check_gpus(settings: EngineSettings) -> None:
 
 
 def choose_kind(wanted: str, folder: Path, gguf: Path | None, base: Path | None) -> str:
-    """Return the engine for these files on this machine: `vllm`, `transformers` or `openvino`.
+    """Return the engine for these files on this machine: `vllm`, `paged`, `openvino` or `transformers`.
 
     Args:
         wanted: one of them, or `auto`.
@@ -82,6 +95,7 @@ def choose_kind(wanted: str, folder: Path, gguf: Path | None, base: Path | None)
     """
     reasons = {
         "vllm": _against_vllm(base),
+        "paged": _against_paged(folder, gguf),
         "openvino": _against_openvino(folder, gguf),
         "transformers": None if base is not None else "the model's safetensors are not there",
     }
@@ -92,7 +106,9 @@ def choose_kind(wanted: str, folder: Path, gguf: Path | None, base: Path | None)
                 "set services.engine.kind: auto in params.yaml, which takes what this machine can run",
             )
         return wanted
-    order = ("vllm", "transformers", "openvino") if _gpus_seen() else ("openvino", "transformers")
+    order: tuple[str, ...] = ("vllm", "transformers", "paged", "openvino")
+    if not _gpus_seen():
+        order = ("paged", "openvino", "transformers")
     for kind in order:
         if reasons[kind] is None:
             return kind
@@ -109,6 +125,20 @@ def _against_vllm(base: Path | None) -> str | None:
     if find_spec("vllm") is None:
         return "vLLM is not installed (pip install 'perennial[gpu]')"
     return None if base is not None else "the model's safetensors are not there"
+
+
+def _against_paged(folder: Path, gguf: Path | None) -> str | None:
+    if find_spec("openvino") is None:
+        return "OpenVINO is not installed (pip install 'perennial[serve]')"
+    if gguf is None:
+        return "the model has no GGUF (export.gguf in params.yaml)"
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config["model_type"] != "llama" or config.get("attention_bias") or config.get("mlp_bias"):
+        return f"it computes plain Llama models only, and this one is of {config['model_type']!r}"
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if rope.get("rope_type", "default") != "default" or config.get("hidden_act", "silu") != "silu":
+        return "it computes plain Llama models only, with no rope scaling and with SiLU"
+    return None
 
 
 def _against_openvino(folder: Path, gguf: Path | None) -> str | None:

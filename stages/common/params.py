@@ -276,6 +276,7 @@ class Export(Section):
 
     gguf: bool
     quantization: Literal["f16", "bf16", "q8_0", "q4_0"]
+    examples: Count
 
 
 class ModelCard(Section):

@@ -20,7 +20,7 @@ Policy = Literal["enforce", "record", "off"]
 class EngineSettings(Section):
     """What computes the answers, and how much at once."""
 
-    kind: Literal["auto", "openvino", "transformers", "vllm"]
+    kind: Literal["auto", "paged", "openvino", "transformers", "vllm"]
     gpus: Count
     threads: PositiveCount | None
     context_tokens: Annotated[int, Field(ge=64)]
@@ -30,8 +30,11 @@ class EngineSettings(Section):
 
     @override
     def impossible(self) -> Iterator[tuple[str, str]]:
-        if self.kind == "openvino" and self.gpus:
-            yield "gpus", "is set, but kind: openvino computes on the CPU; set it to 0, or take another kind"
+        if self.kind in ("paged", "openvino") and self.gpus:
+            yield (
+                "gpus",
+                f"is set, but kind: {self.kind} computes on the CPU; set it to 0, or take another kind",
+            )
         if self.kind == "vllm" and not self.gpus:
             yield "gpus", "is 0, but kind: vllm needs a GPU; set it to 1 or more"
 
@@ -55,7 +58,10 @@ class Answers(Section):
     @override
     def impossible(self) -> Iterator[tuple[str, str]]:
         if self.default_max_tokens > self.max_tokens:
-            yield "default_max_tokens", f"is above max_tokens ({self.max_tokens}): no request could be answered"
+            yield (
+                "default_max_tokens",
+                f"is above max_tokens ({self.max_tokens}): no request could be answered",
+            )
 
 
 class Access(Section):

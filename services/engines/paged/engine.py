@@ -32,7 +32,8 @@ class PagedEngine(Worker):
         tokenizer: the one of transformers; prompts come as its ids.
         examples: token ids of prompts and of their answers, to guess from; served answers are learnt besides.
         kv_cache_mib: memory for keys and values of all sequences, and of prompts' common beginnings.
-        threads: of the computation; 0 leaves the number to OpenVINO.
+        context_tokens: of prompt and answer together; None for what the model was made for.
+        threads: of the computation; None leaves the number to OpenVINO.
         batch_tokens: computed in a step, at most. A long prompt is read in pieces of this size, and the
             others write between two pieces.
         precision: `auto` computes in what the CPU is fastest in, `float32` exactly.
@@ -54,16 +55,19 @@ class PagedEngine(Worker):
         max_running: int = 32,
         max_waiting: int = 256,
         kv_cache_mib: int = 1024,
-        threads: int = 0,
+        context_tokens: int | None = None,
+        threads: int | None = None,
         batch_tokens: int = 256,
         precision: str = "auto",
         guess: bool = True,
     ) -> None:
-        model = PagedModel(gguf, cache_mib=kv_cache_mib, threads=threads, precision=precision)
+        model = PagedModel(gguf, cache_mib=kv_cache_mib, threads=threads or 0, precision=precision)
         end_ids = frozenset(end_of_turn_ids(tokenizer))
         super().__init__(
             # A sequence must fit into the cache alone, or it could never end.
-            context_tokens=min(model.shape.context, model.blocks * model.block_tokens),
+            context_tokens=min(
+                context_tokens or model.shape.context, model.shape.context, model.blocks * model.block_tokens
+            ),
             max_running=max_running,
             max_waiting=max_waiting,
             end_ids=tuple(end_ids),

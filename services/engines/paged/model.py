@@ -16,6 +16,7 @@ from services.engines.paged.weights import Shape, read_gguf
 from services.engines.protocol import EngineError
 from stages.common.errors import InputError
 
+WARM_SIZES = (1, 8, 16, 32, 48, 64, 96)
 WORTH_A_CHANGE = 12  # tokens of padding above which a step of another size is faster
 
 
@@ -90,10 +91,11 @@ class PagedModel:
         return cache
 
     def warm_up(self, tokens: int) -> None:
-        """Compute a step of every size up to `tokens`: the runtime makes its kernels at the first of each."""
-        size = 0
-        while size < tokens:
-            size = padded(size + 1)
+        """Compute steps of a few sizes up to `tokens`: the first takes half a second, and kernels are made.
+
+        The others are made when they are met, which takes as long as the step itself.
+        """
+        for size in (*(n for n in WARM_SIZES if n < tokens), padded(tokens)):
             self.step([Run([0] * n, 0, [self.blocks], n) for n in _pieces(size, self.block_tokens)])
 
     def step(self, runs: Sequence[Run]) -> NDArray[np.float32]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from services.engines.paged.gguf_file import GgufFile, read_file
 from services.engines.protocol import EngineError
 from stages.common.errors import InputError
 
@@ -47,17 +48,15 @@ def read_gguf(path: Path) -> Weights:
         InputError: the file is not there, or is not GGUF.
         EngineError: it holds another architecture.
     """
-    from gguf import GGUFReader
-
     try:
-        reader = GGUFReader(path)
-    except (ValueError, IndexError, OSError) as error:
+        file = read_file(path)
+    except (ValueError, OSError) as error:
         raise InputError(
             f"{path} cannot be read: {error}",
-            "make it anew (dvc repro export), or choose another engine (services.engine.name)",
+            "make it anew (dvc repro export), or choose another engine (services.engine.kind)",
         ) from error
-    shape = _shape(reader)
-    tensors = {tensor.name: _values(tensor) for tensor in reader.tensors}
+    shape = _shape(file)
+    tensors = dict(file.tensors)
     for name, array in tensors.items():
         if name.endswith("attn_q.weight"):
             tensors[name] = _side_by_side(array, shape.heads)
@@ -66,35 +65,22 @@ def read_gguf(path: Path) -> Weights:
     return Weights(shape, tensors)
 
 
-def _shape(reader: Any) -> Shape:
-    def field(name: str, otherwise: Any = None) -> Any:
-        found = reader.get_field(name)
-        return otherwise if found is None else found.contents()
-
-    if (architecture := field("general.architecture")) != "llama":
+def _shape(file: GgufFile) -> Shape:
+    if (architecture := file.values.get("general.architecture")) != "llama":
         raise EngineError(f"the paged engine computes Llama models, and this one is of {architecture!r}")
-    hidden, heads = field("llama.embedding_length"), field("llama.attention.head_count")
+    values = {key.removeprefix("llama."): value for key, value in file.values.items()}
+    hidden, heads = values["embedding_length"], values["attention.head_count"]
     return Shape(
-        layers=field("llama.block_count"),
+        layers=values["block_count"],
         hidden=hidden,
         heads=heads,
-        kv_heads=field("llama.attention.head_count_kv", heads),
-        head_dim=field("llama.rope.dimension_count", hidden // heads),
-        vocabulary=next(len(t.data) for t in reader.tensors if t.name == "token_embd.weight"),
-        context=field("llama.context_length"),
-        rope_base=field("llama.rope.freq_base", 10_000.0),
-        norm_epsilon=field("llama.attention.layer_norm_rms_epsilon"),
+        kv_heads=values.get("attention.head_count_kv", heads),
+        head_dim=values.get("rope.dimension_count", hidden // heads),
+        vocabulary=len(file.tensors["token_embd.weight"]),
+        context=values["context_length"],
+        rope_base=values.get("rope.freq_base", 10_000.0),
+        norm_epsilon=values["attention.layer_norm_rms_epsilon"],
     )
-
-
-def _values(tensor: Any) -> NDArray[Any]:
-    """Return a tensor as F16 or F32; quantized ones are unpacked to F32."""
-    from gguf.quants import dequantize
-
-    if tensor.data.dtype in (np.float16, np.float32):
-        values: NDArray[Any] = np.array(tensor.data)  # the runtime wants writeable memory
-        return values
-    return dequantize(tensor.data, tensor.tensor_type)
 
 
 def _side_by_side(rows: NDArray[Any], heads: int) -> NDArray[Any]:

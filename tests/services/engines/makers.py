@@ -7,6 +7,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 from services.engines.openvino import OpenvinoEngine
+from services.engines.paged import PagedEngine
 from services.engines.transformers import TransformersEngine
 from tests.tiny import make_model, make_tokenizer
 
@@ -49,6 +50,12 @@ def make_openvino(**settings: Any) -> OpenvinoEngine:
     )
 
 
+def make_paged(**settings: Any) -> PagedEngine:
+    made = tiny()
+    settings = {"kv_cache_mib": 4, "threads": 1, **settings}
+    return PagedEngine(made.folder / "model.gguf", made.tokenizer, precision="float32", **settings)
+
+
 def make_transformers(**settings: Any) -> TransformersEngine:
     made = tiny()
     return TransformersEngine(
@@ -56,4 +63,4 @@ def make_transformers(**settings: Any) -> TransformersEngine:
     )
 
 
-MAKERS = {"openvino": make_openvino, "transformers": make_transformers}
+MAKERS = {"openvino": make_openvino, "paged": make_paged, "transformers": make_transformers}

@@ -1,0 +1,127 @@
+"""Reading a GGUF file without its vocabulary.
+
+The package gguf reads every token and merge into arrays of their own, which takes seconds; the tokenizer
+comes from elsewhere, so here they are stepped over. Format: version 3 of
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAGIC = b"GGUF"
+VERSION = 3
+STRING, ARRAY = 8, 9
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+DEFAULT_ALIGNMENT = 32
+
+
+@dataclass(frozen=True, slots=True)
+class GgufFile:
+    """What a file holds: single values by their key, and tensors by their name, rows first."""
+
+    values: dict[str, Any]
+    tensors: dict[str, NDArray[Any]]
+
+
+def read_file(path: Path) -> GgufFile:
+    """Read a GGUF file; tensors are F16 or F32, quantized ones unpacked to F32.
+
+    Raises:
+        ValueError: it is not GGUF of version 3, or ends too early.
+        OSError: it cannot be opened.
+    """
+    with path.open("rb") as file:
+        if path.stat().st_size < 24:
+            raise ValueError("it ends before its header does")
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    try:
+        return _read(_Cursor(data))
+    except struct.error as error:
+        raise ValueError(f"it ends too early ({error})") from None
+
+
+@dataclass(slots=True)
+class _Cursor:
+    data: mmap.mmap
+    at: int = field(default=0)
+
+    def take(self, kind: str) -> Any:
+        """Return the next number and step over it."""
+        (value,) = struct.unpack_from(f"<{kind}", self.data, self.at)
+        self.at += struct.calcsize(f"<{kind}")
+        return value
+
+    def text(self) -> str:
+        """Return the next string and step over it."""
+        size = self.take("Q")
+        begin, self.at = self.at, self.at + size
+        return self.data[begin : self.at].decode("utf-8", "replace")
+
+    def skip_array(self) -> None:
+        """Step over an array."""
+        kind, count = self.take("I"), self.take("Q")
+        if kind == ARRAY:
+            for _ in range(count):
+                self.skip_array()
+        elif kind == STRING:
+            for _ in range(count):
+                self.at += 8 + struct.unpack_from("<Q", self.data, self.at)[0]
+        else:
+            self.at += count * struct.calcsize(f"<{SCALARS[kind]}")
+
+
+def _read(cursor: _Cursor) -> GgufFile:
+    if cursor.data[:4] != MAGIC:
+        raise ValueError("it does not begin with GGUF")
+    cursor.at = 4
+    if (version := cursor.take("I")) != VERSION:
+        raise ValueError(f"it is GGUF of version {version}; {VERSION} is read")
+    tensor_count, value_count = cursor.take("Q"), cursor.take("Q")
+    values = dict(_values(cursor, value_count))
+    infos = [(cursor.text(), *_info(cursor)) for _ in range(tensor_count)]
+    alignment = values.get("general.alignment", DEFAULT_ALIGNMENT)
+    begin = -(-cursor.at // alignment) * alignment
+    tensors = {name: _tensor(cursor.data, begin + offset, dims, kind) for name, dims, kind, offset in infos}
+    return GgufFile(values, tensors)
+
+
+def _values(cursor: _Cursor, count: int) -> Iterator[tuple[str, Any]]:
+    for _ in range(count):
+        key, kind = cursor.text(), cursor.take("I")
+        if kind == ARRAY:
+            cursor.skip_array()
+        elif kind == STRING:
+            yield key, cursor.text()
+        elif kind in SCALARS:
+            yield key, cursor.take(SCALARS[kind])
+        else:
+            raise ValueError(f"{key} is of the unknown kind {kind}")
+
+
+def _info(cursor: _Cursor) -> tuple[list[int], int, int]:
+    dims = [cursor.take("Q") for _ in range(cursor.take("I"))]
+    return dims[::-1], cursor.take("I"), cursor.take("Q")  # the file has the fastest axis first
+
+
+def _tensor(data: mmap.mmap, begin: int, dims: list[int], kind: int) -> NDArray[Any]:
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    quantization = GGMLQuantizationType(kind)
+    block, size = GGML_QUANT_SIZES[quantization]
+    shape = (*dims[:-1], dims[-1] // block * size)
+    raw = np.frombuffer(data, np.uint8, int(np.prod(shape)), begin).reshape(shape)
+    plain = {GGMLQuantizationType.F16: np.float16, GGMLQuantizationType.F32: np.float32}
+    if quantization in plain:
+        return raw.view(plain[quantization]).copy()  # the runtime wants writeable memory
+    unpacked: NDArray[Any] = dequantize(raw, quantization)
+    return unpacked

@@ -1,0 +1,49 @@
+"""Questions and answers of training as token ids, for an engine that guesses how an answer goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stages.common.artifacts import replacing
+from stages.common.chat import encode_prompt
+from stages.common.records import Row
+
+Example = tuple[list[int], list[int]]
+# Of a prompt, from its end: what came before says little about the answer, and nothing that is not needed
+# should leave the training data.
+PROMPT_TOKENS = 64
+
+
+def encode_examples(tokenizer: Any, rows: Sequence[Row], limit: int) -> list[Example]:
+    """Return the token ids of prompts and answers; more rows than `limit` are thinned out evenly."""
+    step = max(1, -(-len(rows) // limit)) if limit else len(rows) + 1
+    chosen = rows[::step] if limit else []
+    return [
+        (
+            encode_prompt(tokenizer, row.prompt)[-PROMPT_TOKENS:],
+            tokenizer(row.answer, add_special_tokens=False)["input_ids"],
+        )
+        for row in chosen
+    ]
+
+
+def write_examples(path: Path, examples: Sequence[Example]) -> None:
+    """Write examples as one row of ids and the lengths of its pieces."""
+    pieces = [piece for example in examples for piece in example]
+    ids = np.array([token for piece in pieces for token in piece], np.int32)
+    with replacing(path) as beside, beside.open("wb") as file:
+        np.savez(file, ids=ids, lengths=np.array([len(piece) for piece in pieces], np.int32))
+
+
+def read_examples(path: Path) -> list[Example]:
+    """Read what `write_examples` wrote; a file that is not there holds none."""
+    if not path.exists():
+        return []
+    with np.load(path) as arrays:
+        ids, ends = arrays["ids"].tolist(), np.cumsum(arrays["lengths"]).tolist()
+    pieces = [ids[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
+    return list(zip(pieces[::2], pieces[1::2], strict=True))
