@@ -48,7 +48,7 @@ STREAM_HEADERS = {
 
 logger = logging.getLogger("services.api")
 GetAnswerer = Callable[[], Answerer]
-GetCaller = Callable[[Request], Caller]
+GetCaller = Callable[[Request], Awaitable[Caller]]
 MakeShape = Callable[[Served], Shape]
 
 

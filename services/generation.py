@@ -64,7 +64,7 @@ def get_answerer() -> Answerer:
     return _process.running.answerer
 
 
-def get_caller(request: Request) -> Caller:
+async def get_caller(request: Request) -> Caller:
     """Return who sends a request.
 
     Raises:
@@ -121,7 +121,7 @@ class Generation:
         """Answer one question with the model's own system prompt, and say whether the answer is valid."""
         request_id = new_request_id()
         try:
-            answerer, caller = get_answerer(), get_caller(ctx.request)
+            answerer, caller = get_answerer(), await get_caller(ctx.request)
             asked = Question(
                 request_id=request_id,
                 route="/ask",

@@ -100,11 +100,10 @@ def serving(folder: Path, *versions: ModelFiles, load=load_tiny, keys_needed=Fal
         running = await start(chosen, lambda tag: load(by_tag[tag]), keys_needed, aliases)
         state.update(running=running, loop=asyncio.get_running_loop())
 
-        def caller(request: Request):
+        async def caller(request: Request):
             address = request.client.host
             return running.answerer.access.admit(request.headers.get("authorization"), address)
 
-        # BentoML calls a dependency in a worker thread or in the loop, as FastAPI decides: so does this.
         app = BodyLimit(make_app(lambda: running.answerer, caller), chosen.guard.max_body_bytes)
         config = uvicorn.Config(app, ADDRESS, 0, log_level="warning", lifespan="off", ws="none")
         server = uvicorn.Server(config)
