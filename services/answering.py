@@ -183,6 +183,8 @@ class Answerer:
         with choice.served.in_use():
             try:
                 async for part in self._parts(question, progress):
+                    if part.finish_reason is not None and choice.shadow is not None:
+                        self._ask_shadow(question, choice.shadow)
                     yield part
             except ApiError as error:
                 self._ended(question, progress, error.status)
@@ -195,8 +197,6 @@ class Answerer:
                 self._ended(question, progress, CLIENT_GONE)
                 self._later(self._keep(question, progress, CLIENT_GONE, "client_gone"))
                 raise
-        if choice.shadow is not None:
-            self._ask_shadow(question, choice.shadow)
 
     async def _parts(self, question: Question, progress: Progress) -> AsyncIterator[Part]:
         check_asked_schema(question.sampling.json_schema)

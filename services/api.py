@@ -103,18 +103,19 @@ class AnswerResponse(Response):
         headers = {**STREAM_HEADERS, "X-Request-Id": self._question.request_id}
         raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": 200, "headers": raw})
+        part, opening = first, shape.opening()
         try:
-            await _send_body(send, shape.opening() + shape.chunk(first))
-            async for part in parts:
-                await _send_body(send, shape.chunk(part))
-            await _send_body(send, b"data: [DONE]\n\n")
+            while part.finish_reason is None:
+                await _send_body(send, opening + shape.chunk(part))
+                part, opening = await anext(parts), b""
+            end = opening + shape.chunk(part) + b"data: [DONE]\n\n"
         except ApiError as error:  # too late for a status: the stream ends with the error, and without [DONE]
-            await _send_body(send, b"data: " + json.dumps(error.body()).encode() + b"\n\n")
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            end = b"data: " + json.dumps(error.body()).encode() + b"\n\n"
+        await _send_body(send, end, more=False)
 
 
-async def _send_body(send: Send, body: bytes) -> None:
-    await send({"type": "http.response.body", "body": body, "more_body": True})
+async def _send_body(send: Send, body: bytes, more: bool = True) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": more})
 
 
 async def _disconnected(receive: Receive) -> None:

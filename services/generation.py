@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from contextlib import aclosing
 from typing import Annotated, Any, cast
 
@@ -32,6 +33,9 @@ from stages.common.params import load_params
 from stages.common.records import Message
 
 set_quiet_environment()
+# The engine's thread wants the interpreter back for a moment after every step; Python's 5 ms of patience
+# with the thread that has it are a third of a step.
+sys.setswitchinterval(0.0005)
 SETTINGS = load_params().services
 
 logger = logging.getLogger("services.generation")
@@ -80,6 +84,10 @@ async def get_caller(request: Request) -> Caller:
     traffic={"timeout": SETTINGS.request_timeout_s},
     resources={"gpu": SETTINGS.engine.gpus} if SETTINGS.engine.gpus else {},
     http={"host": SETTINGS.host, "port": SETTINGS.port},
+    # Neither spans nor log lines for what the event store keeps in full: for each piece of a stream they
+    # cost as much as writing it.
+    tracing={"excluded_urls": "/v1/.*"},
+    logging={"access": {"enabled": False}},
 )
 @bentoml.asgi_app(make_app(get_answerer, get_caller), path="/")
 class Generation:
