@@ -1,6 +1,6 @@
 """Pack the champion into a Bento: the service, its model and exact requirements, as one thing to carry away.
 
-    python -m services.package [--engine auto|openvino|transformers|vllm] [--output perennial.tar]
+    python -m services.package [--engine auto|paged|openvino|transformers|vllm] [--output perennial.tar]
 
 The Bento starts on a machine that has neither this repository nor its history: `bentoml serve perennial`.
 """
@@ -31,7 +31,8 @@ from stages.common.params import load_params
 if TYPE_CHECKING:
     from bentoml.images import Image
 
-ENGINES = ("auto", "openvino", "transformers", "vllm")
+ENGINES = ("auto", "paged", "openvino", "transformers", "vllm")
+ON_CPU = ("paged", "openvino")  # computed from the GGUF alone
 SERVICE = "services.generation:Generation"
 PYTHON = "3.11"
 UV = "0.13.8"  # installs the packages in the image; BentoML would take the newest
@@ -183,12 +184,12 @@ def _models(champion: str, engine: str) -> tuple[str, ...]:
     """Return the tags to take along: the model, and its base where an engine may read it."""
     import bentoml
 
-    if engine == "openvino" and stored(champion).gguf is None:
+    if engine in ON_CPU and stored(champion).gguf is None:
         raise InputError(
             f"{champion} has no GGUF, which OpenVINO reads", "set export.gguf: true, or take another engine"
         )
     base = bentoml.models.get(champion).info.metadata.get("base")
-    return (champion,) if engine == "openvino" or not base else (champion, str(base))
+    return (champion,) if engine in ON_CPU or not base else (champion, str(base))
 
 
 def _labels(root: Path, champion: str, engine: str) -> dict[str, str]:
@@ -300,7 +301,7 @@ def environment(engine: str) -> dict[str, str]:
     """Return the variables of the image; they do not matter where no image is made of the Bento."""
     # A container's loopback is its own. The port is what the image exposes, and its health check asks.
     values = {"BENTOML_DO_NOT_TRACK": "True", "BENTOML_HOST": "0.0.0.0", "BENTOML_PORT": str(PORT)}
-    if engine == "openvino":
+    if engine in ON_CPU:
         values["UV_TORCH_BACKEND"] = "cpu"  # the other builds bring several GB of CUDA
     if engine == "vllm":
         values["NVIDIA_DRIVER_CAPABILITIES"] = "compute,utility"

@@ -10,8 +10,10 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from services.engines.grammar import Grammars
@@ -114,7 +116,8 @@ class OpenvinoEngine(Worker):
         if precision == "float32":
             properties |= {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
         try:
-            return self._genai.ContinuousBatchingPipeline(str(gguf), scheduler, "CPU", properties)
+            with _writeable(gguf) as path:
+                return self._genai.ContinuousBatchingPipeline(str(path), scheduler, "CPU", properties)
         except RuntimeError as error:
             raise InputError(
                 f"OpenVINO cannot read {gguf}: {error}",
@@ -221,6 +224,16 @@ def check_keywords(schema: Any) -> None:
             check_keywords(part)
     for part in (schema.get("items"), schema.get("additionalProperties"), *schema.get("anyOf", ())):
         check_keywords(part)
+
+
+@contextlib.contextmanager
+def _writeable(gguf: Path) -> Iterator[Path]:
+    """Yield a file that OpenVINO opens: it wants to write, and does not, where the file system lets nobody."""
+    if os.access(gguf, os.W_OK):
+        yield gguf
+        return
+    with TemporaryDirectory() as folder:
+        yield Path(shutil.copyfile(gguf, Path(folder) / gguf.name))
 
 
 def _block_bytes(settings: dict[str, Any], width: int) -> int:

@@ -73,7 +73,7 @@ def test_a_bento_for_vllm_leaves_the_choice_of_versions_to_vllm():
     assert any(line.startswith("torch==") for line in lines)
 
 
-@pytest.mark.parametrize("engine", ["auto", "openvino", "transformers", "vllm"])
+@pytest.mark.parametrize("engine", ["auto", "paged", "openvino", "transformers", "vllm"])
 def test_the_parameters_of_a_bento_differ_in_the_engine_only(tmp_path, engine):
     text = (ROOT / "params.yaml").read_text()
     changed = tmp_path / "params.yaml"
@@ -111,7 +111,7 @@ def dockerfile(folder: Path, engine: str) -> list[str]:
     return [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
 
 
-@pytest.mark.parametrize("engine", ["auto", "openvino", "transformers", "vllm"])
+@pytest.mark.parametrize("engine", ["auto", "paged", "openvino", "transformers", "vllm"])
 def test_an_image_is_pinned_runs_as_no_root_and_is_asked_for_its_health(tmp_path, engine):
     lines = dockerfile(tmp_path, engine)
     assert all(line.split()[0] in INSTRUCTIONS for line in lines), lines
