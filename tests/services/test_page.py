@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from services.events import read_exchanges, read_feedback
 from tests.services.page_server import (
     CHALLENGER,
     CHAMPION,
@@ -17,6 +18,9 @@ from tests.services.page_server import (
     NAME,
     serving,
 )
+
+from tests.services.serving import serving as whole_service
+from tests.services.serving import tiny_files
 
 pytest.importorskip("playwright", reason="pip install playwright axe-playwright-python")
 from axe_playwright_python.sync_playwright import Axe
@@ -71,7 +75,7 @@ def open_page(browser, service):
         if message.type in {"error", "warning"} and (ours or "Failed to load" not in message.text):
             complaints.append(message.text)
 
-    def open_one(**options):
+    def open_one(url=None, **options):
         context = browser.new_context(**options)
         contexts.append(context)
         context.on("request", lambda request: hosts.add(urlsplit(request.url).hostname))
@@ -79,7 +83,7 @@ def open_page(browser, service):
         page.set_default_timeout(10_000)
         page.on("console", on_console)
         page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.goto(service.url)
+        page.goto(url or service.url)
         return page
 
     yield open_one
@@ -105,6 +109,20 @@ def eventually(condition):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_the_service_itself_is_asked_and_told_what_people_think(open_page, tmp_path):
+    with whole_service(tmp_path, tiny_files(tmp_path / "model")) as real:
+        page = open_page(real.url)
+        ask(page, "turn on the lights")
+        answered(page)
+        page.get_by_role("button", name="Bad answer").first.click()
+        page.get_by_text("Saved, thank you").wait_for()
+        url = real.answerer.settings.events.url
+        (given,) = [row for batch in read_feedback(url, 0, time.time() + 9) for row in batch.to_pylist()]
+        (kept,) = [row for batch in read_exchanges(url, 0, time.time() + 9) for row in batch.to_pylist()]
+    assert given["thumb"] == -1 and given["request_id"] == kept["request_id"]
+    assert json.loads(kept["messages"]) == [{"role": "user", "content": "turn on the lights"}]
 
 
 def test_a_question_is_answered_and_drawn_as_a_card(open_page, service):
