@@ -228,7 +228,7 @@ def check_keywords(schema: Any) -> None:
 
 @contextlib.contextmanager
 def _writeable(gguf: Path) -> Iterator[Path]:
-    """Yield a file that OpenVINO opens: it wants to write, and does not, where the file system lets nobody."""
+    """Yield a file that OpenVINO opens: it asks for leave to write, though it writes nothing."""
     if os.access(gguf, os.W_OK):
         yield gguf
         return

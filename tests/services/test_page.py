@@ -18,7 +18,6 @@ from tests.services.page_server import (
     NAME,
     serving,
 )
-
 from tests.services.serving import serving as whole_service
 from tests.services.serving import tiny_files
 
