@@ -184,7 +184,7 @@ class Answerer:
             try:
                 async for part in self._parts(question, progress):
                     if part.finish_reason is not None and choice.shadow is not None:
-                        self._ask_shadow(question, choice.shadow)
+                        self._ask_shadow(question, choice.shadow, progress)
                     yield part
             except ApiError as error:
                 self._ended(question, progress, error.status)
@@ -390,15 +390,15 @@ class Answerer:
                 (progress.completion_tokens - 1) / (total_s - first_s)
             )
 
-    def _ask_shadow(self, question: Question, shadow: Served) -> None:
+    def _ask_shadow(self, question: Question, shadow: Served, shown: Progress) -> None:
         """Ask a challenger the same, unseen; left out where too many such answers are being written."""
         if self._shadows >= MAX_SHADOWS:
-            get_metrics().events.labels("shadow_left_out").inc()
+            get_metrics().shadows.labels("left out", shadow.files.version).inc()
             return
         self._shadows += 1
-        self._later(self._shadow(question, shadow))
+        self._later(self._shadow(question, shadow, shown.text))
 
-    async def _shadow(self, question: Question, shadow: Served) -> None:
+    async def _shadow(self, question: Question, shadow: Served, shown: str) -> None:
         own = replace(
             question, request_id=new_request_id(), received_at=time.time(), shadow_of=question.request_id
         )
@@ -410,6 +410,8 @@ class Answerer:
                     pass
                 self._check_answer(own, progress)
                 await self._keep(own, progress, 200, None)
+            same = "yes" if progress.text == shown else "no"
+            get_metrics().shadows.labels(same, progress.version).inc()
         except ApiError as error:
             logger.info("%s: the shadow of %s failed: %s", own.request_id, question.request_id, error)
         finally:

@@ -28,6 +28,7 @@ class Metrics:
     tokens: Counter  # direction (in, out), version
     verdicts: Counter  # check, verdict (allow, or the reason), version
     events: Counter  # outcome (stored, refused, lost)
+    shadows: Counter  # same (yes, no, left out), version
     switch_s: Histogram
     served: Gauge  # version, role: 1 while the version has the role
 
@@ -61,6 +62,7 @@ def get_metrics() -> Metrics:
         tokens=counter("tokens", "Tokens read and written", "direction", "version"),
         verdicts=counter("guard_verdicts", "What the guard said", "check", "verdict", "version"),
         events=counter("events", "Events by what became of them", "outcome"),
+        shadows=counter("shadow_answers", "Unseen answers against the shown ones", "same", "version"),
         switch_s=histogram("switch_seconds", "From a changed alias to the new version", LATENCY_S),
         served=gauge("served", "Versions by the role they have now", "version", "role"),
     )

@@ -5,7 +5,8 @@ Chat templates are compared prompt by prompt, by their number of tokens and by t
 
     python -m services.parity [--url http://127.0.0.1:3000] [--model NAME:VERSION]
 
-Writes reports/parity/verdict.json. Exit code 0: they agree; 1: they do not, or could not be compared.
+Writes reports/parity/VERSION.json, which a promotion reads.
+Exit code 0: they agree; 1: they do not, or could not be compared.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Verdict:
     """Whether trainer and server agree.
 
     Attributes:
+        version: of the model that was asked.
         agrees: nothing below speaks against it.
         exact_match: the server's minus the trainer's, on the same rows, with its interval.
         same_answers: share of rows whose answers are equal, right or wrong.
@@ -53,6 +55,7 @@ class Verdict:
         reasons: why they do not agree; empty if they do.
     """
 
+    version: str
     agrees: bool
     rows: int
     trainer_exact_match: float
@@ -69,6 +72,7 @@ def compare(
     served: Sequence[Served],
     prompt_tokens: Sequence[int],
     same_template: bool,
+    version: str,
     params: Params,
 ) -> Verdict:
     """Return the verdict on two models' answers to the same rows.
@@ -96,6 +100,7 @@ def compare(
     if change.value < -limit - 1e-12:
         reasons.append(f"exact match falls by {-change.value:.4f}, and may fall by {limit} at most")
     return Verdict(
+        version=version,
         agrees=not reasons,
         rows=len(rows),
         trainer_exact_match=float(ours.by_row().mean()),
@@ -205,6 +210,7 @@ def check(url: str, model: str | None, params: Params, root: Path = Path()) -> V
         served,
         [len(encode_prompt(tokenizer, row.prompt)) for row in rows],
         about["template_sha256"] == template_sha256(tokenizer),
+        expected,
         params,
     )
 
@@ -224,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         params = load_params()
         url = options.url or f"http://{params.services.host}:{params.services.port}"
         verdict = check(url, options.model, params)
-        write_json(reports("parity") / "verdict.json", asdict(verdict))
+        write_json(reports("parity") / f"{verdict.version}.json", asdict(verdict))
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import hashlib
+import logging
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,10 +27,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from stages.common.artifacts import artifacts, missing, read_json, write_json
+from stages.common.artifacts import artifacts, missing, read_json, reports, write_json
 from stages.common.errors import InputError
 from stages.common.logs import set_quiet_environment
 from stages.common.params import load_params
+
+log = logging.getLogger("services.versions")
 
 ALIASES = Path(".perennial/aliases.json")
 HISTORY = 20  # former champions that a rollback can reach
@@ -208,9 +211,31 @@ def stored_tags(name: str) -> list[str]:
     return [str(model.tag) for model in sorted(models, key=lambda model: model.info.creation_time)]
 
 
+def check_parity(tag: str) -> None:
+    """Refuse a version that was compared with its trainer and does not answer as it did.
+
+    Raises:
+        InputError: the verdict of services.parity on this version is that they do not agree.
+    """
+    verdict = reports("parity") / f"{tag.rpartition(':')[2]}.json"
+    if not verdict.exists():
+        return
+    found = read_json(verdict)
+    if not found["agrees"]:
+        raise InputError(
+            f"{tag} does not answer as it was trained to: {'; '.join(found['reasons'])}",
+            f"see {verdict}; serve another version, or mend the cause and compare again: make parity",
+        )
+
+
 def set_champion(tag: str, path: Path = ALIASES) -> Aliases:
-    """Make a stored version the champion; the former one can be gone back to."""
+    """Make a stored version the champion; the former one can be gone back to.
+
+    Raises:
+        InputError: the store has no such version, or parity speaks against it.
+    """
     stored(tag)
+    check_parity(tag)
     with _changing(path) as aliases:
         former = aliases.champion
         if former == tag:
@@ -280,7 +305,13 @@ def newest_as_champion(follow_pipeline: bool, path: Path = ALIASES) -> str:
         stored(champion)
         return champion
     tag = add_pipeline_output()
-    set_champion(tag, path)
+    try:
+        set_champion(tag, path)
+    except InputError as error:
+        if champion is None:
+            raise
+        log.error("the pipeline's newest model does not become champion: %s", error)
+        return champion
     return tag
 
 

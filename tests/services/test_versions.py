@@ -18,6 +18,7 @@ from services.versions import (
     set_challenger,
     set_champion,
 )
+from stages.common.artifacts import write_json
 from stages.common.errors import InputError
 from tests.tiny import save_model
 
@@ -119,3 +120,16 @@ def test_a_champion_cannot_challenge_itself_and_a_crowned_challenger_is_none_any
     set_challenger("m:2", 0.5, "canary", path)
     assert set_champion("m:2", path) == Aliases("m:2", None, ("m:1",))
     assert roll_back(path).champion == "m:1"
+
+
+def test_a_version_that_parity_refused_does_not_become_champion(tmp_path, monkeypatch):
+    monkeypatch.setattr("services.versions.stored", lambda tag: None)
+    monkeypatch.chdir(tmp_path)
+    write_json(Path("reports/parity/2.json"), {"agrees": False, "reasons": ["exact match falls by 0.02"]})
+    write_json(Path("reports/parity/3.json"), {"agrees": True, "reasons": []})
+    path = tmp_path / "aliases.json"
+    set_champion("m:1", path)
+    with pytest.raises(InputError, match="m:2 does not answer as it was trained to: exact match falls"):
+        set_champion("m:2", path)
+    assert read_aliases(path).champion == "m:1"
+    assert set_champion("m:3", path).champion == "m:3"
