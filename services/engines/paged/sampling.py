@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import numpy as np
@@ -20,7 +21,7 @@ class Chooser:
     without drafts.
 
     Attributes:
-        plain: the likeliest token is the answer's, with nothing to weigh or to report.
+        plain: the likeliest token is the answer's, with nothing to weigh.
     """
 
     __slots__ = ("_grammar", "_random", "_sampling", "_written", "plain")
@@ -33,14 +34,20 @@ class Chooser:
         self.plain = (
             sampling.temperature == 0
             and grammar is None
-            and sampling.logprobs is None
             and not sampling.frequency_penalty
             and not sampling.presence_penalty
         )
 
-    def choose(self, logits: Row) -> tuple[int, TokenLogprob | None]:
-        """Return the next token, and its log-probability if that was asked for."""
+    def choose(self, logits: Row, likeliest: int) -> tuple[int, TokenLogprob | None]:
+        """Return the next token, and its log-probability if that was asked for.
+
+        Args:
+            likeliest: the token of the highest logit, found for all rows of a step at once.
+        """
         sampling = self._sampling
+        if self.plain:
+            token = likeliest
+            return token, None if sampling.logprobs is None else logprob(logits, token, sampling.logprobs)
         scores = self._weighed(logits)
         if sampling.temperature == 0:
             token = int(scores.argmax())
@@ -82,8 +89,12 @@ def draw(scores: Row, top_p: float, chance: float) -> int:
 def logprob(logits: Row, token: int, alternatives: int) -> TokenLogprob:
     """Return a token's log-probability in the model's own distribution, and those of the likeliest."""
     top = logits.max()
-    total = top + np.log(np.exp(logits - top, dtype=np.float64).sum())
-    best = np.argpartition(-logits, alternatives)[:alternatives] if alternatives else np.empty(0, np.int64)
+    shares = logits - top
+    np.exp(shares, out=shares)  # in float32: this runs for every token, and its sum is right to six digits
+    total = float(top) + math.log(float(shares.sum()))
+    written = float(logits[token]) - total
+    if not alternatives:
+        return TokenLogprob(token, written)
+    best = np.argpartition(-logits, alternatives)[:alternatives]
     best = best[np.argsort(-logits[best], kind="stable")]
-    pairs = tuple((int(other), float(logits[other] - total)) for other in best)
-    return TokenLogprob(token, float(logits[token] - total), pairs)
+    return TokenLogprob(token, written, tuple((int(other), float(logits[other]) - total) for other in best))

@@ -217,7 +217,7 @@ class Scheduler:
         logprobs: list[TokenLogprob] = []
         reason: FinishReason | None = None
         for row, likeliest in enumerate(best):
-            token, logprob = (likeliest, None) if chooser.plain else chooser.choose(logits[row])
+            token, logprob = chooser.choose(logits[row], likeliest)
             if token in self._end_ids:
                 reason = "stop"
                 break
