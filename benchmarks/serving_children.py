@@ -158,8 +158,9 @@ async def _run_engine(kind: str) -> None:
     wire = own_wire()
     files = stored(add_pipeline_output())
     settings = load_params().services.engine
-    engine = load_engine(files, settings if kind == "auto" else settings.model_copy(update={"kind": kind}))
     tokenizer = load_tokenizer(files.tokenizer)
+    chosen = settings if kind == "auto" else settings.model_copy(update={"kind": kind})
+    engine = load_engine(files, tokenizer, chosen)
     rows, limit = rows_in_order(), answer_limit()
     prompts = [encode_prompt(tokenizer, row.prompt) for row in rows]
 

@@ -193,8 +193,9 @@ async def switch(place: Workspace, questions: Questions, plan: Plan) -> Report:
             load(ours.port, ours.requests, SWITCH_CLIENTS, from_row(0), 300.0, stop=stop)
         )
         for name, command, new in (
-            ("champion", ("champion", second), second),
+            ("champion, to be loaded", ("champion", second), second),
             ("rollback", ("rollback",), first),
+            ("champion, in memory", ("champion", second), second),
         ):
             await asyncio.sleep(3.0)
             moves.append((name, _version(new), *await _move(place, ours, command, _version(new))))

@@ -23,7 +23,7 @@ from services.engines.protocol import Sampling
 from services.errors import ApiError
 from services.fleet import Served
 from services.keys import Caller
-from services.network import BodyLimit, listens_beyond_loopback
+from services.network import BodyLimit, Crowd, listens_beyond_loopback
 from services.schemas import Answer
 from services.startup import Running, start, stop
 from services.versions import ModelFiles, newest_as_champion, stored
@@ -54,7 +54,8 @@ _process = _Process()
 def load_served(tag: str) -> Served:
     """Load a stored version: its tokenizer, and the engine that suits the machine."""
     files = stored(tag)
-    return Served(files, load_tokenizer(files.tokenizer), load_engine(files, SETTINGS.engine))
+    tokenizer = load_tokenizer(files.tokenizer)
+    return Served(files, tokenizer, load_engine(files, tokenizer, SETTINGS.engine))
 
 
 def get_answerer() -> Answerer:
@@ -173,4 +174,7 @@ def _parsed(text: str) -> Any:
         return None
 
 
+_ANSWERING = ("/v1/chat/completions", "/v1/completions", "/ask")
+_AT_ONCE = SETTINGS.engine.max_running + SETTINGS.engine.max_waiting
+cast(Any, Generation).add_asgi_middleware(Crowd, paths=_ANSWERING, limit=_AT_ONCE)
 cast(Any, Generation).add_asgi_middleware(BodyLimit, max_bytes=SETTINGS.guard.max_body_bytes)

@@ -1,12 +1,44 @@
-"""What stands between the network and the routes: the size of a body, and where the service listens."""
+"""What stands between the network and the routes: how many come, how much they send, who can reach it."""
 
 from __future__ import annotations
 
 import ipaddress
+import json
+from collections.abc import Collection
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services import errors
+
+
+class Crowd:
+    """Answers 429 at once, before anything is read, where `limit` requests are being answered or wait.
+
+    In a rush a refusal must cost next to nothing, or the refusals themselves are what everybody waits for.
+    """
+
+    def __init__(self, app: ASGIApp, paths: Collection[str], limit: int) -> None:
+        self._app = app
+        self._paths = frozenset(paths)
+        self._limit = limit
+        self._inside = 0
+        error = errors.overloaded(retry_after_s=1.0)
+        self._refusal = _response(error.status, error.body(), error.headers())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or refuse it."""
+        if scope["type"] != "http" or scope["path"] not in self._paths:
+            return await self._app(scope, receive, send)
+        if self._inside >= self._limit:
+            for message in self._refusal:
+                await send(message)
+            return None
+        self._inside += 1
+        try:
+            return await self._app(scope, receive, send)
+        finally:
+            self._inside -= 1
 
 
 class BodyLimit:
@@ -48,14 +80,18 @@ class BodyLimit:
                 return b"".join(pieces)
 
     async def _refuse(self, send: Send) -> None:
-        import json
-
         error = errors.request_too_large(self._max_bytes)
-        body = json.dumps(error.body()).encode()
-        headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
-        headers.append((b"content-length", str(len(body)).encode()))
-        await send({"type": "http.response.start", "status": error.status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        for message in _response(error.status, error.body(), {"Connection": "close"}):
+            await send(message)
+
+
+def _response(status: int, body: dict[str, Any], headers: dict[str, str]) -> tuple[Message, Message]:
+    """Return the two messages of a JSON response."""
+    content = json.dumps(body).encode()
+    named = {"Content-Type": "application/json", "Content-Length": str(len(content)), **headers}
+    raw = [(name.lower().encode(), value.encode()) for name, value in named.items()]
+    start: Message = {"type": "http.response.start", "status": status, "headers": raw}
+    return start, {"type": "http.response.body", "body": content}
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

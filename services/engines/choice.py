@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from services.engines.protocol import Engine, EngineError
 from stages.common.errors import InputError
 from stages.common.examples import read_examples
-from stages.common.models import load_tokenizer
 
 if TYPE_CHECKING:
     from services.versions import ModelFiles
@@ -23,7 +22,7 @@ log = logging.getLogger(__name__)
 OPENVINO_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
-def load_engine(files: ModelFiles, settings: EngineSettings) -> Engine:
+def load_engine(files: ModelFiles, tokenizer: Any, settings: EngineSettings) -> Engine:
     """Load a version of the model into the engine that suits the machine.
 
     Raises:
@@ -36,7 +35,6 @@ def load_engine(files: ModelFiles, settings: EngineSettings) -> Engine:
         "max_waiting": settings.max_waiting,
         "context_tokens": settings.context_tokens,
     }
-    tokenizer = load_tokenizer(files.tokenizer)
     if files.gguf is not None and kind in ("paged", "openvino"):
         common |= {"threads": settings.threads, "kv_cache_mib": settings.kv_cache_mib}
         return _on_openvino(

@@ -7,6 +7,7 @@ hold, is an error before the first token.
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from services.engines.protocol import SchemaUnsupported
@@ -28,10 +29,17 @@ class Grammars:
     """
 
     def __init__(self, tokenizer: Any, vocab_size: int, end_id: int) -> None:
+        self._tokenizer = tokenizer
+        self._end_id = end_id
+        self.vocab_size = vocab_size
+
+    @cached_property
+    def _tokens(self) -> Any:
+        """The vocabulary as llguidance reads it: made for the first schema, since it takes half a second."""
         from llguidance.hf import from_tokenizer
 
-        self._tokens = from_tokenizer(tokenizer, n_vocab=max(vocab_size, len(tokenizer)), eos_token=end_id)
-        self.vocab_size = vocab_size
+        size = max(self.vocab_size, len(self._tokenizer))
+        return from_tokenizer(self._tokenizer, n_vocab=size, eos_token=self._end_id)
 
     def compile(self, schema: str) -> Grammar:
         """Return the grammar of a JSON schema; raise SchemaUnsupported if there is none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,18 @@ class PagedEngine(Worker):
         precision: str = "auto",
         guess: bool = True,
     ) -> None:
-        model = PagedModel(gguf, cache_mib=kv_cache_mib, threads=threads or 0, precision=precision)
         end_ids = frozenset(end_of_turn_ids(tokenizer))
+        drafts = Drafts() if guess else None
+        with ThreadPoolExecutor(
+            1
+        ) as beside:  # the runtime compiles on its own threads; so nobody waits twice
+            loading = beside.submit(
+                PagedModel, gguf, cache_mib=kv_cache_mib, threads=threads or 0, precision=precision
+            )
+            if drafts is not None:
+                for prompt, answer in examples:
+                    drafts.learn(prompt, [*answer, min(end_ids)])
+            model = loading.result()
         super().__init__(
             # A sequence must fit into the cache alone, or it could never end.
             context_tokens=min(
@@ -73,10 +84,6 @@ class PagedEngine(Worker):
             end_ids=tuple(end_ids),
         )
         self._grammars = Grammars(tokenizer, model.shape.vocabulary, min(end_ids))
-        drafts = Drafts() if guess else None
-        if drafts is not None:
-            for prompt, answer in examples:
-                drafts.learn(prompt, [*answer, min(end_ids)])
         step_tokens = max(batch_tokens, max_running)
         model.warm_up(step_tokens)
         self.scheduler = Scheduler(model, step_tokens=step_tokens, end_ids=end_ids, drafts=drafts)

@@ -86,7 +86,7 @@ def test_gpus_that_are_not_there_are_refused(machine):
         check_gpus(SimpleNamespace(gpus=1))
 
 
-@pytest.mark.parametrize("kind", ["openvino", "transformers"])
+@pytest.mark.parametrize("kind", ["paged", "openvino", "transformers"])
 def test_the_engine_is_loaded_with_the_settings(kind):
     made = tiny()
     files = SimpleNamespace(
@@ -100,6 +100,6 @@ def test_the_engine_is_loaded_with_the_settings(kind):
     settings = SimpleNamespace(
         kind=kind, gpus=0, threads=1, context_tokens=64, max_running=3, max_waiting=2, kv_cache_mib=16
     )
-    engine = load_engine(files, settings)
+    engine = load_engine(files, made.tokenizer, settings)
     assert (engine.name, engine.context_tokens, engine.max_running) == (kind, 64, 3)
     engine.close()
