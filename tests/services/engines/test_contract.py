@@ -98,15 +98,15 @@ def test_a_prompt_read_in_pieces_gets_the_same_answer(make):
 def test_a_short_answer_does_not_wait_for_a_long_one(engine):
     ended = []
 
-    async def ask(name, count):
-        await answer(engine, ids_of(name), Sampling(count, temperature=1.0, seed=1, json_schema=ENDLESS))
+    async def ask(name, sampling):
+        await answer(engine, ids_of(name), sampling)
         ended.append(name)
 
     async def both():
-        long = asyncio.create_task(ask("long", LONG))
+        long = asyncio.create_task(ask("long", Sampling(LONG, temperature=1.0, seed=1, json_schema=ENDLESS)))
         while engine.load().running == 0:
             await asyncio.sleep(0.001)
-        await ask("short", 4)
+        await ask("short", Sampling(4))
         await long
 
     asyncio.run(both())
