@@ -12,6 +12,7 @@ from contextlib import aclosing
 from typing import Annotated, Any, cast
 
 import bentoml
+import psutil
 from fastapi import Request
 from pydantic import Field
 
@@ -21,12 +22,14 @@ from services.api import error_response, make_app
 from services.engines.choice import check_gpus, load_engine
 from services.engines.protocol import Sampling
 from services.errors import ApiError
+from services.events import StoreUnavailable
 from services.fleet import Served
 from services.keys import Caller
 from services.network import BodyLimit, Crowd, listens_beyond_loopback
 from services.schemas import Answer
 from services.startup import Running, start, stop
 from services.versions import ModelFiles, newest_as_champion, stored
+from stages.common.errors import InputError
 from stages.common.logs import set_quiet_environment
 from stages.common.models import load_tokenizer
 from stages.common.params import load_params
@@ -56,6 +59,13 @@ def load_served(tag: str) -> Served:
     files = stored(tag)
     tokenizer = load_tokenizer(files.tokenizer)
     return Served(files, tokenizer, load_engine(files, tokenizer, SETTINGS.engine))
+
+
+def end_server() -> None:
+    """End BentoML's parent process, which would start this one again and again to the same error."""
+    parent = psutil.Process().parent()
+    if parent is not None and "bentoml" in " ".join(parent.cmdline()):
+        parent.terminate()
 
 
 def get_answerer() -> Answerer:
@@ -97,10 +107,15 @@ class Generation:
     @bentoml.on_startup
     async def start(self) -> None:
         """Name the champion and begin to load it: alive at once, and ready when it answers."""
-        check_gpus(SETTINGS.engine)
-        champion = await asyncio.to_thread(newest_as_champion, SETTINGS.versions.follow_pipeline)
+        try:
+            check_gpus(SETTINGS.engine)
+            champion = await asyncio.to_thread(newest_as_champion, SETTINGS.versions.follow_pipeline)
+            _process.running = await start(SETTINGS, load_served, listens_beyond_loopback())
+        except (InputError, StoreUnavailable) as error:
+            logger.error("the service cannot start\n%s", error)
+            end_server()
+            return
         logger.info("the champion is %s", champion)
-        _process.running = await start(SETTINGS, load_served, listens_beyond_loopback())
 
     @bentoml.on_shutdown
     async def stop(self) -> None:
