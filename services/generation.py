@@ -158,7 +158,8 @@ class Generation:
             async with aclosing(answerer.answer(asked, choice)) as parts:
                 gathered = [part async for part in parts]
         except ApiError as error:
-            return cast(Answer, error_response(error, request_id))  # BentoML passes responses on
+            ctx.response.status_code = error.status  # BentoML passes responses on, but for their status
+            return cast(Answer, error_response(error, request_id))
         return native_answer(asked, gathered, choice.served.files)
 
 
