@@ -200,7 +200,6 @@ class Answerer:
 
     async def _parts(self, question: Question, progress: Progress) -> AsyncIterator[Part]:
         check_asked_schema(question.sampling.json_schema)
-        self._check_load(progress.served)
         prompt = self._prompt(question, progress)
         reserved = len(prompt) + question.sampling.max_tokens
         self.access.reserve(question.caller, reserved)
@@ -240,11 +239,6 @@ class Answerer:
         if (problem := self._store_problem()) is not None:
             logger.error("the event store takes nothing: %s", problem)
             raise errors.store_unavailable()
-
-    def _check_load(self, served: Served) -> None:
-        load = served.engine.load()
-        if load.waiting >= self.settings.engine.max_waiting and load.running >= served.engine.max_running:
-            raise errors.overloaded(retry_after_s=1.0)
 
     def _prompt(self, question: Question, progress: Progress) -> list[int]:
         """Return the token ids to answer, after the guard has looked at the question.

@@ -96,7 +96,7 @@ class Fleet:
             aliases = read_aliases(self.path)
             await self._take(aliases)
         except (InputError, EngineError, OSError) as error:
-            if self.aliases.champion is None or self._broken():
+            if self.aliases.champion is None or self._is_broken(self.aliases.champion):
                 self.problem = str(error).splitlines()[0]
             if self._seen != stamp:
                 logger.error("the change of %s is not followed: %s", self.path, error)
@@ -133,8 +133,13 @@ class Fleet:
         return served
 
     def _broken(self) -> bool:
-        champion = self._loaded.get(self.aliases.champion or "")
-        return champion is not None and champion.engine.broken is not None
+        """Return whether an engine that users meet has broken: the champion's, or the challenger's."""
+        trial = self.aliases.challenger
+        return self._is_broken(self.aliases.champion) or (trial is not None and self._is_broken(trial.tag))
+
+    def _is_broken(self, tag: str | None) -> bool:
+        served = self._loaded.get(tag or "")
+        return served is not None and served.engine.broken is not None
 
     def _close_retired(self) -> None:
         """Let go of versions that nobody uses any more."""
@@ -179,7 +184,7 @@ class Fleet:
 
     def health(self) -> str | None:
         """Return why no request can be answered, or None."""
-        if self.problem is None and self._broken():
+        if self.problem is None and self._is_broken(self.aliases.champion):
             return "the engine broke and is being started anew"
         return self.problem
 

@@ -25,7 +25,7 @@ class EngineSettings(Section):
     threads: PositiveCount | None
     context_tokens: Annotated[int, Field(ge=64)]
     max_running: PositiveCount
-    max_waiting: Count
+    max_waiting: PositiveCount
     kv_cache_mib: Annotated[int, Field(ge=16)]
 
     @override

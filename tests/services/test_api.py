@@ -2,11 +2,15 @@
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 
+from services.engines.transformers import TransformersEngine
 from services.events import read_exchanges, read_feedback
+from services.fleet import Served
+from stages.common.models import load_tokenizer
 from tests.services.serving import ask, serving, tiny_files
 
 SCHEMA = {
@@ -340,3 +344,21 @@ def test_the_guard_refuses_what_it_is_told_to_refuse(tmp_path):
             assert ask(client, "turn on the lights in the kitchen", max_tokens=2).status_code == 200
         server.run(server.answerer.settle())
         assert [row["reason"] for row in events(server)] == ["prompt_injection", None]
+
+
+def test_a_full_engine_says_429_and_when_to_come_again_and_answers_the_others(tmp_path):
+    def load(files):
+        tokenizer = load_tokenizer(files.tokenizer)
+        small = {"max_running": 1, "max_waiting": 1, "device": "cpu", "precision": "float32", "threads": 1}
+        return Served(files, tokenizer, TransformersEngine(files.base, None, tokenizer, **small))
+
+    endless = {"type": "array", "items": {"type": "boolean"}, "minItems": 1000}
+    wanted = {"type": "json_schema", "json_schema": {"schema": endless}}
+    with serving(tmp_path, tiny_files(tmp_path / "model"), load=load) as server, server.client() as client:
+        with ThreadPoolExecutor(6) as pool:
+            asked = pool.map(lambda _: ask(client, max_tokens=300, response_format=wanted), range(6))
+        answers = list(asked)
+    refused = [answer for answer in answers if answer.status_code == 429]
+    assert refused and len(refused) < 6
+    assert {answer.status_code for answer in answers} == {200, 429}
+    assert refused[0].json()["error"]["code"] == "overloaded" and refused[0].headers["retry-after"] == "1"

@@ -123,6 +123,23 @@ def test_an_engine_that_broke_is_told_in_readiness_and_started_anew(tmp_path, ve
         assert server.answerer.fleet.champion.engine is not engine
 
 
+def test_a_challenger_that_broke_is_started_anew_and_the_champion_goes_on(tmp_path, versions):
+    first, second = versions
+    with serving(tmp_path, first, second) as server, server.client() as client:
+        _write(server.aliases, Aliases(first.tag, Challenger(second.tag, 0.0, "canary")))
+        wait_until(lambda: len(client.get("/v1/models").json()["data"]) == 2)
+        engine = server.answerer.fleet.served()["challenger"].engine
+
+        def broken(running):
+            raise RuntimeError("out of luck")
+
+        engine._advance = broken
+        assert ask(client, max_tokens=2, model=second.tag).status_code == 500
+        assert server.answerer.health() is None and ask(client, max_tokens=2).status_code == 200
+        wait_until(lambda: server.answerer.fleet.served()["challenger"].engine is not engine)
+        assert version_of(ask(client, max_tokens=2, model=second.tag)) == second.version
+
+
 def test_old_versions_are_let_go_when_nobody_uses_them(tmp_path, versions):
     first, second = versions
     closed = []
