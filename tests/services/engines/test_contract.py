@@ -307,7 +307,7 @@ def test_closing_the_engine_ends_those_who_wait_and_refuses_others(make):
             asyncio.create_task(
                 answer(engine, ids_of("a"), Sampling(LONG, temperature=1.0, seed=n, json_schema=ENDLESS))
             )
-            for n in range(4)
+            for n in range(64)  # so many that a quick engine is not through before it is closed
         ]
         while engine.load().running < 2:
             await asyncio.sleep(0.001)
