@@ -67,7 +67,7 @@ def test_no_module_of_flows_bears_the_name_of_a_package():
 
 def test_one_word_names_a_stage_its_module_its_parameters_and_its_folders():
     sections = [field.alias or name for name, field in Params.model_fields.items()]
-    assert sections == [*STAGES, "services", "flows"]
+    assert sections == [*STAGES, "services", "monitoring", "flows"]
     assert {p.stem for p in (ROOT / "stages").glob("*.py")} - {"__init__"} == set(STAGES)
     for name, stage in STAGES.items():
         assert stage["cmd"] == f"python -m stages.{name}"

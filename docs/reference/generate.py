@@ -32,23 +32,27 @@ LICENSES = {
 KEY_LINE = re.compile(r"^\s*(?:# )?\s*(?:- )?(?P<key>\w+):\s*(?P<value>.*?)\s*(?:#\s*(?P<comment>.*))?$")
 
 
-def shipped_lines(text: str) -> dict[str, dict[str, tuple[str, str]]]:
-    """Return the value and comment of each key as params.yaml writes them, by section."""
-    found: dict[str, dict[str, tuple[str, str]]] = {}
-    section = ""
+Lines = dict[tuple[str, ...], tuple[str, str]]
+
+
+def shipped_lines(text: str) -> Lines:
+    """Return the value and comment of each key as params.yaml writes them, by the keys that lead to it.
+
+    An entry of a list, and one that is shown in a comment only, stands under the list's key.
+    """
+    found: Lines = {}
+    path: list[tuple[int, str]] = []
     for line in text.splitlines():
         match = KEY_LINE.match(line)
         if match is None or line.startswith("# "):
             continue
-        if not line[:1].isspace():
-            section = match["key"]
-        else:
-            value, comment = match["value"], match["comment"] or ""
-            if (
-                line.lstrip().startswith("#") and not comment
-            ):  # a comment that explains a key of inline mappings
-                value, comment = "", value
-            found.setdefault(section, {}).setdefault(match["key"], (value, comment))
+        # The columns that a list's dash or a comment's mark takes are no depth of their own.
+        column = match.start("key") - 2 * line.lstrip().startswith("#")
+        path = [(at, key) for at, key in path if at < column] + [(column, match["key"])]
+        value, comment = match["value"], match["comment"] or ""
+        if line.lstrip().startswith("#") and not comment:  # a comment that explains a key of inline mappings
+            value, comment = "", value
+        found.setdefault(tuple(key for _, key in path), (value, comment))
     return found
 
 
@@ -78,15 +82,16 @@ def bounds(metadata: tuple[Any, ...]) -> Iterator[str]:
                 yield f"{sign} {limit:g}"
 
 
-def table(model: type[Section], lines: dict[str, tuple[str, str]]) -> Iterator[str]:
-    """Yield the rows of one section's table."""
+def table(model: type[Section], lines: Lines, path: tuple[str, ...]) -> Iterator[str]:
+    """Yield the rows of the table of the section to which these keys lead."""
     yield "| key | type | shipped | what it does |"
     yield "|---|---|---|---|"
     for name, field in model.model_fields.items():
         if sections_of(field):
             continue
         name = field.alias or name
-        value, comment = lines.get(name, (default_of(field), ""))
+        # A key of inline mappings is explained in a comment before them, a level up.
+        value, comment = lines.get((*path, name)) or lines.get((*path[:-1], name)) or (default_of(field), "")
         if name == "kind" and len(typing.get_args(field.annotation)) == 1:
             value, comment = typing.get_args(field.annotation)[0], "says which kind of source the entry is"
         if not comment:
@@ -114,6 +119,17 @@ def sections_of(field: FieldInfo) -> list[type[Section]]:
     return list(walk(field.annotation))
 
 
+def chapter(model: type[Section], lines: Lines, path: tuple[str, ...]) -> Iterator[str]:
+    """Yield a section's heading, table, and the chapters of the sections in it."""
+    title = ".".join(path) + f": {model.__name__}" * (len(path) > 1)
+    yield from ("#" * min(len(path) + 1, 4) + f" {title}", "", str(model.__doc__), "")
+    if any(not sections_of(field) for field in model.model_fields.values()):
+        yield from (*table(model, lines, path), "")
+    for name, field in model.model_fields.items():
+        for nested in sections_of(field):
+            yield from chapter(nested, lines, (*path, name))
+
+
 def page() -> str:
     """Return the reference of every parameter as Markdown."""
     lines = shipped_lines((ROOT / "params.yaml").read_text(encoding="utf-8"))
@@ -128,13 +144,7 @@ def page() -> str:
         key = field.alias or name
         model = field.annotation
         assert isinstance(model, type)
-        out += [f"## {key}", "", str(model.__doc__), ""]
-        if any(not sections_of(inner) for inner in model.model_fields.values()):
-            out += [*table(model, lines[key]), ""]
-        for inner_name, inner in model.model_fields.items():
-            for nested in sections_of(inner):
-                out += [f"### {key}.{inner_name}: {nested.__name__}", "", str(nested.__doc__), ""]
-                out += [*table(nested, lines[key]), ""]
+        out += chapter(model, lines, (key,))
     return "\n".join(out).rstrip() + "\n"
 
 

@@ -28,12 +28,14 @@ from stages.common.checked_yaml import (
     unknown_key,
 )
 from stages.common.errors import ParamsError
+from stages.common.loop_params import Flows, Monitoring
 from stages.common.service_params import Services
 
 # The environment's word for a key of params.yaml.
 ENVIRONMENT = {
     "PERENNIAL_EVENTS_URL": ("services", "events", "url"),
     "PERENNIAL_KEYS_FILE": ("services", "access", "keys_file"),
+    "PERENNIAL_TRACKING_URL": ("flows", "record", "tracking_url"),
 }
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -289,21 +291,6 @@ class ModelCard(Section):
     out_of_scope: Annotated[str, Field(min_length=1)]
 
 
-class TrainingFlow(Section):
-    """When the training flow runs."""
-
-    cron: str | None
-    timezone: str = "UTC"
-    retries: Count
-    retry_delay_s: Count
-
-
-class Flows(Section):
-    """When things happen."""
-
-    training: TrainingFlow
-
-
 class Params(Section):
     """All of `params.yaml`."""
 
@@ -318,6 +305,7 @@ class Params(Section):
     export: Export
     model_card: ModelCard
     services: Services
+    monitoring: Monitoring
     flows: Flows
 
 
