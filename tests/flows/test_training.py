@@ -53,6 +53,7 @@ def test_force_runs_everything_again(finished, api):
     assert api.last_run()["name"] == "forced"
 
 
+@pytest.mark.slow
 def test_independent_stages_run_side_by_side_and_give_the_bytes_of_dvc_repro(toy, finished_toy):
     # The stage that DVC takes first ends last.
     toy.trouble("fetch-slow", "1.5")
@@ -90,6 +91,7 @@ def test_a_stage_that_finds_wrong_parameters_ends_the_run_with_2(retrain):
     assert retrain.run().returncode == 2
 
 
+@pytest.mark.slow
 def test_a_passing_trouble_is_tried_again(retrain, api):
     retrain.change("params.yaml", "retry_delay_s: 10", "retry_delay_s: 0")
     retrain.trouble("train-fails", "75 error: the hub does not answer\n  remedy: wait")
@@ -163,6 +165,7 @@ def test_after_kill_9_of_everything_but_the_stage_the_next_run_ends_it_first(ret
     assert retrain.begun() == ["train"]
 
 
+@pytest.mark.slow
 def test_when_dvc_alone_is_killed_the_stage_ends_with_it_and_the_flow_says_so(retrain):
     retrain.trouble("train-slow", "60")
     process = retrain.start()
@@ -272,6 +275,7 @@ def test_sigterm_ends_a_run_with_143(retrain):
     assert retrain.stage_processes() == []
 
 
+@pytest.mark.slow
 def test_a_run_with_no_server_starts_one_for_itself_and_ends_it(tmp_path, clean_environment):
     toy = make_toy(tmp_path, clean_environment)
 

@@ -18,6 +18,7 @@ def server(tmp_path_factory):
         yield running
 
 
+@pytest.mark.slow
 def test_no_input_breaks_the_service(server):
     described = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     operations = [found.ok() for found in described.get_all_operations()]

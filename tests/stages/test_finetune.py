@@ -126,6 +126,7 @@ def test_two_runs_write_the_same_bytes(project):
     assert len(first) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"gradient_accumulation": 2, "dropout": 0.1, "epochs": 2}])
 def test_a_run_killed_in_the_middle_ends_with_the_adapter_of_an_unbroken_run(tmp_path, settings):
     unbroken = make_project(tmp_path / "unbroken", 160, **settings)

@@ -110,6 +110,7 @@ def assert_hassil_agrees(rows):
     assert wrong == []
 
 
+@pytest.mark.slow
 def test_hassil_given_the_template_agrees_with_the_label_of_every_row_of_a_sample():
     rows = random.Random(3).sample(few().rows, 400)
     assert_hassil_agrees(rows)
