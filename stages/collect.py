@@ -57,6 +57,7 @@ def collect_source(source: HomeIntents | File, system_prompt: str | None, on_bad
         min_rows_per_intent=source.min_rows_per_intent,
         seed=source.seed,
         system_prompt=system_prompt,
+        reserved_share=source.reserved_share,
     )
 
 

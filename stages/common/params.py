@@ -77,6 +77,7 @@ class HomeIntents(Section):
     rows_per_template: PositiveCount = 8
     min_rows_per_intent: Count = 40
     seed: int = 7
+    reserved_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
 
 
 class File(Section):

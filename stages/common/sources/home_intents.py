@@ -122,8 +122,11 @@ def collect_home_intents(
     min_rows_per_intent: int,
     seed: int,
     system_prompt: str | None,
+    reserved_share: float = 0.0,
 ) -> Collected:
     """Expand the templates of `language` into rows; the same arguments give the same rows everywhere.
+
+    `reserved_share` of each intent's templates give no rows at all (`reserved_groups`).
 
     Raises:
         InputError: another version is installed, or the language is not in the package or the lexicon.
@@ -131,10 +134,12 @@ def collect_home_intents(
     check_version(version)
     grammar = load_grammar(language)
     lexicon = read_lexicon(language)
-    templates_of = Counter(template.intent for template in grammar.templates)
+    reserved = reserved_groups(grammar, reserved_share, seed)
+    templates = [template for template in grammar.templates if template.group not in reserved]
+    templates_of = Counter(template.intent for template in templates)
     writer = Writer(grammar, lexicon, seed)
     rows: list[Row] = []
-    for template in grammar.templates:
+    for template in templates:
         wanted = max(rows_per_template, math.ceil(min_rows_per_intent / templates_of[template.intent]))
         for text, answer, person in writer.write(template, wanted):
             rows.append(_row(template, text, answer, person, system_prompt, f"{PACKAGE}/{version}", language))
@@ -146,7 +151,27 @@ def collect_home_intents(
         "sentences_left_out": dict(sorted(writer.left_out.items())),
         "rows_with_a_person": sum("person" in row.tags for row in rows),
     }
+    if reserved:
+        figures["templates_reserved"] = len(grammar.templates) - len(templates)
     return Collected(tuple(rows), tuple(writer.rejected), figures)
+
+
+def reserved_groups(grammar: Grammar, share: float, seed: int) -> frozenset[str]:
+    """Return the groups of templates that are kept out of the rows.
+
+    They are phrasings that a model taught with these rows has never seen: what people may say
+    tomorrow. Of each intent it is `share` of its groups, rounded down, so that an intent with few
+    templates keeps them all. Which ones hangs on the seed and the group alone: a larger share
+    keeps out what a smaller one does, and some more.
+    """
+    groups: dict[str, set[str]] = defaultdict(set)
+    for template in grammar.templates:
+        groups[template.intent].add(template.group)
+    reserved: set[str] = set()
+    for names in groups.values():
+        order = sorted(names, key=lambda name: (sha256(f"{seed}/reserved/{name}".encode()).digest(), name))
+        reserved.update(order[: int(share * len(order))])
+    return frozenset(reserved)
 
 
 def check_version(version: str) -> None:
