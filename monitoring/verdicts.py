@@ -1,0 +1,300 @@
+"""The verdict on a window of traffic: a small record that programs act on and people read.
+
+Enters: what the other modules of this folder found. Leaves: `reports/watch/<window>/verdict.json`.
+
+Run: `python -m monitoring.verdicts list` or `python -m monitoring.verdicts show 20261121T101500-500`
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from stages.common.artifacts import read_json, write_json
+from stages.common.errors import InputError
+
+Question = Literal["input", "output", "quality", "service"]
+Kind = Literal["number", "category", "flag", "vector"]
+WATCH = Path("reports") / "watch"
+
+
+@dataclass(frozen=True, slots=True)
+class Period:
+    """A stretch of traffic: [start, end) in unix s, and how much of it was looked at."""
+
+    start: float
+    end: float
+    rows: int
+    sessions: int
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnChange:
+    """How one column of the window differs from the reference.
+
+    Attributes:
+        effect: 0 nothing in common is lost, 1 nothing in common is left; see `monitoring.drift`.
+        p_value: how often chance alone makes a change as strong in any column of the same question.
+        inflation: by how much calibration divided the statistic; 1 for a reference like pure chance.
+        drifted: sure enough and large enough, and in the direction that counts.
+        before, after: the reference and the window in a few words, such as "12 %" or "median 31 characters".
+        said: one sentence for people.
+    """
+
+    column: str
+    kind: Kind
+    effect: float
+    p_value: float
+    inflation: float
+    drifted: bool
+    before: str
+    after: str
+    said: str
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionVerdict:
+    """The answer to one question; `p_value` is that of its strongest column. Strongest columns first."""
+
+    question: Question
+    drifted: bool
+    p_value: float
+    columns: tuple[ColumnChange, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TriggerDecision:
+    """Whether a retraining starts, why, and exactly what is missing if not."""
+
+    fires: bool
+    why: str
+    needs: tuple[str, ...]
+
+
+NOT_DECIDED = TriggerDecision(fires=False, why="not decided", needs=())
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What was found in one window.
+
+    Attributes:
+        id: the name of the window, and of its folder.
+        model, version: the champion that answered; its tag is `model:version`.
+        made_at: unix time, s.
+        reference: None while there is too little usual traffic to compare with.
+        why_not: the reason if the window was not judged.
+        drifted: one of the three deciding questions did; the service never decides.
+        set_aside: corrupt events by reason, left out of all figures.
+        late_rows: exchanges of this window that reached the store after it was judged.
+        alpha: chance that this check raises an alarm on unchanged traffic.
+        service: figures of the window such as "total_s_p95"; None where nothing was measured.
+    """
+
+    id: str
+    model: str
+    version: str
+    made_at: float
+    window: Period
+    reference: Period | None
+    judged: bool
+    why_not: str | None
+    drifted: bool
+    questions: tuple[QuestionVerdict, ...] = ()
+    set_aside: dict[str, int] = field(default_factory=dict)
+    late_rows: int = 0
+    alpha: float = 0.0
+    service: dict[str, float | None] = field(default_factory=dict)
+    trigger: TriggerDecision = NOT_DECIDED
+
+    @property
+    def tag(self) -> str:
+        """Return `model:version`, the identity that all evidence hangs on."""
+        return f"{self.model}:{self.version}"
+
+    @property
+    def changes(self) -> tuple[ColumnChange, ...]:
+        """Return the columns that drifted, strongest first within each question."""
+        return tuple(change for question in self.questions for change in question.columns if change.drifted)
+
+    @property
+    def said(self) -> str:
+        """Return the verdict in one line."""
+        if not self.judged:
+            return f"not judged: {self.why_not}"
+        if not self.drifted:
+            return "no drift"
+        questions = ", ".join(question.question for question in self.questions if question.drifted)
+        return f"drift of {questions}: " + "; ".join(change.said for change in self.changes)
+
+
+_VERDICT: TypeAdapter[Verdict] = TypeAdapter(Verdict)
+
+
+def folder(root: Path, window_id: str) -> Path:
+    """Return where all that belongs to a window lies."""
+    return root / WATCH / window_id
+
+
+def write_verdict(root: Path, verdict: Verdict) -> Path:
+    """Write the verdict, all or nothing, over an older one of the same window; return its path.
+
+    Raises:
+        ValueError: a figure is NaN or infinite.
+    """
+    path = folder(root, verdict.id) / "verdict.json"
+    write_json(path, asdict(verdict))
+    return path
+
+
+def read_verdict(root: Path, window_id: str) -> Verdict:
+    """Read the verdict on one window.
+
+    Raises:
+        InputError: there is none, or the file is not one.
+    """
+    path = folder(root, window_id) / "verdict.json"
+    # A name comes from the command line too, and must not lead out of the folder.
+    if "/" in window_id or not path.exists():
+        raise InputError(
+            f"there is no verdict {window_id!r} in {root / WATCH}", "python -m monitoring.verdicts list"
+        )
+    return _read(path)
+
+
+def read_verdicts(root: Path) -> list[Verdict]:
+    """Read all verdicts, oldest window first; an empty list where nothing was watched yet.
+
+    Raises:
+        InputError: a file is not a verdict; the message names it.
+    """
+    verdicts = [_read(path) for path in sorted((root / WATCH).glob("*/verdict.json"))]
+    return sorted(verdicts, key=lambda verdict: (verdict.window.end, verdict.id))
+
+
+def _read(path: Path) -> Verdict:
+    remedy = f"remove {path.parent}: the next watch judges its window again"
+    try:
+        return _VERDICT.validate_python(read_json(path))
+    except InputError as error:
+        raise InputError(error.what, remedy) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"{path} is no verdict: {where}: {first['msg']}", remedy) from None
+
+
+def listing(verdicts: Sequence[Verdict]) -> list[str]:
+    """Return a plain table with one line a window, oldest first."""
+    if not verdicts:
+        return ["no window was judged yet: python -m flows.watch"]
+    lines = [("window", "version", "rows", "until (UTC)", "verdict")]
+    lines += [
+        (
+            verdict.id,
+            verdict.version,
+            f"{verdict.window.rows:,}",
+            _time(verdict.window.end),
+            verdict.said + (" -> retrain" if verdict.trigger.fires else ""),
+        )
+        for verdict in verdicts
+    ]
+    return _aligned(lines)
+
+
+def page(verdict: Verdict) -> list[str]:
+    """Return all that an analyst wants to know of one window, as plain lines."""
+    window, reference = verdict.window, verdict.reference
+    lines = [
+        f"window     {verdict.id} of {verdict.tag}",
+        f"           {_time(window.start)} to {_time(window.end)} UTC,"
+        f" {window.rows:,} rows in {window.sessions:,} sessions",
+        "reference  none"
+        if reference is None
+        else f"reference  {_time(reference.start)} to {_time(reference.end)} UTC,"
+        f" {reference.rows:,} rows in {reference.sessions:,} sessions",
+        f"verdict    {verdict.said}",
+        f"retraining {'starts: ' if verdict.trigger.fires else ''}{verdict.trigger.why}",
+        *(f"           needs {need}" for need in verdict.trigger.needs),
+    ]
+    for question in verdict.questions:
+        lines += [
+            "",
+            f"{question.question}: {'drifted' if question.drifted else 'no drift'}"
+            f" (p {_p(question.p_value)}, a check of unchanged traffic alarms with chance {verdict.alpha:g})",
+            *_aligned(
+                [
+                    ("", "column", "effect", "p", "inflation", "reference", "window"),
+                    *(
+                        (
+                            "*" if change.drifted else "",
+                            change.column,
+                            f"{change.effect:.3f}",
+                            _p(change.p_value),
+                            f"{change.inflation:.2f}",
+                            change.before,
+                            change.after,
+                        )
+                        for change in question.columns
+                    ),
+                ]
+            ),
+        ]
+    if verdict.service:
+        lines += ["", "service (reported, never decides)"]
+        lines += _aligned(
+            [(name, "-" if value is None else f"{value:,.4g}") for name, value in verdict.service.items()]
+        )
+    lines += [""] if verdict.set_aside or verdict.late_rows else []
+    lines += [f"set aside  {count:,}: {reason}" for reason, count in sorted(verdict.set_aside.items())]
+    if verdict.late_rows:
+        lines.append(f"late       {verdict.late_rows:,} rows came after the verdict and are in no window")
+    return lines
+
+
+def _time(unix_s: float) -> str:
+    return datetime.fromtimestamp(unix_s, UTC).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _p(value: float) -> str:
+    return f"{value:.4f}" if value >= 0.0001 else "<0.0001"
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Show the verdicts; return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m monitoring.verdicts", description="What was found in the windows of traffic."
+    )
+    commands = parser.add_subparsers(dest="command", metavar="list | show")
+    commands.add_parser("list", help="one line a window, oldest first (the default)")
+    commands.add_parser("show", help="all of one window").add_argument("id", help="as `list` names it")
+    options = parser.parse_args(words)
+    try:
+        lines = (
+            page(read_verdict(Path(), options.id))
+            if options.command == "show"
+            else listing(read_verdicts(Path()))
+        )
+    except InputError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
