@@ -13,15 +13,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from monitoring.columns import Kind, Question
 from stages.common.artifacts import read_json, write_json
 from stages.common.errors import InputError
 
-Question = Literal["input", "output", "quality", "service"]
-Kind = Literal["number", "category", "flag", "vector"]
 WATCH = Path("reports") / "watch"
 
 
