@@ -1,6 +1,6 @@
 """Collect: bring the sources that `params.yaml` names into one table of records.
 
-In: `collect.sources`: the packaged default (`home_intents`) and files under `data/`.
+In: `collect.sources`: the packaged default (`home_intents`), files under `data/`, feedback from production.
 Out: `artifacts/collect/rows.parquet`, and `rejects.jsonl` with every row turned away, its file,
 line and reason; `reports/collect/metrics.json` with the counts.
 Run: `python -m stages.collect`
@@ -18,25 +18,32 @@ from typing import Any
 from stages.common.artifacts import artifacts, reports, write_json, write_text
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage
-from stages.common.params import File, HomeIntents, load_params
+from stages.common.params import Feedback, File, HomeIntents, load_params
 from stages.common.records import Row, write_rows
 from stages.common.sources import Collected, Rejected
+from stages.common.sources.feedback import collect_feedback
 from stages.common.sources.files import Columns, OnBadRow, collect_file
 
 log = get_logger("collect")
 
 
-def source_name(source: HomeIntents | File) -> str:
+def source_name(source: HomeIntents | File | Feedback) -> str:
     """Return what the report calls a source."""
-    return source.path if isinstance(source, File) else f"{source.kind} {source.version} {source.language}"
+    if isinstance(source, HomeIntents):
+        return f"{source.kind} {source.version} {source.language}"
+    return source.path
 
 
-def collect_source(source: HomeIntents | File, system_prompt: str | None, on_bad_row: OnBadRow) -> Collected:
+def collect_source(
+    source: HomeIntents | File | Feedback, system_prompt: str | None, on_bad_row: OnBadRow
+) -> Collected:
     """Read one source.
 
     Raises:
-        InputError: the source is missing or broken, or gives no row.
+        InputError: the source is missing or broken, or gives no row; feedback may be missing.
     """
+    if isinstance(source, Feedback):
+        return collect_feedback(Path(source.path), system_prompt, on_bad_row)
     if isinstance(source, File):
         columns = Columns(
             messages=source.messages_column,
@@ -101,7 +108,8 @@ def main() -> None:
     for source in params.sources:
         collected = collect_source(source, params.system_prompt, params.on_bad_row)
         name = source_name(source)
-        if not collected.rows:
+        # Nobody has said anything yet: that is no fault of the source.
+        if not collected.rows and not isinstance(source, Feedback):
             raise InputError(
                 f"{name} gives no row", "mend the source, or take its entry out of collect.sources"
             )
@@ -111,6 +119,8 @@ def main() -> None:
         log.info("%s: %d rows%s", name, len(collected.rows), f", set aside: {reasons}" if reasons else "")
         named.append((name, collected))
     rows: list[Row] = [row for _, collected in named for row in collected.rows]
+    if not rows:
+        raise InputError("the sources give no row", "name one that has some in collect.sources")
     rejected = [reject for _, collected in named for reject in collected.rejected]
     folder = artifacts("collect")
     write_text(folder / "rejects.jsonl", rejects_jsonl(rejected))

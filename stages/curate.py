@@ -8,6 +8,8 @@ Run: `python -m stages.curate`
 A rule is a function from a row to None (keep) or a `Drop` with a reason. Rules over the whole
 table (conflicts, duplicates) return a `Drop` for each row that they drop. Rules run in the order
 in which `main` lists them, and a row's reason is that of the first rule that drops it.
+
+Feedback from production comes last and yields: whatever users send, no other row goes because of it.
 """
 
 from __future__ import annotations
@@ -152,6 +154,24 @@ def personal_data(kinds: Sequence[str]) -> Rule:
         return None
 
     return rule
+
+
+def feedback_last(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows with those from feedback behind the others, else in the order they came."""
+    return sorted(rows, key=lambda row: row.origin == "feedback")
+
+
+def contradicting_feedback(rows: Sequence[Row]) -> dict[int, Drop]:
+    """Drop the feedback rows whose prompt has another answer in rows of other origin."""
+    answers: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        if row.origin != "feedback":
+            answers[_prompt_key(row)].add(_answer_key(row))
+    return {
+        number: Drop("contradicting_feedback", "other rows answer this prompt otherwise")
+        for number, row in enumerate(rows)
+        if row.origin == "feedback" and answers.get(_prompt_key(row), set()) - {_answer_key(row)}
+    }
 
 
 def conflicting_answers(rows: Sequence[Row]) -> dict[int, Drop]:
@@ -303,7 +323,7 @@ def picture(kept: int, by_reason: dict[str, int]) -> bytes:
 def main() -> None:
     """Sort the collected rows into kept and dropped, and write both with their counts."""
     params = load_params().curate
-    rows = [normalise(row) for row in read_rows(artifacts("collect") / "rows.parquet")]
+    rows = [normalise(row) for row in feedback_last(read_rows(artifacts("collect") / "rows.parquet"))]
     rules: list[Rule] = [
         question_length(params.min_question_chars, params.max_question_chars),
         answer_length(params.max_answer_chars),
@@ -314,7 +334,7 @@ def main() -> None:
     ]
     table_rules: list[TableRule] = [
         # Two people may put an answer in words differently; a JSON answer is right or wrong.
-        *([conflicting_answers] if params.answer_format == "json" else []),
+        *([contradicting_feedback, conflicting_answers] if params.answer_format == "json" else []),
         exact_duplicates,
         near_duplicates(params.near_duplicate_threshold),
     ]

@@ -1,6 +1,7 @@
 """Finetune: train a LoRA adapter on the base model.
 
-In: `artifacts/split/train.parquet`, `validation.parquet`, `artifacts/fetch_base/`.
+In: `artifacts/split/train.parquet`, `validation.parquet`, `artifacts/fetch_base/`; `artifacts/start/` with an
+adapter to learn on from, or nothing.
 Out: `artifacts/finetune/` (a peft adapter); `reports/finetune/metrics.json`, `loss.csv`, `loss.svg`.
 Run: `python -m stages.finetune`
 
@@ -42,6 +43,7 @@ from stages.common.errors import InputError
 from stages.common.logs import get_logger, progress, run_stage
 from stages.common.params import load_params
 from stages.common.records import Row, canonical_json, read_rows
+from stages.common.start import CONFIG, WEIGHTS, Start, check_base, read_start
 
 if TYPE_CHECKING:
     import torch
@@ -148,7 +150,7 @@ def plan_batches(lengths: Sequence[int], batch_size: int, epochs: int, seed: int
     return plan
 
 
-def fingerprint(recipe: Recipe, examples: Sequence[Encoded], base: Path) -> str:
+def fingerprint(recipe: Recipe, examples: Sequence[Encoded], base: Path, start: Start | None = None) -> str:
     """Return a name for everything that decides the result: a checkpoint of another name is not resumed."""
     here = Path(__file__).resolve().parent
     code = [here / "finetune.py", *(here / "common" / f"{n}.py" for n in _CODE)]
@@ -158,13 +160,14 @@ def fingerprint(recipe: Recipe, examples: Sequence[Encoded], base: Path) -> str:
             json.dumps([[e.prompt_length, e.input_ids] for e in examples]).encode()
         ).hexdigest(),
         "base": {p.name: _file_digest(p) for p in sorted(base.iterdir()) if p.is_file()},
+        "start": {p.name: _file_digest(p) for p in start.files} if start else {},
         "code": {path.name: _file_digest(path) for path in code},
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
     }
     return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:16]
 
 
-_CODE = ("answer_loss", "fast_lora", "models", "shared_prefix")
+_CODE = ("answer_loss", "fast_lora", "models", "shared_prefix", "start")
 
 
 def _file_digest(path: Path) -> str:
@@ -233,6 +236,67 @@ def build_model(base: Path, recipe: Recipe) -> Any:
             f"the adapter does not fit the base model: {error}",
             "set finetune.target_modules to all-linear, or to module names that the model has",
         ) from None
+
+
+def adapter_in(folder: Path) -> dict[str, Any]:
+    """Return what the adapter in `folder` is made of, in the words of `params.yaml`."""
+    config = read_json(folder / CONFIG)
+    targets = config.get("target_modules")
+    return {
+        "rank": config.get("r"),
+        "alpha": config.get("lora_alpha"),
+        "target_modules": tuple(sorted(targets)) if isinstance(targets, list) else targets,
+    }
+
+
+def go_on_from(model: Any, start: Start) -> None:
+    """Give the new adapter of `model` the weights of the one in `start`.
+
+    peft would leave tensors that it does not find as they are, without a word: a new adapter, half
+    random. So every tensor must be in the file, with its shape, and nothing else.
+
+    Raises:
+        InputError: the two adapters are not alike; the message has what both are.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    config = model.peft_config["default"]
+    targets = config.target_modules
+    wanted = {
+        "rank": config.r,
+        "alpha": config.lora_alpha,
+        "target_modules": targets if isinstance(targets, str) else tuple(sorted(targets)),
+    }
+    found = adapter_in(start.folder)
+    remedy = (
+        f"set finetune.rank, alpha and target_modules to what {start.folder} has, or empty {start.folder}, "
+        "and a new adapter is trained"
+    )
+    unlike = [name for name in wanted if wanted[name] != found[name]]
+    if unlike:
+        lines = "\n".join(f"  {name}: {wanted[name]} here, {found[name]} there" for name in unlike)
+        raise InputError(
+            f"the adapter in {start.folder} ({start.version}) is not like the one to be trained:\n{lines}",
+            remedy,
+        )
+    try:
+        weights = load_file(start.folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{start.folder / WEIGHTS} cannot be read: {error}", f"put it there anew, or empty {start.folder}"
+        ) from None
+    shapes = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
+    there = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if shapes != there:
+        odd = sorted(name for name in shapes.keys() | there.keys() if shapes.get(name) != there.get(name))
+        raise InputError(
+            f"the adapter in {start.folder} ({start.version}) has other tensors than the one to be trained, "
+            f"{len(odd)} of them: {odd[0]} is {there.get(odd[0])} there and {shapes.get(odd[0])} here",
+            remedy,
+        )
+    set_peft_model_state_dict(model, weights)
 
 
 def speed_up_training(model: Any, examples: Sequence[Encoded], pad_id: int) -> tuple[bool, dict[str, int]]:
@@ -561,15 +625,21 @@ def main() -> None:
     from stages.common.shared_prefix import lay_out
 
     base = artifacts("fetch_base")
+    start = read_start(Path(params.start_from)) if params.start_from else None
+    if start:
+        check_base(start, read_json(reports("fetch_base") / "metrics.json")["sha256"])
     tokenizer = load_tokenizer(base)
     examples, long = encode_rows(tokenizer, train_rows, params.max_length, params.on_long_row)
     held_out, _ = encode_rows(tokenizer, validation_rows, params.max_length, "drop")
     if long:
         log.info("%d rows left out: longer than %d tokens", len(long), params.max_length)
 
-    checkpoints = CHECKPOINTS / fingerprint(recipe, examples, base)
+    checkpoints = CHECKPOINTS / fingerprint(recipe, examples, base, start)
     forget_other_runs(checkpoints, OTHER_RUNS_KEPT)
     model = build_model(base, recipe)
+    if start:
+        go_on_from(model, start)
+        log.info("going on from the adapter of %s", start.version)
     log.info("training on %d rows, %s on %s", len(examples), model.dtype, model.device)
     trained = train(
         model, examples, tokenizer.pad_token_id, recipe, checkpoints, params.checkpoint_every_steps
@@ -584,6 +654,7 @@ def main() -> None:
     write_json(
         reports("finetune") / "metrics.json",
         {
+            "started_from": start.version if start else "base",
             "train_rows": len(examples),
             "dropped_long_rows": len(long),
             "validation_rows": len(held_out),

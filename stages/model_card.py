@@ -51,12 +51,13 @@ NEEDED = (
     *(f"split.rows.{side}" for side in SIDES),
     *(f"split.groups.{side}" for side in SIDES),
     *(f"split.{key}" for key in ("rows_in", "test_rows_over_cap", "train_rows_removed_as_near_duplicates")),
+    *(f"split.{key}" for key in ("feedback_rows", "feedback_rows_of_held_out_groups")),
     *(
         f"split.proof.{key}"
         for key in ("groups_on_two_sides", "near_duplicates_across", "highest_similarity")
     ),
     *(f"finetune.{key}" for key in ("train_rows", "dropped_long_rows", "steps", "train_tokens", "dtype")),
-    *(f"finetune.{key}" for key in ("trained_parameters", "train_loss", "validation_loss")),
+    *(f"finetune.{key}" for key in ("started_from", "trained_parameters", "train_loss", "validation_loss")),
     *(f"evaluate.{key}" for key in ("rows", "test_rows", "groups", "base", "tuned", "difference", "slices")),
     *(f"evaluate.{key}" for key in ("primary", "task", "confidence", "resamples", "confusions")),
     *(f"evaluate.errors.{key}" for key in ("rows", "by_kind", "right_in_base_only")),
@@ -77,7 +78,10 @@ AGREEMENTS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("check_bias.rows",), ("curate.kept",)),
     (("split.rows_in",), ("curate.kept",)),
     (
-        ("split.rows.*", "split.test_rows_over_cap", "split.train_rows_removed_as_near_duplicates"),
+        (
+            *("split.rows.*", "split.test_rows_over_cap", "split.train_rows_removed_as_near_duplicates"),
+            "split.feedback_rows_of_held_out_groups",
+        ),
         ("split.rows_in",),
     ),
     (("finetune.train_rows", "finetune.dropped_long_rows"), ("split.rows.train",)),

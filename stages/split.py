@@ -6,7 +6,8 @@ counts and the proof: no group on two sides, and no training prompt nearly that 
 Run: `python -m stages.split`
 
 A group is what its source says belongs together (the sentences of one template); a row without
-a group is a group of its own.
+a group is a group of its own. Feedback from production is only ever learned: validation and test rows are
+those that there are without it, so that models are compared on the same questions however much comes in.
 """
 
 from __future__ import annotations
@@ -115,6 +116,21 @@ def divide(
     return Sides(tuple(by_side["train"]), tuple(by_side["validation"]), tuple(by_side["test"])), left_out
 
 
+def learned_only(rows: Sequence[Row], sides: Mapping[str, Side]) -> tuple[tuple[Row, ...], int]:
+    """Return the feedback that may be learned, and how many rows may not: their group is held out."""
+    free = tuple(row for row in rows if sides.get(row.group, "train") == "train")
+    return free, len(rows) - len(free)
+
+
+def mixed(train: Sequence[Row], more: Sequence[Row], seed: int) -> tuple[Row, ...]:
+    """Return both in one random order; without `more`, `train` as it is."""
+    if not more:
+        return tuple(train)
+    both = [*train, *more]
+    random.Random(f"{seed}/feedback").shuffle(both)
+    return tuple(both)
+
+
 def without_near_duplicates(sides: Sides, threshold: float) -> tuple[Sides, int]:
     """Remove the training rows whose prompt is nearly that of a validation or test row; return how many."""
     near = near_training_rows(sides, threshold)
@@ -206,13 +222,23 @@ def main() -> None:
     """Split the curated rows, prove the split, and write its sides."""
     params = load_params().split
     rows = read_rows(artifacts("curate") / "rows.parquet")
-    labels = labels_of_groups(rows, params.stratify_by)
+    # A table of nothing but feedback is a source like any other.
+    asked = [row for row in rows if row.origin != "feedback"] or rows
+    feedback = [row for row in rows if row.origin == "feedback"] if len(asked) < len(rows) else []
+    labels = labels_of_groups(asked, params.stratify_by)
     assigned = assign(labels, params.validation_fraction, params.test_fraction, params.seed)
-    sides, over_cap = divide(rows, assigned, params.max_test_rows_per_group, params.seed)
-    sides, removed = without_near_duplicates(sides, params.near_duplicate_threshold)
+    sides, over_cap = divide(asked, assigned, params.max_test_rows_per_group, params.seed)
+    learned, left_out = learned_only(feedback, assigned)
+    train = mixed(sides.train, learned, params.seed)
+    sides, removed = without_near_duplicates(
+        Sides(train, sides.validation, sides.test), params.near_duplicate_threshold
+    )
+    labels = labels_of_groups(rows, params.stratify_by) | labels
     check_sizes(sides, len(rows), len(labels), params.min_train_rows, params.min_test_rows)
     report = {
         "rows_in": len(rows),
+        "feedback_rows": len(feedback),
+        "feedback_rows_of_held_out_groups": left_out,
         "test_rows_over_cap": over_cap,
         "train_rows_removed_as_near_duplicates": removed,
         **figures(sides, labels, params.stratify_by),

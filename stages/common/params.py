@@ -94,7 +94,14 @@ class File(Section):
     tag_columns: tuple[str, ...] = ()
 
 
-Source = Annotated[HomeIntents | File, Field(discriminator="kind")]
+class Feedback(Section):
+    """What users said of answers, as rows to learn from."""
+
+    kind: Literal["feedback"]
+    path: str = "data/feedback/rows.jsonl"
+
+
+Source = Annotated[HomeIntents | File | Feedback, Field(discriminator="kind")]
 
 
 class Collect(Section):
@@ -107,7 +114,7 @@ class Collect(Section):
     @override
     def impossible(self) -> Iterator[tuple[str, str]]:
         for index, source in enumerate(self.sources):
-            if isinstance(source, File) and not _inside_data(source.path):
+            if isinstance(source, File | Feedback) and not _inside_data(source.path):
                 yield (
                     f"sources.{index}.path",
                     "lies outside data/, where DVC could not see it change; move it there",
@@ -232,6 +239,8 @@ class Split(Section):
 class Finetune(Section):
     """How the adapter is trained."""
 
+    # One folder only: DVC watches it.
+    start_from: Literal["artifacts/start"] | None = "artifacts/start"
     rank: PositiveCount
     alpha: Positive
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
