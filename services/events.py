@@ -43,6 +43,7 @@ from sqlalchemy import (
     Text,
     delete,
     exists,
+    func,
     insert,
     literal,
     select,
@@ -76,6 +77,7 @@ PROBE_S = 1.0  # how often a broken store without events looks whether it can wr
 STALLED_S = 10.0  # a group that is written for longer is a broken store
 COMMIT_WITHIN_S = 30.0  # a caller waits no longer
 PAGE_ROWS = 1000  # read with one query, deleted with one transaction
+PAGE_TIMES = 20_000  # read with one query where only times are
 PAGE_CHARS = 16_000_000  # a page of long texts ends here
 
 
@@ -554,6 +556,45 @@ def read_feedback(url: str, start: float, end: float) -> Iterator[pa.RecordBatch
 def read_joined(url: str, start: float, end: float) -> Iterator[pa.RecordBatch]:
     """Yield exchanges as `read_exchanges`, with a column `feedback`: the list of all given on each."""
     yield from _read(url, Exchange, start, end, with_feedback=True)
+
+
+def read_times(url: str, start: float, end: float, version: str, role: str) -> Iterator[float]:
+    """Yield when the exchanges of one version in one role were received, in [start, end), in order; no texts.
+
+    Raises:
+        InputError: as `read_exchanges`.
+    """
+    key, at = exchanges.c.request_id, exchanges.c.received_at
+    wanted = select(at, key).where(at >= start, at < end, *_answered_by(version, role))
+    wanted = wanted.order_by(at, key).limit(PAGE_TIMES)
+    after: tuple[float, str] | None = None
+    with _opened(url) as engine:
+        while True:
+            page = wanted
+            if after is not None:
+                page = wanted.where(tuple_(at, key) > tuple_(literal(after[0]), literal(after[1])))
+            with engine.connect() as connection:
+                rows = connection.execute(page).all()
+            yield from (row[0] for row in rows)
+            if len(rows) < PAGE_TIMES:
+                return
+            after = rows[-1][0], rows[-1][1]
+
+
+def count_exchanges(url: str, start: float, end: float, version: str, role: str) -> int:
+    """Return how many exchanges `read_times` would yield.
+
+    Raises:
+        InputError: as `read_exchanges`.
+    """
+    at = exchanges.c.received_at
+    wanted = select(func.count()).where(at >= start, at < end, *_answered_by(version, role))
+    with _opened(url) as engine, engine.connect() as connection:
+        return int(connection.execute(wanted).scalar_one())
+
+
+def _answered_by(version: str, role: str) -> tuple[Any, Any]:
+    return exchanges.c.version == version, exchanges.c.role == role
 
 
 def joined_schema() -> pa.Schema:
