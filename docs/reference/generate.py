@@ -38,9 +38,11 @@ Lines = dict[tuple[str, ...], tuple[str, str]]
 def shipped_lines(text: str) -> Lines:
     """Return the value and comment of each key as params.yaml writes them, by the keys that lead to it.
 
-    An entry of a list, and one that is shown in a comment only, stands under the list's key.
+    An entry of a list, and one that is shown in a comment only, stands under the list's key, and under that
+    and the entry's kind, where it begins with one.
     """
     found: Lines = {}
+    kinds: dict[tuple[str, ...], str] = {}
     path: list[tuple[int, str]] = []
     for line in text.splitlines():
         match = KEY_LINE.match(line)
@@ -52,7 +54,12 @@ def shipped_lines(text: str) -> Lines:
         value, comment = match["value"], match["comment"] or ""
         if line.lstrip().startswith("#") and not comment:  # a comment that explains a key of inline mappings
             value, comment = "", value
-        found.setdefault(tuple(key for _, key in path), (value, comment))
+        *above, key = (key for _, key in path)
+        if key == "kind" and "- kind:" in line:
+            kinds[tuple(above)] = value
+        found.setdefault((*above, key), (value, comment))
+        if tuple(above) in kinds:
+            found.setdefault((*above, kinds[tuple(above)], key), (value, comment))
     return found
 
 
@@ -86,20 +93,24 @@ def table(model: type[Section], lines: Lines, path: tuple[str, ...]) -> Iterator
     """Yield the rows of the table of the section to which these keys lead."""
     yield "| key | type | shipped | what it does |"
     yield "|---|---|---|---|"
+    kind = model.model_fields.get("kind")
+    entry = (*path, *typing.get_args(kind.annotation)) if kind else path
     for name, field in model.model_fields.items():
         if sections_of(field):
             continue
         name = field.alias or name
         # A key of inline mappings is explained in a comment before them, a level up.
-        value, comment = lines.get((*path, name)) or lines.get((*path[:-1], name)) or (default_of(field), "")
+        places = (entry, path, path[:-1])
+        found = next((lines[(*place, name)] for place in places if (*place, name) in lines), None)
+        value, comment = found or (default_of(field), "")
         if name == "kind" and len(typing.get_args(field.annotation)) == 1:
             value, comment = typing.get_args(field.annotation)[0], "says which kind of source the entry is"
         if not comment:
             raise SystemExit(f"params.yaml: {name} of {model.__name__} has no comment that says what it does")
         value = value if len(value) <= 40 else value[:37] + "…"
-        kind = type_words(field.annotation, tuple(field.metadata))
+        words = type_words(field.annotation, tuple(field.metadata))
         shown = f"`{value}`" if value and not value.startswith(">") else "…"
-        yield f"| `{name}` | {kind} | {shown} | {comment} |"
+        yield f"| `{name}` | {words} | {shown} | {comment} |"
 
 
 def default_of(field: FieldInfo) -> str:
