@@ -11,6 +11,9 @@ when it changes.
     python -m services.versions challenger TAG --share 0.1 --mode canary
     python -m services.versions challenger --none
     python -m services.versions rollback
+
+Once a release was made (`python -m flows.release`) the file is managed: only releases, which read the
+gate's verdict, move its aliases, and the commands above that would move them say so.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,11 +80,17 @@ class Challenger:
 
 @dataclass(frozen=True, slots=True)
 class Aliases:
-    """Who is served; `history` holds the former champions, the latest last."""
+    """Who is served.
+
+    Attributes:
+        history: the former champions, the latest last.
+        managed: only releases move the aliases (`take_over`).
+    """
 
     champion: str | None = None
     challenger: Challenger | None = None
     history: tuple[str, ...] = ()
+    managed: bool = False
 
 
 def read_aliases(path: Path = ALIASES) -> Aliases:
@@ -92,7 +101,10 @@ def read_aliases(path: Path = ALIASES) -> Aliases:
     try:
         challenger = values["challenger"]
         return Aliases(
-            values["champion"], Challenger(**challenger) if challenger else None, tuple(values["history"])
+            values["champion"],
+            Challenger(**challenger) if challenger else None,
+            tuple(values["history"]),
+            values.get("managed", False) is True,
         )
     except (KeyError, TypeError) as error:
         raise InputError(
@@ -232,11 +244,12 @@ def set_champion(tag: str, path: Path = ALIASES) -> Aliases:
     """Make a stored version the champion; the former one can be gone back to.
 
     Raises:
-        InputError: the store has no such version, or parity speaks against it.
+        InputError: the store has no such version, parity speaks against it, or releases manage the file.
     """
     stored(tag)
     check_parity(tag)
     with _changing(path) as aliases:
+        _check_unmanaged(aliases, path)
         former = aliases.champion
         if former == tag:
             return aliases
@@ -249,13 +262,14 @@ def set_challenger(tag: str | None, share: float, mode: Mode, path: Path = ALIAS
     """Put a stored version on trial, or end the trial with None.
 
     Raises:
-        InputError: the version is the champion, or is not in the store.
+        InputError: the version is the champion, or is not in the store, or releases manage the file.
     """
     if not 0.0 <= share <= 1.0:
         raise InputError(f"a share of {share} is not between 0 and 1", "give the share of the users, as 0.1")
     if tag is not None:
         stored(tag)
     with _changing(path) as aliases:
+        _check_unmanaged(aliases, path)
         if tag is not None and tag == aliases.champion:
             raise InputError(f"{tag} is the champion", "a challenger is another version")
         challenger = Challenger(tag, share, mode) if tag else None
@@ -266,9 +280,10 @@ def roll_back(path: Path = ALIASES) -> Aliases:
     """Make the former champion the champion again.
 
     Raises:
-        InputError: there was none, or the store has lost it.
+        InputError: there was none, the store has lost it, or releases manage the file.
     """
     with _changing(path) as aliases:
+        _check_unmanaged(aliases, path)
         if not aliases.history:
             raise InputError(
                 "no version was champion before", "name one: python -m services.versions champion"
@@ -276,6 +291,23 @@ def roll_back(path: Path = ALIASES) -> Aliases:
         tag = aliases.history[-1]
         stored(tag)
         return _write(path, Aliases(tag, aliases.challenger, aliases.history[:-1]))
+
+
+def take_over(aliases: Aliases, path: Path = ALIASES) -> None:
+    """Write who is served, as a release decided it; only `flows.release` calls this.
+
+    It holds the release's lock, has read the gate's verdict, and knows what stood in the file before.
+    """
+    with _changing(path):
+        _write(path, replace(aliases, managed=True))
+
+
+def _check_unmanaged(aliases: Aliases, path: Path) -> None:
+    if aliases.managed:
+        raise InputError(
+            f"{path} is managed by releases: no alias moves without the gate's verdict",
+            "python -m flows.release promote|try|rollback TAG --why TEXT (status shows who is served)",
+        )
 
 
 @contextmanager
@@ -295,14 +327,18 @@ def _write(path: Path, aliases: Aliases) -> Aliases:
 def newest_as_champion(follow_pipeline: bool, path: Path = ALIASES) -> str:
     """Return the champion's tag at start: the pipeline's newest model, or who was named.
 
-    Without a pipeline beside it, as inside a Bento, the named champion stays.
+    Without a pipeline beside it, as inside a Bento, and once releases manage the file, the named champion
+    stays.
 
     Raises:
         InputError: there is no model at all.
     """
-    champion = read_aliases(path).champion
-    if champion is not None and (not follow_pipeline or not (artifacts("export") / "serving.json").exists()):
+    aliases = read_aliases(path)
+    champion, newest = aliases.champion, artifacts("export") / "serving.json"
+    if champion is not None and (not follow_pipeline or aliases.managed or not newest.exists()):
         stored(champion)
+        if aliases.managed and newest.exists() and read_json(newest)["version"] not in champion:
+            log.info("the pipeline's newest model is another one; it is served once it is released")
         return champion
     tag = add_pipeline_output()
     try:
