@@ -7,8 +7,8 @@ by itself, and carries the tag as a tag of the version.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -230,11 +230,11 @@ def fetch_adapter(root: Path, params: Params, tag: str, folder: Path) -> None:
         InputError: as `download_adapter`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".fetched.", dir=folder.parent) as beside:
+    with tempfile.TemporaryDirectory(prefix="perennial-adapter-") as beside:
         found = download_adapter(root, params, tag, Path(beside))
         clear_start(folder)
         for name in ADAPTER_FILES:
-            os.replace(found / name, folder / name)
+            shutil.copyfile(found / name, folder / name)
     with _registry(root, params) as client:
         tags = _version(client, tag).tags
     write_json(

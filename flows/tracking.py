@@ -29,8 +29,14 @@ REACH_TIMEOUT_S = 5.0
 REMEDY = "start it (make up), or mend flows.record.tracking_url in params.yaml"
 SQLITE = "sqlite:///"
 PORTS = {"http": 80, "https": 443, "postgresql": 5432}
-# A server that answers is asked again a few times, not for the minutes of MLflow's own defaults.
-PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "60"}
+# Set before MLflow is imported, unless the user has.
+ENVIRONMENT = {
+    # A server that answered is asked again a few times, not for the minutes of MLflow's own defaults.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+}
 
 
 def tracking_address(root: Path, url: str) -> str:
@@ -54,7 +60,7 @@ def open_tracking(root: Path, url: str) -> MlflowClient:
 @lru_cache(maxsize=4)
 def _client(address: str) -> MlflowClient:
     set_quiet_environment()
-    for name, value in PATIENCE.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if address.startswith(SQLITE):
         _check_sqlite(Path(address.removeprefix(SQLITE)))
