@@ -1,43 +1,48 @@
-"""The Prefect server with its page, and the process that executes scheduled runs: `python -m flows.up`.
+"""Everything under one supervisor: `python -m flows.up`, or `make up`.
 
-Both end with this one, on Ctrl-C, SIGTERM or its death. PREFECT_SERVER_API_HOST and
-PREFECT_SERVER_API_PORT say where the server listens; the schedule is `flows.training` in params.yaml.
+The service, Prefect's server and what executes due runs, MLflow, Evidently, and the page that shows all at a
+glance. One that dies is started anew; all end with this process, on Ctrl-C, SIGTERM or its death.
+
+Where they listen is `flows.pages` and `services` in params.yaml. PREFECT_SERVER_API_HOST and
+PREFECT_SERVER_API_PORT go before `flows.pages.prefect`.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import logging
 import os
 import signal
-import subprocess
 import sys
-import time
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
 
-from flows import console, deployments, leftovers, server
+from flows import console, leftovers, server
 from flows.run_lock import FOLDER
+from flows.supervisor import Program, Supervisor, check_ports, nothing_missing, signals_call
+from stages.common.artifacts import artifacts, read_json
 from stages.common.errors import InputError
-from stages.common.params import TrainingFlow, load_params
+from stages.common.params import Params, load_params
 
-DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", "4200"
-POLL_S = 0.5
+LOOPBACK = "127.0.0.1"
+STATUS = FOLDER / "up.json"
+LOGS = FOLDER / "logs"
 STOP_PATIENCE_S = 20.0  # the executor ends a run at work, and the run its stages
 
 logger = logging.getLogger("flows.up")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Start the server and what executes the schedule; return the exit code."""
+    """Start everything and keep it running; return the exit code."""
     argparse.ArgumentParser(prog="python -m flows.up", description=__doc__).parse_args(arguments)
     console.set_up()
     root = Path.cwd()
     try:
-        return up(root, load_params(root / "params.yaml").flows.training)
+        up(root, load_params(root / "params.yaml"))
+        return 0
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
@@ -45,62 +50,193 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
 
-def up(root: Path, settings: TrainingFlow) -> int:
-    """Run the server and the process that executes what is due, until a signal; then end both."""
-    host = os.environ.get("PREFECT_SERVER_API_HOST", DEFAULT_HOST)
-    port = int(os.environ.get("PREFECT_SERVER_API_PORT", DEFAULT_PORT))
-    url = f"http://{DEFAULT_HOST if host == '0.0.0.0' else host}:{port}/api"
-    if server.is_up(url):
-        other_port = f"PREFECT_SERVER_API_PORT={port + 1}"
-        remedy = f"use it (python -m flows.deployments --execute), or take another port: {other_port}"
-        raise InputError(f"a Prefect server already answers at {url}", remedy)
-    os.environ[leftovers.RUN_ID_VARIABLE] = uuid.uuid4().hex
+def up(root: Path, params: Params) -> None:
+    """Keep every program running until a signal; then end them all.
+
+    Raises:
+        InputError: a port is taken; nothing was started.
+    """
+    check_ports(ports(params))
+    programs = make_programs(root, params)
+    supervise(root, programs, prefect_api(params))
+
+
+def supervise(root: Path, programs: Sequence[Program], api: str) -> None:
+    """Keep `programs` running until a signal; end all they started, however this process ends.
+
+    Args:
+        api: Prefect's, which runs of this checkout report to meanwhile.
+    """
+    run_id = uuid.uuid4().hex
+    supervisor = Supervisor(programs, root, root / LOGS, root / STATUS)
     with ExitStack() as stack:
-        stack.enter_context(_signals_interrupt())
-        stack.enter_context(leftovers.watchdog(os.environ[leftovers.RUN_ID_VARIABLE]))
-        api = server.start(host, port, root / FOLDER / "server.log")
-        stack.callback(server.stop, api)
-        server.wait_until_up(url, api)
-        server.announce(root, url)
+        stack.enter_context(signals_call(supervisor.stop))
+        stack.enter_context(leftovers.watchdog(run_id))
+        stack.enter_context(server.environment(leftovers.RUN_ID_VARIABLE, run_id))
+        # What programs started in sessions of their own is not in their groups.
+        stack.callback(leftovers.end, run_id)
+        server.announce(root, api)
         stack.callback((root / FOLDER / "server.json").unlink, missing_ok=True)
-        executor = _start_executor(url)
-        stack.callback(server.stop, executor, signal.SIGINT, STOP_PATIENCE_S)
-        logger.info("Prefect's page is at http://%s:%d; Ctrl-C ends it", host, port)
-        logger.info("training: %s", deployments.describe(settings))
-        return _watch({"the Prefect server": api, "the process that executes what is due": executor})
+        names = ", ".join(program.name for program in programs)
+        logger.info("starting %s; logs are in %s; Ctrl-C ends all", names, LOGS)
+        supervisor.run()
+        logger.info("all ended")
 
 
-def _start_executor(url: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "flows.deployments", "--execute"],
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, "PREFECT_API_URL": url},
-        start_new_session=True,
+def ports(params: Params) -> dict[str, tuple[str, int]]:
+    """Return what `make up` listens on: key of params.yaml -> host and port."""
+    pages = params.flows.pages
+    host, port = _prefect_address(params)
+    wanted = {
+        "services.port": (params.services.host, params.services.port),
+        "flows.pages.overview": (LOOPBACK, pages.overview),
+        _prefect_key(): (host, port),
+        "flows.pages.evidently": (LOOPBACK, pages.evidently),
+    }
+    if _mlflow_is_ours(params):
+        wanted["flows.pages.mlflow"] = (LOOPBACK, pages.mlflow)
+    return wanted
+
+
+def prefect_api(params: Params) -> str:
+    """Return where Prefect's API of `make up` answers."""
+    host, port = _prefect_address(params)
+    return f"http://{_reached(host)}:{port}/api"
+
+
+def make_programs(root: Path, params: Params) -> tuple[Program, ...]:
+    """Return what `make up` keeps running, in the order in which it is started."""
+    programs = [_overview(params), _prefect(params), _executor(params), _service(root, params)]
+    if _mlflow_is_ours(params):
+        programs.append(_mlflow(root, params))
+    return (*programs, _evidently(root, params))
+
+
+def _overview(params: Params) -> Program:
+    url = f"http://{LOOPBACK}:{params.flows.pages.overview}/"
+    return Program(
+        "overview",
+        (
+            *_module("uvicorn", "monitoring.overview:app", "--host", LOOPBACK),
+            *("--port", str(params.flows.pages.overview), "--log-level", "warning"),
+        ),
+        page=url,
+        probe=f"{url}healthz",
     )
 
 
-def _watch(processes: dict[str, subprocess.Popen[bytes]]) -> int:
-    while True:
-        for name, process in processes.items():
-            if process.poll() is not None:
-                logger.error("%s ended with exit code %d; ending the rest", name, process.returncode)
-                return 1
-        time.sleep(POLL_S)
+def _prefect(params: Params) -> Program:
+    host, port = _prefect_address(params)
+    return Program(
+        "prefect",
+        (*_module("prefect", "server", "start", "--host", host), "--port", str(port)),
+        page=f"http://{_reached(host)}:{port}/",
+        probe=f"{prefect_api(params)}/health",
+    )
 
 
-@contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """Take SIGTERM as Ctrl-C, and Ctrl-C even where a shell has started this in its background."""
+def _executor(params: Params) -> Program:
+    return Program(
+        "executor",
+        _module("flows.deployments", "--execute"),
+        environment={"PREFECT_API_URL": prefect_api(params)},
+        after=("prefect",),
+        end_signal=signal.SIGINT,
+        patience_s=STOP_PATIENCE_S,
+    )
 
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+def _service(root: Path, params: Params) -> Program:
+    url = f"http://{_reached(params.services.host)}:{params.services.port}/"
+    return Program(
+        "service",
+        _module("bentoml", "serve", "services.generation:Generation"),
+        page=url,
+        probe=f"{url}readyz",
+        missing=_all_there(_needs("bentoml", "serve"), lambda: _no_model(root)),
+        patience_s=STOP_PATIENCE_S,  # answers being written are finished
+    )
+
+
+def _mlflow(root: Path, params: Params) -> Program:
+    url = f"http://{LOOPBACK}:{params.flows.pages.mlflow}/"
+    return Program(
+        "mlflow",
+        (
+            *_module("mlflow", "server", "--host", LOOPBACK, "--port", str(params.flows.pages.mlflow)),
+            *("--workers", "1", "--artifacts-destination", str(FOLDER / "mlflow-artifacts")),
+        ),
+        page=url,
+        probe=f"{url}health",
+        environment={
+            # Not an argument: the URL of a database holds a password, and arguments are for all to see.
+            "MLFLOW_BACKEND_STORE_URI": params.flows.record.tracking_url,
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # else eight processes more
+        },
+        missing=_needs("mlflow", "monitor"),
+    )
+
+
+def _evidently(root: Path, params: Params) -> Program:
+    port = params.flows.pages.evidently
+    url = f"http://{LOOPBACK}:{port}/"
+    return Program(
+        "evidently",
+        (
+            *_module("evidently.cli", "ui", "--workspace", str(FOLDER / "evidently")),
+            *("--host", LOOPBACK, "--port", str(port)),
+        ),
+        page=url,
+        probe=url,
+        missing=_needs("evidently", "monitor"),
+    )
+
+
+def _module(name: str, *arguments: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", name, *arguments)
+
+
+def _needs(package: str, extra: str) -> Callable[[], str | None]:
+    def missing() -> str | None:
+        if importlib.util.find_spec(package) is None:
+            return f"is not installed: pip install '.[{extra}]'"
+        return None
+
+    return missing
+
+
+def _all_there(*checks: Callable[[], str | None]) -> Callable[[], str | None]:
+    return lambda: next((said for check in checks if (said := check())), nothing_missing())
+
+
+def _no_model(root: Path) -> str | None:
+    """Say that there is no model to serve yet; it is looked for again and again."""
+    if (root / artifacts("export") / "serving.json").exists():
+        return None
     try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if read_json(root / FOLDER / "aliases.json").get("champion"):
+            return None
+    except InputError:
+        pass
+    return "there is no model yet: make run"
+
+
+def _mlflow_is_ours(params: Params) -> bool:
+    return not params.flows.record.tracking_url.startswith(("http://", "https://"))
+
+
+def _prefect_address(params: Params) -> tuple[str, int]:
+    host = os.environ.get("PREFECT_SERVER_API_HOST", LOOPBACK)
+    return host, int(os.environ.get("PREFECT_SERVER_API_PORT", params.flows.pages.prefect))
+
+
+def _prefect_key() -> str:
+    return "PREFECT_SERVER_API_PORT" if "PREFECT_SERVER_API_PORT" in os.environ else "flows.pages.prefect"
+
+
+def _reached(host: str) -> str:
+    """Return the address by which this machine reaches what listens on `host`."""
+    return LOOPBACK if host in ("0.0.0.0", "::", "") else host
 
 
 if __name__ == "__main__":
