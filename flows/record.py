@@ -30,7 +30,6 @@ import yaml
 from flows.registry import (
     ADAPTER,
     ADAPTER_FILES,
-    START,
     alias_of,
     download_adapter,
     registered_name,
@@ -70,6 +69,7 @@ TRACED = {
     "dvc.rows": artifacts("collect"),
     "dvc.data": artifacts("split"),
     "dvc.base": artifacts("fetch_base"),
+    "dvc.start": artifacts("start"),
     "dvc.adapter": artifacts("finetune"),
     "dvc.export": artifacts("export"),
 }
@@ -227,9 +227,9 @@ def read_output(root: Path, trigger: str) -> Output:
 
 
 def started_from(root: Path) -> str:
-    """Return the version whose adapter learned on, or `base`."""
-    path = root / "data" / "start" / START
-    return str(read_json(path)["version"]) if path.exists() else "base"
+    """Return the version whose adapter learned on, or `base`, as the trainer says."""
+    path = root / reports("finetune") / "metrics.json"
+    return str(read_json(path).get("started_from", "base")) if path.exists() else "base"
 
 
 def _hash_tags(root: Path, lock: Lock) -> dict[str, str]:
@@ -237,17 +237,17 @@ def _hash_tags(root: Path, lock: Lock) -> dict[str, str]:
 
     `dvc.agrees` is false where the adapter or the export is not what DVC saw: somebody ran a stage by hand.
     """
-    tags, agrees = {}, True
-    for name, path in TRACED.items():
-        recorded = lock.hash_of(path)
-        if path in (TRACED["dvc.adapter"], TRACED["dvc.export"]) or recorded is None:
-            actual = dvc_hash(root / path) if (root / path).exists() else "none"
-            agrees = agrees and recorded == actual
-            recorded = actual
-        tags[name] = recorded
+    tags = {name: lock.hash_of(path) or _actual_hash(root / path) for name, path in TRACED.items()}
+    made = {name: _actual_hash(root / TRACED[name]) for name in ("dvc.adapter", "dvc.export")}
+    agrees = all(lock.hash_of(TRACED[name]) == found for name, found in made.items())
     if not agrees:
-        log.warning("the files are not those of dvc.lock: a stage ran by hand, or a path was not recorded")
+        log.warning("adapter or export are not what dvc.lock recorded: a stage ran by hand")
+        tags.update(made)
     return {**tags, "dvc.agrees": str(agrees).lower()}
+
+
+def _actual_hash(path: Path) -> str:
+    return dvc_hash(path) if path.exists() else "none"
 
 
 def git_tags(root: Path) -> dict[str, str]:

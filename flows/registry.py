@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -18,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from flows.tracking import open_tracking, tracking_address, tracking_errors
-from stages.common.artifacts import write_json
 from stages.common.errors import InputError
 from stages.common.params import Params
+from stages.common.start import CONFIG, FOLDER, WEIGHTS, Start, put_start
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -29,9 +28,8 @@ if TYPE_CHECKING:
 Alias = Literal["champion", "challenger"]
 Gate = Literal["none", "passed", "refused"]
 ADAPTER = "adapter"  # the folder of a run's artifacts that a version is made from
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+ADAPTER_FILES = (CONFIG, WEIGHTS)
 EVIDENCE = "evidence"  # the folder of a run's artifacts for verdicts on its version
-START = "start.json"
 # Of the metrics of a run, what stands beside a version; the first three that are there.
 HEADLINES = (
     "evaluate/tuned.exact_match.value",
@@ -220,33 +218,20 @@ def download_adapter(root: Path, params: Params, tag: str, folder: Path) -> Path
     return found
 
 
-def fetch_adapter(root: Path, params: Params, tag: str, folder: Path) -> None:
-    """Put a version's adapter into `folder` (data/start) for training to learn on from.
+def fetch_adapter(root: Path, params: Params, tag: str, folder: Path = FOLDER) -> Start:
+    """Put a version's adapter, as the registry has it, where training goes on from.
 
-    Writes adapter_config.json, adapter_model.safetensors and, last, start.json with `version` and
-    `base_sha256`: a folder whose filling was killed has no start.json, and is refused by the trainer.
+    Args:
+        folder: artifacts/start, relative to the checkout.
 
     Raises:
-        InputError: as `download_adapter`.
+        InputError: as `download_adapter`; then the folder is as it was.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="perennial-adapter-") as beside:
-        found = download_adapter(root, params, tag, Path(beside))
-        clear_start(folder)
-        for name in ADAPTER_FILES:
-            shutil.copyfile(found / name, folder / name)
     with _registry(root, params) as client:
         tags = _version(client, tag).tags
-    write_json(
-        folder / START,
-        {"version": tags["serving_version"], "base_sha256": tags.get("base_sha256") or None},
-    )
-
-
-def clear_start(folder: Path) -> None:
-    """Empty data/start, so that training begins a new adapter; what is not of an adapter stays."""
-    for name in (START, *ADAPTER_FILES):
-        (folder / name).unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(prefix="perennial-adapter-") as beside:
+        found = download_adapter(root, params, tag, Path(beside))
+        return put_start(found, tags["serving_version"], tags["base_sha256"], root / folder)
 
 
 _LOST = "record the version again from the pipeline that made it (dvc repro), or choose another version"

@@ -14,9 +14,12 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import lru_cache
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 from stages.common.errors import InputError
 from stages.common.logs import set_quiet_environment
@@ -28,7 +31,7 @@ ARTIFACTS = Path(".perennial/mlflow-artifacts")  # of runs whose record is a sql
 REACH_TIMEOUT_S = 5.0
 REMEDY = "start it (make up), or mend flows.record.tracking_url in params.yaml"
 SQLITE = "sqlite:///"
-PORTS = {"http": 80, "https": 443, "postgresql": 5432}
+POSTGRESQL_PORT = 5432
 # Set before MLflow is imported, unless the user has.
 ENVIRONMENT = {
     # A server that answered is asked again a few times, not for the minutes of MLflow's own defaults.
@@ -54,18 +57,16 @@ def open_tracking(root: Path, url: str) -> MlflowClient:
     Raises:
         InputError: nothing answers there, or what lies there is no database, within about 5 s.
     """
-    return _client(tracking_address(root, url))
+    address = tracking_address(root, url)
+    set_quiet_environment()
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    _check(address)
+    return _client(address)
 
 
 @lru_cache(maxsize=4)
 def _client(address: str) -> MlflowClient:
-    set_quiet_environment()
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    if address.startswith(SQLITE):
-        _check_sqlite(Path(address.removeprefix(SQLITE)))
-    else:
-        _check_answers(address)
     logging.getLogger("alembic").setLevel(logging.WARNING)  # else: a line for every migration
     from mlflow import MlflowClient
 
@@ -77,7 +78,7 @@ def _client(address: str) -> MlflowClient:
 
 def without_password(address: str) -> str:
     """Return a URL as it may be shown."""
-    return re.sub(r"//[^@/]*@", "//…@", address)
+    return re.sub(r"//[^@/\s]*@", "//…@", address)
 
 
 @contextmanager
@@ -102,23 +103,38 @@ def _alone(address: str) -> Iterator[None]:
         yield
 
 
-def _check_sqlite(path: Path) -> None:
+def _check(address: str) -> None:
+    """Ask whether somebody is there at all: MLflow's own attempts take minutes.
+
+    Every call asks, for a process that runs for days meets servers that came and went.
+    """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(path, timeout=REACH_TIMEOUT_S)) as connection:
-            connection.execute("PRAGMA user_version").fetchone()
-            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    except (sqlite3.Error, OSError) as error:
+        if address.startswith(SQLITE):
+            _open_file(Path(address.removeprefix(SQLITE)))
+        elif address.startswith("http"):
+            _ask(address)
+        else:
+            parts = urlsplit(address)
+            host, port = parts.hostname or "localhost", parts.port or POSTGRESQL_PORT
+            socket.create_connection((host, port), timeout=REACH_TIMEOUT_S).close()
+    except sqlite3.Error as error:
         raise InputError(
-            f"{path} cannot be opened as MLflow's database: {error}",
+            f"{address.removeprefix(SQLITE)} cannot be opened as MLflow's database: {error}",
             "move it away, or mend flows.record.tracking_url in params.yaml",
         ) from None
+    except (OSError, HTTPException) as error:
+        raise InputError(f"MLflow does not answer at {without_password(address)}: {error}", REMEDY) from None
 
 
-def _check_answers(address: str) -> None:
-    parts = urlsplit(address)
-    port = parts.port or PORTS.get(parts.scheme.split("+")[0], 80)
+def _open_file(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with closing(sqlite3.connect(path, timeout=REACH_TIMEOUT_S)) as connection:
+        connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+
+
+def _ask(url: str) -> None:
     try:
-        socket.create_connection((parts.hostname or "", port), timeout=REACH_TIMEOUT_S).close()
-    except OSError as error:
-        raise InputError(f"nothing answers at {without_password(address)}: {error}", REMEDY) from None
+        with urlopen(f"{url.rstrip('/')}/health", timeout=REACH_TIMEOUT_S):
+            pass
+    except HTTPError:
+        pass  # it answers; servers behind a login may not know this page
