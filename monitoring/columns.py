@@ -68,6 +68,7 @@ FEATURES: tuple[Column, ...] = (
     Column("first_token_s", "service", "number", None, "s", "to the first token"),
     Column("total_s", "service", "number", None, "s", "to the end of the answer"),
     Column("tokens", "service", "number", None, "tokens", "read and written"),
+    Column("cancelled", "service", "flag", None, "", "the client went away"),
     Column("refused", "service", "flag", None, "", "refused by the server (4xx)"),
 )
 
