@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
-from itertools import groupby
+from itertools import groupby, pairwise
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -41,6 +41,7 @@ from sqlalchemy import (
     MetaData,
     Table,
     Text,
+    case,
     delete,
     exists,
     func,
@@ -591,6 +592,77 @@ def count_exchanges(url: str, start: float, end: float, version: str, role: str)
     wanted = select(func.count()).where(at >= start, at < end, *_answered_by(version, role))
     with _opened(url) as engine, engine.connect() as connection:
         return int(connection.execute(wanted).scalar_one())
+
+
+def time_span(url: str) -> tuple[float, float] | None:
+    """Return when the first and the last exchange were received (unix s); None for an empty store.
+
+    Raises:
+        InputError: as `read_exchanges`.
+    """
+    at = exchanges.c.received_at
+    with _opened(url) as engine, engine.connect() as connection:
+        # Two queries: each is one step in the index, and both ends in one query would read all of it.
+        first, last = (
+            connection.execute(select(at).order_by(order).limit(1)).scalar_one_or_none()
+            for order in (at.asc(), at.desc())
+        )
+    return None if first is None or last is None else (float(first), float(last))
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What was asked, and what people said, in [start, end) (unix s); shadows do not count.
+
+    Attributes:
+        refused: answered with 4xx; failed: with 5xx.
+        checked: answers whose form was checked; valid: those that kept to it.
+        versions: version -> exchanges.
+    """
+
+    start: float
+    end: float
+    requests: int
+    refused: int
+    failed: int
+    checked: int
+    valid: int
+    thumbs_up: int
+    thumbs_down: int
+    corrections: int
+    versions: dict[str, int]
+
+
+def count_traffic(url: str, edges: Sequence[float]) -> Iterator[Traffic]:
+    """Yield the counts between each two neighbours of `edges` (unix s), one query each; no texts are read.
+
+    Raises:
+        InputError: as `read_exchanges`.
+    """
+    at, status, valid = exchanges.c.received_at, exchanges.c.status, exchanges.c.valid_output
+    sums = [
+        func.count(),
+        func.sum(case((status.between(400, 499), 1), else_=0)),
+        func.sum(case((status >= 500, 1), else_=0)),
+        func.count(valid),
+        func.sum(case((valid.is_(True), 1), else_=0)),
+    ]
+    wanted = select(exchanges.c.version, *sums).where(exchanges.c.role != "shadow")
+    wanted = wanted.group_by(exchanges.c.version)
+    thumb, given = feedback.c.thumb, feedback.c.given_at
+    said = select(
+        func.sum(case((thumb == 1, 1), else_=0)),
+        func.sum(case((thumb == -1, 1), else_=0)),
+        func.count(feedback.c.correction),
+    )
+    with _opened(url) as engine, engine.connect() as connection:
+        for start, end in pairwise(edges):
+            rows = connection.execute(wanted.where(at >= start, at < end)).all()
+            told = connection.execute(said.where(given >= start, given < end)).one()
+            connection.rollback()  # a long transaction would keep SQLite's log from being used again
+            totals = [sum(int(row[place]) for row in rows) for place in range(1, 6)]
+            versions = {str(row[0]): int(row[1]) for row in rows}
+            yield Traffic(start, end, *totals, *(int(value or 0) for value in told), versions=versions)
 
 
 def _answered_by(version: str, role: str) -> tuple[Any, Any]:
