@@ -660,9 +660,14 @@ def count_traffic(url: str, edges: Sequence[float]) -> Iterator[Traffic]:
             rows = connection.execute(wanted.where(at >= start, at < end)).all()
             told = connection.execute(said.where(given >= start, given < end)).one()
             connection.rollback()  # a long transaction would keep SQLite's log from being used again
-            totals = [sum(int(row[place]) for row in rows) for place in range(1, 6)]
+            requests, refused, failed, checked, valid_ones = (
+                sum(int(row[place]) for row in rows) for place in range(1, 6)
+            )
+            up, down, corrections = (int(value or 0) for value in told)
             versions = {str(row[0]): int(row[1]) for row in rows}
-            yield Traffic(start, end, *totals, *(int(value or 0) for value in told), versions=versions)
+            yield Traffic(
+                start, end, requests, refused, failed, checked, valid_ones, up, down, corrections, versions
+            )
 
 
 def _answered_by(version: str, role: str) -> tuple[Any, Any]:
