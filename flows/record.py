@@ -138,8 +138,9 @@ def record_training(root: Path, params: Params, trigger: str = "hand") -> Candid
             _log_figures(client, run, root, params, output)
             _log_files(client, run, root)
         version = version_of(client, output.tag) or _make_version(client, run, output)
-        client.set_tag(run.info.run_id, "model_version", version.version)
-        client.set_terminated(run.info.run_id, "FINISHED")
+        if run.info.status != "FINISHED":
+            client.set_tag(run.info.run_id, "model_version", version.version)
+            client.set_terminated(run.info.run_id, "FINISHED")
     log.info("%s is version %s of %s in MLflow", output.tag, version.version, version.name)
     return Candidate(
         output.tag,

@@ -188,6 +188,36 @@ def evidence(root: Path, params: Params, tag: str, *paths: Path, gate: Gate | No
             client.set_model_version_tag(version.name, version.version, "gate", gate)
 
 
+def find_version(root: Path, params: Params, tag: str) -> VersionInfo:
+    """Return what the registry knows of one version.
+
+    Raises:
+        InputError: MLflow cannot be reached, or has no such version.
+    """
+    with _registry(root, params) as client:
+        version = _version(client, tag)
+        aliases = _aliases(client, tag.rpartition(":")[0])
+        bears = tuple(sorted(alias for alias, number in aliases.items() if number == str(version.version)))
+        return _info(client, version, bears)
+
+
+def download_file(root: Path, params: Params, tag: str, name: str, folder: Path) -> Path:
+    """Bring one file of a version's run into `folder`, and return where it lies.
+
+    Args:
+        name: as the run has it: `params.yaml`, `serving.json`, `card/README.md`.
+
+    Raises:
+        InputError: MLflow cannot be reached, or has no such version or file.
+    """
+    with _registry(root, params) as client:
+        version = _version(client, tag)
+        try:
+            return Path(client.download_artifacts(_run(version), name, str(folder)))
+        except OSError as error:
+            raise InputError(f"{name} is not among the files of {tag}: {error}", _LOST) from None
+
+
 def download_adapter(root: Path, params: Params, tag: str, folder: Path) -> Path:
     """Bring a version's adapter from the registry into `folder`, and return where it lies there.
 
