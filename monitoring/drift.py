@@ -1,0 +1,311 @@
+"""Whether a window of traffic differs from the reference, by how much, and how sure that is.
+
+Enters: feature tables of the reference and of a window (`monitoring.columns`). Leaves: for each question
+its columns with effect and p-value. In a window of unchanged traffic any of the three deciding questions
+drifts with a chance of at most `alpha`: sessions and not rows are shuffled, the largest statistic of a
+question is compared with the largest of shuffled traffic, which keeps the correlation between columns
+(Westfall & Young 1993, "Resampling-based multiple testing"), questions share alpha evenly (Bonferroni), and
+what a quiet reference does by itself is taken off (`monitoring.calibration`).
+
+Effects are distances between 0 and 1, over all rows: of a number the largest difference between the shares
+above any value (Kolmogorov-Smirnov), of a category the share that would have to change class (total
+variation), of a flag the difference of the rates, of a vector the Kolmogorov-Smirnov distance along the
+direction in which the two differ most (the witness function of Gretton et al. 2012).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from monitoring.calibration import inflation
+from monitoring.columns import DECIDING, Column, Question
+from monitoring.sketch import OTHER, ColumnPlan, Floats, Plan, Sketch, features, plan, sketch
+from monitoring.two_samples import random_splits, sessions, statistics
+from monitoring.verdicts import ColumnChange, Period, QuestionVerdict
+from stages.common.loop_params import DriftSettings
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+# Fewer than this on either side, and a column is not judged.
+MIN_VALUES = 20
+MIN_SESSIONS = 10
+TAIL = 0.9  # of the shuffled statistics; above it they are taken to fall off exponentially
+NOUNS: dict[Question, str] = {
+    "input": "questions",
+    "output": "answers",
+    "quality": "answers",
+    "service": "requests",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """The usual traffic, summed: what windows are compared with."""
+
+    plan: Plan
+    sketch: Sketch
+
+    @property
+    def period(self) -> Period:
+        """Return from when to when the reference was, and how much it holds."""
+        return period(self.sketch)
+
+
+def period(summed: Sketch) -> Period:
+    """Return from when to when some traffic was: first and last `received_at`, unix s."""
+    return Period(summed.start, summed.end, summed.rows, summed.sessions)
+
+
+def prepare(
+    tables: Callable[[], Iterable[pa.Table]],
+    columns: Sequence[Column],
+    settings: DriftSettings,
+    max_categories: int,
+) -> Baseline:
+    """Return the baseline of a reference.
+
+    Args:
+        tables: gives the reference's tables; called twice, once to find the bins, once to sum.
+
+    Raises:
+        InputError: the reference is empty.
+    """
+    summed_by = plan(tables(), columns, max_categories, settings.blocks, settings.seed)
+    return Baseline(summed_by, sketch(tables(), summed_by))
+
+
+def check(
+    baseline: Baseline, tables: Iterable[pa.Table], settings: DriftSettings
+) -> tuple[QuestionVerdict, ...]:
+    """Return what changed in a window, question by question; `tables` are looked at once."""
+    return compare(baseline, sketch(tables, baseline.plan), settings)
+
+
+def compare(baseline: Baseline, window: Sketch, settings: DriftSettings) -> tuple[QuestionVerdict, ...]:
+    """Return what changed in a window that is summed already."""
+    columns = [each.column for each in baseline.plan.columns]
+    p_values, factors = _p_values(baseline, window, settings)
+    alpha = settings.alpha / len(DECIDING)
+    questions = []
+    for question in dict.fromkeys(column.question for column in columns):
+        places = [place for place, column in enumerate(columns) if column.question == question]
+        changes = sorted(
+            (
+                _change(baseline, window, place, p_values[place], factors[place], alpha, settings.min_effect)
+                for place in places
+            ),
+            key=lambda change: (not change.drifted, change.p_value, -change.effect),
+        )
+        questions.append(
+            QuestionVerdict(
+                question,
+                any(change.drifted for change in changes),
+                min(change.p_value for change in changes),
+                tuple(changes),
+            )
+        )
+    return tuple(questions)
+
+
+def has_drifted(questions: Iterable[QuestionVerdict]) -> bool:
+    """Return whether one of the questions that decide has drifted."""
+    return any(each.drifted for each in questions if each.question in DECIDING)
+
+
+def _p_values(baseline: Baseline, window: Sketch, settings: DriftSettings) -> tuple[Floats, Floats]:
+    """Return p-values and inflation factors, [C] each; a column that cannot be judged has p = 1."""
+    reference, plan_ = baseline.sketch, baseline.plan
+    size = len(plan_.columns)
+    inside, outside = len(window.sums), len(reference.sums)
+    judged = _enough(window) & _enough(reference)
+    p_values, factors = np.ones(size), np.ones(size)
+    if not judged.any():
+        return p_values, factors
+    factors = inflation(
+        sessions(plan_, reference), inside / outside, settings.calibration_windows, settings.seed
+    )
+    pool = sessions(plan_, reference, window)
+    rng = np.random.default_rng([settings.seed, 1])
+    observed = np.arange(inside + outside)[None, :] >= outside
+    shuffled = random_splits(rng, inside + outside, inside, settings.permutations)
+    found = statistics(pool, np.concatenate([observed, shuffled]))
+    found[0] /= factors
+    comparable = _comparable(found)
+    for question in dict.fromkeys(each.column.question for each in plan_.columns):
+        places = [p for p, each in enumerate(plan_.columns) if each.column.question == question and judged[p]]
+        if not places:
+            continue
+        largest = comparable[1:, places].max(axis=1)
+        for place in places:
+            # 1e-6: equal sums added in another order differ in the last digits, and a tie counts as extreme.
+            beyond = np.count_nonzero(largest >= comparable[0, place] - 1e-6)
+            p_values[place] = (1 + beyond) / (1 + settings.permutations)
+    return p_values, factors
+
+
+def _enough(summed: Sketch) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    with_values = np.count_nonzero(summed.counts > 0, axis=0)
+    enough: np.ndarray[tuple[int], np.dtype[np.bool_]] = (summed.values >= MIN_VALUES) & (
+        with_values >= MIN_SESSIONS
+    )
+    return enough
+
+
+def _comparable(found: Floats) -> Floats:
+    """Return the statistics of all columns on one scale, that of surprise.
+
+    The largest of 31 ratios is larger by chance than the one ratio of a flag. Ranks would put them on one
+    scale but end at 1 / permutations, which ten columns share: nothing would ever be sure. So each column
+    is measured in the steps in which its own shuffled tail falls off (peaks over a threshold with an
+    exponential tail: Pickands 1975, Ann. Statist. 3). Whether that fits well decides how evenly columns
+    share the alarms, never how many there are: observed and shuffled are scaled alike.
+    """
+    above = np.quantile(found, TAIL, axis=0)
+    excess = np.where(found > above, found - above, np.nan)
+    counted = ~np.isnan(excess)
+    # The median of an exponential is its mean times ln 2; a strong drift in the observed one cannot move it.
+    steps = np.array(
+        [
+            np.median(excess[counted[:, place], place]) / np.log(2) if counted[:, place].any() else 1.0
+            for place in range(found.shape[1])
+        ]
+    )
+    scaled: Floats = (found - above) / np.maximum(steps, 1e-12)
+    return scaled
+
+
+def _change(
+    baseline: Baseline,
+    window: Sketch,
+    place: int,
+    p_value: float,
+    factor: float,
+    alpha: float,
+    min_effect: float,
+) -> ColumnChange:
+    each = baseline.plan.columns[place]
+    column = each.column
+    reference = baseline.sketch
+    rows = round(window.values[place])
+    if not (window.values[place] and reference.values[place]):
+        where = "window" if reference.values[place] else "reference"
+        told = _Told(0.0, "", "", f"no value in the {where}")
+    else:
+        start = baseline.plan.starts[place]
+        old = reference.totals[start : start + each.size]
+        new = window.totals[start : start + each.size]
+        of = f"of {rows:,} {NOUNS[column.question]}"
+        if column.kind == "number":
+            told = _number(each, old, new, of)
+        elif column.kind == "category":
+            told = _category(each, reference, window, place, old, new, of)
+        elif column.kind == "flag":
+            told = _flag(each, old[0] / reference.values[place], new[0] / window.values[place], of)
+        else:
+            told = _vector(each, reference, window, place, old, new, of)
+    return ColumnChange(
+        column=column.name,
+        kind=column.kind,
+        effect=told.effect,
+        p_value=float(p_value),
+        inflation=float(factor),
+        drifted=bool(p_value <= alpha and told.effect >= min_effect),
+        before=told.before,
+        after=told.after,
+        said=f"{column.name}: {told.said}",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    effect: float
+    before: str
+    after: str
+    said: str
+
+
+def _number(each: ColumnPlan, old: Floats, new: Floats, of: str) -> _Told:
+    above_old = np.cumsum(old[:0:-1])[::-1] / old.sum()
+    above_new = np.cumsum(new[:0:-1])[::-1] / new.sum()
+    if not len(above_old):
+        return _Told(0.0, "", "", "no value in the reference")
+    apart = above_new - above_old
+    largest = int(np.argmax(np.abs(apart)))
+    before, after = (f"median {_amount(_median(each.edges, bins), each.column.unit)}" for bins in (old, new))
+    said = (
+        f"above {_amount(each.edges[largest], each.column.unit)}"
+        f" {_share(above_old[largest])} -> {_share(above_new[largest])} {of}"
+    )
+    return _Told(float(abs(apart[largest])), before, after, said)
+
+
+def _median(edges: Floats, bins: Floats) -> float:
+    """Return the edge that half of the values do not exceed."""
+    place = int(np.searchsorted(np.cumsum(bins), bins.sum() / 2))
+    return float(edges[min(place, len(edges) - 1)])
+
+
+def _category(
+    each: ColumnPlan, reference: Sketch, window: Sketch, place: int, old: Floats, new: Floats, of: str
+) -> _Told:
+    before, after = old / reference.values[place], new / window.values[place]
+    names = [*each.categories, OTHER]
+    # What a person wants to read is the name of the newcomer and not that there is one.
+    others = window.others[each.column.name]
+    first = max(others, key=lambda name: others[name], default=OTHER)
+    if first != OTHER and others[first] > new[-1] / 2:
+        known = reference.others[each.column.name].get(first, 0)
+        names.append(first)
+        before = np.concatenate([before, [known / reference.values[place]]])
+        after = np.concatenate([after, [others[first] / window.values[place]]])
+        before[-2] -= before[-1]
+        after[-2] -= after[-1]
+    apart = after - before
+    most = [int(p) for p in np.argsort(-np.abs(apart), kind="stable")[:2]]
+    shown = [p for p in most if abs(apart[p]) >= max(0.01, abs(apart[most[0]]) / 2)] or most[:1]
+    return _Told(
+        float(np.abs(apart).sum() / 2),
+        ", ".join(f"{names[p]} {_share(before[p])}" for p in shown),
+        ", ".join(f"{names[p]} {_share(after[p])}" for p in shown),
+        ", ".join(f"{names[p]} {_share(before[p])} -> {_share(after[p])}" for p in shown) + f" {of}",
+    )
+
+
+def _flag(each: ColumnPlan, before: float, after: float, of: str) -> _Told:
+    effect = abs(after - before)
+    wrong_way = {"up": after < before, "down": after > before, None: False}[each.column.worse]
+    return _Told(
+        0.0 if wrong_way else float(effect),
+        _share(before),
+        _share(after),
+        f"{_share(before)} -> {_share(after)} {of}",
+    )
+
+
+def _vector(
+    each: ColumnPlan, reference: Sketch, window: Sketch, place: int, old: Floats, new: Floats, of: str
+) -> _Told:
+    witness = (new / window.values[place] - old / reference.values[place]).astype(np.float32)
+    usual = np.sort(features(reference.samples[each.column.name], each.waves) @ witness)
+    now = np.sort(features(window.samples[each.column.name], each.waves) @ witness)
+    both = np.concatenate([usual, now])
+    below = [np.searchsorted(side, both, "right") / len(side) for side in (usual, now)]
+    effect = float(np.abs(below[0] - below[1]).max())
+    said = f"at least {_share(effect)} {of} are worded unlike usual"
+    return _Told(effect, "as usual", f"{_share(effect)} apart", said)
+
+
+def _share(value: float) -> str:
+    percent = 100 * float(value)
+    tenths = f"{percent:.1f}"
+    return f"{percent:.0f} %" if percent >= 9.95 or tenths.endswith("0") else f"{tenths} %"
+
+
+def _amount(value: float, unit: str) -> str:
+    shown = f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
+    return f"{shown} {unit}".rstrip() if unit != "share" else _share(value)
