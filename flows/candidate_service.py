@@ -97,7 +97,7 @@ def make_folder(root: Path, params: Params, candidate: str, champion: str | None
     # First of all: a folder without an owner is one whose making was killed.
     write_json(folder / OWNER, {"run_id": run_id, **_identity(psutil.Process())})
     trial = Challenger(champion, 0.0, "canary") if champion else None
-    versions.take_over(Aliases(candidate, trial), folder / ALIASES)
+    versions.take_over(Aliases(candidate, trial, managed=True), folder / ALIASES)
     write_text(folder / "params.yaml", private_params(params, folder))
     return folder
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import logging
 import random
 import shutil
@@ -24,6 +23,7 @@ from typing import Any
 
 from flows import candidate_service
 from flows.run_lock import FOLDER
+from monitoring.feedback import HELD_OUT, normalised, read_labelled
 from services import parity
 from services.versions import ALIASES, add_pipeline_output, read_aliases, stored
 from stages.common.artifacts import artifacts, missing, read_json, replacing, reports, write_json
@@ -31,11 +31,10 @@ from stages.common.dvc_lock import dvc_hash
 from stages.common.errors import InputError
 from stages.common.metrics import read_json_answer
 from stages.common.params import Params
-from stages.common.records import Message, Row, canonical_json, make_row, read_rows
+from stages.common.records import Row, canonical_json, read_rows
 
 GATE = FOLDER / "gate"
 TESTS = FOLDER / "tests"
-HOLDOUT = FOLDER / "holdout" / "rows.jsonl"
 CARD = reports("model_card") / "README.md"
 # The card's parts that come from evidence; each must be there and say something.
 CARD_SECTIONS = ("Use", "Results", "Limits", "Data", "Bias", "Training", "Lineage")
@@ -156,7 +155,7 @@ def new_test(root: Path, params: Params) -> Questions:
     They may be written as long an answer as users get.
     """
     trained = {normalised(row.question) for row in _training_rows(root)}
-    rows, left_out = _usable(read_holdout(root), params)
+    rows, left_out = _usable(read_labelled(root / HELD_OUT), params)
     kept = [row for row in rows if normalised(row.question) not in trained]
     _count(left_out, "the candidate was trained on the question", len(rows) - len(kept))
     return _drawn(kept, params, params.services.answers.default_max_tokens, left_out)
@@ -174,34 +173,6 @@ def old_test(root: Path, params: Params, champion: str) -> Questions:
     kept = [row for row in rows if row.group not in groups and normalised(row.question) not in questions]
     _count(left_out, "the candidate was trained on the group or question", len(rows) - len(kept))
     return _drawn(kept, params, _answer_limit(root), left_out)
-
-
-def read_holdout(root: Path) -> list[Row]:
-    """Read the held-out labelled rows; none where nobody has given feedback yet.
-
-    Raises:
-        InputError: a line is no row; the file and the line are named.
-    """
-    path = root / HOLDOUT
-    if not path.exists():
-        return []
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            value = json.loads(line)
-            turns = [Message(turn["role"], turn["content"]) for turn in value["messages"]]
-            about = {key: value[key] for key in ("source", "license", "group", "tags", "origin")}
-            rows.append(make_row(turns, **about))
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{path}, line {number} is no row: {error!r}", "remove the file and gather the feedback again"
-            ) from None
-    return rows
-
-
-def normalised(question: str) -> str:
-    """Return a question without what does not change it: capitals, and how its words are spaced."""
-    return " ".join(question.casefold().split())
 
 
 def card_problems(root: Path) -> list[str]:

@@ -26,7 +26,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -223,13 +223,13 @@ def stored_tags(name: str) -> list[str]:
     return [str(model.tag) for model in sorted(models, key=lambda model: model.info.creation_time)]
 
 
-def check_parity(tag: str) -> None:
+def check_parity(tag: str, root: Path = Path()) -> None:
     """Refuse a version that was compared with its trainer and does not answer as it did.
 
     Raises:
         InputError: the verdict of services.parity on this version is that they do not agree.
     """
-    verdict = reports("parity") / f"{tag.rpartition(':')[2]}.json"
+    verdict = root / reports("parity") / f"{tag.rpartition(':')[2]}.json"
     if not verdict.exists():
         return
     found = read_json(verdict)
@@ -294,12 +294,12 @@ def roll_back(path: Path = ALIASES) -> Aliases:
 
 
 def take_over(aliases: Aliases, path: Path = ALIASES) -> None:
-    """Write who is served, as a release decided it; only `flows.release` calls this.
+    """Write who is served, as a release decided it; for production only `flows.release` calls this.
 
     It holds the release's lock, has read the gate's verdict, and knows what stood in the file before.
     """
     with _changing(path):
-        _write(path, replace(aliases, managed=True))
+        _write(path, aliases)
 
 
 def _check_unmanaged(aliases: Aliases, path: Path) -> None:
