@@ -17,7 +17,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint requirements.lock -
 # The event store on PostgreSQL: make serve SERVE_EXTRAS=serve,postgres
 SERVE_EXTRAS := serve
 
-.PHONY: help run serve parity bento test test-slow test-all lint format docs lock up deploy params clean
+.PHONY: help run serve watch retrain demo parity bento test test-slow test-all lint format docs lock up deploy params clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -54,10 +54,19 @@ format: $(VENV)/.dev ## mend what can be mended by machine
 params: $(VENV)/.core ## check params.yaml and nothing else
 	@python -m stages.common.params
 
-up: $(VENV)/.core ## Prefect's server and page, the schedule, and what runs it; Ctrl-C ends all
+up: $(VENV)/.core $(VENV)/.$(SERVE_EXTRAS) ## the service, Prefect, MLflow, Evidently and one page over them; Ctrl-C ends all
 	@python -m flows.up
 
-deploy: $(VENV)/.core ## register the training flow and its schedule on a running server
+watch: $(VENV)/.core ## look at production once; retrain if its traffic has drifted
+	@python -m flows.watch
+
+retrain: $(VENV)/.core $(VENV)/.$(SERVE_EXTRAS) ## train a candidate on what production taught; promote it if it is better
+	@python -m flows.retrain
+
+demo: $(VENV)/.core $(VENV)/.$(SERVE_EXTRAS) ## a day in the life: drift, retraining, gate, canary, promotion (25 minutes)
+	@python -m flows.demo
+
+deploy: $(VENV)/.core ## register the flows and their schedules on a running server
 	@python -m flows.deployments
 
 docs: $(VENV)/.dev ## write the generated pages of docs/ anew
@@ -70,12 +79,13 @@ lock: $(VENV)/.dev ## resolve requirements.lock anew
 	@sed -E -i.bak 's/^(torch==[0-9.]+)\+.*/\1/' requirements.lock && rm requirements.lock.bak
 
 clean: ## remove the environment and everything a run made; data/ and git are left alone
-	@rm -rf $(VENV) artifacts reports checkpoints .perennial dvc.lock .dvc/cache .dvc/tmp *.egg-info
+	@rm -rf $(VENV) reports checkpoints .perennial dvc.lock .dvc/cache .dvc/tmp *.egg-info
+	@find artifacts -mindepth 1 -not -path artifacts/start -not -path artifacts/start/README.md -delete
 
 # A stamp is touched last: an installation that was interrupted is taken up again.
 $(VENV)/.core: pyproject.toml requirements.lock | $(BIN)/python
-	@echo "installing what training needs (a few minutes the first time) …"
-	@$(INSTALL) '.[core]'
+	@echo "installing what training and watching need (a few minutes the first time) …"
+	@$(INSTALL) '.[core,monitor]'
 	@touch $@
 
 $(VENV)/.$(SERVE_EXTRAS): pyproject.toml requirements.lock | $(BIN)/python
@@ -85,7 +95,7 @@ $(VENV)/.$(SERVE_EXTRAS): pyproject.toml requirements.lock | $(BIN)/python
 
 $(VENV)/.dev: pyproject.toml requirements.lock | $(BIN)/python
 	@echo "installing what training, serving and development need (a few minutes the first time) …"
-	@$(INSTALL) '.[core,serve,postgres,dev]'
+	@$(INSTALL) '.[core,serve,postgres,monitor,dev]'
 	@touch $@ $(VENV)/.core $(VENV)/.serve
 
 $(BIN)/python:

@@ -1,7 +1,8 @@
-"""The schedule of the training flow: `python -m flows.deployments` registers it on a running server.
+"""The flows on a Prefect server: `python -m flows.deployments` registers them with their schedules.
 
-The schedule is `flows.training` in params.yaml. Runs that are due are executed by `make up`, or on any
-other machine with this checkout by `python -m flows.deployments --execute`.
+Schedules are those of `flows` in params.yaml; a drift verdict starts a retraining by an event.
+Runs that are due are executed by `make up`, on any other machine with this checkout by
+`python -m flows.deployments --execute`, or by the workers of a work pool (`--pool NAME`).
 """
 
 from __future__ import annotations
@@ -11,42 +12,49 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from flows import console, server
 from stages.common.errors import InputError
-from stages.common.params import TrainingFlow, load_params
+from stages.common.loop_params import Flows
+from stages.common.params import load_params
 
 if TYPE_CHECKING:
     from uuid import UUID
 
     from prefect.deployments.runner import RunnerDeployment
 
-NAME = "scheduled"
+DRIFT_EVENT = "perennial.drift"  # its payload: why, verdict, since
 
 logger = logging.getLogger("flows.deployments")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Register the deployment on a running server; return the exit code."""
+    """Register the flows on a running server; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m flows.deployments",
-        description="Register the training flow and its schedule (params.yaml) on a running Prefect server.",
+        description="Register the flows and their schedules (params.yaml) on a running Prefect server.",
     )
     parser.add_argument(
         "--execute", action="store_true", help="also execute the runs that are due, until Ctrl-C"
     )
+    parser.add_argument(
+        "--pool", metavar="NAME", help="register for this work pool, whose workers execute the runs"
+    )
     options = parser.parse_args(arguments)
+    if options.execute and options.pool:
+        parser.error("--execute and --pool exclude each other: a pool's workers execute what is due")
     console.set_up()
     root = Path.cwd()
     try:
-        settings = load_params(root / "params.yaml").flows.training
+        settings = load_params(root / "params.yaml").flows
         with _running_server(root):
             if options.execute:
                 execute(settings)
             else:
-                register(settings)
+                register(settings, options.pool)
         return 0
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
@@ -55,38 +63,102 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
 
-def register(settings: TrainingFlow) -> UUID:
-    """Register the training flow with its schedule; return the id of the deployment."""
-    deployment_id = cast("UUID", _deployment(settings).apply())
-    logger.info("registered training/%s: %s", NAME, describe(settings))
-    return deployment_id
+@dataclass(frozen=True)
+class Timetable:
+    """When a flow runs: at a cron line, and on an event of Prefect."""
+
+    flow: str
+    name: str
+    does: str
+    cron: str | None
+    timezone: str
+    on_event: str | None = None
+
+    def __str__(self) -> str:
+        when = [f"cron {self.cron} ({self.timezone})"] if self.cron else []
+        when += [f"on {self.on_event}"] if self.on_event else []
+        return " and ".join(when) or "no schedule, by hand only"
 
 
-def execute(settings: TrainingFlow) -> None:
-    """Register the training flow and execute the runs that are due, until a signal comes."""
+def timetables(settings: Flows) -> list[Timetable]:
+    """Return when each flow runs."""
+    training, watch, retrain = settings.training, settings.watch, settings.retrain
+    return [
+        Timetable(
+            "training",
+            "scheduled",
+            "Bring model, evaluation and card up to date.",
+            training.cron,
+            training.timezone,
+        ),
+        Timetable(
+            "watch",
+            "scheduled",
+            "Compare new traffic with the usual, and call for a retraining.",
+            watch.cron,
+            watch.timezone,
+        ),
+        Timetable(
+            "retrain",
+            "on-drift",
+            "Train a candidate on what production taught; promote it if it is better.",
+            retrain.cron,
+            retrain.timezone,
+            DRIFT_EVENT if watch.retrain else None,
+        ),
+        Timetable("release", "by-hand", "Promote, try, roll back, pin: aliases move here only.", None, "UTC"),
+    ]
+
+
+def register(settings: Flows, pool: str | None = None) -> list[UUID]:
+    """Register the flows with their schedules; return the ids of the deployments.
+
+    Args:
+        pool: a work pool whose workers execute the runs; None: `execute` does.
+    """
+    ids = []
+    for timetable in timetables(settings):
+        ids.append(cast("UUID", _deployment(timetable, pool).apply()))
+        logger.info("registered %s/%s: %s", timetable.flow, timetable.name, timetable)
+    return ids
+
+
+def execute(settings: Flows) -> None:
+    """Register the flows and execute the runs that are due, until a signal comes."""
     from prefect import serve
 
-    serve(_deployment(settings), pause_on_shutdown=False, print_starting_message=False)
+    made = [_deployment(timetable, None) for timetable in timetables(settings)]
+    serve(*made, pause_on_shutdown=False, print_starting_message=False)
 
 
-def describe(settings: TrainingFlow) -> str:
-    """Say the schedule in words."""
-    return f"cron {settings.cron} ({settings.timezone})" if settings.cron else "no schedule, by hand only"
+def _deployment(timetable: Timetable, pool: str | None) -> RunnerDeployment:
+    import importlib
 
-
-def _deployment(settings: TrainingFlow) -> RunnerDeployment:
     from prefect.client.schemas.schedules import CronSchedule
+    from prefect.events import DeploymentEventTrigger
     from prefect.types.entrypoint import EntrypointType
 
-    from flows.training_flow import training
-
-    schedule = CronSchedule(cron=settings.cron, timezone=settings.timezone) if settings.cron else None
-    deployment = training.to_deployment(
-        NAME,
-        schedules=[schedule] if schedule else [],
-        description="Bring model, evaluation and card up to date. The schedule is in params.yaml.",
+    flow = getattr(importlib.import_module(f"flows.{timetable.flow}_flow"), timetable.flow)
+    triggers = []
+    if timetable.on_event:
+        payload = {key: f"{{{{ event.payload.{key} }}}}" for key in ("why", "verdict", "since")}
+        triggers = [
+            DeploymentEventTrigger(
+                name=f"{timetable.flow} on drift", expect={timetable.on_event}, parameters=payload
+            )
+        ]
+    where: dict[str, Any] = {}
+    if pool is not None:
+        # A worker's process begins in the checkout, as `make` does: stages and flows are found there.
+        where = {"work_pool_name": pool, "job_variables": {"working_dir": str(Path.cwd())}}
+    deployment = flow.to_deployment(
+        timetable.name,
+        schedules=[CronSchedule(cron=timetable.cron, timezone=timetable.timezone)] if timetable.cron else [],
+        triggers=triggers,
+        description=f"{timetable.does} Its schedule is in params.yaml.",
         # A path would put flows/ first on the import path.
         entrypoint_type=EntrypointType.MODULE_PATH,
+        **where,
     )
     return cast("RunnerDeployment", deployment)
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import signal
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 
-from prefect import flow, runtime
+from prefect import flow, get_run_logger, runtime
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
@@ -21,21 +22,25 @@ from flows import summary
 from flows.pipeline import PipelineResult, run_stages
 from flows.plan import lock_order, sort_lock
 from flows.prepared_run import PreparedRun, prepared
-from stages.common.params import load_params
+from stages.common.artifacts import artifacts
+from stages.common.errors import InputError
+from stages.common.params import Params, load_params
 
 FLUSH_S = 5.0
 
 
 @flow(name="training")
-def training(force: bool = False, until: str | None = None) -> State[PipelineResult]:
+def training(force: bool = False, until: str | None = None, trigger: str = "hand") -> State[PipelineResult]:
     """Bring the model, its evaluation and its card up to date with code, parameters and data.
 
     Args:
         force: run every stage, changed or not.
         until: run this stage and what it needs; None for all stages.
+        trigger: what started it, for the record.
     """
     root = Path.cwd()
-    settings = load_params(root / "params.yaml").flows.training
+    params = load_params(root / "params.yaml")
+    settings = params.flows.training
     with ExitStack() as stack:
         run = stack.enter_context(prepared(root, force=force, until=until, wait=True))
         if runtime.deployment.id:
@@ -46,7 +51,10 @@ def training(force: bool = False, until: str | None = None) -> State[PipelineRes
         before = lock_order(root)
         result = run_stages(run, retries=settings.retries, retry_delay_s=settings.retry_delay_s)
         sort_lock(root, before, run.plan)
-        return _final_state(run, result)
+        state = _final_state(run, result)
+        if state.is_completed() and (result.ran or result.restored):
+            _record(root, params, trigger)
+        return state
 
 
 def flush() -> None:
@@ -58,6 +66,22 @@ def flush() -> None:
 def _rename(name: str) -> None:
     with get_client(sync_client=True) as client:
         client.update_flow_run(runtime.flow_run.id, name=name)
+
+
+def _record(root: Path, params: Params, trigger: str) -> None:
+    """Record the run in MLflow; the model is made, so a registry that cannot be reached is only told."""
+    logger = get_run_logger()
+    if not (root / artifacts("export") / "serving.json").exists():
+        return
+    if find_spec("mlflow") is None:
+        logger.info("not recorded: MLflow is not installed (pip install 'perennial[monitor]')")
+        return
+    from flows.record import record_training
+
+    try:
+        record_training(root, params, trigger)
+    except InputError as error:
+        logger.warning("not recorded: %s\n  later: python -m flows.record", error)
 
 
 def _final_state(run: PreparedRun, result: PipelineResult) -> State[PipelineResult]:
