@@ -84,12 +84,15 @@ def without_password(address: str) -> str:
 
 @contextmanager
 def tracking_errors(address: str) -> Iterator[None]:
-    """Turn what MLflow raises of a store that fails into an error that names it."""
+    """Turn what MLflow, and what is below it, raises of a store that fails into an error that names it."""
+    from alembic.util import CommandError
     from mlflow.exceptions import MlflowException
+    from requests import RequestException
+    from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield
-    except MlflowException as error:
+    except (MlflowException, CommandError, SQLAlchemyError, RequestException) as error:
         raise InputError(f"MLflow at {without_password(address)} failed: {error}", REMEDY) from error
 
 
@@ -109,28 +112,30 @@ def _check(address: str) -> None:
 
     Every call asks, for a process that runs for days meets servers that came and went.
     """
+    if address.startswith(SQLITE):
+        _open_file(Path(address.removeprefix(SQLITE)))
+        return
     try:
-        if address.startswith(SQLITE):
-            _open_file(Path(address.removeprefix(SQLITE)))
-        elif address.startswith("http"):
+        if address.startswith("http"):
             _ask(address)
         else:
             parts = urlsplit(address)
             host, port = parts.hostname or "localhost", parts.port or POSTGRESQL_PORT
             socket.create_connection((host, port), timeout=REACH_TIMEOUT_S).close()
-    except sqlite3.Error as error:
-        raise InputError(
-            f"{address.removeprefix(SQLITE)} cannot be opened as MLflow's database: {error}",
-            "move it away, or mend flows.record.tracking_url in params.yaml",
-        ) from None
     except (OSError, HTTPException) as error:
         raise InputError(f"MLflow does not answer at {without_password(address)}: {error}", REMEDY) from None
 
 
 def _open_file(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with closing(sqlite3.connect(path, timeout=REACH_TIMEOUT_S)) as connection:
-        connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(path, timeout=REACH_TIMEOUT_S)) as connection:
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except (sqlite3.Error, OSError) as error:
+        raise InputError(
+            f"{path} cannot be opened as MLflow's database: {error}",
+            "move away what is there, or mend flows.record.tracking_url in params.yaml",
+        ) from None
 
 
 def _ask(url: str) -> None:
