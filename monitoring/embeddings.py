@@ -152,9 +152,10 @@ def _unit(vectors: Floats) -> Floats:
 
 
 def _embed_minilm(texts: Sequence[str]) -> Floats:
+    folder = _minilm_folder()  # before torch's seconds of importing
     import torch
 
-    tokenizer, model = _minilm(_minilm_folder())
+    tokenizer, model = _minilm(folder)
     vectors = np.zeros((len(texts), MINILM_SIZE), dtype=np.float32)
     order = sorted(range(len(texts)), key=lambda number: len(texts[number]))  # little padding
     for start in range(0, len(order), MINILM_BATCH):
@@ -190,7 +191,9 @@ def _minilm_folder() -> Path:
 def _minilm(folder: Path) -> tuple[Any, Any]:
     set_quiet_environment()
     from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # a bar over a second of loading, in every log
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return tokenizer, AutoModel.from_pretrained(folder, local_files_only=True).eval()
 

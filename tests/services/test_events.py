@@ -21,6 +21,7 @@ from services.events import (
     Exchange,
     Feedback,
     StoreUnavailable,
+    count_exchanges,
     export_window,
     metadata,
     open_store,
@@ -28,6 +29,7 @@ from services.events import (
     read_exchanges,
     read_feedback,
     read_joined,
+    read_times,
 )
 from stages.common.errors import InputError
 
@@ -741,3 +743,16 @@ def test_the_command_says_what_is_wrong_with_a_store(sqlite_url):
     done = command("prune", "--older-than-days", "90", "--url", sqlite_url)
     assert done.returncode == 1
     assert done.stderr.startswith("error: there is no event store at")
+
+
+def test_times_are_those_of_one_version_in_one_role(url, monkeypatch):
+    monkeypatch.setattr(events, "PAGE_TIMES", 2)  # several pages, and a time that two of them share
+    with opened(url) as store:
+        answered = [exchange(number) for number in range(5)]
+        same_time = replace(exchange(9), received_at=1001.0)
+        others = exchange(6, version="another"), exchange(7, role="shadow")
+        assert record(store, *answered, same_time, *others) == [None] * 8
+        times = list(read_times(url, 1000.0, 1004.0, EXCHANGE.version, "champion"))
+        assert times == [1000.0, 1001.0, 1001.0, 1002.0, 1003.0]
+        assert count_exchanges(url, 1000.0, 1004.0, EXCHANGE.version, "champion") == 5
+        assert count_exchanges(url, 1000.0, 1004.0, "nobody's", "champion") == 0
