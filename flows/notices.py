@@ -37,6 +37,8 @@ def _load(slug: str) -> Any:
     from prefect.blocks.abstract import NotificationBlock
     from prefect.blocks.core import Block
 
+    import flows.mail_block  # noqa: F401  (makes its type known)
+
     block = Block.load(slug)
     if not isinstance(block, NotificationBlock):
         raise TypeError(f"{slug} is no notification block")
