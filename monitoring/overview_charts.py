@@ -12,10 +12,15 @@ from html import escape
 from itertools import pairwise
 from typing import Any
 
+from monitoring.overview_status import changed_to, is_change
+
 HEIGHT = 150  # of a plot, px
 MARKS = 26  # of the row of verdicts, px
 LEAST_THUMBS = 3  # fewer in a bin say nothing
 Bin = dict[str, Any]
+GRID = "".join(
+    f'<line class="grid" x1="0" x2="100%" y1="{y}" y2="{y}"/>' for y in (0.5, HEIGHT / 2, HEIGHT - 0.5)
+)
 
 
 def chart(
@@ -51,8 +56,8 @@ def _champion_changes(
 ) -> Iterator[tuple[float, str]]:
     for release in releases:
         at = release.get("at")
-        if release.get("action") in ("promote", "roll_back") and at is not None and start <= at <= end:
-            yield float(at), str(release.get("tag") or "")
+        if is_change(release) and at is not None and start <= at <= end:
+            yield float(at), str(changed_to(release) or "another version")
 
 
 def _marks(
@@ -87,7 +92,7 @@ def _marks(
 def _requests(rows: Sequence[Bin], place: Callable[[float], float], lines: str) -> str:
     most = max(1, *(row["requests"] for row in rows))
     top = _round_up(most)
-    parts = [_grid(((0.5, f"{top / 2:g}"), (1.0, f"{top:,}")))]
+    parts = [GRID]
     for row in rows:
         x, width = place(row["start"]), max(0.2, 0.86 * (place(row["end"]) - place(row["start"])))
         height = (HEIGHT - 1) * row["requests"] / top
@@ -107,7 +112,8 @@ def _requests(rows: Sequence[Bin], place: Callable[[float], float], lines: str) 
     total = sum(row["requests"] for row in rows)
     failed = sum(row["failed"] for row in rows)
     label = f"Requests over time: {total:,} in all, at most {most:,} in one bar, {failed:,} failed"
-    return _svg("plot", HEIGHT, label, "".join(parts) + lines)
+    levels = _levels(f"{top:,}", f"{top // 2:,}")
+    return levels + _svg("plot", HEIGHT, label, "".join(parts) + lines)
 
 
 def _quality(rows: Sequence[Bin], place: Callable[[float], float], lines: str) -> str:
@@ -118,7 +124,7 @@ def _quality(rows: Sequence[Bin], place: Callable[[float], float], lines: str) -
         thumbs = row["thumbs_up"] + row["thumbs_down"]
         return row["thumbs_up"] / thumbs if thumbs >= LEAST_THUMBS else None
 
-    parts = [_grid(((0.5, "50 %"), (1.0, "100 %")))]
+    parts = [GRID]
     said = []
     for name, word, share in (("valid", "valid answers", valid), ("liked", "thumbs up", liked)):
         points = [
@@ -130,12 +136,12 @@ def _quality(rows: Sequence[Bin], place: Callable[[float], float], lines: str) -
         if points:
             said.append(f"{word} {points[0][1]:.0%} at first, {points[-1][1]:.0%} at last")
     label = "Quality over time: " + ("; ".join(said) or "nothing known yet")
-    return _svg("plot", HEIGHT, label, "".join(parts) + lines)
+    return _levels("100 %", "50 %") + _svg("plot", HEIGHT, label, "".join(parts) + lines)
 
 
 def _line(name: str, word: str, points: Sequence[tuple[float, float, Bin]]) -> Iterator[str]:
     def height(value: float) -> float:
-        return 4 + (HEIGHT - 8) * (1 - value)
+        return 1 + (HEIGHT - 2) * (1 - value)
 
     for (x1, y1, _), (x2, y2, _) in pairwise(points):
         yield (
@@ -150,13 +156,11 @@ def _line(name: str, word: str, points: Sequence[tuple[float, float, Bin]]) -> I
             yield f'<text class="{name}" x="{x:.2f}%" y="{height(y) + 3.5:.1f}">■{title}</text>'
 
 
-def _grid(levels: Sequence[tuple[float, str]]) -> str:
-    parts = [f'<line class="grid" x1="0" x2="100%" y1="{HEIGHT - 0.5}" y2="{HEIGHT - 0.5}"/>']
-    for share, word in levels:
-        y = max(0.5, HEIGHT * (1 - share))
-        parts.append(f'<line class="grid" x1="0" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="level" x="0" y="{y + 12:.1f}">{word}</text>')
-    return "".join(parts)
+def _levels(top: str, middle: str) -> str:
+    """Return what the lines of the grid stand for, in a column of its own."""
+    places = ((9, top), (HEIGHT // 2 + 4, middle), (HEIGHT, "0"))
+    texts = "".join(f'<text x="100%" y="{y}">{word}</text>' for y, word in places)
+    return f'<svg class="levels" width="100%" height="{HEIGHT}" aria-hidden="true">{texts}</svg>'
 
 
 def _axis(start: float, end: float) -> str:

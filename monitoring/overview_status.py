@@ -62,7 +62,7 @@ def look(root: Path, params: Params, counted: Counted, now: float | None = None)
     status: dict[str, Any] = {
         "now": now,
         "model": _model(root, verdicts, releases, troubles),
-        "verdict": asdict(verdicts[-1]) | {"said": verdicts[-1].said} if verdicts else None,
+        "verdict": _whole(root, verdicts[-1]) if verdicts else None,
         "verdicts": [_short(verdict) for verdict in verdicts[-MAX_WINDOWS:]],
         "flows": _flows(root, params),
         "retraining": _retraining(root, troubles),
@@ -84,7 +84,7 @@ def _model(
         (
             release.get("at")
             for release in reversed(releases)
-            if _action(release) in ("promote", "roll_back") and _tag(release) == champion
+            if is_change(release) and changed_to(release) == champion
         ),
         None,
     )
@@ -116,7 +116,13 @@ def _action(release: dict[str, Any]) -> str:
     return str(release.get("action", ""))
 
 
-def _tag(release: dict[str, Any]) -> str | None:
+def is_change(release: dict[str, Any]) -> bool:
+    """Tell whether a release made another version champion, and was not undone."""
+    return _action(release) in ("promote", "roll_back") and release.get("outcome", "done") == "done"
+
+
+def changed_to(release: dict[str, Any]) -> str | None:
+    """Return the champion after a release."""
     return release.get("champion") or release.get("tag")
 
 
@@ -132,6 +138,11 @@ def _verdicts(root: Path, counted: Counted, troubles: list[str]) -> list[Verdict
             found[window] = known if known and known[0] == changed else (changed, read_verdict(root, window))
     counted.verdicts = found
     return sorted((verdict for _, verdict in found.values()), key=lambda one: (one.window.end, one.id))
+
+
+def _whole(root: Path, verdict: Verdict) -> dict[str, Any]:
+    report = root / WATCH / verdict.id / "report.html"
+    return asdict(verdict) | {"said": verdict.said, "has_report": report.exists()}
 
 
 def _short(verdict: Verdict) -> dict[str, Any]:
@@ -198,7 +209,7 @@ def _programs(root: Path, params: Params, troubles: list[str]) -> list[dict[str,
     for name, page in known.items():
         if name not in there:
             up = _answers(page)
-            why = "" if up else "make up starts it" if not programs else "does not answer"
+            why = "" if up else "does not answer" if there else "make up starts it"
             programs.append({"name": name, "state": "up" if up else "down", "page": page, "why": why})
     return programs
 
@@ -287,14 +298,12 @@ def _traffic(root: Path, params: Params, counted: Counted, troubles: list[str]) 
         if counted.step_s != step_s:
             counted.step_s, counted.bins = step_s, {}
         fresh = set(edges[-1 - FRESH_BINS : -1])
+        wanted = [start for start in reversed(edges[:-1]) if start in fresh or start not in counted.bins]
         deadline = time.monotonic() + COUNT_WITHIN_S
-        for start in reversed(edges[:-1]):
-            if start in counted.bins and start not in fresh:
-                continue
+        for one in count_traffic(url, ((start, start + step_s) for start in wanted)):
+            counted.bins[one.start] = asdict(one)
             if time.monotonic() > deadline:
                 break
-            (one,) = count_traffic(url, (start, start + step_s))
-            counted.bins[start] = asdict(one)
     except InputError as error:
         troubles.append(f"the event store: {error.what}")
         return None

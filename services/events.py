@@ -19,11 +19,11 @@ import threading
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
-from itertools import groupby, pairwise
+from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -633,8 +633,8 @@ class Traffic:
     versions: dict[str, int]
 
 
-def count_traffic(url: str, edges: Sequence[float]) -> Iterator[Traffic]:
-    """Yield the counts between each two neighbours of `edges` (unix s), one query each; no texts are read.
+def count_traffic(url: str, spans: Iterable[tuple[float, float]]) -> Iterator[Traffic]:
+    """Yield the counts of each [start, end) (unix s), as it is asked for; no texts are read.
 
     Raises:
         InputError: as `read_exchanges`.
@@ -656,7 +656,7 @@ def count_traffic(url: str, edges: Sequence[float]) -> Iterator[Traffic]:
         func.count(feedback.c.correction),
     )
     with _opened(url) as engine, engine.connect() as connection:
-        for start, end in pairwise(edges):
+        for start, end in spans:
             rows = connection.execute(wanted.where(at >= start, at < end)).all()
             told = connection.execute(said.where(given >= start, given < end)).one()
             connection.rollback()  # a long transaction would keep SQLite's log from being used again
