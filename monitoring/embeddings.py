@@ -35,6 +35,7 @@ HASH_BITS = 44  # kept of an n-gram's hash beside the number of its text
 MINILM_BATCH = 64
 MINILM_MAX_TOKENS = 256  # what the model was made for
 MINILM_SIZE = 384
+MINILM_REMEMBERED = 50_000  # texts whose vectors are kept: some 30 MB of short ones
 
 
 def embed(texts: Sequence[str], kind: Embedder) -> Floats:
@@ -48,7 +49,7 @@ def embed(texts: Sequence[str], kind: Embedder) -> Floats:
     numbers: dict[str, int] = {}
     places = [numbers.setdefault(text[:MAX_CHARS], len(numbers)) for text in texts]
     unique = list(numbers)
-    vectors = _embed_ngrams(unique) if kind == "ngrams" else _embed_minilm(unique)
+    vectors = _embed_ngrams(unique) if kind == "ngrams" else _remembered_minilm(unique)
     return vectors[np.asarray(places, dtype=np.intp)]
 
 
@@ -149,6 +150,20 @@ def _mixed(values: Hashes) -> Hashes:
 def _unit(vectors: Floats) -> Floats:
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.asarray(vectors / np.maximum(lengths, np.float32(1e-12)), dtype=np.float32)
+
+
+def _remembered_minilm(texts: Sequence[str]) -> Floats:
+    """Embed what is new: it takes milliseconds a text, and the reference is read for every window."""
+    new = [text for text in texts if text not in _REMEMBERED]
+    found = {text: _REMEMBERED[text] for text in texts if text in _REMEMBERED}
+    found |= zip(new, _embed_minilm(new), strict=True)
+    if len(_REMEMBERED) + len(new) > MINILM_REMEMBERED:
+        _REMEMBERED.clear()
+    _REMEMBERED.update((text, found[text]) for text in new)
+    return np.array([found[text] for text in texts], dtype=np.float32).reshape(-1, VECTOR_SIZE)
+
+
+_REMEMBERED: dict[str, Floats] = {}
 
 
 def _embed_minilm(texts: Sequence[str]) -> Floats:

@@ -161,8 +161,11 @@ def late_rows(url: str, window: Window, tag: str, counted: int | None = None) ->
     return max(0, now - (window.rows if counted is None else counted))
 
 
-def read_window(url: str, window: Window, tag: str) -> Iterator[Page]:
+def read_window(url: str, window: Window, tag: str, role: str = WATCHED_ROLE) -> Iterator[Page]:
     """Yield a window's watched exchanges with the feedback on them, in order; memory is bounded.
+
+    Args:
+        role: another one than the champion's, to look at a challenger's in the same way.
 
     Raises:
         InputError: the store cannot be read.
@@ -172,9 +175,7 @@ def read_window(url: str, window: Window, tag: str) -> Iterator[Page]:
     version = version_of(tag)
     at_the_last_time: tuple[float, set[tuple[Any, ...]]] = (-math.inf, set())
     for batch in read_joined(url, window.start, window.end):
-        watched = batch.filter(
-            pc.and_(pc.equal(batch["version"], version), pc.equal(batch["role"], WATCHED_ROLE))
-        )
+        watched = batch.filter(pc.and_(pc.equal(batch["version"], version), pc.equal(batch["role"], role)))
         set_aside: list[SetAside] = []
         keep: list[bool] = []
         for row in watched.select(_CHECKED).to_pylist():

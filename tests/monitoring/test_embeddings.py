@@ -77,3 +77,5 @@ def test_minilm_knows_what_means_the_same():
     assert np.linalg.norm(vectors[:3], axis=1) == pytest.approx(1.0)
     assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2] + 0.3
     assert not vectors[3].any()
+    again = embed(["turn on the light", "a new text", "turn on the light"], "minilm")  # known, new, known
+    assert again[[0, 2]] == pytest.approx(vectors[[1, 1]], abs=1e-5)

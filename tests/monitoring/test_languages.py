@@ -33,7 +33,9 @@ def test_a_long_text_is_told_by_its_beginning():
 
 def test_the_missing_package_is_named_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "py3langid.langid", None)
-    languages._identifier.cache_clear()
+    monkeypatch.setattr(
+        languages, "_identifier", languages._identifier.__wrapped__
+    )  # not the one loaded above
     with pytest.raises(InputError, match="py3langid") as error:
         language("a text that nobody has classified before")
     assert "pip install '.[monitor]'" in error.value.remedy

@@ -100,7 +100,7 @@ def shared_url(tmp_path_factory):
     return stored(f"sqlite:///{tmp_path_factory.mktemp('store')}/events.db")
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     times=st.lists(st.integers(0, 12), min_size=1, max_size=25).map(sorted),
     length=st.integers(1, 5),
@@ -172,6 +172,8 @@ def test_only_what_the_champion_answered_is_watched_with_its_errors_and_refusals
     )
     assert ids(url, ALL) == ["r00000", "r00004", "r00005"]
     assert cut(url, by_count(3))[0].rows == 3
+    (page,) = read_window(url, ALL, TAG, role="challenger")
+    assert page.batch["request_id"].to_pylist() == ["r00002"]
 
 
 def test_exchanges_come_with_the_feedback_on_them(url):
