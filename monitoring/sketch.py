@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
 Singles = NDArray[np.float32]
 Places = NDArray[np.int64]
+Keys = NDArray[np.uint64]
 
 OTHER = "(other)"
 
@@ -42,6 +44,7 @@ MIN_CLASS_SESSIONS = 5
 MAX_NAMES = 1000  # classes that are counted by name outside the bins, to say what "(other)" was
 MAX_PLAN_VALUES = 40_000  # of a number column, to find its quantiles
 SAMPLE_ROWS = 1000  # vectors kept, to say how far apart they lie
+ANCHORS = 400  # rows of the reference that novelty is measured from
 RANDOM_FEATURES = 64  # pairs of cosine and sine
 
 
@@ -53,12 +56,16 @@ class ColumnPlan:
         edges: of a number: bin i holds the values above i edges.
         categories: of a category: those with a bin of their own; one more bin for all others.
         waves: of a vector, [VECTOR_SIZE, RANDOM_FEATURES]: frequencies of its random Fourier features.
+        source, anchors: of a novelty, the vector column it is made from, and [rows, VECTOR_SIZE] of the
+            reference: a row is as novel as it is far from the nearest of them.
     """
 
     column: Column
-    edges: Floats
-    categories: tuple[str, ...]
-    waves: Singles
+    edges: Floats = field(default_factory=lambda: np.empty(0))
+    categories: tuple[str, ...] = ()
+    waves: Singles = field(default_factory=lambda: np.empty((0, 0), dtype=np.float32))
+    source: str = ""
+    anchors: Singles = field(default_factory=lambda: np.empty((0, VECTOR_SIZE), dtype=np.float32))
 
     @property
     def size(self) -> int:
@@ -94,7 +101,8 @@ class Sketch:
         totals, values: [J] sums and [C] values that are there, over all rows.
         sums, counts: [K, J] and [K, C] the same by session kept, sessions in order of their first row.
         session_rows: [K] rows.
-        samples: of each vector column some rows, [at most SAMPLE_ROWS, VECTOR_SIZE].
+        halves: [K] to which of two halves a session belongs: one finds a direction, the other measures.
+        samples: of each vector column some rows, [at most SAMPLE_ROWS, VECTOR_SIZE], and their halves.
         others: of each category column the classes without a bin, and how often they came.
     """
 
@@ -107,7 +115,8 @@ class Sketch:
     sums: Singles
     counts: Singles
     session_rows: Floats
-    samples: dict[str, Singles]
+    halves: Bools
+    samples: dict[str, tuple[Singles, Bools]]
     others: dict[str, dict[str, int]]
 
 
@@ -123,39 +132,18 @@ def plan(
     Raises:
         InputError: the reference has no rows.
     """
-    numbers: dict[str, _Thinned] = {column.name: _Thinned() for column in columns if column.kind == "number"}
-    classes: dict[str, _Classes] = {
-        column.name: _Classes() for column in columns if column.kind == "category"
-    }
-    vectors: dict[str, _RowSample] = {
-        column.name: _RowSample(seed) for column in columns if column.kind == "vector"
-    }
+    seen = {column.name: _Seen(column, seed) for column in columns}
     rows = 0
     for table in tables:
         rows += table.num_rows
-        sessions = table.column("session").to_numpy(zero_copy_only=False)
-        for name, thinned in numbers.items():
-            values = _numbers(table, name)
-            thinned.add(values[~np.isnan(values)])
-        for name, seen in classes.items():
-            seen.add(table.column(name).to_numpy(zero_copy_only=False), sessions)
-        for name, sample in vectors.items():
-            sample.add(_vectors(table, name)[0])
+        if table.num_rows:
+            names, codes = _coded_sessions(table)
+            keys = np.array([_key(name) for name in names], dtype=np.uint64)
+            for each in seen.values():
+                each.add(table, np.array(names, dtype=object)[codes], _aside(keys)[codes])
     if not rows:
         raise InputError("the reference has no rows", "watch again when the champion has answered more")
-    planned = []
-    for column in columns:
-        edges, waves = np.empty(0), np.empty((0, 0), dtype=np.float32)
-        categories: tuple[str, ...] = ()
-        if column.kind == "number" and len(values := numbers[column.name].values()):
-            edges = np.unique(np.quantile(values, QUANTILES, method="inverted_cdf"))
-            # Most conversations have one turn: that edge has nothing below it. One more shows what falls.
-            edges = np.concatenate([[np.nextafter(edges[0], -np.inf)], edges])
-        elif column.kind == "category":
-            categories = classes[column.name].common(max_categories)
-        elif column.kind == "vector":
-            waves = _waves(vectors[column.name].rows(), seed)
-        planned.append(ColumnPlan(column, edges, categories, waves))
+    planned = [each for column in columns for each in seen[column.name].planned(max_categories, seed)]
     return Plan(tuple(planned), max_sessions, seed)
 
 
@@ -197,13 +185,91 @@ def _numbers(table: pa.Table, name: str) -> Floats:
     return np.where(np.isfinite(values), values, np.nan)
 
 
-def _vectors(table: pa.Table, name: str) -> tuple[Singles, NDArray[np.bool_]]:
+def _vectors(table: pa.Table, name: str) -> tuple[Singles, Bools]:
     """Return the vectors that are there, [values, VECTOR_SIZE], and which rows have one."""
     chunk = table.column(name).combine_chunks()
     there = np.asarray(chunk.is_valid())
     # `flatten` leaves out what lies under nulls.
     flat = chunk.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
     return flat.reshape(-1, VECTOR_SIZE), there
+
+
+def _key(session: str) -> int:
+    return int.from_bytes(blake2b(session.encode("utf-8", "replace"), digest_size=8).digest(), "big")
+
+
+def _half(keys: Keys) -> Bools:
+    return (keys & np.uint64(1)) == 1
+
+
+def _aside(keys: Keys) -> Bools:
+    """Return which sessions give the anchors of novelty, a quarter; they have no novelty themselves.
+
+    Nor have those of the window: a session is near to itself, and a user of the reference comes back.
+    """
+    return ((keys >> np.uint64(1)) & np.uint64(3)) == 0
+
+
+def _coded_sessions(table: pa.Table) -> tuple[list[str], Places]:
+    coded = table.column("session").combine_chunks().dictionary_encode()
+    return coded.dictionary.to_pylist(), coded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def _novelty(vectors: Singles, anchors: Singles) -> Floats:
+    """Return 1 - the cosine to the nearest anchor, for vectors of length 1."""
+    nearest: Floats = 1.0 - (vectors @ anchors.T).max(axis=1).astype(np.float64)
+    return nearest
+
+
+class _Seen:
+    """What a first look at a column of the reference gathers."""
+
+    def __init__(self, column: Column, seed: int) -> None:
+        self._column = column
+        self._values, self._classes = _Thinned(), _Classes()
+        self._usual, self._anchors = _RowSample(seed), _RowSample(seed + 1)
+
+    def add(self, table: pa.Table, sessions: NDArray[Any], aside: Bools) -> None:
+        name, kind = self._column.name, self._column.kind
+        if kind == "number":
+            values = _numbers(table, name)
+            self._values.add(values[~np.isnan(values)])
+        elif kind == "category":
+            self._classes.add(table.column(name).to_numpy(zero_copy_only=False), sessions)
+        elif kind == "vector":
+            vectors, there = _vectors(table, name)
+            self._anchors.add(vectors[aside[there]])
+            self._usual.add(vectors[~aside[there]])
+
+    def planned(self, max_categories: int, seed: int) -> Iterator[ColumnPlan]:
+        column = self._column
+        if column.kind == "number":
+            yield ColumnPlan(column, edges=_edges(self._values.values()))
+        elif column.kind == "category":
+            yield ColumnPlan(column, categories=self._classes.common(max_categories))
+        elif column.kind == "flag":
+            yield ColumnPlan(column)
+        else:
+            usual, anchors = self._usual.rows(), self._anchors.rows()[:ANCHORS]
+            yield ColumnPlan(column, waves=_waves(usual, seed))
+            novelty = Column(
+                column.name.removesuffix("_vector") + "_novelty",
+                column.question,
+                "number",
+                None,
+                "",
+                f"how far from anything usual: {column.meaning}",
+            )
+            values = _novelty(usual, anchors) if len(usual) and len(anchors) else np.empty(0)
+            yield ColumnPlan(novelty, edges=_edges(values), source=column.name, anchors=anchors)
+
+
+def _edges(values: Floats) -> Floats:
+    if not len(values):
+        return np.empty(0)
+    edges = np.unique(np.quantile(values, QUANTILES, method="inverted_cdf"))
+    # Most conversations have one turn: that edge has nothing below it. One more shows what falls.
+    return np.concatenate([[np.nextafter(edges[0], -np.inf)], edges])
 
 
 class _Thinned:
@@ -261,20 +327,27 @@ class _RowSample:
         self._random = np.random.default_rng([seed, SAMPLE_ROWS])
         self._keys = np.empty(0)
         self._rows = np.empty((0, VECTOR_SIZE), dtype=np.float32)
+        self._halves = np.empty(0, dtype=np.bool_)
 
-    def add(self, rows: Singles) -> None:
+    def add(self, rows: Singles, halves: Bools | None = None) -> None:
         keys = self._random.random(len(rows))
+        halves = np.zeros(len(rows), dtype=np.bool_) if halves is None else halves
         if len(self._keys) == SAMPLE_ROWS:
             better = keys < self._keys.max()
-            keys, rows = keys[better], rows[better]
+            keys, rows, halves = keys[better], rows[better], halves[better]
         self._keys = np.concatenate([self._keys, keys])
         self._rows = np.concatenate([self._rows, rows])
+        self._halves = np.concatenate([self._halves, halves])
         if len(self._keys) > SAMPLE_ROWS:
             smallest = np.argpartition(self._keys, SAMPLE_ROWS)[:SAMPLE_ROWS]
             self._keys, self._rows = self._keys[smallest], self._rows[smallest]
+            self._halves = self._halves[smallest]
 
     def rows(self) -> Singles:
         return self._rows
+
+    def halves(self) -> Bools:
+        return self._halves
 
 
 @dataclass(slots=True)
@@ -287,9 +360,8 @@ class _Sessions:
     heap: list[int] = field(default_factory=list)
     full: bool = False
 
-    def line(self, session: str) -> tuple[int, bool]:
+    def line(self, key: int) -> tuple[int, bool]:
         """Return the line of a session, -1 if it is not kept, and whether the line must be emptied first."""
-        key = int.from_bytes(blake2b(session.encode("utf-8", "replace"), digest_size=8).digest(), "big")
         line = self.lines.get(key)
         if line is not None:
             return line, False
@@ -335,17 +407,19 @@ class _Adder:
         times = table.column("received_at").to_numpy()
         self._start, self._end = min(self._start, times.min()), max(self._end, times.max())
         self._all_rows += table.num_rows
-        lines = self._lines(table)
+        names, codes = _coded_sessions(table)
+        keys = np.array([_key(name) for name in names], dtype=np.uint64)
+        lines = self._lines(keys)[codes]
+        halves, aside = _half(keys)[codes], _aside(keys)[codes]
         kept = lines >= 0
         np.add.at(self._rows, lines[kept], 1.0)
         np.minimum.at(self._began, lines[kept], times[kept])
         for place, each in enumerate(self._plan.columns):
-            start = self._starts[place]
+            start, stop = self._starts[place], self._starts[place + 1]
             if each.column.kind == "vector":
                 vectors, there = _vectors(table, each.column.name)
-                self._samples[each.column.name].add(vectors)
+                self._samples[each.column.name].add(vectors, halves[there])
                 summed = features(vectors, each.waves)
-                stop = self._starts[place + 1]
                 self._totals[start:stop] += summed.sum(axis=0, dtype=np.float64)
                 inside = lines[there] >= 0
                 _add_rows(self._sums[:, start:stop], lines[there][inside], summed[inside])
@@ -356,16 +430,23 @@ class _Adder:
                 inside = there & kept
                 np.add.at(self._sums[:, start], lines[inside], flags[inside].astype(np.float32))
             else:
-                bins, there = self._bins(table, each)
-                self._totals[start : start + each.size] += np.bincount(bins[there], minlength=each.size)
+                bins, there = self._bins(table, each, aside)
+                self._totals[start:stop] += np.bincount(bins[there], minlength=each.size)
                 inside = there & kept
                 np.add.at(self._sums, (lines[inside], start + bins[inside]), np.float32(1.0))
             self._values[place] += np.count_nonzero(there)
             np.add.at(self._counts[:, place], lines[there & kept], np.float32(1.0))
 
-    def _bins(self, table: pa.Table, each: ColumnPlan) -> tuple[Places, NDArray[np.bool_]]:
+    def _bins(self, table: pa.Table, each: ColumnPlan, aside: Bools) -> tuple[Places, Bools]:
         if each.column.kind == "number":
-            numbers = _numbers(table, each.column.name)
+            if each.source:
+                numbers = np.full(table.num_rows, np.nan)
+                vectors, known_vector = _vectors(table, each.source)
+                if len(each.anchors):
+                    numbers[known_vector] = _novelty(vectors, each.anchors)
+                numbers[aside] = np.nan
+            else:
+                numbers = _numbers(table, each.column.name)
             there = ~np.isnan(numbers)
             return np.searchsorted(each.edges, np.where(there, numbers, 0.0), side="left"), there
         coded = table.column(each.column.name).combine_chunks().dictionary_encode()
@@ -383,13 +464,11 @@ class _Adder:
             self._others[each.column.name] = Counter(dict(others.most_common(MAX_NAMES)))
         return places[codes], there
 
-    def _lines(self, table: pa.Table) -> Places:
-        """Return the line of each row's session, -1 where the session is not kept."""
-        coded = table.column("session").combine_chunks().dictionary_encode()
-        names = coded.dictionary.to_pylist()
-        lines = np.empty(len(names), dtype=np.int64)
-        for place, name in enumerate(names):
-            line, emptied = self._sessions.line(name)
+    def _lines(self, keys: Keys) -> Places:
+        """Return the line of each session of a table, -1 where it is not kept."""
+        lines = np.empty(len(keys), dtype=np.int64)
+        for place, key in enumerate(keys.tolist()):
+            line, emptied = self._sessions.line(key)
             lines[place] = line
             if line >= len(self._rows):
                 self._grow()
@@ -398,8 +477,7 @@ class _Adder:
                 lines[:place][lines[:place] == line] = -1
                 self._sums[line], self._counts[line] = 0.0, 0.0
                 self._rows[line], self._began[line] = 0.0, np.inf
-        places: Places = lines[coded.indices.to_numpy(zero_copy_only=False)]
-        return places
+        return lines
 
     def _grow(self) -> None:
         more = min(len(self._rows), self._plan.max_sessions - len(self._rows))
@@ -424,7 +502,8 @@ class _Adder:
             sums=self._sums[order],
             counts=self._counts[order],
             session_rows=self._rows[order],
-            samples={name: sample.rows() for name, sample in self._samples.items()},
+            halves=_half(keys[order]),
+            samples={name: (sample.rows(), sample.halves()) for name, sample in self._samples.items()},
             others={name: dict(counter.most_common(MAX_NAMES)) for name, counter in self._others.items()},
         )
 
