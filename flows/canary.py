@@ -244,15 +244,20 @@ def judge_canary(
         quota = math.ceil(LOOKS[number] * needed)
         if len(new) < quota or now < new[quota - 1].at + settle_s:
             break
-        seen_until = new[quota - 1].at + settle_s
-        before = _compared_with(kind, old, new[:quota], seen_until)
         last = number + 1 == len(LOOKS)
-        if len(before) < MIN_OTHER:
-            if not last or kind == "canary":
+        ours, seen_until = new[:quota], new[quota - 1].at + settle_s
+        theirs = _compared_with(kind, old, ours, seen_until)
+        if len(theirs) < MIN_OTHER and last and kind == "canary":
+            # Nearly everybody is on trial: the champion's requests are waited for, too.
+            ours, theirs, seen_until = new, old, now
+        if len(theirs) < MIN_OTHER:
+            if not last:
+                continue
+            if kind == "canary":
                 break
-            said = f"{other} answered {len(before)} requests: nothing to compare with"
+            said = f"{other} answered {len(theirs)} requests: nothing to compare with"
             return replace(blank, state="good", looks=len(LOOKS), said=said)
-        criteria = _compare(kind, new[:quota], before, seen_until, SPENT[number] * settings.alpha)
+        criteria = _compare(kind, ours, theirs, seen_until, SPENT[number] * settings.alpha)
         worse = [criterion.said for criterion in criteria if not criterion.passed]
         state: State = "bad" if worse else "good" if last else "wait"
         said = f"after {quota} requests: {'; '.join(worse)}" if worse else _all_well(quota, other, last)
