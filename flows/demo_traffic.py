@@ -451,8 +451,7 @@ async def _replay(
                 return
             moods = random.Random(visit.session)  # not shared: answers come in any order
             for request in visit.requests:
-                await _ask(client, visit, request, habits, moods, max_tokens, tally)
-                progress()
+                await _ask(client, visit, request, habits, moods, max_tokens, tally, progress)
 
     async with (
         httpx.AsyncClient(base_url=url, headers=headers, timeout=TIMEOUT_S) as client,
@@ -470,6 +469,7 @@ async def _ask(
     moods: random.Random,
     max_tokens: int,
     tally: _Tally,
+    progress: Callable[[], None],
 ) -> None:
     body = {
         "messages": [{"role": "user", "content": request.text}],
@@ -480,6 +480,7 @@ async def _ask(
     mood = moods.random()
     answer = await _post(client, "/v1/chat/completions", body, tally)
     tally.asked += 1
+    progress()
     if answer is None:
         return
     right = is_right(answer["choices"][0]["message"]["content"], request.label)
@@ -519,4 +520,4 @@ def is_right(text: str, label: str) -> bool:
     try:
         return bool(json.loads(text) == json.loads(label))
     except ValueError:
-        return False
+        return text == label
