@@ -69,3 +69,39 @@ def test_the_packaged_default_and_a_file_stand_side_by_side(project):
     report = json.loads(Path("reports/collect/metrics.json").read_text())
     assert report["sources"][0]["intents"] == 42
     assert report["rows"] == len(rows) > 800
+
+
+def test_feedback_is_collected_once_there_is_some_and_is_no_fault_before(project):
+    Path("data/a.jsonl").write_text('{"prompt": "a", "completion": "1"}\n')
+    feedback = {"kind": "feedback", "path": "data/feedback/rows.jsonl"}
+    project(file("data/a.jsonl"), feedback, system_prompt="Be brief.")
+    collect.main()
+    report = json.loads(Path("reports/collect/metrics.json").read_text())
+    assert report["sources"][1] == {
+        "name": "data/feedback/rows.jsonl",
+        "rows": 0,
+        "rejected_by_reason": {},
+        "file_there": False,
+    }
+    told = {
+        "messages": [{"role": "user", "content": "b"}, {"role": "assistant", "content": "2"}],
+        "source": "feedback",
+        "license": "cc-by-4.0",
+        "group": "feedback/1",
+        "tags": {"feedback": "thumb"},
+    }
+    Path("data/feedback").mkdir()
+    Path("data/feedback/rows.jsonl").write_text(json.dumps(told) + "\n")
+    collect.main()
+    rows = read_rows(Path("artifacts/collect/rows.parquet"))
+    assert [(row.question, row.origin, row.license) for row in rows] == [
+        ("a", "human", "cc0-1.0"),
+        ("b", "feedback", "cc-by-4.0"),
+    ]
+    assert rows[1].messages[0].content == "Be brief."
+
+
+def test_feedback_alone_that_nobody_gave_yet_is_refused(project):
+    project({"kind": "feedback"})
+    with pytest.raises(InputError, match="the sources give no row"):
+        collect.main()

@@ -12,6 +12,7 @@ from stages.curate import (
     answer_length,
     apply,
     conflicting_answers,
+    contradicting_feedback,
     exact_duplicates,
     figures,
     mostly_not_text,
@@ -122,6 +123,17 @@ def test_both_rows_of_a_conflict_go_and_the_order_of_keys_is_no_conflict():
     }
 
 
+def test_feedback_that_contradicts_other_rows_goes_and_they_stay():
+    rows = [
+        row(),
+        row("Turn on  the light", '{"intent":"Off"}', origin="feedback"),
+        row("turn on the light", '{ "intent": "On" }', origin="feedback"),
+        row("something new", '{"intent":"Off"}', origin="feedback"),
+    ]
+    assert list(contradicting_feedback(rows)) == [1]
+    assert conflicting_answers([rows[0], rows[2], rows[3]]) == {}
+
+
 def test_all_but_the_first_of_equal_rows_go():
     rows = [row("a"), row("b"), row("a"), row("a")]
     assert sorted(exact_duplicates(rows)) == [2, 3]
@@ -192,6 +204,34 @@ def test_rejects_are_written_with_their_rows(project):
     report = json.loads(Path("reports/curate/metrics.json").read_text())
     assert (report["rows_in"], report["kept"], report["dropped"]) == (3, 1, 2)
     assert Path("reports/curate/rows.svg").read_bytes().startswith(b"<?xml")
+
+
+def test_no_row_goes_because_of_feedback_wherever_its_source_stands(project):
+    own = [
+        row("please turn on everything that shines in the long hall upstairs by the light"),
+        row("what time is it"),
+        row("twice"),
+        row("twice"),
+    ]
+    told = [
+        row(
+            "please turn on everything that shines in the long hall upstairs by the light",
+            '{"intent":"Off"}',
+            origin="feedback",
+        ),
+        row(
+            "please turn on everything that shines in the long hall upstairs by the lights", origin="feedback"
+        ),
+        row("what time is it", origin="feedback"),
+        row("a thing nobody had said", origin="feedback"),
+    ]
+    for order in ([own[0], *told, *own[1:]], [*own, *told]):
+        write_rows(Path("artifacts/collect/rows.parquet"), order)
+        curate.main()
+        kept = read_rows(Path("artifacts/curate/rows.parquet"))
+        assert kept == [*own[:3], told[3]]
+        reasons = json.loads(Path("reports/curate/metrics.json").read_text())["dropped_by_reason"]
+        assert reasons == {"contradicting_feedback": 1, "exact_duplicate": 2, "near_duplicate": 1}
 
 
 def test_when_no_row_is_left_the_reasons_are_named_and_written(project):

@@ -3,6 +3,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from stages.common.chat import Encoded, encode_example
 from stages.common.errors import InputError
 from stages.common.models import load_tokenizer
 from stages.common.records import Message, make_row, write_rows
+from stages.common.start import put_start
 from tests.tiny import save_model
 
 REPO = Path(__file__).resolve().parents[2]
@@ -60,6 +62,14 @@ def make_project(folder, count=40, **changes):
     params["finetune"].update({**SETTINGS, **changes})
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     return folder
+
+
+def put_own_adapter_as_start(project, version="0123456789ab"):
+    """What the retraining flow does with the champion's adapter."""
+    metrics = project / "reports" / "fetch_base" / "metrics.json"
+    metrics.parent.mkdir(parents=True, exist_ok=True)
+    metrics.write_text('{"sha256": "of the base"}')
+    put_start(project / "artifacts" / "finetune", version, "of the base", project / "artifacts" / "start")
 
 
 def adapter(project):
@@ -151,6 +161,104 @@ def test_a_run_killed_in_the_middle_ends_with_the_adapter_of_an_unbroken_run(tmp
         assert one.read_bytes() == other.read_bytes()
 
 
+@pytest.mark.slow
+def test_a_run_that_went_on_from_an_adapter_and_is_killed_ends_as_an_unbroken_one(tmp_path, monkeypatch):
+    unbroken = make_project(tmp_path / "unbroken", 160, dropout=0.1)
+    monkeypatch.chdir(unbroken)
+    finetune.main()
+    put_own_adapter_as_start(unbroken)
+    killed = make_project(tmp_path / "killed", 160, dropout=0.1)
+    for folder in ("artifacts/start", "reports/fetch_base"):
+        shutil.copytree(unbroken / folder, killed / folder)
+    finetune.main()
+    stage = start_stage(killed)
+    deadline = time.monotonic() + 60
+    while not list(killed.glob("checkpoints/finetune/*/checkpoint-1[0-9]/complete.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    stage.send_signal(signal.SIGKILL)
+    stage.wait()
+    monkeypatch.chdir(killed)
+    finetune.main()
+    assert evidence(killed)["started_from"] == "0123456789ab"
+    assert evidence(killed) == evidence(unbroken)
+    assert adapter(killed) == adapter(unbroken)
+
+
+def test_training_goes_on_from_the_adapter_in_start_and_says_so(project):
+    finetune.main()
+    assert evidence(project)["started_from"] == "base"
+    first = evidence(project)["train_loss"]
+    put_own_adapter_as_start(project)
+    finetune.main()
+    again = evidence(project)
+    assert again["started_from"] == "0123456789ab"
+    assert again["train_loss"] < first - 0.05
+    learned = adapter(project)
+    finetune.main()
+    assert adapter(project) == learned
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    params["finetune"]["start_from"] = None
+    (project / "params.yaml").write_text(yaml.safe_dump(params))
+    finetune.main()
+    assert (evidence(project)["started_from"], evidence(project)["train_loss"]) == ("base", first)
+
+
+def test_every_tensor_of_the_start_is_taken_over_bit_by_bit(project):
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    finetune.main()
+    put_own_adapter_as_start(project)
+    start = finetune.read_start()
+    params = finetune.load_params().finetune
+    recipe = finetune.Recipe(**params.model_dump(include=set(finetune.Recipe.__dataclass_fields__)))
+    model = finetune.build_model(project / "artifacts" / "fetch_base", recipe)
+    finetune.go_on_from(model, start)
+    own, there = get_peft_model_state_dict(model), load_file(start.folder / "adapter_model.safetensors")
+    assert own.keys() == there.keys()
+    assert all(torch.equal(own[name], there[name]) for name in own)
+    assert any(tensor.abs().sum() > 0 for name, tensor in own.items() if "lora_B" in name)
+
+
+def test_an_adapter_that_does_not_fit_is_refused_with_what_both_are_before_any_training(project):
+    finetune.main()
+    put_own_adapter_as_start(project)
+    start = project / "artifacts" / "start"
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    params["finetune"] |= {"rank": 8, "target_modules": ["q_proj", "v_proj"]}
+    (project / "params.yaml").write_text(yaml.safe_dump(params))
+    with pytest.raises(InputError, match=r"rank: 8 here, 4 there\n  target_modules: .*q_proj") as error:
+        finetune.main()
+    assert "finetune.rank" in error.value.remedy
+    params["finetune"] |= {"rank": 4, "target_modules": "all-linear"}
+    (project / "params.yaml").write_text(yaml.safe_dump(params))
+    weights = (start / "adapter_model.safetensors").read_bytes()
+    (start / "adapter_model.safetensors").write_bytes(weights[:200])
+    with pytest.raises(InputError, match="cannot be read"):
+        finetune.main()
+    (start / "adapter_model.safetensors").write_bytes(weights)
+    (project / "reports" / "fetch_base" / "metrics.json").write_text('{"sha256": "of another base"}')
+    with pytest.raises(InputError, match="was trained on a base model"):
+        finetune.main()
+    (start / "start.json").unlink()
+    with pytest.raises(InputError, match="half an adapter"):
+        finetune.main()
+
+
+def test_an_adapter_without_some_tensors_is_refused_though_its_config_fits(project):
+    from safetensors.torch import load_file, save_file
+
+    finetune.main()
+    put_own_adapter_as_start(project)
+    path = project / "artifacts" / "start" / "adapter_model.safetensors"
+    weights = load_file(path)
+    lost = sorted(weights)[0]
+    save_file({name: tensor for name, tensor in weights.items() if name != lost}, path)
+    with pytest.raises(InputError, match=rf"other tensors .*1 of them: {re.escape(lost)} is None there"):
+        finetune.main()
+
+
 def test_a_checkpoint_cut_short_is_never_taken_for_whole(tmp_path):
     for step in (3, 6, 9, 12):
         checkpoint = tmp_path / f"checkpoint-{step}"
@@ -169,13 +277,18 @@ def test_checkpoints_of_other_parameters_are_not_resumed_and_do_not_pile_up(proj
     examples = [Encoded([0, 1, 2], 1)]
     settings = dict.fromkeys(finetune.Recipe.__dataclass_fields__, 1)
     recipe = finetune.Recipe(**settings)
+    start = project / "adapter"
+    start.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (start / name).write_text("{}")
     other = finetune.Recipe(**{**settings, "rank": 2})
     names = {
         finetune.fingerprint(recipe, examples, base),
         finetune.fingerprint(other, examples, base),
         finetune.fingerprint(recipe, [Encoded([0, 1, 3], 1)], base),
+        finetune.fingerprint(recipe, examples, base, put_start(start, "v", "b", project / "start")),
     }
-    assert len(names) == 3
+    assert len(names) == 4
     runs = project / "checkpoints" / "finetune"
     for age, name in enumerate(("new", "middle", "old")):
         (runs / name).mkdir(parents=True)

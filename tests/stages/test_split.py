@@ -22,9 +22,9 @@ from stages.split import (
 ROOT = Path(__file__).parent.parent.parent
 
 
-def row(question, group=None, intent="On"):
+def row(question, group=None, intent="On", origin="human"):
     messages = [Message("system", "s"), Message("user", question), Message("assistant", "{}")]
-    return make_row(messages, "toy", "mit", group=group, tags={"intent": intent})
+    return make_row(messages, "toy", "mit", group=group, tags={"intent": intent}, origin=origin)
 
 
 def distinct(number):
@@ -198,3 +198,55 @@ def test_the_report_adds_up(project):
     assert removed > 0
     assert sum(report["rows"].values()) + removed + over_cap == report["rows_in"] == len(rows)
     assert report["proof"]["near_duplicates_across"] == 0
+
+
+def told(count, **more):
+    return [row(distinct(10_000 + n), f"feedback/{n}", origin="feedback", **more) for n in range(count)]
+
+
+def test_feedback_leaves_validation_and_test_byte_for_byte_and_is_learned(project):
+    rows = many(60)
+    project(rows, min_train_rows=10, min_test_rows=10)
+    split.main()
+    before = {side: Path(f"artifacts/split/{side}.parquet").read_bytes() for side in ("validation", "test")}
+    learned = {r.id for r in read_rows(Path("artifacts/split/train.parquet"))}
+    test_row = read_rows(Path("artifacts/split/test.parquet"))[0]
+    # Also a label nobody had, a row very near a test row, and one before all others.
+    new = [
+        *told(30),
+        *told(1, intent="Brew"),
+        row(test_row.question + "!", "feedback/near", origin="feedback"),
+    ]
+    write_rows(Path("artifacts/curate/rows.parquet"), [new[0], *rows, *new[1:]])
+    split.main()
+    after = {side: Path(f"artifacts/split/{side}.parquet").read_bytes() for side in before}
+    assert after == before
+    now = {r.id for r in read_rows(Path("artifacts/split/train.parquet"))}
+    assert now == learned | {r.id for r in new[:-1]}
+    report = json.loads(Path("reports/split/metrics.json").read_text())
+    assert report["feedback_rows"] == 32
+    assert report["train_rows_removed_as_near_duplicates"] == 1
+
+
+def test_feedback_of_a_group_that_is_held_out_is_not_learned_and_the_report_adds_up(project):
+    rows = many(60)
+    project(rows, min_train_rows=10, min_test_rows=10)
+    split.main()
+    before = Path("artifacts/split/test.parquet").read_bytes()
+    group = read_rows(Path("artifacts/split/test.parquet"))[0].group
+    write_rows(
+        Path("artifacts/curate/rows.parquet"),
+        [*rows, *(row(distinct(20_000 + n), group, "Other", "feedback") for n in range(9))],
+    )
+    split.main()
+    assert Path("artifacts/split/test.parquet").read_bytes() == before
+    report = json.loads(Path("reports/split/metrics.json").read_text())
+    assert report["feedback_rows_of_held_out_groups"] == 9
+    accounted = sum(report["rows"].values()) + report["test_rows_over_cap"] + 9
+    assert accounted == report["rows_in"] == len(rows) + 9
+
+
+def test_a_table_of_nothing_but_feedback_is_split_as_any_other(project):
+    project(told(40), stratify_by=None, min_train_rows=10, min_test_rows=3)
+    split.main()
+    assert len(read_rows(Path("artifacts/split/test.parquet"))) == 6
