@@ -35,6 +35,7 @@ from flows.registry import (
     registered_name,
     version_of,
 )
+from flows.summary import read_results, table
 from flows.tracking import (
     ARTIFACTS,
     SQLITE,
@@ -377,6 +378,7 @@ def _log_figures(client: MlflowClient, run: Run, root: Path, params: Params, out
     """
     from mlflow.entities import Metric, Param
 
+    client.set_tag(run.info.run_id, "mlflow.note.content", note_of(root, output))
     known = run.data.params
     values = [Param(name, value) for name, value in flat_params(params).items() if name not in known]
     for some in _portions(values, PARAMS_AT_ONCE):
@@ -399,6 +401,18 @@ def read_curve(root: Path) -> Iterator[tuple[str, int, float]]:
             for name, value in line.items():
                 if value:
                     yield f"curve/{name}", step, float(value)
+
+
+def note_of(root: Path, output: Output) -> str:
+    """Return what MLflow's page shows first of a run: where it came from, and base against tuned."""
+    line = (
+        f"{output.tag}, learned on from {output.tags['started_from']}; training by {output.tags['trigger']}."
+    )
+    results = table(read_results(root) or ())
+    if not results:
+        return line
+    rows = [list(results[0]), ["---"] * len(results[0]), *(list(row.values()) for row in results)]
+    return "\n".join([line, "", *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def _log_files(client: MlflowClient, run: Run, root: Path) -> None:

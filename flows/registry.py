@@ -211,11 +211,13 @@ def download_file(root: Path, params: Params, tag: str, name: str, folder: Path)
         InputError: MLflow cannot be reached, or has no such version or file.
     """
     with _registry(root, params) as client:
+        from mlflow.exceptions import MlflowException
+
         version = _version(client, tag)
         try:
             return Path(client.download_artifacts(_run(version), name, str(folder)))
-        except OSError as error:
-            raise InputError(f"{name} is not among the files of {tag}: {error}", _LOST) from None
+        except (MlflowException, OSError) as error:
+            raise InputError(f"{name} of {tag} cannot be read: {error}", _LOST) from None
 
 
 def download_adapter(root: Path, params: Params, tag: str, folder: Path) -> Path:
@@ -228,13 +230,14 @@ def download_adapter(root: Path, params: Params, tag: str, folder: Path) -> Path
         version = _version(client, tag)
         uri = client.get_model_version_download_uri(version.name, version.version)
         from mlflow.artifacts import download_artifacts
+        from mlflow.exceptions import MlflowException
 
         folder.mkdir(parents=True, exist_ok=True)
         address = tracking_address(root, params.flows.record.tracking_url)
         try:
             found = Path(download_artifacts(artifact_uri=uri, dst_path=str(folder), tracking_uri=address))
-        except OSError as error:
-            raise InputError(f"the adapter of {tag} is not at {uri}: {error}", _LOST) from None
+        except (MlflowException, OSError) as error:
+            raise InputError(f"the adapter of {tag} cannot be read: {error}", _LOST) from None
     for name in ADAPTER_FILES:
         if not (found / name).is_file():
             raise InputError(f"the registry's copy of {tag} lacks {name}", _LOST)

@@ -180,6 +180,21 @@ def test_a_run_says_which_version_it_learned_on_from(tmp_path):
     assert read_output(tmp_path, "hand").tags["started_from"] == "0123456789ab"
 
 
+def test_the_note_of_a_run_says_where_it_came_from_and_what_was_learned(tmp_path):
+    make_output(tmp_path)
+    output = read_output(tmp_path, "20261121T101500-500")
+    assert record.note_of(tmp_path, output) == (
+        f"{tag_of(tmp_path)}, learned on from base; training by 20261121T101500-500."
+    )
+    figures = {"base": {"exact_match": {"value": 0.0}}, "tuned": {"exact_match": {"value": 0.86}}}
+    write_json(tmp_path / "reports/evaluate/metrics.json", figures)
+    assert record.note_of(tmp_path, output).splitlines()[2:] == [
+        "| metric | base | tuned | difference |",
+        "| --- | --- | --- | --- |",
+        "| exact match | 0.00 | 0.86 | +0.86 |",
+    ]
+
+
 @pytest.mark.slow
 def test_a_run_holds_everything_that_made_the_model(tmp_path):
     make_recordable(tmp_path)
@@ -250,7 +265,7 @@ def test_mlflow_and_dvc_say_the_same_of_every_metric_and_of_what_changed(tmp_pat
     }
     assert len(expected) == 8
     assert {name: after[name] for name in after if not name.startswith("curve/")} == expected
-    changes = json.loads(dvc(tmp_path, "metrics", "diff", "--json"))["diff"]
+    changes = json.loads(dvc(tmp_path, "metrics", "diff", "--json"))
     assert changes == {
         "reports/evaluate/metrics.json": {
             "tuned.exact_match.value": {"old": 0.75, "new": 0.875, "diff": 0.125}
