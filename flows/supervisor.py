@@ -28,7 +28,7 @@ from stages.common.errors import InputError
 
 State = Literal["waiting", "starting", "up", "down"]
 
-POLL_S = 0.2
+POLL_S = 0.1
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 EARNED_S = 60.0  # so long up, and the next pause is the first again
 PROBE_EVERY_S = 1.0  # while it starts

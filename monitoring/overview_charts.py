@@ -143,7 +143,9 @@ def _line(name: str, word: str, points: Sequence[tuple[float, float, Bin]]) -> I
     def height(value: float) -> float:
         return 1 + (HEIGHT - 2) * (1 - value)
 
-    for (x1, y1, _), (x2, y2, _) in pairwise(points):
+    for (x1, y1, one), (x2, y2, other) in pairwise(points):
+        if other["start"] > one["end"] + 2 * (one["end"] - one["start"]):
+            continue  # nothing is known of a long gap
         yield (
             f'<line class="{name}" x1="{x1:.2f}%" x2="{x2:.2f}%"'
             f' y1="{height(y1):.1f}" y2="{height(y2):.1f}"/>'
