@@ -28,7 +28,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from flows.release import CANARY, read_releases, trial_record
+from flows.release import CANARY, done_releases, trial_record
 from monitoring.features import same_answer
 from services.events import read_joined
 from services.versions import ALIASES, read_aliases
@@ -174,7 +174,7 @@ def judge_probation(root: Path, params: Params, now: float | None = None) -> Can
     now = time.time() if now is None else now
     settings = params.flows.retrain.canary
     champion = read_aliases(root / ALIASES).champion
-    moves = [r for r in read_releases(root) if r.outcome == "done" and r.action in ("promote", "roll_back")]
+    moves = [record for record in done_releases(root) if record.action in ("promote", "roll_back")]
     last = moves[-1] if moves else None
     if last is None or last.action != "promote" or last.tag != champion or last.former is None:
         return None
@@ -246,7 +246,7 @@ def judge_canary(
             break
         last = number + 1 == len(LOOKS)
         ours, seen_until = new[:quota], new[quota - 1].at + settle_s
-        theirs = _compared_with(kind, old, ours, seen_until)
+        theirs: Sequence[Outcome] = _compared_with(kind, old, ours, seen_until)
         if len(theirs) < MIN_OTHER and last and kind == "canary":
             # Nearly everybody is on trial: the champion's requests are waited for, too.
             ours, theirs, seen_until = new, old, now

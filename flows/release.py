@@ -167,6 +167,13 @@ def read_releases(root: Path) -> list[ReleaseRecord]:
     return found
 
 
+def done_releases(root: Path) -> list[ReleaseRecord]:
+    """Return the releases that were not taken back, the oldest first."""
+    found = read_releases(root)
+    undone = {record.id for record in found if record.outcome == "undone"}
+    return [record for record in found if record.id not in undone]
+
+
 def pin_reason(root: Path) -> str | None:
     """Return why the champion is pinned, or None."""
     path = root / PIN
@@ -190,8 +197,7 @@ def _done_already(root: Path, action: Action, tag: str | None) -> ReleaseRecord 
     }.get(action, False)
     if not there:
         return None
-    done = [record for record in read_releases(root) if record.outcome == "done"]
-    moves = [record for record in done if record.action in ("promote", "roll_back", "try", "refuse")]
+    moves = [r for r in done_releases(root) if r.action in ("promote", "roll_back", "try", "refuse")]
     last = next((record for record in reversed(moves) if record.tag == tag), None)
     return last if last is not None and last.action == action else None
 
@@ -292,11 +298,7 @@ def _check_trial(root: Path, tag: str) -> None:
 
 def trial_record(root: Path, tag: str) -> ReleaseRecord | None:
     """Return the release that began a version's last trial, or None."""
-    found = [
-        record
-        for record in read_releases(root)
-        if record.action == "try" and record.tag == tag and record.outcome == "done"
-    ]
+    found = [record for record in done_releases(root) if record.action == "try" and record.tag == tag]
     return found[-1] if found else None
 
 
@@ -463,7 +465,7 @@ def _write_pin(root: Path, why: str | None) -> None:
 
 def _append(root: Path, record: ReleaseRecord) -> None:
     """Add a line, once; what a kill left of a line before it is cut off."""
-    if any(known.id == record.id for known in read_releases(root)):
+    if any((known.id, known.outcome) == (record.id, record.outcome) for known in read_releases(root)):
         return
     line = json.dumps(asdict(record), ensure_ascii=False, allow_nan=False) + "\n"
     with open(root / RELEASES, "a+b") as file:
