@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from monitoring.sketch import Floats
 from monitoring.two_samples import Sessions, statistics
 
-SHUFFLES = 60  # of the order of the sessions
+SHUFFLES = 40  # of the order of the sessions
 # A factor is believed, and then in full, if shuffled orders make so large a one this rarely. Of few windows
 # it is so uncertain that believing every factor above 1 would cost power on half of all quiet columns.
 BELIEVED = 0.95

@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 # Fewer than this on either side, and a column is not judged.
 MIN_VALUES = 20
 MIN_SESSIONS = 10
+# Most windows are quiet, and a few shuffles show it: no more are made where the smallest p-value is above
+# this (sequential Monte Carlo p-values: Besag & Clifford 1991, Biometrika 78).
+FIRST_PERMUTATIONS = 500
+PLAINLY_QUIET = 0.04
 CHI_SQUARE_STEP = 1.8
 TAIL = 0.9  # of the shuffled statistics; above it they are taken to fall off exponentially
 NOUNS: dict[Question, str] = {
@@ -139,22 +143,39 @@ def _tested(baseline: Baseline, window: Sketch, settings: DriftSettings) -> tupl
         sessions(plan_, reference), inside / outside, settings.calibration_windows, settings.seed
     )
     pool = sessions(plan_, reference, window)
-    rng = np.random.default_rng([settings.seed, 1])
     observed = np.arange(inside + outside)[None, :] >= outside
-    shuffled = random_splits(rng, inside + outside, inside, settings.permutations)
-    found = statistics(pool, np.concatenate([observed, shuffled]))
-    found[0] /= factors
-    comparable = _comparable(found, pool.vector)
-    for question in dict.fromkeys(each.column.question for each in plan_.columns):
-        places = [p for p, each in enumerate(plan_.columns) if each.column.question == question and judged[p]]
-        if not places:
-            continue
+    seen = statistics(pool, observed) / factors
+    places_of = {
+        question: places
+        for question in dict.fromkeys(each.column.question for each in plan_.columns)
+        if (
+            places := [
+                p for p, each in enumerate(plan_.columns) if each.column.question == question and judged[p]
+            ]
+        )
+    }
+    rng = np.random.default_rng([settings.seed, 1])
+    first = min(FIRST_PERMUTATIONS, settings.permutations)
+    shuffled = statistics(pool, random_splits(rng, inside + outside, inside, first))
+    p_values = _p_values(seen, shuffled, places_of, pool.vector)
+    deciding = [p_values[places].min() for question, places in places_of.items() if question in DECIDING]
+    if deciding and min(deciding) <= PLAINLY_QUIET and first < settings.permutations:
+        more = random_splits(rng, inside + outside, inside, settings.permutations - first)
+        shuffled = np.concatenate([shuffled, statistics(pool, more)])
+        p_values = _p_values(seen, shuffled, places_of, pool.vector)
+    return p_values, factors, _noise(baseline.plan, pool, observed[0])
+
+
+def _p_values(seen: Floats, shuffled: Floats, places_of: dict[Question, list[int]], vector: Bools) -> Floats:
+    comparable = _comparable(np.concatenate([seen, shuffled]), vector)
+    p_values = np.ones(seen.shape[1])
+    for places in places_of.values():
         largest = comparable[1:, places].max(axis=1)
         for place in places:
             # 1e-6: equal sums added in another order differ in the last digits, and a tie counts as extreme.
             beyond = np.count_nonzero(largest >= comparable[0, place] - 1e-6)
-            p_values[place] = (1 + beyond) / (1 + settings.permutations)
-    return p_values, factors, _noise(baseline.plan, pool, observed[0])
+            p_values[place] = (1 + beyond) / (1 + len(shuffled))
+    return p_values
 
 
 def _noise(plan_: Plan, pool: Sessions, split: Bools) -> Floats:
@@ -167,7 +188,7 @@ def _noise(plan_: Plan, pool: Sessions, split: Bools) -> Floats:
     for place, each in enumerate(plan_.columns):
         own = variance[pool.column_of == place]
         if each.column.kind == "number":
-            # Kolmogorov's distribution has mean square pi²/12, in units of 4 times the variance at the median.
+            # Kolmogorov's distribution has mean square pi²/12; the variance at the median is 1/4.
             squares[place] = np.pi**2 / 3 * own[:-1].max()
         elif each.column.kind == "category":
             squares[place] = (np.sqrt(2 * own / np.pi).sum() / 2) ** 2  # mean absolute normal deviates
@@ -336,9 +357,8 @@ def _vector(each: ColumnPlan, reference: Sketch, window: Sketch, place: int, sli
 
 def _mean(summed: Sketch, place: int, slices: slice, half: bool) -> Singles:
     chosen = summed.halves == half
-    mean: Singles = summed.sums[chosen, slices].sum(axis=0) / max(
-        float(summed.counts[chosen, place].sum()), 1.0
-    )
+    values = max(float(summed.counts[chosen, place].sum()), 1.0)
+    mean: Singles = summed.sums[chosen, slices].sum(axis=0) / values
     return mean
 
 

@@ -199,7 +199,8 @@ def _key(session: str) -> int:
 
 
 def _half(keys: Keys) -> Bools:
-    return (keys & np.uint64(1)) == 1
+    first: Bools = (keys & np.uint64(1)) == 1
+    return first
 
 
 def _aside(keys: Keys) -> Bools:
@@ -207,7 +208,8 @@ def _aside(keys: Keys) -> Bools:
 
     Nor have those of the window: a session is near to itself, and a user of the reference comes back.
     """
-    return ((keys >> np.uint64(1)) & np.uint64(3)) == 0
+    quarter: Bools = ((keys >> np.uint64(1)) & np.uint64(3)) == 0
+    return quarter
 
 
 def _coded_sessions(table: pa.Table) -> tuple[list[str], Places]:

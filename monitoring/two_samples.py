@@ -22,7 +22,6 @@ What is estimated for a statistic comes from both sides pooled: no shuffle chang
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -171,46 +170,42 @@ def statistics(pool: Sessions, splits: Bools) -> Floats:
     return found
 
 
-def _compare(pool: Sessions, inside: list[Singles], outside: list[Singles]) -> Singles:
+def _compare(pool: Sessions, inside: list[Singles], outside: list[Singles]) -> Floats:
     (x, counts, spread), (other_x, other_counts, other_spread) = inside, outside
-    there = (counts > 1e-3) & (other_counts > 1e-3)  # a side without a single value says nothing
-    weight, other_weight = (
-        np.where(there, counts, np.float32(1.0)),
-        np.where(there, other_counts, np.float32(1.0)),
-    )
-    size = weight**2 / np.where(there, spread, 1.0)  # effective rows
-    other_size = other_weight**2 / np.where(there, other_spread, 1.0)
-    of = pool.column_of
-    mean: Singles = x / weight[:, of]
-    other_mean: Singles = other_x / other_weight[:, of]
-    # What never varies cannot differ: 0, not 0 / 0.
-    varies = pool.row_variance > TINY
-    inverse = np.where(varies, 1.0 / np.maximum(pool.row_variance, TINY), 0.0).astype(np.float32)
-    harmonic = size * other_size / (size + other_size)
-    difference = mean - other_mean
-    squares = difference * difference
-    ratios = squares * inverse * harmonic[:, of]
-    shares = pool.shares & varies
-    p = pool.means[shares]
-    # Effective rows again, now of a share that varies more or less than its column does as a whole.
-    scale = np.maximum(p * (1 - p), TINY) * inverse[shares]
-    ratios[:, shares] = _likelihood_ratio(
-        p + mean[:, shares],
-        p + other_mean[:, shares],
-        size[:, of[shares]] * scale,
-        other_size[:, of[shares]] * scale,
-    )
-    direction = pool.worse[of]
-    ratios[(direction != 0) & (difference * direction <= 0)] = 0.0
-    largest: Singles = np.maximum.reduceat(ratios, pool.starts, axis=1)
-    if pool.vector.any():
-        variance = np.add.reduceat(pool.row_variance, pool.starts)[pool.vector]
-        summed = np.add.reduceat(squares, pool.starts, axis=1)[:, pool.vector]
-        largest[:, pool.vector] = summed * harmonic[:, pool.vector] / np.maximum(variance, TINY)
-    return np.where(there, largest, np.float32(0.0))
+    found = np.zeros(counts.shape)
+    stops = [*pool.starts[1:].tolist(), x.shape[1]]
+    for place, (start, stop) in enumerate(zip(pool.starts.tolist(), stops, strict=True)):
+        there = (counts[:, place] > 1e-3) & (other_counts[:, place] > 1e-3)
+        varies = pool.row_variance[start:stop] > TINY
+        # A side without a single value says nothing; what never varies cannot differ.
+        if not there.any() or not varies.any():
+            continue
+        own = slice(start, stop)
+        weight, other_weight = counts[there, place, None], other_counts[there, place, None]
+        size = weight**2 / spread[there, place, None]  # effective rows
+        other_size = other_weight**2 / other_spread[there, place, None]
+        mean, other_mean = x[there, own] / weight, other_x[there, own] / other_weight
+        squares = (mean - other_mean) ** 2
+        harmonic = size * other_size / (size + other_size)
+        variance = pool.row_variance[own]
+        if pool.vector[place]:
+            found[there, place] = squares.sum(axis=1) * harmonic[:, 0] / variance.sum()
+            continue
+        ratios = np.divide(squares * harmonic, variance, out=np.zeros_like(squares), where=varies)
+        shares = np.flatnonzero(pool.shares[own] & varies)
+        p = pool.means[own][shares]
+        # Effective rows again, of a share that varies more or less than its column does as a whole.
+        scale = np.maximum(p * (1 - p), TINY) / variance[shares]
+        ratios[:, shares] = _likelihood_ratio(
+            p + mean[:, shares], p + other_mean[:, shares], size * scale, other_size * scale
+        )
+        if pool.worse[place]:
+            ratios[(mean - other_mean) * pool.worse[place] <= 0] = 0.0
+        found[there, place] = ratios.max(axis=1)
+    return found
 
 
-def _likelihood_ratio(p: Singles, q: Singles, n: NDArray[Any], m: NDArray[Any]) -> Singles:
+def _likelihood_ratio(p: Singles, q: Singles, n: Singles, m: Singles) -> Singles:
     """Return G² of two shares of n and m rows: twice the log-likelihood lost if they are taken as one."""
     p, q = np.clip(p, 0.0, 1.0), np.clip(q, 0.0, 1.0)
     both = (n * p + m * q) / (n + m)
