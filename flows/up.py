@@ -132,6 +132,11 @@ def _prefect(params: Params) -> Program:
         (*_module("prefect", "server", "start", "--host", host), "--port", str(port)),
         page=f"http://{_reached(host)}:{port}/",
         probe=f"{prefect_api(params)}/health",
+        environment={
+            # Else its page asks port 4200, whatever port this one listens on.
+            "PREFECT_SERVER_UI_API_URL": os.environ.get("PREFECT_UI_API_URL", prefect_api(params)),
+            "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        },
     )
 
 

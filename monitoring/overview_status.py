@@ -14,8 +14,10 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from monitoring.verdicts import Verdict, read_verdict
 from stages.common.artifacts import read_json
@@ -36,6 +38,7 @@ FRESH_BINS = 3  # counted anew each time: their answers and feedback are still c
 COUNT_WITHIN_S = 2.0  # the rest of the bins is counted the next time
 HTTP_TIMEOUT_S = 1.5
 MAX_TAIL_BYTES = 200_000
+PROGRAMS = ("service", "prefect", "executor", "mlflow", "evidently", "overview")  # as the page shows them
 FLOWS = ("watch", "retrain", "release", "training")
 
 
@@ -211,7 +214,8 @@ def _programs(root: Path, params: Params, troubles: list[str]) -> list[dict[str,
             up = _answers(page)
             why = "" if up else "does not answer" if there else "make up starts it"
             programs.append({"name": name, "state": "up" if up else "down", "page": page, "why": why})
-    return programs
+    order = {name: place for place, name in enumerate(PROGRAMS)}
+    return sorted(programs, key=lambda program: order.get(program["name"], len(order)))
 
 
 def _lives(pid: Any) -> bool:
@@ -229,12 +233,16 @@ def _reached(host: str) -> str:
 
 
 def _answers(url: str) -> bool:
-    import httpx
-
+    parts = urlsplit(url)
+    kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
+    connection = kind(parts.hostname or "127.0.0.1", parts.port, timeout=HTTP_TIMEOUT_S)
     try:
-        return httpx.get(url, timeout=HTTP_TIMEOUT_S).status_code < 500
-    except (httpx.HTTPError, httpx.InvalidURL):
+        connection.request("GET", parts.path or "/")
+        return connection.getresponse().status < 500
+    except (OSError, HTTPException):
         return False
+    finally:
+        connection.close()
 
 
 def _flows(root: Path, params: Params) -> dict[str, Any]:

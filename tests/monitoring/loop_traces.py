@@ -1,0 +1,249 @@
+"""What the loop leaves in a checkout, small and made up: for the pages that show it."""
+
+import asyncio
+import json
+import time
+from pathlib import Path
+
+from monitoring.verdicts import (
+    ColumnChange,
+    Period,
+    QuestionVerdict,
+    TriggerDecision,
+    Verdict,
+    write_verdict,
+)
+from services.events import Exchange, Feedback, open_store
+from stages.common.artifacts import write_json
+
+ROOT = Path(__file__).parent.parent.parent
+NAME = "home-assistant-intents"
+FORMER, CHAMPION, CHALLENGER, POISONED = (
+    f"{NAME}:{version}" for version in ("0123456789ab", "4b5c6d7e8f90", "deadbeef0001", "bad000bad000")
+)
+
+
+def change(column, kind, *, drifted=False, effect=0.02, said="as before"):
+    p_value = 0.0005 if drifted else 0.4
+    return ColumnChange(column, kind, effect, p_value, 1.1, drifted, "0 %", "11 %", said)
+
+
+def verdict(end, *, drifted=False, version="4b5c6d7e8f90", judged=True, rows=500, columns=None):
+    """A verdict on the hour before `end`; when drifted, German is asked and answers break."""
+    columns = columns or {
+        "input": [
+            change(
+                "language",
+                "category",
+                drifted=drifted,
+                effect=0.11 if drifted else 0.01,
+                said="language: de 0 % -> 11 % of 500 questions" if drifted else "as before",
+            ),
+            change("question_chars", "number"),
+            change("question_vector", "vector"),
+        ],
+        "output": [change("finish_reason", "category")],
+        "quality": [change("valid_output", "flag"), change("thumb", "flag")],
+    }
+    questions = tuple(
+        QuestionVerdict(
+            question,
+            any(one.drifted for one in found),
+            min(one.p_value for one in found),
+            tuple(found),
+        )
+        for question, found in columns.items()
+    )
+    return Verdict(
+        id=f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(end - 3600))}-{rows}",
+        model=NAME,
+        version=version,
+        made_at=end + 40,
+        window=Period(end - 3600, end, rows, rows // 5),
+        reference=Period(end - 90_000, end - 86_400, 2000, 400),
+        judged=judged,
+        why_not=None if judged else "only 42 rows, 100 are needed",
+        drifted=judged and drifted,
+        questions=questions if judged else (),
+        set_aside={"no user message": 2},
+        alpha=0.005,
+        service={"total_s_p95": 0.61},
+        trigger=TriggerDecision(
+            drifted, "2 of the last 3 windows drifted", () if drifted else ("23 more labelled rows",)
+        ),
+    )
+
+
+def criterion(name, said, *, passed=True, value=None, low=None, high=None, threshold=None):
+    question = name
+    return {
+        "name": name,
+        "question": question,
+        "value": value,
+        "low": low,
+        "high": high,
+        "threshold": threshold,
+        "passed": passed,
+        "said": said,
+    }
+
+
+def gate(tag, at, *, passed):
+    said = "31 points better" if passed else "42 points worse"
+    value, low, high = (0.31, 0.24, 0.38) if passed else (-0.42, -0.5, -0.33)
+    return {
+        "tag": tag,
+        "champion": FORMER,
+        "made_at": at,
+        "passed": passed,
+        "mode": "champion",
+        "criteria": [
+            criterion(
+                "new_window",
+                f"{said} on 214 held-out rows of the new traffic.",
+                passed=passed,
+                value=value,
+                low=low,
+                high=high,
+                threshold=0.0,
+            ),
+            criterion("card", "The model card is complete."),
+        ],
+        "files": {},
+        "left_out": {},
+    }
+
+
+def release(at, action, tag, champion, why, outcome="done"):
+    return {
+        "id": str(at),
+        "at": at,
+        "action": action,
+        "tag": tag,
+        "by": "retrain",
+        "why": why,
+        "champion": champion,
+        "challenger": None,
+        "former": FORMER,
+        "outcome": outcome,
+    }
+
+
+def exchange(number, at, *, version="4b5c6d7e8f90", status=200, valid=True, role="champion"):
+    return Exchange(
+        request_id=f"r{number}",
+        received_at=at,
+        route="/v1/chat/completions",
+        key_id=None,
+        user=None,
+        session=f"s{number // 5}",
+        role=role,
+        shadow_of=None,
+        model=NAME,
+        version=version,
+        messages='[{"role": "user", "content": "turn on the light"}]',
+        parameters="{}",
+        status=status,
+        reason=None,
+        answer="{}",
+        finish_reason="stop",
+        prompt_tokens=10,
+        completion_tokens=5,
+        queue_s=0.01,
+        first_token_s=0.1,
+        total_s=0.3,
+        verdicts="{}",
+        valid_output=valid,
+        mean_logprob=-0.1,
+    )
+
+
+def record(root, events):
+    """Put events into the store of the checkout at `root`."""
+
+    async def all_of_them(store):
+        await asyncio.gather(*(store.record(event) for event in events))
+
+    (root / ".perennial").mkdir(exist_ok=True)
+    url = f"sqlite:///{root / '.perennial' / 'events.db'}"
+    store = open_store(url, queue_size=len(events), group_rows=512, group_wait_s=0.0)
+    try:
+        asyncio.run(all_of_them(store))
+    finally:
+        store.close()
+
+
+def thumb(number, at, up):
+    return Feedback(f"f{number}", f"r{number}", at, None, 1 if up else -1, None, None)
+
+
+def leave_traces(root, now, *, traffic=True):
+    """Write a checkout in which the loop went round once, in the 26 hours before `now`."""
+    hour = 3600.0
+    began = now - 26 * hour
+    private = root / ".perennial"
+    write_json(
+        private / "aliases.json",
+        {
+            "champion": CHAMPION,
+            "challenger": {"tag": CHALLENGER, "share": 0.2, "mode": "canary"},
+            "history": [FORMER],
+            "managed": True,
+        },
+    )
+    for number in range(12):
+        version = FORMER if number < 9 else CHAMPION
+        drifted = 6 <= number < 9
+        write_verdict(
+            root,
+            verdict(
+                began + (2 + 2 * number) * hour,
+                drifted=drifted,
+                version=version.split(":")[1],
+                judged=number > 0,
+            ),
+        )
+    write_json(root / "reports/gate/4b5c6d7e8f90.json", gate(CHAMPION, began + 18 * hour, passed=True))
+    write_json(root / "reports/gate/bad000bad000.json", gate(POISONED, began + 16 * hour, passed=False))
+    write_json(
+        root / "reports/canary/4b5c6d7e8f90.json",
+        {"state": "good", "requests": 214, "criteria": [], "said": "No sign of harm in 214 answers."},
+    )
+    releases = [
+        release(began, "adopt", FORMER, FORMER, "the first model"),
+        release(began + 16.1 * hour, "refuse", POISONED, FORMER, "the gate refused it"),
+        release(began + 18.8 * hour, "promote", CHAMPION, CHAMPION, "2 of the last 3 windows drifted"),
+    ]
+    (private / "releases.jsonl").write_text("".join(json.dumps(one) + "\n" for one in releases))
+    write_json(
+        root / "reports/feedback.json",
+        {
+            "given": 812,
+            "exchanges": 6512,
+            "rows_train": 411,
+            "rows_holdout": 176,
+            "left_out": {"contradiction": 12},
+        },
+    )
+    if traffic:
+        record(root, _requests_and_thumbs(began, hour))
+
+
+def _requests_and_thumbs(began, hour):
+    events = []
+    for number in range(400):
+        at = began + 26 * hour * number / 400
+        bad = began + 13 * hour < at < began + 18.8 * hour
+        version = (CHAMPION if at > began + 18.8 * hour else FORMER).split(":")[1]
+        events.append(
+            exchange(
+                number,
+                at,
+                version=version,
+                status=500 if number % 97 == 0 else 200,
+                valid=not (bad and number % 3 == 0),
+            )
+        )
+        if number % 2:
+            events.append(thumb(number, at + 5, not (bad and number % 4 == 1)))
+    return events
