@@ -1,0 +1,88 @@
+"""Whether drift calls for a retraining: one odd window does not, nor does drift with nothing to learn from.
+
+Enters: the verdicts on the champion's windows, and what is known of retrainings. Leaves: a decision that
+says exactly what is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from monitoring.verdicts import TriggerDecision, Verdict
+from stages.common.loop_params import TriggerSettings
+
+__all__ = ["TriggerDecision", "decide", "drift_began"]
+
+
+def decide(
+    verdicts: Sequence[Verdict],
+    labelled_rows: int,
+    last_retraining_at: float | None,
+    running: bool,
+    pinned: str | bool | None,
+    settings: TriggerSettings,
+    now: float,
+) -> TriggerDecision:
+    """Return whether a retraining starts.
+
+    `drifted` of the last `of` windows must have drifted: a window that is unusual by chance (`drift.alpha`)
+    is then followed by quiet ones, and two such in three come once in 1 / (3 alpha²) checks.
+
+    Args:
+        verdicts: on the windows of the champion that serves now, oldest first. Windows that were not judged
+            neither count nor break a row of drifted ones.
+        labelled_rows: rows that a retraining could learn from.
+        last_retraining_at: unix s of the end of the last one, whatever came of it; None if there was none.
+        running: a retraining is under way.
+        pinned: the champion is held by hand; a text is the reason.
+        now: unix s.
+    """
+    recent = _recent(verdicts, settings)
+    drifted = [verdict for verdict in recent if _counts(verdict, settings)]
+    missing = settings.drifted - len(drifted)
+    seen = f"{len(drifted)} of the last {len(recent)} judged windows drifted in {_listed(settings.questions)}"
+    if missing > 0:
+        # Nothing else matters yet: with labels, without a pin and at any time, quiet traffic is left alone.
+        windows = "window" if missing == 1 else "windows"
+        return TriggerDecision(False, seen, (f"{missing} more drifted {windows} of the next ones",))
+    needs = []
+    if labelled_rows < settings.min_labelled_rows:
+        lacking = settings.min_labelled_rows - labelled_rows
+        needs.append(f"{lacking:,} more labelled {'row' if lacking == 1 else 'rows'}")
+    if last_retraining_at is not None:
+        until = last_retraining_at + settings.cooldown_hours * 3600.0
+        if now < until:
+            needs.append(f"cooldown until {_clock(until, now)}")
+    if running:
+        needs.append("the running retraining to end")
+    if pinned:
+        reason = f" ({pinned})" if isinstance(pinned, str) else ""
+        needs.append(f"the champion to be unpinned{reason}: python -m flows.release unpin")
+    return TriggerDecision(not needs, seen, tuple(needs))
+
+
+def drift_began(verdicts: Sequence[Verdict], settings: TriggerSettings) -> float | None:
+    """Return when the traffic that a retraining should learn began, unix s: the oldest drift that counts.
+
+    None if no recent window drifted.
+    """
+    starts = [verdict.window.start for verdict in _recent(verdicts, settings) if _counts(verdict, settings)]
+    return min(starts, default=None)
+
+
+def _recent(verdicts: Sequence[Verdict], settings: TriggerSettings) -> list[Verdict]:
+    return [verdict for verdict in verdicts if verdict.judged][-settings.of :]
+
+
+def _counts(verdict: Verdict, settings: TriggerSettings) -> bool:
+    return any(each.drifted and each.question in settings.questions for each in verdict.questions)
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _clock(unix_s: float, now: float) -> str:
+    instant, today = datetime.fromtimestamp(unix_s, UTC), datetime.fromtimestamp(now, UTC)
+    return instant.strftime("%H:%M UTC" if instant.date() == today.date() else "%Y-%m-%d %H:%M UTC")
