@@ -38,9 +38,10 @@ class ColumnChange:
     """How one column of the window differs from the reference.
 
     Attributes:
-        effect: 0 nothing in common is lost, 1 nothing in common is left; see `monitoring.drift`.
+        effect: between 0, no change, and 1, nothing in common; see `monitoring.drift`.
         p_value: how often chance alone makes a change as strong in any column of the same question.
-        inflation: by how much calibration divided the statistic; 1 for a reference like pure chance.
+        inflation: by how much calibration divided the statistic; 1 for a reference like pure chance, and in
+            a window that is plainly quiet even without.
         drifted: sure enough and large enough, and in the direction that counts.
         before, after: the reference and the window in a few words, such as "12 %" or "median 31 characters".
         said: one sentence for people.
@@ -74,6 +75,13 @@ class TriggerDecision:
     fires: bool
     why: str
     needs: tuple[str, ...]
+
+    @property
+    def said(self) -> str:
+        """Return the decision in one line."""
+        if self.fires:
+            return f"{self.why}: a retraining is called for"
+        return self.why + (f"; a retraining needs {', '.join(self.needs)}" if self.needs else "")
 
 
 NOT_DECIDED = TriggerDecision(fires=False, why="not decided", needs=())

@@ -78,13 +78,13 @@ def test_a_broken_file_is_named(tmp_path, text):
     path = folder(tmp_path, "broken") / "verdict.json"
     path.parent.mkdir()
     path.write_text(text)
-    with pytest.raises(InputError, match="broken/verdict.json"):
+    with pytest.raises(InputError, match=r"broken/verdict\.json"):
         read_verdicts(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["nothing", "../../etc", ""])
 def test_a_window_without_a_verdict_is_an_error_that_says_how_to_list_them(tmp_path, name):
-    with pytest.raises(InputError, match="monitoring.verdicts list"):
+    with pytest.raises(InputError, match=r"monitoring\.verdicts list"):
         read_verdict(tmp_path, name)
 
 
