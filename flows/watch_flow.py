@@ -93,8 +93,8 @@ def _watch(root: Path, params: Params) -> Watched:
         return Watched("no window has closed since the last look")
     _show(verdicts)
     last = verdicts[-1]
-    logger.info("%s", last.trigger.why)
-    said = f"{len(verdicts)} windows: {sum(one.drifted for one in verdicts)} drifted; {last.trigger.why}"
+    said = f"{len(verdicts)} new windows, {sum(one.drifted for one in verdicts)} drifted; {last.trigger.said}"
+    logger.info("%s", said)
     if not (last.trigger.fires and params.flows.watch.retrain):
         return Watched(said, tuple(verdicts))
     since = trigger.drift_began(verdicts_of(root, champion), params.monitoring.trigger)

@@ -63,12 +63,19 @@ def decide(
 
 
 def drift_began(verdicts: Sequence[Verdict], settings: TriggerSettings) -> float | None:
-    """Return when the traffic that a retraining should learn began, unix s: the oldest drift that counts.
+    """Return when the traffic that a retraining should learn began, unix s; None if no recent window drifted.
 
-    None if no recent window drifted.
+    That is the first of the drifted windows that lead up to now without a quiet one between them, or, where the
+    recent ones are mixed, the oldest of those that drifted.
     """
-    starts = [verdict.window.start for verdict in _recent(verdicts, settings) if _counts(verdict, settings)]
-    return min(starts, default=None)
+    began = None
+    for number, verdict in enumerate(reversed([verdict for verdict in verdicts if verdict.judged])):
+        drifted = _counts(verdict, settings)
+        if number >= settings.of and (began is None or not drifted):
+            break
+        if drifted:
+            began = verdict.window.start
+    return began
 
 
 def _recent(verdicts: Sequence[Verdict], settings: TriggerSettings) -> list[Verdict]:
