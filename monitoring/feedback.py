@@ -188,8 +188,8 @@ def labelled_rows(
 ) -> Labelled:
     """Return what the feedback on the exchanges received in [start, end) (unix s) becomes.
 
-    The same events give the same rows, in the same order. Only exchanges with feedback are kept in
-    memory.
+    The same events give the same rows, in the same order. What is said from `end` on does not count: a
+    retraining that is started again gathers the same. Only exchanges with feedback are kept in memory.
 
     Args:
         url: of the event store.
@@ -201,7 +201,7 @@ def labelled_rows(
     counts = Counts()
     labels: list[Label] = []
     for batch in read_joined(url, start, end):
-        labels += labels_in(batch, settings, task, counts)
+        labels += labels_in(batch, end, settings, task, counts)
     steps = {"labels": len(labels)}
     rules: tuple[tuple[str, Callable[[list[Label]], tuple[list[Label], Counter[str]]]], ...] = (
         ("newest of a person", newest_of_a_person),
@@ -228,9 +228,9 @@ def labelled_rows(
 
 
 def labels_in(
-    batch: pa.RecordBatch, settings: FeedbackSettings, task: Task, counts: Counts
+    batch: pa.RecordBatch, end: float, settings: FeedbackSettings, task: Task, counts: Counts
 ) -> Iterator[Label]:
-    """Yield the labels in joined exchanges that can be learned from; count the others."""
+    """Yield the labels in joined exchanges, given before `end`, that can be learned from; count the others."""
     import pyarrow.compute as pc
 
     counts.exchanges += batch.num_rows
@@ -239,7 +239,8 @@ def labels_in(
     for exchange in told.to_pylist():
         if exchange["role"] not in ROLES:
             continue
-        by_giver = sorted(exchange["feedback"], key=lambda one: (one["key_id"] or "", one["given_at"]))
+        in_time = [one for one in exchange["feedback"] if one["given_at"] < end]
+        by_giver = sorted(in_time, key=lambda one: (one["key_id"] or "", one["given_at"]))
         for key, given in groupby(by_giver, key=lambda one: one["key_id"]):
             said = list(given)
             asker = _asker(exchange, key)

@@ -163,6 +163,17 @@ def test_the_newest_word_on_an_answer_counts(events):
     assert labelled.report["left_out"] == {"no_label": 1}
 
 
+def test_what_is_said_after_the_end_of_the_time_does_not_count(events):
+    events.asks("a", correction=ON)
+    events.says(correction=OFF, given_at=9000.0)
+    events.asks("b")
+    events.says(thumb=1, given_at=9000.0)
+    events.store()
+    early = labelled_rows(events.url, 0.0, 9000.0, SETTINGS, TASK)
+    assert (labels(early), early.report["given"]) == ({"a": ON}, 1)
+    assert labels(labelled_rows(events.url, 0.0, 9001.0, SETTINGS, TASK)) == {"a": OFF, "b": ON}
+
+
 def test_thumbs_are_no_labels_where_the_settings_say_so(events):
     events.asks("a", thumb=1)
     assert labels(events.rows(SETTINGS.model_copy(update={"thumbs_up_as_label": False}))) == {}
