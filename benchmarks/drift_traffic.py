@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,12 +23,16 @@ Floats = NDArray[np.float64]
 ANSWER_KEYS = ("intent", "device", "area")
 COLUMNS: tuple[Column, ...] = (
     *FEATURES,
-    *(Column(f"answer.{key}", "output", "category", None, "", f"`{key}` of the answer") for key in ANSWER_KEYS),
+    *(
+        Column(f"answer.{key}", "output", "category", None, "", f"`{key}` of the answer")
+        for key in ANSWER_KEYS
+    ),
 )
 TOPICS = 24
 # Shares of the device classes; the last is the one that vanishes.
 DEVICE_SHARES = np.array([0.30, 0.20, 0.15, 0.12, 0.09, 0.06, 0.08])
 SESSION_ROWS = 5.0
+PART_ROWS = 10_000  # drawn at once
 USERS = 400
 
 
@@ -78,10 +83,10 @@ class World:
     def tables(self, rows: int, shift: Shift = NONE, page: int = 1000) -> Iterator[pa.Table]:
         """Yield so many rows of traffic, in order of time, a page at a time; time goes on between calls.
 
-        Sessions do not reach from one page of 50,000 rows into the next.
+        Sessions do not reach from one part of PART_ROWS into the next.
         """
         while rows > 0:
-            part = self._part(min(rows, 50_000), shift)
+            part = self._part(min(rows, PART_ROWS), shift)
             rows -= part.num_rows
             for first in range(0, part.num_rows, page):
                 yield part.slice(first, page)
@@ -101,7 +106,9 @@ class World:
         self._clock = float(times[order[-1]])
         names = users if self.users_as_sessions else np.arange(sessions) + self._session
         self._session += sessions
-        return self._table(times[order], names[of[order]], users[of[order]], of[order], sessions, users, shift)
+        return self._table(
+            times[order], names[of[order]], users[of[order]], of[order], sessions, users, shift
+        )
 
     def _topics(self, times: Floats, of: NDArray[np.int64], users: NDArray[np.int64], shift: Shift) -> Floats:
         """Return the cumulated mixture of topics of each session, leaning to some of its user's topics."""
@@ -139,14 +146,16 @@ class World:
         )
         chars = np.round(words * rng.normal(5.2, 0.4, rows)) + german * words
         short = rng.random(rows) < np.where(words < 3, 0.8, 0.02)
-        language = np.where(short, "short", np.where(german, "de", np.where(rng.random(rows) < 0.01, "nl", "en")))
+        language = np.where(
+            short, "short", np.where(german, "de", np.where(rng.random(rows) < 0.01, "nl", "en"))
+        )
         # The model knows the topics it knows: a new one becomes one of those, less surely.
         strange = topic >= TOPICS
         told = np.where(strange, self.mistaken[topic], topic)
         right = rng.random(rows) < np.where(strange, 0.1, np.where(german, 0.3, 0.93))
         valid = rng.random(rows) < np.where(strange | german, 0.93, 0.985)
         rated = rng.random(rows) < 0.08
-        numbers: dict[str, Floats] = {
+        numbers: dict[str, NDArray[Any]] = {
             "question_chars": chars,
             "question_words": words,
             "turns": 1.0 + 2 * rng.geometric(0.7, rows) - 2,
