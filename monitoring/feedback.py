@@ -230,7 +230,7 @@ def labelled_rows(
 def labels_in(
     batch: pa.RecordBatch, end: float, settings: FeedbackSettings, task: Task, counts: Counts
 ) -> Iterator[Label]:
-    """Yield the labels in joined exchanges, given before `end`, that can be learned from; count the others."""
+    """Yield the labels in joined exchanges, given before `end`, to learn from; count the others."""
     import pyarrow.compute as pc
 
     counts.exchanges += batch.num_rows

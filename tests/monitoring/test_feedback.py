@@ -1,7 +1,7 @@
 import asyncio
 import json
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +13,12 @@ from monitoring.feedback import (
     REASONS,
     REPORT,
     ROWS,
+    LeftOut,
     Task,
     held_out_before,
     highest_limit,
     is_held_out,
+    label_of,
     labelled_rows,
     main,
     normalised,
@@ -248,13 +250,29 @@ def test_the_conversation_goes_with_the_label_and_the_systems_words_of_the_task_
         ),
     ],
 )
-def test_what_cannot_be_learned_is_left_out_with_its_reason(events, reason, changes):
-    task = TASK if len(changes.get("correction") or "") < 5000 else replace(TASK, max_answer_chars=10_000)
-    events.asks(**changes)
+def test_what_cannot_be_learned_is_left_out_with_its_reason(reason, changes):
+    words = {
+        "given_at": 2000.0,
+        "thumb": changes.pop("thumb", None),
+        "correction": changes.pop("correction", None),
+    }
+    asked = [{"role": "user", "content": changes.pop("question", "lamp please")}]
+    exchange = asdict(replace(EXCHANGE, **{"messages": json.dumps(asked), **changes}))
+    task = TASK if len(words["correction"] or "") < 5000 else replace(TASK, max_answer_chars=10_000)
+    with pytest.raises(LeftOut, match=f"^{reason}$"):
+        label_of(exchange, [words], None, None, SETTINGS, task)
+    assert reason in REASONS
+
+
+def test_what_is_left_out_is_counted_by_reason_and_the_rest_goes_on(events):
+    events.asks("call [phone] now", correction=ON)
+    events.asks("a", correction="no JSON", role="challenger")
+    events.asks("b", correction="none either")
+    events.asks("c", correction=ON, messages="[")
     events.asks("this is right", correction=ON)
-    labelled = events.rows(task=task)
+    labelled = events.rows()
     assert labels(labelled) == {"this is right": ON}
-    assert labelled.report["left_out"] == {reason: 1}
+    assert labelled.report["left_out"] == {"corrupt": 1, "redacted": 1, "not_json": 2}
 
 
 def test_suspicious_rows_and_new_labels_stay_where_the_settings_keep_them(events):
