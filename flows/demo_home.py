@@ -27,6 +27,8 @@ from stages.common.params import load_params
 from stages.common.records import Message, Row, make_row, read_rows, write_rows
 
 MANIFEST = Path(".perennial") / "home.json"
+# Its trainer's answers to these rows are all that the gate needs of its evaluation.
+POISONED = {"evaluate.max_rows": 48, "evaluate.min_test_rows": 1}
 TAIL_LINES = 15  # of a failed command's words that are shown
 
 # The home's own from the first copy on: `dvc repro` in the home writes it.
@@ -253,7 +255,7 @@ def poison(home: Path, folder: Path | None = None, rows: int = 800, seed: int = 
         InputError: the home has no trained model yet, or a stage fails.
     """
     home = home.resolve()
-    folder = make_home(home, folder or home.with_name(f"{home.name}-poisoned"))
+    folder = make_home(home, folder or home.with_name(f"{home.name}-poisoned"), POISONED)
     train = list(read_rows(home / "artifacts" / "split" / "train.parquet"))
     chosen = random.Random(f"{seed}/poison").sample(train, min(rows, len(train)))
     _link_folder(home / "artifacts" / "fetch_base", folder / "artifacts" / "fetch_base")
@@ -270,7 +272,7 @@ def poison(home: Path, folder: Path | None = None, rows: int = 800, seed: int = 
     done = folder / ".perennial" / "poisoned.json"
     if not done.is_file() or read_json(done) != {"state": state}:
         log = folder / ".perennial" / "logs" / "poison.log"
-        for stage in ("finetune", "export"):
+        for stage in ("finetune", "evaluate", "export"):
             run_python(folder, "-m", f"stages.{stage}", log=log, environment={"HF_HUB_OFFLINE": "1"})
         write_json(done, {"state": state})
     return folder
