@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -228,9 +229,13 @@ def unsafe(row: Row, text: str, task: str, label_key: str | None) -> bool:
         usable = reference is not None and is_valid(read_json_answer(text), reference, label_key)
     else:
         usable = bool(text.strip())
+    return not usable or _is_flagged(text)
+
+
+@lru_cache(maxsize=10_000)  # both models give most answers alike, and many more than once
+def _is_flagged(text: str) -> bool:
     return not (
-        usable
-        and guard.check_secrets(text).allow
+        guard.check_secrets(text).allow
         and guard.check_personal_data(text).allow
         and guard.check_toxicity([{"role": "assistant", "content": text}]).allow
     )

@@ -1,20 +1,30 @@
 """The gate's criteria on made-up answers; and, slow, both versions asked by a private service."""
 
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import asdict, replace
 
+import psutil
 import pytest
+import yaml
 
-from flows import evidence, gate
+from flows import candidate_service, evidence, gate, leftovers
 from flows.evidence import Asked, Evidence, card_problems, keep_test_rows, new_test, old_test
 from services import parity
-from stages.common.artifacts import write_json, write_text
+from services.versions import ALIASES, Aliases, Challenger, _write, read_aliases
+from stages.common.artifacts import read_json, write_json, write_text
 from stages.common.dvc_lock import dvc_hash
 from stages.common.errors import InputError
 from stages.common.params import load_params
 from stages.common.records import Message, make_row, write_rows
 from stages.common.statistics import Difference
 from tests.services.serving import ROOT
+from tests.tiny import save_model
 
 SHIPPED = load_params(ROOT / "params.yaml")
 
@@ -271,3 +281,167 @@ def test_a_card_must_be_there_whole_and_this_adapters(checkout):
     ]
     write_text(adapter, "others")
     assert any("was not made from the adapter" in problem for problem in card_problems(checkout))
+
+
+def test_the_private_service_has_files_of_its_own_and_no_limits_of_users(tmp_path):
+    access = SHIPPED.services.access.model_copy(update={"keys": "always", "requests_per_minute": 1})
+    limits = SHIPPED.services.guard.model_copy(update={"secrets": "enforce", "toxicity": "off"})
+    finetune = SHIPPED.finetune.model_copy(update={"learning_rate": 1e-5})  # which YAML would read as a word
+    services = SHIPPED.services.model_copy(update={"access": access, "guard": limits})
+    params = SHIPPED.model_copy(update={"services": services, "finetune": finetune})
+    folder = candidate_service.make_folder(tmp_path, params, NEW, OLD, "id")
+    found = load_params(folder / "params.yaml")
+    assert read_aliases(folder / ALIASES) == Aliases(NEW, Challenger(OLD, 0.0, "canary"), (), managed=True)
+    assert not (tmp_path / ALIASES).exists()
+    assert found.services.events.url == f"sqlite:///{folder}/events.db"
+    assert (found.services.access.keys, found.services.access.requests_per_minute) == ("auto", None)
+    assert (found.services.guard.secrets, found.services.guard.toxicity) == ("record", "off")
+    assert found.finetune.learning_rate == 1e-5
+    assert candidate_service.end_leftovers(tmp_path) == 0 and folder.exists(), "its owner lives"
+    write_json(folder / "owner.json", read_json(folder / "owner.json") | {"created": 1.0})
+    assert candidate_service.end_leftovers(tmp_path) == 1 and not folder.exists()
+
+
+LIMIT = 6  # tokens of an answer
+
+
+def make_version(root, version, seed):
+    """Write what the pipeline leaves of a tiny model with an adapter of its own."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from stages.common.models import load_base
+
+    base, adapter, export = (root / "artifacts" / name for name in ("fetch_base", "finetune", "export"))
+    if not base.exists():
+        save_model(base, tie_word_embeddings=False, initializer_range=0.5)
+    model = load_base(base, torch.float32, torch.device("cpu"))
+    torch.manual_seed(seed)
+    lora = LoraConfig(r=2, lora_alpha=64, target_modules="all-linear", init_lora_weights=False)
+    shutil.rmtree(adapter, ignore_errors=True)
+    get_peft_model(model, lora).save_pretrained(adapter)
+    shutil.rmtree(export, ignore_errors=True)
+    shutil.copytree(base, export, ignore=shutil.ignore_patterns("*.safetensors"))
+    weights = adapter / "adapter_model.safetensors"
+    about = {
+        "name": "tiny",
+        "version": version,
+        "base_model": "tiny",
+        "answer_format": "text",
+        "system_prompt": None,
+        "label_key": None,
+        "answer_schema": None,
+        "context_tokens": 512,
+        "adapter_sha256": evidence.file_hashes(root, [weights])["artifacts/finetune/" + weights.name],
+    }
+    write_json(export / "serving.json", about)
+
+
+def answers_of(root, rows, limit):
+    """Return what the pipeline's model answers."""
+    import torch
+
+    from stages.common.generation import answer_questions, encode_questions
+    from stages.common.models import load_tokenizer, load_tuned
+
+    base, adapter = root / "artifacts/fetch_base", root / "artifacts/finetune"
+    model, tokenizer = load_tuned(base, adapter, torch.float32, torch.device("cpu")), load_tokenizer(base)
+    return [
+        answer.text
+        for answer in answer_questions(model, tokenizer, encode_questions(tokenizer, rows), 8, limit)
+    ]
+
+
+@pytest.fixture
+def project(tmp_path):
+    """Return a checkout with a tiny champion and a candidate that knows the new rows, and its environment."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    values = yaml.safe_load((ROOT / "params.yaml").read_text())
+    values["curate"]["answer_format"] = values["evaluate"]["task"] = "text"
+    for section in ("validate", "check_bias", "evaluate"):
+        values[section]["label_key"] = None
+    values["services"]["engine"]["kind"] = "transformers"
+    values["services"]["answers"]["default_max_tokens"] = LIMIT
+    values["model_card"]["name"] = "tiny"
+    values["flows"]["retrain"]["gate"] |= {"min_new_rows": 20, "max_old_loss": 0.5, "resamples": 200}
+    write_text(tmp_path / "params.yaml", yaml.safe_dump(values))
+    environment = {**os.environ, "BENTOML_HOME": str(tmp_path / "bentoml"), "PYTHONPATH": str(ROOT)}
+    make_version(tmp_path, "a" * 12, seed=1)
+    add = [sys.executable, "-m", "services.versions", "add"]
+    subprocess.run(add, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    _write(tmp_path / ALIASES, Aliases(f"tiny:{'a' * 12}"))
+
+    make_version(tmp_path, "b" * 12, seed=2)
+    test = [row(f"old question {n}", "something else", group=f"o{n}") for n in range(24)]
+    write_rows(tmp_path / "artifacts/split/test.parquet", test)
+    write_rows(tmp_path / "artifacts/split/train.parquet", [row("learned", group="t")])
+    asked = [row(f"new {n}", "x") for n in range(30)]
+    known = zip(asked, answers_of(tmp_path, asked, LIMIT), strict=True)
+    held = [row(one.question, text, group=f"n{one.id}") for one, text in known if text.strip()]
+    lines = "".join(json.dumps({**asdict(one), "tags": dict(one.tags)}) + "\n" for one in held)
+    write_text(tmp_path / ".perennial/holdout/rows.jsonl", lines)
+    table = pa.table({"id": [one.id for one in test], "tuned": answers_of(tmp_path, test, LIMIT)})
+    (tmp_path / "artifacts/evaluate").mkdir()
+    pq.write_table(table, tmp_path / "artifacts/evaluate/predictions.parquet")
+    write_json(tmp_path / "reports/evaluate/metrics.json", {"answer_limit_tokens": LIMIT})
+    parts = "".join(f"\n## {name}\n\nsomething\n" for name in evidence.CARD_SECTIONS)
+    write_text(tmp_path / evidence.CARD, f"# Card\n{parts}{dvc_hash(tmp_path / 'artifacts/finetune')}\n")
+    return tmp_path, environment
+
+
+@pytest.mark.slow
+def test_candidate_and_champion_are_asked_by_a_service_that_nobody_else_sees(project):
+    root, environment = project
+    before = (root / ALIASES).read_bytes()
+    command = [sys.executable, "-m", "flows.gate", f"tiny:{'b' * 12}"]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    verdict = gate.read_verdict(root, f"tiny:{'b' * 12}")
+    by_name = {criterion.name: criterion for criterion in verdict.criteria}
+    assert verdict.passed and verdict.champion == f"tiny:{'a' * 12}"
+    assert by_name["new_window"].low > 0.0, by_name["new_window"].said
+    assert gate.changed_files(root, verdict) == [] and len(verdict.files) == 3
+    assert read_json(root / f"reports/parity/{'b' * 12}.json")["agrees"]
+    kept = read_json(root / f".perennial/gate/{'b' * 12}/answers.json")
+    assert len(kept["old"]) == len(kept["parity"]) == 24
+    assert any(said["candidate"] != said["champion"] for said in kept["new"].values())
+    assert (root / ALIASES).read_bytes() == before
+    assert not (root / ".perennial/events.db").exists(), "the gate's questions are no traffic"
+    assert list((root / ".perennial").glob("gate-service-*")) == []
+
+    again = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0 and "both were asked before" in again.stderr
+    assert gate.read_verdict(root, f"tiny:{'b' * 12}").criteria == verdict.criteria
+
+
+KILLED = """
+import time
+from pathlib import Path
+from flows import candidate_service
+from stages.common.params import load_params
+with candidate_service.serving(Path.cwd(), load_params(), "tiny:{a}", None) as service:
+    print(service.pid, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_gate_leaves_no_service_behind(project):
+    root, environment = project
+    script = KILLED.format(a="a" * 12)
+    with subprocess.Popen(
+        [sys.executable, "-c", script], cwd=root, env=environment, stdout=subprocess.PIPE, text=True
+    ) as owner:
+        service = psutil.Process(int(owner.stdout.readline()))
+        (folder,) = (root / ".perennial").glob("gate-service-*")
+        run_id = read_json(folder / "owner.json")["run_id"]
+        assert len(leftovers.find(run_id)) >= 2, "BentoML's parent and its worker"
+        owner.send_signal(signal.SIGKILL)
+    until = time.monotonic() + 30
+    while leftovers.find(run_id) and time.monotonic() < until:
+        time.sleep(0.2)
+    assert not service.is_running() and leftovers.find(run_id) == []
+    assert candidate_service.end_leftovers(root) == 1
+    assert list((root / ".perennial").glob("gate-service-*")) == []
