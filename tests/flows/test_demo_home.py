@@ -224,7 +224,6 @@ def test_a_command_that_fails_in_a_home_says_its_last_words(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_poisoned_model_is_trained_on_wrong_answers_and_exported_once(tmp_path, monkeypatch):
     from tests.tiny import save_model
 
