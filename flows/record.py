@@ -405,9 +405,9 @@ def read_curve(root: Path) -> Iterator[tuple[str, int, float]]:
 
 def note_of(root: Path, output: Output) -> str:
     """Return what MLflow's page shows first of a run: where it came from, and base against tuned."""
-    line = (
-        f"{output.tag}, learned on from {output.tags['started_from']}; training by {output.tags['trigger']}."
-    )
+    start, trigger = output.tags["started_from"], output.tags["trigger"]
+    whence = "a new adapter" if start == "base" else f"learned on from {start}"
+    line = f"{output.tag}: {whence}; started by {trigger}."
     results = table(read_results(root) or ())
     if not results:
         return line

@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import re
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -74,13 +74,17 @@ def alias_of(root: Path, params: Params, alias: Alias) -> str | None:
     """Return the tag that bears an alias, or None.
 
     Raises:
-        InputError: MLflow cannot be reached.
+        InputError: MLflow cannot be reached, or the alias was given by hand to what is no version of ours.
     """
     with _registry(root, params) as client:
-        number = _aliases(client, params.model_card.name).get(alias)
-        if number is None:
+        version = _bearer(client, params.model_card.name, alias)
+        if version is None:
             return None
-        version = client.get_model_version(registered_name(params.model_card.name), number)
+        if "tag" not in version.tags:
+            raise InputError(
+                f"{alias} in MLflow is version {version.version} of {version.name}, which nobody recorded",
+                "take the alias off it on MLflow's page; only python -m flows.release moves aliases",
+            )
         return str(version.tags["tag"])
 
 
@@ -106,18 +110,18 @@ def set_alias(root: Path, params: Params, alias: Alias, tag: str | None) -> None
         if version.name != name:
             raise InputError(f"{tag} is no version of {name}", "name a version of this model")
         if alias == "champion":  # before the alias moves, so that no champion is without it
-            client.set_model_version_tag(name, version.version, "champion_since", repr(time.time()))
+            client.set_model_version_tag(
+                name, version.version, "champion_since", datetime.now(UTC).isoformat()
+            )
         client.set_registered_model_alias(name, alias, version.version)
 
 
 def champion_since(root: Path, params: Params) -> float | None:
     """Return when the champion took over, in unix seconds; None without one."""
     with _registry(root, params) as client:
-        number = _aliases(client, params.model_card.name).get("champion")
-        if number is None:
-            return None
-        version = client.get_model_version(registered_name(params.model_card.name), number)
-        return float(version.tags["champion_since"])
+        version = _bearer(client, params.model_card.name, "champion")
+        since = version.tags.get("champion_since") if version else None
+        return datetime.fromisoformat(since).timestamp() if since else None
 
 
 def pinned(root: Path, params: Params) -> str | None:
@@ -291,6 +295,11 @@ def _model(client: MlflowClient, name: str) -> RegisteredModel | None:
 def _aliases(client: MlflowClient, name: str) -> dict[str, str]:
     model = _model(client, name)
     return {alias: str(number) for alias, number in model.aliases.items()} if model else {}
+
+
+def _bearer(client: MlflowClient, name: str, alias: Alias) -> ModelVersion | None:
+    number = _aliases(client, name).get(alias)
+    return client.get_model_version(registered_name(name), number) if number is not None else None
 
 
 def version_of(client: MlflowClient, tag: str) -> ModelVersion | None:

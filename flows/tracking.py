@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import lru_cache
 from http.client import HTTPException
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.error import HTTPError
@@ -56,8 +57,11 @@ def open_tracking(root: Path, url: str) -> MlflowClient:
     Takes some seconds the first time in a process (MLflow's import), and some more where it makes the file.
 
     Raises:
-        InputError: nothing answers there, or what lies there is no database, within about 5 s.
+        InputError: nothing answers there, or what lies there is no database, within about 5 s; or MLflow is
+            not installed.
     """
+    if find_spec("mlflow") is None:
+        raise InputError("MLflow is not installed", "pip install '.[monitor]'")
     address = tracking_address(root, url)
     set_quiet_environment()
     for name, value in ENVIRONMENT.items():

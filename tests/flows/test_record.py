@@ -184,7 +184,7 @@ def test_the_note_of_a_run_says_where_it_came_from_and_what_was_learned(tmp_path
     make_output(tmp_path)
     output = read_output(tmp_path, "20261121T101500-500")
     assert record.note_of(tmp_path, output) == (
-        f"{tag_of(tmp_path)}, learned on from base; training by 20261121T101500-500."
+        f"{tag_of(tmp_path)}: a new adapter; started by 20261121T101500-500."
     )
     figures = {"base": {"exact_match": {"value": 0.0}}, "tuned": {"exact_match": {"value": 0.86}}}
     write_json(tmp_path / "reports/evaluate/metrics.json", figures)
@@ -319,7 +319,7 @@ def start(root, *arguments):
 @pytest.mark.slow
 def test_a_record_that_was_killed_goes_on_and_is_one_run_with_one_version(tmp_path):
     make_recordable(tmp_path)
-    points = [("log_batch", 2), ("log_artifact", 5), ("create_model_version", 0), ("set_terminated", 0)]
+    points = [("log_artifact", 5), ("create_model_version", 0), ("set_terminated", 0)]
     for what, when in points:
         process = start(tmp_path, "-c", KILLED, what, str(when))
         process.communicate(timeout=100)

@@ -16,6 +16,7 @@ from stages.common.start import read_start
 from tests.flows.pipeline_output import (
     NAME,
     REPO,
+    SQLITE,
     empty_database,
     lock,
     make_output,
@@ -108,6 +109,19 @@ def test_an_alias_is_never_set_to_what_was_not_recorded(checkout):
 
 
 @pytest.mark.slow
+def test_an_alias_that_was_given_by_hand_to_something_else_is_said(checkout):
+    from flows.tracking import open_tracking
+
+    root, params, *_ = checkout
+    client = open_tracking(root, SQLITE)
+    foreign = client.create_model_version(NAME, source=str(root))
+    client.set_registered_model_alias(NAME, "champion", foreign.version)
+    with pytest.raises(InputError, match="which nobody recorded"):
+        registry.alias_of(root, params, "champion")
+    assert len(registry.versions_table(root, params)) == 2
+
+
+@pytest.mark.slow
 def test_a_pin_has_its_reason_until_it_is_taken_off(checkout):
     root, params, *_ = checkout
     registry.set_pinned(root, params, "an audit is running")
@@ -143,7 +157,7 @@ def test_an_adapter_that_the_registry_has_lost_or_changed_is_not_used(checkout):
     with pytest.raises(InputError, match="lacks adapter_model"):
         registry.fetch_adapter(root, params, second)
     shutil.rmtree(adapter)
-    with pytest.raises(InputError, match="the adapter of .* cannot be read"):
+    with pytest.raises(InputError, match=r"the adapter of .* cannot be read"):
         registry.fetch_adapter(root, params, second)
     assert read_start(root / "artifacts/start").version == first.rpartition(":")[2]
 

@@ -73,6 +73,13 @@ def test_a_folder_where_nothing_can_be_made_is_named(tmp_path):
         open_tracking(tmp_path, SQLITE)
 
 
+def test_without_mlflow_it_is_said_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
+    with pytest.raises(InputError) as caught:
+        open_tracking(tmp_path, SQLITE)
+    assert caught.value.remedy == "pip install '.[monitor]'"
+
+
 def test_a_password_is_not_shown_and_nothing_else_is_cut():
     assert without_password("postgresql+psycopg://me:s3cret@host/db") == "postgresql+psycopg://…@host/db"
     text = "url: http://127.0.0.1:5000\nmail: me@example.org\n"
