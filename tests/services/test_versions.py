@@ -17,6 +17,7 @@ from services.versions import (
     roll_back,
     set_challenger,
     set_champion,
+    take_over,
 )
 from stages.common.artifacts import write_json
 from stages.common.errors import InputError
@@ -90,6 +91,29 @@ def test_aliases_survive_writing_and_reading(tmp_path):
     path = tmp_path / "aliases.json"
     _write(path, aliases)
     assert read_aliases(path) == aliases
+
+
+def test_an_alias_file_of_before_there_were_releases_is_read_as_moved_by_hand(tmp_path):
+    path = tmp_path / "aliases.json"
+    path.write_text('{"champion": "m:1", "challenger": null, "history": []}')
+    assert read_aliases(path) == Aliases("m:1", managed=False)
+    take_over(Aliases("m:1", managed=True), path)
+    assert read_aliases(path).managed
+
+
+def test_once_releases_manage_the_file_no_command_moves_an_alias(project):
+    folder, run = project
+    make_output(folder, "a" * 12)
+    run("add")
+    aliases, tag = folder / ".perennial/aliases.json", f"tiny:{'a' * 12}"
+    take_over(Aliases("tiny:old", None, ("tiny:older",), managed=True), aliases)
+    before = aliases.read_bytes()
+    for words in (("champion", tag), ("challenger", tag), ("challenger", "--none")):
+        done = run(*words)
+        assert done.returncode == 1 and "python -m flows.release" in done.stderr, words
+    with pytest.raises(InputError, match="is managed by releases"):
+        roll_back(aliases)
+    assert aliases.read_bytes() == before
 
 
 def test_a_broken_alias_file_is_named_with_a_remedy(tmp_path):
