@@ -85,27 +85,33 @@ class Questions:
     left_out: Mapping[str, int]
 
 
-def keep_test_rows(root: Path) -> str | None:
+def keep_test_rows(root: Path, production: Path | None = None) -> str | None:
     """Keep the test split under the version that the pipeline made with it; return the version.
 
     Call it before the pipeline runs again and writes another one. None: there is no model yet.
+
+    Args:
+        production: the checkout that keeps it; `root` where none is given.
     """
     serving, test = root / artifacts("export") / "serving.json", root / artifacts("split") / "test.parquet"
     if not serving.exists() or not test.exists():
         return None
     version = str(read_json(serving)["version"])
-    kept = root / TESTS / f"{version}.parquet"
+    kept = (production or root) / TESTS / f"{version}.parquet"
     if not kept.exists():
         with replacing(kept) as beside:
             shutil.copyfile(test, beside)
     return version
 
 
-def gather(root: Path, params: Params, tag: str) -> Evidence:
+def gather(root: Path, params: Params, tag: str, production: Path | None = None) -> Evidence:
     """Ask candidate and champion, compare the candidate with its trainer, and look at its card.
 
     Args:
+        root: the checkout whose pipeline made the candidate.
         tag: the candidate: what the pipeline made last.
+        production: the checkout whose champion is to be replaced, and where what is found is written;
+            `root` where none is given.
 
     Writes reports/parity/VERSION.json and `.perennial/gate/VERSION/`. The aliases do not move.
 
@@ -114,18 +120,22 @@ def gather(root: Path, params: Params, tag: str) -> Evidence:
             the champion is not in the store; or one of the two does not answer.
     """
     _check_candidate(root, tag)
-    champion = read_aliases(root / ALIASES).champion
+    production = production or root
+    champion = read_aliases(production / ALIASES).champion
     if champion == tag:
         raise InputError(f"{tag} is the champion already", "there is nothing to judge")
-    keep_test_rows(root)
+    keep_test_rows(root, production)
     if champion is not None:
         stored(champion)
-    folder = root / GATE / tag.rpartition(":")[2]
+    folder = production / GATE / tag.rpartition(":")[2]
     trainer = _Trainer.read(root, params)
-    new, old = (new_test(root, params), old_test(root, params, champion)) if champion else (None, None)
-    answers = _answers(root, params, tag, champion, trainer, new, old, folder / "answers.json")
+    new = new_test(root, params, production) if champion else None
+    old = old_test(root, params, champion, production) if champion else None
+    asked = {"parity": Questions(trainer.rows, _answer_limit(root), {})}
+    asked |= {name: test for name, test in (("new", new), ("old", old)) if test}
+    answers = _answers(production, params, tag, champion, asked, folder / "answers.json")
     verdict = trainer.compare(answers, params, tag)
-    write_json(root / reports("parity") / f"{verdict.version}.json", asdict(verdict))
+    write_json(production / reports("parity") / f"{verdict.version}.json", asdict(verdict))
     write_json(folder / "parity.json", asdict(verdict))
     card = card_problems(root)
     if (root / CARD).exists():
@@ -145,25 +155,25 @@ def gather(root: Path, params: Params, tag: str) -> Evidence:
             if test
             for reason, count in test.left_out.items()
         },
-        files=file_hashes(root, sorted(folder.iterdir())),
+        files=file_hashes(production, sorted(folder.iterdir())),
     )
 
 
-def new_test(root: Path, params: Params) -> Questions:
+def new_test(root: Path, params: Params, production: Path | None = None) -> Questions:
     """Return the held-out labelled rows of the new traffic that no training row asks.
 
     They may be written as long an answer as users get.
     """
     trained = {normalised(row.question) for row in _training_rows(root)}
-    rows, left_out = _usable(read_labelled(root / HELD_OUT), params)
+    rows, left_out = _usable(read_labelled((production or root) / HELD_OUT), params)
     kept = [row for row in rows if normalised(row.question) not in trained]
     _count(left_out, "the candidate was trained on the question", len(rows) - len(kept))
     return _drawn(kept, params, params.services.answers.default_max_tokens, left_out)
 
 
-def old_test(root: Path, params: Params, champion: str) -> Questions:
+def old_test(root: Path, params: Params, champion: str, production: Path | None = None) -> Questions:
     """Return the champion's test rows, without those whose group or question the candidate trained on."""
-    kept_rows = root / TESTS / f"{champion.rpartition(':')[2]}.parquet"
+    kept_rows = (production or root) / TESTS / f"{champion.rpartition(':')[2]}.parquet"
     if not kept_rows.exists():
         logger.warning("the test rows of %s were not kept: it is asked those of the candidate", champion)
         kept_rows = root / artifacts("split") / "test.parquet"
@@ -292,27 +302,21 @@ def _drawn(rows: Sequence[Row], params: Params, max_tokens: int, left_out: dict[
 
 
 def _answers(
-    root: Path,
+    production: Path,
     params: Params,
     tag: str,
     champion: str | None,
-    trainer: _Trainer,
-    new: Questions | None,
-    old: Questions | None,
+    asked: Mapping[str, Questions],
     path: Path,
 ) -> dict[str, Any]:
     """Return all answers: those that lie there, if they are to the same questions, else asked now."""
-    limit = _answer_limit(root)
-    asked = {"parity": Questions(trainer.rows, limit, {})} | {
-        name: test for name, test in (("new", new), ("old", old)) if test
-    }
     key = _key(tag, champion, asked)
     if path.exists():
         known: dict[str, Any] = read_json(path)
         if known.get("key") == key:
             logger.info("both were asked before: their answers are in %s", path)
             return known
-    with candidate_service.serving(root, params, tag, champion) as service:
+    with candidate_service.serving(production, params, tag, champion) as service:
         found = asyncio.run(_ask(service.url, params, tag, champion, asked))
     write_json(path, {"key": key, "tag": tag, "champion": champion, **found})
     return dict(read_json(path))

@@ -124,14 +124,19 @@ def judge(evidence: Evidence, params: Params, made_at: float | None = None) -> G
     )
 
 
-def run_gate(root: Path, params: Params, tag: str) -> GateVerdict:
+def run_gate(root: Path, params: Params, tag: str, production: Path | None = None) -> GateVerdict:
     """Gather the evidence, judge, write the verdict, and return it.
+
+    Args:
+        root: the checkout whose pipeline made the candidate.
+        production: the checkout whose champion it is held against, and where the verdict is written;
+            `root` where none is given.
 
     Raises:
         InputError: as `flows.evidence.gather`.
     """
-    verdict = judge(gather(root, params, tag), params)
-    write_verdict(root, verdict)
+    verdict = judge(gather(root, params, tag, production), params)
+    write_verdict(production or root, verdict)
     for criterion in verdict.criteria:
         logger.log(
             logging.INFO if criterion.passed else logging.WARNING, "%s: %s", criterion.name, criterion.said

@@ -9,7 +9,6 @@ import sys
 import time
 from dataclasses import asdict, replace
 
-import psutil
 import pytest
 import yaml
 
@@ -434,7 +433,7 @@ def test_a_killed_gate_leaves_no_service_behind(project):
     with subprocess.Popen(
         [sys.executable, "-c", script], cwd=root, env=environment, stdout=subprocess.PIPE, text=True
     ) as owner:
-        service = psutil.Process(int(owner.stdout.readline()))
+        owner.stdout.readline()  # it is ready
         (folder,) = (root / ".perennial").glob("gate-service-*")
         run_id = read_json(folder / "owner.json")["run_id"]
         assert len(leftovers.find(run_id)) >= 2, "BentoML's parent and its worker"
@@ -442,6 +441,6 @@ def test_a_killed_gate_leaves_no_service_behind(project):
     until = time.monotonic() + 30
     while leftovers.find(run_id) and time.monotonic() < until:
         time.sleep(0.2)
-    assert not service.is_running() and leftovers.find(run_id) == []
+    assert leftovers.find(run_id) == []
     assert candidate_service.end_leftovers(root) == 1
     assert list((root / ".perennial").glob("gate-service-*")) == []
