@@ -101,9 +101,9 @@ def _quiet_scenarios(share: float) -> list[Scenario]:
 
     rhythm = with_rhythm(NONE, 0.5)
     return [
-        Scenario("windows of 100", 100, some(1000), some(100)),
-        Scenario("windows of 500", 500, some(1000), some(100)),
-        Scenario("windows of 5,000", 5000, some(1000), some(60)),
+        Scenario("windows of 100", 100, some(1000), some(30)),
+        Scenario("windows of 500", 500, some(1000), some(30)),
+        Scenario("windows of 5,000", 5000, some(1000), some(20)),
         Scenario("no embeddings", 500, some(200), 0, vectors=False),
         Scenario("users name no session", 500, some(200), 0, users_as_sessions=True),
         Scenario("topics swing over the day", 500, some(200), 0, shift=rhythm, usual=rhythm),
@@ -121,7 +121,7 @@ def _print_quiet(pool: ProcessPoolExecutor, share: float) -> None:
 
 
 def _print_shifts(pool: ProcessPoolExecutor, share: float) -> None:
-    checks, peers = max(4, round(200 * share)), max(2, round(30 * share))
+    checks, peers = max(4, round(200 * share)), max(2, round(10 * share))
     print(f"\n### Shifts: found in the first full window of {WINDOW}\n")
     print("| shift | trials | found | 95 % interval | delay in rows: median, 90 % |", end="")
     print(" Evidently: any column | Evidently: half of them |")
