@@ -156,8 +156,7 @@ def _tested(baseline: Baseline, window: Sketch, settings: DriftSettings) -> tupl
     first = min(FIRST_PERMUTATIONS, settings.permutations)
     shuffled = statistics(pool, random_splits(rng, inside + outside, inside, first))
     p_values = _p_values(seen, shuffled, places_of, pool.vector)
-    deciding = [p_values[places].min() for question, places in places_of.items() if question in DECIDING]
-    if deciding and min(deciding) <= PLAINLY_QUIET:
+    if p_values.min() <= PLAINLY_QUIET:
         share = inside / outside
         usual = sessions(plan_, reference)
         factors = inflation(usual, share, settings.calibration_windows, settings.seed)
