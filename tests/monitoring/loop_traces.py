@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 import time
 from pathlib import Path
 
@@ -168,7 +169,10 @@ def record(root, events):
     url = f"sqlite:///{root / '.perennial' / 'events.db'}"
     store = open_store(url, queue_size=len(events), group_rows=512, group_wait_s=0.0)
     try:
-        asyncio.run(all_of_them(store))
+        # In a thread of its own: Playwright's has a loop already.
+        thread = threading.Thread(target=lambda: asyncio.run(all_of_them(store)))
+        thread.start()
+        thread.join()
     finally:
         store.close()
 
