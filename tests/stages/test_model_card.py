@@ -248,6 +248,17 @@ def test_the_card_has_no_speeds_and_is_the_same_twice(project):
     assert card() == first
 
 
+def test_the_card_says_from_which_adapter_and_what_feedback_was_learned(project):
+    text = card()
+    assert "The adapter began anew." in text
+    assert "what users said" not in text
+    change("finetune", started_from="0123456789ab")
+    change("split", feedback_rows=12)
+    assert (
+        "Training went on from the adapter of version `0123456789ab`; 12 rows came from what users said"
+    ) in card()
+
+
 def test_every_picture_of_the_card_lies_beside_it(project):
     links = re.findall(r"!\[[^]]*\]\(([^)]+)\)", card())
     assert len(links) == 5
