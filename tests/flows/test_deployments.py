@@ -60,6 +60,8 @@ def test_up_shows_the_page_executes_what_is_due_and_ends_with_all_it_started(fin
     """With SQLAlchemy 2.1 Prefect's cron schedules never fire, and nothing else says so."""
     finished.change("params.yaml", "cron: 0 3 * * 1", 'cron: "* * * * *"')
     finished.change("params.yaml", "learning_rate: 0.001", "learning_rate: 0.002")
+    for key in ("overview: 8000", "mlflow: 5000", "evidently: 8001", "port: 3000"):
+        finished.change("params.yaml", f" {key} ", f" {key.split(':')[0]}: {server.free_port()} ")
     port = server.free_port()
     api = Api(f"http://127.0.0.1:{port}/api")
     environment = {"PREFECT_HOME": str(tmp_path / "home"), "PREFECT_SERVER_API_PORT": str(port)}
@@ -82,5 +84,5 @@ def test_up_shows_the_page_executes_what_is_due_and_ends_with_all_it_started(fin
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=60)
     assert process.returncode == 0, out
-    assert f"Prefect's page is at http://127.0.0.1:{port}" in out
+    assert f"prefect is up at http://127.0.0.1:{port}/" in out
     assert finished.processes() == []
