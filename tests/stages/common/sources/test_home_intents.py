@@ -48,7 +48,7 @@ def grammar(language="en"):
 
 @cache
 def german():
-    """Two rows of one template in forty: the whole language takes a minute."""
+    """Two rows of one template in eighty: the whole language takes a minute."""
     writer = Writer(grammar("de"), LEXICONS["de"], 7)
     return [
         make_row(
@@ -58,7 +58,7 @@ def german():
             group=template.group,
             tags={"person": person.name} if person else {},
         )
-        for template in grammar("de").templates[::40]
+        for template in grammar("de").templates[::80]
         for text, answer, person in writer.write(template, 2)
     ]
 
@@ -261,7 +261,7 @@ from stages.common.sources.home_intents import Writer, load_grammar
 from stages.common.sources.lexicon import read_lexicon
 grammar = load_grammar("en")
 writer = Writer(grammar, read_lexicon("en"), 7)
-for template in grammar.templates[::40]:
+for template in grammar.templates[::80]:
     for text, answer, person in writer.write(template, 3):
         print(text, answer, person)
 """
@@ -306,8 +306,8 @@ def test_a_language_without_word_lists_is_refused():
 
 
 def test_german_labels_are_what_hassil_makes_of_the_sentence_given_its_template():
-    assert len(german()) > 80
-    assert_hassil_agrees(random.Random(3).sample(german(), 25), "de")
+    assert len(german()) > 40
+    assert_hassil_agrees(random.Random(3).sample(german(), 12), "de")
 
 
 def test_german_requests_call_the_same_intents_with_the_same_slots():
@@ -316,7 +316,7 @@ def test_german_requests_call_the_same_intents_with_the_same_slots():
 
     intents = {intent for intent, *_ in slots(german())}
     assert intents <= set(package()["intents"])
-    assert len(intents) > 15
+    assert len(intents) > 8
     english = {name for _, *names in slots(few().rows) for name in names}
     assert {name for _, *names in slots(german()) for name in names} <= english
 
