@@ -1,10 +1,10 @@
 """A day in the life of a model, compressed into minutes: `make demo`.
 
-In a home of its own (`.perennial/demo`, the checkout's files are left alone) a model is trained and served.
-People ask what it knows; then they ask otherwise: in phrasings it never saw, about a new wing of the house, in
-German. The drift is noticed, their corrections are learned, the candidate is held to the gate, shown to some,
-and takes over; a poisoned one is refused. Nothing is played: it is the service, the flows and the pages of
-`make up`.
+In a home of its own (`.perennial/demo`; the checkout's files are left alone) a model is trained and served.
+People ask what it knows; then they ask otherwise: in phrasings it never saw, about a new wing of the house,
+in German. The drift is noticed, their corrections are learned, the candidate is held to the gate, shown to
+some, and takes over; a poisoned one is refused. Nothing is played: it is the service, the flows and the pages
+of `make up`.
 
     python -m flows.demo           # the whole day
     python -m flows.demo --show    # the pages of the last day again, until Ctrl-C
@@ -202,7 +202,7 @@ def _retrain(day: Day) -> list[ReplayResult | str]:
         process = subprocess.Popen(
             [sys.executable, "-m", "flows.watch"],
             cwd=day.home,
-            env=home_environment(),
+            env=home_environment(day.home),
             stdout=file,
             stderr=subprocess.STDOUT,
         )
@@ -273,7 +273,7 @@ def everything_up(home: Path, url: str) -> Iterator[None]:
         process = subprocess.Popen(
             [sys.executable, "-m", "flows.up"],
             cwd=home,
-            env=home_environment({leftovers.RUN_ID_VARIABLE: run_id}),
+            env=home_environment(home, {leftovers.RUN_ID_VARIABLE: run_id}),
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -426,7 +426,7 @@ def show(root: Path) -> int:
     if not (home / STORY / "story.json").exists():
         raise InputError("the demo has not run yet", "make demo")
     os.chdir(home)
-    os.execve(sys.executable, [sys.executable, "-m", "flows.up"], home_environment())
+    os.execve(sys.executable, [sys.executable, "-m", "flows.up"], home_environment(home))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

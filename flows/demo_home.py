@@ -183,12 +183,16 @@ def _git(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def home_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+def home_environment(home: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the environment for what runs in a home: this Python first, and none of the checkout's code.
 
-    The current folder comes first on the path of `python -m`, so a home runs its own copy.
+    The current folder comes first on the path of `python -m`, so a home runs its own copy. Prefect has a home
+    there too: the user's own would bring its deployments along, and a profile that points elsewhere.
     """
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("PYTHONPATH", "PREFECT_"))
+    }
+    kept["PREFECT_HOME"] = str(home.resolve() / ".perennial" / "prefect")
     path = os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", os.defpath)])
     return {**kept, "PATH": path, **(extra or {})}
 
@@ -214,7 +218,7 @@ def run_python(
     with subprocess.Popen(
         [sys.executable, *arguments],
         cwd=home,
-        env=home_environment(environment),
+        env=home_environment(home, environment),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -134,6 +134,7 @@ def execute(settings: Flows) -> None:
 def _deployment(timetable: Timetable, pool: str | None) -> RunnerDeployment:
     import importlib
 
+    from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
     from prefect.client.schemas.schedules import CronSchedule
     from prefect.events import DeploymentEventTrigger
     from prefect.types.entrypoint import EntrypointType
@@ -155,6 +156,10 @@ def _deployment(timetable: Timetable, pool: str | None) -> RunnerDeployment:
         timetable.name,
         schedules=[CronSchedule(cron=timetable.cron, timezone=timetable.timezone)] if timetable.cron else [],
         triggers=triggers,
+        # After a night without an executor all runs of the night are late, and would all begin at once.
+        concurrency_limit=ConcurrencyLimitConfig(
+            limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW
+        ),
         description=f"{timetable.does} Its schedule is in params.yaml.",
         # A path would put flows/ first on the import path.
         entrypoint_type=EntrypointType.MODULE_PATH,
