@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # All but gpu: vLLM's pins exclude ours, and it has an environment of its own.
-LOCKED_EXTRAS := --extra core --extra serve --extra postgres --extra monitor --extra dev
+LOCKED_EXTRAS := --extra core --extra serve --extra postgres --extra monitor --extra embeddings --extra dev
 INSTALL := $(BIN)/python -m pip install --quiet --constraint requirements.lock --editable
 
 # The event store on PostgreSQL: make serve SERVE_EXTRAS=serve,postgres

@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from flows import gate, leftovers, retrain_run, server
+from flows import gate, leftovers, retrain_run, retraining, server
 from flows.command import in_words
 from flows.demo_home import home_environment, make_home, poison, run_python
 from flows.demo_traffic import Kind, ReplayResult, World, read_world, replay, traffic
@@ -152,7 +152,7 @@ def live(root: Path) -> int:
     day.world = read_world(home)
     with everything_up(home, url):
         accuracy, drift_said = _live_on(day, params)
-    poisoned = _poisoned_is_refused(day, params)
+    poisoned = _poisoned_is_refused(day)
     _tell(root, day, accuracy, drift_said, poisoned)
     return 0
 
@@ -235,7 +235,7 @@ def _wait(process: subprocess.Popen[bytes], seconds: float) -> None:
         time.sleep(POLL_S)
 
 
-def _poisoned_is_refused(day: Day, params: Params) -> gate.GateVerdict:
+def _poisoned_is_refused(day: Day) -> gate.GateVerdict:
     """Train a candidate on shuffled answers, hold it to the gate, and see it refused.
 
     Raises:
@@ -243,21 +243,12 @@ def _poisoned_is_refused(day: Day, params: Params) -> gate.GateVerdict:
     """
     with day.scene("somebody trains on shuffled answers") as noted:
         workspace = poison(day.home)
-        # It is judged where it lies, against the champion of the home, on the same rows.
-        for name in (versions.ALIASES, FOLDER / "holdout", FOLDER / "tests", Path("reports") / "model_card"):
-            source, target = day.home / name, workspace / name
-            if source.is_dir():
-                shutil.copytree(source, target, dirs_exist_ok=True)
-            elif source.exists():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, target)
-        run_python(workspace, "-m", "flows.gate", log=_log(day.home, "poisoned"))
-        verdict = gate.read_verdicts(workspace)[-1]
+        tag = str(retraining.pipeline_tag(workspace))
+        verdict = gate.run_gate(workspace, load_params(workspace / "params.yaml"), tag, production=day.home)
         failed = [one.name for one in verdict.criteria if not one.passed]
         noted.append(f"{'let through' if verdict.passed else 'refused'} ({', '.join(failed)})")
     if verdict.passed:
         raise InputError(f"the gate let the poisoned {verdict.tag} through", "see reports/gate")
-    write_json(day.home / "reports" / "gate" / f"{verdict.tag.partition(':')[2]}.json", asdict(verdict))
     return verdict
 
 

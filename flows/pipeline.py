@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 from prefect import get_run_logger, task
@@ -28,6 +28,7 @@ from flows.stage_process import Outcome, Progress, is_chatter, parse_progress
 PROGRESS_ARTIFACT_S = 2.0  # between two updates of the bar on Prefect's page
 PROGRESS_LOG_S = 20.0  # between two lines of the log
 
+Result = TypeVar("Result")
 StageLogger = logging.Logger | logging.LoggerAdapter[Any]
 
 
@@ -56,6 +57,14 @@ class _Ledger:
     """What the tasks report back; one per run, written from their threads."""
 
     outcomes: dict[str, Outcome] = field(default_factory=dict)
+
+
+def as_task(name: str, work: Callable[[], Result]) -> Result:
+    """Do `work` as a task of the current flow, shown under `name`.
+
+    It takes no arguments: Prefect looks into those, and stumbles over a section with a key called `keys`.
+    """
+    return task(name=name, task_run_name=name, cache_policy=NO_CACHE, persist_result=False)(work)()
 
 
 def run_stages(run: PreparedRun, *, retries: int, retry_delay_s: float) -> PipelineResult:

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prefect import flow, task
+from prefect import flow
 from prefect.artifacts import create_table_artifact
-from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Cancelled, Completed, Failed
 
 from flows import gate, retrain_run, retraining
 from flows.notices import tell
-from flows.pipeline import PipelineResult
+from flows.pipeline import PipelineResult, as_task
 from flows.retrain_run import Ended, Retraining
 from flows.training_flow import training
 from stages.common.params import Params, load_params
@@ -66,8 +65,8 @@ def _go_on(root: Path, params: Params, run: Retraining) -> State[Ended | None]:
 
 
 def _step(root: Path, params: Params, run: Retraining) -> Retraining | Ended:
-    step = task(name=run.step, task_run_name=run.step, cache_policy=NO_CACHE, persist_result=False)
-    return step(retraining.STEPS[run.step])(root, params, run)
+    work = retraining.STEPS[run.step]
+    return as_task(run.step, lambda: work(root, params, run))
 
 
 def _train(root: Path, run: Retraining) -> Retraining | State[Ended | None]:

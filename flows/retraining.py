@@ -47,6 +47,7 @@ def open_retraining(
         InputError: the champion is pinned, or the registry cannot be reached.
     """
     release.recover(root, params)
+    release.adopt(root, params)  # before the pipeline makes another: a service that restarts would follow it
     if (reason := registry.pinned(root, params)) is not None:
         raise InputError(f"the champion is pinned: {reason}", "python -m flows.release unpin --why TEXT")
     champion = versions.read_aliases(root / versions.ALIASES).champion

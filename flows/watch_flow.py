@@ -10,11 +10,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from prefect import flow, get_run_logger, runtime, task
+from prefect import flow, get_run_logger, runtime
 from prefect.artifacts import create_table_artifact
-from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.events import emit_event
 from prefect.states import Completed
@@ -22,6 +20,7 @@ from prefect.states import Completed
 from flows import canary, registry, release, retrain_run
 from flows.deployments import DRIFT_EVENT
 from flows.notices import tell
+from flows.pipeline import as_task
 from monitoring import feedback, trigger
 from monitoring.verdicts import TriggerDecision, Verdict, read_verdicts
 from monitoring.watching import look, usual_traffic
@@ -70,10 +69,12 @@ def _watch(root: Path, params: Params) -> Watched:
     logger = get_run_logger()
     release.recover(root, params)
     champion = _champion(root, params)
-    back = _step("probation")(_end_probation)(root, params)
+    back = as_task("probation", lambda: _end_probation(root, params))
     if back is not None:
         return Watched(f"{champion} was taken back: {back}", rolled_back=champion)
-    usual = _step("usual_traffic")(usual_traffic)(params.services.events.url, champion, params.monitoring)
+    usual = as_task(
+        "usual_traffic", lambda: usual_traffic(params.services.events.url, champion, params.monitoring)
+    )
     if usual is None:
         wanted = params.monitoring.reference.rows
         return Watched(f"{champion} has not answered {wanted} requests yet: nothing to compare with")
@@ -181,10 +182,6 @@ def _show(verdicts: Sequence[Verdict]) -> None:
         for verdict in verdicts
     ]
     create_table_artifact(rows, key="windows", description="what was found in production")
-
-
-def _step(name: str) -> Any:
-    return task(name=name, task_run_name=name, cache_policy=NO_CACHE, persist_result=False)
 
 
 def verdicts_of(root: Path, tag: str) -> list[Verdict]:
