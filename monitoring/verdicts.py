@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from monitoring.columns import Kind, Question
+from monitoring.columns import DECIDING, Kind, Question
 from stages.common.artifacts import read_json, write_json
 from stages.common.errors import InputError
 
@@ -137,8 +137,15 @@ class Verdict:
             return f"not judged: {self.why_not}"
         if not self.drifted:
             return "no drift"
-        questions = ", ".join(question.question for question in self.questions if question.drifted)
-        return f"drift of {questions}: " + "; ".join(change.said for change in self.changes)
+        decided = [one for one in self.questions if one.drifted and one.question in DECIDING]
+        changes = [change for one in decided for change in one.columns if change.drifted]
+        strongest = [next(change for change in one.columns if change.drifted) for one in decided]
+        more = len(changes) - len(strongest)
+        return (
+            f"drift of {', '.join(one.question for one in decided)}: "
+            + "; ".join(change.said for change in strongest)
+            + (f"; and {more} more" if more else "")
+        )
 
 
 _VERDICT: TypeAdapter[Verdict] = TypeAdapter(Verdict)
