@@ -1,6 +1,6 @@
 """How often the drift verdict cries wolf, what it finds and when, and what a check costs.
 
-Traffic is drawn (`benchmarks.drift_traffic`): autocorrelated sessions, a reference of 2,000 rows, each check
+Traffic is drawn (`benchmarks.drift_traffic`): autocorrelated sessions, the reference of params.yaml, each check
 with a world of its own, so checks are independent. Evidently's `DataDriftPreset` with its defaults sees the
 same rows, all columns but the vectors. Parameters are the shipped ones.
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
-REFERENCE_ROWS = 2000
+REFERENCE_ROWS = load_params().monitoring.reference.rows
 WINDOW = 500
 LATER_WINDOWS = 4  # after the one in which a shift starts; what is not found by then counts as not found
 

@@ -80,7 +80,7 @@ def reference_window(url: str, tag: str, settings: Reference) -> Window | None:
         if rows >= settings.rows and time > last:
             break
         first, last, rows = (time if not rows else first), time, rows + 1
-    if rows < settings.min_rows:
+    if rows < settings.rows:
         return None
     return _window(first, math.nextafter(last, math.inf), rows, first)
 

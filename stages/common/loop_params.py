@@ -23,13 +23,7 @@ Question = Literal["input", "output", "quality"]
 class Reference(Section):
     """The usual traffic, with which windows are compared."""
 
-    rows: PositiveCount
-    min_rows: Annotated[int, Field(ge=50)]
-
-    @override
-    def impossible(self) -> Iterator[tuple[str, str]]:
-        if self.min_rows > self.rows:
-            yield "min_rows", f"is above rows ({self.rows}): nothing would ever be judged"
+    rows: Annotated[int, Field(ge=50)]
 
 
 class WindowSettings(Section):

@@ -40,7 +40,7 @@ def settings():
     shipped = load_params("params.yaml").monitoring
     return shipped.model_copy(
         update={
-            "reference": shipped.reference.model_copy(update={"rows": 600, "min_rows": 600}),
+            "reference": shipped.reference.model_copy(update={"rows": 600}),
             "window": shipped.window.model_copy(update={"rows": 200, "settle_s": 10.0}),
             "drift": shipped.drift.model_copy(update={"permutations": 1000}),
         }

@@ -39,8 +39,8 @@ def by_time(hours, settle_s=0.0):
     return WindowSettings.model_construct(kind="time", rows=1, hours=hours, min_rows=1, settle_s=settle_s)
 
 
-def reference(rows, min_rows):
-    return Reference.model_construct(rows=rows, min_rows=min_rows)
+def reference(rows):
+    return Reference.model_construct(rows=rows)
 
 
 def cut(url, settings, after=0.0, now=4e9, limit=100):
@@ -148,7 +148,7 @@ def test_the_reference_is_what_the_version_answered_first_as_champion(url):
         *(exchange(number, role="challenger") for number in range(3, 6)),
         *(exchange(number) for number in range(6, 16)),
     )
-    window = reference_window(url, TAG, reference(rows=4, min_rows=3))
+    window = reference_window(url, TAG, reference(rows=4))
     assert (window.rows, window.start) == (4, 1006.0)
     assert ids(url, window) == ["r00006", "r00007", "r00008", "r00009"]
     assert cut(url, by_count(4), after=window.end)[0].start == window.end
@@ -156,8 +156,8 @@ def test_the_reference_is_what_the_version_answered_first_as_champion(url):
 
 def test_there_is_no_reference_while_there_are_too_few_rows(url):
     stored(url, *(exchange(number) for number in range(5)))
-    assert reference_window(url, TAG, reference(rows=10, min_rows=6)) is None
-    assert reference_window(url, TAG, reference(rows=10, min_rows=5)).rows == 5
+    assert reference_window(url, TAG, reference(rows=6)) is None
+    assert reference_window(url, TAG, reference(rows=5)).rows == 5
 
 
 def test_only_what_the_champion_answered_is_watched_with_its_errors_and_refusals(url):
@@ -261,7 +261,7 @@ def test_events_that_come_after_the_window_was_cut_are_late(url):
 
 def test_a_store_that_is_not_there_is_an_error_of_the_user(url):
     with pytest.raises(InputError, match="no event store"):
-        reference_window(url, TAG, reference(rows=4, min_rows=3))
+        reference_window(url, TAG, reference(rows=4))
     with pytest.raises(InputError, match="no event store"):
         cut(url, by_count(3))
 
