@@ -38,11 +38,17 @@ def test_one_command_registers_the_schedule_of_params_yaml(finished, api):
 
     assert process.returncode == 0, out
     assert "registered training/scheduled: cron 30 2 * * * (Europe/Madrid)" in out
-    (deployment,) = [row for row in api.rows("deployments") if row["name"] == "scheduled"]
+    deployments = {row["entrypoint"].rpartition(".")[2]: row for row in api.rows("deployments")}
+    assert sorted(deployments) == ["release", "retrain", "training", "watch"]
+    # A night's missed runs must not all begin at once in the morning.
+    assert {row["global_concurrency_limit"]["limit"] for row in deployments.values()} == {1}
+    deployment = deployments["training"]
     (schedule,) = deployment["schedules"]
     assert schedule["active"]
     assert (schedule["schedule"]["cron"], schedule["schedule"]["timezone"]) == ("30 2 * * *", "Europe/Madrid")
     assert deployment["entrypoint"] == "flows.training_flow.training"
+    (trigger,) = [one["trigger"] for one in api.automations() if one["name"].startswith("retrain")]
+    assert trigger["expect"] == ["perennial.drift"]
 
 
 def test_without_a_server_registering_says_how_to_start_one(finished):

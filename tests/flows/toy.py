@@ -188,6 +188,11 @@ class Api:
         answer.raise_for_status()
         return answer.json()
 
+    def automations(self) -> list[dict[str, Any]]:
+        answer = httpx.post(f"{self.url}/automations/filter", json={}, timeout=30)
+        answer.raise_for_status()
+        return answer.json()
+
     def last_run(self) -> dict[str, Any]:
         return self.rows("flow_runs", sort="START_TIME_DESC", limit=1)[0]
 
