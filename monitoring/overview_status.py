@@ -166,9 +166,14 @@ def _short(verdict: Verdict) -> dict[str, Any]:
 def _gates(
     root: Path, canaries: dict[str, tuple[float, dict[str, Any]]], troubles: list[str]
 ) -> list[dict[str, Any]]:
-    """Return the gate's verdicts, the newest first, each with what became of its canary."""
+    """Return the gate's verdicts, the newest first, each with how it went on: as a canary, on probation."""
+
+    def trials(name: str) -> list[Any]:
+        found = canaries.get(name, (0.0, {}))[1]
+        return [found[kind] for kind in ("canary", "probation") if found.get(kind)]
+
     found = [
-        value | {"made_at": value.get("made_at", changed), "canary": canaries.get(name, (0, None))[1]}
+        value | {"made_at": value.get("made_at", changed), "trials": trials(name)}
         for name, (changed, value) in _folder(root / GATE, troubles).items()
     ]
     return sorted(found, key=lambda one: float(one["made_at"]), reverse=True)[:MAX_GATES]

@@ -65,8 +65,8 @@ def decide(
 def drift_began(verdicts: Sequence[Verdict], settings: TriggerSettings) -> float | None:
     """Return when the traffic that a retraining should learn began, unix s; None if no recent window drifted.
 
-    That is the first of the drifted windows that lead up to now without a quiet one between them, or, where the
-    recent ones are mixed, the oldest of those that drifted.
+    That is the first of the drifted windows that lead up to now without a quiet one between them, or, where
+    the recent ones are mixed, the oldest of those that drifted.
     """
     began = None
     for number, verdict in enumerate(reversed([verdict for verdict in verdicts if verdict.judged])):

@@ -211,7 +211,17 @@ def leave_traces(root, now, *, traffic=True):
     write_json(root / "reports/gate/bad000bad000.json", gate(POISONED, began + 16 * hour, passed=False))
     write_json(
         root / "reports/canary/4b5c6d7e8f90.json",
-        {"state": "good", "requests": 214, "criteria": [], "said": "No sign of harm in 214 answers."},
+        {
+            "tag": CHALLENGER,
+            "canary": {
+                "kind": "canary",
+                "state": "good",
+                "requests": 214,
+                "criteria": [],
+                "said": "No sign of harm in 214 answers.",
+            },
+            "probation": None,
+        },
     )
     releases = [
         release(began, "adopt", FORMER, FORMER, "the first model"),
