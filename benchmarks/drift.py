@@ -1,8 +1,8 @@
 """How often the drift verdict cries wolf, what it finds and when, and what a check costs.
 
-Traffic is drawn (`benchmarks.drift_traffic`): autocorrelated sessions, the reference of params.yaml, each check
-with a world of its own, so checks are independent. Evidently's `DataDriftPreset` with its defaults sees the
-same rows, all columns but the vectors. Parameters are the shipped ones.
+Traffic is drawn (`benchmarks.drift_traffic`): autocorrelated sessions, a reference as long as that of
+params.yaml, each check with a world of its own, so checks are independent. Evidently's `DataDriftPreset` with
+its defaults sees the same rows, all columns but the vectors. Parameters are the shipped ones.
 
 Run: `python -m benchmarks.drift` (10 to 15 minutes on two cores) or `python -m benchmarks.drift --quick`
 """

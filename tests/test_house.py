@@ -61,7 +61,18 @@ def test_imports_go_one_way(path):
 
 
 def test_no_module_of_flows_bears_the_name_of_a_package():
-    ours = {*PACKAGES, "tests", "prefect", "dvc", "torch", "transformers", "peft", "bentoml", "evidently", "mlflow"}
+    ours = {
+        *PACKAGES,
+        "tests",
+        "prefect",
+        "dvc",
+        "torch",
+        "transformers",
+        "peft",
+        "bentoml",
+        "evidently",
+        "mlflow",
+    }
     assert not {path.stem for path in modules("flows")} & ours
 
 
