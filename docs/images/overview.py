@@ -21,7 +21,7 @@ SIZE = {"width": 1200, "height": 800}
 def take(browser: Browser, url: str, scheme: str) -> None:
     """Write the picture of the whole page in one colour scheme."""
     page = browser.new_page(
-        color_scheme=scheme, viewport=SIZE, device_scale_factor=1.5, reduced_motion="reduce"
+        color_scheme=scheme, viewport=SIZE, device_scale_factor=1, reduced_motion="reduce"
     )
     page.goto(url)
     page.get_by_role("heading", name="At a glance").wait_for()
