@@ -179,6 +179,7 @@ def test_when_dvc_alone_is_killed_the_stage_ends_with_it_and_the_flow_says_so(re
     assert retrain.stage_processes() == []
 
 
+@pytest.mark.slow
 def test_a_second_run_waits_for_the_first_and_says_for_whom(retrain):
     retrain.trouble("train-slow", "3")
     first = retrain.start("--until", "train")

@@ -153,6 +153,7 @@ def test_hassil_given_the_template_agrees_with_every_label_of_the_default_set():
     )
 
 
+@pytest.mark.slow
 def test_every_template_and_every_intent_has_rows():
     rows = few().rows
     assert {row.group for row in rows} == {template.group for template in grammar().templates}
@@ -279,7 +280,7 @@ def test_the_rows_do_not_depend_on_the_hash_seed_of_the_process():
         for seed in ("0", "1")
     }
     assert len(outputs) == 1
-    assert len(outputs.pop().splitlines()) > 50
+    assert len(outputs.pop().splitlines()) > 30
 
 
 def test_another_seed_gives_other_sentences():
