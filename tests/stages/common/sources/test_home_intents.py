@@ -153,7 +153,6 @@ def test_hassil_given_the_template_agrees_with_every_label_of_the_default_set():
     )
 
 
-@pytest.mark.slow
 def test_every_template_and_every_intent_has_rows():
     rows = few().rows
     assert {row.group for row in rows} == {template.group for template in grammar().templates}
