@@ -126,7 +126,7 @@ def _show_result(root: Path, name: str, result: PipelineResult, seconds: float) 
             terminal.print(f"{what:<8} {path.relative_to(root)}")
     terminal.print("serve    make serve")
     terminal.print("next     change a line of params.yaml or put your own rows under data/, then run again")
-    terminal.print("         `make up` shows the runs at http://127.0.0.1:4200 and runs them on schedule")
+    terminal.print("         `make up` serves it, watches its traffic and keeps it fresh")
 
 
 def _duration(seconds: float) -> str:

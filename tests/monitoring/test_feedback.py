@@ -27,11 +27,12 @@ from monitoring.feedback import (
     task_of,
     write_labelled,
 )
-from services.events import Exchange, Feedback, open_store
+from services.events import Feedback, open_store
 from stages.common.errors import InputError
 from stages.common.loop_params import FeedbackSettings
 from stages.common.params import load_params
 from stages.common.records import Message
+from tests.monitoring import store
 
 ROOT = Path(__file__).parent.parent.parent
 SCHEMA = {
@@ -54,31 +55,13 @@ SETTINGS = FeedbackSettings(
     seed=7,
 )
 ON, OFF = '{"intent":"On"}', '{"intent":"Off"}'
-EXCHANGE = Exchange(
+EXCHANGE = replace(
+    store.EXCHANGE,
     request_id="r",
-    received_at=1000.0,
-    route="/v1/chat/completions",
-    key_id=None,
-    user=None,
-    session=None,
-    role="champion",
-    shadow_of=None,
-    model="toy",
-    version="0123456789ab",
     messages="[]",
     parameters='{"json_schema": null}',
-    status=200,
-    reason=None,
     answer=ON,
-    finish_reason="stop",
-    prompt_tokens=5,
-    completion_tokens=4,
-    queue_s=0.0,
-    first_token_s=0.1,
-    total_s=0.2,
     verdicts='{"prompt_injection": [true, null], "schema": [true, null]}',
-    valid_output=True,
-    mean_logprob=-0.1,
 )
 
 
