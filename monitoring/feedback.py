@@ -10,7 +10,7 @@ wrong. So every rule of `monitoring.feedback` in `params.yaml` takes rows away a
     suspicion   what the guard found in the exchange
     repetition  one person's older labels of one question
     users       max_rows_per_user, the newest stay
-    keys        max_share_per_key, the newest stay
+    keys        max_share_per_key of the labels, or of all exchanges where one key gives alone
     agreement   labels that contradict each other
     duplicates  one row a question
     number      max_rows, the newest stay
@@ -203,14 +203,18 @@ def labelled_rows(
     for batch in read_joined(url, start, end):
         labels += labels_in(batch, end, settings, task, counts)
     steps = {"labels": len(labels)}
+
+    def share_keys(some: list[Label]) -> tuple[list[Label], Counter[str]]:
+        return limit_keys(some, settings.max_share_per_key, len(counts.keys), counts.exchanges)
+
     rules: tuple[tuple[str, Callable[[list[Label]], tuple[list[Label], Counter[str]]]], ...] = (
         ("newest of a person", newest_of_a_person),
         ("users", lambda some: limit_users(some, settings.max_rows_per_user)),
-        ("keys", lambda some: limit_keys(some, settings.max_share_per_key, len(counts.keys))),
+        ("keys", share_keys),
         ("agreement", lambda some: agreed(some, settings.min_agreement)),
         ("duplicates", one_a_question),
         # Duplicates of others went: the share of a key has grown by it.
-        ("keys again", lambda some: limit_keys(some, settings.max_share_per_key, len(counts.keys))),
+        ("keys again", share_keys),
         ("number", lambda some: newest(some, settings.max_rows, "row_limit")),
     )
     for name, rule in rules:
@@ -440,15 +444,21 @@ def limit_users(labels: list[Label], max_rows: int) -> tuple[list[Label], Counte
     return kept, left_out
 
 
-def limit_keys(labels: list[Label], share: float, keys: int) -> tuple[list[Label], Counter[str]]:
-    """Keep the newest labels of each key, so that no key has more than `share` of those that are left.
+def limit_keys(
+    labels: list[Label], share: float, keys: int, exchanges: int
+) -> tuple[list[Label], Counter[str]]:
+    """Keep the newest labels of each API key, so that none gives more than its share.
 
-    Labels without a key count, and have no limit. With few keys the share may be out of reach (of two, one
-    always has half): then all have the same limit, such that none has more than one of `keys` equal
-    shares. One key alone, in the whole of the traffic, has no limit: there is nobody to protect from it.
+    The share is of the labels, and the keys that count are those that give any. Where fewer give than
+    1 / `share`, they cannot all stay below it: none gives more than an even part. Labels without a key count
+    together as one giver there.
+    One key that gives alone, though others ask too, may give up to `share` of all exchanges: an honest
+    source is heard, a flood stays capped. One key alone, in the whole of the traffic, has no limit: there is
+    nobody to protect from it.
 
     Args:
         keys: that asked or said anything in this time.
+        exchanges: in this time, of all keys.
     """
     of: defaultdict[str | None, list[Label]] = defaultdict(list)
     for label in labels:
@@ -457,7 +467,11 @@ def limit_keys(labels: list[Label], share: float, keys: int) -> tuple[list[Label
     if keys < 2 and not kept:
         return labels, Counter()
     sizes = [len(own) for own in of.values()]
-    limit = highest_limit(sizes, len(kept), share) or highest_limit(sizes, len(kept), 1 / max(1, keys))
+    if len(of) == 1 and not kept:
+        limit = int(share * exchanges)
+    else:
+        even = 1 / max(1, len(of) + bool(kept))
+        limit = highest_limit(sizes, len(kept), share) or highest_limit(sizes, len(kept), even)
     left_out: Counter[str] = Counter()
     for own in of.values():
         some, gone = newest(own, limit, "key_share")
@@ -651,7 +665,7 @@ def said(report: Mapping[str, Any]) -> str:
         lines += ["| left out | rows | why |", "|---|---:|---|"]
         lines += [f"| {name} | {count:,} | {REASONS[name]} |" for name, count in report["left_out"].items()]
         lines.append("")
-    if report["left_out"].get("key_share") and not report["labelled_rows"]:
+    if report["left_out"].get("key_share") and len(report["by_key"]) == 1:
         lines += [
             "All of it came from one key; if you trust it, raise `monitoring.feedback.max_share_per_key`.",
             "",

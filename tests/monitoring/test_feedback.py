@@ -329,7 +329,7 @@ def test_without_keys_there_is_no_limit_by_key(events):
     assert len(labels(events.rows())) == 60
 
 
-def test_the_only_key_of_all_traffic_has_no_limit_and_one_of_several_gives_nothing_alone(tmp_path):
+def test_the_only_key_has_no_limit_and_one_that_gives_alone_beside_others_a_share_of_the_exchanges(tmp_path):
     alone, beside = Events(tmp_path / "alone"), Events(tmp_path / "beside")
     for events in (alone, beside):
         for number in range(20):
@@ -337,8 +337,19 @@ def test_the_only_key_of_all_traffic_has_no_limit_and_one_of_several_gives_nothi
     beside.asks("nothing is said of this", key_id="another")
     assert len(labels(alone.rows())) == 20
     labelled = beside.rows()
-    assert labels(labelled) == {}
+    assert set(labels(labelled)) == {f"q{number}" for number in range(15, 20)}  # a quarter of 21
     assert "max_share_per_key" in said(labelled.report)
+
+
+def test_keys_that_only_ask_take_nothing_from_the_share_of_those_that_give(events):
+    for key in ("app", "web"):
+        for number in range(3):
+            events.asks(f"{key} {number}", correction=ON, key_id=key)
+    for key in ("b", "c", "d"):
+        events.asks("nothing is said of this", key_id=key)
+    labelled = events.rows()
+    assert len(labels(labelled)) == 6
+    assert labelled.report["left_out"] == {}
 
 
 @pytest.mark.parametrize(
