@@ -3,7 +3,8 @@
 In: `artifacts/split/test.parquet`, `artifacts/fetch_base`, `artifacts/finetune`.
 Out: `reports/evaluate/metrics.json` with each metric as value, low, high and n for both models, their
 difference with a p-value, slices by tag, and the throughput (the only key that changes between identical
-runs); `errors.md` and `errors.csv`, worst first; `pictures/`; `artifacts/evaluate/predictions.parquet`.
+runs; the base's is of when it was asked); `errors.md` and `errors.csv`, worst first; `pictures/`;
+`artifacts/evaluate/predictions.parquet`.
 
 Run it with `dvc repro evaluate` or `python -m stages.evaluate`.
 """
@@ -33,6 +34,7 @@ from stages.common.generation import (
     encode_questions,
     single_latencies,
 )
+from stages.common.judged import Judged, fingerprint, keep, recall
 from stages.common.logs import get_logger, progress, run_stage
 from stages.common.metrics import (
     JsonAnswer,
@@ -72,15 +74,6 @@ class Sampling:
     confidence: float
     resamples: int
     seed: int
-
-
-@dataclass(frozen=True, slots=True)
-class Judged:
-    """One model's answers to all rows, and what asking cost."""
-
-    answers: list[Answer]
-    seconds: float
-    latencies: list[float]
 
 
 def choose_rows(rows: Sequence[Row], max_rows: int | None, min_rows: int, seed: int) -> list[Row]:
@@ -338,7 +331,10 @@ def _examples(rows: Sequence[Row]) -> str:
 def ask_both(
     questions: Sequence[Question], tokenizer: Any, batch_size: int, max_new_tokens: int
 ) -> tuple[dict[str, Judged], str]:
-    """Ask the base, then the tuned model, one in memory at a time; return also the type they compute in."""
+    """Ask the base, then the tuned model, one in memory at a time; return also the type they compute in.
+
+    A base that was asked the same before is not asked again (`stages.common.judged`).
+    """
     folder, adapter = artifacts("fetch_base"), artifacts("finetune")
     device = pick_device()
     dtype = pick_dtype(device)
@@ -346,14 +342,24 @@ def ask_both(
         "base": lambda: load_base(folder, dtype, device),
         "tuned": lambda: load_tuned(folder, adapter, dtype, device),
     }
+    asked = fingerprint(
+        folder, questions, batch=batch_size, limit=max_new_tokens, dtype=str(dtype), device=str(device)
+    )
     judged: dict[str, Judged] = {}
+    if (known := recall(asked)) is not None:
+        log.info("the base model was asked these %d questions before: its answers are kept", len(questions))
+        judged["base"] = known
     for name, load in loaders.items():
+        if name in judged:
+            continue
         model = load()
         check_fit(questions, max_new_tokens, getattr(model.config, "max_position_embeddings", None))
         log.info("asking the %s model %d questions", name, len(questions))
         before = len(judged) * len(questions)
         show = partial(_show, name, before, len(loaders) * len(questions))
         judged[name] = judge(model, tokenizer, questions, batch_size, max_new_tokens, show)
+        if name == "base":
+            keep(asked, judged[name])
         del model
         gc.collect()
     return judged, str(dtype).removeprefix("torch.")

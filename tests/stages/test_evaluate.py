@@ -170,6 +170,42 @@ def test_judging_twice_gives_the_same_bytes_but_for_the_throughput(judged, proje
     }
 
 
+@pytest.fixture
+def asked(monkeypatch):
+    """How many models were asked since."""
+    calls = []
+    judge = evaluate.judge
+    monkeypatch.setattr(evaluate, "judge", lambda *given: calls.append(given[0]) or judge(*given))
+    return calls
+
+
+def test_a_base_that_was_asked_the_same_before_is_not_asked_again(judged, project, asked):
+    folder = project(json_rows())
+    shutil.copytree(judged / "checkpoints", folder / "checkpoints")
+    run(folder)
+    assert len(asked) == 1
+    predictions = [root / "artifacts/evaluate/predictions.parquet" for root in (judged, folder)]
+    assert predictions[0].read_bytes() == predictions[1].read_bytes()
+    reports = [json.loads((root / "reports/evaluate/metrics.json").read_text()) for root in (judged, folder)]
+    assert reports[0]["base"] == reports[1]["base"]
+    assert reports[0]["throughput"]["base"] == reports[1]["throughput"]["base"]
+
+
+@pytest.mark.parametrize("change", ["rows", "limit", "base", "broken"])
+def test_a_base_is_asked_again_if_anything_its_answers_hang_on_has_changed(judged, project, asked, change):
+    rows = json_rows() if change != "rows" else json_rows(23)
+    folder = project(rows, max_new_tokens=11 if change == "limit" else 12)
+    shutil.copytree(judged / "checkpoints", folder / "checkpoints")
+    if change == "base":
+        path = folder / "artifacts/fetch_base/generation_config.json"
+        path.write_text(path.read_text() + " ")
+    if change == "broken":
+        (kept,) = (folder / "checkpoints/evaluate").glob("*.json")
+        kept.write_text(kept.read_text()[:100])
+    run(folder)
+    assert len(asked) == 2
+
+
 def test_every_answer_is_kept(judged):
     table = pq.read_table(judged / "artifacts/evaluate/predictions.parquet")
     assert table.num_rows == 24
