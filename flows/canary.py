@@ -33,6 +33,7 @@ from monitoring.features import same_answer
 from services.events import read_joined
 from services.versions import ALIASES, read_aliases
 from stages.common.artifacts import read_json, write_json
+from stages.common.association import holm
 from stages.common.errors import InputError
 from stages.common.loop_params import CanarySettings
 from stages.common.params import Params
@@ -80,7 +81,8 @@ class CanaryCriterion:
 
     Attributes:
         value: of the version that is judged; other: of whom it is compared with.
-        p_value: how often chance alone makes a difference as large; threshold: Holm's, for this one.
+        p_value: how often chance alone makes a difference as large, corrected for all criteria (Holm).
+        threshold: the look's share of alpha; a p-value above it passes.
     """
 
     name: str
@@ -360,34 +362,22 @@ def _compare(
     judged = [place for place in range(len(CRITERIA)) if all(counts[place] > 0 for _, counts in sides)]
     p_values = _permutation(bad[:, judged], known[:, judged], is_new, alpha)
     shares = [[bads[place] / counts[place] for place in judged] for bads, counts in sides]
-    thresholds, passed = holm(p_values, alpha)
+    corrected = holm(p_values.tolist())
     return tuple(
         CanaryCriterion(
             *CRITERIA[place],
             value=float(shares[0][n]),
             other=float(shares[1][n]),
-            p_value=float(p_values[n]),
-            threshold=thresholds[n],
-            passed=passed[n],
+            p_value=corrected[n],
+            threshold=alpha,
+            passed=corrected[n] > alpha,
             said=(
                 f"{CRITERIA[place][0].replace('_', ' ')}: {shares[0][n]:.1%} of its requests, "
-                f"{shares[1][n]:.1%} of the other's (p = {p_values[n]:.4f})"
+                f"{shares[1][n]:.1%} of the other's (p = {corrected[n]:.4f})"
             ),
         )
         for n, place in enumerate(judged)
     )
-
-
-def holm(p_values: Sequence[float] | Floats, alpha: float) -> tuple[list[float], list[bool]]:
-    """Return each one's threshold and whether it passes, by Holm (1979): the least p-value first."""
-    order = np.argsort(np.asarray(p_values), kind="stable")
-    thresholds, passed = [0.0] * len(order), [True] * len(order)
-    rejecting = True
-    for rank, place in enumerate(order):
-        thresholds[place] = alpha / (len(order) - rank)
-        rejecting = rejecting and float(p_values[place]) <= thresholds[place]
-        passed[place] = not rejecting
-    return thresholds, passed
 
 
 def _by_asker(new: Sequence[Outcome], old: Sequence[Outcome]) -> tuple[Floats, NDArray[np.bool_]]:

@@ -10,7 +10,6 @@ import pytest
 from flows.canary import (
     LOOKS,
     Outcome,
-    holm,
     judge_canary,
     judge_probation,
     judge_trial,
@@ -153,12 +152,6 @@ def test_a_good_one_is_sent_back_as_rarely_as_alpha_says():
         old = traffic(180, users=36, bad=0.2, prefix="o", seed=1000 + seed, step=1 / 3)
         alarms += judged(new, old, needed=60, settings=settings).state == "bad"
     assert alarms <= 20
-
-
-def test_holm_stops_at_the_first_that_passes():
-    thresholds, passed = holm([0.04, 0.001, 0.03], 0.05)
-    assert thresholds == pytest.approx([0.05, 0.05 / 3, 0.025])
-    assert passed == [True, False, True]
 
 
 @pytest.fixture
