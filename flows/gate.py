@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from flows.command import in_words
 from flows.evidence import Asked, Evidence, file_hashes, gather
 from services import guard
 from stages.common.artifacts import read_json, reports, write_json
@@ -451,21 +452,18 @@ def _points(value: float) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Judge what the pipeline made last, and show the verdict; return the exit code."""
-    from flows import console
-
     parser = argparse.ArgumentParser(
         prog="python -m flows.gate", description="Judge a candidate; moves no alias."
     )
     parser.add_argument("tag", help="NAME:VERSION of what the pipeline made last")
     options = parser.parse_args(arguments)
-    console.set_up()
-    try:
+
+    def judge() -> int:
         verdict = run_gate(Path.cwd(), load_params(), options.tag)
-    except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return error.exit_code
-    sys.stdout.write(described(verdict))
-    return 0 if verdict.passed else 1
+        sys.stdout.write(described(verdict))
+        return 0 if verdict.passed else 1
+
+    return in_words(judge)
 
 
 def described(verdict: GateVerdict) -> str:

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
+from flows.command import in_words
 from flows.registry import (
     ADAPTER,
     ADAPTER_FILES,
@@ -491,15 +492,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m flows.record", description=__doc__)
     parser.add_argument("--trigger", default="hand", help="what started the training")
     options = parser.parse_args(arguments)
-    try:
+
+    def record() -> int:
         params = load_params()
         candidate = record_training(Path(), params, options.trigger)
         check_reload(candidate, Path(), params)
-    except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return error.exit_code
-    sys.stdout.write(f"{candidate.tag}: version {candidate.model_version}, run {candidate.run_id}\n")
-    return 0
+        sys.stdout.write(f"{candidate.tag}: version {candidate.model_version}, run {candidate.run_id}\n")
+        return 0
+
+    return in_words(record)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import yaml
 
+from flows.command import in_words
 from flows.registry import ADAPTER_FILES, download_adapter, download_file, find_version
 from services.versions import add_pipeline_output, stored_tags
 from stages.common.artifacts import artifacts, missing, read_json, reports, write_text
@@ -115,13 +116,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m flows.restore", description=__doc__)
     parser.add_argument("tag", help="NAME:VERSION, as MLflow's page and the releases show it")
     options = parser.parse_args(arguments)
-    try:
+
+    def restored() -> int:
         tag = restore(Path(), load_params(), options.tag)
-    except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return error.exit_code
-    sys.stdout.write(f"{tag} is in the store\n")
-    return 0
+        sys.stdout.write(f"{tag} is in the store\n")
+        return 0
+
+    return in_words(restored)
 
 
 if __name__ == "__main__":

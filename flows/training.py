@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from flows import console
-from stages.common.errors import InputError, ParamsError
+from flows.command import STOPPED_EXIT_CODE, in_words
+from stages.common.errors import ParamsError
 from stages.common.params import load_params
 
 if TYPE_CHECKING:
@@ -29,21 +30,13 @@ if TYPE_CHECKING:
     from flows.pipeline import PipelineResult, StageFailure
 
 RESULT_COLUMNS = 100
-STOPPED_EXIT_CODE = 128  # plus the number of the signal, as shells have it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the training flow from the command line; return the exit code."""
     options = _parser().parse_args(arguments)
-    console.set_up()
     signal.signal(signal.SIGTERM, _terminate)
-    try:
-        return _run(Path.cwd(), options)
-    except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return error.exit_code
-    except KeyboardInterrupt:
-        return STOPPED_EXIT_CODE + signal.SIGINT
+    return in_words(lambda: _run(Path.cwd(), options))
 
 
 def _parser() -> argparse.ArgumentParser:
