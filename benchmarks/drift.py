@@ -110,7 +110,7 @@ def _quiet_scenarios(share: float) -> list[Scenario]:
         Scenario("users name no session", 500, some(200), 0, users_as_sessions=True),
         Scenario("topics swing over the day", 500, some(200), 0, shift=rhythm, usual=rhythm),
         Scenario("same, not calibrated", 500, some(200), 0, shift=rhythm, usual=rhythm, calibrated=False),
-        # 4,000 rows are thirteen hours of this traffic: the other half of the day is no quiet traffic to them.
+        # 4,000 rows are thirteen hours of this traffic: they know nothing of the other half of the day.
         Scenario("same, a reference of two days", 500, some(200), 0, rhythm, rhythm, reference_rows=TWO_DAYS),
     ]
 
