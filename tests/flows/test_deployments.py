@@ -2,10 +2,14 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
+from datetime import UTC, datetime
 
+import httpx
 import pytest
 
 from flows import server
+from flows.deployments import DRIFT_EVENT
 from tests.flows.toy import Api
 
 
@@ -92,3 +96,51 @@ def test_up_shows_the_page_executes_what_is_due_and_ends_with_all_it_started(fin
     assert process.returncode == 0, out
     assert f"prefect is up at http://127.0.0.1:{port}/" in out
     assert finished.processes() == []
+
+
+def emit(api, payload: dict[str, object]) -> None:
+    """Tell the server of drift, as the watching flow does."""
+    event = {
+        "id": str(uuid.uuid4()),
+        "occurred": datetime.now(UTC).isoformat(),
+        "event": DRIFT_EVENT,
+        "resource": {"prefect.resource.id": "perennial.model.toy"},
+        "payload": payload,
+    }
+    httpx.post(f"{api.url}/events", json=[event], timeout=30).raise_for_status()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("since", [1750000000.25, None])
+def test_a_drift_event_has_the_retraining_executed_with_what_the_verdict_says(finished, api, since):
+    verdict = f"w-{uuid.uuid4()}"
+    log = finished.root / "trouble" / "execute.log"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "flows.deployments", "--execute"],
+            cwd=finished.root,
+            env=finished.environment,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def ended():
+        kinds = {"any_": ["COMPLETED", "FAILED", "CRASHED", "CANCELLED"]}
+        runs = api.rows("flow_runs", flow_runs={"state": {"type": kinds}})
+        return [run for run in runs if run["parameters"].get("verdict") == verdict]
+
+    try:
+        wait_until(lambda: trigger_is_known(api), 60, "the trigger is registered")
+        emit(api, {"why": 'a "quoted" reason', "verdict": verdict, "since": since})
+        (run,) = wait_until(ended, 90, "the retraining ends")
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=60)
+
+    assert run["parameters"] == {"why": 'a "quoted" reason', "verdict": verdict, "since": since}
+    assert run["state"]["type"] == "FAILED" and "InputError" in run["state"]["message"]
+
+
+def trigger_is_known(api) -> bool:
+    return any(one["name"].startswith("retrain") for one in api.automations())
