@@ -10,7 +10,8 @@ wrong. So every rule of `monitoring.feedback` in `params.yaml` takes rows away a
     suspicion   what the guard found in the exchange
     repetition  one person's older labels of one question
     users       max_rows_per_user, the newest stay
-    keys        max_share_per_key of the labels, or of all exchanges where one key gives alone
+    keys        max_share_per_key of the labels, or of all exchanges where one key gives alone; what one user
+                may give, a key may too
     agreement   labels that contradict each other
     duplicates  one row a question
     number      max_rows, the newest stay
@@ -205,7 +206,8 @@ def labelled_rows(
     steps = {"labels": len(labels)}
 
     def share_keys(some: list[Label]) -> tuple[list[Label], Counter[str]]:
-        return limit_keys(some, settings.max_share_per_key, len(counts.keys), counts.exchanges)
+        share, at_least = settings.max_share_per_key, settings.max_rows_per_user
+        return limit_keys(some, share, at_least, len(counts.keys), counts.exchanges)
 
     rules: tuple[tuple[str, Callable[[list[Label]], tuple[list[Label], Counter[str]]]], ...] = (
         ("newest of a person", newest_of_a_person),
@@ -445,9 +447,9 @@ def limit_users(labels: list[Label], max_rows: int) -> tuple[list[Label], Counte
 
 
 def limit_keys(
-    labels: list[Label], share: float, keys: int, exchanges: int
+    labels: list[Label], share: float, at_least: int, keys: int, exchanges: int
 ) -> tuple[list[Label], Counter[str]]:
-    """Keep the newest labels of each API key, so that none gives more than its share.
+    """Keep the newest labels of each API key, so that none gives more than its share, or than `at_least`.
 
     The share is of the labels, and the keys that count are those that give any. Where fewer give than
     1 / `share`, they cannot all stay below it: none gives more than an even part. Labels without a key count
@@ -457,6 +459,8 @@ def limit_keys(
     nobody to protect from it.
 
     Args:
+        at_least: rows that a key may give whatever its share: what one user may. Else a second key that
+            gives a single label would leave the first a single one.
         keys: that asked or said anything in this time.
         exchanges: in this time, of all keys.
     """
@@ -474,7 +478,7 @@ def limit_keys(
         limit = highest_limit(sizes, len(kept), share) or highest_limit(sizes, len(kept), even)
     left_out: Counter[str] = Counter()
     for own in of.values():
-        some, gone = newest(own, limit, "key_share")
+        some, gone = newest(own, max(limit, at_least), "key_share")
         kept += some
         left_out += gone
     return kept, left_out

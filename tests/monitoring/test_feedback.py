@@ -54,6 +54,7 @@ SETTINGS = FeedbackSettings(
     holdout_share=0.3,
     seed=7,
 )
+FEW_A_USER = SETTINGS.model_copy(update={"max_rows_per_user": 1})  # the share of a key alone decides
 ON, OFF = '{"intent":"On"}', '{"intent":"Off"}'
 EXCHANGE = replace(
     store.EXCHANGE,
@@ -313,14 +314,24 @@ def test_no_key_gives_more_than_its_share_whatever_users_it_invents(events):
     for number in range(200):
         events.asks(f"flood {number}", correction=OFF, key_id="mallory", user=f"u{number}")
     for number in range(60):
-        events.asks(f"honest {number}", correction=ON, key_id=f"k{number % 5}", user="ann")
-    labelled = events.rows()
+        events.asks(f"honest {number}", correction=ON, key_id=f"k{number % 5}", user=f"u{number}")
+    labelled = events.rows(FEW_A_USER)
     floods = [question for question in labels(labelled) if question.startswith("flood")]
     assert len(floods) == 20
     assert len(labels(labelled)) == 80
     assert "flood 199" in floods
     assert labelled.report["left_out"] == {"key_share": 180}
     assert labelled.report["by_key"]["mallory"] == {"given": 200, "rows": 20}
+
+
+def test_a_key_may_always_give_what_one_user_may(events):
+    for number in range(300):
+        events.asks(f"honest {number}", correction=ON, key_id="app", user=f"u{number}")
+    events.asks("one more", correction=ON, key_id="another", user="ann")
+    labelled = events.rows()
+    assert labelled.report["by_key"]["app"] == {"given": 300, "rows": 50}
+    assert labelled.report["by_key"]["another"] == {"given": 1, "rows": 1}
+    assert labelled.report["left_out"] == {"key_share": 250}
 
 
 def test_without_keys_there_is_no_limit_by_key(events):
@@ -333,10 +344,10 @@ def test_the_only_key_has_no_limit_and_one_that_gives_alone_beside_others_a_shar
     alone, beside = Events(tmp_path / "alone"), Events(tmp_path / "beside")
     for events in (alone, beside):
         for number in range(20):
-            events.asks(f"q{number}", correction=OFF, key_id="app")
+            events.asks(f"q{number}", correction=OFF, key_id="app", user=f"u{number}")
     beside.asks("nothing is said of this", key_id="another")
-    assert len(labels(alone.rows())) == 20
-    labelled = beside.rows()
+    assert len(labels(alone.rows(FEW_A_USER))) == 20
+    labelled = beside.rows(FEW_A_USER)
     assert set(labels(labelled)) == {f"q{number}" for number in range(15, 20)}  # a quarter of 21
     assert "max_share_per_key" in said(labelled.report)
 
@@ -383,7 +394,7 @@ def test_a_duplicated_question_cannot_raise_a_keys_share(events):
         events.asks(f"mine {number}", correction=OFF, key_id="mallory", user=f"m{number}")
     for key in ("b", "c"):
         events.asks("all say this", correction=ON, key_id=key)
-    labelled = events.rows(SETTINGS.model_copy(update={"max_share_per_key": 0.5}))
+    labelled = events.rows(FEW_A_USER.model_copy(update={"max_share_per_key": 0.5}))
     assert labelled.report["by_key"]["mallory"]["rows"] <= 0.5 * labelled.report["labelled_rows"]
 
 
