@@ -135,7 +135,7 @@ def _decide(root: Path, params: Params, champion: str, known: Sequence[Verdict])
     settings = params.monitoring.trigger
     ended = retrain_run.history(root)
 
-    def decide(labelled_rows: int) -> TriggerDecision:
+    def decide(labelled_rows: int, left_out: str = "") -> TriggerDecision:
         return trigger.decide(
             known,
             labelled_rows=labelled_rows,
@@ -144,21 +144,22 @@ def _decide(root: Path, params: Params, champion: str, known: Sequence[Verdict])
             pinned=registry.pinned(root, params),
             settings=settings,
             now=time.time(),
+            left_out=left_out,
         )
 
     # Reading all feedback takes longer than the verdict itself: first see whether anything else forbids it.
     if not decide(settings.min_labelled_rows).fires:
         return decide(0)
     task_ = feedback.task_of(root, params)
-    labelled = feedback.labelled_rows(
+    report = feedback.labelled_rows(
         params.services.events.url,
         0.0,
         time.time(),
         params.monitoring.feedback,
         task_,
         feedback.held_out_before(root),
-    )
-    return decide(int(labelled.report["labelled_rows"]))
+    ).report
+    return decide(report["labelled_rows"], feedback.left_out_said(report))
 
 
 def _call_for_retraining(watched: Watched) -> None:

@@ -658,6 +658,15 @@ def read_labelled(path: Path) -> list[Row]:
     return rows
 
 
+def left_out_said(report: Mapping[str, Any]) -> str:
+    """Return how much of what was said became no row, and why most of it, in words; nothing if all did."""
+    left_out = report["left_out"]
+    if not left_out:
+        return ""
+    most = max(left_out, key=lambda reason: left_out[reason])
+    return f"{sum(left_out.values()):,} of {report['given']:,} left out, most: {REASONS[most]}"
+
+
 def said(report: Mapping[str, Any]) -> str:
     """Return the report as Markdown."""
     lines = [

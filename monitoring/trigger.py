@@ -23,6 +23,7 @@ def decide(
     pinned: str | bool | None,
     settings: TriggerSettings,
     now: float,
+    left_out: str = "",
 ) -> TriggerDecision:
     """Return whether a retraining starts.
 
@@ -37,6 +38,7 @@ def decide(
         running: a retraining is under way.
         pinned: the champion is held by hand; a text is the reason.
         now: unix s.
+        left_out: why there are not more labelled rows, in words.
     """
     recent = _recent(verdicts, settings)
     drifted = [verdict for verdict in recent if _counts(verdict, settings)]
@@ -49,7 +51,8 @@ def decide(
     needs = []
     if labelled_rows < settings.min_labelled_rows:
         lacking = settings.min_labelled_rows - labelled_rows
-        needs.append(f"{lacking:,} more labelled {'row' if lacking == 1 else 'rows'}")
+        why = f" ({left_out})" if left_out else ""
+        needs.append(f"{lacking:,} more labelled {'row' if lacking == 1 else 'rows'}{why}")
     if last_retraining_at is not None:
         until = last_retraining_at + settings.cooldown_hours * 3600.0
         if now < until:

@@ -19,6 +19,7 @@ from monitoring.feedback import (
     is_held_out,
     label_of,
     labelled_rows,
+    left_out_said,
     main,
     normalised,
     question_hash,
@@ -321,6 +322,7 @@ def test_no_key_gives_more_than_its_share_whatever_users_it_invents(events):
     assert len(labels(labelled)) == 80
     assert "flood 199" in floods
     assert labelled.report["left_out"] == {"key_share": 180}
+    assert left_out_said(labelled.report) == "180 of 260 left out, most: over `max_share_per_key`"
     assert labelled.report["by_key"]["mallory"] == {"given": 200, "rows": 20}
 
 
@@ -361,6 +363,7 @@ def test_keys_that_only_ask_take_nothing_from_the_share_of_those_that_give(event
     labelled = events.rows()
     assert len(labels(labelled)) == 6
     assert labelled.report["left_out"] == {}
+    assert left_out_said(labelled.report) == ""
 
 
 @pytest.mark.parametrize(
@@ -406,6 +409,7 @@ def test_where_labels_contradict_each_other_most_people_decide_or_all_go(events)
     labelled = events.rows()
     assert labels(labelled) == {"two against one": ON}
     assert labelled.report["left_out"] == {"contradiction": 2, "outvoted": 1, "duplicate": 1}
+    assert left_out_said(labelled.report) == "4 of 5 left out, most: no label has `min_agreement`"
 
 
 def test_questions_that_differ_in_case_spaces_and_full_stops_are_one(events):

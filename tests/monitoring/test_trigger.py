@@ -80,6 +80,7 @@ def test_no_windows_at_all_is_no_drift():
     [
         ({"labelled_rows": 77}, "23 more labelled rows"),
         ({"labelled_rows": 99}, "1 more labelled row"),
+        ({"labelled_rows": 40, "left_out": "most said no more"}, "60 more labelled rows (most said no more)"),
         ({"last_retraining_at": NOON - 9.5 * 3600}, "cooldown until 14:30 UTC"),
         ({"last_retraining_at": NOON - 60}, "cooldown until 23:59 UTC"),
         ({"last_retraining_at": NOON}, "cooldown until 2025-11-26 00:00 UTC"),
@@ -91,6 +92,10 @@ def test_what_is_missing_is_said_exactly(changed, need):
     decision = decided(DRIFT, **changed)
     assert not decision.fires
     assert decision.needs == (need,)
+
+
+def test_what_was_left_out_is_not_said_of_rows_that_are_enough():
+    assert decided(DRIFT, left_out="most said no more").needs == ()
 
 
 def test_everything_that_is_missing_is_said_at_once():
