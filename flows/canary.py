@@ -44,6 +44,7 @@ MIN_OTHER = 20  # requests of the other side; fewer are nothing to compare with
 # Permutations for one threshold: enough that the least p-value of all criteria lies well below it.
 PER_THRESHOLD = 5
 MIN_PERMUTATIONS, MAX_PERMUTATIONS = 2000, 100_000
+FIRST_PERMUTATIONS = 500  # then as many again, while a p-value may still become small
 CHUNK = 2_000_000  # random numbers in memory at once
 FIRST_SEARCH_S = 3600.0  # back in time, for the former champion's last requests; then four times as far
 MAX_SEARCH_S = 366 * 86_400.0
@@ -400,23 +401,24 @@ def _by_asker(new: Sequence[Outcome], old: Sequence[Outcome]) -> tuple[Floats, N
 def _permutation(bad: Floats, known: Floats, is_new: NDArray[np.bool_], alpha: float) -> Floats:
     """Return the one-sided p-value of each criterion: askers are dealt to the sides anew.
 
-    (1 + as bad) / (1 + permutations), never 0 (Phipson & Smyth 2010).
+    (1 + as bad) / (1 + dealt), never 0 (Phipson & Smyth 2010). Mostly nothing is worse, and a few deals show
+    it: they end as soon as no criterion could come down to `alpha` any more, had all deals been made
+    (sequential Monte Carlo p-values: Besag & Clifford 1991, Biometrika 78). So no decision is another one.
     """
-    criteria = bad.shape[1]
-    permutations = _permutations(criteria, alpha)
+    permutations = _permutations(bad.shape[1], alpha)
+    plainly_large = alpha * (1 + permutations)
     askers, ours = len(is_new), int(is_new.sum())
     observed = _difference(is_new[None, :].astype(np.float64), bad, known)[0]
     rng = np.random.default_rng(SEED)
-    worse = np.zeros(criteria)
-    left = permutations
-    while left:
-        rows = min(left, max(1, CHUNK // askers))
+    as_bad, done = np.zeros(bad.shape[1]), 0
+    while done < permutations and as_bad.min() < plainly_large:
+        rows = min(permutations - done, done or FIRST_PERMUTATIONS, max(1, CHUNK // askers))
         dealt = np.zeros((rows, askers))
         chosen = np.argpartition(rng.random((rows, askers)), ours - 1, axis=1)[:, :ours]
         np.put_along_axis(dealt, chosen, 1.0, axis=1)
-        worse += (_difference(dealt, bad, known) >= observed - 1e-12).sum(axis=0)
-        left -= rows
-    p_values: Floats = (1.0 + worse) / (1.0 + permutations)
+        as_bad += (_difference(dealt, bad, known) >= observed - 1e-12).sum(axis=0)
+        done += rows
+    p_values: Floats = (1.0 + as_bad) / (1.0 + done)
     return p_values
 
 

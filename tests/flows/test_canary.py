@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from flows import canary
 from flows.canary import (
     LOOKS,
     Outcome,
@@ -152,6 +153,16 @@ def test_a_good_one_is_sent_back_as_rarely_as_alpha_says():
         old = traffic(180, users=36, bad=0.2, prefix="o", seed=1000 + seed, step=1 / 3)
         alarms += judged(new, old, needed=60, settings=settings).state == "bad"
     assert alarms <= 20
+
+
+@pytest.mark.parametrize("bad", [0.1, 0.2, 0.25, 0.3, 0.6])
+def test_permutations_that_end_early_decide_as_all_of_them(bad, monkeypatch):
+    new, old = traffic(100, users=15, bad=bad), traffic(400, users=60, bad=0.1, prefix="o", seed=1, step=0.2)
+    early = judged(new, old)
+    monkeypatch.setattr(canary, "FIRST_PERMUTATIONS", canary.MAX_PERMUTATIONS)
+    every = judged(new, old)
+    assert (early.state, early.looks) == (every.state, every.looks)
+    assert [one.passed for one in early.criteria] == [one.passed for one in every.criteria]
 
 
 @pytest.fixture
