@@ -3,13 +3,14 @@
 Outcomes are drawn: users with habits of their own ask several times each, half of them ever give feedback,
 and it comes late. Verdicts are polled in time, at all looks. Parameters are the shipped ones.
 
-Run: `python -m benchmarks.canary` or `python -m benchmarks.canary --quick`
+Run: `python -m benchmarks.canary` (minutes on two cores) or `python -m benchmarks.canary --quick`
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -18,19 +19,25 @@ from functools import partial
 from multiprocessing import get_context
 
 import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import beta
 
 from benchmarks.machine import machine
 from flows.canary import LOOKS, Kind, Outcome, judge_canary
 from stages.common.params import load_params
 from stages.common.statistics import clopper_pearson
 
+PARAMS = load_params()
+SETTLE_S = PARAMS.monitoring.window.settle_s
+# Nothing is decided by silence here: that is a setting, and no statistic.
+SETTINGS = PARAMS.flows.retrain.canary.model_copy(update={"max_minutes": 1e9})
 USERS = 125
 STEP_S = 10.0  # between two requests, on average
 SPEAKERS = 0.5  # share of the users who ever give feedback
 HABIT = 8.0  # a user's rate is drawn from a beta distribution of this precision
 CRITERIA = ("failed", "invalid", "thumb_down", "corrected")
-USUAL = (0.0, 0.03, 0.05, 0.10)  # shares of the requests, in the order of CRITERIA
-PROCESSES = 2
+USUAL = (0.0, 0.03, 0.05, 0.10)  # shares of all requests, in the order of CRITERIA
+FEEDBACK = 2  # from this place on, users have to say it
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +48,6 @@ class Scenario:
     kind: Kind
     rates: tuple[float, ...] = USUAL
     same_users: bool = False
-    usual: tuple[float, ...] = USUAL
 
 
 GOOD = (
@@ -52,78 +58,96 @@ GOOD = (
 WORSE = {
     "failures 0 → 5 %": (0.05, 0.03, 0.05, 0.10),
     "invalid answers 3 → 13 %": (0.0, 0.13, 0.05, 0.10),
-    "corrections 10 → 25 %": (0.0, 0.03, 0.05, 0.25),
     "thumbs down 5 → 20 %": (0.0, 0.03, 0.20, 0.10),
+    "corrections 10 → 25 %": (0.0, 0.03, 0.05, 0.25),
 }
+BAD = (
+    *(Scenario(f"trial: {name}", "canary", rates) for name, rates in WORSE.items()),
+    *(
+        Scenario(f"probation, the same users: {name}", "probation", rates, same_users=True)
+        for name, rates in WORSE.items()
+    ),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Measure, and print tables in Markdown."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.canary", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a tenth of the trials")
     parts = 10 if parser.parse_args(arguments).quick else 1
-    _say(f"{machine()}\n")
-    bad = [Scenario(f"trial: {name}", "canary", rates) for name, rates in WORSE.items()]
-    bad += [Scenario(f"probation: {name}", "probation", rates) for name, rates in WORSE.items()]
-    with ProcessPoolExecutor(PROCESSES, get_context("spawn")) as pool:
-        _say("| nothing is worse | trials | sent back | 95 % interval | alpha |\n|---|---|---|---|---|")
-        alpha = load_params().flows.retrain.canary.alpha
-        for scenario in GOOD:
-            found = list(pool.map(partial(trial, scenario), range(1000 // parts), chunksize=5))
-            alarms = sum(one is not None for one in found)
-            low, high = clopper_pearson(alarms, len(found), 0.95)
-            row = f"{alarms / len(found):.1%} | {low:.1%} to {high:.1%} | {alpha:.0%}"
-            _say(f"| {scenario.name} | {len(found)} | {row} |")
-        _say("\n| what is worse | trials | found | median requests until found |\n|---|---|---|---|")
-        for scenario in bad:
-            found = list(pool.map(partial(trial, scenario), range(200 // parts), chunksize=5))
-            delays = [one for one in found if one is not None]
-            delay = f"{np.median(delays):.0f}" if delays else "none"
-            _say(f"| {scenario.name} | {len(found)} | {len(delays) / len(found):.0%} | {delay} |")
+    # Before NumPy starts in the children: two processes with two threads each would only wait.
+    os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    print(f"```\n{machine()}\n```\n")
+    with ProcessPoolExecutor(os.cpu_count() or 1, mp_context=get_context("spawn")) as pool:
+        _print_good(pool, 1000 // parts)
+        _print_bad(pool, 200 // parts)
     return 0
+
+
+def _print_good(pool: ProcessPoolExecutor, trials: int) -> None:
+    print(f"### Nothing is worse: sent back, at an alpha of {SETTINGS.alpha:.0%}\n")
+    print("| comparison | trials | sent back | 95 % interval |\n|---|---|---|---|")
+    for scenario in GOOD:
+        alarms = len(_found(pool, scenario, trials))
+        low, high = clopper_pearson(alarms, trials, 0.95)
+        rate = f"{alarms} ({alarms / trials:.1%}) | {low:.2%} to {high:.2%}"
+        print(f"| {scenario.name} | {trials:,} | {rate} |", flush=True)
+
+
+def _print_bad(pool: ProcessPoolExecutor, trials: int) -> None:
+    print("\n### Something is worse, in shares of all requests: sent back, and after how many\n")
+    print("| what is worse | trials | sent back | 95 % interval | requests until then: median |")
+    print("|---|---|---|---|---|")
+    for scenario in BAD:
+        delays = _found(pool, scenario, trials)
+        low, high = clopper_pearson(len(delays), trials, 0.95)
+        rate = f"{len(delays)} ({len(delays) / trials:.0%}) | {low:.0%} to {high:.0%}"
+        delay = f"{np.median(delays):.0f} of {_needed(scenario)}" if delays else "–"
+        print(f"| {scenario.name} | {trials} | {rate} | {delay} |", flush=True)
+    print(
+        f"\nOf {SPEAKERS:.0%} of the users comes all feedback, each saying it of a larger share of their own "
+        f"requests; it takes {SETTLE_S:g} s on average, so that of the last requests not all is heard."
+    )
+
+
+def _found(pool: ProcessPoolExecutor, scenario: Scenario, trials: int) -> list[int]:
+    """Return after how many requests each version was sent back that was."""
+    found = pool.map(partial(trial, scenario), range(trials), chunksize=5)
+    return [delay for delay in found if delay is not None]
+
+
+def _needed(scenario: Scenario) -> int:
+    return SETTINGS.min_requests if scenario.kind == "canary" else SETTINGS.probation_requests
 
 
 def trial(scenario: Scenario, seed: int) -> int | None:
     """Return after how many requests a version was sent back; None if it was not."""
-    params = load_params()
-    settings = params.flows.retrain.canary
-    settle_s = params.monitoring.window.settle_s
     rng = np.random.default_rng(seed)
-    on_trial = scenario.kind == "canary"
-    needed = settings.min_requests if on_trial else settings.probation_requests
-    # Nothing is decided by silence here: that is a setting, and no statistic.
-    settings = settings.model_copy(update={"max_minutes": 1e9})
-    if on_trial:
-        count = needed / settings.share
-        dealt = rng.random(USERS) < settings.share
-        # As many users as are dealt to a side, and so a share of the requests each.
-        ours, theirs = max(1, int(dealt.sum())), max(1, int((~dealt).sum()))
-        pace_s = STEP_S * USERS
-        new = _drawn(rng, ours, needed, 0.0, pace_s / ours, scenario.rates, settle_s, "new")
-        old = _drawn(rng, theirs, 2 * int(count), 0.0, pace_s / theirs, scenario.usual, settle_s, "old")
+    needed, users = _needed(scenario), rng.random((USERS, 1 + len(CRITERIA)))
+    if scenario.kind == "canary":
+        dealt = rng.random(USERS) < SETTINGS.share
+        # Each side gets a share of the requests as large as its share of the users.
+        new = _drawn(rng, users[dealt], scenario.rates, "new", needed, 0.0)
+        old = _drawn(rng, users[~dealt], USUAL, "old", int(2 * needed / SETTINGS.share), 0.0)
     else:
-        state = rng.integers(2**32)
-        dealer = np.random.default_rng(state)
-        start = -needed * STEP_S
-        old = _drawn(rng, USERS, needed, start, STEP_S, scenario.usual, settle_s, "u", dealer)
-        again = np.random.default_rng(state) if scenario.same_users else rng
-        side = "u" if scenario.same_users else "n"
-        new = _drawn(rng, USERS, needed, 0.0, STEP_S, scenario.rates, settle_s, side, again)
+        old = _drawn(rng, users, USUAL, "u", needed, -needed * STEP_S)
         old = [replace(one, at=min(one.at, 0.0)) for one in old]
+        others = users if scenario.same_users else rng.random(users.shape)
+        new = _drawn(rng, others, scenario.rates, "u" if scenario.same_users else "n", needed, 0.0)
     looks = 0
     for share in LOOKS:
-        now = new[math.ceil(share * needed) - 1].at + settle_s
+        now = new[math.ceil(share * needed) - 1].at + SETTLE_S
         verdict = judge_canary(
             scenario.kind,
             "m:new",
             "m:old",
             [one for one in new if one.at < now],
             [one for one in old if one.at < now],
-            settings,
+            SETTINGS,
             needed=needed,
             since=0.0,
             now=now,
-            settle_s=settle_s,
+            settle_s=SETTLE_S,
             looks=looks,
         )
         if verdict.state == "bad":
@@ -134,27 +158,26 @@ def trial(scenario: Scenario, seed: int) -> int | None:
 
 def _drawn(
     rng: np.random.Generator,
-    users: int,
+    users: NDArray[np.float64],
+    rates: Sequence[float],
+    prefix: str,
     count: int,
     start: float,
-    step_s: float,
-    rates: Sequence[float],
-    late_s: float,
-    prefix: str,
-    habits: np.random.Generator | None = None,
 ) -> list[Outcome]:
-    """Return `count` outcomes in the order of time; `habits` draws who the users are."""
-    habits = habits or rng
-    usual = np.zeros((users, len(CRITERIA)))
-    for place, rate in enumerate(rates):
-        if rate:
-            usual[:, place] = habits.beta(HABIT * rate, HABIT * (1 - rate), size=users)
-    # Those who speak say it all, the rest nothing: of all requests it is SPEAKERS times the rate.
-    usual[:, 2:] *= (habits.random(users) < SPEAKERS)[:, None]
-    at = start + np.cumsum(rng.exponential(step_s, size=count))
-    asker = rng.integers(users, size=count)
+    """Return `count` outcomes in the order of time, from `start`.
+
+    Args:
+        users: whether each gives feedback, and how far above others their rates are, as quantiles.
+    """
+    rate = np.array(rates)
+    # Those who speak say it all, the rest nothing: of all requests it is the rate again.
+    rate[FEEDBACK:] /= SPEAKERS
+    usual = np.where(rate > 0, beta.ppf(users[:, 1:], HABIT * rate, HABIT * (1 - rate)), 0.0)
+    usual[users[:, 0] >= SPEAKERS, FEEDBACK:] = 0.0
+    at = start + np.cumsum(rng.exponential(STEP_S * USERS / len(users), size=count))
+    asker = rng.integers(len(users), size=count)
     hit = rng.random((count, len(CRITERIA))) < usual[asker]
-    late = rng.exponential(late_s, size=(count, 2))
+    late = rng.exponential(SETTLE_S, size=(count, 2))
     return [
         Outcome(
             at=float(at[n]),
@@ -166,11 +189,6 @@ def _drawn(
         )
         for n in range(count)
     ]
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":
