@@ -35,7 +35,7 @@ bento: $(VENV)/.$(SERVE_EXTRAS) ## pack the served model and the service for ano
 	@python -m services.package
 
 test: $(VENV)/.dev ## the fast tests (under five minutes, no GPU, no network)
-	@python -m pytest -m "not slow"
+	@python -m pytest -m "not slow" --numprocesses logical --maxprocesses 4 --dist loadfile
 
 test-slow: $(VENV)/.dev ## the others: the real base model, servers, a browser
 	@python -m pytest -m slow
