@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import fcntl
 import hashlib
 import json
 import logging
@@ -20,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -48,6 +46,7 @@ from flows.tracking import (
 from stages.common.artifacts import artifacts, missing, read_json, reports
 from stages.common.dvc_lock import LOCK, Lock, dvc_hash, read_lock
 from stages.common.errors import InputError
+from stages.common.locks import one_at_a_time
 from stages.common.params import Params, load_params
 
 if TYPE_CHECKING:
@@ -133,7 +132,8 @@ def record_training(root: Path, params: Params, trigger: str = "hand") -> Candid
     url = params.flows.record.tracking_url
     client = open_tracking(root, url)
     champion = alias_of(root, params, "champion")
-    with _alone(root), tracking_errors(tracking_address(root, url)):
+    # Two processes of this checkout that record at once would make two runs of one output.
+    with one_at_a_time(root / RECORD_LOCK), tracking_errors(tracking_address(root, url)):
         experiment = _experiment(client, root, params)
         run = _run_of(client, experiment, output, champion)
         if run.info.status != "FINISHED":
@@ -466,16 +466,6 @@ def _make_version(client: MlflowClient, run: Run, output: Output) -> ModelVersio
         tags=tags,
         description=f"The adapter of {output.tag}, on {output.tags['base_model']}.",
     )
-
-
-@contextmanager
-def _alone(root: Path) -> Iterator[None]:
-    """Let one process of this checkout record at a time: two would make two runs of one output."""
-    path = root / RECORD_LOCK
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _time_ms(path: Path) -> int:

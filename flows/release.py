@@ -18,7 +18,6 @@ them all.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import getpass
 import json
 import logging
@@ -27,18 +26,19 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from flows import gate, registry
+from flows.command import in_words
 from flows.run_lock import FOLDER
 from services import versions
 from services.versions import ALIASES, HISTORY, Aliases, Challenger, check_parity, read_aliases
 from stages.common.artifacts import read_json, reports, write_json
 from stages.common.errors import InputError
+from stages.common.locks import one_at_a_time
 from stages.common.params import Params, load_params
 
 LOCK = FOLDER / "release.lock"
@@ -115,7 +115,7 @@ def release(root: Path, params: Params, action: Action, tag: str | None, by: str
         raise InputError(
             f"no reason is given for {action}", "say it, for those who read it later: --why TEXT"
         )
-    with _locked(root):
+    with one_at_a_time(root / LOCK):
         _recover(root, params)
         _adopt(root, params)
         known = _done_already(root, action, tag)
@@ -132,7 +132,7 @@ def recover(root: Path, params: Params) -> ReleaseRecord | None:
     """
     if not (root / INTENT).exists():
         return None
-    with _locked(root):
+    with one_at_a_time(root / LOCK):
         return _recover(root, params)
 
 
@@ -145,7 +145,7 @@ def adopt(root: Path, params: Params) -> ReleaseRecord | None:
     Raises:
         InputError: the registry cannot be reached.
     """
-    with _locked(root):
+    with one_at_a_time(root / LOCK):
         _recover(root, params)
         return _adopt(root, params)
 
@@ -511,35 +511,22 @@ def _aliases(values: dict[str, Any]) -> Aliases:
     )
 
 
-@contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    """Hold the lock of releases: the kernel lets go of it when the process ends, however it ends."""
-    path = root / LOCK
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make a release by hand, or show how things stand; return the exit code."""
-    from flows import console
-
     options = _parser().parse_args(arguments)
-    console.set_up()
     root = Path.cwd()
-    try:
-        params = load_params(root / "params.yaml")
+
+    def act() -> int:
         if options.command == "status":
             sys.stdout.write(status(root))
             return 0
+        params = load_params(root / "params.yaml")
         done = release(root, params, options.action, options.tag, options.by, options.why)
-    except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return error.exit_code
-    trial = f", {done.challenger} on trial" if done.challenger else ""
-    sys.stdout.write(f"{done.action}: {done.champion or 'nobody'} is champion{trial}\n")
-    return 0
+        trial = f", {done.challenger} on trial" if done.challenger else ""
+        sys.stdout.write(f"{done.action}: {done.champion or 'nobody'} is champion{trial}\n")
+        return 0
+
+    return in_words(act)
 
 
 def status(root: Path) -> str:

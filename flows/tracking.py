@@ -5,7 +5,6 @@ MLflow itself tries for minutes to reach a server or a database that is not ther
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import re
@@ -23,6 +22,7 @@ from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 from stages.common.errors import InputError
+from stages.common.locks import one_at_a_time
 from stages.common.logs import set_quiet_environment
 
 if TYPE_CHECKING:
@@ -106,8 +106,7 @@ def _alone(address: str) -> Iterator[None]:
     if not address.startswith(SQLITE):
         yield
         return
-    with Path(address.removeprefix(SQLITE)).with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with one_at_a_time(Path(address.removeprefix(SQLITE)).with_suffix(".lock")):
         yield
 
 

@@ -13,7 +13,6 @@ process for itself, and a restart forgets them.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
 import hmac
 import ipaddress
@@ -34,6 +33,7 @@ from typing import Any
 
 from services import errors
 from stages.common.errors import InputError
+from stages.common.locks import one_at_a_time
 
 KEYS_FILE = Path(".perennial/api_keys.json")
 TOKEN_PREFIX = "perennial-"  # so that secret scanners, and our own guard, know a leaked key
@@ -141,9 +141,7 @@ def write_keys(path: Path, keys: Sequence[Key]) -> None:
 @contextmanager
 def editing(path: Path) -> Iterator[list[Key]]:
     """Yield the stored keys for the caller to change, and write them; two editors wait for each other."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f"{path.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with one_at_a_time(path.with_name(f"{path.name}.lock")):
         keys = list(read_keys(path))
         yield keys
         write_keys(path, keys)

@@ -19,7 +19,6 @@ gate's verdict, move its aliases, and the commands above that would move them sa
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
 import logging
 import shutil
@@ -32,6 +31,7 @@ from typing import Any, Literal
 
 from stages.common.artifacts import artifacts, missing, read_json, reports, write_json
 from stages.common.errors import InputError
+from stages.common.locks import one_at_a_time
 from stages.common.logs import set_quiet_environment
 from stages.common.params import load_params
 
@@ -313,9 +313,7 @@ def _check_unmanaged(aliases: Aliases, path: Path) -> None:
 @contextmanager
 def _changing(path: Path) -> Iterator[Aliases]:
     """Hold the file's lock, so that two who change it take turns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with one_at_a_time(path.with_suffix(".lock")):
         yield read_aliases(path)
 
 
