@@ -47,6 +47,7 @@ def run_flow(root: Path, start: Callable[[], State[Any]]) -> Any:
     with server.reachable(root) as api:
         from flows.training_flow import flush
 
+        console.tell_errors_once()
         api.wait()
         if api.is_temporary:
             console.hide_links()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 
+from stages.common.errors import InputError
 from stages.common.logs import set_quiet_environment
 
 # Read by Prefect when it is imported.
@@ -34,6 +35,18 @@ def set_up() -> None:
 def hide_links() -> None:
     """Keep Prefect from pointing to the page of a server that has none."""
     logging.getLogger("prefect.flow_runs").addFilter(_is_no_link)
+
+
+def tell_errors_once() -> None:
+    """Keep Prefect from showing an error that the command tells in words at its end; its page shows all."""
+    for handler in logging.getLogger().handlers:  # the terminal's, by now made by Prefect
+        handler.addFilter(_is_not_told_yet)
+
+
+def _is_not_told_yet(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    # A task, a flow: each logs the error it ends with, and then its state, which holds the error as text.
+    return not isinstance(error, InputError) and f"{InputError.__name__}: " not in record.getMessage()
 
 
 def _is_no_link(record: logging.LogRecord) -> bool:

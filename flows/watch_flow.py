@@ -55,7 +55,7 @@ def watch() -> State[Watched]:
     params = load_params(root / "params.yaml")
     try:
         watched = _watch(root, params)
-    except InputError as error:
+    except Exception as error:
         tell(params.flows.notify, "failed", "production could not be watched", str(error))
         raise
     if watched.calls_for_retraining is not None:
