@@ -28,7 +28,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from flows.release import CANARY, done_releases, trial_record
+from flows.release import CANARY
+from flows.release_journal import done_releases, trial_record
 from monitoring.features import same_answer
 from services.events import read_joined
 from services.versions import ALIASES, read_aliases

@@ -10,29 +10,38 @@
 
 `release` holds a lock, so that two take turns; it moves only what the gate let through, and refuses a verdict
 on another champion than the present one. Two places must agree: the file that the service follows and the
-registry. So what is intended is written down first (`.perennial/release-intent.json`); after a kill the
-next call finishes it, or takes it back where the gate's verdict is gone. `.perennial/releases.jsonl` keeps
-them all.
+registry. So what is intended is written down first (`flows.release_journal`); after a kill the next call
+finishes it, or takes it back where the gate's verdict is gone. `.perennial/releases.jsonl` keeps them all.
 """
 
 from __future__ import annotations
 
 import argparse
 import getpass
-import json
 import logging
-import os
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from flows import gate, registry
 from flows.command import in_words
+from flows.release_journal import (
+    INTENT,
+    Intent,
+    ReleaseRecord,
+    append_release,
+    done_releases,
+    read_intent,
+    read_releases,
+    remove_intent,
+    trial_record,
+    write_intent,
+)
 from flows.run_lock import FOLDER
 from services import versions
 from services.versions import ALIASES, HISTORY, Aliases, Challenger, check_parity, read_aliases
@@ -42,8 +51,6 @@ from stages.common.locks import one_at_a_time
 from stages.common.params import Params, load_params
 
 LOCK = FOLDER / "release.lock"
-INTENT = FOLDER / "release-intent.json"
-RELEASES = FOLDER / "releases.jsonl"
 PIN = FOLDER / "pin.json"
 CANARY = reports("canary")
 
@@ -53,45 +60,6 @@ ACTIONS: tuple[Action, ...] = ("promote", "try", "refuse", "roll_back", "pin", "
 MAY_BE_UNRECORDED = ("adopt", "roll_back")
 
 logger = logging.getLogger("flows.release")
-
-
-@dataclass(frozen=True, slots=True)
-class ReleaseRecord:
-    """One line of `.perennial/releases.jsonl`.
-
-    Attributes:
-        at: unix time, s.
-        action: of `ACTIONS`, or "adopt": releases found this champion and took it over.
-        champion, challenger: tags afterwards; former: the champion before.
-        outcome: "undone": it was killed, and taken back by the next.
-    """
-
-    id: str
-    at: float
-    action: str
-    tag: str | None
-    by: str
-    why: str
-    champion: str | None
-    challenger: str | None
-    former: str | None
-    outcome: Literal["done", "undone"] = "done"
-
-
-@dataclass(frozen=True, slots=True)
-class Intent:
-    """What a release is about to do, written before it does it.
-
-    Attributes:
-        pin: why the champion is pinned, before and after.
-        back: it is to be taken back, because it failed half-way.
-    """
-
-    record: ReleaseRecord
-    before: Aliases
-    after: Aliases
-    pin: tuple[str | None, str | None]
-    back: bool = False
 
 
 def release(root: Path, params: Params, action: Action, tag: str | None, by: str, why: str) -> ReleaseRecord:
@@ -148,30 +116,6 @@ def adopt(root: Path, params: Params) -> ReleaseRecord | None:
     with one_at_a_time(root / LOCK):
         _recover(root, params)
         return _adopt(root, params)
-
-
-def read_releases(root: Path) -> list[ReleaseRecord]:
-    """Return every release, the oldest first; a last line that was cut off by a kill does not count."""
-    path = root / RELEASES
-    if not path.exists():
-        return []
-    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-    found = []
-    for number, line in enumerate(whole.splitlines(), start=1):
-        try:
-            found.append(ReleaseRecord(**json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise InputError(
-                f"{path}, line {number} is no release: {error}", "mend the line, or move the file away"
-            ) from None
-    return found
-
-
-def done_releases(root: Path) -> list[ReleaseRecord]:
-    """Return the releases that were not taken back, the oldest first."""
-    found = read_releases(root)
-    undone = {record.id for record in found if record.outcome == "undone"}
-    return [record for record in found if record.id not in undone]
 
 
 def pin_reason(root: Path) -> str | None:
@@ -296,12 +240,6 @@ def _check_trial(root: Path, tag: str) -> None:
         )
 
 
-def trial_record(root: Path, tag: str) -> ReleaseRecord | None:
-    """Return the release that began a version's last trial, or None."""
-    found = [record for record in done_releases(root) if record.action == "try" and record.tag == tag]
-    return found[-1] if found else None
-
-
 def _promoted(before: Aliases, tag: str) -> Aliases:
     if before.champion == tag:
         raise InputError(f"{tag} is the champion", "there is nothing to do")
@@ -350,7 +288,7 @@ def _adopt(root: Path, params: Params) -> ReleaseRecord | None:
 
 def _carry_out(root: Path, params: Params, intent: Intent) -> ReleaseRecord:
     """Write the intent down, move, and note it; what fails half-way is taken back."""
-    _write_intent(root, intent)
+    write_intent(root, intent)
     try:
         _finish(root, params, intent)
     except Exception as error:
@@ -363,7 +301,7 @@ def _carry_out(root: Path, params: Params, intent: Intent) -> ReleaseRecord:
             )
             return intent.record
         intent = replace(intent, back=True)
-        _write_intent(root, intent)
+        write_intent(root, intent)
         try:
             _finish(root, params, intent)
         except Exception as again:
@@ -379,7 +317,7 @@ def _carry_out(root: Path, params: Params, intent: Intent) -> ReleaseRecord:
 
 
 def _recover(root: Path, params: Params) -> ReleaseRecord | None:
-    intent = _read_intent(root)
+    intent = read_intent(root)
     if intent is None:
         return None
     record = intent.record
@@ -389,11 +327,11 @@ def _recover(root: Path, params: Params) -> ReleaseRecord | None:
         except InputError as error:
             logger.warning("a killed release is taken back: %s", error)
             intent = replace(intent, back=True)
-            _write_intent(root, intent)
+            write_intent(root, intent)
     _finish(root, params, intent)
     outcome = "taken back" if intent.back else "finished"
     logger.warning("the last release (%s of %s) was broken off; it is %s", record.action, record.tag, outcome)
-    return _outcome(intent)
+    return intent.outcome
 
 
 def _finish(root: Path, params: Params, intent: Intent) -> None:
@@ -419,20 +357,8 @@ def _steps(root: Path, params: Params, intent: Intent) -> Iterator[Callable[[], 
     # a bad champion goes though the registry cannot be reached.
     back = intent.back or intent.record.action == "roll_back"
     yield from (*served, *in_registry) if back else (*in_registry, *served)
-    yield lambda: _append(root, _outcome(intent))
-    yield lambda: (root / INTENT).unlink(missing_ok=True)
-
-
-def _outcome(intent: Intent) -> ReleaseRecord:
-    if not intent.back:
-        return intent.record
-    trial = intent.before.challenger
-    return replace(
-        intent.record,
-        outcome="undone",
-        champion=intent.before.champion,
-        challenger=trial.tag if trial else None,
-    )
+    yield lambda: append_release(root, intent.outcome)
+    yield lambda: remove_intent(root)
 
 
 def _point(root: Path, params: Params, alias: registry.Alias, tag: str | None, may_lack: bool) -> None:
@@ -463,54 +389,6 @@ def _write_pin(root: Path, why: str | None) -> None:
         write_json(root / PIN, {"why": why})
 
 
-def _append(root: Path, record: ReleaseRecord) -> None:
-    """Add a line, once; what a kill left of a line before it is cut off."""
-    if any((known.id, known.outcome) == (record.id, record.outcome) for known in read_releases(root)):
-        return
-    line = json.dumps(asdict(record), ensure_ascii=False, allow_nan=False) + "\n"
-    with open(root / RELEASES, "a+b") as file:
-        file.seek(0)
-        whole = file.read().rfind(b"\n") + 1
-        file.truncate(whole)
-        file.write(line.encode("utf-8"))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _write_intent(root: Path, intent: Intent) -> None:
-    write_json(root / INTENT, asdict(intent))
-
-
-def _read_intent(root: Path) -> Intent | None:
-    path = root / INTENT
-    if not path.exists():
-        return None
-    values = read_json(path)
-    try:
-        return Intent(
-            record=ReleaseRecord(**values["record"]),
-            before=_aliases(values["before"]),
-            after=_aliases(values["after"]),
-            pin=(values["pin"][0], values["pin"][1]),
-            back=values["back"],
-        )
-    except (KeyError, TypeError, IndexError) as error:
-        raise InputError(
-            f"{path} is no intent of a release: {error}",
-            "compare python -m flows.release status with the registry, then remove the file",
-        ) from None
-
-
-def _aliases(values: dict[str, Any]) -> Aliases:
-    trial = values["challenger"]
-    return Aliases(
-        values["champion"],
-        Challenger(**trial) if trial else None,
-        tuple(values["history"]),
-        values["managed"],
-    )
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make a release by hand, or show how things stand; return the exit code."""
     options = _parser().parse_args(arguments)
@@ -539,7 +417,7 @@ def status(root: Path) -> str:
         f"pinned      {pinned or 'no'}",
         f"managed     {'by releases' if aliases.managed else 'by hand, until the first release'}",
     ]
-    if (intent := _read_intent(root)) is not None:
+    if (intent := read_intent(root)) is not None:
         lines.append(
             f"broken off  {intent.record.action} of {intent.record.tag}: the next release settles it"
         )

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from prefect import flow
 
-from flows.release import Action, ReleaseRecord
+from flows.release import Action
 from flows.release import release as make_release
+from flows.release_journal import ReleaseRecord
 from stages.common.params import load_params
 
 

@@ -17,7 +17,7 @@ from flows.canary import (
     outcomes,
     store_url,
 )
-from flows.release import RELEASES
+from flows.release_journal import RELEASES
 from services.events import Exchange, Feedback, open_store
 from services.versions import ALIASES, Aliases, Challenger, _write
 from stages.common.artifacts import read_json

@@ -13,7 +13,8 @@ import pytest
 
 from flows import gate, registry, release
 from flows.gate import Criterion, GateVerdict
-from flows.release import adopt, main, pin_reason, read_releases, recover, status
+from flows.release import adopt, main, pin_reason, recover, status
+from flows.release_journal import INTENT, RELEASES, done_releases, read_releases
 from services.versions import (
     ALIASES,
     Aliases,
@@ -249,8 +250,8 @@ def test_a_promotion_whose_verdict_is_gone_is_taken_back(tmp_path, known, step):
     recover(tmp_path, PARAMS)
     assert agree(tmp_path, known) == (A, None)
     assert served(tmp_path) == Aliases(A, None, (), managed=True)
-    assert not (tmp_path / release.INTENT).exists()
-    assert [record.tag for record in release.done_releases(tmp_path)] == [A]
+    assert not (tmp_path / INTENT).exists()
+    assert [record.tag for record in done_releases(tmp_path)] == [A]
 
 
 @pytest.mark.parametrize("step", range(STEPS))
@@ -359,7 +360,7 @@ def test_by_hand_nothing_moves_any_more_and_the_service_does_not_follow_the_pipe
 def test_a_line_cut_off_by_a_kill_is_not_read_and_not_kept(tmp_path, known):
     judged(tmp_path, A, None)
     made(tmp_path, "promote", A)
-    with (tmp_path / release.RELEASES).open("a") as file:
+    with (tmp_path / RELEASES).open("a") as file:
         file.write('{"id": "half')
     assert len(read_releases(tmp_path)) == 1
     made(tmp_path, "pin")
@@ -411,4 +412,4 @@ def test_mlflow_and_the_service_agree_after_each_release(tmp_path, monkeypatch):
         assert registry.alias_of(tmp_path, PARAMS, "challenger") == challenger
     made(tmp_path, "pin", why="audit")
     assert registry.pinned(tmp_path, PARAMS) == "audit"
-    assert json.loads((tmp_path / release.RELEASES).read_text().splitlines()[-1])["action"] == "pin"
+    assert json.loads((tmp_path / RELEASES).read_text().splitlines()[-1])["action"] == "pin"
