@@ -15,6 +15,7 @@ from flows.server import free_port
 from services.versions import ALIASES, Aliases, _write
 from tests.flows.toy import ROOT
 from tests.monitoring import store
+from tests.services.serving import ask, serving, tiny_files
 
 CHAMPION = f"toy:{store.VERSION}"
 TRACKING = "sqlite:///.perennial/mlflow.db"
@@ -36,15 +37,23 @@ class Production:
         assert old in text
         path.write_text(text.replace(old, new, 1))
 
-    def watch(self):
-        return subprocess.run(
+    def start_watch(self):
+        return subprocess.Popen(
             [sys.executable, "-m", "flows.watch"],
             cwd=self.root,
             env=self.environment,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=120,
         )
+
+    def watch(self):
+        with self.start_watch() as process:
+            try:
+                out, err = process.communicate(timeout=120)
+            finally:
+                process.kill()
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def files(self):
         """Return what `watch` must leave alone, or may only write as a whole: aliases, releases, reports."""
@@ -167,3 +176,23 @@ def test_who_is_to_be_told_is_told_that_production_could_not_be_watched(producti
     (notice,) = posted
     assert notice["subject"] == "Perennial: production could not be watched"
     assert named in notice["body"] and remedy in notice["body"]
+
+
+def test_the_service_answers_while_the_registry_cannot_be_reached(production, tmp_path):
+    """It serves from the same folder, with the same alias file and event store, as `watch` looks at."""
+    registry_away(production)
+    with (
+        serving(production.root / ".perennial", tiny_files(tmp_path / "model")) as service,
+        service.client() as client,
+        production.start_watch() as process,
+    ):
+        try:
+            statuses = []
+            while process.poll() is None:
+                statuses.append(ask(client, max_tokens=4).status_code)
+            _, err = process.communicate()
+        finally:
+            process.kill()
+        statuses.append(ask(client, max_tokens=4).status_code)
+    assert process.returncode == 1 and "MLflow does not answer" in err
+    assert len(statuses) > 1 and set(statuses) == {200}
