@@ -21,6 +21,7 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
+from stages.common.artifacts import replacing
 from stages.common.errors import InputError
 from stages.common.locks import one_at_a_time
 from stages.common.logs import set_quiet_environment
@@ -73,11 +74,25 @@ def open_tracking(root: Path, url: str) -> MlflowClient:
 @lru_cache(maxsize=4)
 def _client(address: str) -> MlflowClient:
     logging.getLogger("alembic").setLevel(logging.WARNING)  # else: a line for every migration
+    with tracking_errors(address):
+        if address.startswith(SQLITE):
+            _make_tables(Path(address.removeprefix(SQLITE)))
+        return _connect(address)
+
+
+def _make_tables(path: Path) -> None:
+    """Make the tables of a sqlite file that is empty; two processes at once, or a kill, would leave half."""
+    with one_at_a_time(path.with_suffix(".lock")):
+        if path.stat().st_size == 0:
+            with replacing(path) as beside:
+                _connect(f"{SQLITE}{beside}")
+
+
+def _connect(address: str) -> MlflowClient:
     from mlflow import MlflowClient
 
-    with tracking_errors(address), _alone(address):
-        client = MlflowClient(tracking_uri=address, registry_uri=address)
-        client.search_registered_models(max_results=1)  # opens the database, and makes its tables
+    client = MlflowClient(tracking_uri=address, registry_uri=address)
+    client.search_registered_models(max_results=1)  # opens the database, and makes or checks its tables
     return client
 
 
@@ -98,16 +113,6 @@ def tracking_errors(address: str) -> Iterator[None]:
         yield
     except (MlflowException, CommandError, SQLAlchemyError, RequestException) as error:
         raise InputError(f"MLflow at {without_password(address)} failed: {error}", REMEDY) from error
-
-
-@contextmanager
-def _alone(address: str) -> Iterator[None]:
-    """Let one process at a time make the tables of a sqlite file: two at once leave half of them."""
-    if not address.startswith(SQLITE):
-        yield
-        return
-    with one_at_a_time(Path(address.removeprefix(SQLITE)).with_suffix(".lock")):
-        yield
 
 
 def _check(address: str) -> None:

@@ -1,6 +1,10 @@
+import os
 import socket
 import sqlite3
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 
@@ -8,6 +12,7 @@ from flows import tracking
 from flows.tracking import open_tracking, tracking_address, without_password
 from stages.common.errors import InputError
 from tests.flows.pipeline_output import SQLITE
+from tests.flows.toy import ROOT
 
 
 def test_a_relative_sqlite_file_belongs_to_the_checkout_and_not_to_where_one_stands(tmp_path, monkeypatch):
@@ -94,3 +99,19 @@ def test_a_database_of_another_program_is_refused(tmp_path):
     with pytest.raises(InputError, match="MLflow at sqlite") as caught:
         open_tracking(tmp_path, SQLITE)
     assert "tracking_url" in caught.value.remedy
+
+
+@pytest.mark.slow
+def test_a_kill_while_the_tables_are_made_leaves_no_half_of_them(tmp_path):
+    script = f"from pathlib import Path; from flows.tracking import *; open_tracking(Path(), {SQLITE!r})"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env=environment)
+    try:
+        while not any(path.stat().st_size for path in (tmp_path / ".perennial").glob("*.db")):
+            assert process.poll() is None
+            time.sleep(0.005)
+    finally:
+        process.kill()
+        process.wait()
+    assert (tmp_path / ".perennial/mlflow.db").stat().st_size == 0
+    assert open_tracking(tmp_path, SQLITE).search_registered_models() == []
