@@ -3,19 +3,23 @@ import subprocess
 import sys
 import time
 import uuid
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from typing import Any
 
 import httpx
 import pytest
 
 from flows import server
 from flows.deployments import DRIFT_EVENT
+from flows.release import LOCK
+from stages.common.locks import one_at_a_time
 from tests.flows.toy import Api
 
 
-def start(toy, module: str, **environment: str) -> subprocess.Popen[str]:
+def start(toy, *command: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", module],
+        [sys.executable, "-m", *command],
         cwd=toy.root,
         env={**toy.environment, **environment},
         stdout=subprocess.PIPE,
@@ -110,37 +114,75 @@ def emit(api, payload: dict[str, object]) -> None:
     httpx.post(f"{api.url}/events", json=[event], timeout=30).raise_for_status()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("since", [1750000000.25, None])
-def test_a_drift_event_has_the_retraining_executed_with_what_the_verdict_says(finished, api, since):
-    verdict = f"w-{uuid.uuid4()}"
-    log = finished.root / "trouble" / "execute.log"
+@contextmanager
+def executing(toy, api, *command: str):
+    """Have a process register and execute in the checkout until the block ends; yield what it logs."""
+    log, before = toy.root / "trouble" / "execute.log", triggers(api)
     with log.open("w") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "flows.deployments", "--execute"],
-            cwd=finished.root,
-            env=finished.environment,
+            [sys.executable, "-m", *command],
+            cwd=toy.root,
+            env=toy.environment,
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-
-    def ended():
-        kinds = {"any_": ["COMPLETED", "FAILED", "CRASHED", "CANCELLED"]}
-        runs = api.rows("flow_runs", flow_runs={"state": {"type": kinds}})
-        return [run for run in runs if run["parameters"].get("verdict") == verdict]
-
     try:
-        wait_until(lambda: trigger_is_known(api), 60, "the trigger is registered")
-        emit(api, {"why": 'a "quoted" reason', "verdict": verdict, "since": since})
-        (run,) = wait_until(ended, 90, "the retraining ends")
+        # Registered anew, the trigger gets a new id: an older one would do for the event, not for the run.
+        wait_until(lambda: triggers(api) - before, 90, "the trigger is registered")
+        yield log
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(timeout=60)
 
-    assert run["parameters"] == {"why": 'a "quoted" reason', "verdict": verdict, "since": since}
-    assert run["state"]["type"] == "FAILED" and "InputError" in run["state"]["message"]
+
+def triggers(api) -> set[str]:
+    return {one["id"] for one in api.automations() if one["name"].startswith("retrain")}
 
 
-def trigger_is_known(api) -> bool:
-    return any(one["name"].startswith("retrain") for one in api.automations())
+def runs_of(api, verdict: str, state: str) -> list[dict[str, Any]]:
+    """Return the runs that a verdict has started and that are in a state now."""
+    runs = api.rows("flow_runs", flow_runs={"state": {"type": {"any_": [state]}}})
+    return [run for run in runs if run["parameters"].get("verdict") == verdict]
+
+
+def called_for(api, since: float | None, state: str) -> dict[str, Any]:
+    """Tell of drift; return the retraining that follows, once it is in a state."""
+    verdict = f"w-{uuid.uuid4()}"
+    payload = {"why": 'a "quoted" reason', "verdict": verdict, "since": since}
+    emit(api, payload)
+    (run,) = wait_until(lambda: runs_of(api, verdict, state), 90, f"the retraining is {state}")
+    assert run["parameters"] == payload
+    return run
+
+
+@pytest.mark.slow
+def test_a_drift_event_has_the_retraining_executed_once_at_a_time_with_what_the_verdict_says(finished, api):
+    with executing(finished, api, "flows.deployments", "--execute"):
+        run = called_for(api, 1750000000.25, "FAILED")
+        assert f"{finished.root}/artifacts/export/serving.json is not there" in run["state"]["message"]
+
+        with one_at_a_time(finished.root / LOCK):  # a release, whose end the retraining waits for
+            first = called_for(api, None, "RUNNING")
+            called_for(api, None, "CANCELLED")
+        wait_until(lambda: runs_of(api, first["parameters"]["verdict"], "FAILED"), 90, "the first goes on")
+
+
+@pytest.mark.slow
+def test_a_worker_of_a_pool_executes_in_the_checkout(finished, api):
+    def prefect(*words: str) -> None:
+        # From elsewhere: what a run finds, it finds because it begins in the checkout.
+        command, environment = [sys.executable, "-m", "prefect", *words], finished.environment
+        subprocess.run(command, cwd="/", env=environment, check=True, timeout=120)
+
+    prefect("work-pool", "create", "trainers", "--type", "process")
+    out, _ = start(finished, "flows.deployments", "--pool", "trainers").communicate(timeout=60)
+    assert "registered retrain/on-drift" in out
+    (deployment,) = [row for row in api.rows("deployments") if row["name"] == "on-drift"]
+    assert deployment["work_pool_name"] == "trainers"
+    answer = httpx.post(f"{api.url}/deployments/{deployment['id']}/create_flow_run", json={}, timeout=30)
+
+    prefect("worker", "start", "--pool", "trainers", "--type", "process", "--run-once")
+
+    run = httpx.get(f"{api.url}/flow_runs/{answer.json()['id']}", timeout=30).json()
+    assert f"{finished.root}/artifacts/export/serving.json is not there" in run["state"]["message"]
