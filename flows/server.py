@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 import tomllib
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from flows import leftovers
 from flows.run_lock import FOLDER
 from stages.common.artifacts import write_json
 from stages.common.errors import InputError
@@ -110,12 +112,15 @@ def reachable(root: Path) -> Iterator[Api]:
             return
     port = free_port()
     url = f"http://127.0.0.1:{port}/api"
-    process = start_temporary(port, root / FOLDER / "server.log")
-    try:
-        with environment("PREFECT_API_URL", url):
-            yield Api(url, process)
-    finally:
-        stop(process)
+    run_id = uuid.uuid4().hex
+    with leftovers.watchdog(run_id):  # it has a session of its own: a kill of this process does not end it
+        with environment(leftovers.RUN_ID_VARIABLE, run_id):
+            process = start_temporary(port, root / FOLDER / "server.log")
+        try:
+            with environment("PREFECT_API_URL", url):
+                yield Api(url, process)
+        finally:
+            stop(process)
 
 
 def start(host: str, port: int, log: Path) -> subprocess.Popen[bytes]:
