@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from flows import canary, evidence, gate, record, registry, release, retrain_run
+from flows import canary, evidence, gate, record, registry, release, release_journal, retrain_run
 from flows.retrain_run import Ended, Retraining
 from flows.run_lock import FOLDER
 from monitoring import feedback
@@ -156,17 +156,38 @@ def show_to_some(root: Path, params: Params, run: Retraining, *, poll_s: float =
             release.release(root, params, "try", tag, "retrain", run.why)
             run = retrain_run.save(root, replace(run, on_trial_since=time.time()))
         said_at = float("-inf")
-        while (verdict := canary.judge_trial(root, params)).state == "wait":
+        while (verdict := _judge_trial(root, params, tag)) is not None and verdict.state == "wait":
             if time.monotonic() - said_at > SAY_S:
                 said_at = time.monotonic()
                 logger.info("%s", verdict.said)
             time.sleep(poll_s)
+        if verdict is None:
+            return _trial_ended(root, run, tag)
         logger.info("%s", verdict.said)
         registry.evidence(root, params, tag, reports("canary") / gate_path(tag).name)
         if verdict.state == "bad":
             release.release(root, params, "refuse", tag, "canary", verdict.said)
             return retrain_run.finish(root, run, "refused", f"on trial: {verdict.said}")
     release.release(root, params, "promote", tag, "retrain", run.why)
+    return _promoted(root, run, tag)
+
+
+def _judge_trial(root: Path, params: Params, tag: str) -> canary.CanaryVerdict | None:
+    """Judge a version on trial; None if it is on trial no more."""
+    challenger = versions.read_aliases(root / versions.ALIASES).challenger
+    return canary.judge_trial(root, params) if challenger is not None and challenger.tag == tag else None
+
+
+def _trial_ended(root: Path, run: Retraining, tag: str) -> Ended:
+    """Set down what another release made of a trial: one by hand, or one before this was killed."""
+    if versions.read_aliases(root / versions.ALIASES).champion == tag:
+        return _promoted(root, run, tag)
+    last = release_journal.done_releases(root)[-1]
+    said = f"its trial was ended ({last.action} by {last.by}): {last.why}"
+    return retrain_run.finish(root, run, "refused", said)
+
+
+def _promoted(root: Path, run: Retraining, tag: str) -> Ended:
     return retrain_run.finish(root, run, "promoted", f"{tag} took over from {run.champion or 'nobody'}")
 
 
