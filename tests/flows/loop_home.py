@@ -1,16 +1,20 @@
 """A small checkout with a user's own task, a champion trained on it, and corrections to learn from."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+import psutil
 import yaml
 
-from flows.demo_home import home_environment, make_home
+from flows.demo_home import home_environment, make_home, with_overrides
 from flows.registry import versions_table
 from monitoring.feedback import HELD_OUT, read_labelled
 from services.versions import ALIASES, read_aliases
@@ -24,34 +28,36 @@ from tests.tiny import save_model
 TEAMS = {
     "network": ("the office wifi", "my vpn tunnel", "the guest router", "our fibre line"),
     "payroll": ("my payslip", "the travel refund", "a bonus payment", "the overtime sheet"),
-    "facilities": ("the lift", "our coffee machine", "the meeting room lamp", "a garage door"),
-    "accounts": ("my password", "the shared mailbox", "a badge for visitors", "the signing key"),
 }
 TROUBLES = ("is broken", "went missing yesterday", "does not work for me", "needs a check", "looks wrong")
-HASTE = {
-    "high": ("please hurry", "everybody is waiting"),
-    "low": ("no rush at all", "whenever there is time"),
-}
+HASTE = ("please hurry", "everybody is waiting", "no rush at all", "whenever there is time")
+# So little training teaches nothing; LEARNING does.
 SETTINGS = """
-collect: {system_prompt: Route the ticket.}
-validate: {min_rows: 50, label_key: team}
+collect: {system_prompt: null}
+validate: {min_rows: 50, label_key: team, max_label_share: 0.9}
 check_bias: {label_key: team, groups: {team: {min_representation_ratio: null, max_cramers_v: null}}}
 split: {stratify_by: team, min_train_rows: 20, min_test_rows: 5}
-finetune: {max_length: 256, checkpoint_every_steps: 5}
+finetune: {max_length: 128, checkpoint_every_steps: 5, batch_size: 8, learning_rate: 0.0001, dtype: float32}
 evaluate: {label_key: team, min_test_rows: 5, max_new_tokens: 8, slices: [team], resamples: 100}
 export: {gguf: false}
 model_card: {name: tickets, intended_use: Route tickets., out_of_scope: All else.}
 """
+LEARNING = {"finetune.learning_rate": 0.01, "finetune.epochs": 12}
+START_WITHIN_S = 240  # a step of a retraining, on a busy machine
 
 
 def tickets():
     """Return every question with its answer, in a fixed order."""
     return [
-        (f"{thing} {trouble}, {words}", {"team": team, "priority": priority})
+        (f"{thing} {trouble}, {haste}", {"team": team})
         for team, things in TEAMS.items()
-        for thing, trouble, (priority, said) in product(things, TROUBLES, HASTE.items())
-        for words in said
+        for thing, trouble, haste in product(things, TROUBLES, HASTE)
     ]
+
+
+def whole(word):
+    """Return the merges that make a word one token."""
+    return tuple((word[:end], word[end]) for end in range(1, len(word)))
 
 
 @dataclass(frozen=True)
@@ -78,8 +84,42 @@ class LoopHome:
             raise RuntimeError(done.stdout + done.stderr)
         return done
 
+    def change(self, overrides):
+        """Give parameters other values, by dotted key."""
+        path = self.root / "params.yaml"
+        write_text(path, with_overrides(path.read_text(encoding="utf-8"), overrides))
+
     def retrain(self, why):
         return self.run("-m", "flows.retrain", "--why", why, check=False)
+
+    def kill_retraining(self, why, is_time):
+        """Start a retraining, and kill it and its process group as soon as it is time."""
+        log = self.root / ".perennial/killed.log"
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                self.command("-m", "flows.retrain", "--why", why),
+                cwd=self.root, env=self.environment, stdout=file, stderr=file, start_new_session=True,
+            )  # fmt: skip
+        deadline = time.monotonic() + START_WITHIN_S
+        try:
+            while not is_time():
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"it was never time to kill it:\n{log.read_text()}")
+                time.sleep(0.01)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def processes(self):
+        """Return the living processes that were started for this home."""
+        return [process for process in psutil.process_iter() if self._owns(process)]
+
+    def _owns(self, process):
+        try:
+            return process.environ().get("PREFECT_HOME") == self.environment["PREFECT_HOME"]
+        except (psutil.Error, OSError):
+            return False
 
     @property
     def aliases(self):
@@ -99,13 +139,19 @@ def make_loop_home(folder: Path) -> LoopHome:
     # A cache of its own: what is trained here is nobody else's.
     write_text(root / ".dvc/config.local", f"[cache]\n    dir = {folder / 'cache'}\n")
     (root / "dvc.lock").unlink(missing_ok=True)
-    _write_params(root, save_model(folder / "base"))
+    _write_params(root, _save_base(folder / "base"))
     lines = (
         {"prompt": ask, "completion": json.dumps(said), "team": said["team"]} for ask, said in tickets()[::2]
     )
     write_text(root / "data/tickets.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     environment = home_environment(
-        root, {"BENTOML_HOME": str(folder / "bentoml"), "DVC_NO_ANALYTICS": "1", "HF_HUB_OFFLINE": "1"}
+        root,
+        {
+            "BENTOML_HOME": str(folder / "bentoml"),
+            "DVC_NO_ANALYTICS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",  # threads of so small a model wait for each other
+        },
     )
     home = LoopHome(root, environment)
     home.run("-m", "flows.training")
@@ -118,6 +164,14 @@ def make_loop_home(folder: Path) -> LoopHome:
     home.run("-c", adopt)
     correct(home)
     return home
+
+
+def _save_base(folder):
+    """Save a model that can learn to answer: words as tokens, and weights that can tell them apart."""
+    words = ('{"', "team", '":', *TEAMS, '"}')
+    merges = tuple(dict.fromkeys(pair for word in words for pair in whole(word)))
+    # The embedding of the padding stays zero: as the end mark it could never be written.
+    return save_model(folder, merges=merges, hidden_size=64, initializer_range=0.5, pad_token_id=0)
 
 
 def _write_params(root, base):
