@@ -173,7 +173,17 @@ def test_a_second_event_with_an_id_is_refused_and_its_group_is_stored(url):
         replace(FEEDBACK, feedback_id=object()),
         "no event at all",
     ],
-    ids=str,
+    # Names that are the same in every process: an object's own holds its address.
+    ids=[
+        "a thumb of 5",
+        "a thing as thumb",
+        "a number as comment",
+        "no time",
+        "a number beyond 64 bits",
+        "no id",
+        "a thing as id",
+        "no event",
+    ],
 )
 def test_an_event_that_fits_no_table_harms_no_other(url, bad):
     with opened(url, group_wait_s=0.2) as store:
