@@ -7,11 +7,12 @@ import json
 import os
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from flows import gate, registry, release
+from flows import gate, registry, release, retrain_run, retraining
 from flows.gate import Criterion, GateVerdict
 from flows.release import adopt, main, pin_reason, recover, status
 from flows.release_journal import INTENT, RELEASES, done_releases, read_releases
@@ -131,6 +132,32 @@ def test_a_trial_can_be_refused_and_the_champion_stays(tmp_path, known):
     assert agree(tmp_path, known) == (A, None)
     with pytest.raises(InputError, match=f"{A} is the champion"):
         made(tmp_path, "refuse", A)
+
+
+@pytest.mark.parametrize(
+    ("by_hand", "outcome", "said"),
+    [
+        ("refuse", "refused", "its trial was ended (refuse by tester): too slow"),
+        ("promote", "promoted", f"{B} took over from {A}"),
+    ],
+)
+def test_a_retraining_whose_trial_was_ended_by_hand_ends_as_that_says(
+    tmp_path, known, by_hand, outcome, said
+):
+    judged(tmp_path, A, None)
+    made(tmp_path, "promote", A)
+    judged(tmp_path, B, A)
+    made(tmp_path, "try", B)
+    with retrain_run.working(tmp_path):
+        begun = retrain_run.begin(tmp_path, "drift", None, champion=A, since=0.0)
+        killed = retrain_run.save(
+            tmp_path, replace(begun, step="canary", candidate=B, on_trial_since=begun.until)
+        )
+        made(tmp_path, by_hand, B, why="too slow")
+        ended = retraining.show_to_some(tmp_path, PARAMS, killed)
+    assert (ended.outcome, ended.said) == (outcome, said)
+    assert retrain_run.history(tmp_path) == [ended]
+    assert retrain_run.unfinished(tmp_path) is None
 
 
 @pytest.mark.parametrize("action", ["promote", "try"])
