@@ -182,8 +182,10 @@ def _trial_ended(root: Path, run: Retraining, tag: str) -> Ended:
     """Set down what another release made of a trial: one by hand, or one before this was killed."""
     if versions.read_aliases(root / versions.ALIASES).champion == tag:
         return _promoted(root, run, tag)
-    last = release_journal.done_releases(root)[-1]
-    said = f"its trial was ended ({last.action} by {last.by}): {last.why}"
+    releases = release_journal.done_releases(root)
+    begun = max(place for place, one in enumerate(releases) if one.action == "try" and one.tag == tag)
+    ended = next(one for one in releases[begun:] if one.challenger != tag)
+    said = f"its trial was ended ({ended.action} by {ended.by}): {ended.why}"
     return retrain_run.finish(root, run, "refused", said)
 
 

@@ -154,6 +154,7 @@ def test_a_retraining_whose_trial_was_ended_by_hand_ends_as_that_says(
             tmp_path, replace(begun, step="canary", candidate=B, on_trial_since=begun.until)
         )
         made(tmp_path, by_hand, B, why="too slow")
+        made(tmp_path, "pin", why="an audit")  # what came later did not end the trial
         ended = retraining.show_to_some(tmp_path, PARAMS, killed)
     assert (ended.outcome, ended.said) == (outcome, said)
     assert retrain_run.history(tmp_path) == [ended]
