@@ -26,11 +26,9 @@ logger = logging.getLogger("flows.leftovers")
 
 
 def find(run_id: str) -> list[psutil.Process]:
-    """Return the living processes of a run, but for this one and its parents."""
-    spared = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
-    return [
-        process for process in psutil.process_iter() if process.pid not in spared and _is_of(process, run_id)
-    ]
+    """Return the living processes of a run, but for this one."""
+    own = os.getpid()
+    return [process for process in psutil.process_iter() if process.pid != own and _is_of(process, run_id)]
 
 
 def _is_of(process: psutil.Process, run_id: str) -> bool:
