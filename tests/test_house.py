@@ -32,6 +32,14 @@ def dotted(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
+def file_of(module: str) -> Path | None:
+    """The file of a module of ours; a package is a module if its file imports something."""
+    place = ROOT / module.replace(".", "/")
+    if (package := place / "__init__.py").exists():
+        return package if "import " in package.read_text(encoding="utf-8") else None
+    return found if (found := place.with_suffix(".py")).exists() else None
+
+
 def our_imports(path: Path) -> set[str]:
     """Every module of ours that a file imports, at its top or inside a function."""
     found = set()
@@ -42,7 +50,7 @@ def our_imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         for name in names:
-            if name.split(".")[0] in PACKAGES and (ROOT / (name.replace(".", "/") + ".py")).exists():
+            if name.split(".")[0] in PACKAGES and file_of(name):
                 found.add(name)
     return found
 
@@ -105,8 +113,8 @@ def test_a_stage_depends_on_every_file_of_ours_that_it_imports(name):
     while waiting:
         module = waiting.pop()
         reached.add(module)
-        waiting += our_imports(ROOT / (module.replace(".", "/") + ".py")) - reached - known
-    needed = {module.replace(".", "/") + ".py" for module in reached}
+        waiting += our_imports(file_of(module)) - reached - known
+    needed = {str(file_of(module).relative_to(ROOT)) for module in reached}
     assert needed <= set(STAGES[name]["deps"]) | {"stages/common/artifacts.py"}
 
 

@@ -14,23 +14,27 @@ import pyarrow.parquet as pq
 import pytest
 from sqlalchemy import text
 
-from services import events
 from services.database import check_url, make_engine
 from services.events import (
     BadEvent,
     Exchange,
     Feedback,
+    Pruned,
     StoreUnavailable,
     count_exchanges,
     export_window,
-    metadata,
     open_store,
     prune,
+    pruning,
     read_exchanges,
     read_feedback,
     read_joined,
     read_times,
+    reading,
+    writing,
 )
+from services.events.__main__ import main
+from services.events.schema import metadata
 from stages.common.errors import InputError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -232,7 +236,7 @@ def test_an_event_that_cannot_be_redacted_is_not_stored(url):
 
 
 def test_a_window_holds_its_start_and_not_its_end_and_is_in_order(url, monkeypatch):
-    monkeypatch.setattr(events, "PAGE_ROWS", 4)
+    monkeypatch.setattr(reading, "PAGE_ROWS", 4)
     with opened(url) as store:
         numbers = [7, 3, 9, 1, 0, 2, 8, 4, 6, 5]
         assert not any(record(store, *(exchange(number) for number in numbers)))
@@ -248,7 +252,7 @@ def test_a_window_holds_its_start_and_not_its_end_and_is_in_order(url, monkeypat
 
 
 def test_a_page_of_long_texts_ends_early(url, monkeypatch):
-    monkeypatch.setattr(events, "PAGE_CHARS", 5000)
+    monkeypatch.setattr(reading, "PAGE_CHARS", 5000)
     with opened(url) as store:
         assert not any(record(store, *(exchange(n, answer="x" * 2000) for n in range(10))))
     assert max(batch.num_rows for batch in read_exchanges(url, 0, 1e12)) == 3
@@ -276,7 +280,7 @@ def test_an_answer_exists_once_it_is_stored(url):
 
 
 def test_old_exchanges_go_with_their_feedback_and_the_rest_stays(url, monkeypatch):
-    monkeypatch.setattr(events, "PAGE_ROWS", 7)
+    monkeypatch.setattr(pruning, "PAGE_ROWS", 7)
     with opened(url) as store:
         assert not any(record(store, *(exchange(n) for n in range(30))))
         told = [replace(FEEDBACK, feedback_id=f"f{n}", request_id=f"r{n}", given_at=9e9) for n in range(30)]
@@ -291,7 +295,7 @@ def test_old_exchanges_go_with_their_feedback_and_the_rest_stays(url, monkeypatc
         left = [row["feedback_id"] for row in rows_of(read_feedback(url, 0, 1e12))]
         assert left == ["o1", *sorted(f"f{n}" for n in range(20, 30))]
         assert record(store, exchange(31)) == [None]
-        assert prune(url, 1020.0) == events.Pruned(0, 0)
+        assert prune(url, 1020.0) == Pruned(0, 0)
 
 
 def test_pruning_gives_the_space_back(sqlite_url, tmp_path):
@@ -583,8 +587,8 @@ def test_a_database_that_is_restarted_quickly_costs_nobody_an_event(postgresql, 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can halt another user's process")
 def test_a_database_that_hangs_is_reported_and_keeps_nobody_waiting(postgresql, postgresql_url, monkeypatch):
-    monkeypatch.setattr(events, "COMMIT_WITHIN_S", 1.0)
-    monkeypatch.setattr(events, "STALLED_S", 0.5)
+    monkeypatch.setattr(writing, "COMMIT_WITHIN_S", 1.0)
+    monkeypatch.setattr(writing, "STALLED_S", 0.5)
     with opened(postgresql_url) as store:
         assert record(store, exchange(1)) == [None]
         engine = make_engine(check_url(postgresql_url))
@@ -742,7 +746,7 @@ def test_the_command_finds_the_store_in_params_yaml(tmp_path):
 )
 def test_wrong_arguments_are_named_in_one_line(capsys, words, said):
     with pytest.raises(SystemExit) as left:
-        events.main(words)
+        main(words)
     assert left.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
@@ -756,7 +760,7 @@ def test_the_command_says_what_is_wrong_with_a_store(sqlite_url):
 
 
 def test_times_are_those_of_one_version_in_one_role(url, monkeypatch):
-    monkeypatch.setattr(events, "PAGE_TIMES", 2)  # several pages, and a time that two of them share
+    monkeypatch.setattr(reading, "PAGE_TIMES", 2)  # several pages, and a time that two of them share
     with opened(url) as store:
         answered = [exchange(number) for number in range(5)]
         same_time = replace(exchange(9), received_at=1001.0)

@@ -1,0 +1,56 @@
+"""The event store: every request with its answer, and what people said of it, kept for good.
+
+An event counts as recorded when its transaction is on the disk. One thread writes; events that
+arrive together share a commit. Other processes read at the same time.
+
+Run: `python -m services.events export --from 2026-01-01T00:00 --to 2026-02-01T00:00 --out january.parquet`,
+`python -m services.events prune --older-than-days 90` or `python -m services.events migrate`
+"""
+
+from services.events.pruning import Pruned, prune
+from services.events.reading import (
+    Traffic,
+    count_exchanges,
+    count_traffic,
+    export_window,
+    joined_schema,
+    read_exchanges,
+    read_feedback,
+    read_joined,
+    read_times,
+    time_span,
+)
+from services.events.schema import (
+    EVENT_FIELDS,
+    TABLES,
+    BadEvent,
+    Event,
+    Exchange,
+    Feedback,
+    StoreUnavailable,
+)
+from services.events.writing import EventStore, open_store
+
+__all__ = [
+    "EVENT_FIELDS",
+    "TABLES",
+    "BadEvent",
+    "Event",
+    "EventStore",
+    "Exchange",
+    "Feedback",
+    "Pruned",
+    "StoreUnavailable",
+    "Traffic",
+    "count_exchanges",
+    "count_traffic",
+    "export_window",
+    "joined_schema",
+    "open_store",
+    "prune",
+    "read_exchanges",
+    "read_feedback",
+    "read_joined",
+    "read_times",
+    "time_span",
+]

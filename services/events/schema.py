@@ -1,0 +1,117 @@
+"""What an event is, and the tables that hold events."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from operator import attrgetter
+from typing import Any
+
+from sqlalchemy import (
+    Boolean,
+    CheckConstraint,
+    Column,
+    Double,
+    Index,
+    Integer,
+    MetaData,
+    Table,
+    Text,
+    insert,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """One request and its answer, or its refusal.
+
+    Attributes:
+        received_at: unix time, s.
+        role: "champion", "challenger" or "shadow" (answered, not shown).
+        shadow_of: request_id of the answer that was shown instead.
+        messages: JSON, parameters: JSON, verdicts: JSON {check: [allow, reason]}.
+        status: of HTTP; reason: code of the refusal or error.
+    """
+
+    request_id: str
+    received_at: float
+    route: str
+    key_id: str | None
+    user: str | None
+    session: str | None
+    role: str
+    shadow_of: str | None
+    model: str
+    version: str
+    messages: str
+    parameters: str
+    status: int
+    reason: str | None
+    answer: str | None
+    finish_reason: str | None
+    prompt_tokens: int
+    completion_tokens: int
+    queue_s: float
+    first_token_s: float | None
+    total_s: float
+    verdicts: str
+    valid_output: bool | None
+    mean_logprob: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """What somebody said of an answer; `given_at` is unix time in s, `thumb` is 1 or -1."""
+
+    feedback_id: str
+    request_id: str
+    given_at: float
+    key_id: str | None
+    thumb: int | None
+    correction: str | None
+    comment: str | None
+
+
+Event = Exchange | Feedback
+EVENT_FIELDS = {kind: tuple(field.name for field in fields(kind)) for kind in (Exchange, Feedback)}
+EVENT_VALUES = {kind: attrgetter(*names) for kind, names in EVENT_FIELDS.items()}
+REDACTED = ("messages", "answer", "correction", "comment")
+
+metadata = MetaData()
+COLUMN_TYPES = {"str": Text, "float": Double, "int": Integer, "bool": Boolean}
+
+
+def _columns(kind: type[Event]) -> list[Column[Any]]:
+    """Return a column for each field, the first as the key; the migrations say the same, a test holds it."""
+    columns: list[Column[Any]] = []
+    for number, field in enumerate(fields(kind)):
+        name, _, optional = str(field.type).partition(" | ")
+        columns.append(
+            Column(field.name, COLUMN_TYPES[name], primary_key=number == 0, nullable=bool(optional))
+        )
+    return columns
+
+
+exchanges = Table(
+    "exchanges", metadata, *_columns(Exchange), Index("exchanges_by_time", "received_at", "request_id")
+)
+feedback = Table(
+    "feedback",
+    metadata,
+    *_columns(Feedback),
+    Index("feedback_by_time", "given_at", "feedback_id"),
+    Index("feedback_by_request", "request_id"),
+    CheckConstraint("thumb IN (1, -1)", name="thumb_is_up_or_down"),
+)
+TABLES = {Exchange: exchanges, Feedback: feedback}
+INSERTS = {kind: insert(table) for kind, table in TABLES.items()}
+
+
+class StoreUnavailable(Exception):
+    """The event was not recorded, because of the store and not of the event; the text says why.
+
+    After a timeout or a lost connection it may have been recorded all the same.
+    """
+
+
+class BadEvent(ValueError):
+    """The store refuses this event for good: its id is there already, or a value is none for its column."""
