@@ -23,7 +23,8 @@ from typing import Any
 
 from flows import candidate_service
 from flows.run_lock import FOLDER
-from monitoring.feedback import HELD_OUT, normalised, read_labelled
+from monitoring.feedback import HELD_OUT, read_labelled
+from monitoring.labels import normalised
 from services import parity
 from services.versions import ALIASES, add_pipeline_output, read_aliases, stored
 from stages.common.artifacts import artifacts, missing, read_json, replacing, reports, write_json

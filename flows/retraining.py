@@ -17,6 +17,7 @@ from flows import canary, evidence, gate, record, registry, release, release_jou
 from flows.retrain_run import Ended, Retraining
 from flows.run_lock import FOLDER
 from monitoring import feedback
+from monitoring.labels import task_of
 from services import versions
 from stages.common.artifacts import artifacts, read_json, reports
 from stages.common.errors import InputError
@@ -65,7 +66,7 @@ def open_retraining(
 def gather(root: Path, params: Params, run: Retraining) -> Retraining:
     """Lay down what is to be learned, what is kept for the gate, and the adapter to go on from."""
     evidence.keep_test_rows(root)
-    task = feedback.task_of(root, params)
+    task = task_of(root, params)
     url, settings = params.services.events.url, params.monitoring.feedback
     held_out = feedback.held_out_before(root)
     labelled = feedback.labelled_rows(url, 0.0, run.until, settings, task, held_out)

@@ -22,6 +22,7 @@ from flows.deployments import DRIFT_EVENT
 from flows.notices import tell
 from flows.pipeline import as_task
 from monitoring import feedback, trigger
+from monitoring.labels import task_of
 from monitoring.verdicts import TriggerDecision, Verdict, read_verdicts
 from monitoring.watching import look, usual_traffic
 from services import versions
@@ -150,7 +151,7 @@ def _decide(root: Path, params: Params, champion: str, known: Sequence[Verdict])
     # Reading all feedback takes longer than the verdict itself: first see whether anything else forbids it.
     if not decide(settings.min_labelled_rows).fires:
         return decide(0)
-    task_ = feedback.task_of(root, params)
+    task_ = task_of(root, params)
     report = feedback.labelled_rows(
         params.services.events.url,
         0.0,

@@ -9,25 +9,19 @@ import yaml
 from monitoring.feedback import (
     HELD_OUT,
     QUESTIONS_HELD_OUT,
-    REASONS,
     REPORT,
     ROWS,
-    LeftOut,
-    Task,
     held_out_before,
-    highest_limit,
     is_held_out,
-    label_of,
     labelled_rows,
     left_out_said,
     main,
-    normalised,
-    question_hash,
     read_labelled,
     said,
-    task_of,
     write_labelled,
 )
+from monitoring.label_rules import highest_limit
+from monitoring.labels import REASONS, LeftOut, Task, label_of, normalised, question_hash, task_of
 from services.events import Feedback, open_store
 from stages.common.errors import InputError
 from stages.common.loop_params import FeedbackSettings
