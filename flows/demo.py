@@ -45,8 +45,9 @@ OLD: Mapping[Kind, float] = {"known": 1.0}
 
 # What is smaller than in production, so that a day takes minutes; everything else is as shipped.
 SETTINGS: dict[str, Any] = {
-    "collect.sources.0.reserved_share": 0.15,
+    "collect.sources.0.reserved_share": 0.2,
     "collect.sources.0.rows_per_template": 4,
+    "collect.sources.0.min_rows_per_intent": 16,
     "evaluate.max_rows": 300,
     "flows.training.cron": None,
     "flows.watch.cron": None,
@@ -62,8 +63,8 @@ SETTINGS: dict[str, Any] = {
 }
 READY_WITHIN_S = 240.0
 POLL_S = 0.5
-TRICKLE_S = 15.0  # between two visits while the machine trains: it has the same two cores
-OLD_REQUESTS, FIRST_REQUESTS, NEW_REQUESTS, JUDGED_REQUESTS = 800, 400, 1_200, 400
+TRICKLE_S = 30.0  # between two visits while the machine trains: it has the same two cores
+OLD_REQUESTS, FIRST_REQUESTS, NEW_REQUESTS, JUDGED_REQUESTS = 800, 400, 1_000, 400
 
 log = logging.getLogger("flows.demo")
 
@@ -243,7 +244,7 @@ def _poisoned_is_refused(day: Day) -> gate.GateVerdict:
         InputError: the gate let it through.
     """
     with day.scene("somebody trains on shuffled answers") as noted:
-        workspace = poison(day.home, rows=400)
+        workspace = poison(day.home, rows=250)
         tag = str(retraining.pipeline_tag(workspace))
         verdict = gate.run_gate(workspace, load_params(workspace / "params.yaml"), tag, production=day.home)
         failed = [one.name for one in verdict.criteria if not one.passed]
