@@ -1,5 +1,7 @@
 import os
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
@@ -64,3 +66,25 @@ def toy(tmp_path, clean_environment, api):
 def offline_toy(tmp_path, clean_environment):
     """A small checkout for what needs no Prefect at all."""
     return make_toy(tmp_path, clean_environment)
+
+
+@pytest.fixture
+def web():
+    """An address that keeps the text of what is posted to it."""
+    got = []
+
+    class Keep(BaseHTTPRequestHandler):
+        def do_POST(self):
+            got.append(self.rfile.read(int(self.headers["Content-Length"])).decode())
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Keep) as receiver:
+        thread = threading.Thread(target=receiver.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{receiver.server_port}/", got
+        receiver.shutdown()
+        thread.join()

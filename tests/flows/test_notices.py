@@ -3,7 +3,6 @@
 import json
 import socketserver
 import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
@@ -21,29 +20,6 @@ def prefect_here(api, clean_environment, monkeypatch):
 
     with temporary_settings({PREFECT_API_URL: api.url}):
         yield
-
-
-@pytest.fixture
-def web():
-    """An address that keeps what is posted to it."""
-    got = []
-
-    class Keep(BaseHTTPRequestHandler):
-        def do_POST(self):
-            got.append(self.rfile.read(int(self.headers["Content-Length"])).decode())
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *_):
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Keep)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}/", got
-    server.shutdown()
-    thread.join()
-    server.server_close()
 
 
 @pytest.fixture

@@ -4,9 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-import threading
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -135,28 +133,6 @@ def test_what_is_away_or_broken_is_named_with_a_remedy_and_nothing_is_half_done(
     assert production.files() == before
 
 
-@pytest.fixture
-def web():
-    """An address that keeps what is posted to it."""
-    got = []
-
-    class Keep(BaseHTTPRequestHandler):
-        def do_POST(self):
-            got.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *_):
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Keep) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}/", got
-        server.shutdown()
-        thread.join()
-
-
 HOOK = """
 import sys
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
@@ -173,7 +149,7 @@ def test_who_is_to_be_told_is_told_that_production_could_not_be_watched(producti
 
     assert production.watch().returncode == 1
 
-    (notice,) = posted
+    notice = json.loads(*posted)
     assert notice["subject"] == "Perennial: production could not be watched"
     assert named in notice["body"] and remedy in notice["body"]
 
