@@ -45,9 +45,9 @@ OLD: Mapping[Kind, float] = {"known": 1.0}
 
 # What is smaller than in production, so that a day takes minutes; everything else is as shipped.
 SETTINGS: dict[str, Any] = {
-    "collect.sources.0.reserved_share": 0.2,
-    "collect.sources.0.rows_per_template": 4,
-    "collect.sources.0.min_rows_per_intent": 16,
+    "collect.sources.0.reserved_share": 0.15,
+    "collect.sources.0.rows_per_template": 5,
+    "finetune.replay_share": 0.25,
     "evaluate.max_rows": 300,
     "flows.training.cron": None,
     "flows.watch.cron": None,
@@ -142,7 +142,14 @@ class Accuracy:
 
 
 def live(root: Path) -> int:
-    """Live through the day; return the exit code."""
+    """Live through the day; return the exit code. Whatever was started ends with this process."""
+    run_id = uuid.uuid4().hex
+    with leftovers.watchdog(run_id), server.environment(leftovers.RUN_ID_VARIABLE, run_id):
+        _live(root)
+    return 0
+
+
+def _live(root: Path) -> None:
     home = make_home(root, root / HOME, SETTINGS | _ports())
     params = load_params(home / "params.yaml")
     url = f"http://{params.services.host}:{params.services.port}"
@@ -156,7 +163,6 @@ def live(root: Path) -> int:
         accuracy, drift_said = _live_on(day, params)
     poisoned = _poisoned_is_refused(day)
     _tell(root, day, accuracy, drift_said, poisoned)
-    return 0
 
 
 def _live_on(day: Day, params: Params) -> tuple[Accuracy, str]:
@@ -261,12 +267,11 @@ def everything_up(home: Path, url: str) -> Iterator[None]:
     Raises:
         InputError: it does not in time.
     """
-    run_id = uuid.uuid4().hex
-    with leftovers.watchdog(run_id), _log(home, "up").open("ab") as file:
+    with _log(home, "up").open("ab") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "flows.up"],
             cwd=home,
-            env=home_environment(home, {leftovers.RUN_ID_VARIABLE: run_id}),
+            env=home_environment(home),
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
