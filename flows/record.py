@@ -48,6 +48,7 @@ from stages.common.dvc_lock import LOCK, Lock, dvc_hash, read_lock
 from stages.common.errors import InputError
 from stages.common.locks import one_at_a_time
 from stages.common.params import Params, load_params
+from stages.common.start import LEARNED
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -436,8 +437,9 @@ def _log_files(client: MlflowClient, run: Run, root: Path) -> None:
     card = root / reports("model_card")
     if card.is_dir():
         client.log_artifacts(run_id, str(card), "card")
-    for name in ADAPTER_FILES:
-        client.log_artifact(run_id, str(root / artifacts("finetune") / name), ADAPTER)
+    adapter = root / artifacts("finetune")
+    for name in (*([LEARNED] if (adapter / LEARNED).exists() else []), *ADAPTER_FILES):
+        client.log_artifact(run_id, str(adapter / name), ADAPTER)
 
 
 def _make_version(client: MlflowClient, run: Run, output: Output) -> ModelVersion:

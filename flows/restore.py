@@ -26,6 +26,7 @@ from services.versions import add_pipeline_output, stored_tags
 from stages.common.artifacts import artifacts, missing, read_json, reports, write_text
 from stages.common.errors import InputError
 from stages.common.params import Params, load_params
+from stages.common.start import LEARNED
 
 log = logging.getLogger("flows.restore")
 
@@ -83,7 +84,7 @@ def _lay_out(root: Path, params: Params, tag: str, folder: Path) -> None:
     adapter = folder / artifacts("finetune")
     adapter.mkdir(parents=True)
     downloaded = download_adapter(root, params, tag, folder / "downloaded")
-    for name in ADAPTER_FILES:
+    for name in (*ADAPTER_FILES, *([LEARNED] if (downloaded / LEARNED).exists() else [])):
         shutil.copyfile(downloaded / name, adapter / name)
     values = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))
     recorded = yaml.safe_load(

@@ -22,7 +22,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -43,7 +43,7 @@ from stages.common.errors import InputError
 from stages.common.logs import get_logger, progress, run_stage
 from stages.common.params import load_params
 from stages.common.records import Row, canonical_json, read_rows
-from stages.common.start import CONFIG, WEIGHTS, Start, check_base, read_start
+from stages.common.start import CONFIG, WEIGHTS, Start, check_base, read_start, write_learned
 
 if TYPE_CHECKING:
     import torch
@@ -128,6 +128,32 @@ def encode_rows(
             f"all {len(rows)} rows are longer than {max_length} tokens", "raise finetune.max_length"
         )
     return examples, long
+
+
+def rows_to_learn(rows: Sequence[Row], start: Start | None, replay_share: float, seed: int) -> list[Row]:
+    """Return the rows that are new to the adapter of `start`, and a share of those it has learned.
+
+    Which ones is drawn by a hash of their ids, another share for each start: in a line of retrainings every
+    row has its turn. Without a start every row is new.
+
+    Raises:
+        InputError: none is left.
+    """
+    if start is None:
+        return list(rows)
+    learned = start.learned()
+
+    def drawn(row: Row) -> bool:
+        digest = hashlib.blake2b(f"{seed}/{start.version}/{row.id}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest) < replay_share * 2**64
+
+    chosen = [row for row in rows if row.id not in learned or drawn(row)]
+    if rows and not chosen:
+        raise InputError(
+            f"all {len(rows)} training rows are known to the adapter of {start.version} already",
+            "raise finetune.replay_share, or set finetune.start_from: null",
+        )
+    return chosen
 
 
 def plan_batches(lengths: Sequence[int], batch_size: int, epochs: int, seed: int) -> list[list[int]]:
@@ -552,8 +578,8 @@ def _clear_failures(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def save_adapter(model: Any, folder: Path) -> None:
-    """Write the adapter so that equal adapters are equal bytes."""
+def save_adapter(model: Any, folder: Path, learned: Iterable[str]) -> None:
+    """Write the adapter, and which rows it has learned, so that equal adapters are equal bytes."""
     with fresh_dir(folder) as beside:
         model.save_pretrained(beside)
         # peft's own card is an empty form; the model_card stage writes the real one.
@@ -563,6 +589,7 @@ def save_adapter(model: Any, folder: Path) -> None:
             # peft writes a set, in an order that changes from process to process.
             config["target_modules"] = sorted(config["target_modules"])
         write_json(beside / "adapter_config.json", config)
+        write_learned(learned, beside)
 
 
 def loss_csv(curve: Sequence[Point]) -> str:
@@ -616,9 +643,9 @@ def main() -> None:
     """Train on what `split` wrote, as `finetune` in `params.yaml` says."""
     params = load_params().finetune
     recipe = Recipe(**params.model_dump(include=set(Recipe.__dataclass_fields__)))
-    train_rows = read_rows(artifacts("split") / "train.parquet")
+    all_rows = read_rows(artifacts("split") / "train.parquet")
     validation_rows = read_rows(artifacts("split") / "validation.parquet")
-    if not train_rows:
+    if not all_rows:
         raise InputError("artifacts/split/train.parquet has no rows", "check reports/split/metrics.json")
 
     from stages.common.models import load_tokenizer
@@ -628,6 +655,7 @@ def main() -> None:
     start = read_start(Path(params.start_from)) if params.start_from else None
     if start:
         check_base(start, read_json(reports("fetch_base") / "metrics.json")["sha256"])
+    train_rows = rows_to_learn(all_rows, start, params.replay_share, params.seed)
     tokenizer = load_tokenizer(base)
     examples, long = encode_rows(tokenizer, train_rows, params.max_length, params.on_long_row)
     held_out, _ = encode_rows(tokenizer, validation_rows, params.max_length, "drop")
@@ -640,6 +668,8 @@ def main() -> None:
     if start:
         go_on_from(model, start)
         log.info("going on from the adapter of %s", start.version)
+    if set_aside := len(all_rows) - len(train_rows):
+        log.info("%d rows that it has learned are not gone over again", set_aside)
     log.info("training on %d rows, %s on %s", len(examples), model.dtype, model.device)
     trained = train(
         model, examples, tokenizer.pad_token_id, recipe, checkpoints, params.checkpoint_every_steps
@@ -648,7 +678,8 @@ def main() -> None:
     batches = [lay_out([held_out[i] for i in b], tokenizer.pad_token_id, trained.share_prefix) for b in order]
     validation_loss = mean_loss(model, batches)
 
-    save_adapter(model, artifacts("finetune"))
+    learned = {row.id for row in train_rows} - {row.id for row in long}
+    save_adapter(model, artifacts("finetune"), learned | (start.learned() if start else frozenset()))
     write_text(reports("finetune") / "loss.csv", loss_csv(trained.curve))
     draw_loss(trained.curve, validation_loss, reports("finetune") / "loss.svg")
     write_json(
@@ -657,6 +688,7 @@ def main() -> None:
             "started_from": start.version if start else "base",
             "train_rows": len(examples),
             "dropped_long_rows": len(long),
+            "rows_not_replayed": set_aside,
             "validation_rows": len(held_out),
             "steps": len(trained.curve),
             "train_tokens": recipe.epochs * sum(len(e.input_ids) for e in examples),

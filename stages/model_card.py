@@ -57,7 +57,8 @@ NEEDED = (
         for key in ("groups_on_two_sides", "near_duplicates_across", "highest_similarity")
     ),
     *(f"finetune.{key}" for key in ("train_rows", "dropped_long_rows", "steps", "train_tokens", "dtype")),
-    *(f"finetune.{key}" for key in ("started_from", "trained_parameters", "train_loss", "validation_loss")),
+    *(f"finetune.{key}" for key in ("rows_not_replayed", "started_from", "trained_parameters")),
+    *(f"finetune.{key}" for key in ("train_loss", "validation_loss")),
     *(f"evaluate.{key}" for key in ("rows", "test_rows", "groups", "base", "tuned", "difference", "slices")),
     *(f"evaluate.{key}" for key in ("primary", "task", "confidence", "resamples", "confusions")),
     *(f"evaluate.errors.{key}" for key in ("rows", "by_kind", "right_in_base_only")),
@@ -84,7 +85,10 @@ AGREEMENTS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
         ),
         ("split.rows_in",),
     ),
-    (("finetune.train_rows", "finetune.dropped_long_rows"), ("split.rows.train",)),
+    (
+        ("finetune.train_rows", "finetune.dropped_long_rows", "finetune.rows_not_replayed"),
+        ("split.rows.train",),
+    ),
     (("evaluate.test_rows",), ("split.rows.test",)),
 )
 

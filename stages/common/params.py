@@ -241,6 +241,7 @@ class Finetune(Section):
 
     # One folder only: DVC watches it.
     start_from: Literal["artifacts/start"] | None = "artifacts/start"
+    replay_share: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
     rank: PositiveCount
     alpha: Positive
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)]

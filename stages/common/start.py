@@ -5,6 +5,7 @@ an adapter:
 
     adapter_config.json, adapter_model.safetensors   as `artifacts/finetune` has them
     start.json                                       {"version": ..., "base_sha256": ...}
+    learned.txt                                      ids of the rows that it has learned; may be missing
 
 `version` is that of the model whose adapter it is, `base_sha256` the hash of the base model's weights that
 it was trained on: both as `artifacts/export/serving.json` has them. `start.json` is written last and
@@ -14,15 +15,17 @@ removed first, so that half an adapter is never taken for one.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.common.artifacts import artifacts, read_json, replacing, write_json
+from stages.common.artifacts import artifacts, read_json, replacing, write_json, write_text
 from stages.common.errors import InputError
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 START = "start.json"
+LEARNED = "learned.txt"
 PAGE = "README.md"
 FOLDER = artifacts("start")
 
@@ -39,6 +42,10 @@ class Start:
     def files(self) -> tuple[Path, ...]:
         """The files that decide what is learned."""
         return self.folder / CONFIG, self.folder / WEIGHTS
+
+    def learned(self) -> frozenset[str]:
+        """Return the ids of the rows that it has learned; none where that is not known."""
+        return read_learned(self.folder)
 
 
 def read_start(folder: Path = FOLDER) -> Start | None:
@@ -81,14 +88,26 @@ def put_start(adapter: Path, version: str, base_sha256: str, folder: Path = FOLD
     for name in (CONFIG, WEIGHTS):
         with replacing(folder / name) as beside:
             shutil.copyfile(adapter / name, beside)
+    write_learned(read_learned(adapter), folder)
     write_json(folder / START, {"version": version, "base_sha256": base_sha256})
     return Start(folder, version, base_sha256)
 
 
 def clear_start(folder: Path = FOLDER) -> None:
     """Remove the adapter from `folder`: training begins with a new one. Its page stays."""
-    for name in (START, WEIGHTS, CONFIG):
+    for name in (START, LEARNED, WEIGHTS, CONFIG):
         (folder / name).unlink(missing_ok=True)
+
+
+def read_learned(adapter: Path) -> frozenset[str]:
+    """Return the ids of the rows that the adapter in a folder has learned; none where that is not known."""
+    path = adapter / LEARNED
+    return frozenset(path.read_text(encoding="utf-8").split()) if path.is_file() else frozenset()
+
+
+def write_learned(ids: Iterable[str], adapter: Path) -> None:
+    """Write the ids of the rows that the adapter in a folder has learned, one a line."""
+    write_text(adapter / LEARNED, "".join(f"{one}\n" for one in sorted(ids)))
 
 
 def check_base(start: Start, base_sha256: str) -> None:

@@ -140,6 +140,7 @@ def test_the_next_training_starts_from_the_bytes_of_the_champion(checkout):
         start = read_start(root / "artifacts/start")
         assert (start.version, start.base_sha256) == (tag.rpartition(":")[2], "b" * 64)
         assert (root / "artifacts/start/adapter_model.safetensors").read_bytes() == weights
+        assert start.learned() == {"0011223344556677"}
     assert (root / "artifacts/start/README.md").read_text() == "stays"
     assert registry.download_adapter(root, params, first, root / "again").is_dir()
 

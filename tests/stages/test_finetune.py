@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,8 @@ from stages import finetune
 from stages.common.chat import Encoded, encode_example
 from stages.common.errors import InputError
 from stages.common.models import load_tokenizer
-from stages.common.records import Message, make_row, write_rows
-from stages.common.start import put_start
+from stages.common.records import Message, make_row, read_rows, write_rows
+from stages.common.start import put_start, read_learned
 from tests.tiny import save_model
 
 REPO = Path(__file__).resolve().parents[2]
@@ -72,6 +73,23 @@ def put_own_adapter_as_start(project, version="0123456789ab"):
     put_start(project / "artifacts" / "finetune", version, "of the base", project / "artifacts" / "start")
 
 
+def change_finetune(project, **changes):
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    params["finetune"].update(changes)
+    (project / "params.yaml").write_text(yaml.safe_dump(params))
+
+
+@dataclass(frozen=True)
+class Known:
+    """As much of a start as decides which rows are learned."""
+
+    version: str
+    ids: frozenset
+
+    def learned(self):
+        return self.ids
+
+
 def adapter(project):
     return (project / "artifacts" / "finetune" / "adapter_model.safetensors").read_bytes()
 
@@ -111,7 +129,7 @@ def project(tmp_path, monkeypatch):
 def test_training_lowers_the_loss_and_leaves_adapter_evidence_curve_and_picture(project):
     finetune.main()
     metrics = evidence(project)
-    assert metrics["train_rows"] == 40
+    assert (metrics["train_rows"], metrics["rows_not_replayed"]) == (40, 0)
     assert metrics["steps"] == 10
     assert metrics["share_prefix"] is True
     assert metrics["fast_modules"] == {"lora_linear": 14, "rms_norm": 5}
@@ -121,7 +139,7 @@ def test_training_lowers_the_loss_and_leaves_adapter_evidence_curve_and_picture(
     assert float(curve[-1]["loss"]) < float(curve[0]["loss"])
     assert (project / "reports" / "finetune" / "loss.svg").read_text().startswith("<?xml")
     names = {path.name for path in (project / "artifacts" / "finetune").iterdir()}
-    assert names == {"adapter_model.safetensors", "adapter_config.json"}
+    assert names == {"adapter_model.safetensors", "adapter_config.json", "learned.txt"}
     assert not list((project / "checkpoints" / "finetune").iterdir())
 
 
@@ -197,11 +215,44 @@ def test_training_goes_on_from_the_adapter_in_start_and_says_so(project):
     learned = adapter(project)
     finetune.main()
     assert adapter(project) == learned
-    params = yaml.safe_load((project / "params.yaml").read_text())
-    params["finetune"]["start_from"] = None
-    (project / "params.yaml").write_text(yaml.safe_dump(params))
+    change_finetune(project, start_from=None)
     finetune.main()
     assert (evidence(project)["started_from"], evidence(project)["train_loss"]) == ("base", first)
+
+
+def test_of_what_the_start_has_learned_only_a_share_is_gone_over_again(project):
+    finetune.main()
+    put_own_adapter_as_start(project)
+    known = read_learned(project / "artifacts" / "finetune")
+    assert len(known) == evidence(project)["train_rows"] == 40
+    new = rows(10, start=2000)
+    old = list(read_rows(project / "artifacts" / "split" / "train.parquet"))
+    write_rows(project / "artifacts" / "split" / "train.parquet", [*old, *new])
+    change_finetune(project, replay_share=0.25)
+    finetune.main()
+    found = evidence(project)
+    assert 10 < found["train_rows"] < 30
+    assert found["train_rows"] + found["rows_not_replayed"] == 50
+    # What was not gone over again is no less learned.
+    assert read_learned(project / "artifacts" / "finetune") == known | {row.id for row in new}
+
+
+def test_each_start_has_another_share_of_the_old_rows_and_all_the_new():
+    old, new = rows(400), rows(5, start=2000)
+
+    def chosen(share, version):
+        start = Known(version, frozenset(row.id for row in old))
+        return {row.id for row in finetune.rows_to_learn([*old, *new], start, share, seed=7)}
+
+    fresh = {row.id for row in new}
+    one, other = chosen(0.25, "v1"), chosen(0.25, "v2")
+    assert one == chosen(0.25, "v1") != other
+    assert fresh < one and fresh < other and 60 < len(one) < 145
+    assert chosen(0.0, "v1") == fresh and len(chosen(1.0, "v1")) == 405
+    assert len(finetune.rows_to_learn(old, None, 0.0, seed=7)) == 400
+    with pytest.raises(InputError, match="all 400 training rows are known") as error:
+        finetune.rows_to_learn(old, Known("v1", frozenset(row.id for row in old)), 0.0, seed=7)
+    assert "finetune.replay_share" in error.value.remedy
 
 
 def test_every_tensor_of_the_start_is_taken_over_bit_by_bit(project):

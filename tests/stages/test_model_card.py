@@ -97,6 +97,7 @@ def evidence():
             "started_from": "base",
             "train_rows": 23,
             "dropped_long_rows": 1,
+            "rows_not_replayed": 0,
             "steps": 2,
             "train_tokens": 999,
             "dtype": "bfloat16",
@@ -257,6 +258,8 @@ def test_the_card_says_from_which_adapter_and_what_feedback_was_learned(project)
     assert (
         "Training went on from the adapter of version `0123456789ab`; 12 rows came from what users said"
     ) in card()
+    change("finetune", train_rows=4, rows_not_replayed=19)
+    assert "version `0123456789ab`; 19 rows that it had learned were not gone over again; 12 rows" in card()
 
 
 def test_every_picture_of_the_card_lies_beside_it(project):
@@ -306,7 +309,7 @@ def test_all_problems_are_in_one_message(project):
         ("collect", {"by_license": {"mit": 41}}, "collect.by_license.* is 41"),
         ("curate", {"dropped_by_reason": {}}, "curate.dropped_by_reason.* is 0"),
         ("split", {"rows": {"train": 23, "validation": 4, "test": 10}}, "split.rows.train is 23"),
-        ("finetune", {"train_rows": 20}, "finetune.train_rows + finetune.dropped_long_rows is 21"),
+        ("finetune", {"train_rows": 20}, "dropped_long_rows + finetune.rows_not_replayed is 21"),
         ("evaluate", {"test_rows": 11}, "evaluate.test_rows is 11, and split.rows.test is 10"),
         ("evaluate", {"rows": 9}, "evaluate.tuned.exact_match.n is 10, and evaluate.rows is 9"),
         ("evaluate", {"primary": "beauty"}, "none of its metrics"),

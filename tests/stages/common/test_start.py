@@ -3,7 +3,7 @@ import json
 import pytest
 
 from stages.common.errors import InputError
-from stages.common.start import Start, check_base, clear_start, put_start, read_start
+from stages.common.start import Start, check_base, clear_start, put_start, read_start, write_learned
 
 
 @pytest.fixture
@@ -31,6 +31,9 @@ def test_an_adapter_that_is_put_there_is_read_and_can_be_taken_away(adapter, fol
         "version": "0123456789ab",
         "base_sha256": "base",
     }
+    assert start.learned() == frozenset()
+    write_learned({"b", "a"}, adapter)
+    assert put_start(adapter, "0123456789ab", "base", folder).learned() == {"a", "b"}
     clear_start(folder)
     assert read_start(folder) is None
     assert [path.name for path in folder.iterdir()] == ["README.md"]
