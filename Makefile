@@ -63,7 +63,7 @@ watch: $(VENV)/.core ## look at production once; retrain if its traffic has drif
 retrain: $(VENV)/.core $(VENV)/.$(SERVE_EXTRAS) ## train a candidate on what production taught; promote it if it is better
 	@python -m flows.retrain
 
-demo: $(VENV)/.core $(VENV)/.$(SERVE_EXTRAS) ## a day in the life: drift, retraining, gate, canary, promotion (25 minutes)
+demo: $(VENV)/.core $(VENV)/.$(SERVE_EXTRAS) ## a day in the life: drift, retraining, gate, canary, promotion (20 minutes)
 	@python -m flows.demo
 
 deploy: $(VENV)/.core ## register the flows and their schedules on a running server

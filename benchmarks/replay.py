@@ -1,0 +1,121 @@
+"""What a retraining learns, forgets and costs with several values of `finetune.replay_share`.
+
+Takes a home in which a retraining has been: its rows, old and new, the adapter it began with, and the
+labelled questions that were held out. From that same adapter it trains once for each share, and asks each
+model the old test rows and the held-out ones.
+
+Run: `make demo`, then `python -m benchmarks.replay` (about a quarter of an hour on two cores)
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import machine
+from flows.demo import HOME
+from flows.demo_home import make_home, run_python, with_overrides
+from monitoring.feedback import HELD_OUT, read_labelled
+from stages.common.artifacts import artifacts, read_json, reports, write_text
+from stages.common.errors import InputError
+from stages.common.params import load_params
+from stages.common.records import Message, Row, make_row, read_rows, write_rows
+from stages.common.start import read_start
+
+SHARES = (1.0, 0.25, 0.0)
+SETTINGS = {"evaluate.max_rows": None, "evaluate.slices": ["traffic"], "evaluate.min_test_rows": 1}
+OLD, NEW = "old", "new"
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Train and judge once for each share; print a table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.replay", description=__doc__)
+    parser.add_argument("--home", type=Path, default=HOME, help="where a retraining has been")
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
+    options = parser.parse_args(words)
+    home = options.home.resolve()
+    workspace = prepared(home, home.with_name(f"{home.name}-replay"))
+    sys.stdout.write(f"{machine()}\n\n| replay_share | rows | training, s | old test | new, held out |\n")
+    sys.stdout.write("|---|---:|---:|---|---|\n")
+    _copy(home / artifacts("start"), workspace / artifacts("finetune"))
+    tell("before", "", "", judged(workspace))
+    for share in options.shares:
+        params = workspace / "params.yaml"
+        text = with_overrides(params.read_text(encoding="utf-8"), {"finetune.replay_share": share})
+        write_text(params, text)
+        run(workspace, "finetune")
+        trained = read_json(workspace / reports("finetune") / "metrics.json")
+        seconds = f"{trained['throughput']['seconds']:.0f}"
+        tell(f"{share:g}", f"{trained['train_rows']:,}", seconds, judged(workspace))
+    return 0
+
+
+def prepared(home: Path, folder: Path) -> Path:
+    """Make a workspace with the home's rows and start, and a test of its old rows and the held-out ones.
+
+    Raises:
+        InputError: no retraining has been there.
+    """
+    start, held_out = read_start(home / artifacts("start")), read_labelled(home / HELD_OUT)
+    if start is None or not start.learned() or not held_out:
+        raise InputError(f"{home} has seen no retraining", "run make demo")
+    make_home(home, folder, SETTINGS)
+    for stage in ("fetch_base", "split", "start"):
+        _copy(home / artifacts(stage), folder / artifacts(stage))
+    _copy(home / reports("fetch_base"), folder / reports("fetch_base"))
+    prompt, test = (
+        load_params(home / "params.yaml").collect.system_prompt,
+        artifacts("split") / "test.parquet",
+    )
+    asked = {OLD: read_rows(home / test), NEW: [_with_system(row, prompt) for row in held_out]}
+    marked = [
+        replace(row, tags={**row.tags, "traffic": kind}) for kind, rows in asked.items() for row in rows
+    ]
+    write_rows(folder / test, marked)
+    return folder
+
+
+def _with_system(row: Row, prompt: str | None) -> Row:
+    """Return a held-out row as `collect` would make it one of the pipeline's."""
+    messages = [Message("system", prompt), *row.messages] if prompt else row.messages
+    return make_row(messages, row.source, row.license, row.group, row.tags, row.origin)
+
+
+def judged(workspace: Path) -> dict[str, Any]:
+    """Ask the model in the workspace; return what of each kind is right."""
+    run(workspace, "evaluate")
+    slices = read_json(workspace / reports("evaluate") / "metrics.json")["slices"]
+    found: dict[str, Any] = slices["traffic"]
+    return found
+
+
+def run(workspace: Path, stage: str) -> None:
+    """Run one stage in the workspace."""
+    log = workspace / ".perennial" / "logs" / "replay.log"
+    run_python(workspace, "-m", f"stages.{stage}", log=log, environment={"HF_HUB_OFFLINE": "1"})
+
+
+def tell(name: str, rows: str, seconds: str, right: dict[str, Any]) -> None:
+    """Print a line of the table."""
+    cells = [f"{_percent(right[kind])} of {right[kind]['n']}" for kind in (OLD, NEW)]
+    sys.stdout.write(f"| {' | '.join([name, rows, seconds, *cells])} |\n")
+    sys.stdout.flush()
+
+
+def _percent(figures: dict[str, float]) -> str:
+    value, low, high = (100 * figures[key] for key in ("value", "low", "high"))
+    return f"{value:.1f} % ({low:.1f} to {high:.1f})"
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
