@@ -48,7 +48,7 @@ from stages.common.dvc_lock import LOCK, Lock, dvc_hash, read_lock
 from stages.common.errors import InputError
 from stages.common.locks import one_at_a_time
 from stages.common.params import Params, load_params
-from stages.common.start import LEARNED
+from stages.common.start import adapter_files
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -438,7 +438,7 @@ def _log_files(client: MlflowClient, run: Run, root: Path) -> None:
     if card.is_dir():
         client.log_artifacts(run_id, str(card), "card")
     adapter = root / artifacts("finetune")
-    for name in (*([LEARNED] if (adapter / LEARNED).exists() else []), *ADAPTER_FILES):
+    for name in adapter_files(adapter):
         client.log_artifact(run_id, str(adapter / name), ADAPTER)
 
 

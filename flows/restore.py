@@ -21,12 +21,12 @@ from pathlib import Path
 import yaml
 
 from flows.command import in_words
-from flows.registry import ADAPTER_FILES, download_adapter, download_file, find_version
+from flows.registry import download_adapter, download_file, find_version
 from services.versions import add_pipeline_output, stored_tags
 from stages.common.artifacts import artifacts, missing, read_json, reports, write_text
 from stages.common.errors import InputError
 from stages.common.params import Params, load_params
-from stages.common.start import LEARNED
+from stages.common.start import adapter_files
 
 log = logging.getLogger("flows.restore")
 
@@ -84,7 +84,7 @@ def _lay_out(root: Path, params: Params, tag: str, folder: Path) -> None:
     adapter = folder / artifacts("finetune")
     adapter.mkdir(parents=True)
     downloaded = download_adapter(root, params, tag, folder / "downloaded")
-    for name in (*ADAPTER_FILES, *([LEARNED] if (downloaded / LEARNED).exists() else [])):
+    for name in adapter_files(downloaded):
         shutil.copyfile(downloaded / name, adapter / name)
     values = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))
     recorded = yaml.safe_load(

@@ -84,11 +84,11 @@ def put_start(adapter: Path, version: str, base_sha256: str, folder: Path = FOLD
             raise InputError(
                 f"{adapter} holds no adapter: {name} is not there", "give the folder of a peft adapter"
             )
-    (folder / START).unlink(missing_ok=True)
-    for name in (CONFIG, WEIGHTS):
+    for name in (START, LEARNED):
+        (folder / name).unlink(missing_ok=True)
+    for name in adapter_files(adapter):
         with replacing(folder / name) as beside:
             shutil.copyfile(adapter / name, beside)
-    write_learned(read_learned(adapter), folder)
     write_json(folder / START, {"version": version, "base_sha256": base_sha256})
     return Start(folder, version, base_sha256)
 
@@ -97,6 +97,11 @@ def clear_start(folder: Path = FOLDER) -> None:
     """Remove the adapter from `folder`: training begins with a new one. Its page stays."""
     for name in (START, LEARNED, WEIGHTS, CONFIG):
         (folder / name).unlink(missing_ok=True)
+
+
+def adapter_files(adapter: Path) -> list[str]:
+    """Return the names of what is kept of the adapter in a folder; the weights come last."""
+    return [name for name in (CONFIG, LEARNED, WEIGHTS) if (adapter / name).is_file()]
 
 
 def read_learned(adapter: Path) -> frozenset[str]:
