@@ -5,48 +5,36 @@ import sys
 import time
 
 import psutil
-import pytest
 
-from flows.demo_home import home_environment, make_home
-from tests.flows.toy import ROOT
+# A day on which only one thing happens: something long is started, in a session of its own.
+DAY = """
+import pathlib, subprocess, sys
+from flows import demo
+from flows.demo_home import home_environment
 
-pytestmark = pytest.mark.slow
+def one_thing(root):
+    long = [sys.executable, "-c", "import time; time.sleep(600)"]
+    subprocess.run(long, env=home_environment(root), start_new_session=True)
 
-
-def processes_of(folder):
-    """Return the living processes whose Prefect is at home in a folder, as for all that a demo starts."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("PREFECT_HOME", "").startswith(str(folder)):
-                found.append(process)
-        except (psutil.Error, OSError):
-            continue
-    return found
+demo._live = one_thing
+demo.live(pathlib.Path("."))
+"""
 
 
-def wait_until(is_so, seconds):
-    deadline = time.monotonic() + seconds
-    while not (so := is_so()) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return so
-
-
-def test_what_a_killed_demo_started_ends_with_it(tmp_path):
-    root = make_home(ROOT, tmp_path / "checkout")
-    with (tmp_path / "log").open("w") as log:
-        demo = subprocess.Popen(
-            [sys.executable, "-m", "flows.demo"],
-            cwd=root, env=home_environment(root), stdout=log, stderr=log, start_new_session=True,
-        )  # fmt: skip
-    home = root / ".perennial" / "demo"
+def test_what_a_killed_demo_started_ends_with_it():
+    demo = subprocess.Popen([sys.executable, "-c", DAY])
+    started = []
     try:
-        assert wait_until(lambda: len(processes_of(home)) > 1, 60), (tmp_path / "log").read_text()
+        deadline = time.monotonic() + 60
+        while not started and time.monotonic() < deadline:
+            children = psutil.Process(demo.pid).children()
+            started = [one for one in children if "time.sleep(600)" in " ".join(one.cmdline())]
+            time.sleep(0.05)
     finally:
         demo.kill()
         demo.wait()
-    ended = wait_until(lambda: not processes_of(root), 60)
-    left = [process.cmdline() for process in processes_of(root)]
-    for process in processes_of(root):
+    assert started
+    _, left = psutil.wait_procs(started, timeout=30)
+    for process in left:
         process.kill()
-    assert ended, left
+    assert not left
