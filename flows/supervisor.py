@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -110,26 +109,24 @@ class Supervisor:
         self._kept = {program.name: _Kept(program, pause_s=first_pause_s) for program in programs}
         self._root, self._logs, self._status = root, logs, status
         self._first_pause_s = first_pause_s
-        self._stop = threading.Event()
-        self._hurry = threading.Event()
+        # Not an Event: a signal may come while this very thread holds the lock that setting one takes.
+        self._times_stopped = 0
         self._probes = ThreadPoolExecutor(max(1, len(programs)), thread_name_prefix="probe")
         self._written: object = None
         self._started_at = time.time()
 
     def stop(self) -> None:
         """Ask `run` to end everything; asked twice, it kills what still runs."""
-        if self._stop.is_set():
-            self._hurry.set()
-        self._stop.set()
+        self._times_stopped += 1
 
     def run(self) -> None:
         """Start the programs and keep them running until `stop`; then end them, the last first."""
         try:
-            while not self._stop.is_set():
+            while not self._times_stopped:
                 for kept in self._kept.values():
                     self._look_after(kept)
                 self._write_status()
-                self._stop.wait(POLL_S)
+                time.sleep(POLL_S)
         finally:
             self._end_all()
             self._probes.shutdown(wait=False, cancel_futures=True)
@@ -256,7 +253,7 @@ class Supervisor:
         if process is None:
             return
         deadline = time.monotonic() + kept.program.patience_s
-        while process.poll() is None and time.monotonic() < deadline and not self._hurry.is_set():
+        while process.poll() is None and time.monotonic() < deadline and self._times_stopped < 2:
             time.sleep(0.02)
         if process.poll() is None:
             logger.warning("%s did not end; killing it", kept.program.name)

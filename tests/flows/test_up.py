@@ -285,3 +285,29 @@ def test_make_up_brings_up_every_page_and_ends_them_all(tmp_path):
     assert process.returncode == 0, out
     assert "service is waiting: there is no model yet: make run" in out
     assert not any(_is_alive(pid) for pid in [*pids, *children])
+
+
+# Another process sends the signal: a thread of this one could only do so while the loop sleeps.
+STOPPED_OFTEN = """
+import os, random, signal, sys, time
+from pathlib import Path
+from flows import supervisor
+
+supervisor.POLL_S = 0.00001
+folder, own = Path(sys.argv[1]), os.getpid()
+for _ in range(300):
+    one = supervisor.Supervisor((), folder, folder, folder / "up.json")
+    with supervisor.signals_call(one.stop):
+        if not (child := os.fork()):
+            until = time.perf_counter() + 0.002 + random.random() * 0.002
+            while time.perf_counter() < until:
+                pass
+            os.kill(own, signal.SIGTERM)
+            os._exit(0)
+        one.run()
+    os.waitpid(child, 0)
+"""
+
+
+def test_a_signal_ends_it_whatever_it_is_just_doing(tmp_path):
+    subprocess.run([sys.executable, "-c", STOPPED_OFTEN, str(tmp_path)], check=True, timeout=60)
