@@ -68,10 +68,8 @@ def prepared(home: Path, folder: Path) -> Path:
     for stage in ("fetch_base", "split", "start"):
         _copy(home / artifacts(stage), folder / artifacts(stage))
     _copy(home / reports("fetch_base"), folder / reports("fetch_base"))
-    prompt, test = (
-        load_params(home / "params.yaml").collect.system_prompt,
-        artifacts("split") / "test.parquet",
-    )
+    prompt = load_params(home / "params.yaml").collect.system_prompt
+    test = artifacts("split") / "test.parquet"
     asked = {OLD: read_rows(home / test), NEW: [_with_system(row, prompt) for row in held_out]}
     marked = [
         replace(row, tags={**row.tags, "traffic": kind}) for kind, rows in asked.items() for row in rows

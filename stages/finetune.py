@@ -22,7 +22,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -130,18 +130,26 @@ def encode_rows(
     return examples, long
 
 
-def rows_to_learn(rows: Sequence[Row], start: Start | None, replay_share: float, seed: int) -> list[Row]:
+def rows_to_learn(
+    rows: Sequence[Row], start: Start | None, learned: Set[str], replay_share: float, seed: int
+) -> list[Row]:
     """Return the rows that are new to the adapter of `start`, and a share of those it has learned.
 
     Which ones is drawn by a hash of their ids, another share for each start: in a line of retrainings every
     row has its turn. Without a start every row is new.
+
+    Args:
+        learned: ids of the rows that the adapter has learned.
 
     Raises:
         InputError: none is left.
     """
     if start is None:
         return list(rows)
-    learned = start.learned()
+    if replay_share < 1 and not learned:
+        log.warning(
+            "the adapter of %s does not say which rows it has learned: all are gone over", start.version
+        )
 
     def drawn(row: Row) -> bool:
         digest = hashlib.blake2b(f"{seed}/{start.version}/{row.id}".encode(), digest_size=8).digest()
@@ -655,7 +663,8 @@ def main() -> None:
     start = read_start(Path(params.start_from)) if params.start_from else None
     if start:
         check_base(start, read_json(reports("fetch_base") / "metrics.json")["sha256"])
-    train_rows = rows_to_learn(all_rows, start, params.replay_share, params.seed)
+    learned = start.learned() if start else frozenset()
+    train_rows = rows_to_learn(all_rows, start, learned, params.replay_share, params.seed)
     tokenizer = load_tokenizer(base)
     examples, long = encode_rows(tokenizer, train_rows, params.max_length, params.on_long_row)
     held_out, _ = encode_rows(tokenizer, validation_rows, params.max_length, "drop")
@@ -678,8 +687,9 @@ def main() -> None:
     batches = [lay_out([held_out[i] for i in b], tokenizer.pad_token_id, trained.share_prefix) for b in order]
     validation_loss = mean_loss(model, batches)
 
-    learned = {row.id for row in train_rows} - {row.id for row in long}
-    save_adapter(model, artifacts("finetune"), learned | (start.learned() if start else frozenset()))
+    save_adapter(
+        model, artifacts("finetune"), learned | {row.id for row in train_rows} - {row.id for row in long}
+    )
     write_text(reports("finetune") / "loss.csv", loss_csv(trained.curve))
     draw_loss(trained.curve, validation_loss, reports("finetune") / "loss.svg")
     write_json(

@@ -6,14 +6,15 @@ import time
 
 import psutil
 
+LONG = "import time; time.sleep(600)"
 # A day on which only one thing happens: something long is started, in a session of its own.
-DAY = """
+DAY = f"""
 import pathlib, subprocess, sys
 from flows import demo
 from flows.demo_home import home_environment
 
 def one_thing(root):
-    long = [sys.executable, "-c", "import time; time.sleep(600)"]
+    long = [sys.executable, "-c", {LONG!r}]
     subprocess.run(long, env=home_environment(root), start_new_session=True)
 
 demo._live = one_thing
@@ -28,7 +29,7 @@ def test_what_a_killed_demo_started_ends_with_it():
         deadline = time.monotonic() + 60
         while not started and time.monotonic() < deadline:
             children = psutil.Process(demo.pid).children()
-            started = [one for one in children if "time.sleep(600)" in " ".join(one.cmdline())]
+            started = [one for one in children if one.cmdline()[-1:] == [LONG]]
             time.sleep(0.05)
     finally:
         demo.kill()

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ from stages.common.chat import Encoded, encode_example
 from stages.common.errors import InputError
 from stages.common.models import load_tokenizer
 from stages.common.records import Message, make_row, read_rows, write_rows
-from stages.common.start import put_start, read_learned
+from stages.common.start import Start, put_start, read_learned
 from tests.tiny import save_model
 
 REPO = Path(__file__).resolve().parents[2]
@@ -77,17 +76,6 @@ def change_finetune(project, **changes):
     params = yaml.safe_load((project / "params.yaml").read_text())
     params["finetune"].update(changes)
     (project / "params.yaml").write_text(yaml.safe_dump(params))
-
-
-@dataclass(frozen=True)
-class Known:
-    """As much of a start as decides which rows are learned."""
-
-    version: str
-    ids: frozenset
-
-    def learned(self):
-        return self.ids
 
 
 def adapter(project):
@@ -237,21 +225,26 @@ def test_of_what_the_start_has_learned_only_a_share_is_gone_over_again(project):
     assert read_learned(project / "artifacts" / "finetune") == known | {row.id for row in new}
 
 
-def test_each_start_has_another_share_of_the_old_rows_and_all_the_new():
+def test_each_start_has_another_share_of_the_old_rows_and_all_the_new(caplog):
     old, new = rows(400), rows(5, start=2000)
 
     def chosen(share, version):
-        start = Known(version, frozenset(row.id for row in old))
-        return {row.id for row in finetune.rows_to_learn([*old, *new], start, share, seed=7)}
+        start = Start(Path("start"), version, "base")
+        return {row.id for row in finetune.rows_to_learn([*old, *new], start, known, share, seed=7)}
 
+    known = {row.id for row in old}
     fresh = {row.id for row in new}
     one, other = chosen(0.25, "v1"), chosen(0.25, "v2")
     assert one == chosen(0.25, "v1") != other
     assert fresh < one and fresh < other and 60 < len(one) < 145
     assert chosen(0.0, "v1") == fresh and len(chosen(1.0, "v1")) == 405
-    assert len(finetune.rows_to_learn(old, None, 0.0, seed=7)) == 400
+    assert len(finetune.rows_to_learn(old, None, set(), 0.0, seed=7)) == 400
+    assert not caplog.messages
+    start = Start(Path("start"), "v1", "base")
+    assert len(finetune.rows_to_learn(old, start, set(), 0.25, seed=7)) == 400
+    assert "the adapter of v1 does not say which rows it has learned" in caplog.text
     with pytest.raises(InputError, match="all 400 training rows are known") as error:
-        finetune.rows_to_learn(old, Known("v1", frozenset(row.id for row in old)), 0.0, seed=7)
+        finetune.rows_to_learn(old, start, known, 0.0, seed=7)
     assert "finetune.replay_share" in error.value.remedy
 
 
