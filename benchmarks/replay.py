@@ -20,11 +20,12 @@ from typing import Any
 from benchmarks.machine import machine
 from flows.demo import HOME
 from flows.demo_home import make_home, run_python, with_overrides
-from monitoring.feedback import HELD_OUT, read_labelled
+from monitoring.feedback import HELD_OUT
 from stages.common.artifacts import artifacts, read_json, reports, write_text
 from stages.common.errors import InputError
 from stages.common.params import load_params
-from stages.common.records import Message, Row, make_row, read_rows, write_rows
+from stages.common.records import read_rows, write_rows
+from stages.common.sources.feedback import collect_feedback
 from stages.common.start import read_start
 
 SHARES = (1.0, 0.25, 0.0)
@@ -61,8 +62,8 @@ def prepared(home: Path, folder: Path) -> Path:
     Raises:
         InputError: no retraining has been there.
     """
-    start, held_out = read_start(home / artifacts("start")), read_labelled(home / HELD_OUT)
-    if start is None or not start.learned() or not held_out:
+    start = read_start(home / artifacts("start"))
+    if start is None or not start.learned() or not (home / HELD_OUT).is_file():
         raise InputError(f"{home} has seen no retraining", "run make demo")
     make_home(home, folder, SETTINGS)
     for stage in ("fetch_base", "split", "start"):
@@ -70,18 +71,14 @@ def prepared(home: Path, folder: Path) -> Path:
     _copy(home / reports("fetch_base"), folder / reports("fetch_base"))
     prompt = load_params(home / "params.yaml").collect.system_prompt
     test = artifacts("split") / "test.parquet"
-    asked = {OLD: read_rows(home / test), NEW: [_with_system(row, prompt) for row in held_out]}
+    # As the pipeline would take them in, had they not been held out.
+    held_out = collect_feedback(home / HELD_OUT, prompt, "stop").rows
+    asked = {OLD: read_rows(home / test), NEW: held_out}
     marked = [
         replace(row, tags={**row.tags, "traffic": kind}) for kind, rows in asked.items() for row in rows
     ]
     write_rows(folder / test, marked)
     return folder
-
-
-def _with_system(row: Row, prompt: str | None) -> Row:
-    """Return a held-out row as `collect` would make it one of the pipeline's."""
-    messages = [Message("system", prompt), *row.messages] if prompt else row.messages
-    return make_row(messages, row.source, row.license, row.group, row.tags, row.origin)
 
 
 def judged(workspace: Path) -> dict[str, Any]:
