@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -28,7 +29,7 @@ class Shape(Protocol):
         ...
 
 
-class _Shape:
+class _Shape(ABC):
     object: str
     chunk_object: str
 
@@ -77,14 +78,17 @@ class _Shape:
         body = {**self._common, "object": self.object, "choices": [choice], "usage": _usage(last.usage)}
         return json.dumps(body, ensure_ascii=False).encode()
 
+    @abstractmethod
     def delta(self, text: str) -> str:
-        raise NotImplementedError
+        """Return a piece of text as the fields of a chunk, in JSON."""
 
+    @abstractmethod
     def content(self, text: str) -> dict[str, Any]:
-        raise NotImplementedError
+        """Return the whole text as the fields of a choice."""
 
+    @abstractmethod
     def logprobs(self, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
-        raise NotImplementedError
+        """Return tokens with their log probabilities."""
 
     def token(self, token_id: int) -> str:
         """Return the text of one token."""

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -45,7 +46,7 @@ class Request:
 Outcome = tuple[Request, Step | Exception]
 
 
-class Worker:
+class Worker(ABC):
     """The common part of engines that compute in a thread of this process.
 
     Args:
@@ -78,20 +79,21 @@ class Worker:
         """Return the state of a new request; compiles its schema. May run in any thread."""
         return None
 
+    @abstractmethod
     def _enter(self, request: Request) -> None:
         """Begin to write the answer to a request."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _leave(self, request: Request) -> None:
         """Free what a request holds before its end."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _advance(self, running: Sequence[Request]) -> list[Outcome]:
         """Compute one step and return what is new."""
-        raise NotImplementedError
 
     def _end(self, left: Sequence[Request]) -> None:
         """Free what the engine and these requests, which have not ended, hold."""
+        return  # an engine may hold nothing
 
     # The engine protocol.
 
