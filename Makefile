@@ -4,7 +4,10 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# Tried in order: the first that runs and is in range (a shim of pyenv may exist and not run).
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
+PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3.14 python3; do \
+  "$$name" -c '$(SUPPORTED)' 2> /dev/null && command -v "$$name" && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 # Everything a recipe starts takes python from the environment, as DVC's stages must.
@@ -17,10 +20,10 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint requirements.lock -
 # The event store on PostgreSQL: make serve SERVE_EXTRAS=serve,postgres
 SERVE_EXTRAS := serve
 
-.PHONY: help run serve watch retrain demo parity bento test test-slow test-all lint format docs lock up deploy params clean
+.PHONY: help run serve watch retrain demo parity bento test test-slow test-all lint format docs lock check-wheels check-pythons up deploy params clean
 
 help: ## list the commands
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 run: $(VENV)/.core ## install, run the whole pipeline, show what the model learned
 	@python -m flows.training
@@ -72,11 +75,15 @@ deploy: $(VENV)/.core ## register the flows and their schedules on a running ser
 docs: $(VENV)/.dev ## write the generated pages of docs/ anew
 	@python docs/reference/generate.py
 
-lock: $(VENV)/.dev ## resolve requirements.lock anew
-	@pip-compile --quiet --upgrade $(LOCKED_EXTRAS) --strip-extras --allow-unsafe --no-emit-index-url \
-	  --no-emit-find-links --no-emit-trusted-host --output-file requirements.lock pyproject.toml
-	@# The lock serves CPU and CUDA builds alike: no local version label such as +cpu.
-	@sed -E -i.bak 's/^(torch==[0-9.]+)\+.*/\1/' requirements.lock && rm requirements.lock.bak
+check-wheels: $(VENV)/.dev ## does the index have a wheel of every pin for every Python and platform?
+	@python -m checks.wheels
+
+check-pythons: $(VENV)/.dev ## install and run the fast tests on every supported Python found here (GBs of downloads)
+	@python -m checks.pythons
+
+lock: $(VENV)/.dev ## resolve requirements.lock again, for every supported Python and platform
+	@UV_CUSTOM_COMPILE_COMMAND="make lock" uv pip compile --quiet --upgrade --universal --fork-strategy fewest \
+	  $(LOCKED_EXTRAS) --output-file requirements.lock pyproject.toml > /dev/null
 
 clean: ## remove the environment and everything a run made; data/ and git are left alone
 	@rm -rf $(VENV) reports checkpoints .perennial dvc.lock .dvc/cache .dvc/tmp *.egg-info
@@ -99,7 +106,7 @@ $(VENV)/.dev: pyproject.toml requirements.lock | $(BIN)/python
 	@touch $@ $(VENV)/.core $(VENV)/.serve
 
 $(BIN)/python:
-	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
-	  || { echo "error: Python 3.11 is needed, and $(PYTHON) is $$("$(PYTHON)" -V 2>&1)"; \
-	       echo "  remedy: install it, or name it: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@"$(PYTHON)" -c '$(SUPPORTED)' 2> /dev/null \
+	  || { echo "error: Python 3.11, 3.12, 3.13 or 3.14 is needed; found: $$("$(or $(PYTHON),python3)" -V 2>&1)"; \
+	       echo "  fix: install one, or name it: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@"$(PYTHON)" -m venv $(VENV)

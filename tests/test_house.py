@@ -4,11 +4,15 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
+import checks.wheels
 from stages.common.params import Params, load_params
 
 ROOT = Path(__file__).parent.parent
@@ -194,10 +198,30 @@ def test_a_documented_command_exists(page, command):
 
 def test_the_lock_is_exact_and_holds_for_any_machine():
     lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
-    pins = [line for line in lines if line and not line.startswith((" ", "#"))]
+    pins = [Requirement(line) for line in lines if line and not line.startswith((" ", "#"))]
     assert pins
     # No file:// of ours, no +cpu of a machine without a GPU.
-    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!]+", pin) for pin in pins), pins
+    assert all(re.fullmatch(r"==[A-Za-z0-9.!]+", str(pin.specifier)) for pin in pins), pins
+    assert not [pin for pin in pins if pin.url]
+    # CUDA comes with a build of torch that has it, which pins its versions.
+    names = {pin.name for pin in pins} - {"nvidia-ml-py"}
+    assert not [name for name in names if name.startswith(("nvidia-", "cuda-", "triton"))]
+
+
+def test_the_lock_has_one_version_of_a_package_on_every_python():
+    lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    names = [line.split("==")[0] for line in lines if "==" in line and not line.startswith((" ", "#"))]
+    assert len(names) == len(set(names))
+
+
+def test_the_supported_pythons_are_the_same_everywhere():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    supported = SpecifierSet(project["requires-python"])
+    minors = [minor for minor in range(9, 30) if f"3.{minor}" in supported]
+    assert [(3, minor) for minor in minors] == list(checks.wheels.PYTHONS)
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert f"(3, {minors[0]}) <= sys.version_info[:2] <= (3, {minors[-1]})" in makefile
+    assert all(f"python3.{minor} " in makefile for minor in minors)
 
 
 def test_nothing_committed_names_a_machine():

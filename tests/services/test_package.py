@@ -22,7 +22,7 @@ from tests.tiny import make_model, save_model
 ROOT = Path(__file__).resolve().parents[2]
 LOCK = """\
 #
-#    pip-compile pyproject.toml
+#    make lock
 #
 anyio==4.1
     # via
