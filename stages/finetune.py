@@ -466,8 +466,8 @@ def train(
         for entry in trainer.state.log_history
         if "loss" in entry
     ]
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
+    if model.device.type != "cpu":
+        torch.accelerator.synchronize()
     return Trained(
         curve=curve,
         share_prefix=share_prefix,

@@ -43,7 +43,7 @@ class TransformersEngine(Worker):
     Args:
         base: folder of the base model.
         adapter: folder of the adapter, which is merged; None serves the base model.
-        device: `auto`, `cpu` or `cuda`.
+        device: `auto`, `cpu`, `cuda` or `mps`.
         precision: `auto`, `bfloat16` or `float32`; see `stages.common.models.pick_dtype`.
         context_tokens: of prompt and answer together at most; None for all that the model reads.
         threads: of the computation on a CPU; None leaves the number to torch.

@@ -219,7 +219,8 @@ def _nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Return the negative log-likelihood of each target, in float32 whatever the model computes in."""
     import torch
 
-    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none").double().cpu()
+    losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    return losses.cpu().double()  # in this order: Metal has no float64
 
 
 def _greedy(model: Any, state: _Prefilled, ends: Sequence[int], max_new_tokens: int) -> list[list[int]]:

@@ -12,16 +12,19 @@ if TYPE_CHECKING:
 
 
 def pick_device() -> torch.device:
-    """Return the GPU if there is one, else the CPU."""
+    """Return the GPU if there is one (CUDA, or Metal on Apple silicon), else the CPU."""
     import torch
 
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def pick_dtype(device: torch.device, wanted: str = "auto") -> torch.dtype:
     """Return bfloat16 where the machine computes in it natively, else float32.
 
-    On a CPU without AVX512-BF16 or AMX, bfloat16 is emulated and slower than float32.
+    On a CPU without AVX512-BF16 or AMX, bfloat16 is emulated and slower than float32. So it is on the first
+    Apple silicon (M1), and torch does not report which one it runs on: Metal gets float32.
 
     Args:
         wanted: `auto`, `bfloat16` or `float32`.
@@ -32,10 +35,11 @@ def pick_dtype(device: torch.device, wanted: str = "auto") -> torch.dtype:
         return torch.bfloat16 if wanted == "bfloat16" else torch.float32
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        native = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
     else:
-        native = bool(torch.cpu.get_capabilities().get("avx512_bf16")) or bool(
-            torch.cpu.get_capabilities().get("amx_bf16")
-        )
+        native = False
     return torch.bfloat16 if native else torch.float32
 
 

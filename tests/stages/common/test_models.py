@@ -45,4 +45,21 @@ def test_the_precision_can_be_named_and_is_native_otherwise():
     abilities = torch.cpu.get_capabilities()
     native = abilities.get("avx512_bf16") or abilities.get("amx_bf16")
     assert pick_dtype(CPU) is (torch.bfloat16 if native else torch.float32)
-    assert pick_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_the_gpu_of_a_mac_is_taken_where_there_is_no_other(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for available, device in ((True, "mps"), (False, "cpu")):
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda available=available: available)
+        assert pick_device() == torch.device(device)
+
+
+def test_cuda_comes_before_metal(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert pick_device() == torch.device("cuda")
+
+
+def test_metal_computes_in_float32_by_default():
+    assert pick_dtype(torch.device("mps")) is torch.float32
+    assert pick_dtype(torch.device("mps"), "bfloat16") is torch.bfloat16
