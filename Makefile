@@ -20,7 +20,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint requirements.lock -
 # The event store on PostgreSQL: make serve SERVE_EXTRAS=serve,postgres
 SERVE_EXTRAS := serve
 
-.PHONY: help run serve watch retrain demo parity bento test test-slow test-all lint format docs lock check-wheels check-pythons up deploy params clean
+.PHONY: help run serve watch retrain demo parity bento test test-slow test-all lint format docs lock check-wheels check-pythons up schedule check-params clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -54,7 +54,7 @@ format: $(VENV)/.dev ## mend what can be mended by machine
 	@ruff check --fix .
 	@ruff format .
 
-params: $(VENV)/.core ## check params.yaml and nothing else
+check-params: $(VENV)/.core ## check params.yaml and nothing else
 	@python -m stages.common.params
 
 up: $(VENV)/.core $(VENV)/.$(SERVE_EXTRAS) ## the service, Prefect, MLflow, Evidently and one page over them; Ctrl-C ends all
@@ -69,7 +69,7 @@ retrain: $(VENV)/.core $(VENV)/.$(SERVE_EXTRAS) ## train a candidate on what pro
 demo: $(VENV)/.core $(VENV)/.$(SERVE_EXTRAS) ## a day in the life: drift, retraining, gate, canary, promotion (20 minutes)
 	@python -m flows.demo
 
-deploy: $(VENV)/.core ## register the flows and their schedules on a running server
+schedule: $(VENV)/.core ## register the flows and their schedules on a running server
 	@python -m flows.deployments
 
 docs: $(VENV)/.dev ## write the generated pages of docs/ anew
