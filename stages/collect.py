@@ -22,7 +22,9 @@ from stages.common.params import Feedback, File, HomeIntents, load_params
 from stages.common.records import Row, write_rows
 from stages.common.sources import Collected, Rejected
 from stages.common.sources.feedback import collect_feedback
-from stages.common.sources.files import Columns, OnBadRow, collect_file
+from stages.common.sources.files.formats import FormatOptions
+from stages.common.sources.files.rows import OnBadRow, collect_file
+from stages.common.sources.files.shapes import Columns
 
 log = get_logger("collect")
 
@@ -45,15 +47,19 @@ def collect_source(
     if isinstance(source, Feedback):
         return collect_feedback(Path(source.path), system_prompt, on_bad_row)
     if isinstance(source, File):
+        options = FormatOptions(source.format, source.encoding, source.delimiter, source.records_key)
         columns = Columns(
+            shape=source.shape,
             messages=source.messages_column,
             prompt=source.prompt_column,
+            context=source.context_column,
             completion=source.completion_column,
+            system=source.system_column,
             group=source.group_column,
             tags=source.tag_columns,
         )
         return collect_file(
-            Path(source.path), source.license, source.origin, columns, system_prompt, on_bad_row
+            Path(source.path), source.license, source.origin, options, columns, system_prompt, on_bad_row
         )
     from stages.common.sources.home_intents import collect_home_intents
 
@@ -116,7 +122,15 @@ def main() -> None:
         reasons = ", ".join(
             f"{n} {reason}" for reason, n in counted(r.reason for r in collected.rejected).items()
         )
-        log.info("%s: %d rows%s", name, len(collected.rows), f", set aside: {reasons}" if reasons else "")
+        log.info("%s: %d rows%s", name, len(collected.rows), f", rejected: {reasons}" if reasons else "")
+        if columns := collected.figures.get("columns"):
+            log.info(
+                "%s: columns %s", name, ", ".join(f"{part}={column}" for part, column in columns.items())
+            )
+        if unread := collected.figures.get("unread_columns"):
+            log.warning(
+                "%s: not read: %s", name, ", ".join(f"{column} ({n} rows)" for column, n in unread.items())
+            )
         named.append((name, collected))
     rows: list[Row] = [row for _, collected in named for row in collected.rows]
     if not rows:

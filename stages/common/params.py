@@ -87,9 +87,16 @@ class File(Section):
     path: str
     license: Annotated[str, Field(min_length=1)]
     origin: Literal["human", "template", "synthetic", "feedback"] = "human"
-    messages_column: str = "messages"
-    prompt_column: str = "prompt"
-    completion_column: str = "completion"
+    format: Literal["jsonl", "json", "csv", "parquet"] | None = None
+    encoding: str | None = None
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
+    records_key: str | None = None
+    shape: Literal["chat", "sharegpt", "alpaca", "pair"] | None = None
+    messages_column: str | None = None
+    prompt_column: str | None = None
+    context_column: str | None = None
+    completion_column: str | None = None
+    system_column: str | None = None
     group_column: str | None = None
     tag_columns: tuple[str, ...] = ()
 

@@ -11,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from stages.common.errors import InputError
-from stages.common.records import Message, Row, make_row
+from stages.common.records import Row, make_row
 from stages.common.sources import Collected, Rejected
-from stages.common.sources.files import BadRow, Columns, OnBadRow, read_jsonl, to_row
+from stages.common.sources.files.entries import BadRow
+from stages.common.sources.files.json_records import read_jsonl
+from stages.common.sources.files.messages import to_messages
+from stages.common.sources.files.rows import OnBadRow, check_conversation
+from stages.common.sources.files.shapes import Shape
 
 MAX_SHOWN = 10
-COLUMNS = Columns(messages="messages")
+SHAPE = Shape("chat", messages="messages")
 
 
 def collect_feedback(path: Path, system_prompt: str | None, on_bad_row: OnBadRow) -> Collected:
@@ -59,11 +63,8 @@ def _row(fields: dict[str, Any], system_prompt: str | None) -> Row:
     tags = fields.get("tags") or {}
     if not isinstance(tags, dict) or not all(isinstance(value, str) for value in tags.values()):
         raise BadRow("wrong_tags", "tags are texts by their names")
-    row = to_row(fields, fields["source"], fields["license"], "feedback", COLUMNS, None)
-    messages = list(row.messages)
-    if system_prompt and messages[0].role != "system":
-        messages.insert(0, Message("system", system_prompt))
-    return make_row(messages, row.source, row.license, fields["group"], tags, "feedback")
+    messages = check_conversation(to_messages(fields, SHAPE), system_prompt)
+    return make_row(messages, fields["source"], fields["license"], fields["group"], tags, "feedback")
 
 
 def _by_kind(rows: list[Row]) -> dict[str, int]:

@@ -7,7 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from stages.common.errors import InputError
-from stages.common.sources.files import Columns, collect_file
+from stages.common.sources.files.formats import FormatOptions
+from stages.common.sources.files.rows import collect_file
+from stages.common.sources.files.shapes import Columns
 
 GOOD = {"prompt": "2+2?", "completion": "4"}
 
@@ -17,8 +19,21 @@ def write(path, *lines):
     return path
 
 
-def collect(path, on_bad_row="reject", columns=None, system_prompt=None, origin="human"):
-    return collect_file(Path(path), "cc-by-4.0", origin, columns or Columns(), system_prompt, on_bad_row)
+def collect(path, on_bad_row="reject", columns=None, system_prompt=None, origin="human", **options):
+    return collect_file(
+        Path(path),
+        "cc-by-4.0",
+        origin,
+        FormatOptions(**options),
+        columns or Columns(),
+        system_prompt,
+        on_bad_row,
+    )
+
+
+def chat(*contents, **more):
+    roles = ("user", "assistant")
+    return {"messages": [{"role": roles[n % 2], "content": text} for n, text in enumerate(contents)], **more}
 
 
 def jsonl(tmp_path, *rows):
@@ -95,13 +110,15 @@ BAD = [
     ('["prompt", "completion"]', "broken_json"),
     ("[" * 100_000, "broken_json"),
     ('{"prompt": ' + "1" * 5000 + "}", "broken_json"),
-    (b'{"prompt": "caf\xe9", "completion": "b"}', "not_utf8"),
+    (b'{"prompt": "caf\xe9", "completion": "b"}', "undecodable"),
     ('{"prompt": "a", "completion": ""}', "no_answer"),
     ('{"prompt": "a", "completion": null}', "no_answer"),
-    ('{"prompt": "a", "completion": 4}', "not_text"),
+    ('{"prompt": "a", "completion": NaN}', "not_text"),
     ('{"prompt": "a \\ud800", "completion": "b"}', "not_text"),
     ('{"prompt": " ", "completion": "b"}', "no_question"),
     ('{"prompt": "a", "complétion": "b"}', "missing_field"),
+]
+BAD_CHATS = [
     ('{"messages": []}', "wrong_messages"),
     ('{"messages": "hello"}', "wrong_messages"),
     ('{"messages": {"role": "user"}}', "wrong_messages"),
@@ -121,11 +138,18 @@ BAD = [
 
 
 @pytest.mark.parametrize(("line", "reason"), BAD, ids=range(len(BAD)))
-def test_a_bad_row_is_set_aside_with_its_line_and_reason_and_the_others_survive(tmp_path, line, reason):
+def test_a_bad_row_is_rejected_with_its_line_and_reason_and_the_others_survive(tmp_path, line, reason):
     path = jsonl(tmp_path, GOOD, "", line, {**GOOD, "prompt": "3+3?"})
     found = collect(path)
     assert [row.question for row in found.rows] == ["2+2?", "3+3?"]
     assert [(r.file, r.line, r.reason) for r in found.rejected] == [(str(path), 3, reason)]
+
+
+@pytest.mark.parametrize(("line", "reason"), BAD_CHATS, ids=range(len(BAD_CHATS)))
+def test_a_bad_conversation_is_rejected_with_its_line_and_reason(tmp_path, line, reason):
+    found = collect(jsonl(tmp_path, chat("2+2?", "4"), line))
+    assert [row.question for row in found.rows] == ["2+2?"]
+    assert [(r.line, r.reason) for r in found.rejected] == [(2, reason)]
 
 
 def test_every_kind_of_bad_row_is_named_in_one_message_when_the_run_shall_stop(tmp_path):
@@ -141,7 +165,7 @@ def test_every_kind_of_bad_row_is_named_in_one_message_when_the_run_shall_stop(t
 
 def test_a_message_about_thousands_of_bad_rows_counts_the_ones_it_does_not_show(tmp_path):
     path = jsonl(tmp_path, GOOD, *["{"] * 3000)
-    with pytest.raises(InputError, match="3000 bad rows") as error:
+    with pytest.raises(InputError, match="3,000 bad rows") as error:
         collect(path, on_bad_row="stop")
     assert "and 2950 more broken_json" in str(error.value)
 
@@ -161,7 +185,7 @@ def test_csv_rows_with_too_many_cells_or_broken_bytes_are_set_aside(tmp_path):
     path = write(tmp_path / "rows.csv", "prompt,completion", "a,b,c", b"caf\xe9,x", "c,d")
     found = collect(path)
     assert [row.question for row in found.rows] == ["c"]
-    assert [(r.line, r.reason) for r in found.rejected] == [(2, "broken_csv"), (3, "not_utf8")]
+    assert [(r.line, r.reason) for r in found.rejected] == [(2, "broken_csv"), (3, "undecodable")]
     assert "3 cells under 2 columns" in found.rejected[0].detail
 
 
@@ -174,12 +198,15 @@ def test_a_quote_left_open_in_csv_is_named(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
 def test_a_missing_column_names_those_there_and_the_nearest(tmp_path, suffix):
-    lines = {"jsonl": ['{"promt": "a", "completion": "b"}'], "csv": ["promt,completion", "a,b"]}[suffix]
+    lines = {
+        "jsonl": ['{"promt": "a", "completion": "b"}'],
+        "csv": ["promt,completion", "a,b"],
+    }[suffix]
     path = write(tmp_path / f"rows.{suffix}", *lines)
     with pytest.raises(InputError) as error:
-        collect(path)
-    assert "no column 'prompt'; did you mean 'promt'?" in error.value.what
-    assert "columns there: promt, completion" in error.value.what
+        collect(path, columns=Columns(prompt="prompt"))
+    assert "no column 'prompt'; did you mean promt?" in error.value.what
+    assert "columns: promt, completion" in error.value.what
     assert "prompt_column" in error.value.remedy
 
 
@@ -191,13 +218,13 @@ def test_a_missing_group_or_tag_column_is_an_error_too(tmp_path):
 def test_a_missing_file_names_its_neighbours(tmp_path):
     jsonl(tmp_path, GOOD)
     with pytest.raises(
-        InputError, match=r"row\.jsonl is not there .*has rows\.jsonl.*did you mean 'rows\.jsonl'"
+        InputError, match=r"row\.jsonl does not exist .*has rows\.jsonl.*did you mean rows\.jsonl"
     ):
         collect(tmp_path / "row.jsonl")
 
 
 def test_a_file_in_a_missing_folder_is_an_error(tmp_path):
-    with pytest.raises(InputError, match="is not there"):
+    with pytest.raises(InputError, match="does not exist"):
         collect(tmp_path / "nowhere" / "rows.jsonl")
 
 
@@ -211,7 +238,7 @@ def test_an_empty_file_is_an_error(tmp_path, name, content):
 
 
 def test_an_unknown_kind_of_file_is_an_error(tmp_path):
-    with pytest.raises(InputError, match=r"use \.jsonl, \.csv, \.parquet"):
+    with pytest.raises(InputError, match=r"use \.jsonl, .*\.csv, .*\.parquet"):
         collect(write(tmp_path / "rows.txt", "a"))
 
 

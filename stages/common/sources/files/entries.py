@@ -1,0 +1,69 @@
+"""What every format yields: one raw record with its line, or the reason why it could not be read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Record = Mapping[str, Any]
+
+
+class BadRow(ValueError):
+    """A row that cannot be learned from; `reason` is one word to count by."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One raw record: the line it begins on, its text for the rejects, its fields or its fault."""
+
+    line: int
+    content: str
+    fields: Record | BadRow
+
+
+def is_encodable(text: str) -> bool:
+    """Return whether every character of `text` exists in UTF-8: half of a surrogate pair does not."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def find_undecodable(text: str, encoding: str) -> str | None:
+    """Return where `text`, decoded with `surrogateescape`, has a byte outside `encoding`, or None."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        byte = ord(text[error.start]) - 0xDC00
+        place = len(text[: error.start].encode("utf-8", errors="surrogateescape")) + 1
+        return f"byte 0x{byte:02x} at {place} is not {encoding}"
+    return None
+
+
+def show_bytes(text: str) -> str:
+    """Return `text` with every undecodable byte as its escape, `\\xe9`."""
+    return text.encode("utf-8", errors="surrogateescape").decode("utf-8", errors="backslashreplace")
+
+
+def as_text(value: Any) -> str:
+    """Return a text as it is, and any other value as its JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def count(number: int, thing: str) -> str:
+    """Return "1 row" or "2 rows"."""
+    return f"{number:,} {thing}" + ("" if number == 1 else "s")
+
+
+def shorten(value: Any, limit: int = 60) -> str:
+    """Return the `repr` of a value, cut to `limit` characters."""
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,0 +1,176 @@
+"""A file of the user's own rows as records of the pipeline.
+
+A row that cannot be learned from is rejected with its file, line and reason, or stops the run, as the caller
+chooses. A file that cannot give a row at all always stops the run.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Literal
+
+from stages.common.errors import InputError
+from stages.common.records import ORIGINS, Message, Row, conversation_problem, make_row
+from stages.common.sources import Collected, Rejected
+from stages.common.sources.files.encodings import guess_encoding
+from stages.common.sources.files.entries import BadRow, Entry, Record, as_text, count, is_encodable
+from stages.common.sources.files.formats import (
+    FileFormat,
+    FormatOptions,
+    detect_format,
+    read_entries,
+    report_empty,
+)
+from stages.common.sources.files.messages import to_messages
+from stages.common.sources.files.shapes import Columns, Shape, detect_shape
+
+MAX_SHOWN = 50  # problems in one message; the count is always of all
+SAMPLE_RECORDS = 1000
+MAX_UNDECODABLE_SHARE = 0.01  # more rows that are not UTF-8: the file is in another encoding
+
+OnBadRow = Literal["reject", "stop"]
+
+
+def collect_file(
+    path: Path,
+    license: str,
+    origin: str,
+    options: FormatOptions,
+    columns: Columns,
+    system_prompt: str | None,
+    on_bad_row: OnBadRow,
+) -> Collected:
+    """Read the rows of one file.
+
+    Raises:
+        InputError: the file is missing, empty, of an unknown format or shape, or lacks a column; it gives no
+            row; or `on_bad_row` is "stop" and rows are bad, all of which are in the message.
+    """
+    if origin not in ORIGINS:
+        raise InputError(f"{path}: unknown origin {origin!r}", f"use one of {', '.join(ORIGINS)}")
+    format = detect_format(path, options)
+    sample, entries = sample_entries(read_entries(path, format))
+    if not sample:
+        raise report_empty(path)
+    shape = detect_shape(path, read_fields(sample), columns) if read_fields(sample) else Shape("pair")
+    rows: list[Row] = []
+    rejected: list[Rejected] = []
+    unread: Counter[str] = Counter()
+    read = {*shape.columns.values(), *columns.named}
+    for entry in entries:
+        try:
+            if isinstance(entry.fields, BadRow):
+                raise entry.fields
+            unread.update(
+                str(n) for n, value in entry.fields.items() if n not in read and value not in (None, "")
+            )
+            rows.append(to_row(entry.fields, str(path), license, origin, shape, columns, system_prompt))
+        except BadRow as bad:
+            rejected.append(Rejected(str(path), entry.line, bad.reason, bad.detail, entry.content))
+    _check_encoding_fits(path, format, rejected, len(rows))
+    if rejected and on_bad_row == "stop":
+        raise InputError(
+            f"{path} has {count(len(rejected), 'bad row')}\n{list_rejected(rejected)}",
+            "correct the lines above, or set collect.on_bad_row: reject to go on without them",
+        )
+    if not rows:
+        raise InputError(
+            f"{path} gives no row: all {len(rejected)} are bad\n{list_rejected(rejected)}",
+            "correct the file, or remove its entry from collect.sources",
+        )
+    return Collected(tuple(rows), tuple(rejected), describe(format, shape, unread))
+
+
+def sample_entries(entries: Iterator[Entry]) -> tuple[list[Entry], Iterator[Entry]]:
+    """Return the first entries, and an iterator over all of them."""
+    sample = list(islice(entries, SAMPLE_RECORDS))
+    return sample, chain(sample, entries)
+
+
+def read_fields(entries: Iterable[Entry]) -> list[Record]:
+    """Return the fields of the entries that could be read."""
+    return [entry.fields for entry in entries if not isinstance(entry.fields, BadRow)]
+
+
+def to_row(
+    fields: Record,
+    source: str,
+    license: str,
+    origin: str,
+    shape: Shape,
+    columns: Columns,
+    system_prompt: str | None,
+) -> Row:
+    """Turn the fields of one record into a row.
+
+    Raises:
+        BadRow: there is nothing to learn from in it.
+    """
+    messages = check_conversation(to_messages(fields, shape), system_prompt)
+    group = fields.get(columns.group) if columns.group else None
+    tags = {name: as_text(fields[name]) for name in columns.tags if fields.get(name) not in (None, "")}
+    return make_row(
+        messages,
+        source,
+        license,
+        group=as_text(group) if group not in (None, "") else None,
+        tags=tags,
+        origin=origin,
+    )
+
+
+def check_conversation(messages: Sequence[Message], system_prompt: str | None) -> list[Message]:
+    """Return messages that can be learned from, with the system prompt before those that have none.
+
+    Raises:
+        BadRow: they cannot.
+    """
+    messages = list(messages)
+    if system_prompt and messages and messages[0].role != "system":
+        messages.insert(0, Message("system", system_prompt))
+    problem = conversation_problem(messages)
+    if problem:
+        raise BadRow("no_answer" if problem.startswith("no answer") else "wrong_messages", problem)
+    if not all(is_encodable(message.content) for message in messages):
+        raise BadRow("not_text", "half of a surrogate pair, which is not a character")
+    if not any(message.role == "user" and message.content.strip() for message in messages):
+        raise BadRow("no_question", "every user message is empty")
+    return messages
+
+
+def describe(format: FileFormat, shape: Shape, unread: Counter[str]) -> dict[str, Any]:
+    """Return the format and shape for the report, and how many rows have a value in a column not read."""
+    return {
+        "format": format.kind,
+        "encoding": format.encoding,
+        "delimiter": format.dialect.delimiter if format.dialect else None,
+        "shape": shape.name,
+        "columns": shape.columns,
+        "unread_columns": dict(sorted(unread.items())),
+    }
+
+
+def list_rejected(rejected: Sequence[Rejected]) -> str:
+    """Return the first rejected rows a line each, and the others by their number."""
+    lines = [f"{r.file}:{r.line}: {r.reason}: {r.detail}" for r in rejected[:MAX_SHOWN]]
+    if len(rejected) > MAX_SHOWN:
+        rest = Counter(r.reason for r in rejected[MAX_SHOWN:])
+        lines.append("and " + ", ".join(f"{number} more {reason}" for reason, number in sorted(rest.items())))
+    return "\n".join(lines)
+
+
+def _check_encoding_fits(path: Path, format: FileFormat, rejected: Sequence[Rejected], good: int) -> None:
+    """Raise an InputError if so many rows are not UTF-8 that the file is in another encoding."""
+    if format.is_certain:
+        return
+    undecodable = sum(reject.reason == "undecodable" for reject in rejected)
+    if undecodable > max(1, MAX_UNDECODABLE_SHARE * (good + len(rejected))):
+        guess = guess_encoding(path)
+        raise InputError(
+            f"{path} is not UTF-8: {undecodable:,} of {count(good + len(rejected), 'row')} are not valid, "
+            f"and the bytes look like {guess}",
+            f"set `encoding: {guess}` in its entry of collect.sources (`utf-8` rejects those rows)",
+        )

@@ -1,0 +1,274 @@
+"""Which columns of a file are the conversation.
+
+Two structures: a list of turns (OpenAI's chat, ShareGPT), and a prompt with its completion (Alpaca, question
+and answer, text and label). What the entry of the source names is taken; the rest is detected from the first
+records, by exact names first and then by content. Doubt is an error that names the candidates and the keys.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from stages.common.checked_yaml import nearest
+from stages.common.errors import InputError
+from stages.common.sources.files.entries import Record, shorten
+from stages.common.sources.files.turns import is_conversation, parse_list
+
+Name = Literal["chat", "sharegpt", "alpaca", "pair"]
+
+# Names as people write them, likeliest first; compared whole, because "text" is also in "context".
+CHAT_NAMES = ("messages", "conversations", "conversation", "dialogue", "dialog", "turns", "chat")
+PROMPT_NAMES = (
+    "prompt", "question", "query", "instruction", "user_message", "customer_message", "utterance", "sentence",
+    "text", "message", "request", "input", "inputs", "description", "tweet", "comment", "review", "user",
+    "human", "body", "content", "frage", "pregunta", "pergunta", "domanda", "вопрос", "问题", "質問",
+)  # fmt: skip
+COMPLETION_NAMES = (
+    "completion", "answer", "response", "reply", "label_text", "label_name", "intent", "label", "category",
+    "sentiment", "emotion", "topic", "class", "command", "output", "outputs", "target", "targets", "summary",
+    "translation", "assistant", "bot", "antwort", "respuesta", "réponse", "reponse", "resposta", "risposta",
+    "ответ", "答案", "回答",
+)  # fmt: skip
+CONTEXT_NAMES = ("input", "context", "passage")
+ALPACA_COMPLETIONS = ("output", "response", "completion", "answer")
+# Rows of these columns are for other methods: their answers are not simply right.
+OTHER_METHODS = (
+    (("chosen", "rejected"), "preference pairs", "chosen"),
+    (("preferred_output", "non_preferred_output"), "preference pairs", "preferred_output"),
+)
+ID_NAMES = re.compile(r"(.*_)?(id|idx|index|uuid|guid|number|no|date|time|timestamp|created_at|url|split)")
+TEXT_SHARE = 0.5  # of the records: less often filled, and a column is no prompt or completion
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """What the entry of a source gives of its columns; None is detected."""
+
+    shape: Name | None = None
+    messages: str | None = None
+    prompt: str | None = None
+    context: str | None = None
+    completion: str | None = None
+    system: str | None = None
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The columns that must be there because the entry names them."""
+        own = (self.messages, self.prompt, self.context, self.completion, self.system, self.group)
+        return (*(name for name in own if name), *self.tags)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Where the conversation is in a record: `messages`, or `prompt` and `completion`."""
+
+    name: Name
+    messages: str | None = None
+    prompt: str | None = None
+    context: str | None = None
+    completion: str | None = None
+    system: str | None = None
+    history: str | None = None
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The columns that are read, by what they are."""
+        parts = ("messages", "system", "history", "prompt", "context", "completion")
+        return {part: name for part in parts if (name := getattr(self, part))}
+
+
+def detect_shape(path: Path, records: Sequence[Record], columns: Columns) -> Shape:
+    """Return the shape of the records of a file.
+
+    Raises:
+        InputError: a column that is named is not there; nothing fits, or several things do.
+    """
+    there = list(dict.fromkeys(str(name) for record in records for name in record))
+    if absent := [name for name in columns.named if name not in there]:
+        raise _without(path, absent, there)
+    if columns.messages or columns.shape in ("chat", "sharegpt"):
+        return _chat_shape(path, records, columns, there)
+    if columns.prompt and columns.completion:
+        return _pair_shape(columns, there, columns.prompt, columns.completion)
+    if columns.shape is None and not (columns.prompt or columns.completion):
+        if _find_conversations(records, there):
+            return _chat_shape(path, records, columns, there)
+        _refuse_other_methods(path, records, there)
+        if _plain_names(there).keys() == {CHAT_NAMES[0]}:
+            return Shape("chat", messages=there[0])  # and every row of it is bad
+    prompt, completion = _find_pair(path, records, columns, there)
+    return _pair_shape(columns, there, prompt, completion)
+
+
+def _chat_shape(path: Path, records: Sequence[Record], columns: Columns, there: Sequence[str]) -> Shape:
+    found = [columns.messages] if columns.messages else _find_conversations(records, there)
+    if not found:
+        raise _without(path, [CHAT_NAMES[1 if columns.shape == "sharegpt" else 0]], there)
+    if len(found) > 1:
+        raise InputError(
+            f"{path}: {' and '.join(map(repr, found))} are both lists of messages",
+            "set `messages_column`, or `prompt_column` and `completion_column`, in its entry of the sources",
+        )
+    (name,) = found
+    turns = next((record[name] for record in records if is_conversation(record.get(name))), [])
+    is_sharegpt = any("from" in turn for turn in parse_list(turns))
+    return Shape("sharegpt" if is_sharegpt else "chat", messages=name, system=_find_system(columns, there))
+
+
+def _pair_shape(columns: Columns, there: Sequence[str], prompt: str, completion: str) -> Shape:
+    lowered = _plain_names(there)
+    is_alpaca = columns.shape == "alpaca" or _plain(prompt) == "instruction"
+    context = columns.context
+    if context is None and (is_alpaca or _plain(prompt) == "question"):
+        free = [lowered[name] for name in CONTEXT_NAMES if name in lowered]
+        context = next((name for name in free if name not in (prompt, completion)), None)
+    return Shape(
+        "alpaca" if is_alpaca else "pair",
+        prompt=prompt,
+        context=context,
+        completion=completion,
+        system=_find_system(columns, there),
+        history=lowered.get("history") if is_alpaca else None,
+    )
+
+
+def _find_system(columns: Columns, there: Sequence[str]) -> str | None:
+    if columns.system:
+        return columns.system
+    return next((name for name in there if _plain(name) in ("system", "system_prompt")), None)
+
+
+def _find_conversations(records: Sequence[Record], there: Sequence[str]) -> list[str]:
+    """Return the columns that are lists of turns; one with a usual name goes before all others."""
+    found = [
+        name
+        for name in there
+        if _share(records, lambda record, name=name: is_conversation(record.get(name))) >= TEXT_SHARE  # type: ignore[misc]
+    ]
+    usual = [name for name in found if _plain(name) in CHAT_NAMES]
+    if {_plain(name) for name in found} & {"prompt", "completion", "chosen", "rejected"}:
+        return usual  # conversations in two halves are a pair
+    return usual[:1] or found
+
+
+def _refuse_other_methods(path: Path, records: Sequence[Record], there: Sequence[str]) -> None:
+    names = _plain_names(there).keys()
+    for columns, what, right in OTHER_METHODS:
+        if names >= set(columns):
+            raise InputError(
+                f"{path} has {what} ({', '.join(columns)}), which are not learned from",
+                f"to learn the better answers alone, set `completion_column: {right}` and `prompt_column`",
+            )
+    if names >= {"prompt", "completion", "label"} and all(
+        isinstance(record.get("label"), bool) for record in records if "label" in record
+    ):
+        raise InputError(
+            f"{path} marks its completions as good or bad (label: true, false)",
+            "keep the rows with label true, and leave that column out",
+        )
+
+
+def _find_pair(
+    path: Path, records: Sequence[Record], columns: Columns, there: Sequence[str]
+) -> tuple[str, str]:
+    """Return the columns of prompt and completion: as named, by their names, or by what is in them."""
+    lowered = _plain_names(there)
+    used = {*columns.tags, columns.group, columns.system, columns.context}
+    texts = [name for name in there if name not in used and _is_text_column(records, name)]
+    prompt, completion = columns.prompt, columns.completion
+    if not (prompt or completion) and "instruction" in lowered:
+        answer = next((lowered[name] for name in ALPACA_COMPLETIONS if name in lowered), None)
+        if answer:
+            return lowered["instruction"], answer
+    completion = completion or _first_named(COMPLETION_NAMES, lowered, {*used, prompt})
+    prompt = prompt or _first_named(PROMPT_NAMES, lowered, {*used, completion})
+    rest = [
+        name for name in texts if name not in (prompt, completion) and not ID_NAMES.fullmatch(_plain(name))
+    ]
+    if not prompt and not completion and len(rest) == 2:
+        return _order_by_content(path, records, rest)
+    if not prompt and len(rest) == 1:
+        prompt = rest.pop()
+    elif not completion and len(rest) == 1:
+        completion = rest.pop()
+    if prompt and completion:
+        return prompt, completion
+    raise _undecided(path, records, there, prompt, completion)
+
+
+def _first_named(names: Iterable[str], lowered: Mapping[str, str], taken: set[str | None]) -> str | None:
+    return next((lowered[name] for name in names if lowered.get(name) not in {None, *taken}), None)
+
+
+def _order_by_content(path: Path, records: Sequence[Record], names: Sequence[str]) -> tuple[str, str]:
+    """Return (prompt, completion) of two columns of which one has few different, short values: the labels."""
+    labels = [name for name in names if is_label_column([str(r[name]) for r in records if r.get(name)])]
+    if len(labels) != 1:
+        raise _undecided(path, records, names, None, None)
+    (completion,) = labels
+    return next(name for name in names if name != completion), completion
+
+
+def is_label_column(values: Sequence[str]) -> bool:
+    """Return whether values are classes: short, on one line, each on average in at least three rows."""
+    different = set(values)
+    return (
+        len(values) >= 3 * len(different)
+        and len(different) > 1
+        and all(len(value) <= 64 and "\n" not in value for value in different)
+    )
+
+
+def _is_text_column(records: Sequence[Record], name: str) -> bool:
+    return _share(records, lambda record: record.get(name) not in (None, "")) >= TEXT_SHARE
+
+
+def _share(records: Sequence[Record], holds: Any) -> float:
+    return sum(map(bool, map(holds, records))) / max(1, len(records))
+
+
+def _plain_names(there: Sequence[str]) -> dict[str, str]:
+    """Return the columns by their plain names; of two that are alike, the first."""
+    return {_plain(name): name for name in reversed(there)}
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s-]+", "_", name.strip().casefold())
+
+
+def _without(path: Path, absent: Sequence[str], there: Sequence[str]) -> InputError:
+    lines = [f"{path} has no column {name!r}{nearest(name, there)}" for name in absent]
+    return InputError(
+        "\n".join(lines) + f"\ncolumns: {', '.join(there)}",
+        "correct the names in its entry of collect.sources (messages_column, or prompt_column and "
+        "completion_column), or rename the columns of the file",
+    )
+
+
+def _undecided(
+    path: Path, records: Sequence[Record], names: Sequence[str], prompt: str | None, completion: str | None
+) -> InputError:
+    known = [f"{part} is {name!r}" for part, name in (("prompt", prompt), ("completion", completion)) if name]
+    shown = [
+        f"  {name}: {shorten(next((r[name] for r in records if r.get(name) not in (None, '')), None))}"
+        for name in names
+    ]
+    missing = [
+        f"`{part}_column`" for part, name in (("prompt", prompt), ("completion", completion)) if not name
+    ]
+    if len(names) < 2:
+        return InputError(
+            f"{path} has one column, {', '.join(names)!r}: there is no answer to learn\n" + "\n".join(shown),
+            "give it a column of questions and one of answers, or set `delimiter`",
+        )
+    return InputError(
+        f"{path}: which column is which is not clear{''.join(f'; {text}' for text in known)}\n"
+        + "\n".join(shown),
+        f"set {' and '.join(missing)} in its entry of collect.sources",
+    )
