@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from scipy.stats import beta
 
 from benchmarks.machine import machine
-from flows.canary import LOOKS, Kind, Outcome, judge_canary
-from stages.common.params import load_params
+from flows.release.canary import LOOKS, Kind, Outcome, judge_canary
+from stages.common.params.loading import load_params
 from stages.common.statistics import clopper_pearson
 
 PARAMS = load_params()

@@ -26,8 +26,8 @@ import numpy as np
 
 from benchmarks.drift_traffic import NONE, SHIFTS, Shift, World, columns, with_rhythm
 from benchmarks.machine import machine
-from monitoring.drift import Baseline, check, has_drifted, prepare
-from stages.common.params import load_params
+from monitoring.drift.compare import Baseline, check, has_drifted, prepare
+from stages.common.params.loading import load_params
 from stages.common.statistics import clopper_pearson
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """Traffic to test the drift verdict with: users with habits, sessions that resemble themselves, known shifts.
 
-Feature tables in the format of `monitoring.columns`, drawn and not answered, so that thousands of checks are
-possible. A user has a mixture of topics, a verbosity and a tone of their own; each session of a user leans
+Feature tables in the format of `monitoring.traffic.columns`, drawn and not answered, so that thousands of
+checks are possible. A user has a mixture of topics, a verbosity and a tone; each session of a user leans
 further towards some of the user's topics; lengths of sessions are geometric with mean 5, and sessions
 overlap in time. Rows of one session therefore resemble each other far more than rows of two.
 """
@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from monitoring.columns import FEATURES, VECTOR_SIZE, Column, table_schema
+from monitoring.traffic.columns import FEATURES, VECTOR_SIZE, Column, table_schema
 
 Floats = NDArray[np.float64]
 

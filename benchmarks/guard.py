@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine
-from services import guard
+from services.guard import checks
 
 Z = 1.959964  # of a 95 % interval
 Texts = Mapping[str, Sequence[str]]  # by family
@@ -44,13 +44,13 @@ def main() -> None:
     report = {
         "machine": machine(),
         "injection": {
-            "recall, families never seen": rates(held_out("attack"), guard.check_injection),
-            "recall, others' attacks": rates(others, guard.check_injection),
-            "false alarms": rates(benign | others_benign, guard.check_injection),
+            "recall, families never seen": rates(held_out("attack"), checks.check_injection),
+            "recall, others' attacks": rates(others, checks.check_injection),
+            "false alarms": rates(benign | others_benign, checks.check_injection),
         },
         "toxicity": {
-            "recall, families never seen": rates(held_out("toxic"), guard.check_toxicity),
-            "false alarms": rates(benign | others_benign, guard.check_toxicity),
+            "recall, families never seen": rates(held_out("toxic"), checks.check_toxicity),
+            "false alarms": rates(benign | others_benign, checks.check_toxicity),
         },
         "median_us": costs(),
     }
@@ -66,7 +66,7 @@ def main() -> None:
 def held_out(kind: str) -> dict[str, list[str]]:
     """Return the held-out texts of a kind by family."""
     found: dict[str, list[str]] = {}
-    with (guard.DATA / f"heldout_{kind}.csv").open(encoding="utf-8", newline="") as file:
+    with (checks.DATA / f"heldout_{kind}.csv").open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             found.setdefault(row["family"], []).append(row["text"])
     return found
@@ -123,7 +123,7 @@ def text_of(row: Any) -> str:
     return f"{row['instruction']} {row['instances'][0]['input']}".strip()
 
 
-def rates(texts: Texts, check: Callable[[list[dict[str, str]]], guard.Verdict]) -> dict[str, dict[str, Any]]:
+def rates(texts: Texts, check: Callable[[list[dict[str, str]]], checks.Verdict]) -> dict[str, dict[str, Any]]:
     """Return by family, and for all together, how many texts a check refuses."""
     refused = {
         family: [not check([{"role": "user", "content": text}]).allow for text in each]
@@ -154,18 +154,18 @@ def costs() -> dict[str, float]:
     long = (short + ". ") * 70
     answer = '{"intent": "HassTurnOn", "slots": {"area": "kitchen"}}'
     schema = '{"type": "object", "required": ["intent"], "properties": {"intent": {"type": "string"}}}'
-    checks: dict[str, Callable[[], object]] = {
+    costly: dict[str, Callable[[], object]] = {
         f"{name}, {len(text)} characters": lambda check=check, text=text: check(  # type: ignore[misc]
             [{"role": "user", "content": text}]
         )
-        for name, check in (("injection", guard.check_injection), ("toxicity", guard.check_toxicity))
+        for name, check in (("injection", checks.check_injection), ("toxicity", checks.check_toxicity))
         for text in (short, long)
     }
     for text in (answer, long):
-        checks[f"secrets, {len(text)} characters"] = lambda text=text: guard.check_secrets(text)  # type: ignore[misc]
-        checks[f"personal data, {len(text)} characters"] = lambda text=text: guard.check_personal_data(text)  # type: ignore[misc]
-    checks["schema, the default answer"] = lambda: guard.check_schema(answer, schema)
-    return {name: median_us(check) for name, check in checks.items()}
+        costly[f"secrets, {len(text)} characters"] = lambda text=text: checks.check_secrets(text)  # type: ignore[misc]
+        costly[f"personal data, {len(text)} characters"] = lambda text=text: checks.check_personal_data(text)  # type: ignore[misc]
+    costly["schema, the default answer"] = lambda: checks.check_schema(answer, schema)
+    return {name: median_us(check) for name, check in costly.items()}
 
 
 def median_us(call: Callable[[], object], repeats: int = 300) -> float:

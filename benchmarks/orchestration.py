@@ -28,7 +28,7 @@ from typing import Any
 import yaml
 
 from benchmarks.machine import machine
-from flows import server
+from flows.common import prefect_api
 
 ROOT = Path(__file__).parents[1]
 COLD, AGAIN = "from nothing", "nothing changed"
@@ -132,15 +132,15 @@ def graph(stages: int, seconds: float) -> dict[str, Any]:
 @contextmanager
 def server_at(home: Path) -> Iterator[str]:
     """Run a Prefect server with its services; yield the address of its API."""
-    port = server.free_port()
+    port = prefect_api.free_port()
     url = f"http://127.0.0.1:{port}/api"
     os.environ["PREFECT_HOME"] = str(home)
-    process = server.start("127.0.0.1", port, home / "server.log")
+    process = prefect_api.start("127.0.0.1", port, home / "server.log")
     try:
-        server.wait_until_up(url, process)
+        prefect_api.wait_until_up(url, process)
         yield url
     finally:
-        server.stop(process)
+        prefect_api.stop(process)
 
 
 def table(medians: dict[str, dict[str, float]]) -> str:

@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine
-from flows.demo import HOME
-from flows.demo_home import make_home, run_python, with_overrides
-from monitoring.feedback import HELD_OUT
+from flows.demo.__main__ import HOME
+from flows.demo.checkout import make_home, run_python, with_overrides
+from monitoring.feedback.rows import HELD_OUT
+from stages.common.adapter import read_start
 from stages.common.artifacts import artifacts, read_json, reports, write_text
 from stages.common.errors import InputError
-from stages.common.params import load_params
+from stages.common.params.loading import load_params
 from stages.common.records import read_rows, write_rows
 from stages.common.sources.feedback import collect_feedback
-from stages.common.start import read_start
 
 SHARES = (1.0, 0.25, 0.0)
 SETTINGS = {"evaluate.max_rows": None, "evaluate.slices": ["traffic"], "evaluate.min_test_rows": 1}

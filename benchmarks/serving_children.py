@@ -35,7 +35,7 @@ from stages.common.artifacts import artifacts, read_json, reports, write_json
 from stages.common.chat import encode_prompt, end_of_turn_ids
 from stages.common.logs import set_quiet_environment
 from stages.common.models import load_tokenizer, load_tuned
-from stages.common.params import load_params
+from stages.common.params.loading import load_params
 from stages.common.records import Row, read_rows
 
 LLAMA_SLOTS = 32
@@ -151,9 +151,9 @@ def run_engine(options: argparse.Namespace) -> None:
 
 
 async def _run_engine(kind: str) -> None:
-    from services.engines.choice import load_engine
     from services.engines.protocol import Sampling, Step
-    from services.versions import add_pipeline_output, stored
+    from services.engines.select import load_engine
+    from services.versions.__main__ import add_pipeline_output, stored
 
     wire = own_wire()
     files = stored(add_pipeline_output())
@@ -238,7 +238,7 @@ def in_batches(batch: Callable[[int, int], Sequence[Answer]], wanted: dict[str, 
 
 def quantize(options: argparse.Namespace) -> None:
     """Write the tuned model as GGUF in another type of weights."""
-    from stages.export import export_gguf
+    from stages.export.__main__ import export_gguf
 
     name = load_params().model_card.name
     export_gguf(artifacts("fetch_base"), artifacts("finetune"), [], options.type, name, options.gguf)
@@ -246,7 +246,7 @@ def quantize(options: argparse.Namespace) -> None:
 
 def second_version(options: argparse.Namespace) -> None:
     """Store the pipeline's model once more under another version, and print both tags."""
-    from services.versions import add_pipeline_output
+    from services.versions.__main__ import add_pipeline_output
 
     first = add_pipeline_output()
     root = options.work / "second"

@@ -23,7 +23,7 @@ import psutil
 from benchmarks.serving_children import answer_limit, from_row, rows_in_order
 from benchmarks.serving_load import Answer, Run, chat_request, get, load
 from stages.common.logs import QUIET_ENVIRONMENT
-from stages.common.params import load_params
+from stages.common.params.loading import load_params
 from stages.common.records import Row
 
 START_WITHIN_S = 180.0

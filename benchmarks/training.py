@@ -25,9 +25,9 @@ from benchmarks.machine import machine
 from stages.common.artifacts import artifacts
 from stages.common.chat import encode_example
 from stages.common.models import load_tokenizer, pick_device
-from stages.common.params import load_params
+from stages.common.params.loading import load_params
 from stages.common.records import Row, read_rows
-from stages.finetune import Recipe, build_model, peak_rss_mib, train
+from stages.finetune.__main__ import Recipe, build_model, peak_rss_mib, train
 
 # Passes of ours over the rows: it is so much faster that one pass would be over in seconds.
 OUR_EPOCHS = 4

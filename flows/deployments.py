@@ -16,17 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from flows import console, server
+from flows.common import console, prefect_api
+from flows.watch.event import DRIFT_EVENT
 from stages.common.errors import InputError
-from stages.common.loop_params import Flows
-from stages.common.params import load_params
+from stages.common.params.loading import load_params
+from stages.common.params.loop import Flows
 
 if TYPE_CHECKING:
     from uuid import UUID
 
+    from prefect import Flow
     from prefect.deployments.runner import RunnerDeployment
-
-DRIFT_EVENT = "perennial.drift"  # its payload: why, verdict, since
 
 logger = logging.getLogger("flows.deployments")
 
@@ -132,15 +132,18 @@ def execute(settings: Flows) -> None:
 
 
 def _deployment(timetable: Timetable, pool: str | None) -> RunnerDeployment:
-    import importlib
-
     from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
     from prefect.client.schemas.schedules import CronSchedule
-    from prefect.events import DeploymentEventTrigger
+    from prefect.events import DeploymentEventTrigger, DeploymentTriggerTypes, TriggerTypes
     from prefect.types.entrypoint import EntrypointType
 
-    flow = getattr(importlib.import_module(f"flows.{timetable.flow}_flow"), timetable.flow)
-    triggers = []
+    from flows.release.flow import release
+    from flows.retrain.flow import retrain
+    from flows.training.flow import training
+    from flows.watch.flow import watch
+
+    flow: Flow[Any, Any] = {flow.name: flow for flow in (training, watch, retrain, release)}[timetable.flow]
+    triggers: list[DeploymentTriggerTypes | TriggerTypes] = []
     if timetable.on_event:
         payload = {key: f"{{{{ event.payload.{key} }}}}" for key in ("why", "verdict", "since")}
         triggers = [
@@ -175,11 +178,11 @@ def _running_server(root: Path) -> Iterator[None]:
     Raises:
         InputError: none answers.
     """
-    url = server.configured_url() or server.announced_url(root) or server.DEFAULT_URL
-    if not server.is_up(url):
+    url = prefect_api.configured_url() or prefect_api.announced_url(root) or prefect_api.DEFAULT_URL
+    if not prefect_api.is_up(url):
         remedy = "start one with `make up`, or set PREFECT_API_URL"
         raise InputError(f"no Prefect server answers at {url}", remedy)
-    with server.environment("PREFECT_API_URL", url):
+    with prefect_api.environment("PREFECT_API_URL", url):
         yield
 
 

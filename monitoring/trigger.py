@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from monitoring.verdicts import TriggerDecision, Verdict
-from stages.common.loop_params import TriggerSettings
+from stages.common.params.loop import TriggerSettings
 
 __all__ = ["TriggerDecision", "decide", "drift_began"]
 

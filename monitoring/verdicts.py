@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from monitoring.columns import DECIDING, Kind, Question
+from monitoring.traffic.columns import DECIDING, Kind, Question
 from stages.common.artifacts import read_json, write_json
 from stages.common.errors import InputError
 

@@ -13,13 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from monitoring import drift
-from monitoring.columns import Column
-from monitoring.evidently_report import add_to_workspace, write_report
-from monitoring.features import ServiceSums, counted_for_service, feature_tables, watched_columns
-from monitoring.sketch import sketch
-from monitoring.verdicts import TriggerDecision, Verdict, folder, read_verdicts, write_verdict
-from monitoring.windows import (
+from monitoring.drift import compare
+from monitoring.drift.session_sums import sketch
+from monitoring.report import add_to_workspace, write_report
+from monitoring.traffic.columns import Column
+from monitoring.traffic.features import ServiceSums, counted_for_service, feature_tables, watched_columns
+from monitoring.traffic.windows import (
     Window,
     closed_windows,
     late_rows,
@@ -27,7 +26,8 @@ from monitoring.windows import (
     reference_window,
     set_aside_to,
 )
-from stages.common.loop_params import Monitoring
+from monitoring.verdicts import TriggerDecision, Verdict, folder, read_verdicts, write_verdict
+from stages.common.params.loop import Monitoring
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -52,7 +52,7 @@ class Usual:
     tag: str
     window: Window
     columns: tuple[Column, ...]
-    baseline: drift.Baseline
+    baseline: compare.Baseline
 
 
 def usual_traffic(url: str, tag: str, settings: Monitoring) -> Usual | None:
@@ -65,7 +65,7 @@ def usual_traffic(url: str, tag: str, settings: Monitoring) -> Usual | None:
     if window is None:
         return None
     columns = watched_columns((page.batch for page in read_window(url, window, tag)), settings.features)
-    baseline = drift.prepare(
+    baseline = compare.prepare(
         lambda: _tables(url, window, tag, columns, settings),
         columns,
         settings.drift,
@@ -117,18 +117,18 @@ def judge(root: Path, url: str, usual: Usual, window: Window, settings: Monitori
     why_not = None
     if summed.rows < settings.window.min_rows:
         why_not = f"{summed.rows} rows; monitoring.window.min_rows is {settings.window.min_rows}"
-    questions = () if why_not else drift.compare(usual.baseline, summed, settings.drift)
+    questions = () if why_not else compare.compare(usual.baseline, summed, settings.drift)
     name, _, version = usual.tag.rpartition(":")
     return Verdict(
         id=window.name,
         model=name,
         version=version,
         made_at=now,
-        window=replace(drift.period(summed), start=window.start, end=window.end),
+        window=replace(compare.period(summed), start=window.start, end=window.end),
         reference=usual.baseline.period,
         judged=why_not is None,
         why_not=why_not,
-        drifted=drift.has_drifted(questions),
+        drifted=compare.has_drifted(questions),
         questions=questions,
         set_aside=dict(set_aside),
         alpha=settings.drift.alpha,

@@ -12,7 +12,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from services import errors, guard
+from services import errors
+from services.engines.detokenizer import AnswerText
 from services.engines.protocol import (
     ContextOverflow,
     EngineError,
@@ -24,15 +25,15 @@ from services.engines.protocol import (
 )
 from services.errors import ApiError
 from services.events import EventStore, Exchange, StoreUnavailable
-from services.fleet import Choice, Fleet, Served
-from services.keys import Access, Caller
+from services.events.redaction import pseudonym
+from services.guard import checks
+from services.keys.__main__ import Access, Caller
 from services.metrics import get_metrics
-from services.redaction import pseudonym
-from services.text import AnswerText
+from services.model_pool import Choice, Fleet, Served
 from stages.common.chat import encode_prompt
 from stages.common.errors import InputError
+from stages.common.params.services import Services
 from stages.common.records import Message
-from stages.common.service_params import Services
 
 # No token of a known vocabulary stands for more characters than this: longer prompts cannot fit, and
 # need not be tokenised to know it.
@@ -105,7 +106,7 @@ class Progress:
 
     choice: Choice
     started: float = field(default_factory=time.monotonic)
-    verdicts: dict[str, guard.Verdict] = field(default_factory=dict)
+    verdicts: dict[str, checks.Verdict] = field(default_factory=dict)
     pieces: list[str] = field(default_factory=list)
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -257,12 +258,12 @@ class Answerer:
             progress,
             "control_tokens",
             "enforce",
-            guard.check_control_tokens(texts, special_tokens(tokenizer)),
+            checks.check_control_tokens(texts, special_tokens(tokenizer)),
         )
         if limits.prompt_injection != "off":
-            self._look(progress, "prompt_injection", limits.prompt_injection, guard.check_injection(said))
+            self._look(progress, "prompt_injection", limits.prompt_injection, checks.check_injection(said))
         if limits.toxicity != "off":
-            self._look(progress, "toxicity", limits.toxicity, guard.check_toxicity(said))
+            self._look(progress, "toxicity", limits.toxicity, checks.check_toxicity(said))
         if isinstance(question.raw, tuple):
             prompt = list(question.raw)
         elif question.raw is not None:
@@ -279,7 +280,7 @@ class Answerer:
         progress: Progress,
         check: str,
         policy: str,
-        verdict: guard.Verdict,
+        verdict: checks.Verdict,
         param: str | None = "messages",
     ) -> None:
         """Keep a verdict, and refuse if it says so and the policy enforces it."""
@@ -341,13 +342,15 @@ class Answerer:
         limits, text = self.settings.guard, progress.text
         schema = question.sampling.json_schema or answer_schema(progress.served)
         if schema is not None and limits.schema_ != "off":
-            verdict = guard.check_schema(text, schema)
+            verdict = checks.check_schema(text, schema)
             progress.valid = verdict.allow
             self._look(progress, "schema", limits.schema_, verdict, None)
         if limits.secrets != "off":
-            self._look(progress, "secrets", limits.secrets, guard.check_secrets(text), None)
+            self._look(progress, "secrets", limits.secrets, checks.check_secrets(text), None)
         if limits.personal_data != "off":
-            self._look(progress, "personal_data", limits.personal_data, guard.check_personal_data(text), None)
+            self._look(
+                progress, "personal_data", limits.personal_data, checks.check_personal_data(text), None
+            )
 
     async def _keep(self, question: Question, progress: Progress, status: int, reason: str | None) -> None:
         """Store the exchange.
@@ -441,7 +444,7 @@ def check_asked_schema(schema: str | None) -> None:
     if schema is None:
         return
     try:
-        guard.check_schema("null", schema)
+        checks.check_schema("null", schema)
     except InputError as error:
         raise errors.invalid_value("response_format", error.what) from None
 

@@ -18,21 +18,21 @@ from pydantic import Field
 
 from services import errors
 from services.answering import Answerer, Part, Question, new_request_id
-from services.api import error_response, make_app
-from services.engines.choice import check_gpus, load_engine
+from services.api.middleware import BodyLimit, Crowd, listens_beyond_loopback
+from services.api.routes import error_response, make_app
+from services.api.schemas import Answer
 from services.engines.protocol import Sampling
+from services.engines.select import check_gpus, load_engine
 from services.errors import ApiError
 from services.events import StoreUnavailable
-from services.fleet import Served
-from services.keys import Caller
-from services.network import BodyLimit, Crowd, listens_beyond_loopback
-from services.schemas import Answer
+from services.keys.__main__ import Caller
+from services.model_pool import Served
 from services.startup import Running, start, stop
-from services.versions import ModelFiles, newest_as_champion, stored
+from services.versions.__main__ import ModelFiles, newest_as_champion, stored
 from stages.common.errors import InputError
 from stages.common.logs import set_quiet_environment
 from stages.common.models import load_tokenizer
-from stages.common.params import load_params
+from stages.common.params.loading import load_params
 from stages.common.records import Message
 
 set_quiet_environment()

@@ -22,11 +22,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from services.versions import ALIASES, Aliases, newest_as_champion, stored
+from services.versions.__main__ import ALIASES, Aliases, newest_as_champion, stored
 from stages.common.artifacts import write_json, write_text
 from stages.common.errors import InputError
 from stages.common.logs import set_quiet_environment
-from stages.common.params import load_params
+from stages.common.params.loading import load_params
 
 if TYPE_CHECKING:
     from bentoml.images import Image

@@ -27,7 +27,7 @@ from stages.common.errors import InputError
 from stages.common.logs import progress, set_quiet_environment
 from stages.common.metrics import Metric, read_json_answer, score_json, score_text
 from stages.common.models import load_tokenizer
-from stages.common.params import Params, load_params
+from stages.common.params.loading import Params, load_params
 from stages.common.records import Row, read_rows
 from stages.common.statistics import Difference, difference, sums_by_group
 

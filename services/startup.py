@@ -8,15 +8,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from services import guard
 from services.answering import Answerer
 from services.events import open_store, prune
-from services.fleet import Fleet, Loader, run_forever
-from services.keys import Access, KeyFile
-from services.redaction import redact
-from services.versions import ALIASES
-from stages.common.service_params import Access as AccessSettings
-from stages.common.service_params import Events, Services
+from services.events.redaction import redact
+from services.guard import checks
+from services.keys.__main__ import Access, KeyFile
+from services.model_pool import Fleet, Loader, run_forever
+from services.versions.__main__ import ALIASES
+from stages.common.params.services import Access as AccessSettings
+from stages.common.params.services import Events, Services
 
 MAX_CLIENTS = 100_000  # whose rates are remembered, at some 100 bytes each
 PRUNE_EVERY_S = 86_400.0
@@ -40,7 +40,7 @@ async def start(settings: Services, load: Loader, keys_needed: bool, aliases: Pa
     Raises:
         StoreUnavailable, InputError: the store cannot be opened.
     """
-    await asyncio.to_thread(guard.warm)
+    await asyncio.to_thread(checks.warm)
     store = await asyncio.to_thread(
         open_store,
         settings.events.url,

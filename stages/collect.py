@@ -18,7 +18,7 @@ from typing import Any
 from stages.common.artifacts import artifacts, reports, write_json, write_text
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage
-from stages.common.params import Feedback, File, HomeIntents, load_params
+from stages.common.params.loading import Feedback, File, HomeIntents, load_params
 from stages.common.records import Row, write_rows
 from stages.common.sources import Collected, Rejected
 from stages.common.sources.feedback import collect_feedback
@@ -61,7 +61,7 @@ def collect_source(
         return collect_file(
             Path(source.path), source.license, source.origin, options, columns, system_prompt, on_bad_row
         )
-    from stages.common.sources.home_intents import collect_home_intents
+    from stages.common.sources.home_intents.collect import collect_home_intents
 
     return collect_home_intents(
         version=source.version,

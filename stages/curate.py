@@ -27,7 +27,7 @@ from stages.common.artifacts import artifacts, reports, write_bytes, write_json,
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage
 from stages.common.near_duplicates import SimilarTexts, prompt_text
-from stages.common.params import load_params
+from stages.common.params.loading import load_params
 from stages.common.personal_data import holds
 from stages.common.records import Message, Row, canonical_json, make_row, read_rows, write_rows
 

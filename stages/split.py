@@ -23,7 +23,7 @@ from stages.common.artifacts import artifacts, reports, write_json
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage
 from stages.common.near_duplicates import SimilarTexts, closest, prompt_text
-from stages.common.params import load_params
+from stages.common.params.loading import load_params
 from stages.common.records import Row, read_rows, write_rows
 
 log = get_logger("split")

@@ -18,8 +18,8 @@ from typing import Any, Literal
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from stages.common.checked_yaml import Section
-from stages.common.params import Params
+from stages.common.params.checked_yaml import Section
+from stages.common.params.loading import Params
 
 ROOT = Path(__file__).parents[2]
 HERE = ROOT / "docs" / "reference"

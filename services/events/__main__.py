@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn
 
-from services.database import check_url, shown
+from services.events.database import check_url, shown
 from services.events.opening import migrate_store, reached
 from services.events.pruning import prune
 from services.events.reading import export_window
@@ -80,7 +80,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def _url_of_params() -> str:
-    from stages.common.params import load_params
+    from stages.common.params.loading import load_params
 
     return load_params().services.events.url
 

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from sqlalchemy import URL, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from services.database import check_url, make_engine, reason_of, shown, sqlite_path
+from services.events.database import check_url, make_engine, reason_of, shown, sqlite_path
+from services.events.migrations import migrate, problem
 from services.events.schema import StoreUnavailable
-from services.migrations import migrate, problem
 from stages.common.errors import InputError
 
 

@@ -24,7 +24,7 @@ from sqlalchemy import (
 
 from services.events.opening import opened
 from services.events.schema import EVENT_FIELDS, TABLES, Event, Exchange, Feedback, exchanges, feedback
-from stages.common.artifacts import replacing
+from stages.common.artifacts import atomic_write
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -249,7 +249,7 @@ def export_window(url: str, start: float, end: float, path: Path) -> int:
 
     rows = 0
     with (
-        replacing(path) as beside,
+        atomic_write(path) as beside,
         pq.ParquetWriter(beside, joined_schema(), compression="zstd") as writer,
     ):
         for batch in read_joined(url, start, end):

@@ -14,8 +14,18 @@ from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, delete, exists, select
 
-from services.database import FileIds, check_url, file_ids, is_store_failure, make_engine, reason_of, shown
+from services.events.database import (
+    FileIds,
+    check_url,
+    file_ids,
+    is_store_failure,
+    make_engine,
+    reason_of,
+    shown,
+)
+from services.events.migrations import problem
 from services.events.opening import migrate_store, reached
+from services.events.redaction import redact, redact_json
 from services.events.schema import (
     EVENT_FIELDS,
     EVENT_VALUES,
@@ -29,8 +39,6 @@ from services.events.schema import (
     exchanges,
     feedback,
 )
-from services.migrations import problem
-from services.redaction import redact, redact_json
 from stages.common.logs import get_logger
 
 log = get_logger("events")

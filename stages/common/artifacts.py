@@ -13,6 +13,8 @@ from typing import Any
 
 from stages.common.errors import InputError
 
+STATE = Path(".perennial")  # of a checkout: what runs remember between them; never tracked by git or DVC
+
 
 def artifacts(stage: str) -> Path:
     """Return the folder of what later stages read from `stage`."""
@@ -26,7 +28,7 @@ def reports(stage: str) -> Path:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` so that `path` holds either the old content or all of the new."""
-    with replacing(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_bytes(data)
 
 
@@ -71,7 +73,7 @@ def _repro(path: Path) -> str:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a path beside `path` for the caller to write; rename it over `path` on success."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
@@ -86,7 +88,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def fresh_dir(path: Path) -> Iterator[Path]:
+def atomic_dir(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside `path`; on success it takes the place of `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for killed in path.parent.glob(f".{path.name}.*"):  # a process killed in here could not tidy up

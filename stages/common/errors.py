@@ -28,7 +28,7 @@ class ParamsError(InputError):
     exit_code = 2
 
 
-class PassingTroubleError(InputError):
+class TransientError(InputError):
     """A trouble of the moment, such as a network that does not answer: the training flow tries again.
 
     The code is EX_TEMPFAIL of sysexits.h, "the user is invited to retry".

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.common.artifacts import replacing
+from stages.common.artifacts import atomic_write
 from stages.common.chat import encode_prompt
 from stages.common.records import Row
 
@@ -35,7 +35,7 @@ def write_examples(path: Path, examples: Sequence[Example]) -> None:
     """Write examples as one row of ids and the lengths of its pieces."""
     pieces = [piece for example in examples for piece in example]
     ids = np.array([token for piece in pieces for token in piece], np.int32)
-    with replacing(path) as beside, beside.open("wb") as file:
+    with atomic_write(path) as beside, beside.open("wb") as file:
         np.savez(file, ids=ids, lengths=np.array([len(piece) for piece in pieces], np.int32))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 @contextmanager
-def one_at_a_time(lock: Path) -> Iterator[None]:
+def file_lock(lock: Path) -> Iterator[None]:
     """Hold the lock file `lock` for the block; wait for whoever holds it, for as long as that takes.
 
     The kernel lets go of it when the process ends, however it ends. So the file stays, empty, and says

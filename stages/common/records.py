@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stages.common.artifacts import missing, replacing
+from stages.common.artifacts import atomic_write, missing
 from stages.common.errors import InputError
 
 ROLES = ("system", "user", "assistant")
@@ -126,7 +126,7 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
         columns["tags"].append(sorted(row.tags.items()))
         columns["origin"].append(row.origin)
     table = pa.table(columns, schema=_schema())
-    with replacing(path) as beside:
+    with atomic_write(path) as beside:
         pq.write_table(table, beside, compression="zstd")
 
 

@@ -5,7 +5,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from flows import server
+from flows.common import prefect_api
 from tests.flows.toy import Api, Toy, make_toy
 
 
@@ -21,16 +21,16 @@ def clean_environment(tmp_path_factory):
 @pytest.fixture(scope="session")
 def api(clean_environment, tmp_path_factory):
     """A real Prefect server on a free port, ended with the tests."""
-    port, log = server.free_port(), tmp_path_factory.mktemp("server") / "log"
+    port, log = prefect_api.free_port(), tmp_path_factory.mktemp("server") / "log"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFECT_HOME", clean_environment["PREFECT_HOME"])
-        process = server.start_temporary(port, log)
+        process = prefect_api.start_temporary(port, log)
     url = f"http://127.0.0.1:{port}/api"
     try:
-        server.wait_until_up(url, process)
+        prefect_api.wait_until_up(url, process)
         yield Api(url)
     finally:
-        server.stop(process)
+        prefect_api.stop(process)
 
 
 @pytest.fixture(scope="session")

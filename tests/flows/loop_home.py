@@ -14,12 +14,12 @@ from pathlib import Path
 import psutil
 import yaml
 
-from flows.demo_home import home_environment, make_home, with_overrides
-from flows.registry import versions_table
-from monitoring.feedback import HELD_OUT, read_labelled
-from services.versions import ALIASES, read_aliases
+from flows.demo.checkout import home_environment, make_home, with_overrides
+from flows.registry.model_versions import versions_table
+from monitoring.feedback.rows import HELD_OUT, read_labelled
+from services.versions.__main__ import ALIASES, read_aliases
 from stages.common.artifacts import write_text
-from stages.common.params import load_params
+from stages.common.params.loading import load_params
 from stages.common.records import read_rows
 from tests.monitoring import store
 from tests.services.serving import ROOT
@@ -156,10 +156,11 @@ def make_loop_home(folder: Path) -> LoopHome:
     home = LoopHome(root, environment)
     home.run("-m", "flows.training")
     adopt = (
-        "from pathlib import Path; from flows import release; from services import versions\n"
-        "from stages.common.params import load_params\n"
+        "from pathlib import Path; from flows.release import actions\n"
+        "from services.versions import __main__ as versions\n"
+        "from stages.common.params.loading import load_params\n"
         "versions.newest_as_champion(True)\n"
-        "release.adopt(Path.cwd(), load_params())"
+        "actions.adopt(Path.cwd(), load_params())"
     )
     home.run("-c", adopt)
     correct(home)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import yaml
 
-from flows.tracking import open_tracking
+from flows.registry.tracking import open_tracking
 from stages.common.artifacts import write_json
 from stages.common.dvc_lock import dvc_hash
-from stages.common.params import load_params
+from stages.common.params.loading import load_params
 
 REPO = Path(__file__).resolve().parents[2]
 SQLITE = "sqlite:///.perennial/mlflow.db"

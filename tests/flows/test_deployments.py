@@ -10,10 +10,10 @@ from typing import Any
 import httpx
 import pytest
 
-from flows import server
-from flows.deployments import DRIFT_EVENT
-from flows.release import LOCK
-from stages.common.locks import one_at_a_time
+from flows.common import prefect_api
+from flows.release.actions import LOCK
+from flows.watch.event import DRIFT_EVENT
+from stages.common.locks import file_lock
 from tests.flows.toy import Api
 
 
@@ -54,13 +54,13 @@ def test_one_command_registers_the_schedule_of_params_yaml(finished, api):
     (schedule,) = deployment["schedules"]
     assert schedule["active"]
     assert (schedule["schedule"]["cron"], schedule["schedule"]["timezone"]) == ("30 2 * * *", "Europe/Madrid")
-    assert deployment["entrypoint"] == "flows.training_flow.training"
+    assert deployment["entrypoint"] == "flows.training.flow.training"
     (trigger,) = [one["trigger"] for one in api.automations() if one["name"].startswith("retrain")]
     assert trigger["expect"] == ["perennial.drift"]
 
 
 def test_without_a_server_registering_says_how_to_start_one(finished):
-    nowhere = f"http://127.0.0.1:{server.free_port()}/api"
+    nowhere = f"http://127.0.0.1:{prefect_api.free_port()}/api"
 
     process = start(finished, "flows.deployments", PREFECT_API_URL=nowhere)
     out, _ = process.communicate(timeout=30)
@@ -75,14 +75,14 @@ def test_up_shows_the_page_executes_what_is_due_and_ends_with_all_it_started(fin
     finished.change("params.yaml", "cron: 0 3 * * 1", 'cron: "* * * * *"')
     finished.change("params.yaml", "learning_rate: 0.001", "learning_rate: 0.002")
     for key in ("overview: 8000", "mlflow: 5000", "evidently: 8001", "port: 3000"):
-        finished.change("params.yaml", f" {key} ", f" {key.split(':')[0]}: {server.free_port()} ")
-    port = server.free_port()
+        finished.change("params.yaml", f" {key} ", f" {key.split(':')[0]}: {prefect_api.free_port()} ")
+    port = prefect_api.free_port()
     api = Api(f"http://127.0.0.1:{port}/api")
     environment = {"PREFECT_HOME": str(tmp_path / "home"), "PREFECT_SERVER_API_PORT": str(port)}
     finished.environment.pop("PREFECT_API_URL")
     process = start(finished, "flows.up", **environment)
     try:
-        wait_until(lambda: server.is_up(api.url), 60, "the server is up")
+        wait_until(lambda: prefect_api.is_up(api.url), 60, "the server is up")
         wait_until(lambda: "train" in finished.begun(), 120, "a run by the schedule begins")
 
         def done():
@@ -162,7 +162,7 @@ def test_a_drift_event_has_the_retraining_executed_once_at_a_time_with_what_the_
         run = called_for(api, 1750000000.25, "FAILED")
         assert f"{finished.root}/artifacts/export/serving.json is not there" in run["state"]["message"]
 
-        with one_at_a_time(finished.root / LOCK):  # a release, whose end the retraining waits for
+        with file_lock(finished.root / LOCK):  # a release, whose end the retraining waits for
             first = called_for(api, None, "RUNNING")
             called_for(api, None, "CANCELLED")
         wait_until(lambda: runs_of(api, first["parameters"]["verdict"], "FAILED"), 90, "the first goes on")

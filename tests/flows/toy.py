@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import psutil
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[2]
 
 # What a stage does is in the words behind its name: they are files it reads, after the one it writes.
 STAGE = """

@@ -3,7 +3,7 @@
 import numpy as np
 import pyarrow as pa
 
-from monitoring.columns import VECTOR_SIZE, Column, table_schema
+from monitoring.traffic.columns import VECTOR_SIZE, Column, table_schema
 
 COLUMNS = (
     Column("length", "input", "number", None, "characters", ""),

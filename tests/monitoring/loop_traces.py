@@ -17,7 +17,7 @@ from monitoring.verdicts import (
 from services.events import Exchange, Feedback, open_store
 from stages.common.artifacts import write_json
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[2]
 NAME = "home-assistant-intents"
 FORMER, CHAMPION, CHALLENGER, POISONED = (
     f"{NAME}:{version}" for version in ("0123456789ab", "4b5c6d7e8f90", "deadbeef0001", "bad000bad000")

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from sqlalchemy import insert
 
-from services.database import check_url, make_engine
 from services.events import EVENT_FIELDS, TABLES, Exchange, Feedback, open_store
+from services.events.database import check_url, make_engine
 
 VERSION = "0123456789ab"
 EXCHANGE = Exchange(

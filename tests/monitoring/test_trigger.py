@@ -4,7 +4,7 @@ import pytest
 
 from monitoring.trigger import decide, drift_began
 from monitoring.verdicts import Period, QuestionVerdict, Verdict
-from stages.common.loop_params import TriggerSettings
+from stages.common.params.loop import TriggerSettings
 
 NOON = 1_764_072_000.0  # 2025-11-25 12:00 UTC
 SETTINGS = TriggerSettings(

@@ -8,7 +8,7 @@ import pytest
 from monitoring.verdicts import NOT_DECIDED, folder, read_verdicts
 from monitoring.watching import look, usual_traffic
 from stages.common.errors import InputError
-from stages.common.params import load_params
+from stages.common.params.loading import load_params
 from tests.monitoring.store import VERSION, add, exchange, stored
 
 TAG = f"toy:{VERSION}"

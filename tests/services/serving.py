@@ -10,14 +10,14 @@ import httpx
 import uvicorn
 from fastapi import Request
 
-from services.api import make_app
+from services.api.middleware import BodyLimit
+from services.api.routes import make_app
 from services.engines.transformers import TransformersEngine
-from services.fleet import Served
-from services.network import BodyLimit
+from services.model_pool import Served
 from services.startup import start, stop
-from services.versions import Aliases, ModelFiles, _write
+from services.versions.__main__ import Aliases, ModelFiles, _write
 from stages.common.models import load_tokenizer
-from stages.common.params import load_params
+from stages.common.params.loading import load_params
 from tests.tiny import save_model
 
 ROOT = Path(__file__).resolve().parents[2]

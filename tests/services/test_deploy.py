@@ -200,14 +200,14 @@ def test_the_worker_keeps_its_checkout_and_reports_where_the_loop_looks():
     claim = by_kind(documents)["PersistentVolumeClaim"]["metadata"]["name"]
     assert {"name": "checkout", "persistentVolumeClaim": {"claimName": claim}} in spec["volumes"]
     assert {"name": "checkout", "mountPath": container["workingDir"]} in container["volumeMounts"]
-    from stages.common.params import ENVIRONMENT
+    from stages.common.params.loading import ENVIRONMENT
 
     named = {entry["name"] for entry in container["env"] if entry["name"].startswith("PERENNIAL_")}
     assert named == {"PERENNIAL_TRACKING_URL", "PERENNIAL_EVENTS_URL"} and named <= ENVIRONMENT.keys()
 
 
 def test_the_worker_of_compose_reports_where_the_loop_looks(compose):
-    from stages.common.params import ENVIRONMENT
+    from stages.common.params.loading import ENVIRONMENT
 
     environment = compose["services"]["worker"]["environment"]
     named = {name for name in environment if name.startswith("PERENNIAL_")}

@@ -16,7 +16,7 @@ import yaml
 
 from services.package import closure, environment, image, read_lock, requirements, revision, with_engine
 from stages.common.errors import InputError
-from stages.common.params import load_params
+from stages.common.params.loading import load_params
 from tests.tiny import make_model, save_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -151,7 +151,7 @@ def project(tmp_path):
     for name in ("pyproject.toml", "requirements.lock", "params.yaml"):
         shutil.copy2(ROOT / name, root)
     # So that it shows whose code answers: this copy's, or the one that is installed here.
-    with (root / "services/page/page.css").open("a") as page:
+    with (root / "services/api/page/page.css").open("a") as page:
         page.write("\n/* from the Bento */\n")
     base, adapter, export = (root / "artifacts" / name for name in ("fetch_base", "finetune", "export"))
     save_model(base)

@@ -9,7 +9,7 @@ from stages.common.artifacts import write_json
 from stages.common.errors import InputError
 from stages.common.generation import answer_questions, encode_questions
 from stages.common.models import load_base, load_tokenizer
-from stages.common.params import load_params
+from stages.common.params.loading import load_params
 from stages.common.records import Message, make_row, write_rows
 from tests.services.serving import ROOT, serving, tiny_files
 

@@ -8,7 +8,7 @@ from stages import collect
 from stages.common.errors import InputError
 from stages.common.records import read_rows
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

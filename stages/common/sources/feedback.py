@@ -1,4 +1,4 @@
-"""Rows from feedback: corrections and thumbs that the monitoring made into rows (`monitoring/feedback.py`).
+"""Rows from feedback: corrections and thumbs that `monitoring.feedback` turned into rows.
 
 One JSON object a line with the fields of a record; each brings its own license and group. Without the file
 there is no feedback yet, which is no error.

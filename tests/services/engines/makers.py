@@ -24,8 +24,8 @@ class Tiny:
 @cache
 def tiny() -> Tiny:
     """Return the model, whose logits lie far enough apart that rounding changes no choice."""
-    from stages.common.gguf_model import write_gguf
-    from stages.common.gguf_vocabulary import read_vocabulary
+    from stages.common.gguf.model import write_gguf
+    from stages.common.gguf.vocabulary import read_vocabulary
 
     folder = Path(mkdtemp(prefix="perennial-tiny-"))
     model = make_model(vocab_size=258 + len(MERGES), initializer_range=0.4)

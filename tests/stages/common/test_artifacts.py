@@ -1,13 +1,13 @@
 import pytest
 
-from stages.common.artifacts import fresh_dir, read_json, replacing, write_json
+from stages.common.artifacts import atomic_dir, atomic_write, read_json, write_json
 from stages.common.errors import InputError
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path):
     path = tmp_path / "out.json"
     write_json(path, {"a": 1})
-    with pytest.raises(ZeroDivisionError), replacing(path) as beside:
+    with pytest.raises(ZeroDivisionError), atomic_write(path) as beside:
         beside.write_text("half")
         raise ZeroDivisionError
     assert read_json(path) == {"a": 1}
@@ -28,13 +28,13 @@ def test_what_json_does_not_know_is_refused(tmp_path):
 
 def test_a_fresh_folder_takes_the_place_of_the_old_one_only_on_success(tmp_path):
     folder = tmp_path / "model"
-    with fresh_dir(folder) as new:
+    with atomic_dir(folder) as new:
         (new / "old").write_text("1")
-    with pytest.raises(ZeroDivisionError), fresh_dir(folder) as new:
+    with pytest.raises(ZeroDivisionError), atomic_dir(folder) as new:
         (new / "half").write_text("2")
         raise ZeroDivisionError
     assert [p.name for p in folder.iterdir()] == ["old"]
-    with fresh_dir(folder) as new:
+    with atomic_dir(folder) as new:
         (new / "new").write_text("3")
     assert [p.name for p in folder.iterdir()] == ["new"]
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
@@ -42,7 +42,7 @@ def test_a_fresh_folder_takes_the_place_of_the_old_one_only_on_success(tmp_path)
 
 def test_what_a_killed_process_left_beside_a_folder_is_swept_away(tmp_path):
     (tmp_path / ".model.killed").mkdir()
-    with fresh_dir(tmp_path / "model") as new:
+    with atomic_dir(tmp_path / "model") as new:
         (new / "new").write_text("1")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 

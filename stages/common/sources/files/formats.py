@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from stages.common.checked_yaml import nearest
 from stages.common.errors import InputError
+from stages.common.params.checked_yaml import nearest
 from stages.common.sources.files.csv_records import Dialect, detect_dialect, read_csv
 from stages.common.sources.files.encodings import (
     check_encoding,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from stages.common.checked_yaml import nearest
+from stages.common.params.checked_yaml import nearest
 from stages.common.records import Message
 from stages.common.sources.files.entries import BadRow, Record, shorten
 from stages.common.sources.files.shapes import Shape

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from stages.common.checked_yaml import nearest
 from stages.common.errors import InputError
+from stages.common.params.checked_yaml import nearest
 from stages.common.sources.files.entries import Record, shorten
 from stages.common.sources.files.turns import is_conversation, parse_list
 

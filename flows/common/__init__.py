@@ -1,0 +1,1 @@
+"""What all flows share: the Prefect API, the command line, processes, notifications."""

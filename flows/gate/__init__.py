@@ -1,0 +1,1 @@
+"""The gate: evaluate a candidate against the champion and judge it."""

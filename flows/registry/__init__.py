@@ -1,0 +1,1 @@
+"""The MLflow registry: log runs, register candidates, restore versions."""

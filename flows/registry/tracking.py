@@ -1,0 +1,154 @@
+"""The way to MLflow: sqlite beside the checkout, or any server by its URL, asked first whether it is there.
+
+MLflow itself tries for minutes to reach a server or a database that is not there, and then shows a traceback.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import socket
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from functools import lru_cache
+from http.client import HTTPException
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+from urllib.request import urlopen
+
+from stages.common.artifacts import STATE, atomic_write
+from stages.common.errors import InputError
+from stages.common.locks import file_lock
+from stages.common.logs import set_quiet_environment
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+ARTIFACTS = STATE / "mlflow-artifacts"  # of runs whose record is a sqlite file
+REACH_TIMEOUT_S = 5.0
+REMEDY = "start it (make up), or mend flows.record.tracking_url in params.yaml"
+SQLITE = "sqlite:///"
+POSTGRESQL_PORT = 5432
+# Set before MLflow is imported, unless the user has.
+ENVIRONMENT = {
+    # A server that answered is asked again a few times, not for the minutes of MLflow's own defaults.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+
+
+def tracking_address(root: Path, url: str) -> str:
+    """Return the tracking URL with a relative sqlite file taken from the checkout."""
+    if not url.startswith(SQLITE):
+        return url
+    return f"{SQLITE}{(root / url.removeprefix(SQLITE)).resolve()}"
+
+
+def open_tracking(root: Path, url: str) -> MlflowClient:
+    """Return a client of experiments and registry; a sqlite file is made if there is none.
+
+    Takes some seconds the first time in a process (MLflow's import), and some more where it makes the file.
+
+    Raises:
+        InputError: nothing answers there, or what lies there is no database, within about 5 s; or MLflow is
+            not installed.
+    """
+    if find_spec("mlflow") is None:
+        raise InputError("MLflow is not installed", "pip install '.[monitor]'")
+    address = tracking_address(root, url)
+    set_quiet_environment()
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    _check(address)
+    return _client(address)
+
+
+@lru_cache(maxsize=4)
+def _client(address: str) -> MlflowClient:
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # else: a line for every migration
+    with tracking_errors(address):
+        if address.startswith(SQLITE):
+            _make_tables(Path(address.removeprefix(SQLITE)))
+        return _connect(address)
+
+
+def _make_tables(path: Path) -> None:
+    """Make the tables of a sqlite file that is empty; two processes at once, or a kill, would leave half."""
+    with file_lock(path.with_suffix(".lock")):
+        if path.stat().st_size == 0:
+            with atomic_write(path) as beside:
+                _connect(f"{SQLITE}{beside}")
+
+
+def _connect(address: str) -> MlflowClient:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=address, registry_uri=address)
+    client.search_registered_models(max_results=1)  # opens the database, and makes or checks its tables
+    return client
+
+
+def without_password(address: str) -> str:
+    """Return a URL as it may be shown."""
+    return re.sub(r"//[^@/\s]*@", "//…@", address)
+
+
+@contextmanager
+def tracking_errors(address: str) -> Iterator[None]:
+    """Turn what MLflow, and what is below it, raises of a store that fails into an error that names it."""
+    from alembic.util import CommandError
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, CommandError, SQLAlchemyError, RequestException) as error:
+        raise InputError(f"MLflow at {without_password(address)} failed: {error}", REMEDY) from error
+
+
+def _check(address: str) -> None:
+    """Ask whether somebody is there at all: MLflow's own attempts take minutes.
+
+    Every call asks, for a process that runs for days meets servers that came and went.
+    """
+    if address.startswith(SQLITE):
+        _open_file(Path(address.removeprefix(SQLITE)))
+        return
+    try:
+        if address.startswith("http"):
+            _ask(address)
+        else:
+            parts = urlsplit(address)
+            host, port = parts.hostname or "localhost", parts.port or POSTGRESQL_PORT
+            socket.create_connection((host, port), timeout=REACH_TIMEOUT_S).close()
+    except (OSError, HTTPException) as error:
+        raise InputError(f"MLflow does not answer at {without_password(address)}: {error}", REMEDY) from None
+
+
+def _open_file(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(path, timeout=REACH_TIMEOUT_S)) as connection:
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except (sqlite3.Error, OSError) as error:
+        raise InputError(
+            f"{path} cannot be opened as MLflow's database: {error}",
+            "move away what is there, or mend flows.record.tracking_url in params.yaml",
+        ) from None
+
+
+def _ask(url: str) -> None:
+    try:
+        with urlopen(f"{url.rstrip('/')}/health", timeout=REACH_TIMEOUT_S):
+            pass
+    except HTTPError:
+        pass  # it answers; servers behind a login may not know this page

@@ -1,0 +1,80 @@
+"""Whether an adapter that came back from the registry computes what was trained; run by `flows.record`.
+
+Loads the base model once and both adapters on it, and compares the logits of some prompts bit by bit.
+
+    python -m flows.registry.verify_adapter --base DIR --trained DIR --reloaded DIR --rows FILE
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from stages.common.chat import encode_prompt
+from stages.common.errors import InputError
+from stages.common.logs import run_stage
+from stages.common.models import load_base, load_tokenizer, pick_device, pick_dtype
+from stages.common.records import read_rows
+
+
+def compare(base: Path, trained: Path, reloaded: Path, prompts: Sequence[Sequence[int]]) -> float:
+    """Return the largest change that the adapters make to a logit of the base model.
+
+    Args:
+        prompts: token ids.
+
+    Raises:
+        InputError: the two adapters differ in a logit, or change none.
+    """
+    import torch
+    from peft import PeftModel
+
+    device = pick_device()
+    model = load_base(base, pick_dtype(device), device)
+
+    def logits() -> list[torch.Tensor]:
+        with torch.inference_mode():
+            return [model(torch.tensor([ids], device=device)).logits.float().cpu() for ids in prompts]
+
+    plain = logits()
+    model = PeftModel.from_pretrained(model, trained, adapter_name="trained").eval()
+    wanted = logits()
+    model.load_adapter(reloaded, adapter_name="reloaded")
+    model.set_adapter("reloaded")
+    model.eval()
+    found = logits()
+    differing = sum(not torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+    if differing:
+        gap = max(float((a - b).abs().max()) for a, b in zip(wanted, found, strict=True))
+        raise InputError(
+            f"of {len(prompts)} prompts {differing} have other logits, by up to {gap:.3g}",
+            "the registry's copy is not the trained adapter",
+        )
+    change = max(float((a - b).abs().max()) for a, b in zip(wanted, plain, strict=True))
+    if change == 0.0:
+        raise InputError(
+            "with the adapter every logit is the base model's: its weights were not found on loading",
+            "compare adapter_config.json with the base model",
+        )
+    return change
+
+
+def main() -> None:
+    """Compare, and say how much the adapter changes."""
+    parser = argparse.ArgumentParser(prog="python -m flows.registry.verify_adapter")
+    for name in ("base", "trained", "reloaded", "rows"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--prompts", type=int, default=4)
+    options = parser.parse_args()
+    tokenizer = load_tokenizer(options.base)
+    rows = read_rows(options.rows)
+    some = rows[:: max(1, len(rows) // options.prompts)][: options.prompts]
+    prompts = [encode_prompt(tokenizer, row.prompt) for row in some]
+    change = compare(options.base, options.trained, options.reloaded, prompts)
+    sys.stdout.write(f"equal logits for {len(prompts)} prompts, up to {change:.3g} from the base model's\n")
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,1 @@
+"""Releases: move the aliases, run the canary, keep the journal."""

@@ -1,0 +1,1 @@
+"""The retraining flow: train a candidate, judge it, release it."""

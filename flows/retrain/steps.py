@@ -1,0 +1,213 @@
+"""The steps of a retraining, each of which can be killed and begun again.
+
+A step takes the record of the retraining, does its work, and returns the record moved on, or how the
+retraining ended. `flows.retrain.flow` runs them as Prefect tasks; `train` is the training flow itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from flows.gate import evaluation, judge
+from flows.registry import model_versions, record
+from flows.release import actions, canary, journal
+from flows.retrain import progress
+from flows.retrain.progress import Ended, Retraining
+from monitoring.feedback import rows
+from monitoring.feedback.labels import task_of
+from services.versions import __main__ as versions
+from stages.common.adapter import FOLDER as START
+from stages.common.adapter import clear_start, put_start
+from stages.common.artifacts import STATE, artifacts, read_json, reports
+from stages.common.errors import InputError
+from stages.common.params.loading import Params
+
+POLL_S = 5.0  # between two looks at a challenger on trial
+SAY_S = 60.0  # between two lines about it
+
+logger = logging.getLogger("flows.retrain.steps")
+
+StepFunction = Callable[[Path, Params, Retraining], Retraining | Ended]
+
+
+def open_retraining(
+    root: Path, params: Params, why: str, verdict: str | None, since: float | None
+) -> Retraining:
+    """Return the retraining to go on with, or a new one; call while `retrain_run.working`.
+
+    One that was killed is given up if another version has become champion meanwhile: what it would be
+    judged against is no longer what is served.
+
+    Args:
+        since: unix s, where the new traffic begins; None: since the champion took over.
+
+    Raises:
+        InputError: the champion is pinned, or the registry cannot be reached.
+    """
+    actions.recover(root, params)
+    actions.adopt(root, params)  # before the pipeline makes another: a service that restarts would follow it
+    if (reason := model_versions.pinned(root, params)) is not None:
+        raise InputError(f"the champion is pinned: {reason}", "python -m flows.release unpin --why TEXT")
+    champion = versions.read_aliases(root / versions.ALIASES).champion
+    left = progress.unfinished(root)
+    if left is not None:
+        if left.champion == champion or (left.step == "canary" and left.candidate == champion):
+            logger.info("going on with the retraining %s (%s), at %s", left.id, left.why, left.step)
+            return left
+        progress.finish(root, left, "abandoned", f"{champion} became champion meanwhile")
+    if since is None:
+        since = model_versions.champion_since(root, params) or 0.0
+    return progress.begin(root, why, verdict, champion, since)
+
+
+def gather(root: Path, params: Params, run: Retraining) -> Retraining:
+    """Lay down what is to be learned, what is kept for the gate, and the adapter to go on from."""
+    evaluation.keep_test_rows(root)
+    task = task_of(root, params)
+    url, settings = params.services.events.url, params.monitoring.feedback
+    held_out = rows.held_out_before(root)
+    labelled = rows.labelled_rows(url, 0.0, run.until, settings, task, held_out)
+    recent = rows.labelled_rows(url, run.since, run.until, settings, task, held_out)
+    rows.write_labelled(root, replace(labelled, holdout=recent.holdout))
+    logger.info("%s", rows.said(labelled.report))
+    _lay_start(root, params, run.champion)
+    return progress.advance(root, run)
+
+
+def _lay_start(root: Path, params: Params, champion: str | None) -> None:
+    """Put the champion's adapter where training begins, or nothing, as `flows.retrain.start_from` says."""
+    folder = root / START
+    if champion is None or params.flows.retrain.start_from == "base":
+        clear_start(folder)
+        return
+    _record_if_here(root, params, champion)
+    if not any(info.tag == champion for info in model_versions.versions_table(root, params)):
+        logger.warning(
+            "%s is not in the registry and no longer in artifacts/: a new adapter is trained", champion
+        )
+        clear_start(folder)
+        return
+    with TemporaryDirectory(dir=root / STATE) as name:
+        model_versions.fetch_adapter(root, params, champion, Path(name))
+        about = read_json(Path(name) / "start.json")
+        put_start(Path(name), about["version"], about["base_sha256"], folder)
+
+
+def _record_if_here(root: Path, params: Params, tag: str) -> None:
+    """Record a version that was served before anything was recorded, while its files are still here."""
+    if pipeline_tag(root) == tag:
+        record.record_training(root, params)
+
+
+def pipeline_tag(root: Path) -> str | None:
+    """Return the tag of the version that the pipeline has made last; None if it has made none."""
+    path = root / artifacts("export") / "serving.json"
+    if not path.exists():
+        return None
+    about = read_json(path)
+    return f"{about['name']}:{about['version']}"
+
+
+def record_candidate(root: Path, params: Params, run: Retraining) -> Retraining | Ended:
+    """Record what was trained, look whether it comes back as it went in, and put it into the store."""
+    if pipeline_tag(root) == run.champion:
+        return progress.finish(root, run, "unchanged", "training gave the champion again")
+    candidate = record.record_training(root, params, trigger=run.verdict or run.why)
+    record.check_reload(candidate, root, params)
+    tag = versions.add_pipeline_output(root)
+    logger.info("%s is recorded, and in the store", tag)
+    return progress.advance(root, run, candidate=tag)
+
+
+def pass_gate(root: Path, params: Params, run: Retraining) -> Retraining | Ended:
+    """Hold the candidate to the gate."""
+    tag = _candidate(run)
+    verdict = judge.read_verdict(root, tag)
+    if verdict is None or verdict.champion != run.champion:
+        verdict = judge.run_gate(root, params, tag)
+    paths = [gate_path(tag), reports("parity") / gate_path(tag).name]
+    model_versions.evidence(
+        root,
+        params,
+        tag,
+        *(path for path in paths if (root / path).exists()),
+        gate="passed" if verdict.passed else "refused",
+    )
+    for criterion in verdict.criteria:
+        logger.info("%s %s", "passed " if criterion.passed else "REFUSED", criterion.said)
+    if not verdict.passed:
+        failed = "; ".join(criterion.said for criterion in verdict.criteria if not criterion.passed)
+        return progress.finish(root, run, "refused", f"by the gate: {failed}")
+    return progress.advance(root, run)
+
+
+def gate_path(tag: str) -> Path:
+    """Return where the gate's verdict on a version lies."""
+    return reports("gate") / f"{tag.partition(':')[2]}.json"
+
+
+def show_to_some(root: Path, params: Params, run: Retraining, *, poll_s: float = POLL_S) -> Ended:
+    """Show the candidate to some users, wait for what they say, and promote it or take it back."""
+    tag = _candidate(run)
+    if run.champion is not None and versions.read_aliases(root / versions.ALIASES).champion != tag:
+        if run.on_trial_since is None:
+            actions.release(root, params, "try", tag, "retrain", run.why)
+            run = progress.save(root, replace(run, on_trial_since=time.time()))
+        said_at = float("-inf")
+        while (verdict := _judge_trial(root, params, tag)) is not None and verdict.state == "wait":
+            if time.monotonic() - said_at > SAY_S:
+                said_at = time.monotonic()
+                logger.info("%s", verdict.said)
+            time.sleep(poll_s)
+        if verdict is None:
+            return _trial_ended(root, run, tag)
+        logger.info("%s", verdict.said)
+        model_versions.evidence(root, params, tag, reports("canary") / gate_path(tag).name)
+        if verdict.state == "bad":
+            actions.release(root, params, "refuse", tag, "canary", verdict.said)
+            return progress.finish(root, run, "refused", f"on trial: {verdict.said}")
+    actions.release(root, params, "promote", tag, "retrain", run.why)
+    return _promoted(root, run, tag)
+
+
+def _judge_trial(root: Path, params: Params, tag: str) -> canary.CanaryVerdict | None:
+    """Judge a version on trial; None if it is on trial no more."""
+    challenger = versions.read_aliases(root / versions.ALIASES).challenger
+    return canary.judge_trial(root, params) if challenger is not None and challenger.tag == tag else None
+
+
+def _trial_ended(root: Path, run: Retraining, tag: str) -> Ended:
+    """Set down what another release made of a trial: one by hand, or one before this was killed."""
+    if versions.read_aliases(root / versions.ALIASES).champion == tag:
+        return _promoted(root, run, tag)
+    releases = journal.done_releases(root)
+    begun = max(place for place, one in enumerate(releases) if one.action == "try" and one.tag == tag)
+    ended = next(one for one in releases[begun:] if one.challenger != tag)
+    said = f"its trial was ended ({ended.action} by {ended.by}): {ended.why}"
+    return progress.finish(root, run, "refused", said)
+
+
+def _promoted(root: Path, run: Retraining, tag: str) -> Ended:
+    return progress.finish(root, run, "promoted", f"{tag} took over from {run.champion or 'nobody'}")
+
+
+def _candidate(run: Retraining) -> str:
+    if run.candidate is None:
+        raise InputError(
+            f"the retraining {run.id} is at {run.step}, but names no candidate",
+            f"remove {progress.RECORD} and begin anew",
+        )
+    return run.candidate
+
+
+STEPS: dict[str, StepFunction] = {
+    "gather": gather,
+    "record": record_candidate,
+    "gate": pass_gate,
+    "canary": show_to_some,
+}

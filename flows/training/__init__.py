@@ -1,0 +1,1 @@
+"""The training flow: the DVC graph as Prefect tasks."""

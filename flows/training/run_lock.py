@@ -1,0 +1,149 @@
+"""One run of the pipeline at a time in a checkout, and what is known of the run that holds the lock.
+
+`.perennial/run.lock` is locked by the kernel for as long as the run lives. `.perennial/run.json` says
+who it is and what it is doing; it is removed at a clean end, so that a record without a lock is the
+mark of a run that was killed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import IO
+
+from flows.common import processes
+from stages.common.artifacts import STATE, write_json
+from stages.common.errors import InputError
+
+POLL_S = 0.5
+
+logger = logging.getLogger("flows.training.run_lock")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Who holds the lock."""
+
+    pid: int
+    run_id: str
+    started: str  # ISO 8601, to the second
+    name: str
+    stages: tuple[str, ...]  # being run now
+
+    def __str__(self) -> str:
+        at = f", at {', '.join(self.stages)}" if self.stages else ""
+        return f"pid {self.pid}, started {self.started}{at}"
+
+
+class RunLock:
+    """The lock of this run, held; it keeps the record up to date."""
+
+    def __init__(self, folder: Path, record: RunRecord) -> None:
+        self._path = folder / "run.json"
+        self._record = record
+        self._guard = threading.Lock()
+        write_json(self._path, asdict(record))
+
+    @property
+    def run_id(self) -> str:
+        """What marks every process of this run."""
+        return self._record.run_id
+
+    def name(self, name: str) -> None:
+        """Record the name of the run."""
+        self._change(lambda record: replace(record, name=name))
+
+    @contextmanager
+    def at_stage(self, stage: str) -> Iterator[None]:
+        """Record that `stage` runs inside the block."""
+        self._change(lambda record: replace(record, stages=(*record.stages, stage)))
+        try:
+            yield
+        finally:
+            self._change(
+                lambda record: replace(record, stages=tuple(name for name in record.stages if name != stage))
+            )
+
+    def _change(self, change: Callable[[RunRecord], RunRecord]) -> None:
+        with self._guard:
+            self._record = change(self._record)
+            write_json(self._path, asdict(self._record))
+
+
+@contextmanager
+def hold(root: Path, *, wait: bool = True) -> Iterator[RunLock]:
+    """Hold the lock of the checkout at `root`; first clean up after a run that was killed.
+
+    Args:
+        root: the folder of the checkout.
+        wait: whether to wait for another run to end.
+
+    Raises:
+        InputError: another run holds the lock, and `wait` is false.
+    """
+    folder = root / STATE
+    folder.mkdir(exist_ok=True)
+    with (folder / "run.lock").open("a") as file:
+        _lock(file, folder, wait)
+        _clean_up(folder)
+        lock = RunLock(folder, _own_record())
+        os.environ[processes.RUN_ID_VARIABLE] = lock.run_id
+        try:
+            with processes.watchdog(lock.run_id):
+                yield lock
+        finally:
+            del os.environ[processes.RUN_ID_VARIABLE]
+            (folder / "run.json").unlink(missing_ok=True)
+
+
+def read_record(folder: Path) -> RunRecord | None:
+    """Return the record of the run that holds the lock or was killed; None if there is none."""
+    try:
+        fields = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        return RunRecord(**{**fields, "stages": tuple(fields["stages"])})
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _lock(file: IO[str], folder: Path, wait: bool) -> None:
+    said = None
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            holder = read_record(folder)
+        described = f"another run is at work in this folder ({holder or 'it is just starting'})"
+        if not wait:
+            raise InputError(described, "wait until it ends, or run without --no-wait")
+        if holder != said:
+            logger.warning("%s; waiting for it, Ctrl-C stops waiting", described)
+            said = holder
+        time.sleep(POLL_S)
+
+
+def _clean_up(folder: Path) -> None:
+    killed = read_record(folder)
+    if killed is None:
+        return
+    during = f" during {', '.join(killed.stages)}" if killed.stages else ""
+    logger.warning("the last run (pid %d, started %s) was killed%s", killed.pid, killed.started, during)
+    ended = processes.end(killed.run_id)
+    if ended:
+        logger.warning("ended %d process%s that it left behind", ended, "" if ended == 1 else "es")
+    logger.warning("going on from what it finished")
+
+
+def _own_record() -> RunRecord:
+    started = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+    return RunRecord(os.getpid(), uuid.uuid4().hex, started, "starting", ())

@@ -1,0 +1,1 @@
+"""`make up`: the service and its companions under one supervisor."""

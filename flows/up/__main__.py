@@ -1,0 +1,247 @@
+"""Everything under one supervisor: `python -m flows.up`, or `make up`.
+
+The service, Prefect's server and what executes due runs, MLflow, Evidently, and the page that shows all at a
+glance. One that dies is started anew; all end with this process, on Ctrl-C, SIGTERM or its death.
+
+Where they listen is `flows.pages` and `services` in params.yaml. PREFECT_SERVER_API_HOST and
+PREFECT_SERVER_API_PORT go before `flows.pages.prefect`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import logging
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from flows.common import console, prefect_api, processes
+from flows.up.supervisor import Program, Supervisor, check_ports, nothing_missing, signals_call
+from stages.common.artifacts import STATE, artifacts, read_json
+from stages.common.errors import InputError
+from stages.common.params.loading import Params, load_params
+
+LOOPBACK = "127.0.0.1"
+STATUS = STATE / "up.json"
+LOGS = STATE / "logs"
+STOP_PATIENCE_S = 20.0  # the executor ends a run at work, and the run its stages
+
+logger = logging.getLogger("flows.up")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Start everything and keep it running; return the exit code."""
+    argparse.ArgumentParser(prog="python -m flows.up", description=__doc__).parse_args(arguments)
+    console.set_up()
+    root = Path.cwd()
+    try:
+        up(root, load_params(root / "params.yaml"))
+        return 0
+    except InputError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 0
+
+
+def up(root: Path, params: Params) -> None:
+    """Keep every program running until a signal; then end them all.
+
+    Raises:
+        InputError: a port is taken; nothing was started.
+    """
+    check_ports(ports(params))
+    programs = make_programs(root, params)
+    supervise(root, programs, prefect_api_url(params))
+
+
+def supervise(root: Path, programs: Sequence[Program], api: str) -> None:
+    """Keep `programs` running until a signal; end all they started, however this process ends.
+
+    Args:
+        api: Prefect's, which runs of this checkout report to meanwhile.
+    """
+    run_id = uuid.uuid4().hex
+    supervisor = Supervisor(programs, root, root / LOGS, root / STATUS)
+    with ExitStack() as stack:
+        stack.enter_context(signals_call(supervisor.stop))
+        stack.enter_context(processes.watchdog(run_id))
+        stack.enter_context(prefect_api.environment(processes.RUN_ID_VARIABLE, run_id))
+        # What programs started in sessions of their own is not in their groups.
+        stack.callback(processes.end, run_id)
+        prefect_api.announce(root, api)
+        stack.callback((root / STATE / "server.json").unlink, missing_ok=True)
+        names = ", ".join(program.name for program in programs)
+        logger.info("starting %s; logs are in %s; Ctrl-C ends all", names, LOGS)
+        supervisor.run()
+        logger.info("all ended")
+
+
+def ports(params: Params) -> dict[str, tuple[str, int]]:
+    """Return what `make up` listens on: key of params.yaml -> host and port."""
+    pages = params.flows.pages
+    host, port = _prefect_address(params)
+    wanted = {
+        "services.port": (params.services.host, params.services.port),
+        "flows.pages.overview": (LOOPBACK, pages.overview),
+        _prefect_key(): (host, port),
+        "flows.pages.evidently": (LOOPBACK, pages.evidently),
+    }
+    if _mlflow_is_ours(params):
+        wanted["flows.pages.mlflow"] = (LOOPBACK, pages.mlflow)
+    return wanted
+
+
+def prefect_api_url(params: Params) -> str:
+    """Return where Prefect's API of `make up` answers."""
+    host, port = _prefect_address(params)
+    return f"http://{_reached(host)}:{port}/api"
+
+
+def make_programs(root: Path, params: Params) -> tuple[Program, ...]:
+    """Return what `make up` keeps running, in the order in which it is started."""
+    programs = [_overview(params), _prefect(params), _executor(params), _service(root, params)]
+    if _mlflow_is_ours(params):
+        programs.append(_mlflow(root, params))
+    return (*programs, _evidently(root, params))
+
+
+def _overview(params: Params) -> Program:
+    url = f"http://{LOOPBACK}:{params.flows.pages.overview}/"
+    return Program(
+        "overview",
+        (
+            *_module("uvicorn", "monitoring.dashboard.app:app", "--host", LOOPBACK),
+            *("--port", str(params.flows.pages.overview), "--log-level", "warning"),
+        ),
+        page=url,
+        probe=f"{url}healthz",
+    )
+
+
+def _prefect(params: Params) -> Program:
+    host, port = _prefect_address(params)
+    return Program(
+        "prefect",
+        (*_module("prefect", "server", "start", "--host", host), "--port", str(port)),
+        page=f"http://{_reached(host)}:{port}/",
+        probe=f"{prefect_api_url(params)}/health",
+        environment={
+            # Else its page asks port 4200, whatever port this one listens on.
+            "PREFECT_SERVER_UI_API_URL": os.environ.get("PREFECT_UI_API_URL", prefect_api_url(params)),
+            "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        },
+    )
+
+
+def _executor(params: Params) -> Program:
+    return Program(
+        "executor",
+        _module("flows.deployments", "--execute"),
+        environment={"PREFECT_API_URL": prefect_api_url(params)},
+        after=("prefect",),
+        end_signal=signal.SIGINT,
+        patience_s=STOP_PATIENCE_S,
+    )
+
+
+def _service(root: Path, params: Params) -> Program:
+    url = f"http://{_reached(params.services.host)}:{params.services.port}/"
+    return Program(
+        "service",
+        _module("bentoml", "serve", "services.generation:Generation"),
+        page=url,
+        probe=f"{url}readyz",
+        missing=_all_there(_needs("bentoml", "serve"), lambda: _no_model(root)),
+        patience_s=STOP_PATIENCE_S,  # answers being written are finished
+    )
+
+
+def _mlflow(root: Path, params: Params) -> Program:
+    url = f"http://{LOOPBACK}:{params.flows.pages.mlflow}/"
+    return Program(
+        "mlflow",
+        (
+            *_module("mlflow", "server", "--host", LOOPBACK, "--port", str(params.flows.pages.mlflow)),
+            *("--workers", "1", "--artifacts-destination", str(STATE / "mlflow-artifacts")),
+        ),
+        page=url,
+        probe=f"{url}health",
+        environment={
+            # Not an argument: the URL of a database holds a password, and arguments are for all to see.
+            "MLFLOW_BACKEND_STORE_URI": params.flows.record.tracking_url,
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # else eight processes more
+        },
+        missing=_needs("mlflow", "monitor"),
+    )
+
+
+def _evidently(root: Path, params: Params) -> Program:
+    port = params.flows.pages.evidently
+    url = f"http://{LOOPBACK}:{port}/"
+    return Program(
+        "evidently",
+        (
+            *_module("evidently.cli", "ui", "--workspace", str(STATE / "evidently")),
+            *("--host", LOOPBACK, "--port", str(port)),
+        ),
+        page=url,
+        probe=url,
+        missing=_needs("evidently", "monitor"),
+    )
+
+
+def _module(name: str, *arguments: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", name, *arguments)
+
+
+def _needs(package: str, extra: str) -> Callable[[], str | None]:
+    def missing() -> str | None:
+        if importlib.util.find_spec(package) is None:
+            return f"is not installed: pip install '.[{extra}]'"
+        return None
+
+    return missing
+
+
+def _all_there(*checks: Callable[[], str | None]) -> Callable[[], str | None]:
+    return lambda: next((said for check in checks if (said := check())), nothing_missing())
+
+
+def _no_model(root: Path) -> str | None:
+    """Say that there is no model to serve yet; it is looked for again and again."""
+    if (root / artifacts("export") / "serving.json").exists():
+        return None
+    try:
+        if read_json(root / STATE / "aliases.json").get("champion"):
+            return None
+    except InputError:
+        pass
+    return "there is no model yet: make run"
+
+
+def _mlflow_is_ours(params: Params) -> bool:
+    return not params.flows.record.tracking_url.startswith(("http://", "https://"))
+
+
+def _prefect_address(params: Params) -> tuple[str, int]:
+    host = os.environ.get("PREFECT_SERVER_API_HOST", LOOPBACK)
+    return host, int(os.environ.get("PREFECT_SERVER_API_PORT", params.flows.pages.prefect))
+
+
+def _prefect_key() -> str:
+    return "PREFECT_SERVER_API_PORT" if "PREFECT_SERVER_API_PORT" in os.environ else "flows.pages.prefect"
+
+
+def _reached(host: str) -> str:
+    """Return the address by which this machine reaches what listens on `host`."""
+    return LOOPBACK if host in ("0.0.0.0", "::", "") else host
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,366 @@
+"""Programs that are kept running together: started, watched, started anew when they die, ended in order.
+
+A program that dies is started again after 1 s, then 2, 4 … 60; one that has run for a minute has earned a
+short pause again. What becomes of each is kept in a file that the overview page reads.
+"""
+
+from __future__ import annotations
+
+import http.client
+import logging
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+from urllib.parse import urlsplit
+
+from stages.common.artifacts import write_json
+from stages.common.errors import InputError
+
+State = Literal["waiting", "starting", "up", "down"]
+
+POLL_S = 0.1
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
+EARNED_S = 60.0  # so long up, and the next pause is the first again
+PROBE_EVERY_S = 1.0  # while it starts
+PROBE_UP_EVERY_S = 10.0  # afterwards: it may hang
+PROBE_TIMEOUT_S = 3.0
+MAX_LOG_BYTES = 10_000_000  # a longer log is set aside when its program starts
+LAST_WORDS_BYTES = 4000
+
+logger = logging.getLogger("flows.up.supervisor")
+
+
+def nothing_missing() -> str | None:
+    """Say that a program can start: nothing is missing."""
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """One program, and how it is kept.
+
+    Attributes:
+        name: of its log and its line on the page.
+        command: what is started.
+        page: its address for people; None if it has none.
+        probe: an address that answers with a status below 500 as soon as the program works; None: it
+            counts as up while its process lives.
+        environment: added to this process's own.
+        missing: says what it still waits for (a model, an extra), or None.
+        after: programs that must be up before it starts; it ends before they do.
+        end_signal: what asks it to end; patience_s: until it is killed.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    page: str | None = None
+    probe: str | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    missing: Callable[[], str | None] = nothing_missing
+    after: tuple[str, ...] = ()
+    end_signal: signal.Signals = signal.SIGTERM
+    patience_s: float = 10.0
+
+
+@dataclass(slots=True)
+class _Kept:
+    """A program, and where it stands."""
+
+    program: Program
+    process: subprocess.Popen[bytes] | None = None
+    state: State = "waiting"
+    since: float = 0.0  # unix s
+    started: float = 0.0  # monotonic s
+    restarts: int = 0
+    pause_s: float = FIRST_PAUSE_S
+    try_at: float = 0.0  # monotonic s
+    why: str = ""
+    answer: Future[bool] | None = None
+    asked: float = 0.0  # monotonic s
+
+
+class Supervisor:
+    """Keeps programs running until it is told to stop.
+
+    Args:
+        programs: in the order in which they are started.
+        root: where they are started.
+        logs: folder of NAME.log.
+        status: the JSON file that says how each one fares.
+    """
+
+    def __init__(
+        self,
+        programs: Sequence[Program],
+        root: Path,
+        logs: Path,
+        status: Path,
+        first_pause_s: float = FIRST_PAUSE_S,
+    ) -> None:
+        self._kept = {program.name: _Kept(program, pause_s=first_pause_s) for program in programs}
+        self._root, self._logs, self._status = root, logs, status
+        self._first_pause_s = first_pause_s
+        # Not an Event: a signal may come while this very thread holds the lock that setting one takes.
+        self._times_stopped = 0
+        self._probes = ThreadPoolExecutor(max(1, len(programs)), thread_name_prefix="probe")
+        self._written: object = None
+        self._started_at = time.time()
+
+    def stop(self) -> None:
+        """Ask `run` to end everything; asked twice, it kills what still runs."""
+        self._times_stopped += 1
+
+    def run(self) -> None:
+        """Start the programs and keep them running until `stop`; then end them, the last first."""
+        try:
+            while not self._times_stopped:
+                for kept in self._kept.values():
+                    self._look_after(kept)
+                self._write_status()
+                time.sleep(POLL_S)
+        finally:
+            self._end_all()
+            self._probes.shutdown(wait=False, cancel_futures=True)
+            self._status.unlink(missing_ok=True)
+
+    def _look_after(self, kept: _Kept) -> None:
+        if kept.process is None:
+            self._start_if_due(kept)
+        elif (code := kept.process.poll()) is not None:
+            self._set_down(kept, code)
+        else:
+            self._probe(kept)
+
+    def _start_if_due(self, kept: _Kept) -> None:
+        program = kept.program
+        if time.monotonic() < kept.try_at:
+            return
+        waits = next((name for name in program.after if self._kept[name].state != "up"), None)
+        missing = f"waits for {waits}" if waits else program.missing()
+        if missing:
+            self._change(kept, "waiting", missing)
+            kept.try_at = time.monotonic() + (POLL_S if waits else PROBE_EVERY_S)
+            return
+        kept.started = time.monotonic()
+        kept.asked, kept.answer = 0.0, None
+        try:
+            kept.process = self._start(program)
+        except OSError as error:
+            self._pause(kept, f"cannot be started: {error}")
+            return
+        self._change(kept, "starting" if program.probe else "up", "")
+
+    def _start(self, program: Program) -> subprocess.Popen[bytes]:
+        log = self._logs / f"{program.name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        if log.exists() and log.stat().st_size > MAX_LOG_BYTES:
+            os.replace(log, log.with_suffix(".log.1"))
+        with log.open("ab") as file:
+            file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} started\n".encode())
+            file.flush()
+            return subprocess.Popen(
+                program.command,
+                cwd=self._root,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **program.environment},
+                # Ctrl-C in the terminal reaches this process alone, which then ends the others in order.
+                start_new_session=True,
+            )
+
+    def _set_down(self, kept: _Kept, code: int) -> None:
+        _kill_group(kept)
+        kept.process, kept.answer = None, None
+        kept.restarts += 1
+        if time.monotonic() - kept.started >= EARNED_S:
+            kept.pause_s = self._first_pause_s
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        words = last_words(self._logs / f"{kept.program.name}.log")
+        self._pause(kept, f"{how}{': ' + words if words else ''}")
+
+    def _pause(self, kept: _Kept, why: str) -> None:
+        kept.try_at = time.monotonic() + kept.pause_s
+        self._change(kept, "down", f"{why}; tried again in {kept.pause_s:.3g} s")
+        kept.pause_s = min(kept.pause_s * 2, LONGEST_PAUSE_S)
+
+    def _probe(self, kept: _Kept) -> None:
+        if kept.program.probe is None:
+            return
+        if kept.answer is not None:
+            if not kept.answer.done():
+                return
+            answered, kept.answer = kept.answer.result(), None
+            if answered:
+                self._change(kept, "up", "")
+            elif kept.state == "up":
+                self._change(kept, "starting", "its process lives and does not answer")
+        if time.monotonic() - kept.asked >= (PROBE_UP_EVERY_S if kept.state == "up" else PROBE_EVERY_S):
+            kept.asked = time.monotonic()
+            kept.answer = self._probes.submit(answers, kept.program.probe)
+
+    def _change(self, kept: _Kept, state: State, why: str) -> None:
+        if (kept.state, kept.why) == (state, why) and kept.since:
+            return
+        if kept.state != state or not kept.since:
+            kept.since = time.time()
+        kept.state, kept.why = state, why
+        page = f" at {kept.program.page}" if kept.program.page and state == "up" else ""
+        level = logging.WARNING if state == "down" else logging.INFO
+        if state != "starting" or why:
+            logger.log(level, "%s is %s%s%s", kept.program.name, state, page, f": {why}" if why else "")
+
+    def _write_status(self) -> None:
+        programs = {
+            name: {
+                "state": kept.state,
+                "since": kept.since,
+                "restarts": kept.restarts,
+                "why": kept.why,
+                "page": kept.program.page,
+                "log": str(self._logs / f"{name}.log"),
+                "pid": kept.process.pid if kept.process else None,
+            }
+            for name, kept in self._kept.items()
+        }
+        if programs != self._written:
+            value = {"pid": os.getpid(), "started_at": self._started_at, "programs": programs}
+            write_json(self._status, value)
+            self._written = programs
+
+    def _end_all(self) -> None:
+        left = [kept for kept in self._kept.values() if kept.process is not None]
+        while left:
+            needed = {name for kept in left for name in kept.program.after}
+            wave = [kept for kept in left if kept.program.name not in needed] or left
+            for kept in wave:
+                _ask_to_end(kept)
+            for kept in wave:
+                self._wait_for_end(kept)
+            left = [kept for kept in left if kept not in wave]
+
+    def _wait_for_end(self, kept: _Kept) -> None:
+        process = kept.process
+        if process is None:
+            return
+        deadline = time.monotonic() + kept.program.patience_s
+        while process.poll() is None and time.monotonic() < deadline and self._times_stopped < 2:
+            time.sleep(0.02)
+        if process.poll() is None:
+            logger.warning("%s did not end; killing it", kept.program.name)
+        _kill_group(kept)
+        process.wait()
+        kept.process = None
+
+
+def _ask_to_end(kept: _Kept) -> None:
+    if kept.process is not None:
+        with suppress(ProcessLookupError):
+            kept.process.send_signal(kept.program.end_signal)
+
+
+def _kill_group(kept: _Kept) -> None:
+    """Kill what is left of a program and of the processes that it started in its session."""
+    if kept.process is not None:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(kept.process.pid, signal.SIGKILL)
+
+
+def answers(url: str, timeout_s: float = PROBE_TIMEOUT_S) -> bool:
+    """Tell whether something answers at `url` with a status below 500."""
+    parts = urlsplit(url)
+    try:
+        connection = http.client.HTTPConnection(
+            parts.hostname or "127.0.0.1", parts.port or 80, timeout=timeout_s
+        )
+        try:
+            connection.request("GET", parts.path or "/")
+            return connection.getresponse().status < 500
+        finally:
+            connection.close()
+    except (OSError, http.client.HTTPException):
+        return False
+
+
+def last_words(log: Path) -> str:
+    """Return the last line of a log that says something, shortened; "" if there is none."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - LAST_WORDS_BYTES))
+            lines = file.read().decode("utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    said = [line.strip() for line in lines if line.strip()]
+    line = said[-1] if said and not said[-1].startswith("--- ") else ""
+    return line if len(line) <= 200 else line[:199] + "…"
+
+
+def check_ports(wanted: Mapping[str, tuple[str, int]]) -> None:
+    """Check that nobody listens on the ports that programs will take.
+
+    Args:
+        wanted: what sets the port (a key of params.yaml) -> host and port.
+
+    Raises:
+        InputError: some are taken, or two keys name the same one; all are named.
+    """
+    problems: list[str] = []
+    seen: dict[int, str] = {}
+    for key, (host, port) in wanted.items():
+        if port in seen:
+            problems.append(f"{key} and {seen[port]} are both {port}")
+        elif not _is_free(host, port):
+            problems.append(f"port {port} ({key}) is taken{_holder(port)}")
+        seen.setdefault(port, key)
+    if problems:
+        raise InputError("\n".join(problems), "end what listens there, or name other ports in params.yaml")
+
+
+def _is_free(host: str, port: int) -> bool:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        # As servers do: a port that only waits for the last packets of closed connections is free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def _holder(port: int) -> str:
+    """Say who listens on a port, where the system tells."""
+    import psutil
+
+    with suppress(psutil.Error, OSError):
+        for connection in psutil.net_connections("tcp"):
+            if connection.laddr and connection.laddr.port == port and connection.status == psutil.CONN_LISTEN:
+                if connection.pid is None:
+                    return ""
+                command = " ".join(psutil.Process(connection.pid).cmdline())
+                return f" by pid {connection.pid}: {command[:80]}"
+    return ""
+
+
+@contextmanager
+def signals_call(stop: Callable[[], None]) -> Iterator[None]:
+    """Have Ctrl-C and SIGTERM call `stop`, even where a shell has started this in its background."""
+
+    def handle(_number: int, _frame: FrameType | None) -> None:
+        stop()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

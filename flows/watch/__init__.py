@@ -1,0 +1,1 @@
+"""The watch flow: compare new traffic with the reference."""

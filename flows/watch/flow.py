@@ -1,0 +1,194 @@
+"""The watching flow: windows of production, a verdict on each, and what follows from it.
+
+`python -m flows.watch` runs it by hand; its deployment runs it on a schedule. Then a verdict that calls for a
+retraining is an event on the Prefect server, which starts the retraining's deployment.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefect import flow, get_run_logger, runtime
+from prefect.artifacts import create_table_artifact
+from prefect.client.schemas.objects import State
+from prefect.events import emit_event
+from prefect.states import Completed
+
+from flows.common.notifications import tell
+from flows.registry import model_versions
+from flows.release import actions, canary
+from flows.retrain import progress
+from flows.training.stage_tasks import as_task
+from flows.watch.event import DRIFT_EVENT
+from monitoring import trigger
+from monitoring.feedback import rows
+from monitoring.feedback.labels import task_of
+from monitoring.verdicts import TriggerDecision, Verdict, read_verdicts
+from monitoring.watching import look, usual_traffic
+from services.versions import __main__ as versions
+from stages.common.errors import InputError
+from stages.common.params.loading import Params, load_params
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """What a look at production found.
+
+    Attributes:
+        said: in one line.
+        verdicts: of the windows that were new.
+        calls_for_retraining: the verdict that does; None if none does, or a retraining is not to follow.
+        since: unix s, where the new traffic begins, if a retraining is called for.
+        rolled_back: the version that was taken back, because it did worse than the former one.
+    """
+
+    said: str
+    verdicts: tuple[Verdict, ...] = ()
+    calls_for_retraining: str | None = None
+    since: float | None = None
+    rolled_back: str | None = None
+
+
+@flow(name="watch")
+def watch() -> State[Watched]:
+    """Look at production: go back if the new champion does worse, call for a retraining if traffic drifts."""
+    root = Path.cwd()
+    params = load_params(root / "params.yaml")
+    try:
+        watched = _watch(root, params)
+    except Exception as error:
+        tell(params.flows.notify, "failed", "production could not be watched", str(error))
+        raise
+    if watched.calls_for_retraining is not None:
+        tell(params.flows.notify, "drift", watched.said, watched.verdicts[-1].said)
+        if runtime.deployment.id:
+            _call_for_retraining(watched)
+    return Completed(message=watched.said, data=watched)
+
+
+def _watch(root: Path, params: Params) -> Watched:
+    logger = get_run_logger()
+    actions.recover(root, params)
+    champion = _champion(root, params)
+    back = as_task("probation", lambda: _end_probation(root, params))
+    if back is not None:
+        return Watched(f"{champion} was taken back: {back}", rolled_back=champion)
+    usual = as_task(
+        "usual_traffic", lambda: usual_traffic(params.services.events.url, champion, params.monitoring)
+    )
+    if usual is None:
+        wanted = params.monitoring.reference.rows
+        return Watched(f"{champion} has not answered {wanted} requests yet: nothing to compare with")
+    verdicts = []
+    for verdict in look(
+        root,
+        params.services.events.url,
+        usual,
+        params.monitoring,
+        lambda known: _decide(root, params, champion, known),
+        now=time.time(),
+        limit=params.flows.watch.max_windows,
+    ):
+        logger.info("%s %s", verdict.id, verdict.said)
+        verdicts.append(verdict)
+    if not verdicts:
+        return Watched("no window has closed since the last look")
+    _show(verdicts)
+    last = verdicts[-1]
+    said = f"{len(verdicts)} new windows, {sum(one.drifted for one in verdicts)} drifted; {last.trigger.said}"
+    logger.info("%s", said)
+    if not (last.trigger.fires and params.flows.watch.retrain):
+        return Watched(said, tuple(verdicts))
+    since = trigger.drift_began(verdicts_of(root, champion), params.monitoring.trigger)
+    return Watched(said, tuple(verdicts), last.id, since)
+
+
+def _champion(root: Path, params: Params) -> str:
+    """Return who is served.
+
+    Raises:
+        InputError: nobody is, or the registry cannot be reached or says otherwise.
+    """
+    aliases = versions.read_aliases(root / versions.ALIASES)
+    if aliases.champion is None:
+        raise InputError("no model is champion: nothing is served", "make run, then make serve")
+    recorded = model_versions.alias_of(root, params, "champion")
+    if recorded is not None and recorded != aliases.champion:
+        raise InputError(
+            f"the registry says that {recorded} is champion, and the service serves {aliases.champion}",
+            "say which: python -m flows.release promote TAG --why TEXT",
+        )
+    return aliases.champion
+
+
+def _end_probation(root: Path, params: Params) -> str | None:
+    """Go back to the former champion if the new one does worse; return why, or None."""
+    verdict = canary.judge_probation(root, params)
+    if verdict is None or verdict.state != "bad":
+        return None
+    actions.release(root, params, "roll_back", verdict.tag, "probation", verdict.said)
+    tell(params.flows.notify, "rolled_back", f"{verdict.tag} was taken back", verdict.said)
+    return verdict.said
+
+
+def _decide(root: Path, params: Params, champion: str, known: Sequence[Verdict]) -> TriggerDecision:
+    """Decide whether the last verdict calls for a retraining; labelled rows are counted only where it may."""
+    settings = params.monitoring.trigger
+    ended = progress.history(root)
+
+    def decide(labelled_rows: int, left_out: str = "") -> TriggerDecision:
+        return trigger.decide(
+            known,
+            labelled_rows=labelled_rows,
+            last_retraining_at=ended[-1].at if ended else None,
+            running=progress.is_running(root),
+            pinned=model_versions.pinned(root, params),
+            settings=settings,
+            now=time.time(),
+            left_out=left_out,
+        )
+
+    # Reading all feedback takes longer than the verdict itself: first see whether anything else forbids it.
+    if not decide(settings.min_labelled_rows).fires:
+        return decide(0)
+    task_ = task_of(root, params)
+    report = rows.labelled_rows(
+        params.services.events.url,
+        0.0,
+        time.time(),
+        params.monitoring.feedback,
+        task_,
+        rows.held_out_before(root),
+    ).report
+    return decide(report["labelled_rows"], rows.left_out_said(report))
+
+
+def _call_for_retraining(watched: Watched) -> None:
+    last = watched.verdicts[-1]
+    emit_event(
+        DRIFT_EVENT,
+        resource={"prefect.resource.id": f"perennial.model.{last.model}"},
+        payload={"why": watched.said, "verdict": last.id, "since": watched.since},
+    )
+
+
+def _show(verdicts: Sequence[Verdict]) -> None:
+    rows = [
+        {
+            "window": verdict.id,
+            "rows": verdict.window.rows,
+            "verdict": verdict.said,
+            "late": verdict.late_rows,
+            "set aside": sum(verdict.set_aside.values()),
+        }
+        for verdict in verdicts
+    ]
+    create_table_artifact(rows, key="windows", description="what was found in production")
+
+
+def verdicts_of(root: Path, tag: str) -> list[Verdict]:
+    """Return the verdicts on a version's windows, the oldest first."""
+    return [verdict for verdict in read_verdicts(root) if verdict.tag == tag]

@@ -1,0 +1,1 @@
+"""The dashboard: state and charts of the whole system on one page."""

@@ -1,0 +1,205 @@
+"""One page that shows all at a glance: `uvicorn monitoring.dashboard.app:app`, or `make up`.
+
+It only reads. A thread looks at everything every few seconds, and a request is answered with what was seen
+last: nothing that is slow or down can hold the page up.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, HTTPException
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from monitoring.dashboard.charts import chart
+from monitoring.dashboard.status import WATCH, Counted, look
+from stages.common.errors import InputError
+from stages.common.params.loading import load_params
+
+PAGE = Path(__file__).parent / "page"
+LOOK_EVERY_S = 5.0
+FIRST_LOOK_WITHIN_S = 10.0
+STALE_S = 60.0  # older than this, the page says that it is old
+FILES = {"overview.css": "text/css", "overview.js": "text/javascript", "icon.svg": "image/svg+xml"}
+POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        *("script-src 'self'", "style-src 'self'", "img-src 'self'", "connect-src 'self'"),
+        *("base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"),
+    )
+)
+# Evidently's page holds its scripts and styles in itself; it may still ask nobody for anything.
+REPORT_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; "
+    "img-src data: blob:; font-src data:; worker-src blob:; frame-ancestors 'none'"
+)
+
+logger = logging.getLogger("monitoring.overview")
+
+
+class Watcher:
+    """Looks at everything every few seconds, in a thread of its own.
+
+    Args:
+        root: of the checkout; params.yaml is read anew when it changes.
+    """
+
+    def __init__(self, root: Path, every_s: float = LOOK_EVERY_S) -> None:
+        self._root, self._every_s = root, every_s
+        self._stop = threading.Event()
+        self._first = threading.Event()
+        self._status: dict[str, Any] | None = None
+        self._problem: str | None = None
+        self._thread = threading.Thread(target=self._run, name="overview", daemon=True)
+
+    def start(self) -> None:
+        """Begin to look."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop looking."""
+        self._stop.set()
+
+    def latest(self) -> dict[str, Any]:
+        """Return what was seen last.
+
+        Raises:
+            InputError: nothing was seen yet, and why.
+        """
+        self._first.wait(FIRST_LOOK_WITHIN_S)
+        if self._status is None:
+            raise InputError(self._problem or "still looking for the first time", "reload in a moment")
+        age_s = time.time() - float(self._status["now"])
+        return self._status | {"problem": self._problem, "age_s": age_s, "stale": age_s > STALE_S}
+
+    def _run(self) -> None:
+        counted = Counted()
+        while not self._stop.is_set():
+            try:
+                params = load_params(self._root / "params.yaml")
+                self._status = look(self._root, params, counted)
+                self._problem = None
+            except InputError as error:
+                self._problem = error.what
+            except Exception as error:  # the page must tell it, not stop without a word
+                logger.exception("the overview could not look")
+                self._problem = f"{type(error).__name__}: {error}"
+            self._first.set()
+            self._stop.wait(self._every_s)
+
+
+def make_app(root: Path, every_s: float = LOOK_EVERY_S) -> FastAPI:
+    """Return the app that shows the checkout at `root`."""
+    watcher = Watcher(root, every_s)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        watcher.start()
+        yield
+        watcher.stop()
+
+    app = FastAPI(title="Perennial overview", lifespan=lifespan, docs_url=None, redoc_url=None)
+    template = _environment().get_template("overview.html")
+
+    @app.get("/")
+    def page() -> HTMLResponse:
+        try:
+            seen, problem = watcher.latest(), None
+        except InputError as error:
+            seen, problem = None, str(error)
+        html = template.render(status=seen, problem=problem, drawing=_drawing(seen) if seen else None)
+        return HTMLResponse(html, headers={"Content-Security-Policy": POLICY, "Cache-Control": "no-store"})
+
+    @app.get("/api/status")
+    def status() -> JSONResponse:
+        try:
+            return JSONResponse(watcher.latest(), headers={"Cache-Control": "no-store"})
+        except InputError as error:
+            return JSONResponse({"problem": error.what}, 503)
+
+    @app.get("/healthz")
+    def healthz() -> PlainTextResponse:
+        return PlainTextResponse("ok")
+
+    @app.get("/page/{name}")
+    def file(name: str) -> Response:
+        if name not in FILES:
+            raise HTTPException(404)
+        return FileResponse(PAGE / name, media_type=FILES[name], headers={"Cache-Control": "no-cache"})
+
+    @app.get("/reports/watch/{window}")
+    def report(window: str) -> Response:
+        # Only what is there is compared: no name of a request becomes a path.
+        for path in (root / WATCH).glob("*/report.html"):
+            if path.parent.name == window:
+                headers = {"Content-Security-Policy": REPORT_POLICY}
+                return FileResponse(path, media_type="text/html", headers=headers)
+        raise HTTPException(404)
+
+    return app
+
+
+def _drawing(status: dict[str, Any]) -> dict[str, Markup] | None:
+    traffic = status["traffic"]
+    if not traffic or not traffic["bins"]:
+        return None
+    drawn = chart(traffic, status["verdicts"], status["releases"])
+    return {name: Markup(svg) for name, svg in drawn.items()}
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(PAGE),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters |= {
+        "clock": clock,
+        "machine_time": lambda at: datetime.fromtimestamp(at).astimezone().isoformat(timespec="seconds"),
+        "duration": duration,
+        "version": lambda tag: str(tag).rpartition(":")[2],
+        "figure": figure,
+    }
+    return environment
+
+
+def clock(at: float) -> str:
+    """Say a time (unix s) as people on this machine do."""
+    then, now = datetime.fromtimestamp(at), datetime.now()
+    if then.date() == now.date():
+        return then.strftime("%H:%M:%S" if (now - then).total_seconds() < 3600 else "%H:%M")
+    return then.strftime("%d %b %H:%M" if then.year == now.year else "%d %b %Y")
+
+
+def duration(seconds: float) -> str:
+    """Say a length of time with its one or two largest units."""
+    left = max(0, round(seconds))
+    words: list[str] = []
+    for length, unit in ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s")):
+        count, left = divmod(left, length)
+        if count or (unit == "s" and not words):
+            words.append(f"{count} {unit}")
+        elif words:
+            break
+        if len(words) == 2:
+            break
+    return " ".join(words)
+
+
+def figure(value: float | None) -> str:
+    """Say a figure with four digits after the point at most; a dash for none."""
+    return "–" if value is None else f"{value:.4f}".rstrip("0").rstrip(".").replace("-", "−")
+
+
+app = make_app(Path())

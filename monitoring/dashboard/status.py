@@ -1,0 +1,392 @@
+"""What is going on, from files, the event store and Prefect's API: one dict that page and JSON both show.
+
+Every piece may be missing; then it is None or empty, and the page says what to do. Nothing here raises for
+a file that is broken or a server that is down: what could not be read is said under "troubles".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from monitoring.verdicts import Verdict, read_verdict
+from stages.common.artifacts import STATE, read_json
+from stages.common.errors import InputError
+from stages.common.params.loading import Params
+
+PRIVATE = STATE
+GATE, CANARY, PARITY = (Path("reports") / name for name in ("gate", "canary", "parity"))
+WATCH = Path("reports") / "watch"
+MAX_WINDOWS = 60  # drawn
+MAX_VERDICTS_LISTED = 12
+MAX_GATES = 10
+MAX_RELEASES = 12
+MAX_BINS = 60
+MAX_SPAN_S = 7 * 86_400.0  # of the traffic that is drawn
+STEPS_S = (10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 10_800, 21_600)
+FRESH_BINS = 3  # counted anew each time: their answers and feedback are still coming
+COUNT_WITHIN_S = 2.0  # the rest of the bins is counted the next time
+HTTP_TIMEOUT_S = 1.5
+MAX_TAIL_BYTES = 200_000
+PROGRAMS = ("service", "prefect", "executor", "mlflow", "evidently", "overview")  # as the page shows them
+FLOWS = ("watch", "retrain", "release", "training")
+
+
+@dataclass(slots=True)
+class Counted:
+    """Bins of traffic that were counted before and are not counted again, and verdicts that were read."""
+
+    step_s: float = 0.0
+    bins: dict[float, dict[str, Any]] = field(default_factory=dict)
+    verdicts: dict[str, tuple[float, Verdict]] = field(default_factory=dict)
+
+
+def look(root: Path, params: Params, counted: Counted, now: float | None = None) -> dict[str, Any]:
+    """Return the status of the checkout at `root`: plain values, times in unix s.
+
+    Args:
+        counted: kept by the caller from one look to the next.
+    """
+    now = time.time() if now is None else now
+    troubles: list[str] = []
+    verdicts = _verdicts(root, counted, troubles)
+    releases = _lines(root / PRIVATE / "releases.jsonl", troubles)
+    canaries = _folder(root / CANARY, troubles)
+    status: dict[str, Any] = {
+        "now": now,
+        "model": _model(root, verdicts, releases, troubles),
+        "verdict": _whole(root, verdicts[-1]) if verdicts else None,
+        "verdicts": [_short(verdict) for verdict in verdicts[-MAX_WINDOWS:]],
+        "flows": _flows(root, params),
+        "retraining": _retraining(root, troubles),
+        "gates": _gates(root, canaries, troubles),
+        "releases": releases[::-1][:MAX_RELEASES],
+        "feedback": _json(root / "reports" / "feedback.json", troubles),
+        "traffic": _traffic(root, params, counted, troubles),
+        "programs": _programs(root, params, troubles),
+    }
+    return status | {"troubles": troubles}
+
+
+def _model(
+    root: Path, verdicts: Sequence[Verdict], releases: Sequence[dict[str, Any]], troubles: list[str]
+) -> dict[str, Any]:
+    aliases = _json(root / PRIVATE / "aliases.json", troubles) or {}
+    champion = aliases.get("champion")
+    since = next(
+        (
+            release.get("at")
+            for release in reversed(releases)
+            if is_change(release) and changed_to(release) == champion
+        ),
+        None,
+    )
+    made = None
+    exported = _json(root / "artifacts" / "export" / "serving.json", troubles)
+    if exported and f"{exported.get('name')}:{exported.get('version')}" == champion:
+        made = (root / "artifacts" / "export" / "serving.json").stat().st_mtime
+    pin = next((one for one in reversed(releases) if _action(one) in ("pin", "unpin")), None)
+    pinned = pin.get("why") or "no reason given" if pin and _action(pin) == "pin" else None
+    if champion and since is None:
+        # Before any release: the first of its windows or references that is known.
+        starts = [
+            verdict.reference.start if verdict.reference else verdict.window.start
+            for verdict in verdicts
+            if verdict.tag == champion
+        ]
+        since = min(starts, default=made)
+    return {
+        "champion": champion,
+        "since": since,
+        "challenger": aliases.get("challenger"),
+        "former": (aliases.get("history") or [None])[-1],
+        "pinned": pinned,
+        "exported": f"{exported['name']}:{exported['version']}" if exported else None,
+    }
+
+
+def _action(release: dict[str, Any]) -> str:
+    return str(release.get("action", ""))
+
+
+def is_change(release: dict[str, Any]) -> bool:
+    """Tell whether a release made another version champion, and was not undone."""
+    return _action(release) in ("promote", "roll_back") and release.get("outcome", "done") == "done"
+
+
+def changed_to(release: dict[str, Any]) -> str | None:
+    """Return the champion after a release."""
+    return release.get("champion") or release.get("tag")
+
+
+def _verdicts(root: Path, counted: Counted, troubles: list[str]) -> list[Verdict]:
+    """Return the newest verdicts, oldest first; a file that did not change is not read again."""
+    found: dict[str, tuple[float, Verdict]] = {}
+    # The name of a window starts with its time.
+    for path in sorted((root / WATCH).glob("*/verdict.json"))[-MAX_WINDOWS:]:
+        window = path.parent.name
+        with _telling(troubles):
+            changed = path.stat().st_mtime
+            known = counted.verdicts.get(window)
+            found[window] = known if known and known[0] == changed else (changed, read_verdict(root, window))
+    counted.verdicts = found
+    return sorted((verdict for _, verdict in found.values()), key=lambda one: (one.window.end, one.id))
+
+
+def _whole(root: Path, verdict: Verdict) -> dict[str, Any]:
+    report = root / WATCH / verdict.id / "report.html"
+    return asdict(verdict) | {"said": verdict.said, "has_report": report.exists()}
+
+
+def _short(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "id": verdict.id,
+        "tag": verdict.tag,
+        "start": verdict.window.start,
+        "end": verdict.window.end,
+        "rows": verdict.window.rows,
+        "judged": verdict.judged,
+        "drifted": verdict.drifted,
+        "fires": verdict.trigger.fires,
+        "said": verdict.said,
+        "questions": [one.question for one in verdict.questions if one.drifted],
+    }
+
+
+def _gates(
+    root: Path, canaries: dict[str, tuple[float, dict[str, Any]]], troubles: list[str]
+) -> list[dict[str, Any]]:
+    """Return the gate's verdicts, the newest first, each with how it went on: as a canary, on probation."""
+
+    def trials(name: str) -> list[Any]:
+        found = canaries.get(name, (0.0, {}))[1]
+        return [found[kind] for kind in ("canary", "probation") if found.get(kind)]
+
+    found = [
+        value | {"made_at": value.get("made_at", changed), "trials": trials(name)}
+        for name, (changed, value) in _folder(root / GATE, troubles).items()
+    ]
+    return sorted(found, key=lambda one: float(one["made_at"]), reverse=True)[:MAX_GATES]
+
+
+def _folder(folder: Path, troubles: list[str]) -> dict[str, tuple[float, dict[str, Any]]]:
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        value = _json(path, troubles)
+        if isinstance(value, dict):
+            found[path.stem] = (path.stat().st_mtime, value)
+    return found
+
+
+def _retraining(root: Path, troubles: list[str]) -> dict[str, Any]:
+    """Return the retraining that is under way, if one is, and how the last one ended."""
+    ended = _lines(root / PRIVATE / "retrainings.jsonl", troubles)
+    return {
+        "at_work": _json(root / PRIVATE / "retrain.json", troubles),
+        "last": ended[-1] if ended else None,
+    }
+
+
+def _programs(root: Path, params: Params, troubles: list[str]) -> list[dict[str, Any]]:
+    """Return what `make up` keeps running, or, without it, whether the known addresses answer."""
+    kept = _json(root / PRIVATE / "up.json", troubles) or {}
+    programs = [
+        {"name": name, **values}
+        for name, values in (kept.get("programs") or {}).items()
+        if _lives(kept.get("pid"))
+    ]
+    pages = params.flows.pages
+    tracking = params.flows.record.tracking_url
+    known = {
+        "service": f"http://{_reached(params.services.host)}:{params.services.port}/",
+        "prefect": f"http://127.0.0.1:{pages.prefect}/",
+        "mlflow": tracking if tracking.startswith("http") else f"http://127.0.0.1:{pages.mlflow}/",
+        "evidently": f"http://127.0.0.1:{pages.evidently}/",
+    }
+    there = {program["name"] for program in programs}
+    for name, page in known.items():
+        if name not in there:
+            up = _answers(page)
+            why = "" if up else "does not answer" if there else "make up starts it"
+            programs.append({"name": name, "state": "up" if up else "down", "page": page, "why": why})
+    order = {name: place for place, name in enumerate(PROGRAMS)}
+    return sorted(programs, key=lambda program: order.get(program["name"], len(order)))
+
+
+def _lives(pid: Any) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (TypeError, ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _reached(host: str) -> str:
+    return "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
+
+
+def _answers(url: str) -> bool:
+    parts = urlsplit(url)
+    kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
+    connection = kind(parts.hostname or "127.0.0.1", parts.port, timeout=HTTP_TIMEOUT_S)
+    try:
+        connection.request("GET", parts.path or "/")
+        return connection.getresponse().status < 500
+    except (OSError, HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def _flows(root: Path, params: Params) -> dict[str, Any]:
+    """Return the last run of each flow, from Prefect's API; `up` is False where none answers."""
+    import httpx
+
+    troubles: list[str] = []
+    announced = (_json(root / PRIVATE / "server.json", troubles) or {}).get("url")
+    api = os.environ.get("PREFECT_API_URL") or announced
+    api = (api or f"http://127.0.0.1:{params.flows.pages.prefect}/api").rstrip("/")
+    found: dict[str, Any] = {}
+    try:
+        with httpx.Client(timeout=HTTP_TIMEOUT_S) as client:
+            flows = client.post(f"{api}/flows/filter", json={"limit": 200}).raise_for_status().json()
+            # Ours, and only those that ran: the server may be shared with other projects.
+            for flow in (one for one in flows if one["name"] in FLOWS):
+                wanted = {
+                    "flows": {"id": {"any_": [flow["id"]]}},
+                    "flow_runs": {"state": {"type": {"not_any_": ["SCHEDULED"]}}},
+                    "sort": "START_TIME_DESC",
+                    "limit": 1,
+                }
+                runs = client.post(f"{api}/flow_runs/filter", json=wanted).raise_for_status().json()
+                if runs:
+                    found[flow["name"]] = _run(runs[0], api.removesuffix("/api"))
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError):
+        return {"up": False, "api": api, "runs": {}}
+    return {"up": True, "api": api, "runs": found}
+
+
+def _run(run: dict[str, Any], page: str) -> dict[str, Any]:
+    state = run.get("state") or {}
+    return {
+        "name": run.get("name"),
+        "state": state.get("type"),
+        "message": state.get("message"),
+        "started": _instant(run.get("start_time")),
+        "seconds": run.get("total_run_time"),
+        "page": f"{page}/runs/flow-run/{run.get('id')}",
+    }
+
+
+def _instant(text: str | None) -> float | None:
+    from datetime import datetime
+
+    return datetime.fromisoformat(text).timestamp() if text else None
+
+
+def _traffic(root: Path, params: Params, counted: Counted, troubles: list[str]) -> dict[str, Any] | None:
+    """Return counts of the last days of traffic in bins of one length; None without any."""
+    from services.events import count_traffic, time_span
+
+    url = _store(root, params.services.events.url)
+    if url is None:
+        return None
+    try:
+        span = time_span(url)
+        if span is None:
+            return None
+        edges, step_s = bins(*span)
+        if counted.step_s != step_s:
+            counted.step_s, counted.bins = step_s, {}
+        fresh = set(edges[-1 - FRESH_BINS : -1])
+        wanted = [start for start in reversed(edges[:-1]) if start in fresh or start not in counted.bins]
+        deadline = time.monotonic() + COUNT_WITHIN_S
+        for one in count_traffic(url, ((start, start + step_s) for start in wanted)):
+            counted.bins[one.start] = asdict(one)
+            if time.monotonic() > deadline:
+                break
+    except InputError as error:
+        troubles.append(f"the event store: {error.what}")
+        return None
+    counted.bins = {start: value for start, value in counted.bins.items() if start >= edges[0]}
+    return {
+        "step_s": step_s,
+        "bins": [counted.bins[start] for start in edges[:-1] if start in counted.bins],
+        "complete": all(start in counted.bins for start in edges[:-1]),
+    }
+
+
+def _store(root: Path, url: str) -> str | None:
+    """Return the store's address seen from `root`; None for a file that is not there yet."""
+    file = re.fullmatch(r"(sqlite(?:\+\w+)?:///)(?!/)(.+)", url)
+    if file is None:
+        return url
+    path = root / file[2]
+    return f"{file[1]}{path}" if path.exists() else None
+
+
+def bins(first: float, last: float) -> tuple[list[float], float]:
+    """Return the edges of at most `MAX_BINS` bins that hold [first, last], and their length in s.
+
+    Edges are multiples of the length, so that a bin stays the same from one look to the next. Older traffic
+    than `MAX_SPAN_S` before the last is left out.
+    """
+    first = max(first, last - MAX_SPAN_S)
+    fitting = (step for step in STEPS_S if (last - first) / step <= MAX_BINS - 2)
+    step = float(next(fitting, STEPS_S[-1]))
+    start = math.floor(first / step) * step
+    count = math.floor((last - start) / step) + 1
+    return [start + step * place for place in range(count + 1)], step
+
+
+def _json(path: Path, troubles: list[str]) -> Any:
+    """Return what a JSON file holds; None if it is not there, or is broken (which is told)."""
+    if not path.exists():
+        return None
+    with _telling(troubles):
+        return read_json(path)
+    return None
+
+
+def _lines(path: Path, troubles: list[str]) -> list[dict[str, Any]]:
+    """Return the objects of a JSON-lines file, oldest first, of a long one its end; broken lines are told."""
+    if not path.exists():
+        return []
+    found = []
+    with _telling(troubles):
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            file.seek(max(0, size - MAX_TAIL_BYTES))
+            lines = file.read().decode("utf-8", errors="replace").splitlines()
+        for line in lines[1:] if size > MAX_TAIL_BYTES else lines:
+            try:
+                value = json.loads(line)
+            except ValueError:
+                troubles.append(f"{path.name} holds a line that is not JSON")
+                continue
+            if isinstance(value, dict):
+                found.append(value)
+    return found
+
+
+@contextmanager
+def _telling(troubles: list[str]) -> Iterator[None]:
+    """Set down what a file is wrong with instead of raising it."""
+    try:
+        yield
+    except InputError as error:
+        troubles.append(error.what)
+    except OSError as error:
+        troubles.append(str(error))

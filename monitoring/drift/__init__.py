@@ -1,0 +1,1 @@
+"""The drift test: compare a window with the reference."""

@@ -1,0 +1,1 @@
+"""Feedback as labelled training rows."""

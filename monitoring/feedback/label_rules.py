@@ -1,0 +1,150 @@
+"""The rules that take labels away: of flooding users and keys, of people who disagree, of repetition.
+
+Each takes labels and returns those that stay, with the number of the others by reason.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+from monitoring.feedback.labels import Label
+
+
+def _in_time(label: Label) -> tuple[float, str, str]:
+    return label.at, label.request_id, label.key or ""
+
+
+def newest(labels: Sequence[Label], limit: int, reason: str) -> tuple[list[Label], Counter[str]]:
+    """Keep the newest labels, at most `limit`."""
+    kept = sorted(labels, key=_in_time)[max(0, len(labels) - limit) :]
+    return kept, _left_out(reason, len(labels) - len(kept))
+
+
+def newest_of_a_person(labels: list[Label]) -> tuple[list[Label], Counter[str]]:
+    """Keep of each person's labels of one question the newest; who is not known is a person each time."""
+    kept: dict[tuple[str, str], Label] = {}
+    left_out: Counter[str] = Counter()
+    for label in sorted(labels, key=_in_time):
+        asker = (label.asker or f"request {label.request_id}", label.question)
+        if asker in kept:
+            left_out["duplicate" if kept[asker].same == label.same else "superseded"] += 1
+        kept[asker] = label
+    return list(kept.values()), left_out
+
+
+def limit_users(labels: list[Label], max_rows: int) -> tuple[list[Label], Counter[str]]:
+    """Keep the newest labels of each person; who is not known has no limit here."""
+    of: defaultdict[str | None, list[Label]] = defaultdict(list)
+    for label in labels:
+        of[label.asker].append(label)
+    kept = of.pop(None, [])
+    left_out: Counter[str] = Counter()
+    for own in of.values():
+        some, gone = newest(own, max_rows, "user_limit")
+        kept += some
+        left_out += gone
+    return kept, left_out
+
+
+def limit_keys(
+    labels: list[Label], share: float, at_least: int, keys: int, exchanges: int
+) -> tuple[list[Label], Counter[str]]:
+    """Keep the newest labels of each API key, so that none gives more than its share, or than `at_least`.
+
+    The share is of the labels, and the keys that count are those that give any. Where fewer give than
+    1 / `share`, they cannot all stay below it: none gives more than an even part. Labels without a key count
+    together as one giver there.
+    One key that gives alone, though others ask too, may give up to `share` of all exchanges: an honest
+    source is heard, a flood stays capped. One key alone, in the whole of the traffic, has no limit: there is
+    nobody to protect from it.
+
+    Args:
+        at_least: rows that a key may give whatever its share: what one user may. Else a second key that
+            gives a single label would leave the first a single one.
+        keys: that asked or said anything in this time.
+        exchanges: in this time, of all keys.
+    """
+    of: defaultdict[str | None, list[Label]] = defaultdict(list)
+    for label in labels:
+        of[label.key].append(label)
+    kept = of.pop(None, [])
+    if keys < 2 and not kept:
+        return labels, Counter()
+    sizes = [len(own) for own in of.values()]
+    if len(of) == 1 and not kept:
+        limit = int(share * exchanges)
+    else:
+        even = 1 / max(1, len(of) + bool(kept))
+        limit = highest_limit(sizes, len(kept), share) or highest_limit(sizes, len(kept), even)
+    left_out: Counter[str] = Counter()
+    for own in of.values():
+        some, gone = newest(own, max(limit, at_least), "key_share")
+        kept += some
+        left_out += gone
+    return kept, left_out
+
+
+def highest_limit(sizes: Sequence[int], others: int, share: float) -> int:
+    """Return the most rows a key may keep so that none has more than `share` of all that are left.
+
+    With the limit c, all are `others` + sum(min(size, c)); the sum grows ever slower in c, so the limits that
+    do (c <= share * all) are those up to one, found by halving.
+    """
+
+    def holds(limit: int) -> bool:
+        left = [min(size, limit) for size in sizes]
+        return max(left, default=0) <= share * (others + sum(left)) + 1e-9
+
+    low, high = 0, max(sizes, default=0)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low
+
+
+def agreed(labels: list[Label], min_agreement: float) -> tuple[list[Label], Counter[str]]:
+    """Keep the label on which enough people agree, of each question; where none is, all go.
+
+    A person has one vote. Where several keys label a question, each key has one: names of users are what a
+    key's holder says they are.
+    """
+    of: defaultdict[str, list[Label]] = defaultdict(list)
+    for label in labels:
+        of[label.question].append(label)
+    kept: list[Label] = []
+    left_out: Counter[str] = Counter()
+    for own in of.values():
+        votes = _votes(own)
+        same, most = max(votes.items(), key=lambda vote: (vote[1], vote[0]))
+        if len(votes) > 1 and most < min_agreement * sum(votes.values()) - 1e-9:
+            left_out["contradiction"] += len(own)
+            continue
+        right = [label for label in own if label.same == same]
+        left_out["outvoted"] += len(own) - len(right)
+        kept += right
+    return kept, +left_out
+
+
+def _votes(labels: Sequence[Label]) -> dict[str, float]:
+    """Return the votes for each label; a key that says several things divides its one vote."""
+    keys = {label.key for label in labels}
+    if len(keys) == 1:
+        return dict(Counter(label.same for label in labels))
+    said = Counter(label.key for label in labels)
+    votes: defaultdict[str, float] = defaultdict(float)
+    for label in labels:
+        votes[label.same] += 1 / said[label.key]
+    return dict(votes)
+
+
+def one_a_question(labels: list[Label]) -> tuple[list[Label], Counter[str]]:
+    """Keep the newest label of each question; all of a question are alike by now."""
+    of: dict[str, Label] = {}
+    for label in sorted(labels, key=_in_time):
+        of[label.question] = label
+    return list(of.values()), _left_out("duplicate", len(labels) - len(of))
+
+
+def _left_out(reason: str, count: int) -> Counter[str]:
+    return Counter({reason: count} if count else {})

@@ -1,0 +1,326 @@
+"""A label: what one person says is the right answer to one question, read from the event store."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from stages.common.answer_schema import fits
+from stages.common.artifacts import artifacts, read_json
+from stages.common.personal_data import PERSONAL_DATA
+from stages.common.records import Message, canonical_json, conversation_problem
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from stages.common.params.loading import Params
+    from stages.common.params.loop import FeedbackSettings
+
+ROLES = ("champion", "challenger")  # a shadow's answer was shown to nobody
+RAW_ROUTE = "/v1/completions"  # a text to go on with: no conversation, and no answer to a question
+# The guard's looks at the question, and those at the answer, which count where the answer is the label.
+INPUT_CHECKS = ("control_tokens", "prompt_injection", "toxicity")
+OUTPUT_CHECKS = ("secrets", "personal_data")
+PLACEHOLDERS = tuple(f"[{kind}]" for kind in PERSONAL_DATA)  # what the event store writes over it
+COMPACT, SPACED = (",", ":"), (", ", ": ")  # how JSON answers are written
+
+Kind = Literal["correction", "thumb"]
+
+# Reasons by which rows are left out, in the order of the rules, with what a person reads.
+REASONS = {
+    "no_label": "a thumb down or a comment alone",
+    "raw_prompt": "the text was to be continued, not answered",
+    "own_schema": "the request asked for an answer of its own form",
+    "corrupt": "the event holds no conversation",
+    "other_system_prompt": "asked under another system prompt",
+    "empty": "nothing in the question or the label",
+    "too_long": "a question or label over the limits of `curate`",
+    "redacted": "a placeholder for personal data in the question or the label",
+    "unfinished": "found right, but cut off",
+    "not_json": "the label is no JSON object",
+    "outside_schema": "a label outside the schema of the answers",
+    "suspicious": "the guard found the exchange suspicious",
+    "superseded": "the same person gave a newer label",
+    "user_limit": "over `max_rows_per_user`",
+    "key_share": "over `max_share_per_key`",
+    "contradiction": "no label has `min_agreement`",
+    "outvoted": "most gave another label",
+    "duplicate": "the question is there with this label already",
+    "row_limit": "over `max_rows`",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a label must look like.
+
+    Attributes:
+        answer_format: "json" or "text".
+        answer_schema: of JSON answers, as `artifacts/export/serving.json` has it; None: any object.
+        label_key: the key of a JSON answer that names its class.
+        system_prompt: what training rows begin with; the rows here have none in its place.
+        max_question_chars, max_answer_chars: longer texts are left out.
+    """
+
+    answer_format: str
+    answer_schema: Mapping[str, Any] | None
+    label_key: str | None
+    system_prompt: str | None
+    max_question_chars: int
+    max_answer_chars: int
+
+
+def task_of(root: Path, params: Params, serving: Mapping[str, Any] | None = None) -> Task:
+    """Return the task of a model: of the one that is served by `serving`, else of the pipeline's newest.
+
+    Raises:
+        InputError: the pipeline has made no model yet.
+    """
+    about = serving if serving is not None else read_json(root / artifacts("export") / "serving.json")
+    return Task(
+        answer_format=about["answer_format"],
+        answer_schema=about["answer_schema"],
+        label_key=about["label_key"],
+        system_prompt=about["system_prompt"],
+        max_question_chars=params.curate.max_question_chars,
+        max_answer_chars=params.curate.max_answer_chars,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """What one person says is the right answer to one question.
+
+    Attributes:
+        at: when it was said, unix s; request_id: of the exchange.
+        key: the API key it came with; asker: who said it, as far as that is known.
+        prompt: the conversation up to the question, without the task's system message.
+        question: hash of the conversation without case, spaces and the signs around it.
+        value: the label as JSON, or its text; same: a text that is equal for equal labels.
+    """
+
+    at: float
+    request_id: str
+    key: str | None
+    asker: str | None
+    prompt: tuple[Message, ...]
+    question: str
+    kind: Kind
+    value: Any
+    same: str
+
+
+@dataclass(slots=True)
+class Counts:
+    """What came in, and what was left out with its reason."""
+
+    exchanges: int = 0
+    given: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+    styles: Counter[tuple[str, str]] = field(default_factory=Counter)
+    keys: set[str] = field(default_factory=set)
+    said_by_key: Counter[str] = field(default_factory=Counter)
+    said_by_user: Counter[str] = field(default_factory=Counter)
+
+
+class LeftOut(ValueError):
+    """Feedback that becomes no row; the text is one of `REASONS`."""
+
+
+def labels_in(
+    batch: pa.RecordBatch, end: float, settings: FeedbackSettings, task: Task, counts: Counts
+) -> Iterator[Label]:
+    """Yield the labels in joined exchanges, given before `end`, to learn from; count the others."""
+    import pyarrow.compute as pc
+
+    counts.exchanges += batch.num_rows
+    counts.keys |= {key for key in pc.unique(batch["key_id"]).to_pylist() if key is not None}
+    told = batch.filter(pc.greater(pc.list_value_length(batch["feedback"]), 0))
+    for exchange in told.to_pylist():
+        if exchange["role"] not in ROLES:
+            continue
+        in_time = [one for one in exchange["feedback"] if one["given_at"] < end]
+        by_giver = sorted(in_time, key=lambda one: (one["key_id"] or "", one["given_at"]))
+        for key, given in groupby(by_giver, key=lambda one: one["key_id"]):
+            said = list(given)
+            asker = _asker(exchange, key)
+            counts.given += 1
+            counts.keys |= {key} - {None}
+            counts.said_by_key[key or "(none)"] += 1
+            counts.said_by_user[pseudonym(asker)] += 1
+            try:
+                label = label_of(exchange, said, key, asker, settings, task)
+            except LeftOut as reason:
+                counts.left_out[str(reason)] += 1
+                continue
+            counts.styles[_style(exchange["answer"])] += 1
+            yield label
+
+
+def label_of(
+    exchange: Mapping[str, Any],
+    said: Sequence[Mapping[str, Any]],
+    key: str | None,
+    asker: str | None,
+    settings: FeedbackSettings,
+    task: Task,
+) -> Label:
+    """Return what one giver says is the right answer in an exchange; the newest word counts.
+
+    Raises:
+        LeftOut: nothing can be learned from it.
+    """
+    text, kind, at = _newest_word(exchange, said, settings.thumbs_up_as_label)
+    prompt = _prompt(exchange, task)
+    question = next(message.content for message in reversed(prompt) if message.role == "user")
+    if not question.strip() or not text.strip():
+        raise LeftOut("empty")
+    if len(question) > task.max_question_chars or len(text) > task.max_answer_chars:
+        raise LeftOut("too_long")
+    if any(mark in part for mark in PLACEHOLDERS for part in (text, *(m.content for m in prompt))):
+        raise LeftOut("redacted")
+    if kind == "thumb" and exchange["finish_reason"] != "stop":
+        raise LeftOut("unfinished")
+    value: Any = text.strip()
+    if task.answer_format == "json":
+        value = _parsed(text)
+        ordered = in_order(value, task.answer_schema)
+        if settings.on_suspicion == "drop" and not fits_schema(task.answer_schema, ordered):
+            raise LeftOut("outside_schema")
+        value = ordered
+    checks = INPUT_CHECKS if kind == "correction" else (*INPUT_CHECKS, *OUTPUT_CHECKS)
+    if settings.on_suspicion == "drop" and _suspicious(exchange["verdicts"], checks):
+        raise LeftOut("suspicious")
+    same = canonical_json(value) if task.answer_format == "json" else " ".join(value.split())
+    return Label(at, exchange["request_id"], key, asker, prompt, question_hash(prompt), kind, value, same)
+
+
+def _newest_word(
+    exchange: Mapping[str, Any], said: Sequence[Mapping[str, Any]], thumbs_up_as_label: bool
+) -> tuple[str, Kind, float]:
+    """Return the label, its kind and time: the last correction, else the answer if the last thumb is up."""
+    corrections = [one for one in said if one["correction"]]
+    if corrections:
+        return corrections[-1]["correction"], "correction", corrections[-1]["given_at"]
+    thumbs = [one for one in said if one["thumb"] is not None]
+    if not (thumbs_up_as_label and thumbs and thumbs[-1]["thumb"] == 1):
+        raise LeftOut("no_label")
+    if exchange["status"] != 200 or exchange["answer"] is None:
+        raise LeftOut("unfinished")
+    return exchange["answer"], "thumb", thumbs[-1]["given_at"]
+
+
+def _prompt(exchange: Mapping[str, Any], task: Task) -> tuple[Message, ...]:
+    """Return the conversation up to its last user message, without the task's own system message."""
+    if exchange["route"] == RAW_ROUTE:
+        raise LeftOut("raw_prompt")
+    try:
+        turns, parameters = json.loads(exchange["messages"]), json.loads(exchange["parameters"])
+        messages = [Message(turn["role"], turn["content"]) for turn in turns]
+        own_schema = parameters.get("json_schema")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise LeftOut("corrupt") from None
+    if not all(isinstance(part, str) for message in messages for part in (message.role, message.content)):
+        raise LeftOut("corrupt")
+    if own_schema is not None:
+        raise LeftOut("own_schema")
+    last = max((place for place, one in enumerate(messages) if one.role == "user"), default=-1)
+    messages = messages[: last + 1]
+    if conversation_problem([*messages, Message("assistant", "-")]):
+        raise LeftOut("corrupt")
+    if messages[0].role == "system" and task.system_prompt is not None:
+        # A model that learned under two system prompts has none that a server could put in by itself.
+        if messages[0].content.strip() != task.system_prompt.strip():
+            raise LeftOut("other_system_prompt")
+        messages = messages[1:]
+    return tuple(messages)
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """Return a label's JSON object; numbers that JSON does not know make it none."""
+    try:
+        value = json.loads(text, parse_constant=_no_number)
+        json.dumps(value, allow_nan=False)  # 1e999 is read as infinity
+    except (ValueError, RecursionError):
+        raise LeftOut("not_json") from None
+    if not isinstance(value, dict):
+        raise LeftOut("not_json")
+    return value
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def in_order(value: dict[str, Any], schema: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return a JSON answer with its keys in the order in which the model writes them; others come last."""
+    known = (schema or {}).get("properties", {})
+    return {
+        key: value[key] for key in (*(k for k in known if k in value), *(k for k in value if k not in known))
+    }
+
+
+def fits_schema(schema: Mapping[str, Any] | None, value: dict[str, Any]) -> bool:
+    """Return whether an answer fits the schema of the training answers; any does where there is none."""
+    try:
+        return schema is None or fits(dict(schema), value)
+    except KeyError:  # items in a list that was empty in all of training: nothing is known of them
+        return False
+
+
+def _suspicious(verdicts: str, checks: Sequence[str]) -> bool:
+    """Return whether one of these checks of the guard did not pass; verdicts that cannot be read did not."""
+    try:
+        found = json.loads(verdicts)
+        return any(not found[check][0] for check in checks if check in found)
+    except (ValueError, TypeError, KeyError, IndexError, RecursionError):
+        return True
+
+
+def _asker(exchange: Mapping[str, Any], key: str | None) -> str | None:
+    """Return who says something of an exchange: its user or session, or the other key that judges it."""
+    if key != exchange["key_id"]:
+        return f"key {key}" if key else None
+    name = exchange["user"] or exchange["session"]
+    # Two applications, each with a key, may both have a user of that name.
+    return f"{exchange['key_id'] or ''}/{name}" if name else None
+
+
+def normalised(text: str) -> str:
+    """Return a text without what makes no other question: case, runs of space, and the signs around it."""
+    plain = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return plain.strip(" .!?,;:…\"'") or plain
+
+
+def question_hash(prompt: Iterable[Message]) -> str:
+    """Return 16 hex digits that name a question with the conversation before it, system messages too."""
+    turns = [[message.role, normalised(message.content)] for message in prompt]
+    return hashlib.sha256(canonical_json(turns).encode("utf-8", "replace")).hexdigest()[:16]
+
+
+def _style(answer: str | None) -> tuple[str, str]:
+    """Return how an answer of the model is written as JSON, for labels to be written alike."""
+    try:
+        value = json.loads(answer or "")
+        spaced = answer == json.dumps(value, ensure_ascii=False, separators=SPACED)
+        return (
+            SPACED
+            if spaced and answer != json.dumps(value, ensure_ascii=False, separators=COMPACT)
+            else COMPACT
+        )
+    except (ValueError, RecursionError):
+        return COMPACT
+
+
+def pseudonym(asker: str | None) -> str:
+    """Return a name for the report that tells users apart, and says of none who it is."""
+    if asker is None:
+        return "(not known)"
+    return f"user-{hashlib.blake2b(asker.encode('utf-8', 'replace'), digest_size=4).hexdigest()}"

@@ -1,0 +1,287 @@
+"""What users say of answers, made into rows to learn from, and into others to judge by.
+
+A correction says what the answer should have been; a thumb up says that the answer shown was right. A thumb
+down alone says nothing that could be learned. Whoever may give feedback may try to teach the model something
+wrong. So every rule of `monitoring.feedback` in `params.yaml` takes rows away and says how many:
+
+    label       a thumb down alone, or a comment, is no label
+    form        no conversation, a question or label that is empty or too long or names personal data, no JSON
+                where the task is JSON, a label outside the answers' schema
+    suspicion   what the guard found in the exchange
+    repetition  one person's older labels of one question
+    users       max_rows_per_user, the newest stay
+    keys        max_share_per_key of the labels, or of all exchanges where one key gives alone; what one user
+                may give, a key may too
+    agreement   labels that contradict each other
+    duplicates  one row a question
+    number      max_rows, the newest stay
+
+Some questions are kept apart to judge a challenger by. Which ones follows from a hash of the question: the
+same question is on the same side in every retraining, and one that was ever held out is never learned.
+
+Run: `python -m monitoring.feedback [--write]` to see what the feedback in the event store would become.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from monitoring.feedback.label_rules import (
+    agreed,
+    limit_keys,
+    limit_users,
+    newest,
+    newest_of_a_person,
+    one_a_question,
+)
+from monitoring.feedback.labels import (
+    COMPACT,
+    REASONS,
+    SPACED,
+    Counts,
+    Label,
+    Task,
+    labels_in,
+    pseudonym,
+    task_of,
+)
+from services.events import read_joined
+from stages.common.artifacts import STATE, reports, write_json, write_text
+from stages.common.errors import InputError
+from stages.common.logs import get_logger
+from stages.common.records import Message, Row, make_row
+
+if TYPE_CHECKING:
+    from stages.common.params.loop import FeedbackSettings
+
+log = get_logger("feedback")
+
+ROWS = Path("data") / "feedback" / "rows.jsonl"
+HELD_OUT = STATE / "holdout" / "rows.jsonl"
+QUESTIONS_HELD_OUT = STATE / "holdout" / "questions.txt"
+REPORT = reports("feedback").with_suffix(".json")
+
+MAX_NAMED = 5  # users in the report
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """Rows to learn, rows to judge by, and the report on both."""
+
+    train: list[Row]
+    holdout: list[Row]
+    report: dict[str, Any]
+
+
+def labelled_rows(
+    url: str,
+    start: float,
+    end: float,
+    settings: FeedbackSettings,
+    task: Task,
+    held_out: frozenset[str] = frozenset(),
+) -> Labelled:
+    """Return what the feedback on the exchanges received in [start, end) (unix s) becomes.
+
+    The same events give the same rows, in the same order. What is said from `end` on does not count: a
+    retraining that is started again gathers the same. Only exchanges with feedback are kept in memory.
+
+    Args:
+        url: of the event store.
+        held_out: hashes of questions that were held out before (`held_out_before`).
+
+    Raises:
+        InputError: the event store cannot be read.
+    """
+    counts = Counts()
+    labels: list[Label] = []
+    for batch in read_joined(url, start, end):
+        labels += labels_in(batch, end, settings, task, counts)
+    steps = {"labels": len(labels)}
+
+    def share_keys(some: list[Label]) -> tuple[list[Label], Counter[str]]:
+        share, at_least = settings.max_share_per_key, settings.max_rows_per_user
+        return limit_keys(some, share, at_least, len(counts.keys), counts.exchanges)
+
+    rules: tuple[tuple[str, Callable[[list[Label]], tuple[list[Label], Counter[str]]]], ...] = (
+        ("newest of a person", newest_of_a_person),
+        ("users", lambda some: limit_users(some, settings.max_rows_per_user)),
+        ("keys", share_keys),
+        ("agreement", lambda some: agreed(some, settings.min_agreement)),
+        ("duplicates", one_a_question),
+        # Duplicates of others went: the share of a key has grown by it.
+        ("keys again", share_keys),
+        ("number", lambda some: newest(some, settings.max_rows, "row_limit")),
+    )
+    for name, rule in rules:
+        labels, left_out = rule(labels)
+        counts.left_out += left_out
+        steps[name] = len(labels)
+    style = max((COMPACT, SPACED), key=lambda one: (counts.styles[one], one == COMPACT))
+    sides: dict[bool, list[Row]] = {False: [], True: []}
+    for label in sorted(labels, key=lambda one: one.question):
+        apart = (
+            is_held_out(label.question, settings.holdout_share, settings.seed) or label.question in held_out
+        )
+        sides[apart].append(_row(label, settings.license, task, style))
+    return Labelled(sides[False], sides[True], _report(sides, labels, counts, steps))
+
+
+def is_held_out(question: str, share: float, seed: int) -> bool:
+    """Return whether a question is kept from training: by its hash, so that it always is or never."""
+    digest = hashlib.blake2b(f"{seed}/{question}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) < share * 2**64
+
+
+def _row(label: Label, license: str, task: Task, style: tuple[str, str]) -> Row:
+    text, tags = label.value, {"feedback": str(label.kind)}
+    if task.answer_format == "json":
+        text = json.dumps(label.value, ensure_ascii=False, separators=style)
+        named = label.value.get(task.label_key) if task.label_key else None
+        if isinstance(named, str):
+            tags[str(task.label_key)] = named
+    messages = [*label.prompt, Message("assistant", text)]
+    return make_row(messages, "feedback", license, f"feedback/{label.question}", tags, "feedback")
+
+
+def _report(
+    sides: Mapping[bool, Sequence[Row]], labels: Sequence[Label], counts: Counts, steps: Mapping[str, int]
+) -> dict[str, Any]:
+    rows = [*sides[False], *sides[True]]
+    by_user = Counter(pseudonym(label.asker) for label in labels)
+    by_key = Counter(label.key or "(none)" for label in labels)
+    # Who said most comes first: a flood is seen though its rows were left out.
+    users = sorted(counts.said_by_user, key=lambda name: (-counts.said_by_user[name], name))[:MAX_NAMED]
+    return {
+        "exchanges": counts.exchanges,
+        "given": counts.given,
+        "left_out": {reason: counts.left_out[reason] for reason in REASONS if counts.left_out[reason]},
+        "labelled_rows": len(rows),
+        "rows_train": len(sides[False]),
+        "rows_holdout": len(sides[True]),
+        "steps": dict(steps),
+        "by_kind": dict(sorted(Counter(row.tags["feedback"] for row in rows).items())),
+        "by_label": _by_label(rows),
+        "by_user": [{"user": u, "given": counts.said_by_user[u], "rows": by_user[u]} for u in users],
+        "by_key": {
+            key: {"given": counts.said_by_key[key], "rows": by_key[key]} for key in sorted(counts.said_by_key)
+        },
+    }
+
+
+def _by_label(rows: Sequence[Row]) -> dict[str, int]:
+    values = (value for row in rows for key, value in row.tags.items() if key != "feedback")
+    return dict(sorted(Counter(values).items()))
+
+
+def held_out_before(root: Path = Path()) -> frozenset[str]:
+    """Return the hashes of all questions that were ever held out."""
+    path = root / QUESTIONS_HELD_OUT
+    return frozenset(path.read_text(encoding="utf-8").split()) if path.is_file() else frozenset()
+
+
+def write_labelled(root: Path, labelled: Labelled) -> None:
+    """Write the rows to learn, those held out, and the report; equal rows give equal bytes.
+
+    The questions held out are written first: a run that is killed here has at most held out more.
+    """
+    held_out = {row.group.removeprefix("feedback/") for row in labelled.holdout} | held_out_before(root)
+    write_text(root / QUESTIONS_HELD_OUT, "".join(f"{question}\n" for question in sorted(held_out)))
+    write_text(root / HELD_OUT, rows_jsonl(labelled.holdout))
+    write_text(root / ROWS, rows_jsonl(labelled.train))
+    write_json(root / REPORT, labelled.report)
+
+
+def rows_jsonl(rows: Iterable[Row]) -> str:
+    """Return one JSON object a line, with the fields of a row."""
+    return "".join(
+        json.dumps({**asdict(row), "tags": dict(row.tags)}, ensure_ascii=False, sort_keys=True) + "\n"
+        for row in rows
+    )
+
+
+def read_labelled(path: Path) -> list[Row]:
+    """Read the rows that `write_labelled` wrote; none where the file is not there.
+
+    Raises:
+        InputError: a line is no row.
+    """
+    if not path.is_file():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            fields = json.loads(line)
+            messages = tuple(Message(turn["role"], turn["content"]) for turn in fields["messages"])
+            rows.append(Row(**{**fields, "messages": messages}))
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(
+                f"{path}:{number} is no row: {error!r}", f"remove {path}; it is written anew"
+            ) from None
+    return rows
+
+
+def left_out_said(report: Mapping[str, Any]) -> str:
+    """Return how much of what was said became no row, and why most of it, in words; nothing if all did."""
+    left_out = report["left_out"]
+    if not left_out:
+        return ""
+    most = max(left_out, key=lambda reason: left_out[reason])
+    return f"{sum(left_out.values()):,} of {report['given']:,} left out, most: {REASONS[most]}"
+
+
+def said(report: Mapping[str, Any]) -> str:
+    """Return the report as Markdown."""
+    lines = [
+        f"{report['given']:,} times somebody said something of {report['exchanges']:,} answers. It became "
+        f"**{report['rows_train']:,} rows to learn** and {report['rows_holdout']:,} to judge by.",
+        "",
+    ]
+    if report["left_out"]:
+        lines += ["| left out | rows | why |", "|---|---:|---|"]
+        lines += [f"| {name} | {count:,} | {REASONS[name]} |" for name, count in report["left_out"].items()]
+        lines.append("")
+    if report["left_out"].get("key_share") and len(report["by_key"]) == 1:
+        lines += [
+            "All of it came from one key; if you trust it, raise `monitoring.feedback.max_share_per_key`.",
+            "",
+        ]
+    if report["by_user"]:
+        lines += ["| who said most | times | rows |", "|---|---:|---:|"]
+        lines += [f"| {one['user']} | {one['given']:,} | {one['rows']:,} |" for one in report["by_user"]]
+        lines.append("")
+    if set(report["by_key"]) - {"(none)"}:
+        lines += ["| key | times | rows |", "|---|---:|---:|"]
+        lines += [f"| {key} | {one['given']:,} | {one['rows']:,} |" for key, one in report["by_key"].items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Say what all feedback in the event store would become, and write it if asked to."""
+    from stages.common.params.loading import load_params
+
+    parser = argparse.ArgumentParser(prog="python -m monitoring.feedback", description="Feedback as rows.")
+    parser.add_argument("--write", action="store_true", help=f"write {ROWS}, {HELD_OUT} and {REPORT}, too")
+    arguments = parser.parse_args(sys.argv[1:] if words is None else words)
+    params, root = load_params(), Path()
+    labelled = labelled_rows(
+        params.services.events.url,
+        0.0,
+        time.time(),
+        params.monitoring.feedback,
+        task_of(root, params),
+        held_out_before(root),
+    )
+    sys.stdout.write(said(labelled.report))
+    if arguments.write:
+        write_labelled(root, labelled)

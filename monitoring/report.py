@@ -1,0 +1,409 @@
+"""A window beside its reference, drawn by Evidently: a page for each window, a dashboard over all of them.
+
+Evidently draws, and decides nothing: its own tests raise an alarm in most checks of unchanged traffic once
+there are this many columns. Its report is told the effects and decisions of our verdict by a "statistical
+test" of our own, and its other tests stay off.
+
+In: feature tables (`monitoring.traffic.columns`) and a verdict. Out:
+`reports/watch/<window>/report.html` and a run of the project "perennial" in the workspace
+`.perennial/evidently`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import logging
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from monitoring.verdicts import ColumnChange, Verdict
+from stages.common.artifacts import STATE, atomic_write, read_json, write_json
+from stages.common.errors import InputError
+from stages.common.logs import set_quiet_environment
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+    from evidently.core.report import Snapshot
+    from evidently.ui.workspace import Project, Workspace
+
+WORKSPACE = STATE / "evidently"
+PROJECT = "perennial"
+# Evidently's figures of 5,000 rows a side take a second, and a page of more tells nobody more.
+MAX_ROWS = 5000
+MAX_RUNS = 100  # kept in the workspace: its page reads all of them when it starts
+METHOD = "perennial_effect"
+# Any one column decides for us; Evidently's "dataset drift" wants a share of them. One value for all
+# reports, because a figure with other parameters is another line on the dashboard.
+ANY_COLUMN = 0.001
+PANELS = "1"  # another number, and the dashboard of an older workspace is laid out anew
+
+logger = logging.getLogger("monitoring.report")
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """Rows drawn from one side, whole sessions at a time, and figures of all its rows.
+
+    Attributes:
+        frame: one line a row drawn: numbers, flags and categories as they are, vectors still as vectors.
+        rows, sessions: of the whole side.
+        means: of each flag over the whole side, nulls left out.
+    """
+
+    frame: pa.Table
+    rows: int
+    means: dict[str, float]
+
+
+def draw(tables: Iterable[pa.Table], max_rows: int = MAX_ROWS) -> Drawn:
+    """Draw at most `max_rows` rows of the tables, whole sessions, the same ones each time.
+
+    The sessions with the smallest hashes are kept, so one pass is enough and memory stays flat. A single
+    session with more rows than that is cut.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kept: dict[int, list[pa.Table]] = {}
+    largest: list[int] = []  # the hashes that are kept, negated: a heap with the largest on top
+    held, rows = 0, 0
+    bound = math.inf
+    schema: pa.Schema | None = None
+    sums: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    for table in tables:
+        schema = schema or table.schema
+        rows += table.num_rows
+        for name in table.column_names:
+            if name != "received_at" and pa.types.is_float64(table.schema.field(name).type):
+                sums[name] = sums.get(name, 0.0) + float(pc.sum(table[name]).as_py() or 0.0)
+                counts[name] = counts.get(name, 0) + table.num_rows - table[name].null_count
+        sessions = table["session"].combine_chunks()
+        order = pc.sort_indices(sessions)
+        for session, where in _runs(sessions.take(order), order):
+            number = _hash(session)
+            if number > bound:
+                continue
+            if number not in kept:
+                heapq.heappush(largest, -number)
+            part = table.take(where).slice(0, max_rows)
+            kept.setdefault(number, []).append(part)
+            held += part.num_rows
+            while held > max_rows and len(kept) > 1:
+                bound = -heapq.heappop(largest)
+                held -= sum(gone.num_rows for gone in kept.pop(int(bound)))
+                bound -= 1
+    if schema is None:
+        raise InputError("there are no rows to report on", "wait for traffic")
+    parts = [part for number in sorted(kept) for part in kept[number]]
+    frame = pa.concat_tables(parts) if parts else schema.empty_table()
+    means = {name: sums[name] / counts[name] for name in sums if counts[name]}
+    return Drawn(frame.slice(0, max_rows), rows, means)
+
+
+def _runs(sessions: pa.Array, order: pa.Array) -> Iterable[tuple[str, pa.Array]]:
+    """Yield each session of a sorted column with the places of its rows."""
+    encoded = sessions.dictionary_encode()
+    codes = encoded.indices.to_numpy()
+    starts = np.flatnonzero(np.diff(codes, prepend=-1))
+    for start, end in zip(starts, [*starts[1:], len(codes)], strict=True):
+        yield encoded.dictionary[int(codes[start])].as_py(), order.slice(int(start), int(end - start))
+
+
+def _hash(session: str) -> int:
+    return int.from_bytes(hashlib.blake2b(session.encode(), digest_size=6).digest(), "big")
+
+
+def make_report(
+    reference: Iterable[pa.Table], window: Iterable[pa.Table], verdict: Verdict, max_rows: int = MAX_ROWS
+) -> Snapshot:
+    """Return Evidently's report on a window: our verdict first, then every column beside its reference.
+
+    Args:
+        reference, window: feature tables, read once.
+        verdict: its columns are the ones that are shown; one that was not judged shows figures alone.
+
+    Raises:
+        InputError: a side has no rows, or Evidently is not installed.
+    """
+    set_quiet_environment()
+    try:
+        from evidently import DataDefinition, Dataset, Report
+        from evidently.presets import DataDriftPreset
+    except ImportError:
+        raise InputError("Evidently is not installed", "pip install '.[monitor]'") from None
+    before, now = draw(reference, max_rows), draw(window, max_rows)
+    changes = {
+        change.column: change
+        for question in verdict.questions
+        for change in question.columns
+        if {change.column} <= {*before.frame.column_names} & {*now.frame.column_names}
+    }
+    centre = {
+        name: _centre(before.frame, name) for name, change in changes.items() if change.kind == "vector"
+    }
+    frames = [_frame(drawn.frame, changes, centre) for drawn in (now, before)]
+    empty = [name for name in changes if any(frame[name].notna().sum() == 0 for frame in frames)]
+    shown = {name: change.kind for name, change in changes.items() if name not in empty}
+    definition = DataDefinition(
+        numerical_columns=[name for name, kind in shown.items() if kind != "category"],
+        categorical_columns=[name for name, kind in shown.items() if kind == "category"],
+    )
+    current, usual = (
+        Dataset.from_pandas(frame[[*shown]].copy(), data_definition=definition) for frame in frames
+    )
+    _register(changes)
+    preset = DataDriftPreset(drift_share=ANY_COLUMN, method=METHOD, include_tests=False)
+    report = Report(
+        [_words(verdict, before, now, empty), *([preset] if shown else [])],
+        include_tests=False,
+    )
+    snapshot: Snapshot = report.run(
+        current,
+        usual,
+        name=verdict.id,
+        timestamp=datetime.fromtimestamp(verdict.window.end, UTC).replace(tzinfo=None),
+    )
+    _add_figures(snapshot, verdict, now)
+    return snapshot
+
+
+def write_report(
+    reference: Iterable[pa.Table],
+    window: Iterable[pa.Table],
+    verdict: Verdict,
+    path: Path,
+    max_rows: int = MAX_ROWS,
+) -> Snapshot:
+    """Write the report as one self-contained page; return it for `add_to_workspace`.
+
+    Raises:
+        InputError: as `make_report`.
+    """
+    snapshot = make_report(reference, window, verdict, max_rows)
+    with atomic_write(path) as beside:
+        snapshot.save_html(str(beside))
+    return snapshot
+
+
+def _centre(table: pa.Table, name: str) -> NDArray[np.float64]:
+    vectors, _ = _vectors(table, name)
+    middle = vectors.mean(axis=0) if len(vectors) else np.zeros(1)
+    return np.asarray(middle / max(float(np.linalg.norm(middle)), 1e-12), dtype=np.float64)
+
+
+def _vectors(table: pa.Table, name: str) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Return the vectors that are there, shape (rows there, size), and where they are."""
+    column = table[name].combine_chunks()
+    there = np.asarray(column.is_valid().to_numpy(zero_copy_only=False), dtype=np.bool_)
+    flat = column.drop_null().flatten().to_numpy(zero_copy_only=False)
+    return flat.reshape(int(there.sum()), -1).astype(np.float64), there
+
+
+def _frame(
+    table: pa.Table, changes: dict[str, ColumnChange], centre: dict[str, NDArray[np.float64]]
+) -> pd.DataFrame:
+    """Return the columns of the verdict; a vector as its cosine to the middle of the reference's vectors."""
+    import pandas as pd
+
+    columns: dict[str, Any] = {}
+    for name in changes:
+        if name in centre:
+            vectors, there = _vectors(table, name)
+            cosine = np.full(len(there), np.nan)
+            norms = np.maximum(np.linalg.norm(vectors, axis=1), 1e-12) if len(vectors) else np.ones(0)
+            cosine[there] = vectors @ centre[name] / norms if len(vectors) else 0.0
+            columns[name] = cosine
+        else:
+            columns[name] = table[name].to_pandas()
+    return pd.DataFrame(columns)
+
+
+def _register(changes: dict[str, ColumnChange]) -> None:
+    """Give Evidently a "test" that answers with our effects and decisions."""
+    from evidently.legacy.calculations.stattests import StatTest, register_stattest
+    from evidently.legacy.core import ColumnType
+
+    def verdict_of(
+        reference: pd.Series[Any], _current: pd.Series[Any], _kind: Any, _threshold: float
+    ) -> tuple[float, bool]:
+        change = changes[str(reference.name)]
+        return change.effect, change.drifted
+
+    kinds = [ColumnType.Numerical, ColumnType.Categorical]
+    register_stattest(StatTest(METHOD, "effect (0 to 1), by Perennial's verdict", kinds), verdict_of)
+
+
+def _words(verdict: Verdict, before: Drawn, now: Drawn, empty: Sequence[str]) -> Any:
+    """Return what stands above Evidently's pictures: the verdict in words and in one table."""
+    from evidently.core.container import MetricContainer
+    from evidently.legacy.renderers.html_widgets import CounterData, counter, table_data, text_widget
+
+    drawn = "; ".join(
+        f"{side}: {part.frame.num_rows:,} of {part.rows:,} rows drawn, whole sessions"
+        if part.frame.num_rows < part.rows
+        else f"{side}: all {part.rows:,} rows"
+        for side, part in (("window", now), ("reference", before))
+    )
+    notes = [
+        drawn,
+        "The verdict is Perennial's and counts every row. Evidently draws the pictures; its score is the "
+        "effect of a column (0: unchanged, 1: nothing in common), and whether a column drifted is decided "
+        "by the verdict's p-value and effect together.",
+        "A vector is drawn as its cosine to the middle of the reference's vectors.",
+    ]
+    if empty:
+        notes.append(f"Not drawn, because one side has no value: {', '.join(empty)}.")
+
+    class VerdictInWords(MetricContainer):  # type: ignore[misc]
+        """Widgets without a figure of their own: nothing in a stored run names this class."""
+
+        def generate_metrics(self, context: Any) -> Sequence[Any]:
+            return []
+
+        def render(self, context: Any, child_widgets: Any = None) -> list[Any]:
+            return [
+                counter(counters=[CounterData(verdict.said, f"Window {verdict.id} of {verdict.tag}")]),
+                *([table_data(column_names=_HEADER, data=_lines(verdict))] if verdict.questions else []),
+                text_widget(text="\n\n".join(notes)),
+            ]
+
+    return VerdictInWords()
+
+
+_HEADER = ("Question", "Column", "Drifted", "Effect", "p", "Inflation", "Reference", "Window")
+
+
+def _lines(verdict: Verdict) -> list[tuple[str, ...]]:
+    return [
+        (
+            question.question,
+            change.column,
+            "yes" if change.drifted else "no",
+            f"{change.effect:.3f}",
+            f"{change.p_value:.4f}",
+            f"{change.inflation:.2f}",
+            change.before,
+            change.after,
+        )
+        for question in verdict.questions
+        for change in question.columns
+    ]
+
+
+def _add_figures(snapshot: Snapshot, verdict: Verdict, now: Drawn) -> None:
+    """Put figures of the whole window into the run, for the dashboard's lines.
+
+    They bear the names of Evidently's own figures, because a stored run may hold no other kinds.
+    """
+    from evidently.metrics import MeanValue, QuantileValue, RowCount
+
+    figures: list[tuple[Any, float | None]] = [
+        (RowCount(), float(verdict.window.rows)),
+        (MeanValue(column="valid_output"), now.means.get("valid_output")),
+        (MeanValue(column="thumb"), now.means.get("thumb")),
+        (MeanValue(column="corrected"), now.means.get("corrected")),
+        (MeanValue(column="failed"), now.means.get("failed")),
+        (QuantileValue(column="total_s", quantile=0.95), verdict.service.get("total_s_p95")),
+    ]
+    for metric, value in figures:
+        if value is None or not math.isfinite(value):
+            continue
+        calculation = metric.to_calculation()
+        result = calculation.result(value)
+        result.set_metric_location(calculation.to_metric_config())
+        snapshot.metric_results[calculation.id] = result
+        snapshot._top_level_metrics.append(calculation.id)
+
+
+def add_to_workspace(root: Path, verdict: Verdict, snapshot: Snapshot) -> str:
+    """Add a report to the workspace, in the place of an older one on the same window; return the run's id.
+
+    Runs beyond `MAX_RUNS` go, the oldest first; their pages under `reports/watch` stay.
+    """
+    set_quiet_environment()
+    from evidently.ui.workspace import Workspace
+
+    workspace = Workspace.create(str(root / WORKSPACE))
+    project = _project(workspace)
+    index_path = root / WORKSPACE / "runs.json"
+    index: dict[str, str] = read_json(index_path) if index_path.exists() else {}
+    stored = {str(run) for run in workspace.list_runs(project.id)}
+    for old in [index.pop(verdict.id, None), *_oldest(index, MAX_RUNS - 1)]:
+        if old in stored:
+            workspace.delete_run(project.id, old)
+    for result in snapshot.metric_results.values():
+        result.widget = []  # the table above them holds the same pictures: half of the file
+    run = workspace.add_run(project.id, snapshot, include_data=False)
+    index[verdict.id] = str(run.id)
+    write_json(index_path, index)
+    return str(run.id)
+
+
+def _oldest(index: dict[str, str], keep: int) -> list[str]:
+    """Take the oldest windows (their names start with their time) out of the index; return their runs."""
+    return [index.pop(name) for name in sorted(index)[: max(0, len(index) - keep)]]
+
+
+def _project(workspace: Workspace) -> Project:
+    description = f"What production is asked and answers, window by window (panels {PANELS})"
+    found = [project for project in workspace.list_projects() if project.name == PROJECT]
+    if found and found[0].description == description:
+        return found[0]
+    if found:
+        project = found[0]
+        project.description = description
+        project.save()
+        for tab in [tab.title for tab in project.dashboard.model().tabs]:
+            project.dashboard.delete_tab(tab)
+    else:
+        project = workspace.create_project(PROJECT, description)
+    _lay_out(project)
+    return project
+
+
+def _lay_out(project: Project) -> None:
+    from evidently.sdk.models import PanelMetric
+    from evidently.sdk.panels import bar_plot_panel, counter_panel, line_plot_panel, text_panel
+
+    def mean(column: str, legend: str) -> PanelMetric:
+        return PanelMetric(legend=legend, metric="MeanValue", metric_labels={"column": column})
+
+    drifted = PanelMetric(
+        legend="columns", metric="DriftedColumnsCount", metric_labels={"value_type": "count"}
+    )
+    rows = PanelMetric(legend="requests", metric="RowCount")
+    slow = PanelMetric(
+        legend="95th percentile, s", metric="QuantileValue", metric_labels={"column": "total_s"}
+    )
+    effects = PanelMetric(legend="{{column}}", metric="ValueDrift", metric_labels={"method": METHOD})
+    for panel in (
+        text_panel(
+            "Drift of production",
+            "Each point is a window of traffic beside the champion's first requests. Whether a column "
+            "drifted is Perennial's verdict; Evidently draws.",
+        ),
+        counter_panel("Drifted columns, latest window", [drifted], size="half"),
+        counter_panel("Requests, latest window", [rows], size="half"),
+        line_plot_panel("Effect of each column (0: unchanged, 1: nothing in common)", [effects]),
+        bar_plot_panel("Drifted columns", [drifted], size="half"),
+        bar_plot_panel("Requests", [rows], size="half"),
+        line_plot_panel("Valid output", [mean("valid_output", "share")], size="half"),
+        line_plot_panel(
+            "Feedback",
+            [mean("thumb", "thumbs up, of thumbs"), mean("corrected", "corrected, of feedback")],
+            size="half",
+        ),
+        line_plot_panel("Time to the end of the answer", [slow], size="half"),
+        line_plot_panel("Errors of the server", [mean("failed", "share")], size="half"),
+    ):
+        project.dashboard.add_panel(panel)

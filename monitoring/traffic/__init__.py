@@ -1,0 +1,1 @@
+"""Production traffic as windows and feature tables."""

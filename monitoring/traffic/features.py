@@ -1,0 +1,419 @@
+"""From exchanges to a feature table: numbers, categories, flags and vectors, a page at a time.
+
+The columns are defined in `monitoring.traffic.columns`; the keys of JSON answers are found in the reference
+by `watched_columns`. Answers that were cut off by the client or by an error have no output columns.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from monitoring.traffic.columns import ABSENT, ANSWER_PREFIX, FEATURES, VECTOR_SIZE, Column, table_schema
+from monitoring.traffic.embeddings import embed
+from monitoring.traffic.languages import language
+from stages.common.params.loop import FeatureSettings
+from stages.common.records import canonical_json
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Floats = npt.NDArray[np.float64]
+
+CLIENT_GONE = 499  # services.answering: the client closed the connection
+CANCELLED = "cancelled"
+MAX_VALUE_CHARS = 60  # of a category
+
+# Keys of JSON answers: one that is rarer says nothing in a window; one whose commonest values make up less
+# than this is free text, and only looked at for being there.
+MIN_KEY_SHARE = 0.01
+MIN_KEY_ROWS = 5
+MAX_KEYS = 32
+COVERED = 0.9
+COUNTED_VALUES = 50  # times max_categories: then a key is free text for sure, and bounds the memory
+
+TIME_BINS_PER_DECADE = 200  # of the service's times: quantiles are off by 0.6 % at most
+TIME_DECADES = (-4, 5)  # from 0.1 ms to a day
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """An exchange as the features read it; `answer` is None where there is no whole one."""
+
+    row: Mapping[str, Any]
+    question: str
+    turns: int
+    verdicts: Mapping[str, Any]
+    answer: str | None
+    value: Any  # of a JSON answer, or _NO_JSON
+
+    @property
+    def fields(self) -> Mapping[str, Any] | None:
+        return self.value if isinstance(self.value, dict) else None
+
+
+_NO_JSON = object()
+
+
+def watched_columns(batches: Iterable[pa.RecordBatch], settings: FeatureSettings) -> tuple[Column, ...]:
+    """Return what to look at in every window: the fixed columns, and the keys of the reference's answers.
+
+    A key is a category if its `max_categories` commonest values make up most of its answers, and else a
+    flag: is it there? Vectors are left out where `settings.embeddings` is none.
+    """
+    fixed = [column for column in FEATURES if column.kind != "vector" or settings.embeddings != "none"]
+    return (*fixed, *_answer_columns(batches, settings.max_categories))
+
+
+def _answer_columns(batches: Iterable[pa.RecordBatch], max_categories: int) -> list[Column]:
+    answers = 0
+    seen: Counter[str] = Counter()
+    values: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for batch in batches:
+        texts = batch.select(["answer", "finish_reason"]).to_pylist()
+        for row in texts:
+            answer = _whole_answer(row)
+            value = _NO_JSON if answer is None else _json(answer)
+            if not isinstance(value, dict):
+                continue
+            answers += 1
+            for key, inner in value.items():
+                seen[key] += 1
+                counted = values[key]
+                if len(counted) <= COUNTED_VALUES * max_categories:
+                    counted[_category(inner)] += 1
+    wanted = max(MIN_KEY_ROWS, MIN_KEY_SHARE * answers)
+    keys = [key for key, rows in seen.most_common() if rows >= wanted][:MAX_KEYS]
+    return [_answer_column(key, values[key], seen[key], max_categories) for key in sorted(keys)]
+
+
+def _answer_column(key: str, values: Counter[str], rows: int, max_categories: int) -> Column:
+    common = sum(count for _, count in values.most_common(max_categories))
+    if len(values) <= max_categories or common >= COVERED * rows:
+        return Column(f"{ANSWER_PREFIX}{key}", "output", "category", None, "", f"the answer's {key}")
+    return Column(f"{ANSWER_PREFIX}{key}", "output", "flag", None, "", f"the answer has a {key}")
+
+
+def feature_tables(
+    batches: Iterable[pa.RecordBatch],
+    columns: Sequence[Column],
+    settings: FeatureSettings,
+    labels: Mapping[str, str] | None = None,
+) -> Iterator[pa.Table]:
+    """Yield the feature table of each batch of `services.events.read_joined`'s columns; memory is bounded.
+
+    Args:
+        columns: as `watched_columns` found them in the reference.
+        labels: request_id → right answer, of a sample that was labelled; wins over corrections.
+
+    Raises:
+        InputError: a package that `columns` or `settings` need is not installed.
+    """
+    for batch in batches:
+        if batch.num_rows:
+            yield _table(batch, columns, settings, labels or {})
+
+
+def _table(
+    batch: pa.RecordBatch,
+    columns: Sequence[Column],
+    settings: FeatureSettings,
+    labels: Mapping[str, str],
+) -> pa.Table:
+    import pyarrow as pa
+
+    schema = table_schema(columns)
+    seen = [_read(row) for row in batch.to_pylist()]
+    shapes = _shapes([one.question for one in seen])
+    made: list[pa.Array] = [
+        pa.array([one.row["request_id"] for one in seen], pa.string()),
+        pa.array([one.row["received_at"] for one in seen], pa.float64()),
+        pa.array([_session(one.row) for one in seen], pa.string()),
+        pa.array([one.row["version"] for one in seen], pa.string()),
+    ]
+    for column in columns:
+        if column.kind == "vector":
+            made.append(_vectors(seen, column.name, settings))
+        elif column.name == "label_match":
+            made.append(pa.array([_label_match(one, labels) for one in seen], pa.float64()))
+        elif column.name in shapes:
+            made.append(pa.array(shapes[column.name], pa.float64(), from_pandas=True))  # NaN is null
+        else:
+            read = _reader(column)
+            made.append(pa.array([read(one) for one in seen], schema.field(column.name).type))
+    return pa.Table.from_arrays(made, schema=schema)
+
+
+def _read(row: Mapping[str, Any]) -> _Seen:
+    messages = json.loads(row["messages"])
+    question = next(m["content"] for m in reversed(messages) if m["role"] == "user")
+    answer = _whole_answer(row)
+    value = _NO_JSON if answer is None else _json(answer)
+    return _Seen(row, question, len(messages), json.loads(row["verdicts"]), answer, value)
+
+
+def _whole_answer(row: Mapping[str, Any]) -> str | None:
+    """Return the answer that the model ended itself or by its limit, shown or refused by the guard."""
+    answer: str | None = row["answer"]
+    return answer if row["finish_reason"] not in (None, CANCELLED) else None
+
+
+def _session(row: Mapping[str, Any]) -> str:
+    return str(row["session"] or row["user"] or row["request_id"])
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return _NO_JSON
+
+
+def _category(value: Any) -> str:
+    return (value if isinstance(value, str) else canonical_json(value))[:MAX_VALUE_CHARS]
+
+
+def _reader(column: Column) -> Callable[[_Seen], Any]:
+    """Return what reads a column's value from an exchange."""
+    if column.name.startswith(ANSWER_PREFIX):
+        return _answer_key(column)
+    if column.name.startswith("guard_"):
+        return _guard(column.name.removeprefix("guard_"))
+    return _READERS[column.name]
+
+
+def _answer_key(column: Column) -> Callable[[_Seen], Any]:
+    key = column.name.removeprefix(ANSWER_PREFIX)
+
+    def category(one: _Seen) -> str | None:
+        if (fields := one.fields) is None:
+            return None
+        return _category(fields[key]) if key in fields else ABSENT
+
+    def flag(one: _Seen) -> float | None:
+        return None if one.fields is None else float(key in one.fields)
+
+    return flag if column.kind == "flag" else category
+
+
+def _guard(check: str) -> Callable[[_Seen], float | None]:
+    def suspicious(one: _Seen) -> float | None:
+        verdict = one.verdicts.get(check)
+        return None if verdict is None else float(not verdict[0])
+
+    return suspicious
+
+
+def _answered(name: str) -> Callable[[_Seen], Any]:
+    return lambda one: None if one.answer is None else one.row[name]
+
+
+def _flag(name: str) -> Callable[[_Seen], float | None]:
+    return lambda one: None if one.row[name] is None else float(one.row[name])
+
+
+def _answer_form(one: _Seen) -> str | None:
+    if one.answer is None:
+        return None
+    if one.fields is not None:
+        return ",".join(sorted(one.fields))[:MAX_VALUE_CHARS] or "(no keys)"
+    if one.value is _NO_JSON:
+        return "(text)" if one.answer.strip() else "(empty)"
+    return "(list)" if isinstance(one.value, list) else "(value)"
+
+
+def _thumb(one: _Seen) -> float | None:
+    thumbs = [given["thumb"] for given in one.row["feedback"] if given["thumb"] is not None]
+    return float(thumbs[-1] > 0) if thumbs else None
+
+
+def _correction(one: _Seen) -> str | None:
+    given = [told["correction"] for told in one.row["feedback"] if told["correction"]]
+    return given[-1] if given else None
+
+
+def _corrected(one: _Seen) -> float | None:
+    if not one.row["feedback"] or one.answer is None:
+        return None
+    correction = _correction(one)
+    return float(correction is not None and not same_answer(one.answer, correction))
+
+
+def _label_match(one: _Seen, labels: Mapping[str, str]) -> float | None:
+    label = labels.get(one.row["request_id"]) or _correction(one)
+    return None if label is None or one.answer is None else float(same_answer(one.answer, label))
+
+
+def same_answer(answer: str, label: str) -> bool:
+    """Return whether two answers say the same: as JSON where both are, else but for spaces at the ends."""
+    values = _json(answer), _json(label)
+    if _NO_JSON in values:
+        return answer.strip() == label.strip()
+    return canonical_json(values[0]) == canonical_json(values[1])
+
+
+_READERS: dict[str, Callable[[_Seen], Any]] = {
+    "question_chars": lambda one: len(one.question),
+    "question_words": lambda one: len(one.question.split()),
+    "turns": lambda one: one.turns,
+    "language": lambda one: language(one.question),
+    "answer_chars": lambda one: None if one.answer is None else len(one.answer),
+    "finish_reason": _answered("finish_reason"),
+    "answer_form": _answer_form,
+    "mean_logprob": _answered("mean_logprob"),
+    "valid_output": _flag("valid_output"),
+    "thumb": _thumb,
+    "corrected": _corrected,
+    "failed": lambda one: float(one.row["status"] >= 500),
+    "queue_s": _answered("queue_s"),
+    "first_token_s": _answered("first_token_s"),
+    "total_s": _answered("total_s"),
+    "tokens": lambda one: (
+        None if one.answer is None else one.row["prompt_tokens"] + one.row["completion_tokens"]
+    ),
+    "cancelled": lambda one: float(one.row["status"] == CLIENT_GONE),
+    "refused": lambda one: float(400 <= one.row["status"] < CLIENT_GONE),
+}
+
+
+def _shapes(texts: Sequence[str]) -> dict[str, Floats]:
+    """Return the shares of kinds of characters in each text; NaN where there is nothing to share."""
+    codes = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    chars = np.array([len(text) for text in texts])
+    kinds = {"letter": str.isalpha, "digit": str.isdigit, "capital": str.isupper, "space": str.isspace}
+    there = np.flatnonzero(np.bincount(codes)) if len(codes) else np.empty(0, dtype=np.intp)
+    text_of = np.repeat(np.arange(len(texts)), chars)
+    counts: dict[str, Floats] = {}
+    for kind, is_kind in kinds.items():
+        table = np.zeros(int(there[-1]) + 1 if len(there) else 1)
+        table[[code for code in there if is_kind(chr(code))]] = 1.0
+        counts[kind] = np.bincount(text_of, weights=table[codes], minlength=len(texts)).astype(np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return {
+            "non_letter_share": (chars - counts["letter"] - counts["space"]) / np.where(chars, chars, np.nan),
+            "digit_share": counts["digit"] / np.where(chars, chars, np.nan),
+            "capital_share": counts["capital"] / np.where(counts["letter"], counts["letter"], np.nan),
+        }
+
+
+def _vectors(seen: Sequence[_Seen], name: str, settings: FeatureSettings) -> pa.Array:
+    """Return the embeddings of the questions or answers; null where there is no answer."""
+    import pyarrow as pa
+
+    texts = [one.question if name == "question_vector" else one.answer for one in seen]
+    absent = np.array([text is None for text in texts])
+    values = np.zeros((len(texts), VECTOR_SIZE), dtype=np.float32)
+    if settings.embeddings == "none":
+        absent[:] = True
+    else:
+        values[~absent] = embed([text for text in texts if text is not None], settings.embeddings)
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), VECTOR_SIZE, mask=pa.array(absent))
+
+
+@dataclass(slots=True)
+class ServiceSums:
+    """How fast and at what cost a window was answered; feature tables are added in the order of time.
+
+    The busy time is that in which at least one answer was being written: answers side by side share it.
+    """
+
+    requests: int = 0
+    refused: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    tokens: float = 0.0
+    busy_s: float = 0.0
+    _busy_until: float = -math.inf
+    _times: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
+
+    def add(self, table: pa.Table) -> None:
+        """Add the rows of a feature table that has the service's columns."""
+        self.requests += table.num_rows
+        self.refused += _sum(table, "refused")
+        self.failed += _sum(table, "failed")
+        self.cancelled += _sum(table, "cancelled")
+        self.tokens += float(np.nansum(_numbers(table, "tokens")))
+        for name in ("queue_s", "first_token_s", "total_s"):
+            values = _numbers(table, name)
+            counted = np.bincount(_time_bins(values[~np.isnan(values)]), minlength=_TIME_BINS)
+            self._times[name] = self._times.get(name, np.zeros(_TIME_BINS, dtype=np.int64)) + counted
+        self._add_busy(_numbers(table, "received_at"), _numbers(table, "total_s"))
+
+    def _add_busy(self, starts: Floats, lengths: Floats) -> None:
+        timed = ~np.isnan(lengths)
+        starts = starts[timed]
+        if not len(starts):
+            return
+        ends = starts + lengths[timed]
+        until = np.maximum.accumulate(np.concatenate(([self._busy_until], ends)))
+        self.busy_s += float(np.maximum(0.0, ends - np.maximum(starts, until[:-1])).sum())
+        self._busy_until = float(until[-1])
+
+    def figures(self, cost_per_hour: float) -> dict[str, float | None]:
+        """Return the figures: times in s (p50, p95), tokens a busy second, cost of 1,000 requests."""
+        figures: dict[str, float | None] = {
+            "requests": self.requests,
+            "refused": self.refused,
+            "failed": self.failed,
+            "cancelled": self.cancelled,
+            "busy_s": round(self.busy_s, 3),
+            "tokens_per_s": round(self.tokens / self.busy_s, 2) if self.busy_s else None,
+            "cost_per_1000": cost_per_1000(self.busy_s, self.requests, cost_per_hour),
+        }
+        for name, counts in self._times.items():
+            for share in (0.5, 0.95):
+                figures[f"{name.removesuffix('_s')}_p{share * 100:.0f}_s"] = _time_quantile(counts, share)
+        return figures
+
+
+def service_figures(tables: Iterable[pa.Table], cost_per_hour: float) -> dict[str, float | None]:
+    """Return `ServiceSums.figures` of all tables."""
+    sums = ServiceSums()
+    for table in tables:
+        sums.add(table)
+    return sums.figures(cost_per_hour)
+
+
+def counted_for_service(tables: Iterable[pa.Table], sums: ServiceSums) -> Iterator[pa.Table]:
+    """Yield the tables as they come, each added to `sums`: one reading serves the verdict and the figures."""
+    for table in tables:
+        sums.add(table)
+        yield table
+
+
+def cost_per_1000(compute_s: float, requests: int, cost_per_hour: float) -> float | None:
+    """Return what 1,000 requests cost on a machine that costs `cost_per_hour`; None without requests."""
+    return round(compute_s / 3600.0 * cost_per_hour / requests * 1000.0, 6) if requests else None
+
+
+def _numbers(table: pa.Table, name: str) -> Floats:
+    return np.asarray(table[name].to_numpy(), dtype=np.float64)
+
+
+def _sum(table: pa.Table, name: str) -> int:
+    return int(np.nansum(_numbers(table, name)))
+
+
+_TIME_BINS = (TIME_DECADES[1] - TIME_DECADES[0]) * TIME_BINS_PER_DECADE
+
+
+def _time_bins(values: Floats) -> npt.NDArray[np.int64]:
+    logs = np.log10(np.maximum(values, 10.0 ** TIME_DECADES[0])) - TIME_DECADES[0]
+    bins: npt.NDArray[np.int64] = np.minimum(logs * TIME_BINS_PER_DECADE, _TIME_BINS - 1).astype(np.int64)
+    return bins
+
+
+def _time_quantile(counts: npt.NDArray[np.int64], share: float) -> float | None:
+    total = int(counts.sum())
+    if not total:
+        return None
+    number = int(np.searchsorted(np.cumsum(counts), max(1.0, math.ceil(share * total))))
+    # Less than the first bin's width is as good as nothing.
+    return float(f"{10 ** ((number + 0.5) / TIME_BINS_PER_DECADE + TIME_DECADES[0]):.3g}") if number else 0.0

@@ -1,0 +1,283 @@
+"""Windows of production: which exchanges are looked at together, and which of them cannot be.
+
+Watched are the exchanges that one version answered as champion, errors and refusals among them; shadows
+and challengers are not. A window is [start, end) in unix s, and the windows of a version meet each other,
+so that every exchange is in one of them, or came late.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from services.events import count_exchanges, read_joined, read_times
+from stages.common.artifacts import atomic_write
+from stages.common.params.loop import Reference, WindowSettings
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+WATCHED_ROLE = "champion"
+HOUR_S = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Exchanges that are looked at together.
+
+    Attributes:
+        start, end: [start, end) of `received_at`, unix s.
+        rows: watched exchanges when the window was cut.
+        name: UTC time of its first exchange to the millisecond, and the rows: names sort by time.
+    """
+
+    start: float
+    end: float
+    rows: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class SetAside:
+    """An event that cannot be looked at, and why; the reasons are few, and counted."""
+
+    request_id: str
+    received_at: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Some exchanges of a window, as `services.events.read_joined` yields them, and what was set aside."""
+
+    batch: pa.RecordBatch
+    set_aside: tuple[SetAside, ...]
+
+
+def version_of(tag: str) -> str:
+    """Return the version of a tag NAME:VERSION; a version alone is one too."""
+    return tag.rpartition(":")[2]
+
+
+def reference_window(url: str, tag: str, settings: Reference) -> Window | None:
+    """Return the first exchanges that a version answered as champion, or None while there are too few.
+
+    Exchanges that share their time with the last one are in it too.
+
+    Raises:
+        InputError: the store cannot be read.
+    """
+    times = read_times(url, 0.0, math.inf, version_of(tag), WATCHED_ROLE)
+    first = last = 0.0
+    rows = 0
+    for time in times:
+        if rows >= settings.rows and time > last:
+            break
+        first, last, rows = (time if not rows else first), time, rows + 1
+    if rows < settings.rows:
+        return None
+    return _window(first, math.nextafter(last, math.inf), rows, first)
+
+
+def closed_windows(
+    url: str, after: float, tag: str, settings: WindowSettings, now: float, limit: int
+) -> list[Window]:
+    """Return up to `limit` windows from `after` (the end of the window before) that nothing is added to.
+
+    A window closes when its end is `settle_s` old. Windows by time in which nothing was asked are left out.
+
+    Raises:
+        InputError: the store cannot be read.
+    """
+    settled = now - settings.settle_s
+    times = read_times(url, after, math.nextafter(settled, math.inf), version_of(tag), WATCHED_ROLE)
+    if settings.kind == "count":
+        windows = _by_count(times, after, settings.rows)
+    else:
+        windows = _by_time(times, after, settings.hours * HOUR_S, settled)
+    return [window for window, _ in zip(windows, range(limit), strict=False)]
+
+
+def _by_count(times: Iterator[float], after: float, wanted: int) -> Iterator[Window]:
+    """Yield windows of `wanted` rows, or a few more where a time is shared: a cut is never inside of one."""
+    start, first, last, rows = after, 0.0, 0.0, 0
+    for time in times:
+        if rows >= wanted and time > last:
+            end = math.nextafter(last, math.inf)
+            yield _window(start, end, rows, first)
+            start, rows = end, 0
+        if not rows:
+            first = time
+            start = start if start > 0.0 else time
+        last, rows = time, rows + 1
+    if rows >= wanted:
+        yield _window(start, math.nextafter(last, math.inf), rows, first)
+
+
+def _by_time(times: Iterator[float], after: float, length_s: float, settled: float) -> Iterator[Window]:
+    """Yield windows of `length_s` that end by `settled`, counted from `after`, or from the first row."""
+    origin, start, end, first, rows = after, 0.0, -math.inf, 0.0, 0
+    for time in times:
+        if time >= end:
+            if rows:
+                yield _window(start, end, rows, first)
+            origin = origin if origin > 0.0 else time
+            start, end = _span(time, origin, length_s)
+            first, rows = time, 0
+        if end > settled:
+            return
+        rows += 1
+    if rows:
+        yield _window(start, end, rows, first)
+
+
+def _span(time: float, origin: float, length_s: float) -> tuple[float, float]:
+    number = int((time - origin) // length_s)
+    if origin + number * length_s > time:  # rounding of large times
+        number -= 1
+    elif origin + (number + 1) * length_s <= time:
+        number += 1
+    return origin + number * length_s, origin + (number + 1) * length_s
+
+
+def _window(start: float, end: float, rows: int, first: float) -> Window:
+    at = datetime.fromtimestamp(math.floor(first * 1000) / 1000, UTC)
+    return Window(start, end, rows, f"{at:%Y%m%dT%H%M%S}.{at.microsecond // 1000:03d}-{rows}")
+
+
+def late_rows(url: str, window: Window, tag: str, counted: int | None = None) -> int:
+    """Return how many watched exchanges of a window were stored after it was cut, or after `counted`.
+
+    Raises:
+        InputError: the store cannot be read.
+    """
+    now = count_exchanges(url, window.start, window.end, version_of(tag), WATCHED_ROLE)
+    return max(0, now - (window.rows if counted is None else counted))
+
+
+def read_window(url: str, window: Window, tag: str, role: str = WATCHED_ROLE) -> Iterator[Page]:
+    """Yield a window's watched exchanges with the feedback on them, in order; memory is bounded.
+
+    Args:
+        role: another one than the champion's, to look at a challenger's in the same way.
+
+    Raises:
+        InputError: the store cannot be read.
+    """
+    import pyarrow.compute as pc
+
+    version = version_of(tag)
+    at_the_last_time: tuple[float, set[tuple[Any, ...]]] = (-math.inf, set())
+    for batch in read_joined(url, window.start, window.end):
+        watched = batch.filter(pc.and_(pc.equal(batch["version"], version), pc.equal(batch["role"], role)))
+        set_aside: list[SetAside] = []
+        keep: list[bool] = []
+        for row in watched.select(_CHECKED).to_pylist():
+            reason = problem(row)
+            if row["received_at"] != at_the_last_time[0]:
+                at_the_last_time = row["received_at"], set()
+            print_of_it = tuple(row[name] for name in _CHECKED if name != "request_id")
+            if reason is None and print_of_it in at_the_last_time[1]:
+                reason = "stored twice"
+            at_the_last_time[1].add(print_of_it)
+            keep.append(reason is None)
+            if reason is not None:
+                set_aside.append(SetAside(row["request_id"], row["received_at"], reason))
+        if set_aside:
+            import pyarrow as pa
+
+            watched = watched.filter(pa.array(keep, pa.bool_()))
+        if watched.num_rows or set_aside:
+            yield Page(watched, tuple(set_aside))
+
+
+_CHECKED = [
+    "request_id",
+    "received_at",
+    "user",
+    "session",
+    "messages",
+    "parameters",
+    "verdicts",
+    "status",
+    "answer",
+    "prompt_tokens",
+    "completion_tokens",
+    "queue_s",
+    "first_token_s",
+    "total_s",
+    "mean_logprob",
+]
+_TIMES = ("queue_s", "first_token_s", "total_s")
+_COUNTS = ("prompt_tokens", "completion_tokens")
+
+
+def problem(row: Mapping[str, Any]) -> str | None:
+    """Return why an exchange cannot be looked at, or None."""
+    messages = _json(row["messages"])
+    if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
+        return "messages are no list of roles and contents"
+    asked = [message["content"] for message in messages if message["role"] == "user"]
+    if not asked:
+        raw = any(message["role"] == "raw" for message in messages)
+        return "a raw prompt of tokens" if raw else "no user message"
+    if not isinstance(asked[-1], str):
+        return "messages are no list of roles and contents"
+    if not isinstance(_json(row["parameters"]), dict):
+        return "parameters are no JSON object"
+    verdicts = _json(row["verdicts"])
+    if not isinstance(verdicts, dict) or not all(_is_verdict(verdict) for verdict in verdicts.values()):
+        return "verdicts are no JSON object of [allow, reason]"
+    if any(value is not None and not 0.0 <= value < math.inf for value in map(row.get, _TIMES)):
+        return "a negative or impossible time"
+    if any(row[name] < 0 for name in _COUNTS):
+        return "a negative number of tokens"
+    if not 100 <= row["status"] <= 599:
+        return "a status that is none of HTTP"
+    sure = row["mean_logprob"]
+    if sure is not None and not -math.inf < sure <= 0.001:  # rounding may leave it just above 0
+        return "an impossible log-probability"
+    return None
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _is_message(message: Any) -> bool:
+    return (
+        isinstance(message, dict)
+        and isinstance(message.get("role"), str)
+        and isinstance(message.get("content"), str | list)
+    )
+
+
+def _is_verdict(verdict: Any) -> bool:
+    return isinstance(verdict, list) and len(verdict) == 2 and isinstance(verdict[0], bool)
+
+
+def set_aside_to(path: Path, pages: Iterator[Page], counts: Counter[str]) -> Iterator[pa.RecordBatch]:
+    """Yield the exchanges of `pages`; write what was set aside to `path` (JSON lines) and count the reasons.
+
+    The file appears when all was read, and only if something was set aside.
+    """
+    noted = 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as beside, beside.open("w", encoding="utf-8") as lines:
+        for page in pages:
+            for event in page.set_aside:
+                lines.write(json.dumps(asdict(event), ensure_ascii=False) + "\n")
+                counts[event.reason] += 1
+                noted += 1
+            yield page.batch
+    if not noted:
+        path.unlink()

@@ -1,0 +1,1 @@
+"""The guard: checks of prompts and answers."""

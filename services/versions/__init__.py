@@ -1,0 +1,1 @@
+"""Model versions: the store and its aliases."""

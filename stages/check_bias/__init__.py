@@ -1,0 +1,1 @@
+"""Stage check_bias: representation and outcome balance by group."""

@@ -1,0 +1,1 @@
+"""Typed parameters: load and check params.yaml."""

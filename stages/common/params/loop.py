@@ -1,0 +1,184 @@
+"""The sections `monitoring` and `flows` of `params.yaml`: what is watched, and when what is done about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+from typing_extensions import override
+
+from stages.common.params.checked_yaml import Section
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=0)]
+PositiveCount = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0.0)]
+NotNegative = Annotated[float, Field(ge=0.0)]
+Chance = Annotated[float, Field(gt=0.0, lt=0.5)]
+Port = Annotated[int, Field(ge=1, le=65535)]
+Question = Literal["input", "output", "quality"]
+
+
+class Reference(Section):
+    """The usual traffic, with which windows are compared."""
+
+    rows: Annotated[int, Field(ge=50)]
+
+
+class WindowSettings(Section):
+    """How traffic is cut into windows."""
+
+    kind: Literal["count", "time"]
+    rows: Annotated[int, Field(ge=20)]
+    hours: Positive
+    min_rows: Annotated[int, Field(ge=20)]
+    settle_s: NotNegative
+
+
+class FeatureSettings(Section):
+    """What is looked at in an exchange."""
+
+    max_categories: Annotated[int, Field(ge=2)]
+    embeddings: Literal["ngrams", "minilm", "none"]
+    cost_per_hour: NotNegative
+
+
+class DriftSettings(Section):
+    """When a window counts as drifted."""
+
+    alpha: Chance
+    min_effect: Share
+    permutations: Annotated[int, Field(ge=200)]
+    calibration_windows: Count
+    blocks: Annotated[int, Field(ge=50)]
+    seed: int
+
+
+class TriggerSettings(Section):
+    """When drift starts a retraining."""
+
+    questions: Annotated[tuple[Question, ...], Field(min_length=1)]
+    drifted: PositiveCount
+    of: PositiveCount
+    min_labelled_rows: Count
+    cooldown_hours: NotNegative
+
+    @override
+    def impossible(self) -> Iterator[tuple[str, str]]:
+        if self.drifted > self.of:
+            yield "drifted", f"is above of ({self.of}): no number of windows could trigger"
+
+
+class FeedbackSettings(Section):
+    """Which feedback becomes training rows."""
+
+    license: Annotated[str, Field(min_length=1)]
+    thumbs_up_as_label: bool
+    min_agreement: Annotated[float, Field(gt=0.5, le=1.0)]
+    max_rows_per_user: PositiveCount
+    max_share_per_key: Annotated[float, Field(gt=0.0, le=1.0)]
+    max_rows: PositiveCount
+    on_suspicion: Literal["drop", "keep"]
+    holdout_share: Annotated[float, Field(gt=0.0, lt=1.0)]
+    seed: int
+
+
+class Monitoring(Section):
+    """What is watched, and what is learned from it."""
+
+    reference: Reference
+    window: WindowSettings
+    features: FeatureSettings
+    drift: DriftSettings
+    trigger: TriggerSettings
+    feedback: FeedbackSettings
+
+
+class TrainingFlow(Section):
+    """When the training flow runs."""
+
+    cron: str | None
+    timezone: str = "UTC"
+    retries: Count
+    retry_delay_s: Count
+
+
+class WatchFlow(Section):
+    """When production is watched."""
+
+    cron: str | None
+    timezone: str = "UTC"
+    max_windows: PositiveCount
+    retrain: bool
+
+
+class GateSettings(Section):
+    """What a challenger must reach before it is shown to anybody."""
+
+    min_new_rows: PositiveCount
+    min_new_gain: Share
+    max_old_loss: Share
+    max_bias_gap_increase: Share
+    max_unsafe_increase: Share
+    max_rows: PositiveCount | None
+    concurrency: PositiveCount
+    confidence: Annotated[float, Field(gt=0.5, lt=1.0)]
+    resamples: Annotated[int, Field(ge=100)]
+    seed: int
+
+
+class CanarySettings(Section):
+    """How a challenger that passed the gate meets the users."""
+
+    share: Annotated[float, Field(gt=0.0, le=0.5)]
+    min_requests: Annotated[int, Field(ge=20)]
+    max_minutes: Positive
+    on_silence: Literal["promote", "refuse"]
+    probation_requests: Count
+    alpha: Chance
+
+
+class RetrainFlow(Section):
+    """How a model is replaced."""
+
+    cron: str | None
+    timezone: str = "UTC"
+    start_from: Literal["champion", "base"]
+    gate: GateSettings
+    canary: CanarySettings
+
+
+class Record(Section):
+    """Where experiments and versions are kept."""
+
+    tracking_url: Annotated[str, Field(pattern=r"^(sqlite:///|https?://|postgresql)")]
+    experiment: Annotated[str, Field(min_length=1)]
+
+
+class Notify(Section):
+    """Who is told."""
+
+    webhook: str | None
+    email: str | None
+    events: tuple[Literal["drift", "refused", "promoted", "rolled_back", "failed"], ...]
+
+
+class Pages(Section):
+    """Where `make up` listens, on loopback."""
+
+    overview: Port
+    prefect: Port
+    mlflow: Port
+    evidently: Port
+
+
+class Flows(Section):
+    """When things happen."""
+
+    training: TrainingFlow
+    watch: WatchFlow
+    retrain: RetrainFlow
+    record: Record
+    notify: Notify
+    pages: Pages

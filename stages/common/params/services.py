@@ -1,0 +1,121 @@
+"""The section `services` of `params.yaml`: how the model is served."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+from typing_extensions import override
+
+from stages.common.params.checked_yaml import Section
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=0)]
+PositiveCount = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0.0)]
+Policy = Literal["enforce", "record", "off"]
+
+
+class EngineSettings(Section):
+    """What computes the answers, and how much at once."""
+
+    kind: Literal["auto", "paged", "openvino", "transformers", "vllm"]
+    gpus: Count
+    threads: PositiveCount | None
+    context_tokens: Annotated[int, Field(ge=64)]
+    max_running: PositiveCount
+    max_waiting: PositiveCount
+    kv_cache_mib: Annotated[int, Field(ge=16)]
+
+    @override
+    def impossible(self) -> Iterator[tuple[str, str]]:
+        if self.kind in ("paged", "openvino") and self.gpus:
+            yield (
+                "gpus",
+                f"is set, but kind: {self.kind} computes on the CPU; set it to 0, or take another kind",
+            )
+        if self.kind == "vllm" and not self.gpus:
+            yield "gpus", "is 0, but kind: vllm needs a GPU; set it to 1 or more"
+
+
+class Versions(Section):
+    """Which models are served."""
+
+    follow_pipeline: bool
+    challenger_share: Share
+    challenger_mode: Literal["canary", "shadow"]
+    keep_loaded: PositiveCount
+
+
+class Answers(Section):
+    """What is written where a request does not say."""
+
+    default_max_tokens: PositiveCount
+    max_tokens: PositiveCount
+    hold_to_schema: bool
+
+    @override
+    def impossible(self) -> Iterator[tuple[str, str]]:
+        if self.default_max_tokens > self.max_tokens:
+            yield (
+                "default_max_tokens",
+                f"is above max_tokens ({self.max_tokens}): no request could be answered",
+            )
+
+
+class Access(Section):
+    """Who may ask, and how often."""
+
+    keys: Literal["auto", "always"]
+    keys_file: Annotated[str, Field(min_length=1)]
+    requests_per_minute: PositiveCount | None
+    tokens_per_day: PositiveCount | None
+
+
+class Guard(Section):
+    """What is refused on the way in and on the way out."""
+
+    max_body_bytes: Annotated[int, Field(ge=1024)]
+    max_messages: PositiveCount
+    max_prompt_tokens: PositiveCount
+    prompt_injection: Policy
+    toxicity: Policy
+    schema_: Policy = Field(alias="schema")
+    secrets: Policy
+    personal_data: Policy
+
+
+class Events(Section):
+    """Where every request and answer is kept."""
+
+    url: Annotated[str, Field(pattern=r"^(sqlite:///|postgresql\+psycopg://)")]
+    on_failure: Literal["refuse", "drop"]
+    queue_size: PositiveCount
+    group_rows: PositiveCount
+    group_wait_ms: Annotated[float, Field(ge=0.0)]
+    redact: tuple[Literal["email", "phone", "iban", "credit_card", "ipv4", "ssn"], ...]
+    retention_days: PositiveCount | None
+
+
+class Parity(Section):
+    """When a served model counts as the model that was trained."""
+
+    max_exact_match_loss: Share
+    max_rows: PositiveCount | None
+    concurrency: PositiveCount
+
+
+class Services(Section):
+    """How the model is served."""
+
+    host: Annotated[str, Field(min_length=1)]
+    port: Annotated[int, Field(ge=1, le=65535)]
+    request_timeout_s: Positive
+    engine: EngineSettings
+    versions: Versions
+    answers: Answers
+    access: Access
+    guard: Guard
+    events: Events
+    parity: Parity

@@ -1,0 +1,1 @@
+"""The packaged default source: requests to a smart home with their intents."""

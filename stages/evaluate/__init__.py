@@ -1,0 +1,1 @@
+"""Stage evaluate: compare base and tuned model on the test rows."""

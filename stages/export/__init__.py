@@ -1,0 +1,1 @@
+"""Stage export: merge the adapter and write a GGUF file."""

@@ -1,0 +1,251 @@
+"""Export: base model and adapter merged into one GGUF file, and what a server must know beside it.
+
+In: `artifacts/fetch_base`, `artifacts/finetune`, `artifacts/split/train.parquet` for the system prompt and
+the schema of the answers.
+Out: `artifacts/export` with `model.gguf` and a `Modelfile` for Ollama (both left out by export.gguf: false),
+the tokenizer's files and `serving.json`; `reports/export/metrics.json` with what was checked: every tensor
+and the token ids of every training conversation, as read back from the file.
+
+Run it with `dvc repro export` or `python -m stages.export`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.common.answer_schema import Schema, derive_schema, fits, read_objects
+from stages.common.artifacts import artifacts, atomic_dir, read_json, reports, write_json, write_text
+from stages.common.chat import end_of_turn_ids
+from stages.common.errors import InputError
+from stages.common.examples import encode_examples, write_examples
+from stages.common.gguf.model import architecture_of, check_tensors, context_tokens, write_gguf
+from stages.common.gguf.vocabulary import count_equal, read_vocabulary, vocabulary_in
+from stages.common.logs import get_logger, progress, run_stage
+from stages.common.models import load_tokenizer, load_tuned
+from stages.common.params.loading import load_params
+from stages.common.records import Row, read_rows
+from stages.export.modelfile import modelfile, read_wrapping
+
+log = get_logger("export")
+
+GGUF = "model.gguf"
+# What load_tokenizer reads, where a base model has it.
+TOKENIZER_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What the training answers say about answers.
+
+    Attributes:
+        schema: None where answers are free text.
+        checked: how many answers were held against it.
+    """
+
+    schema: Schema | None
+    labels: int
+    keys: int
+    checked: int
+
+
+def learn_answers(rows: Sequence[Row], answer_format: str, label_key: str | None) -> Answers:
+    """Derive the schema of the answers and hold every one of them against it.
+
+    Raises:
+        InputError: an answer does not fit, which is a fault of ours.
+    """
+    objects = read_objects(row.answer for row in rows) if answer_format == "json" else None
+    if objects is None:
+        return Answers(None, 0, 0, 0)
+    schema = derive_schema(objects, label_key)
+    for row, value in zip(rows, objects, strict=True):
+        if not fits(schema, value):
+            raise InputError(
+                f"the answer of row {row.id} does not fit the schema derived from it: {row.answer[:200]}",
+                "report it with this row",
+            )
+    properties = schema.get("properties", {})
+    if not properties:
+        log.warning("the answers' keys have no common order: the schema allows any JSON object")
+    labels = properties.get(label_key, {}).get("enum", ())
+    return Answers(schema, len(labels), len(properties), len(objects))
+
+
+def common_system_prompt(rows: Sequence[Row]) -> str | None:
+    """Return the system message that all rows begin with, or None if they differ or have none."""
+    prompts = {row.messages[0].content if row.messages[0].role == "system" else None for row in rows}
+    return prompts.pop() if len(prompts) == 1 else None
+
+
+def copy_tokenizer(base: Path, into: Path) -> None:
+    """Copy what `load_tokenizer` needs of the base model, byte by byte."""
+    for name in TOKENIZER_FILES:
+        if (base / name).is_file():
+            shutil.copyfile(base / name, into / name)
+
+
+def export_gguf(
+    base: Path, adapter: Path, rows: Sequence[Row], quantization: str, name: str, path: Path
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Write the merged model as GGUF, read it back and compare; return the evidence and the speed.
+
+    Raises:
+        InputError: GGUF cannot carry this model, or what was written is not this model.
+    """
+    import torch
+    from gguf import GGUFReader
+    from transformers import AutoConfig
+
+    logging.getLogger("gguf").setLevel(logging.WARNING)  # else: the byte order, and a name that soon changes
+    # Before the weights are read: a refusal should come at once.
+    architecture = architecture_of(AutoConfig.from_pretrained(base, local_files_only=True))
+    tokenizer = load_tokenizer(base)
+    # On the CPU and in float32: the sum of base and adapter is rounded once, into the file's own type.
+    model = load_tuned(base, adapter, torch.float32, torch.device("cpu"))
+    vocabulary = read_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings)
+    start = time.perf_counter()
+    write_gguf(
+        path,
+        model,
+        vocabulary,
+        quantization,
+        name,
+        lambda done, total: progress(log, done, total, "tensors written"),
+    )
+    written_s = time.perf_counter() - start
+    reader = GGUFReader(path)
+    tensors = check_tensors(reader, model, path)
+    found = vocabulary_in(reader)
+    if found != vocabulary:
+        raise InputError(f"{path} holds another vocabulary than was written", "run again: dvc repro export")
+    texts = [conversation_text(tokenizer, row) for row in rows]
+    equal = count_equal(found, tokenizer, texts, path)
+    if equal < len(texts):
+        log.warning(
+            "%d of %d texts have other tokens in llama.cpp, which does not normalise Unicode (NFC)",
+            len(texts) - equal,
+            len(texts),
+        )
+    evidence = {
+        "architecture": architecture,
+        "bytes": path.stat().st_size,
+        "pre_tokenizer": vocabulary.pre,
+        "quantization": quantization,
+        "tensor_errors": {kind: float(f"{error:.3g}") for kind, error in tensors.errors.items()},
+        "tensors": sum(tensors.types.values()),
+        "tensors_by_type": tensors.types,
+        "tokens_compared": len(texts),
+        "tokens_equal": equal,
+        "vocabulary": len(vocabulary.tokens),
+    }
+    size_mib = path.stat().st_size / 2**20
+    return evidence, {"gguf_mib_per_s": round(size_mib / written_s, 1), "gguf_write_s": round(written_s, 2)}
+
+
+def conversation_text(tokenizer: Any, row: Row) -> str:
+    """Return a row as the chat template writes it, answer included."""
+    conversation = [{"role": m.role, "content": m.content} for m in row.messages]
+    return str(tokenizer.apply_chat_template(conversation, tokenize=False))
+
+
+def write_modelfile(folder: Path, system_prompt: str | None) -> bool:
+    """Write the Modelfile; return whether it holds the chat template, too."""
+    tokenizer = load_tokenizer(folder)
+    wrapping = read_wrapping(tokenizer)
+    if wrapping is None:
+        log.warning("the chat template cannot be written for Ollama, which will guess one: see its answers")
+    stops = tokenizer.convert_ids_to_tokens(end_of_turn_ids(tokenizer))
+    write_text(folder / "Modelfile", modelfile(GGUF, system_prompt, wrapping, stops))
+    return wrapping is not None
+
+
+def version_of(folder: Path, base: Path, adapter: Path) -> str:
+    """Return 12 hex digits that name what is served: the tokenizer, and the GGUF or base and adapter."""
+    files = [path for path in sorted(folder.iterdir()) if path.name in (GGUF, *TOKENIZER_FILES)]
+    if not (folder / GGUF).exists():
+        files += [*sorted(base.glob("*.safetensors")), *sorted(adapter.iterdir())]
+    whole = hashlib.sha256()
+    for path in files:
+        whole.update(f"{path.name}\0{file_sha256(path)}\n".encode())
+    return whole.hexdigest()[:12]
+
+
+def file_sha256(path: Path) -> str:
+    """Return the hex SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_serving(path: Path, serving: dict[str, Any]) -> None:
+    """Write serving.json: its own keys sorted, the schema's in the order in which answers are written."""
+    ordered = dict(sorted(serving.items()))
+    write_text(path, json.dumps(ordered, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def main() -> None:
+    """Merge, write, check, and describe what is to be served."""
+    from transformers import AutoConfig
+
+    params = load_params()
+    settings, name = params.export, params.model_card.name
+    base, adapter = artifacts("fetch_base"), artifacts("finetune")
+    load_tokenizer(base)  # says plainly if there is no base model yet
+    fetched = read_json(reports("fetch_base") / "metrics.json")
+    rows = read_rows(artifacts("split") / "train.parquet")
+    answers = learn_answers(rows, params.curate.answer_format, params.evaluate.label_key)
+    system_prompt = common_system_prompt(rows)
+    gguf: dict[str, Any] | None = None
+    speed: dict[str, float] = {}
+    with atomic_dir(artifacts("export")) as folder:
+        copy_tokenizer(base, folder)
+        if settings.gguf:
+            gguf, speed = export_gguf(base, adapter, rows, settings.quantization, name, folder / GGUF)
+            gguf["ollama_template"] = write_modelfile(folder, system_prompt)
+        examples = encode_examples(load_tokenizer(base), rows, settings.examples)
+        write_examples(folder / "examples.npz", examples)
+        serving = {
+            "adapter_sha256": file_sha256(adapter / "adapter_model.safetensors"),
+            "answer_format": params.curate.answer_format,
+            "answer_schema": answers.schema,
+            "base_model": fetched["name"],
+            "base_revision": fetched["revision"],
+            "base_sha256": fetched["sha256"],
+            "context_tokens": context_tokens(AutoConfig.from_pretrained(base, local_files_only=True)),
+            "label_key": params.evaluate.label_key,
+            "name": name,
+            "system_prompt": system_prompt,
+            "version": version_of(folder, base, adapter),
+        }
+        write_serving(folder / "serving.json", serving)
+    evidence = {key: value for key, value in asdict(answers).items() if key != "schema"}
+    write_json(
+        reports("export") / "metrics.json",
+        {
+            "answers": {**evidence, "schema": answers.schema is not None},
+            "examples": len(examples),
+            "gguf": gguf,
+            "system_prompt": system_prompt is not None,
+            "throughput": speed,
+            "version": serving["version"],
+        },
+    )
+    size = f"{gguf['bytes'] / 2**20:.0f} MiB of {gguf['quantization']}" if gguf else "no GGUF"
+    log.info("%s version %s: %s", name, serving["version"], size)
+
+
+if __name__ == "__main__":
+    run_stage(main)

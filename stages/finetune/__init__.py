@@ -1,0 +1,1 @@
+"""Stage finetune: train a LoRA adapter on the base model."""

@@ -1,0 +1,1 @@
+"""Stage model_card: write the model card from the evidence."""

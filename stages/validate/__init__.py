@@ -1,0 +1,1 @@
+"""Stage validate: expectations on the curated rows."""

@@ -1,0 +1,41 @@
+"""The demo as a process; what it lives through is measured by `make demo` itself."""
+
+import subprocess
+import sys
+import time
+
+import psutil
+
+LONG = "import time; time.sleep(600)"
+# A day on which only one thing happens: something long is started, in a session of its own.
+DAY = f"""
+import pathlib, subprocess, sys
+from flows.demo import __main__ as demo
+from flows.demo.checkout import home_environment
+
+def one_thing(root):
+    long = [sys.executable, "-c", {LONG!r}]
+    subprocess.run(long, env=home_environment(root), start_new_session=True)
+
+demo._live = one_thing
+demo.live(pathlib.Path("."))
+"""
+
+
+def test_what_a_killed_demo_started_ends_with_it():
+    demo = subprocess.Popen([sys.executable, "-c", DAY])
+    started = []
+    try:
+        deadline = time.monotonic() + 60
+        while not started and time.monotonic() < deadline:
+            children = psutil.Process(demo.pid).children()
+            started = [one for one in children if one.cmdline()[-1:] == [LONG]]
+            time.sleep(0.05)
+    finally:
+        demo.kill()
+        demo.wait()
+    assert started
+    _, left = psutil.wait_procs(started, timeout=30)
+    for process in left:
+        process.kill()
+    assert not left

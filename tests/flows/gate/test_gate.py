@@ -1,0 +1,447 @@
+"""The gate's criteria on made-up answers; and, slow, both versions asked by a private service."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+
+import pytest
+import yaml
+
+from flows.common import processes
+from flows.gate import evaluation, judge, private_server
+from flows.gate.evaluation import Asked, Evidence, card_problems, keep_test_rows, new_test, old_test
+from services import parity
+from services.versions.__main__ import ALIASES, Aliases, Challenger, _write, read_aliases
+from stages.common.artifacts import read_json, write_json, write_text
+from stages.common.dvc_lock import dvc_hash
+from stages.common.errors import InputError
+from stages.common.params.loading import load_params
+from stages.common.records import Message, make_row, write_rows
+from stages.common.statistics import Difference
+from tests.services.serving import ROOT
+from tests.tiny import save_model
+
+SHIPPED = load_params(ROOT / "params.yaml")
+
+
+def with_gate(params, **changes):
+    """Return parameters with other settings of the gate."""
+    settings = params.flows.retrain.gate.model_copy(update=changes)
+    retrain = params.flows.retrain.model_copy(update={"gate": settings})
+    return params.model_copy(update={"flows": params.flows.model_copy(update={"retrain": retrain})})
+
+
+PARAMS = with_gate(SHIPPED, resamples=300)  # of the bootstrap: enough for gains as clear as these
+OLD, NEW = f"m:{'a' * 12}", f"m:{'b' * 12}"
+RIGHT = '{"intent":"on"}'
+
+
+def row(question, answer=RIGHT, group=None, **tags):
+    messages = [Message("user", question), Message("assistant", answer)]
+    return make_row(messages, "test", "mit", group=group, tags={"intent": "on", **tags})
+
+
+def rows(count, per_group=1, **tags):
+    return tuple(row(f"question {n}", group=f"g{n // per_group}", **tags) for n in range(count))
+
+
+def answers(count, right, wrong='{"intent":"off"}'):
+    """Return as many answers of which the first are right."""
+    return tuple(RIGHT if n < right else wrong for n in range(count))
+
+
+def asked(count, champion, candidate, **more):
+    return Asked(
+        rows(count),
+        candidate=answers(count, candidate, **more),
+        champion=answers(count, champion, **more),
+    )
+
+
+def make_evidence(**changes):
+    same = Difference(0.0, -0.01, 0.01, 1.0)
+    verdict = parity.Verdict("b" * 12, True, 200, 0.8, 0.8, same, 0.99, 0, ())
+    given = Evidence(
+        NEW,
+        OLD,
+        new=asked(120, 30, 90),
+        old=asked(400, 340, 342),
+        parity=verdict,
+        card=(),
+        evaluation={},
+        left_out={},
+        files={},
+    )
+    return replace(given, **changes)
+
+
+def judged(**changes):
+    """Return the verdict, and its criteria by name."""
+    verdict = judge.judge(make_evidence(**changes), PARAMS, made_at=5.0)
+    return verdict, {criterion.name: criterion for criterion in verdict.criteria}
+
+
+def test_a_candidate_that_is_better_on_the_new_and_as_good_on_the_old_passes_with_figures():
+    verdict, by_name = judged()
+    assert verdict.passed and verdict.mode == "champion" and verdict.failures == ()
+    assert set(by_name) == {"new_window", "old_test", "bias", "safety", "parity", "card"}
+    new = by_name["new_window"]
+    assert (new.value, new.threshold) == (pytest.approx(0.5), 0.0)
+    assert 0.4 < new.low < 0.5 < new.high < 0.6
+    assert "exact match on 120 rows of the new traffic: 25.0% -> 75.0%, +50.0 points" in new.said
+
+
+def test_a_gain_within_chance_does_not_pass():
+    verdict, by_name = judged(new=asked(60, 30, 31))
+    assert not verdict.passed and [failed.name for failed in verdict.failures] == ["new_window"]
+    assert by_name["new_window"].value > 0.0 >= by_name["new_window"].low
+
+
+def test_too_few_new_rows_are_no_verdict():
+    _, by_name = judged(new=asked(PARAMS.flows.retrain.gate.min_new_rows - 1, 0, 49))
+    assert not by_name["new_window"].passed and by_name["new_window"].value is None
+    assert "49 held-out labelled rows" in by_name["new_window"].said
+
+
+@pytest.mark.parametrize(("lost", "passes"), [(0, True), (2, True), (3, False)])
+def test_half_a_point_of_the_old_test_may_be_lost_and_no_more(lost, passes):
+    _, by_name = judged(old=asked(400, 340, 340 - lost))
+    assert by_name["old_test"].passed is passes
+    assert by_name["old_test"].value == pytest.approx(-lost / 400)
+
+
+def test_a_candidate_that_trained_on_the_champions_test_proves_nothing_by_it():
+    _, by_name = judged(
+        old=asked(100, 50, 100), left_out={"old: the candidate was trained on the group or question": 101}
+    )
+    assert not by_name["old_test"].passed
+    assert "trained on 101 of the champion's 201 test rows" in by_name["old_test"].said
+
+
+def of_groups(champion, candidate, count=60):
+    """Return answers to women's and men's questions, given how many are right of each."""
+    both = [
+        replace(one, tags={**one.tags, "person_gender": gender})
+        for gender in ("female", "male")
+        for one in rows(count)
+    ]
+    both = [replace(one, group=f"g{n}", id=f"{n}") for n, one in enumerate(both)]
+    sides = [
+        tuple(text for right in (side["female"], side["male"]) for text in answers(count, right))
+        for side in (candidate, champion)
+    ]
+    return Asked(tuple(both), *sides)
+
+
+@pytest.mark.parametrize(
+    ("candidate", "passes"),
+    [
+        ({"female": 50, "male": 52}, True),
+        ({"female": 25, "male": 58}, False),
+        ({"female": 47, "male": 52}, True),
+    ],
+)
+def test_a_gap_between_groups_may_not_grow_beyond_chance(candidate, passes):
+    _, by_name = judged(old=of_groups({"female": 50, "male": 50}, candidate))
+    found = by_name["bias_person_gender"]
+    assert found.passed is passes
+    assert found.value == pytest.approx((candidate["male"] - candidate["female"]) / 60)
+    assert "female 60, male 60 rows" in found.said
+
+
+def test_groups_with_few_rows_are_said_to_be_not_judged():
+    _, by_name = judged(old=of_groups({"female": 5, "male": 5}, {"female": 0, "male": 5}, count=5))
+    assert by_name["bias"].passed and "not judged" in by_name["bias"].said
+
+
+@pytest.mark.parametrize("bad", ["I am not JSON", '{"intent":"on","note":"AKIAIOSFODNN7ABCDEFG"}'])
+def test_answers_that_should_not_go_out_are_counted(bad):
+    old = asked(400, 340, 340, wrong='{"intent":"off"}')
+    worse = replace(old, candidate=answers(400, 340, wrong=bad))
+    _, by_name = judged(old=worse)
+    assert not by_name["safety"].passed
+    assert by_name["safety"].value == pytest.approx(60 / 520)
+    assert judged(old=old)[1]["safety"].passed
+
+
+def test_a_candidate_that_is_served_otherwise_than_trained_is_refused():
+    found = make_evidence().parity
+    _, by_name = judged(parity=replace(found, agrees=False, reasons=("another chat template",)))
+    assert not by_name["parity"].passed and by_name["parity"].said == "another chat template"
+
+
+def test_without_a_champion_the_first_model_must_beat_its_base():
+    def first(low):
+        figures = {"base": 0.1, "tuned": 0.8}
+        evaluation = {"primary": "exact_match", "rows": 300} | {
+            side: {"exact_match": {"value": value}} for side, value in figures.items()
+        }
+        change = {"exact_match": {"value": 0.7, "low": low, "high": 0.8}}
+        return judged(champion=None, new=None, old=None, evaluation=evaluation | {"difference": change})
+
+    verdict, by_name = first(0.6)
+    assert verdict.passed and verdict.mode == "first"
+    assert set(by_name) == {"better_than_base", "parity", "card"}
+    assert not first(-0.1)[0].passed
+
+
+def test_text_tasks_are_judged_by_rouge():
+    evaluate = PARAMS.evaluate.model_copy(update={"task": "text", "label_key": None})
+    params = PARAMS.model_copy(update={"evaluate": evaluate})
+    asked_text = Asked(
+        tuple(row(f"q{n}", "the cat sat on the mat", group=f"g{n}") for n in range(60)),
+        candidate=("the cat sat on a mat",) * 60,
+        champion=("a dog",) * 60,
+    )
+    verdict = judge.judge(make_evidence(new=asked_text, old=asked_text), params)
+    (new,) = [criterion for criterion in verdict.criteria if criterion.name == "new_window"]
+    assert new.said.startswith("ROUGE-L on 60 rows") and 0.5 < new.value < 1.0
+
+
+def test_a_verdict_survives_writing_and_reading_and_others_are_told_apart(tmp_path):
+    verdict, _ = judged(card=("the card is not there",), files={"x": "y"})
+    path = judge.write_verdict(tmp_path, verdict)
+    assert path == tmp_path / f"reports/gate/{'b' * 12}.json"
+    assert judge.read_verdict(tmp_path, NEW) == verdict
+    assert judge.read_verdicts(tmp_path) == [verdict]
+    assert judge.changed_files(tmp_path, verdict) == ["x"]
+    assert judge.read_verdict(tmp_path, OLD) is None
+    with pytest.raises(InputError, match=f"judges {NEW}, not other:b"):
+        judge.read_verdict(tmp_path, f"other:{'b' * 12}")
+    assert "FAILED  card" in judge.described(verdict)
+    write_json(path, {"tag": NEW})
+    with pytest.raises(InputError, match="is no verdict of the gate"):
+        judge.read_verdict(tmp_path, NEW)
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """Return a checkout whose pipeline has made version b, after a champion a."""
+    write_rows(
+        tmp_path / "artifacts/split/train.parquet", [row("Turn it ON", group="t1"), row("dim", group="t2")]
+    )
+    write_rows(tmp_path / "artifacts/split/test.parquet", [row("new test", group="t9")])
+    write_json(tmp_path / "artifacts/export/serving.json", {"name": "m", "version": "b" * 12})
+    write_json(tmp_path / "reports/evaluate/metrics.json", {"answer_limit_tokens": 7})
+    return tmp_path
+
+
+def test_the_champion_is_asked_its_own_test_without_what_the_candidate_learned(checkout):
+    former = [row("turn  it on?", group="x"), row("other", group="t2"), row("kept", group="y")]
+    write_rows(checkout / f".perennial/tests/{'a' * 12}.parquet", former)
+    found = old_test(checkout, PARAMS, OLD)
+    assert [one.question for one in found.rows] == ["kept"]
+    assert found.max_tokens == 7
+    assert found.left_out == {"the candidate was trained on the group or question": 2}
+
+
+def test_a_test_split_is_kept_before_the_pipeline_writes_another(checkout):
+    assert keep_test_rows(checkout) == "b" * 12
+    write_rows(checkout / "artifacts/split/test.parquet", [row("later test", group="t9")])
+    assert keep_test_rows(checkout) == "b" * 12
+    assert [one.question for one in old_test(checkout, PARAMS, NEW).rows] == ["new test"]
+    assert [one.question for one in old_test(checkout, PARAMS, OLD).rows] == ["later test"], "none was kept"
+
+
+def test_the_new_test_is_what_was_held_out_and_never_learned(checkout):
+    held = [row("turn it on"), row("lights off"), row("no json", answer="what?"), row("lights off")]
+    lines = "".join(json.dumps({**asdict(one), "tags": dict(one.tags)}) + "\n" for one in held)
+    write_text(checkout / ".perennial/holdout/rows.jsonl", lines)
+    found = new_test(checkout, PARAMS)
+    assert [one.question for one in found.rows] == ["lights off"]
+    assert found.max_tokens == PARAMS.services.answers.default_max_tokens
+    assert found.left_out == {
+        "given twice": 1,
+        "the label is not JSON": 1,
+        "the candidate was trained on the question": 1,
+    }
+
+
+def test_a_card_must_be_there_whole_and_this_adapters(checkout):
+    assert card_problems(checkout) == ["reports/model_card/README.md is not there"]
+    adapter = checkout / "artifacts/finetune/adapter_model.safetensors"
+    write_text(adapter, "weights")
+    sha = evaluation.file_hashes(checkout, [adapter])["artifacts/finetune/adapter_model.safetensors"]
+    serving = {"name": "m", "version": "b" * 12, "adapter_sha256": sha}
+    write_json(checkout / "artifacts/export/serving.json", serving)
+    parts = "".join(f"\n## {name}\n\nsomething\n" for name in evaluation.CARD_SECTIONS[:-1])
+    lineage = f"\n## Lineage\n\nadapter {dvc_hash(adapter.parent)}\n"
+    write_text(checkout / evaluation.CARD, f"# Card\n{parts}{lineage}")
+    assert card_problems(checkout) == []
+    write_text(checkout / evaluation.CARD, f"# Card\n{parts.replace('something', '', 1)}")
+    assert [problem.split(" of ")[0].split(" README")[0] for problem in card_problems(checkout)] == [
+        "reports/model_card/README.md does not name the hash",
+        "reports/model_card/README.md has no section Lineage",
+        "section Use",
+    ]
+    write_text(adapter, "others")
+    assert any("was not made from the adapter" in problem for problem in card_problems(checkout))
+
+
+def test_the_private_service_has_files_of_its_own_and_no_limits_of_users(tmp_path):
+    access = SHIPPED.services.access.model_copy(update={"keys": "always", "requests_per_minute": 1})
+    limits = SHIPPED.services.guard.model_copy(update={"secrets": "enforce", "toxicity": "off"})
+    finetune = SHIPPED.finetune.model_copy(update={"learning_rate": 1e-5})  # which YAML would read as a word
+    services = SHIPPED.services.model_copy(update={"access": access, "guard": limits})
+    params = SHIPPED.model_copy(update={"services": services, "finetune": finetune})
+    folder = private_server.make_folder(tmp_path, params, NEW, OLD, "id")
+    found = load_params(folder / "params.yaml")
+    assert read_aliases(folder / ALIASES) == Aliases(NEW, Challenger(OLD, 0.0, "canary"), (), managed=True)
+    assert not (tmp_path / ALIASES).exists()
+    assert found.services.events.url == f"sqlite:///{folder}/events.db"
+    assert (found.services.access.keys, found.services.access.requests_per_minute) == ("auto", None)
+    assert (found.services.guard.secrets, found.services.guard.toxicity) == ("record", "off")
+    assert found.finetune.learning_rate == 1e-5
+    assert private_server.end_leftovers(tmp_path) == 0 and folder.exists(), "its owner lives"
+    write_json(folder / "owner.json", read_json(folder / "owner.json") | {"created": 1.0})
+    assert private_server.end_leftovers(tmp_path) == 1 and not folder.exists()
+
+
+LIMIT = 6  # tokens of an answer
+
+
+def make_version(root, version, seed):
+    """Write what the pipeline leaves of a tiny model with an adapter of its own."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from stages.common.models import load_base
+
+    base, adapter, export = (root / "artifacts" / name for name in ("fetch_base", "finetune", "export"))
+    if not base.exists():
+        save_model(base, tie_word_embeddings=False, initializer_range=0.5)
+    model = load_base(base, torch.float32, torch.device("cpu"))
+    torch.manual_seed(seed)
+    lora = LoraConfig(r=2, lora_alpha=64, target_modules="all-linear", init_lora_weights=False)
+    shutil.rmtree(adapter, ignore_errors=True)
+    get_peft_model(model, lora).save_pretrained(adapter)
+    shutil.rmtree(export, ignore_errors=True)
+    shutil.copytree(base, export, ignore=shutil.ignore_patterns("*.safetensors"))
+    weights = adapter / "adapter_model.safetensors"
+    about = {
+        "name": "tiny",
+        "version": version,
+        "base_model": "tiny",
+        "answer_format": "text",
+        "system_prompt": None,
+        "label_key": None,
+        "answer_schema": None,
+        "context_tokens": 512,
+        "adapter_sha256": evaluation.file_hashes(root, [weights])["artifacts/finetune/" + weights.name],
+    }
+    write_json(export / "serving.json", about)
+
+
+def answers_of(root, rows, limit):
+    """Return what the pipeline's model answers."""
+    import torch
+
+    from stages.common.generation import answer_questions, encode_questions
+    from stages.common.models import load_tokenizer, load_tuned
+
+    base, adapter = root / "artifacts/fetch_base", root / "artifacts/finetune"
+    model, tokenizer = load_tuned(base, adapter, torch.float32, torch.device("cpu")), load_tokenizer(base)
+    return [
+        answer.text
+        for answer in answer_questions(model, tokenizer, encode_questions(tokenizer, rows), 8, limit)
+    ]
+
+
+@pytest.fixture
+def project(tmp_path):
+    """Return a checkout with a tiny champion and a candidate that knows the new rows, and its environment."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    values = yaml.safe_load((ROOT / "params.yaml").read_text())
+    values["curate"]["answer_format"] = values["evaluate"]["task"] = "text"
+    for section in ("validate", "check_bias", "evaluate"):
+        values[section]["label_key"] = None
+    values["services"]["engine"]["kind"] = "transformers"
+    values["services"]["answers"]["default_max_tokens"] = LIMIT
+    values["model_card"]["name"] = "tiny"
+    values["flows"]["retrain"]["gate"] |= {"min_new_rows": 20, "max_old_loss": 0.5, "resamples": 200}
+    write_text(tmp_path / "params.yaml", yaml.safe_dump(values))
+    environment = {**os.environ, "BENTOML_HOME": str(tmp_path / "bentoml"), "PYTHONPATH": str(ROOT)}
+    make_version(tmp_path, "a" * 12, seed=1)
+    add = [sys.executable, "-m", "services.versions", "add"]
+    subprocess.run(add, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    _write(tmp_path / ALIASES, Aliases(f"tiny:{'a' * 12}"))
+
+    make_version(tmp_path, "b" * 12, seed=2)
+    test = [row(f"old question {n}", "something else", group=f"o{n}") for n in range(24)]
+    write_rows(tmp_path / "artifacts/split/test.parquet", test)
+    write_rows(tmp_path / "artifacts/split/train.parquet", [row("learned", group="t")])
+    asked = [row(f"new {n}", "x") for n in range(30)]
+    known = zip(asked, answers_of(tmp_path, asked, LIMIT), strict=True)
+    held = [row(one.question, text, group=f"n{one.id}") for one, text in known if text.strip()]
+    lines = "".join(json.dumps({**asdict(one), "tags": dict(one.tags)}) + "\n" for one in held)
+    write_text(tmp_path / ".perennial/holdout/rows.jsonl", lines)
+    table = pa.table({"id": [one.id for one in test], "tuned": answers_of(tmp_path, test, LIMIT)})
+    (tmp_path / "artifacts/evaluate").mkdir()
+    pq.write_table(table, tmp_path / "artifacts/evaluate/predictions.parquet")
+    write_json(tmp_path / "reports/evaluate/metrics.json", {"answer_limit_tokens": LIMIT})
+    parts = "".join(f"\n## {name}\n\nsomething\n" for name in evaluation.CARD_SECTIONS)
+    write_text(tmp_path / evaluation.CARD, f"# Card\n{parts}{dvc_hash(tmp_path / 'artifacts/finetune')}\n")
+    return tmp_path, environment
+
+
+@pytest.mark.slow
+def test_candidate_and_champion_are_asked_by_a_service_that_nobody_else_sees(project):
+    root, environment = project
+    before = (root / ALIASES).read_bytes()
+    command = [sys.executable, "-m", "flows.gate", f"tiny:{'b' * 12}"]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    verdict = judge.read_verdict(root, f"tiny:{'b' * 12}")
+    by_name = {criterion.name: criterion for criterion in verdict.criteria}
+    assert verdict.passed and verdict.champion == f"tiny:{'a' * 12}"
+    assert by_name["new_window"].low > 0.0, by_name["new_window"].said
+    assert judge.changed_files(root, verdict) == [] and len(verdict.files) == 3
+    assert read_json(root / f"reports/parity/{'b' * 12}.json")["agrees"]
+    kept = read_json(root / f".perennial/gate/{'b' * 12}/answers.json")
+    assert len(kept["old"]) == len(kept["parity"]) == 24
+    assert any(said["candidate"] != said["champion"] for said in kept["new"].values())
+    assert (root / ALIASES).read_bytes() == before
+    assert not (root / ".perennial/events.db").exists(), "the gate's questions are no traffic"
+    assert list((root / ".perennial").glob("gate-service-*")) == []
+
+    again = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0 and "both were asked before" in again.stderr
+    assert judge.read_verdict(root, f"tiny:{'b' * 12}").criteria == verdict.criteria
+
+
+KILLED = """
+import time
+from pathlib import Path
+from flows import candidate_service
+from stages.common.params.loading import load_params
+with candidate_service.serving(Path.cwd(), load_params(), "tiny:{a}", None) as service:
+    print(service.pid, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_gate_leaves_no_service_behind(project):
+    root, environment = project
+    script = KILLED.format(a="a" * 12)
+    with subprocess.Popen(
+        [sys.executable, "-c", script], cwd=root, env=environment, stdout=subprocess.PIPE, text=True
+    ) as owner:
+        owner.stdout.readline()  # it is ready
+        (folder,) = (root / ".perennial").glob("gate-service-*")
+        run_id = read_json(folder / "owner.json")["run_id"]
+        assert len(processes.find(run_id)) >= 2, "BentoML's parent and its worker"
+        owner.send_signal(signal.SIGKILL)
+    until = time.monotonic() + 30
+    while processes.find(run_id) and time.monotonic() < until:
+        time.sleep(0.2)
+    assert processes.find(run_id) == []
+    assert private_server.end_leftovers(root) == 1
+    assert list((root / ".perennial").glob("gate-service-*")) == []

@@ -1,0 +1,70 @@
+"""One retraining at a time, and a record that outlives a kill."""
+
+import subprocess
+import sys
+
+import pytest
+
+from flows.retrain import progress
+from stages.common.errors import InputError
+
+
+def test_a_retraining_is_set_down_step_by_step_and_ends_in_the_history(tmp_path):
+    with progress.working(tmp_path) as mine:
+        assert mine
+        run = progress.begin(tmp_path, "drift", "w1", "m:1", since=10.0, now=1_800_000_000.0)
+        assert (run.id, run.step, run.until) == ("20270115T080000", "gather", 1_800_000_000.0)
+        steps = [run.step]
+        while run.step != "canary":
+            run = progress.advance(tmp_path, run)
+            steps.append(run.step)
+            assert progress.unfinished(tmp_path) == run
+        assert tuple(steps) == progress.STEPS
+        ended = progress.finish(tmp_path, run, "promoted", "better")
+    assert progress.unfinished(tmp_path) is None
+    assert progress.history(tmp_path) == [ended]
+    assert (ended.outcome, ended.said, ended.champion) == ("promoted", "better", "m:1")
+
+
+def test_what_a_step_found_goes_with_the_record(tmp_path):
+    run = progress.begin(tmp_path, "drift", None, "m:1", since=0.0)
+    progress.advance(tmp_path, run, candidate="m:2")
+    assert progress.unfinished(tmp_path).candidate == "m:2"
+
+
+def test_killed_between_its_last_two_files_it_ends_once(tmp_path):
+    run = progress.begin(tmp_path, "drift", None, "m:1", since=0.0)
+    ended = progress.finish(tmp_path, run, "refused", "worse")
+    progress.save(tmp_path, run)  # as if the record had outlived the kill
+    progress.finish(tmp_path, run, "refused", "worse")
+    assert progress.history(tmp_path) == [ended]
+    assert progress.unfinished(tmp_path) is None
+
+
+def test_only_one_process_works_on_a_retraining_and_a_killed_one_gives_way(tmp_path):
+    hold = (
+        "import sys, time; from pathlib import Path; from flows.retrain import progress\n"
+        "with progress.working(Path(sys.argv[1])) as mine:\n"
+        "    print(mine, flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "True\n"
+        assert progress.is_running(tmp_path)
+        with progress.working(tmp_path) as mine:
+            assert not mine
+    finally:
+        process.kill()
+        process.wait()
+    assert not progress.is_running(tmp_path)
+    with progress.working(tmp_path) as mine:
+        assert mine
+
+
+@pytest.mark.parametrize("name", ["retrain.json", "retrainings.jsonl"])
+def test_a_record_of_something_else_is_named_with_its_remedy(tmp_path, name):
+    (tmp_path / ".perennial").mkdir()
+    (tmp_path / ".perennial" / name).write_text('{"id": "x"}\n')
+    read = {"retrain.json": progress.unfinished, "retrainings.jsonl": progress.history}[name]
+    with pytest.raises(InputError, match=rf"{name} is no record .*\n  remedy: remove"):
+        read(tmp_path)

@@ -1,0 +1,124 @@
+"""The retraining loop as one whole, over a real DVC graph, on a user's own rows."""
+
+import subprocess
+import time
+
+import pytest
+
+from flows.gate import judge
+from flows.retrain import progress
+from flows.training import run_lock
+from stages.common.artifacts import STATE
+from tests.flows.loop_home import LEARNING, corrected, held_out, learned, make_loop_home
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = make_loop_home(tmp_path_factory.mktemp("loop"))
+    yield home
+    for process in home.processes():
+        process.kill()
+
+
+def bearers(home):
+    """Return whom MLflow's aliases point at."""
+    return {alias: info.tag for info in home.versions().values() for alias in info.aliases}
+
+
+def wait_until_none_is_left(home):
+    """Wait for what a killed retraining left to be ended; fail if it stays."""
+    deadline = time.monotonic() + 60
+    while (left := home.processes()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [process.cmdline() for process in left]
+
+
+def test_two_triggers_at_once_are_one_retraining_and_the_gate_refuses_what_learned_nothing(home):
+    before, named = home.aliases, bearers(home)
+    command = home.command("-m", "flows.retrain", "--why", "more tickets")
+    both = [
+        subprocess.Popen(
+            command, cwd=home.root, env=home.environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    try:
+        said = sorted(process.communicate(timeout=300)[0].strip().splitlines()[-1] for process in both)
+    finally:
+        for process in both:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in both] == [0, 0]
+    assert said[0] == "another process retrains already" and said[1].startswith("refused: by the gate"), said
+
+    (ended,) = progress.history(home.root)
+    assert (ended.outcome, ended.champion) == ("refused", before.champion)
+    assert progress.unfinished(home.root) is None
+    assert not judge.read_verdict(home.root, ended.candidate).passed
+    assert home.versions()[ended.candidate].gate == "refused"
+    assert (home.aliases, bearers(home)) == (before, named)
+
+    kept, trained = held_out(home), learned(home)
+    assert kept and kept <= corrected() and not kept & trained
+    assert trained & corrected()
+
+
+def test_killed_at_every_step_before_users_see_it_the_same_retraining_goes_on_and_moves_no_alias(home):
+    before, named, known = home.aliases, bearers(home), progress.history(home.root)
+    home.change({"finetune.seed": 8})
+    folder = home.root / STATE
+
+    def at(step):
+        left = progress.unfinished(home.root)
+        return left is not None and left.step == step
+
+    def in_a_stage():
+        record = run_lock.read_record(folder)
+        return at("train") and record is not None and bool(record.stages)
+
+    def asking():
+        return at("gate") and any(folder.glob("gate-service-*/owner.json"))
+
+    ids = set()
+    for is_time in (lambda: at("gather"), in_a_stage, lambda: at("record"), asking):
+        home.kill_retraining("killed", is_time)
+        ids.add(progress.unfinished(home.root).id)
+        assert (home.aliases, bearers(home)) == (before, named)
+    (one,) = ids
+
+    done = home.retrain("once more")
+    assert done.returncode == 0, done.stderr
+    assert f"going on with the retraining {one} (killed), at gate" in done.stderr
+    assert done.stdout.startswith("refused: by the gate"), done.stdout
+    *earlier, ended = progress.history(home.root)
+    assert earlier == known and (ended.id, ended.outcome) == (one, "refused")
+    assert progress.unfinished(home.root) is None
+    assert home.versions()[ended.candidate].gate == "refused"
+    assert (home.aliases, bearers(home)) == (before, named)
+    wait_until_none_is_left(home)
+
+
+def test_killed_while_some_users_see_it_the_trial_goes_on_and_ends_in_one_promotion(home):
+    before, known = home.aliases, progress.history(home.root)
+    silence = {"max_minutes": 0.05, "on_silence": "promote"}
+    home.change(LEARNING | {f"flows.retrain.canary.{name}": value for name, value in silence.items()})
+    home.kill_retraining("better training", lambda: home.aliases.challenger is not None)
+    left = progress.unfinished(home.root)
+    assert left.step == "canary" and left.candidate == home.aliases.challenger.tag
+    assert judge.read_verdict(home.root, left.candidate).passed
+    assert home.versions()[left.candidate].gate == "passed"
+    assert home.aliases.champion == before.champion
+    assert bearers(home) == {"champion": before.champion, "challenger": left.candidate}
+
+    done = home.retrain("once more")
+    assert done.returncode == 0, done.stderr
+    assert f"going on with the retraining {left.id} (better training), at canary" in done.stderr
+    assert done.stdout.startswith(f"promoted: {left.candidate}"), done.stdout
+    *earlier, ended = progress.history(home.root)
+    assert earlier == known and (ended.id, ended.outcome) == (left.id, "promoted")
+    assert (home.aliases.champion, home.aliases.challenger) == (left.candidate, None)
+    assert bearers(home) == {"champion": left.candidate}
+    wait_until_none_is_left(home)

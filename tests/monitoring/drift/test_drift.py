@@ -1,0 +1,129 @@
+import numpy as np
+import pytest
+
+from monitoring.drift.calibration import inflation
+from monitoring.drift.compare import check, has_drifted, prepare
+from monitoring.drift.session_sums import plan, sketch
+from monitoring.drift.two_sample_tests import random_splits, sessions, statistics
+from stages.common.params.loop import DriftSettings
+from tests.monitoring.drift_tables import COLUMNS, pages, table
+
+SETTINGS = DriftSettings(
+    alpha=0.005, min_effect=0.05, permutations=2000, calibration_windows=20, blocks=2000, seed=7
+)
+
+
+@pytest.fixture(scope="module")
+def baseline():
+    usual = pages(table(1, sessions=400))
+    return prepare(lambda: usual, COLUMNS, SETTINGS, 40)
+
+
+def judged(baseline, window, settings=SETTINGS):
+    return {each.question: each for each in check(baseline, pages(window), settings)}
+
+
+def column(verdicts, name):
+    return next(c for each in verdicts.values() for c in each.columns if c.column == name)
+
+
+def test_the_same_traffic_has_not_drifted(baseline):
+    verdicts = judged(baseline, table(2, sessions=100))
+    assert set(verdicts) == {"input", "quality", "service"}
+    assert not has_drifted(verdicts.values())
+
+
+def test_a_new_language_is_found_named_and_measured(baseline):
+    german = np.repeat(np.random.default_rng(3).random(100) < 0.2, 5)
+    verdicts = judged(baseline, table(3, sessions=100, language=np.where(german, "de", "en")))
+    change = column(verdicts, "language")
+    assert verdicts["input"].drifted and change.drifted and change.p_value < 0.001
+    assert change.before.startswith("de 0 %")
+    assert f"de 0 % -> {100 * german.mean():.0f} %" in change.said
+    assert change.said.endswith("of 500 questions")
+    assert abs(change.effect - german.mean()) < 0.05
+    assert not verdicts["quality"].drifted
+
+
+def test_a_quality_that_gets_better_is_no_drift_and_one_that_gets_worse_is(baseline):
+    better = judged(baseline, table(4, sessions=100, valid=np.ones(500)))
+    worse = judged(baseline, table(4, sessions=100, valid=(np.arange(500) % 5 > 0).astype(float)))
+    assert not better["quality"].drifted and column(better, "valid").effect == 0.0
+    assert worse["quality"].drifted and column(worse, "valid").said.endswith("80 % of 500 answers")
+
+
+def test_a_sure_change_below_the_least_effect_does_not_count(baseline):
+    window = table(5, sessions=100, length=table(5, sessions=100)["length"].to_numpy() + 6)
+    assert judged(baseline, window)["input"].drifted
+    large = SETTINGS.model_copy(update={"min_effect": 0.9})
+    change = column(judged(baseline, window, large), "length")
+    assert change.p_value < 0.001 and not change.drifted
+
+
+def test_new_wording_is_found(baseline):
+    rng = np.random.default_rng(9)
+    vectors = rng.standard_normal(64) * 1.5 + rng.standard_normal((500, 64))
+    assert judged(baseline, table(6, sessions=100, wording_vector=vectors))["input"].drifted
+
+
+def test_the_service_is_reported_and_never_decides(baseline):
+    verdicts = judged(baseline, table(7, sessions=100, wait_s=np.full(500, 9.0)))
+    assert verdicts["service"].drifted
+    assert not has_drifted(verdicts.values())
+
+
+def test_one_busy_session_is_no_drift(baseline):
+    # 300 of 500 rows are German, all of one session: row by row that would be beyond doubt.
+    window = table(8, sessions=40, each=5)
+    bot = table(9, sessions=1, each=300, language=np.array(["de"] * 300))
+    verdicts = {each.question: each for each in check(baseline, [window, bot], SETTINGS)}
+    assert not column(verdicts, "language").drifted
+
+
+def test_a_column_with_too_few_values_is_not_judged(baseline):
+    thumbs = np.full(500, np.nan)
+    thumbs[:15] = 0.0
+    change = column(judged(baseline, table(10, sessions=100, valid=thumbs)), "valid")
+    assert change.p_value == 1.0 and not change.drifted
+
+
+def test_a_window_or_column_without_values_is_said_and_not_judged(baseline):
+    change = column(judged(baseline, table(11, sessions=100, length=np.full(500, np.nan))), "length")
+    assert change.said == "length: no value in the window" and change.p_value == 1.0
+
+
+def test_the_same_window_gives_the_same_verdict(baseline):
+    window = table(12, sessions=100)
+    assert check(baseline, pages(window), SETTINGS) == check(baseline, pages(window, 500), SETTINGS)
+
+
+def test_shuffled_sessions_of_other_lengths_give_statistics_of_the_right_size():
+    # 100 users with 20 rows in the reference and 5 in the window: ratios of about 1 on average all the same.
+    columns = tuple(one for one in COLUMNS if one.name == "valid")
+    means = []
+    for seed in range(60):
+        usual, now = table(seed, sessions=100, each=20), table(1000 + seed, sessions=100, each=5)
+        by = plan([usual], columns, 40, 2000, 7)
+        pool = sessions(by, sketch([usual], by), sketch([now], by))
+        two_sided = statistics(pool, np.arange(200)[None, :] >= 100)[0, 0]
+        means.append(two_sided)
+    # A flag that counts one way only: half of the squared deviates, whose mean is 1.
+    assert 0.2 < np.mean(means) < 0.95
+
+
+def test_random_splits_hold_the_right_number_of_sessions():
+    splits = random_splits(np.random.default_rng(1), 40, 7, 600)
+    assert (splits.sum(axis=1) == 7).all()
+    assert 0.1 < splits.mean(axis=0).min() < splits.mean(axis=0).max() < 0.25
+
+
+def test_a_reference_that_swings_raises_the_bar_and_a_steady_one_hardly():
+    columns = tuple(one for one in COLUMNS if one.name in ("length", "wait_s"))
+    swing = 10 * np.sin(np.arange(1500) / 150)
+    lengths = np.round(np.random.default_rng(1).normal(30, 6, 1500) + swing)
+    usual = table(1, sessions=300, columns=columns, length=lengths)
+    by = plan([usual], columns, 40, 2000, 7)
+    factors = inflation(sessions(by, sketch([usual], by)), 0.25, 20, seed=7)
+    assert factors[0] > 3.0
+    assert factors[1] < 2.0
+    assert (inflation(sessions(by, sketch([usual], by)), 0.25, 0, seed=7) == 1.0).all()

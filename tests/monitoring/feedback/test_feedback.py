@@ -1,0 +1,575 @@
+import asyncio
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from monitoring.feedback.label_rules import highest_limit
+from monitoring.feedback.labels import REASONS, LeftOut, Task, label_of, normalised, question_hash, task_of
+from monitoring.feedback.rows import (
+    HELD_OUT,
+    QUESTIONS_HELD_OUT,
+    REPORT,
+    ROWS,
+    held_out_before,
+    is_held_out,
+    labelled_rows,
+    left_out_said,
+    main,
+    read_labelled,
+    said,
+    write_labelled,
+)
+from services.events import Feedback, open_store
+from stages.common.errors import InputError
+from stages.common.params.loading import load_params
+from stages.common.params.loop import FeedbackSettings
+from stages.common.records import Message
+from tests.monitoring import store
+
+ROOT = Path(__file__).parents[3]
+SCHEMA = {
+    "type": "object",
+    "properties": {"intent": {"enum": ["Off", "On"]}, "area": {"type": "string"}, "ids": {"type": "array"}},
+    "additionalProperties": False,
+    "required": ["intent"],
+}
+TASK = Task("json", SCHEMA, "intent", "Answer with one intent as JSON.", 100, 200)
+TEXT = replace(TASK, answer_format="text", answer_schema=None, label_key=None)
+SETTINGS = FeedbackSettings(
+    license="cc0-1.0",
+    thumbs_up_as_label=True,
+    min_agreement=0.6,
+    max_rows_per_user=50,
+    max_share_per_key=0.25,
+    max_rows=1000,
+    on_suspicion="drop",
+    holdout_share=0.3,
+    seed=7,
+)
+FEW_A_USER = SETTINGS.model_copy(update={"max_rows_per_user": 1})  # the share of a key alone decides
+ON, OFF = '{"intent":"On"}', '{"intent":"Off"}'
+EXCHANGE = replace(
+    store.EXCHANGE,
+    request_id="r",
+    messages="[]",
+    parameters='{"json_schema": null}',
+    answer=ON,
+    verdicts='{"prompt_injection": [true, null], "schema": [true, null]}',
+)
+
+
+class Events:
+    """A store in the making: what was asked and what was said of it, one second apart."""
+
+    def __init__(self, folder):
+        self.url = f"sqlite:///{folder}/events.db"
+        self.events, self.asked = [], 0
+
+    def asks(self, question="lamp please", correction=None, thumb=None, **changes):
+        """Note an exchange, and what was said of it if something was."""
+        self.asked += 1
+        request_id = f"r{self.asked:05}"
+        messages = json.dumps([{"role": "user", "content": question}])
+        exchange = replace(
+            EXCHANGE,
+            **{"request_id": request_id, "messages": messages, "received_at": 1000.0 + self.asked, **changes},
+        )
+        self.events.append(exchange)
+        if correction is not None or thumb is not None:
+            self.says(correction, thumb, key_id=exchange.key_id)
+        return request_id
+
+    def says(self, correction=None, thumb=None, key_id=None, request_id=None, given_at=None):
+        at = 5000.0 + len(self.events) if given_at is None else given_at
+        told = request_id or f"r{self.asked:05}"
+        self.events.append(Feedback(f"f{len(self.events):05}", told, at, key_id, thumb, correction, None))
+
+    def rows(self, settings=SETTINGS, task=TASK, held_out=frozenset()):
+        if self.events:
+            self.store()
+        return labelled_rows(self.url, 0.0, 1e12, settings, task, held_out)
+
+    def store(self):
+        store = open_store(self.url, queue_size=100_000, group_rows=5000, group_wait_s=0.0)
+
+        async def record():
+            await asyncio.gather(*(store.record(event) for event in self.events))
+
+        asyncio.run(record())
+        store.close()
+        self.events = []
+
+
+@pytest.fixture
+def events(tmp_path):
+    return Events(tmp_path)
+
+
+def labels(labelled):
+    """What the rows say, held out or not: question and answer."""
+    return {row.question: row.answer for row in (*labelled.train, *labelled.holdout)}
+
+
+def test_a_correction_is_a_label_and_so_is_an_answer_found_right(events):
+    events.asks("lamp off", correction='{"intent": "Off"}', thumb=-1)
+    events.asks("lamp on", thumb=1)
+    events.asks("who knows", thumb=-1)
+    events.asks("nobody said anything")
+    labelled = events.rows()
+    assert labels(labelled) == {"lamp off": OFF, "lamp on": ON}
+    by_question = {row.question: row for row in (*labelled.train, *labelled.holdout)}
+    row = by_question["lamp off"]
+    assert row.tags == {"feedback": "correction", "intent": "Off"}
+    assert by_question["lamp on"].tags == {"feedback": "thumb", "intent": "On"}
+    assert (row.source, row.license, row.origin) == ("feedback", "cc0-1.0", "feedback")
+    assert row.group == f"feedback/{question_hash([Message('user', 'lamp off')])}"
+    report = labelled.report
+    assert (report["exchanges"], report["given"], report["labelled_rows"]) == (4, 3, 2)
+    assert report["left_out"] == {"no_label": 1}
+    assert report["by_kind"] == {"correction": 1, "thumb": 1}
+    assert report["by_label"] == {"Off": 1, "On": 1}
+
+
+def test_the_newest_word_on_an_answer_counts(events):
+    events.asks("a", correction=ON)
+    events.says(correction=OFF)
+    events.asks("b", thumb=1)
+    events.says(thumb=-1)
+    labelled = events.rows()
+    assert labels(labelled) == {"a": OFF}
+    assert labelled.report["left_out"] == {"no_label": 1}
+
+
+def test_what_is_said_after_the_end_of_the_time_does_not_count(events):
+    events.asks("a", correction=ON)
+    events.says(correction=OFF, given_at=9000.0)
+    events.asks("b")
+    events.says(thumb=1, given_at=9000.0)
+    events.store()
+    early = labelled_rows(events.url, 0.0, 9000.0, SETTINGS, TASK)
+    assert (labels(early), early.report["given"]) == ({"a": ON}, 1)
+    assert labels(labelled_rows(events.url, 0.0, 9001.0, SETTINGS, TASK)) == {"a": OFF, "b": ON}
+
+
+def test_thumbs_are_no_labels_where_the_settings_say_so(events):
+    events.asks("a", thumb=1)
+    assert labels(events.rows(SETTINGS.model_copy(update={"thumbs_up_as_label": False}))) == {}
+
+
+def test_the_challengers_answers_count_and_a_shadows_do_not(events):
+    events.asks("a", correction=OFF, role="challenger")
+    events.asks("b", correction=OFF, role="shadow", shadow_of="r00001")
+    labelled = events.rows()
+    assert labels(labelled) == {"a": OFF}
+    assert labelled.report["given"] == 1
+
+
+def test_the_conversation_goes_with_the_label_and_the_systems_words_of_the_task_do_not(events):
+    turns = [
+        {"role": "system", "content": "Answer with one intent as JSON. "},
+        {"role": "user", "content": "the lamp"},
+        {"role": "assistant", "content": ON},
+        {"role": "user", "content": "no, off"},
+    ]
+    events.asks(messages=json.dumps(turns), correction=OFF)
+    labelled = events.rows()
+    (row,) = (*labelled.train, *labelled.holdout)
+    assert [(m.role, m.content) for m in row.messages] == [
+        ("user", "the lamp"),
+        ("assistant", ON),
+        ("user", "no, off"),
+        ("assistant", OFF),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("reason", "changes"),
+    [
+        ("empty", {"question": "  ", "correction": ON}),
+        ("empty", {"correction": " \n"}),
+        ("too_long", {"question": "x" * 101, "correction": ON}),
+        ("too_long", {"correction": json.dumps({"intent": "On", "area": "x" * 200})}),
+        ("redacted", {"question": "call [phone] now", "correction": ON}),
+        ("redacted", {"correction": '{"intent":"On","area":"[email]"}'}),
+        ("not_json", {"correction": "turn it off"}),
+        ("not_json", {"correction": '["On"]'}),
+        ("not_json", {"correction": '{"intent":"On","area":NaN}'}),
+        ("not_json", {"correction": '{"intent":"On","area":1e999}'}),
+        ("not_json", {"correction": "[" * 9000}),
+        ("too_long", {"correction": "{" * 900}),
+        ("outside_schema", {"correction": '{"intent":"Explode"}'}),
+        ("outside_schema", {"correction": '{"intent":"On","colour":"red"}'}),
+        ("outside_schema", {"correction": '{"area":"kitchen"}'}),
+        ("outside_schema", {"correction": '{"intent":"On","ids":[1]}'}),
+        ("suspicious", {"correction": ON, "verdicts": '{"prompt_injection": [false, "prompt_injection"]}'}),
+        ("suspicious", {"correction": ON, "verdicts": '{"toxicity": [false, "toxicity"]}'}),
+        ("suspicious", {"correction": ON, "verdicts": "no JSON"}),
+        ("suspicious", {"thumb": 1, "verdicts": '{"secrets": [false, "secret_aws"]}'}),
+        ("unfinished", {"thumb": 1, "finish_reason": "length"}),
+        ("unfinished", {"thumb": 1, "status": 503}),
+        ("raw_prompt", {"correction": ON, "route": "/v1/completions"}),
+        ("own_schema", {"correction": ON, "parameters": '{"json_schema": "{}"}'}),
+        ("corrupt", {"correction": ON, "messages": '{"role": "user"}'}),
+        ("corrupt", {"correction": ON, "messages": "[1]"}),
+        ("corrupt", {"correction": ON, "messages": "["}),
+        ("corrupt", {"correction": ON, "messages": '[{"role": "user", "content": [1]}]'}),
+        ("corrupt", {"correction": ON, "messages": '[{"role": "system", "content": "x"}]'}),
+        ("corrupt", {"correction": ON, "messages": '[{"role": "tool", "content": "x"}]'}),
+        ("corrupt", {"correction": ON, "parameters": "[]"}),
+        (
+            "other_system_prompt",
+            {
+                "correction": ON,
+                "messages": '[{"role": "system", "content": "Obey me."}, {"role": "user", "content": "x"}]',
+            },
+        ),
+    ],
+)
+def test_what_cannot_be_learned_is_left_out_with_its_reason(reason, changes):
+    words = {
+        "given_at": 2000.0,
+        "thumb": changes.pop("thumb", None),
+        "correction": changes.pop("correction", None),
+    }
+    asked = [{"role": "user", "content": changes.pop("question", "lamp please")}]
+    exchange = asdict(replace(EXCHANGE, **{"messages": json.dumps(asked), **changes}))
+    task = TASK if len(words["correction"] or "") < 5000 else replace(TASK, max_answer_chars=10_000)
+    with pytest.raises(LeftOut, match=f"^{reason}$"):
+        label_of(exchange, [words], None, None, SETTINGS, task)
+    assert reason in REASONS
+
+
+def test_what_is_left_out_is_counted_by_reason_and_the_rest_goes_on(events):
+    events.asks("call [phone] now", correction=ON)
+    events.asks("a", correction="no JSON", role="challenger")
+    events.asks("b", correction="none either")
+    events.asks("c", correction=ON, messages="[")
+    events.asks("this is right", correction=ON)
+    labelled = events.rows()
+    assert labels(labelled) == {"this is right": ON}
+    assert labelled.report["left_out"] == {"corrupt": 1, "redacted": 1, "not_json": 2}
+
+
+def test_suspicious_rows_and_new_labels_stay_where_the_settings_keep_them(events):
+    events.asks("a", correction='{"mood":1, "intent":"Explode"}', verdicts='{"toxicity": [false, "x"]}')
+    keeps = SETTINGS.model_copy(update={"on_suspicion": "keep"})
+    assert labels(events.rows(keeps)) == {"a": '{"intent":"Explode","mood":1}'}
+
+
+def test_what_the_guard_said_of_the_answer_does_not_count_against_a_correction_of_it(events):
+    events.asks("a", correction=OFF, verdicts='{"secrets": [false, "secret_aws"], "schema": [false, "x"]}')
+    assert labels(events.rows()) == {"a": OFF}
+
+
+@pytest.mark.parametrize(
+    ("answer", "label"),
+    [(ON, '{"intent":"On","area":"attic"}'), ('{"intent": "On"}', '{"intent": "On", "area": "attic"}')],
+)
+def test_a_json_label_is_written_as_the_model_writes_its_answers(events, answer, label):
+    events.asks("a", correction='{ "area":"attic",\n"intent" :"On"}', answer=answer)
+    events.asks("b", thumb=1, answer=answer)
+    assert labels(events.rows())["a"] == label
+
+
+def test_labels_of_a_text_task_are_taken_as_they_are(events):
+    events.asks("a", correction=" Well, maybe. ")
+    assert labels(events.rows(task=TEXT)) == {"a": "Well, maybe."}
+
+
+def test_a_person_who_changes_their_mind_has_one_say(events):
+    for correction in (ON, ON, OFF):
+        events.asks("a", correction=correction, user="ann")
+    labelled = events.rows()
+    assert labels(labelled) == {"a": OFF}
+    assert labelled.report["left_out"] == {"superseded": 1, "duplicate": 1}
+
+
+def test_a_flood_from_one_user_is_cut_to_the_newest_rows(events):
+    for number in range(9):
+        events.asks(f"flood {number}", correction=OFF, user="mallory")
+    events.asks("honest", correction=ON, user="ann")
+    labelled = events.rows(SETTINGS.model_copy(update={"max_rows_per_user": 3}))
+    assert set(labels(labelled)) == {"flood 6", "flood 7", "flood 8", "honest"}
+    assert labelled.report["left_out"] == {"user_limit": 6}
+    loudest = labelled.report["by_user"][0]
+    assert (loudest["given"], loudest["rows"]) == (9, 3)
+    assert "mallory" not in json.dumps(labelled.report)
+
+
+def test_without_users_the_session_limits_a_flood(events):
+    for number in range(9):
+        events.asks(f"flood {number}", correction=OFF, session="s1")
+    assert len(labels(events.rows(SETTINGS.model_copy(update={"max_rows_per_user": 3})))) == 3
+
+
+def test_no_key_gives_more_than_its_share_whatever_users_it_invents(events):
+    for number in range(200):
+        events.asks(f"flood {number}", correction=OFF, key_id="mallory", user=f"u{number}")
+    for number in range(60):
+        events.asks(f"honest {number}", correction=ON, key_id=f"k{number % 5}", user=f"u{number}")
+    labelled = events.rows(FEW_A_USER)
+    floods = [question for question in labels(labelled) if question.startswith("flood")]
+    assert len(floods) == 20
+    assert len(labels(labelled)) == 80
+    assert "flood 199" in floods
+    assert labelled.report["left_out"] == {"key_share": 180}
+    assert left_out_said(labelled.report) == "180 of 260 left out, most: over `max_share_per_key`"
+    assert labelled.report["by_key"]["mallory"] == {"given": 200, "rows": 20}
+
+
+def test_a_key_may_always_give_what_one_user_may(events):
+    for number in range(300):
+        events.asks(f"honest {number}", correction=ON, key_id="app", user=f"u{number}")
+    events.asks("one more", correction=ON, key_id="another", user="ann")
+    labelled = events.rows()
+    assert labelled.report["by_key"]["app"] == {"given": 300, "rows": 50}
+    assert labelled.report["by_key"]["another"] == {"given": 1, "rows": 1}
+    assert labelled.report["left_out"] == {"key_share": 250}
+
+
+def test_without_keys_there_is_no_limit_by_key(events):
+    for number in range(60):
+        events.asks(f"q{number}", correction=OFF)
+    assert len(labels(events.rows())) == 60
+
+
+def test_the_only_key_has_no_limit_and_one_that_gives_alone_beside_others_a_share_of_the_exchanges(tmp_path):
+    alone, beside = Events(tmp_path / "alone"), Events(tmp_path / "beside")
+    for events in (alone, beside):
+        for number in range(20):
+            events.asks(f"q{number}", correction=OFF, key_id="app", user=f"u{number}")
+    beside.asks("nothing is said of this", key_id="another")
+    assert len(labels(alone.rows(FEW_A_USER))) == 20
+    labelled = beside.rows(FEW_A_USER)
+    assert set(labels(labelled)) == {f"q{number}" for number in range(15, 20)}  # a quarter of 21
+    assert "max_share_per_key" in said(labelled.report)
+
+
+def test_keys_that_only_ask_take_nothing_from_the_share_of_those_that_give(events):
+    for key in ("app", "web"):
+        for number in range(3):
+            events.asks(f"{key} {number}", correction=ON, key_id=key)
+    for key in ("b", "c", "d"):
+        events.asks("nothing is said of this", key_id=key)
+    labelled = events.rows()
+    assert len(labels(labelled)) == 6
+    assert labelled.report["left_out"] == {}
+    assert left_out_said(labelled.report) == ""
+
+
+@pytest.mark.parametrize(
+    ("sizes", "others", "share", "limit"),
+    [
+        ([300], 30, 0.25, 10),
+        ([300, 1], 30, 0.25, 10),
+        ([10, 10, 10, 10], 0, 0.25, 10),
+        ([100, 10, 10, 10, 10], 0, 0.25, 13),
+        ([300, 20], 0, 0.25, 0),
+        ([300, 20], 0, 0.5, 20),
+        ([5], 0, 1.0, 5),
+        ([], 7, 0.25, 0),
+    ],
+)
+def test_the_limit_of_a_key_is_the_highest_with_which_none_has_more_than_its_share(
+    sizes, others, share, limit
+):
+    assert highest_limit(sizes, others, share) == limit
+    left = [min(size, limit) for size in sizes]
+    assert max(left, default=0) <= share * (others + sum(left))
+    if limit < max(sizes, default=0):
+        more = [min(size, limit + 1) for size in sizes]
+        assert max(more) > share * (others + sum(more))
+
+
+def test_a_duplicated_question_cannot_raise_a_keys_share(events):
+    for number in range(30):
+        events.asks("all say this", correction=ON, key_id="app", user=f"u{number}")
+    for number in range(10):
+        events.asks(f"mine {number}", correction=OFF, key_id="mallory", user=f"m{number}")
+    for key in ("b", "c"):
+        events.asks("all say this", correction=ON, key_id=key)
+    labelled = events.rows(FEW_A_USER.model_copy(update={"max_share_per_key": 0.5}))
+    assert labelled.report["by_key"]["mallory"]["rows"] <= 0.5 * labelled.report["labelled_rows"]
+
+
+def test_where_labels_contradict_each_other_most_people_decide_or_all_go(events):
+    for user, label in (("ann", ON), ("bob", ON), ("cid", OFF)):
+        events.asks("two against one", correction=label, user=user)
+    for user, label in (("ann", ON), ("bob", OFF)):
+        events.asks("one against one", correction=label, user=user)
+    labelled = events.rows()
+    assert labels(labelled) == {"two against one": ON}
+    assert labelled.report["left_out"] == {"contradiction": 2, "outvoted": 1, "duplicate": 1}
+    assert left_out_said(labelled.report) == "4 of 5 left out, most: no label has `min_agreement`"
+
+
+def test_questions_that_differ_in_case_spaces_and_full_stops_are_one(events):
+    for user, question in (("ann", "Lamp  on."), ("bob", "lamp on"), ("cid", "LAMP ON!")):
+        events.asks(question, correction=ON, user=user)
+    labelled = events.rows()
+    assert labels(labelled) == {"LAMP ON!": ON}
+    assert labelled.report["left_out"] == {"duplicate": 2}
+
+
+def test_the_same_json_in_another_order_is_no_contradiction(events):
+    events.asks("a", correction='{"intent":"On","area":"x"}', user="ann")
+    events.asks("a", correction='{"area": "x", "intent": "On"}', user="bob")
+    labelled = events.rows()
+    assert labels(labelled) == {"a": '{"intent":"On","area":"x"}'}
+
+
+def test_the_names_of_one_key_cannot_outvote_another_key(events):
+    for number in range(5):
+        events.asks("a", correction=OFF, key_id="mallory", user=f"u{number}")
+    for key in ("app", "web"):
+        events.asks("a", correction=ON, key_id=key, user="ann")
+        events.asks("b", correction=ON, key_id=key, user="ann")
+    settings = SETTINGS.model_copy(update={"max_share_per_key": 1.0})
+    labelled = events.rows(settings)
+    assert labels(labelled) == {"a": ON, "b": ON}
+    assert labelled.report["left_out"]["outvoted"] == 5
+
+
+def test_the_newest_rows_stay_when_there_are_too_many(events):
+    for number in range(10):
+        events.asks(f"q{number}", correction=ON)
+    labelled = events.rows(SETTINGS.model_copy(update={"max_rows": 4}))
+    assert set(labels(labelled)) == {"q6", "q7", "q8", "q9"}
+    assert labelled.report["left_out"] == {"row_limit": 6}
+
+
+def test_a_question_is_on_the_same_side_in_every_retraining(tmp_path):
+    first, later = Events(tmp_path / "first"), Events(tmp_path / "later")
+    for number in range(200):
+        first.asks(f"question {number}", correction=ON)
+        later.asks(f"QUESTION  {number}.", correction=OFF)
+        later.asks(f"something new {number}", correction=ON)
+    before, after = first.rows(), later.rows()
+    held_out = {row.group for row in before.holdout}
+    assert held_out == {row.group for row in after.holdout} & {
+        row.group for row in (*before.train, *before.holdout)
+    }
+    assert not held_out & {row.group for row in after.train}
+    assert 30 <= len(held_out) <= 90
+    other_seed = first.rows(SETTINGS.model_copy(update={"seed": 8}))
+    assert {row.group for row in other_seed.holdout} != held_out
+
+
+def test_the_held_out_share_is_that_of_the_settings():
+    hits = sum(is_held_out(f"{number:016x}", 0.3, 7) for number in range(10_000))
+    assert 2800 < hits < 3200
+
+
+def test_what_was_ever_held_out_is_not_learned_though_the_share_falls(events, tmp_path):
+    for number in range(40):
+        events.asks(f"question {number}", correction=ON)
+    first = events.rows()
+    write_labelled(tmp_path, first)
+    less = SETTINGS.model_copy(update={"holdout_share": 0.01})
+    again = events.rows(less, held_out=held_out_before(tmp_path))
+    assert {row.group for row in first.holdout} <= {row.group for row in again.holdout}
+    write_labelled(tmp_path, replace(again, holdout=[]))
+    assert {row.group.removeprefix("feedback/") for row in first.holdout} <= held_out_before(tmp_path)
+
+
+def test_what_is_written_is_read_back_and_the_same_events_give_the_same_bytes(events, tmp_path):
+    for number in range(20):
+        events.asks(f"Frage {number}: wärmer", correction=ON, user=f"u{number % 3}")
+    labelled = events.rows()
+    write_labelled(tmp_path, labelled)
+    paths = [tmp_path / path for path in (ROWS, HELD_OUT, QUESTIONS_HELD_OUT, REPORT)]
+    first = [path.read_bytes() for path in paths]
+    assert read_labelled(tmp_path / ROWS) == labelled.train
+    assert read_labelled(tmp_path / HELD_OUT) == labelled.holdout
+    assert json.loads(first[-1]) == labelled.report
+    write_labelled(tmp_path, events.rows())
+    assert [path.read_bytes() for path in paths] == first
+
+
+def test_without_feedback_there_are_no_rows_and_the_files_say_so(events, tmp_path):
+    events.asks("a")
+    write_labelled(tmp_path, events.rows())
+    assert read_labelled(tmp_path / ROWS) == read_labelled(tmp_path / "nothing.jsonl") == []
+    assert (tmp_path / ROWS).read_text() == ""
+
+
+def test_a_line_that_is_no_row_is_named(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"id": 1}\n')
+    with pytest.raises(InputError, match=r"rows\.jsonl:1 is no row"):
+        read_labelled(tmp_path / "rows.jsonl")
+
+
+def test_a_store_that_is_not_there_is_said(tmp_path):
+    with pytest.raises(InputError, match="no event store"):
+        labelled_rows(f"sqlite:///{tmp_path}/none.db", 0.0, 1.0, SETTINGS, TASK)
+
+
+def test_the_counts_of_the_report_add_up(events):
+    for number in range(30):
+        events.asks(f"q{number % 17}", correction=(ON, OFF, "x")[number % 3], user=f"u{number % 4}", thumb=-1)
+        events.asks(f"t{number}", thumb=(1, -1)[number % 2], user=f"u{number % 4}")
+    report = events.rows(SETTINGS.model_copy(update={"max_rows_per_user": 8})).report
+    assert report["given"] == 60 == report["labelled_rows"] + sum(report["left_out"].values())
+    assert report["labelled_rows"] == report["rows_train"] + report["rows_holdout"]
+    assert set(report["left_out"]) <= set(REASONS)
+    assert sum(one["rows"] for one in report["by_user"]) == report["labelled_rows"]
+
+
+def test_the_summary_says_what_became_of_it_and_why(events):
+    events.asks("a", correction="nonsense", user="ann")
+    events.asks("b", correction=ON, user="ann", key_id="k1")
+    text = said(events.rows().report)
+    assert "**1 rows to learn**" in text or "and 1 to judge by" in text
+    assert "| not_json | 1 | the label is no JSON object |" in text
+    assert "| k1 | 1 |" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"), [(" Lamp\tON ", "lamp on"), ("lamp on?!", "lamp on"), ("?!", "?!"), ("ﬁne…", "fine")]
+)
+def test_a_question_is_known_again_by_its_words(text, plain):
+    assert normalised(text) == plain
+
+
+def test_the_task_is_read_from_what_is_served(tmp_path):
+    serving = {
+        "answer_format": "json",
+        "answer_schema": SCHEMA,
+        "label_key": "intent",
+        "system_prompt": "Be brief.",
+    }
+    params = load_params(ROOT / "params.yaml")
+    task = task_of(tmp_path, params, serving)
+    assert (task.answer_schema, task.system_prompt) == (SCHEMA, "Be brief.")
+    assert task.max_answer_chars == params.curate.max_answer_chars
+    with pytest.raises(InputError, match=r"serving\.json is not there"):
+        task_of(tmp_path, params)
+
+
+def test_the_command_shows_the_report_and_writes_only_if_asked(events, tmp_path, monkeypatch, capsys):
+    events.asks("a", correction=ON)
+    events.store()
+    monkeypatch.chdir(tmp_path)
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["services"]["events"]["url"] = events.url
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    Path("artifacts/export").mkdir(parents=True)
+    keys = {"answer_format": "json", "answer_schema": SCHEMA, "label_key": "intent", "system_prompt": None}
+    Path("artifacts/export/serving.json").write_text(json.dumps(keys))
+    main([])
+    assert "1 times somebody said something of 1 answers" in capsys.readouterr().out
+    assert not ROWS.exists()
+    main(["--write"])
+    assert len(read_labelled(ROWS)) + len(read_labelled(HELD_OUT)) == 1
+
+
+@pytest.mark.slow
+def test_of_fifty_thousand_labels_the_newest_are_kept(events):
+    for number in range(50_000):
+        events.asks(f"question number {number}", correction=ON, user=f"u{number % 2000}")
+    events.store()
+    labelled = events.rows(SETTINGS.model_copy(update={"max_rows": 20_000}))
+    assert labelled.report["labelled_rows"] == 20_000

@@ -1,0 +1,90 @@
+import json
+import random
+
+import pytest
+
+from services.events.redaction import redact, redact_json
+from stages.common.personal_data import PERSONAL_DATA, holds
+from tests.stages.common.test_personal_data import INNOCENT, PERSONAL
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"), [(kind, text) for kind, texts in PERSONAL.items() for text in texts]
+)
+def test_personal_data_gives_way_to_the_name_of_its_kind(kind, text):
+    redacted = redact(f"hello! {text}, thanks")
+    assert f"[{kind}]" in redacted
+    assert redacted.startswith("hello! ")
+    assert redacted.endswith(", thanks")
+    assert not any(holds(other, redacted) for other in PERSONAL_DATA)
+
+
+@pytest.mark.parametrize("text", INNOCENT)
+def test_other_numbers_stay(text):
+    assert redact(text) == text
+
+
+def test_only_the_kinds_asked_for_are_replaced():
+    text = "ann@example.org or +4930123456"
+    assert redact(text, ["phone"]) == "ann@example.org or [phone]"
+    assert redact(text, []) == text
+    assert redact(text) == "[email] or [phone]"
+
+
+def test_of_overlapping_kinds_nothing_is_left():
+    assert redact("pay GB29NWBK60161331926819@example.org") == "pay [email]"
+
+
+def test_what_a_replaced_number_hid_is_found_too():
+    assert redact("+14155550187+4930123456") == "[phone][phone]"
+
+
+def test_redacting_twice_changes_nothing_more():
+    dice = random.Random(7)
+    known = [text for texts in PERSONAL.values() for text in texts]
+    glue = ["", " ", "+", "-", ".", ",", "0", "1", "@", "a", "[", "]", "/", "(", "\n", "0 ", " 0"]
+    for _ in range(5_000):
+        text = "".join(dice.choice(known) + dice.choice(glue) for _ in range(dice.randint(1, 6)))
+        once = redact(text)
+        assert redact(once) == once, text
+        assert not any(holds(kind, once) for kind in PERSONAL_DATA), text
+
+
+@pytest.mark.timeout(120)  # quadratic time would be hours
+@pytest.mark.parametrize("part", ["+14155550187", "a.", "a@b.co ", "030 1234 5678 ", "4111 1111 1111 1111 "])
+def test_a_long_text_takes_linear_time_and_is_clean_after(part):
+    redacted = redact(part * (1_000_000 // len(part)))
+    assert not any(holds(kind, redacted) for kind in PERSONAL_DATA)
+
+
+def test_json_stays_json_and_keeps_its_keys():
+    messages = [
+        {"role": "user", "content": 'I am "Ann" <ann@example.org>\n+4930123456'},
+        {"role": "assistant", "content": None, "1@a.org": [True, 2.5, 4111111111111111]},
+    ]
+    assert json.loads(redact_json(json.dumps(messages), redact)) == [
+        {"role": "user", "content": 'I am "Ann" <[email]>\n[phone]'},
+        {"role": "assistant", "content": None, "1@a.org": [True, 2.5, "[credit_card]"]},
+    ]
+
+
+def test_an_escaped_address_is_found():
+    assert json.loads(redact_json('["ann\\u0040example.org"]', redact)) == ["[email]"]
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a":  1}', '{"a": 1, "a": 2}', '["\\u00e9 7"]', "", "4", "NaN", "[1e400]"]
+)
+def test_json_without_personal_data_stays_byte_for_byte(text):
+    assert redact_json(text, redact) == text
+
+
+@pytest.mark.parametrize(
+    "text", ['{"to": "ann@example.org"', "[" * 200_000 + "ann@example.org", "ann@example.org"]
+)
+def test_what_is_no_json_is_redacted_as_text(text):
+    assert redact_json(text, redact) == text.replace("ann@example.org", "[email]")
+
+
+def test_a_number_too_long_to_read_is_redacted_as_text():
+    assert "ann@" not in redact_json(f'{{"n": {"9" * 5000}, "to": "ann@example.org"}}', redact)

@@ -1,0 +1,138 @@
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from stages.common.errors import ParamsError
+from stages.common.params.loading import load_params
+
+SHIPPED = Path(__file__).parents[4] / "params.yaml"
+
+
+@pytest.fixture
+def edited(tmp_path):
+    """Return a function that writes params.yaml with some texts replaced, and loads it."""
+
+    def load(*replacements: tuple[str, str]):
+        text = SHIPPED.read_text(encoding="utf-8")
+        for old, new in replacements:
+            assert text.count(old) >= 1, old
+            text = text.replace(old, new, 1)
+        path = tmp_path / "params.yaml"
+        path.write_text(text, encoding="utf-8")
+        return load_params(path)
+
+    return load
+
+
+def line_of(text: str) -> int:
+    return next(n for n, line in enumerate(SHIPPED.read_text().splitlines(), 1) if text in line)
+
+
+def test_the_values_of_the_file_arrive(edited):
+    params = edited(("rank: 16", "rank: 24"))
+    assert params.finetune.rank == 24
+    assert params.collect.sources[0].kind == "home_intents"
+
+
+def test_an_unknown_key_is_named_with_its_line_value_and_the_nearest_right_key(edited):
+    with pytest.raises(ParamsError) as error:
+        edited(("  rank: 16", "  rnak: 16"))
+    assert f":{line_of('  rank: 16')}: finetune.rnak: unknown key (value 16); did you mean rank?" in str(
+        error.value
+    )
+
+
+def test_a_wrong_type_is_named_with_its_line_and_value(edited):
+    with pytest.raises(ParamsError, match=r"finetune\.epochs: .*integer.*'two'") as error:
+        edited(("epochs: 1", "epochs: two"))
+    assert f":{line_of('epochs: 1')}:" in str(error.value)
+
+
+def test_a_misspelt_key_inside_a_source_gets_the_nearest_of_that_kind(edited):
+    with pytest.raises(
+        ParamsError, match=r"sources\.0\.row_per_template: .*did you mean rows_per_template\?"
+    ):
+        edited(("rows_per_template", "row_per_template"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key"),
+    [
+        ("origin: package", "origin: hub", "fetch_base.sha256"),
+        ("validation_fraction: 0.04", "validation_fraction: 0.9", "split.test_fraction"),
+        ("max_rows: null", "max_rows: 20", "evaluate.max_rows"),
+        ("task: json", "task: text", "evaluate.label_key"),
+        ("answer_format: json", "answer_format: text", "evaluate.task"),
+    ],
+)
+def test_a_pair_that_cannot_stand_together_is_refused(edited, old, new, key):
+    with pytest.raises(ParamsError, match=key.replace(".", r"\.")):
+        edited((old, new))
+
+
+def test_a_file_outside_data_is_refused_because_dvc_could_not_see_it(edited):
+    entry = "    - kind: file\n      path: /tmp/rows.jsonl\n      license: mit\n    - kind: home_intents"
+    with pytest.raises(ParamsError, match=r"sources\.0\.path: '/tmp/rows.jsonl' lies outside data/"):
+        edited(("    - kind: home_intents", entry))
+
+
+def test_all_problems_come_in_one_message(edited):
+    with pytest.raises(ParamsError) as error:
+        edited(
+            ("rank: 16", "rank: 0"),
+            ("epochs: 1", "epochs: x"),
+            ("cron:", "crn:"),
+            ("task: json", "task: yaml"),
+        )
+    text = str(error.value)
+    assert text.startswith("5 problems")  # crn is unknown, and so cron is missing
+    assert all(
+        key in text for key in ("finetune.rank", "finetune.epochs", "flows.training.crn", "evaluate.task")
+    )
+
+
+def test_a_key_given_twice_is_refused(edited):
+    with pytest.raises(ParamsError, match="epochs: given twice"):
+        edited(("  epochs: 1", "  epochs: 1\n  epochs: 2"))
+
+
+def test_a_missing_section_and_a_section_nobody_knows_are_both_named(edited):
+    with pytest.raises(ParamsError, match=r"finetuen: unknown key; did you mean finetune\?") as error:
+        edited(("finetune:", "finetuen:"))
+    assert "finetune: missing section" in str(error.value)
+
+
+def test_exponents_are_numbers_as_they_are_for_dvc(edited):
+    assert (
+        edited(
+            ("learning_rate: ", "learning_rate: 1e-3 # "),
+        ).finetune.learning_rate
+        == 0.001
+    )
+
+
+@pytest.mark.parametrize("content", [b"", b"- a\n- b\n", b"a: [1\n", b"\xff\xfe\x00"])
+def test_a_file_that_is_no_mapping_is_a_clear_error(tmp_path, content):
+    path = tmp_path / "params.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ParamsError) as error:
+        load_params(path)
+    assert "remedy" in str(error.value)
+
+
+def test_the_check_exits_2_within_three_seconds_before_anything_heavy_is_imported(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text(SHIPPED.read_text().replace("rank: 16", "rnak: 16"))
+    command = [sys.executable, "-X", "importtime", "-m", "stages.common.params", str(path)]
+    started = time.monotonic()
+    done = subprocess.run(command, cwd=SHIPPED.parent, capture_output=True, text=True)
+    took = time.monotonic() - started
+    assert done.returncode == 2
+    assert "did you mean rank?" in done.stderr
+    assert not {"torch", "prefect", "dvc", "transformers"} & {
+        line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time")
+    }
+    assert took < 60, "bounded only; docs/benchmarks.md has the figure"

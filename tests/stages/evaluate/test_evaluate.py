@@ -1,0 +1,275 @@
+import csv
+import json
+import re
+import shutil
+from contextlib import chdir
+from functools import partial
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from stages.common.errors import InputError
+from stages.common.records import Message, make_row, write_rows
+from stages.evaluate import __main__ as evaluate
+from tests.tiny import save_model
+
+ROOT = Path(__file__).parents[3]
+
+
+def rows_of(answers, groups=12):
+    return [
+        make_row(
+            [Message("user", f"question {i}"), Message("assistant", answer)],
+            "toy",
+            "mit",
+            group=f"g{i % groups}",
+            tags={"language": "en" if i % 3 else "de"},
+        )
+        for i, answer in enumerate(answers)
+    ]
+
+
+def json_rows(n=24):
+    return rows_of([json.dumps({"intent": f"Turn{i % 2}", "area": i % 3}) for i in range(n)])
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A tiny base model and an untrained adapter with random weights on it."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from tests.tiny import make_model
+
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("models")
+    save_model(folder / "fetch_base")
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(make_model(), config).save_pretrained(folder / "finetune")
+    return folder
+
+
+def prepare(folder, models, rows, **changes):
+    """Make a project folder up to `evaluate`."""
+    for name in ("fetch_base", "finetune"):
+        shutil.copytree(models / name, folder / "artifacts" / name, dirs_exist_ok=True)
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["evaluate"] |= {
+        "min_test_rows": 10,
+        "max_new_tokens": 12,
+        "resamples": 100,
+        "slices": ["language"],
+    }
+    params["evaluate"] |= changes
+    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    write_rows(folder / "artifacts/split/test.parquet", rows)
+    return folder
+
+
+def run(folder):
+    evaluate.main()
+    return json.loads((folder / "reports/evaluate/metrics.json").read_text())
+
+
+@pytest.fixture
+def project(models, tmp_path, monkeypatch):
+    """A function that prepares a project folder in which the test then runs."""
+    monkeypatch.chdir(tmp_path)
+    return partial(prepare, tmp_path, models)
+
+
+@pytest.fixture(scope="module")
+def judged(models, tmp_path_factory):
+    """A project folder in which the toy models have been judged."""
+    folder = prepare(tmp_path_factory.mktemp("judged"), models, json_rows())
+    with chdir(folder):
+        run(folder)
+    return folder
+
+
+@pytest.fixture
+def report(judged):
+    return json.loads((judged / "reports/evaluate/metrics.json").read_text())
+
+
+def test_json_answers_get_every_metric_with_interval_and_difference(report):
+    names = {
+        "exact_match",
+        "valid_output",
+        "intent_accuracy",
+        "slot_f1",
+        "finished",
+        "perplexity",
+        "answer_tokens",
+    }
+    for model in ("base", "tuned"):
+        assert set(report[model]) == names
+        for figures in report[model].values():
+            assert set(figures) == {"value", "low", "high", "n"}
+            assert figures["low"] <= figures["value"] <= figures["high"]
+            assert figures["n"] == 24
+    assert set(report["difference"]["exact_match"]) == {"value", "low", "high", "p_value", "n"}
+    assert set(report["slices"]["language"]) == {"de", "en"}
+    assert set(report["throughput"]["tuned"]) >= {
+        "rows_per_s",
+        "tokens_per_s",
+        "latency_p50_s",
+        "latency_p95_s",
+    }
+
+
+def test_the_difference_is_that_of_the_two_figures(report):
+    for name, figures in report["difference"].items():
+        expected = report["tuned"][name]["value"] - report["base"][name]["value"]
+        assert figures["value"] == pytest.approx(expected, abs=2e-6)
+
+
+def test_words_as_answers_get_the_metrics_of_words(project):
+    rows = rows_of([f"the lamp {i} is on" for i in range(24)])
+    report = run(project(rows, task="text", label_key=None))
+    assert {"exact_match", "rouge_l", "chrf", "bleu", "perplexity"} <= set(report["tuned"])
+    assert report["primary"] == "rouge_l"
+    assert not Path("reports/evaluate/pictures/confusion.svg").exists()
+
+
+def test_json_without_a_label_needs_none(project):
+    rows = rows_of([json.dumps({"area": i, "on": True}) for i in range(24)])
+    report = run(project(rows, label_key=None))
+    assert "slot_f1" in report["tuned"]
+    assert not [name for name in report["tuned"] if name.endswith("_accuracy")]
+    assert report["confusions"] == []
+
+
+def test_another_label_key_names_its_own_metric(project):
+    rows = rows_of([json.dumps({"action": "go", "to": i}) for i in range(24)])
+    assert "action_accuracy" in run(project(rows, label_key="action"))["tuned"]
+
+
+def written(folder):
+    """Every file of the stage as bytes, but for the report, which comes without its throughput."""
+    folders = (folder / "reports/evaluate", folder / "artifacts/evaluate")
+    files = {p.name: p.read_bytes() for f in folders for p in sorted(f.rglob("*")) if p.is_file()}
+    report = json.loads(files.pop("metrics.json"))
+    del report["throughput"]
+    return files, report
+
+
+def test_judging_twice_gives_the_same_bytes_but_for_the_throughput(judged, project):
+    again = project(json_rows())
+    run(again)
+    assert written(again) == written(judged)
+    assert set(written(again)[0]) == {
+        "comparison.svg",
+        "slices.svg",
+        "confusion.svg",
+        "errors.csv",
+        "errors.md",
+        "predictions.parquet",
+    }
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """How many models were asked since."""
+    calls = []
+    judge = evaluate.judge
+    monkeypatch.setattr(evaluate, "judge", lambda *given: calls.append(given[0]) or judge(*given))
+    return calls
+
+
+def test_a_base_that_was_asked_the_same_before_is_not_asked_again(judged, project, asked):
+    folder = project(json_rows())
+    shutil.copytree(judged / "checkpoints", folder / "checkpoints")
+    run(folder)
+    assert len(asked) == 1
+    predictions = [root / "artifacts/evaluate/predictions.parquet" for root in (judged, folder)]
+    assert predictions[0].read_bytes() == predictions[1].read_bytes()
+    reports = [json.loads((root / "reports/evaluate/metrics.json").read_text()) for root in (judged, folder)]
+    assert reports[0]["base"] == reports[1]["base"]
+    assert reports[0]["throughput"]["base"] == reports[1]["throughput"]["base"]
+
+
+@pytest.mark.parametrize("change", ["rows", "limit", "base", "broken"])
+def test_a_base_is_asked_again_if_anything_its_answers_hang_on_has_changed(judged, project, asked, change):
+    rows = json_rows() if change != "rows" else json_rows(23)
+    folder = project(rows, max_new_tokens=11 if change == "limit" else 12)
+    shutil.copytree(judged / "checkpoints", folder / "checkpoints")
+    if change == "base":
+        path = folder / "artifacts/fetch_base/generation_config.json"
+        path.write_text(path.read_text() + " ")
+    if change == "broken":
+        (kept,) = (folder / "checkpoints/evaluate").glob("*.json")
+        kept.write_text(kept.read_text()[:100])
+    run(folder)
+    assert len(asked) == 2
+
+
+def test_every_answer_is_kept(judged):
+    table = pq.read_table(judged / "artifacts/evaluate/predictions.parquet")
+    assert table.num_rows == 24
+    assert {"question", "reference", "base", "tuned", "tuned_exact_match"} <= set(table.column_names)
+
+
+def test_pictures_open_offline(judged):
+    for path in (judged / "reports/evaluate/pictures").glob("*.svg"):
+        svg = path.read_text()
+        assert not re.search(r"(?:href|src)=\"(?!#|data:)|url\((?!#)|@import|<script", svg), path
+
+
+def test_fewer_test_rows_than_the_gate_asks_for_stop_the_pipeline(project):
+    project(json_rows(), min_test_rows=25)
+    with pytest.raises(InputError, match=r"24 rows, and evaluate.min_test_rows asks for 25") as error:
+        evaluate.main()
+    assert "split.test_fraction" in error.value.remedy
+    assert not Path("reports/evaluate").exists()
+
+
+def test_test_rows_of_one_group_are_refused(project):
+    rows = rows_of(['{"intent":"a"}'] * 24, groups=1)
+    project(rows)
+    with pytest.raises(InputError, match="of one group"):
+        evaluate.main()
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        ("on", "1 of 24 test answers are not one JSON value"),
+        ('{"area":1}', "no text under evaluate.label_key"),
+    ],
+)
+def test_references_that_cannot_be_judged_are_shown(project, answer, problem):
+    project([*json_rows(23), *rows_of([answer])])
+    with pytest.raises(InputError, match=problem) as error:
+        evaluate.main()
+    assert repr(answer) in error.value.what
+    assert "evaluate." in error.value.remedy
+
+
+def test_a_diverged_adapter_is_named_as_such(project):
+    from safetensors.torch import load_file, save_file
+
+    folder = project(json_rows())
+    path = folder / "artifacts/finetune/adapter_model.safetensors"
+    save_file({name: weights * float("nan") for name, weights in load_file(path).items()}, path)
+    with pytest.raises(InputError, match=r"tuned model's perplexity .* nan"):
+        evaluate.main()
+
+
+def test_max_rows_takes_the_same_rows_every_time():
+    rows = json_rows()
+    chosen = evaluate.choose_rows(rows, 15, 10, seed=7)
+    assert len(chosen) == 15
+    assert chosen == evaluate.choose_rows(rows, 15, 10, seed=7)
+    assert [row for row in rows if row in chosen] == chosen
+
+
+def test_the_worst_error_comes_first(judged, report):
+    page = (judged / "reports/evaluate/errors.md").read_text()
+    assert f"{report['errors']['rows']} of 24 answers are not an exact match" in page
+    with (judged / "reports/evaluate/errors.csv").open(newline="") as lines:
+        table = list(csv.DictReader(lines))
+    assert len(table) == report["errors"]["rows"]
+    assert table[0]["kind"] == "invalid"

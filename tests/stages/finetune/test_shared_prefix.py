@@ -1,0 +1,79 @@
+import pytest
+import torch
+
+from stages.common.chat import Encoded
+from stages.finetune.answer_loss import cross_entropy_sum
+from stages.finetune.shared_prefix import can_share_prefix, lay_out, use_shared_prefix
+from tests.tiny import make_model
+
+PAD = 1
+EXAMPLES = [
+    Encoded([0, 5, 6, 7, 20, 30, 40, 1], 5),
+    Encoded([0, 5, 6, 7, 21, 22, 31, 1], 6),
+    Encoded([0, 5, 6, 7, 23, 1], 4),
+    Encoded([0, 5, 6, 8, 24, 32, 33, 34, 35, 1], 5),
+]
+
+
+def loss_and_gradient(model, batch):
+    model.zero_grad()
+    loss = cross_entropy_sum(batch.answer_logits(model), batch.targets)
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+def one_by_one(model, examples):
+    model.zero_grad()
+    total = torch.zeros(())
+    for example in examples:
+        ids = torch.tensor([example.input_ids])
+        logits = model(input_ids=ids).logits[0, example.prompt_length - 1 : -1]
+        targets = ids[0, example.prompt_length :]
+        loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+        loss.backward()
+        total += loss.detach()
+    return total, {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+def test_a_batch_as_one_sequence_has_the_loss_and_gradients_of_its_rows_one_by_one():
+    expected = one_by_one(make_model(), EXAMPLES)
+    model = make_model()
+    use_shared_prefix(model)
+    batch = lay_out(EXAMPLES, PAD)
+    assert batch.prefix_length == 3
+    torch.testing.assert_close(loss_and_gradient(model, batch), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_padded_rows_have_the_same_loss_and_gradients_too():
+    expected = one_by_one(make_model(), EXAMPLES)
+    batch = lay_out(EXAMPLES, PAD, share_prefix=False)
+    torch.testing.assert_close(loss_and_gradient(make_model(), batch), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_with_nothing_in_common_and_a_row_alone_are_laid_out_as_well():
+    strangers = [Encoded([3, 4, 5, 1], 2), Encoded([6, 7, 8, 9, 1], 3)]
+    for examples in (strangers, strangers[:1]):
+        model = make_model()
+        use_shared_prefix(model)
+        expected = one_by_one(make_model(), examples)
+        result = loss_and_gradient(model, lay_out(examples, PAD))
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_prefix_leaves_each_row_the_prompt_token_that_predicts_its_answer():
+    same = [Encoded([0, 5, 6, 1], 3), Encoded([0, 5, 6, 9, 1], 3)]
+    batch = lay_out(same, PAD)
+    assert batch.prefix_length == 2
+    assert batch.targets.tolist() == [1, 9, 1]
+    assert batch.input_ids[0, batch.answer_positions].tolist() == [6, 6, 9]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("attention_dropout", 0.1), ("sliding_window", 8), ("layer_types", ["sliding_attention"])],
+)
+def test_models_that_attend_otherwise_do_not_share_a_prefix(key, value):
+    model = make_model()
+    assert can_share_prefix(model)
+    setattr(model.config, key, value)
+    assert not can_share_prefix(model)

@@ -1,0 +1,389 @@
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stages.common.artifacts import read_json, write_json, write_text
+from stages.common.dvc_lock import dvc_hash
+from stages.common.errors import InputError
+from stages.common.records import Message, make_row, write_rows
+from stages.model_card import __main__ as model_card
+
+ROOT = Path(__file__).parents[3]
+
+
+def rows_of(side, count):
+    return [
+        make_row(
+            [Message("user", f"{side} {i}"), Message("assistant", '{"intent":"On"}')],
+            "toy/1",
+            "apache-2.0",
+            group=f"{side}{i // 2}",
+            origin="template",
+        )
+        for i in range(count)
+    ]
+
+
+def results(rows, **values):
+    return {name: {"value": v, "low": v, "high": v, "n": rows} for name, v in values.items()}
+
+
+def evidence():
+    """What the stages report of 40 toy rows, all figures in agreement."""
+    base = results(10, exact_match=0.0, intent_accuracy=0.1, slot_f1=0.0, perplexity=60.0)
+    tuned = results(10, exact_match=0.7, intent_accuracy=0.9, slot_f1=0.8, perplexity=1.2)
+    difference = {
+        name: {key: tuned[name][key] - base[name][key] for key in ("value", "low", "high")}
+        | {"n": 10, "p_value": 0.0005}
+        for name in tuned
+    }
+    finding = {
+        "group": "person_gender",
+        "kind": "outcome",
+        "passed": True,
+        "statement": "person_gender: even.",
+    }
+    part = {"value": 0.5, "low": 0.1, "high": 0.9, "n": 5, "groups": 2}
+    return {
+        "fetch_base": {
+            "origin": "package",
+            "name": "toy-base",
+            "revision": "1.0",
+            "file": "toy.gguf",
+            "license": "Apache-2.0",
+            "sha256": "ab" * 32,
+            "parameters": 134515008,
+        },
+        "collect": {
+            "rows": 42,
+            "rejected": 3,
+            "rejected_by_reason": {"broken_json": 3},
+            "by_license": {"apache-2.0": 42},
+            "by_origin": {"template": 42},
+            "sources": [{"name": "toy", "rows": 42}],
+        },
+        "curate": {
+            "rows_in": 42,
+            "kept": 40,
+            "dropped": 2,
+            "dropped_by_reason": {"near_duplicate": 2},
+            "kept_by_source": {"toy/1": 40},
+        },
+        "validate": {
+            "rows": 40,
+            "success": True,
+            "expectations_met": 9,
+            "expectations_total": 10,
+            "warnings": 1,
+        },
+        "check_bias": {"rows": 40, "success": True, "findings": [finding]},
+        "split": {
+            "rows_in": 40,
+            "rows": {"train": 24, "validation": 4, "test": 10},
+            "groups": {"train": 12, "validation": 2, "test": 5},
+            "feedback_rows": 0,
+            "feedback_rows_of_held_out_groups": 0,
+            "test_rows_over_cap": 1,
+            "train_rows_removed_as_near_duplicates": 1,
+            "labels_without_test_rows": ["HassBroadcast"],
+            "proof": {"groups_on_two_sides": 0, "near_duplicates_across": 0, "highest_similarity": 0.61},
+        },
+        "finetune": {
+            "started_from": "base",
+            "train_rows": 23,
+            "dropped_long_rows": 1,
+            "rows_not_replayed": 0,
+            "steps": 2,
+            "train_tokens": 999,
+            "dtype": "bfloat16",
+            "trained_parameters": 4884480,
+            "train_loss": 0.11,
+            "validation_loss": 0.12,
+            "throughput": {"seconds": 4242.4},
+        },
+        "evaluate": {
+            "task": "json",
+            "label_key": "intent",
+            "primary": "exact_match",
+            "rows": 10,
+            "test_rows": 10,
+            "groups": 5,
+            "confidence": 0.95,
+            "resamples": 2000,
+            "answer_limit_tokens": 42,
+            "references_over_limit": 0,
+            "base": base,
+            "tuned": tuned,
+            "difference": difference,
+            "slices": {"intent": {"On": part, "Off": {**part, "value": 0.25}}, "person_gender": {}},
+            "confusions": [{"expected": "On", "answered": "Off|x", "n": 2}],
+            "errors": {"rows": 3, "by_kind": {"wrong label": 2, "invalid": 1}, "right_in_base_only": 0},
+            "throughput": {"tuned": {"rows_per_s": 4242.4}},
+        },
+    }
+
+
+def write_lock():
+    """Write the dvc.lock of a run that made what lies here."""
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    outs = {stage: [Path(f"reports/{stage}/metrics.json")] for stage in model_card.BEFORE}
+    outs["split"].append(Path("artifacts/split"))
+    outs["finetune"].append(Path("artifacts/finetune"))
+    stages = {
+        stage: {
+            "cmd": f"python -m stages.{stage}",
+            "params": {"params.yaml": {stage: params[stage]}},
+            "outs": [
+                {"path": str(path), "hash": "md5", "md5": dvc_hash(path)} for path in paths if path.exists()
+            ],
+        }
+        for stage, paths in outs.items()
+    }
+    stages["evaluate"]["deps"] = [
+        {"path": "artifacts/split/test.parquet", "md5": dvc_hash(Path("artifacts/split/test.parquet"))}
+    ]
+    write_text(Path("dvc.lock"), yaml.safe_dump({"schema": "2.0", "stages": stages}))
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project folder in which all stages before the card have run."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copyfile(ROOT / "params.yaml", "params.yaml")
+    for stage, report in evidence().items():
+        write_json(Path(f"reports/{stage}/metrics.json"), report)
+    for picture in (
+        "evaluate/pictures/comparison",
+        "evaluate/pictures/slices",
+        "evaluate/pictures/confusion",
+        "finetune/loss",
+        "check_bias/groups",
+    ):
+        write_text(Path(f"reports/{picture}.svg"), "<svg/>")
+    for side, count in (("train", 24), ("validation", 4), ("test", 10)):
+        write_rows(Path(f"artifacts/split/{side}.parquet"), rows_of(side, count))
+    config = {
+        "base_model_name_or_path": "artifacts/fetch_base",
+        "target_modules": ["q_proj"],
+        "r": 16,
+        "lora_alpha": 32,
+    }
+    finetune = yaml.safe_load(Path("params.yaml").read_text())["finetune"]
+    write_json(
+        Path("artifacts/finetune/adapter_config.json"),
+        config | {"r": finetune["rank"], "lora_alpha": finetune["alpha"]},
+    )
+    write_lock()
+    return tmp_path
+
+
+def card():
+    model_card.main()
+    return Path("reports/model_card/README.md").read_text()
+
+
+def change(stage, **keys):
+    """Change figures of one report, as if its stage had written them."""
+    path = Path(f"reports/{stage}/metrics.json")
+    write_json(path, read_json(path) | keys)
+    write_lock()
+
+
+def problems():
+    with pytest.raises(InputError) as error:
+        model_card.main()
+    assert not Path("reports/model_card").exists()
+    return error.value.what
+
+
+def test_the_card_states_the_results_with_intervals(project):
+    text = card()
+    assert (
+        "| exact_match | 0.000 (0.000 to 0.000) | 0.700 (0.700 to 0.700) | "
+        "+0.700 (+0.700 to +0.700) | 0.0005 |"
+    ) in text
+    assert "person_gender: even." in text
+    assert "| `toy/1` | apache-2.0 | template | 24 | 4 | 10 |" in text
+    assert "`HassBroadcast`" in text
+    assert "`On` answered as `Off\\|x` (2)" in text
+    assert "rank | 16" in text
+
+
+def test_the_most_telling_metric_comes_first(project):
+    names = re.findall(r"^\| (\w+) \| [-\d]", card(), re.M)
+    assert names[:4] == ["exact_match", "intent_accuracy", "slot_f1", "perplexity"]
+
+
+def test_weak_slices_come_with_their_rows_and_groups(project):
+    weak = re.search(r"Weakest by intent.*", card()).group()
+    assert "`Off` 0.250 (0.100 to 0.900) on 5 rows in 2 groups; `On` 0.500" in weak
+
+
+def test_the_hub_can_read_the_front_matter(project):
+    from huggingface_hub import ModelCard
+
+    card()
+    data = ModelCard.load("reports/model_card/README.md").data
+    assert data.license == "apache-2.0"
+    assert data.base_model == "toy-base"
+    assert data.library_name == "peft"
+    assert data.language == ["en"]
+    by_type = {result.metric_type: result.metric_value for result in data.eval_results}
+    assert by_type == {"exact_match": 0.7, "accuracy": 0.9, "f1": 0.8, "perplexity": 1.2}
+
+
+def test_the_card_says_nothing_of_what_it_does_not_know(project):
+    text = card().lower()
+    assert "more information needed" not in text
+    assert "none" not in re.sub(r"```json.*?```", "", text, flags=re.S).replace("nonexistent", "")
+
+
+def test_the_card_has_no_speeds_and_is_the_same_twice(project):
+    first = card()
+    assert "4242" not in first
+    assert card() == first
+
+
+def test_the_card_says_from_which_adapter_and_what_feedback_was_learned(project):
+    text = card()
+    assert "The adapter began anew." in text
+    assert "what users said" not in text
+    change("finetune", started_from="0123456789ab")
+    change("split", feedback_rows=12)
+    assert (
+        "Training went on from the adapter of version `0123456789ab`; 12 rows came from what users said"
+    ) in card()
+    change("finetune", train_rows=4, rows_not_replayed=19)
+    assert "version `0123456789ab`; 19 rows that it had learned were not gone over again; 12 rows" in card()
+
+
+def test_every_picture_of_the_card_lies_beside_it(project):
+    links = re.findall(r"!\[[^]]*\]\(([^)]+)\)", card())
+    assert len(links) == 5
+    assert all((project / "reports/model_card" / link).is_file() for link in links)
+
+
+def test_the_card_names_the_commit_and_the_changed_code(project):
+    assert "| code | not under git |" in card()
+    for command in (
+        ["init", "-q"],
+        ["add", "params.yaml"],
+        ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "x"],
+    ):
+        subprocess.run(["git", *command], check=True)
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    assert f"| code (git) | {commit} |" in card()
+    write_text(Path("params.yaml"), Path("params.yaml").read_text() + "\n")
+    write_text(Path("stages/new.py"), "")
+    assert "uncommitted changes in params.yaml, stages/new.py" in card()
+
+
+def test_all_problems_are_in_one_message(project):
+    Path("reports/split/metrics.json").unlink()
+    Path("reports/finetune/loss.svg").unlink()
+    change("curate", rows_in=41)
+    change("validate", success=False, expectations_met=None)
+    found = problems()
+    assert found.startswith("6 problems")
+    for part in (
+        "reports/split/metrics.json is not there (dvc repro split)",
+        "reports/finetune/loss.svg is not there",
+        "collect.rows is 42, and curate.rows_in is 41",
+        "curate.kept + curate.dropped is 42, and curate.rows_in is 41",
+        "validate.success is false, not true",
+        "validate.expectations_met is missing",
+    ):
+        assert part in found
+
+
+@pytest.mark.parametrize(
+    ("stage", "keys", "part"),
+    [
+        ("collect", {"by_license": {"mit": 41}}, "collect.by_license.* is 41"),
+        ("curate", {"dropped_by_reason": {}}, "curate.dropped_by_reason.* is 0"),
+        ("split", {"rows": {"train": 23, "validation": 4, "test": 10}}, "split.rows.train is 23"),
+        ("finetune", {"train_rows": 20}, "dropped_long_rows + finetune.rows_not_replayed is 21"),
+        ("evaluate", {"test_rows": 11}, "evaluate.test_rows is 11, and split.rows.test is 10"),
+        ("evaluate", {"rows": 9}, "evaluate.tuned.exact_match.n is 10, and evaluate.rows is 9"),
+        ("evaluate", {"primary": "beauty"}, "none of its metrics"),
+        ("evaluate", {"base": {}}, "other metrics"),
+        ("fetch_base", {"license": "notalicense"}, "the licence 'notalicense' of the base model is no SPDX"),
+    ],
+)
+def test_figures_that_disagree_are_named(project, stage, keys, part):
+    change(stage, **keys)
+    assert part in problems()
+
+
+def test_a_difference_that_is_none_is_named(project):
+    report = evidence()["evaluate"]
+    report["difference"]["exact_match"]["value"] = 0.71
+    change("evaluate", **report)
+    assert "evaluate.difference.exact_match.value is 0.71, and tuned minus base 0.7" in problems()
+
+
+def test_a_base_without_a_revision_has_a_card(project):
+    change("fetch_base", revision=None, origin="folder", file=None)
+    assert "revision" not in card().split("Base model:")[1].split("\n")[0]
+
+
+def test_rows_under_a_licence_that_is_not_allowed_are_named(project):
+    row = make_row([Message("user", "u"), Message("assistant", "a")], "mine", "gpl-3.0-only", group="z")
+    write_rows(Path("artifacts/split/validation.parquet"), [*rows_of("validation", 3), row])
+    write_lock()
+    assert "the licence 'gpl-3.0-only' of mine is not in validate.allowed_licenses" in problems()
+
+
+def test_an_adapter_of_another_base_is_named(project):
+    path = Path("artifacts/finetune/adapter_config.json")
+    write_json(path, read_json(path) | {"base_model_name_or_path": "elsewhere", "r": 3})
+    write_lock()
+    found = problems()
+    assert "the adapter was trained on elsewhere" in found
+    assert "the adapter has r 3, and finetune.rank was 16" in found
+
+
+@pytest.mark.parametrize("path", ["artifacts/split/test.parquet", "reports/evaluate/metrics.json"])
+def test_a_file_that_dvc_did_not_record_is_named(project, path):
+    data = Path(path).read_bytes()
+    Path(path).write_bytes(data + b" ")
+    assert f"{path} has the hash" in problems()
+
+
+def test_outside_dvc_it_says_what_to_do(project):
+    Path("dvc.lock").unlink()
+    with pytest.raises(InputError, match=r"not made by DVC \(dvc repro model_card\)"):
+        model_card.main()
+
+
+def test_a_stage_that_dvc_has_not_run_is_named(project):
+    lock = yaml.safe_load(Path("dvc.lock").read_text())
+    del lock["stages"]["check_bias"]
+    Path("dvc.lock").write_text(yaml.safe_dump(lock))
+    assert "dvc.lock has no entry for check_bias (dvc repro check_bias)" in problems()
+
+
+@pytest.mark.parametrize(
+    ("license", "expected"),
+    [
+        ("Apache-2.0", ("apache-2.0", None)),
+        ("LicenseRef-Llama3.2", ("other", "llama3.2")),
+        ("MIT OR Apache-2.0", ("other", "mit-or-apache-2.0")),
+    ],
+)
+def test_licences_are_spelt_as_the_hub_does(license, expected):
+    assert model_card.hub_license(license) == expected
+
+
+def test_needed_figures_are_those_of_the_toy_reports():
+    """So that a figure added to NEEDED is also added here."""
+    reports = evidence()
+    assert model_card.check_figures(reports) == []
+    assert json.dumps(reports)
