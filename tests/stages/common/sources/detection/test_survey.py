@@ -1,0 +1,66 @@
+from stages.common.records import Message, make_row
+from stages.common.sources.detection.survey import Spread, survey_rows
+from stages.common.sources.detection.task_kind import TaskKind
+
+LABEL = TaskKind("label", None, "")
+TEXT = TaskKind("text", None, "")
+
+
+def row(question, answer):
+    return make_row([Message("user", question), Message("assistant", answer)], "s", "cc0-1.0")
+
+
+def survey(*pairs, task=TEXT):
+    return survey_rows([row(q, a) for q, a in pairs], task, count_tokens=lambda text: len(text.split()))
+
+
+def oddities(*pairs, task=TEXT):
+    return {oddity.what: oddity.rows for oddity in survey(*pairs, task=task).oddities}
+
+
+def test_lengths_are_counted_in_characters_and_tokens():
+    found = survey(("a b", "x"), ("a b c", "x y"), ("a b c d", "x y z"))
+    assert found.question_chars == Spread(median=5, p95=7, largest=7, total=15)
+    assert found.prompt_tokens.total == 9
+    assert found.answer_tokens.total == 6
+
+
+def test_classes_are_counted_largest_first():
+    assert list(survey(("a", "x"), ("b", "y"), ("c", "y"), task=LABEL).classes.items()) == [
+        ("y", 2),
+        ("x", 1),
+    ]
+    by_key = TaskKind("json", "intent", "")
+    assert survey(("a", '{"intent":"on"}'), ("b", "broken"), task=by_key).classes == {"on": 1}
+    assert survey(("a", "x")).classes == {}
+
+
+def test_duplicates_and_conflicts_are_counted():
+    found = survey(("a", "1"), ("a", "1"), ("b", "1"), ("b", "2"))
+    assert (found.duplicates, found.conflicts) == (1, 2)
+
+
+def test_personal_data_are_counted_by_row_and_kind():
+    found = survey(("mail a@example.org or b@example.org", "ok"), ("c", "d"))
+    assert found.personal_data == {"email": 1}
+
+
+def test_odd_texts_are_named():
+    assert oddities(("GrÃ¶ÃŸe?", "a"), ("itâ€™s", "b")) == {"text decoded with the wrong encoding": 2}
+    assert oddities(("a<br>b", "x &amp; y"), ("c", "d")) == {"HTML": 1}
+    assert oddities(
+        ("<|im_start|>user", "a"),
+    ) == {"control tokens of a chat template": 1}
+    assert oddities(("a", "N/A"), ("b", "b")) == {
+        "answers that say nothing": 1,
+        "answers that repeat the question": 1,
+    }
+    assert oddities(("Größe – «naïve» café, 5 < 6 & 7", "é")) == {}
+
+
+def test_odd_classes_are_named():
+    many = [(f"q{n}", "refund") for n in range(5)]
+    assert oddities(*many, ("a", "Refund"), ("b", "Refund"), ("c", "Refund"), task=LABEL) == {
+        "classes that differ only in case or space": 8
+    }
+    assert oddities(*many, ("a", "card"), task=LABEL) == {"classes of fewer than 3 rows": 1}
