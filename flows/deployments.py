@@ -180,8 +180,8 @@ def _running_server(root: Path) -> Iterator[None]:
     """
     url = prefect_api.configured_url() or prefect_api.announced_url(root) or prefect_api.DEFAULT_URL
     if not prefect_api.is_up(url):
-        remedy = "start one with `make up`, or set PREFECT_API_URL"
-        raise InputError(f"no Prefect server answers at {url}", remedy)
+        fix = "start one with `make up`, or set PREFECT_API_URL"
+        raise InputError(f"no Prefect server answers at {url}", fix)
     with prefect_api.environment("PREFECT_API_URL", url):
         yield
 

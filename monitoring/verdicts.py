@@ -193,15 +193,15 @@ def read_verdicts(root: Path) -> list[Verdict]:
 
 
 def _read(path: Path) -> Verdict:
-    remedy = f"remove {path.parent}: the next watch judges its window again"
+    fix = f"remove {path.parent}: the next watch judges its window again"
     try:
         return _VERDICT.validate_python(read_json(path))
     except InputError as error:
-        raise InputError(error.what, remedy) from None
+        raise InputError(error.what, fix) from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{path} is no verdict: {where}: {first['msg']}", remedy) from None
+        raise InputError(f"{path} is no verdict: {where}: {first['msg']}", fix) from None
 
 
 def listing(verdicts: Sequence[Verdict]) -> list[str]:

@@ -194,9 +194,9 @@ def find_in_folder(folder: Path) -> Found:
     Raises:
         InputError: the folder is not there, or holds neither.
     """
-    remedy = "set fetch_base.name to a folder with config.json and *.safetensors, or with one .gguf file"
+    fix = "set fetch_base.name to a folder with config.json and *.safetensors, or with one .gguf file"
     if not folder.is_dir():
-        raise InputError(f"fetch_base.name: the folder {folder} is not there", remedy)
+        raise InputError(f"fetch_base.name: the folder {folder} is not there", fix)
     files = sorted(path for path in folder.iterdir() if path.is_file())
     ggufs = [path.name for path in files if path.suffix == ".gguf"]
     has_safetensors = any(path.suffix == ".safetensors" for path in files)
@@ -206,7 +206,7 @@ def find_in_folder(folder: Path) -> Found:
         gguf = ggufs[0]
     else:
         what = f"{len(ggufs)} GGUF files" if ggufs else "no config.json with *.safetensors, and no .gguf"
-        raise InputError(f"fetch_base.name: the folder {folder} has {what}", remedy)
+        raise InputError(f"fetch_base.name: the folder {folder} has {what}", fix)
     return Found(folder, gguf, f"sha256:{_content_sha256(files)}", _license_in_card(folder))
 
 

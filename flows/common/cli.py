@@ -21,7 +21,7 @@ STOPPED_EXIT_CODE = 128  # plus the number of the signal, as shells have it
 
 
 def in_words(body: Callable[[], int]) -> int:
-    """Call `body` and return its exit code; what the user can mend is told on stderr, with the remedy."""
+    """Call `body` and return its exit code; what the user can mend is told on stderr, with the fix."""
     console.set_up()
     try:
         return body()

@@ -207,10 +207,10 @@ def _requests(
     # Which templates the pool has must not hang on this seed's luck: they are tried with the pool's.
     pool = list(_usable(candidates, kind, pool_seed, templates))
     if not pool:
-        remedy = (
+        fix = (
             "set collect.sources.0.reserved_share: 0.15 and train anew" if kind == "phrasing" else "train it"
         )
-        raise InputError(f"there is no template for requests of the kind {kind!r}", remedy)
+        raise InputError(f"there is no template for requests of the kind {kind!r}", fix)
     rng = random.Random(f"{seed}/{kind}")
     # Zipf's law, softened: the most popular of 40 phrasings is asked six times as often as the last.
     weights = [1 / (rank + 1) ** 0.5 for rank in range(len(pool))]

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 ARTIFACTS = STATE / "mlflow-artifacts"  # of runs whose record is a sqlite file
 REACH_TIMEOUT_S = 5.0
-REMEDY = "start it (make up), or mend flows.record.tracking_url in params.yaml"
+FIX = "start it (make up), or mend flows.record.tracking_url in params.yaml"
 SQLITE = "sqlite:///"
 POSTGRESQL_PORT = 5432
 # Set before MLflow is imported, unless the user has.
@@ -112,7 +112,7 @@ def tracking_errors(address: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, CommandError, SQLAlchemyError, RequestException) as error:
-        raise InputError(f"MLflow at {without_password(address)} failed: {error}", REMEDY) from error
+        raise InputError(f"MLflow at {without_password(address)} failed: {error}", FIX) from error
 
 
 def _check(address: str) -> None:
@@ -131,7 +131,7 @@ def _check(address: str) -> None:
             host, port = parts.hostname or "localhost", parts.port or POSTGRESQL_PORT
             socket.create_connection((host, port), timeout=REACH_TIMEOUT_S).close()
     except (OSError, HTTPException) as error:
-        raise InputError(f"MLflow does not answer at {without_password(address)}: {error}", REMEDY) from None
+        raise InputError(f"MLflow does not answer at {without_password(address)}: {error}", FIX) from None
 
 
 def _open_file(path: Path) -> None:

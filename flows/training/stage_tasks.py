@@ -175,7 +175,7 @@ def _result(run: PreparedRun, ledger: _Ledger) -> PipelineResult:
 def _failure(stage: str, outcome: Outcome) -> StageFailure:
     if outcome.how == "blocked":
         holders = "; ".join(map(str, outcome.blockers))
-        message = f"another DVC process writes the same files ({holders})\n  remedy: wait until it ends"
+        message = f"another DVC process writes the same files ({holders})\n  fix: wait until it ends"
         return StageFailure(stage, message, 1)
     return StageFailure(stage, outcome.message, outcome.exit_code)
 

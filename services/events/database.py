@@ -46,15 +46,15 @@ def check_url(url: str) -> URL:
     Raises:
         InputError: it is no URL, or of a kind of database that is not served.
     """
-    remedy = "write sqlite:///path/to/events.db or postgresql+psycopg://user:password@host/database"
+    fix = "write sqlite:///path/to/events.db or postgresql+psycopg://user:password@host/database"
     try:
         parsed = make_url(url)
     except ArgumentError:  # the URL may hold a password: it is not repeated
-        raise InputError("the event store's URL cannot be read", remedy) from None
+        raise InputError("the event store's URL cannot be read", fix) from None
     if parsed.drivername not in (*SQLITE, POSTGRESQL):
-        raise InputError(f"the event store's URL begins with {parsed.drivername!r}", remedy)
+        raise InputError(f"the event store's URL begins with {parsed.drivername!r}", fix)
     if parsed.drivername in SQLITE and (not sqlite_path(parsed) or parsed.query):
-        raise InputError(f"the event store's URL {shown(parsed)} names no file, or has options", remedy)
+        raise InputError(f"the event store's URL {shown(parsed)} names no file, or has options", fix)
     return parsed
 
 

@@ -31,17 +31,17 @@ def migrate_store(url: URL) -> bool:
 def opened(url: str) -> Iterator[Engine]:
     """Yield an engine on a store that is there and of this code's version."""
     parsed = check_url(url)
-    remedy = "start the service, or run python -m services.events migrate"
+    fix = "start the service, or run python -m services.events migrate"
     path = sqlite_path(parsed)
     if path is not None and not path.exists():
-        raise InputError(f"there is no event store at {path}", remedy)
+        raise InputError(f"there is no event store at {path}", fix)
     engine = make_engine(parsed)
     try:
         with reached(parsed, InputError):
             with engine.connect() as connection:
                 older = problem(connection, shown(parsed))
             if older:
-                raise InputError(older, remedy)
+                raise InputError(older, fix)
             yield engine
     finally:
         engine.dispose()

@@ -1,35 +1,35 @@
-"""The errors that a user can cause or meet, and mend."""
+"""Errors that a user can cause and fix; each names the problem, the value and the fix."""
 
 from __future__ import annotations
 
 
 class InputError(Exception):
-    """Something that came from outside is wrong: a file, a row, a model, a full disk.
+    """A file, a row, a model, a parameter or the machine is not as required.
 
     Args:
-        what: the thing, and the value seen; several problems go on several lines.
-        remedy: what the user can do about it.
+        what: the problem and the value seen; one line per problem.
+        fix: what the user can do about it.
     """
 
     exit_code = 1
 
-    def __init__(self, what: str, remedy: str) -> None:
-        super().__init__(what, remedy)
+    def __init__(self, what: str, fix: str) -> None:
+        super().__init__(what, fix)
         self.what = what
-        self.remedy = remedy
+        self.fix = fix
 
     def __str__(self) -> str:
-        return f"{self.what}\n  remedy: {self.remedy}"
+        return f"{self.what}\n  fix: {self.fix}"
 
 
 class ParamsError(InputError):
-    """`params.yaml` is wrong. Every problem of the file is in the one message."""
+    """`params.yaml` is invalid; the message lists every problem of the file."""
 
     exit_code = 2
 
 
 class TransientError(InputError):
-    """A trouble of the moment, such as a network that does not answer: the training flow tries again.
+    """A temporary failure, such as a network that does not answer; the training flow retries the stage.
 
     The code is EX_TEMPFAIL of sysexits.h, "the user is invited to retry".
     """

@@ -59,7 +59,7 @@ def run_stage(main: Callable[[], None]) -> NoReturn:
             raise
         where = f" while writing {error.filename}" if isinstance(error, OSError) and error.filename else ""
         _leave(
-            f"error: the disk is full{where}\n  remedy: free some space and run again; "
+            f"error: the disk is full{where}\n  fix: free some space and run again; "
             "finished stages and checkpoints are kept",
             1,
         )

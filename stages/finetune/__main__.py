@@ -304,7 +304,7 @@ def go_on_from(model: Any, start: Start) -> None:
         "target_modules": targets if isinstance(targets, str) else tuple(sorted(targets)),
     }
     found = adapter_in(start.folder)
-    remedy = (
+    fix = (
         f"set finetune.rank, alpha and target_modules to what {start.folder} has, or empty {start.folder}, "
         "and a new adapter is trained"
     )
@@ -313,7 +313,7 @@ def go_on_from(model: Any, start: Start) -> None:
         lines = "\n".join(f"  {name}: {wanted[name]} here, {found[name]} there" for name in unlike)
         raise InputError(
             f"the adapter in {start.folder} ({start.version}) is not like the one to be trained:\n{lines}",
-            remedy,
+            fix,
         )
     try:
         weights = load_file(start.folder / WEIGHTS)
@@ -328,7 +328,7 @@ def go_on_from(model: Any, start: Start) -> None:
         raise InputError(
             f"the adapter in {start.folder} ({start.version}) has other tensors than the one to be trained, "
             f"{len(odd)} of them: {odd[0]} is {there.get(odd[0])} there and {shapes.get(odd[0])} here",
-            remedy,
+            fix,
         )
     set_peft_model_state_dict(model, weights)
 

@@ -66,7 +66,7 @@ def test_without_a_server_registering_says_how_to_start_one(finished):
     out, _ = process.communicate(timeout=30)
 
     assert process.returncode == 1
-    assert f"error: no Prefect server answers at {nowhere}\n  remedy: start one with `make up`" in out
+    assert f"error: no Prefect server answers at {nowhere}\n  fix: start one with `make up`" in out
 
 
 @pytest.mark.slow

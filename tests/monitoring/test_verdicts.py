@@ -121,4 +121,4 @@ def test_an_analyst_reads_columns_reasons_and_what_is_missing(tmp_path, monkeypa
 def test_a_wrong_name_on_the_command_line_is_an_error_and_no_trace(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["show", "nothing"]) == 1
-    assert "remedy" in capsys.readouterr().err
+    assert "  fix: " in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The base model: taken from a wheel, the hub's cache or a folder; refused with a remedy elsewhere."""
+"""The base model: taken from a wheel, the hub's cache or a folder; refused with a fix elsewhere."""
 
 import base64
 import hashlib
@@ -153,7 +153,7 @@ def test_a_model_that_states_no_licence_needs_one_from_the_parameters(project, t
     project(origin="folder", name=str(tiny_folder))
     with pytest.raises(InputError, match="states no licence") as error:
         main()
-    assert "fetch_base.license" in error.value.remedy
+    assert "fetch_base.license" in error.value.fix
 
 
 def test_the_licence_is_read_from_the_model_card(project, tiny_folder, tmp_path):

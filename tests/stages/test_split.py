@@ -138,7 +138,7 @@ def test_a_split_too_small_names_both_sides_numbers_and_what_to_do():
     assert "2 rows in 2 groups" in error.value.what
     assert "train: 1 rows, but split.min_train_rows is 10" in error.value.what
     assert "test: 1 rows, but split.min_test_rows is 300" in error.value.what
-    assert "rows_per_template" in error.value.remedy
+    assert "rows_per_template" in error.value.fix
 
 
 def test_labels_without_test_rows_are_named():

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.common.errors import InputError
-from stages.common.gguf.vocabulary import REMEDY, Vocabulary, add_vocabulary
+from stages.common.gguf.vocabulary import FIX, Vocabulary, add_vocabulary
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,21 +62,19 @@ def architecture_of(config: Any) -> str:
     kind = config.model_type
     if kind not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
-        raise InputError(
-            f"the base model's architecture {kind!r} has no GGUF export (known: {known})", REMEDY
-        )
+        raise InputError(f"the base model's architecture {kind!r} has no GGUF export (known: {known})", FIX)
     if config.hidden_act not in ("silu", "swish"):
-        raise InputError(f"the base model's activation {config.hidden_act!r} is not GGUF's silu", REMEDY)
+        raise InputError(f"the base model's activation {config.hidden_act!r} is not GGUF's silu", FIX)
     rope = config.rope_parameters
     scaled = ("default", "llama3") if ARCHITECTURES[kind] == "llama" else ("default",)
     if rope.get("rope_type", "default") not in scaled:
         raise InputError(
             f"the base model scales its positions by {rope['rope_type']!r}, which the GGUF export of {kind} "
             f"does not know (it knows {', '.join(scaled)})",
-            REMEDY,
+            FIX,
         )
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise InputError("the base model rotates only a part of each head", REMEDY)
+        raise InputError("the base model rotates only a part of each head", FIX)
     return ARCHITECTURES[kind]
 
 
@@ -110,7 +108,7 @@ def tensors_of(model: Any) -> Iterator[Tensor]:
             continue  # tied: GGUF takes the embedding where there is no output layer
         name = names.get_name(key, try_suffixes=(".weight", ".bias"))
         if name is None:
-            raise InputError(f"the base model's tensor {key} has no name in GGUF's {architecture}", REMEDY)
+            raise InputError(f"the base model's tensor {key} has no name in GGUF's {architecture}", FIX)
         # GGUF's llama rotates neighbouring values, transformers the two halves of a head; qwen keeps halves.
         halves = next((heads[h] for h in heads if f".{h}." in key), None) if architecture == "llama" else None
         yield Tensor(name, tuple(tensor.shape), partial(_values, tensor, halves))

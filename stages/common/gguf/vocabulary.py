@@ -19,7 +19,7 @@ from stages.common.errors import InputError
 if TYPE_CHECKING:
     from gguf import GGUFReader, GGUFWriter
 
-REMEDY = (
+FIX = (
     "set export.gguf: false, and the transformers or vLLM engine serves base model and adapter; "
     "or choose a base model that GGUF can carry"
 )
@@ -92,18 +92,16 @@ def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise InputError("the base model's tokenizer is not a fast one (tokenizer.json)", REMEDY)
+        raise InputError("the base model's tokenizer is not a fast one (tokenizer.json)", FIX)
     described = json.loads(backend.to_str())
     way = way_of(described)
     by_id = {index: token for token, index in tokenizer.get_vocab().items()}
     if max(by_id) >= size:
         raise InputError(
-            f"the tokenizer has the token id {max(by_id)}, and the model's embedding {size} rows", REMEDY
+            f"the tokenizer has the token id {max(by_id)}, and the model's embedding {size} rows", FIX
         )
     if not described["model"]["merges"]:
-        raise InputError(
-            "the base model's tokenizer has no merges, without which llama.cpp reads none", REMEDY
-        )
+        raise InputError("the base model's tokenizer has no merges, without which llama.cpp reads none", FIX)
     special = {token["id"]: token["special"] for token in described["added_tokens"]}
     tokens, types = [], []
     for index in range(size):
@@ -138,14 +136,14 @@ def way_of(described: dict[str, Any]) -> Way:
     model = described["model"]
     if model.get("type") != "BPE" or model.get("byte_fallback"):
         kind = "BPE with byte fallback (SentencePiece)" if model.get("byte_fallback") else model.get("type")
-        raise InputError(f"the base model's tokenizer is {kind}, not byte-level BPE", REMEDY)
+        raise InputError(f"the base model's tokenizer is {kind}, not byte-level BPE", FIX)
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
-            raise InputError(f"the base model's tokenizer has the {key} {model[key]!r}", REMEDY)
+            raise InputError(f"the base model's tokenizer has the {key} {model[key]!r}", FIX)
     unequal = [n["type"] for n in _flat(described.get("normalizer"), "normalizers") if n["type"] != "NFC"]
     if unequal:
         raise InputError(
-            f"the base model's tokenizer changes its text ({', '.join(unequal)}), as llama.cpp cannot", REMEDY
+            f"the base model's tokenizer changes its text ({', '.join(unequal)}), as llama.cpp cannot", FIX
         )
     steps = tuple(_step(part) for part in _flat(described.get("pre_tokenizer"), "pretokenizers"))
     ignore_merges = bool(model.get("ignore_merges"))
@@ -155,7 +153,7 @@ def way_of(described: dict[str, Any]) -> Way:
     raise InputError(
         f"the base model's tokenizer splits text in a way that llama.cpp is not known to have: {steps}, "
         f"ignore_merges {ignore_merges}",
-        REMEDY,
+        FIX,
     )
 
 
@@ -265,5 +263,5 @@ def count_equal(vocabulary: Vocabulary, tokenizer: Any, texts: Sequence[str], fi
         if ours == theirs:
             equal += 1
         elif normalizer is None or normalizer.normalize_str(text) == text:
-            raise InputError(f"{file} gives {text[:80]!r} other tokens than the base model's", REMEDY)
+            raise InputError(f"{file} gives {text[:80]!r} other tokens than the base model's", FIX)
     return equal

@@ -53,9 +53,7 @@ def test_a_server_that_was_announced_but_is_down_is_not_used(home, monkeypatch):
 def test_a_server_that_ends_at_once_is_told(home):
     process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
 
-    with pytest.raises(
-        InputError, match=r"ended at once with exit code 3\n  remedy: see .perennial/server.log"
-    ):
+    with pytest.raises(InputError, match=r"ended at once with exit code 3\n  fix: see .perennial/server.log"):
         prefect_api.wait_until_up(f"http://127.0.0.1:{prefect_api.free_port()}/api", process)
 
 

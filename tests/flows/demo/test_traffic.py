@@ -108,7 +108,7 @@ def test_the_kinds_come_in_the_proportions_of_the_mix_and_mixed():
 def test_what_cannot_be_asked_is_said_with_a_remedy():
     with pytest.raises(InputError, match="phrasing") as error:
         traffic(World(VERSION, 7, 0.0), {"phrasing": 1.0}, 5, 1)
-    assert "reserved_share" in error.value.remedy
+    assert "reserved_share" in error.value.fix
     with pytest.raises(InputError, match="no share above 0"):
         traffic(WORLD, {}, 5, 1)
     with pytest.raises(InputError, match=r"version 2020\.1\.1"):

@@ -162,7 +162,7 @@ def test_the_export_of_another_adapter_is_not_recorded(tmp_path):
     write(tmp_path / "artifacts/finetune/adapter_model.safetensors", b"trained since")
     with pytest.raises(InputError, match="is of the adapter") as caught:
         read_output(tmp_path, "hand")
-    assert "dvc repro" in caught.value.remedy
+    assert "dvc repro" in caught.value.fix
 
 
 def test_a_pipeline_that_has_not_ended_is_not_recorded(tmp_path):
@@ -170,7 +170,7 @@ def test_a_pipeline_that_has_not_ended_is_not_recorded(tmp_path):
     shutil.rmtree(tmp_path / "artifacts/export")
     with pytest.raises(InputError, match=r"artifacts/export/serving\.json is not there") as caught:
         read_output(tmp_path, "hand")
-    assert "dvc repro export" in caught.value.remedy
+    assert "dvc repro export" in caught.value.fix
 
 
 def test_a_run_says_which_version_it_learned_on_from(tmp_path):

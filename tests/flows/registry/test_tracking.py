@@ -30,7 +30,7 @@ def test_a_server_that_is_not_there_is_named():
         url = f"http://127.0.0.1:{unused.getsockname()[1]}"
     with pytest.raises(InputError, match=url) as caught:
         open_tracking(None, url)
-    assert "flows.record.tracking_url" in caught.value.remedy
+    assert "flows.record.tracking_url" in caught.value.fix
 
 
 def test_a_server_that_accepts_and_never_answers_is_given_up(monkeypatch):
@@ -67,7 +67,7 @@ def test_a_file_that_is_no_database_is_named(tmp_path):
     (tmp_path / ".perennial/mlflow.db").write_text("no database at all, but longer than a header " * 9)
     with pytest.raises(InputError, match=r"mlflow\.db cannot be opened") as caught:
         open_tracking(tmp_path, SQLITE)
-    assert "move away" in caught.value.remedy
+    assert "move away" in caught.value.fix
 
 
 def test_a_folder_where_nothing_can_be_made_is_named(tmp_path):
@@ -80,7 +80,7 @@ def test_without_mlflow_it_is_said_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setattr(tracking, "find_spec", lambda name: None)
     with pytest.raises(InputError) as caught:
         open_tracking(tmp_path, SQLITE)
-    assert caught.value.remedy == "pip install '.[monitor]'"
+    assert caught.value.fix == "pip install '.[monitor]'"
 
 
 def test_a_password_is_not_shown_and_nothing_else_is_cut():
@@ -98,7 +98,7 @@ def test_a_database_of_another_program_is_refused(tmp_path):
     connection.close()
     with pytest.raises(InputError, match="MLflow at sqlite") as caught:
         open_tracking(tmp_path, SQLITE)
-    assert "tracking_url" in caught.value.remedy
+    assert "tracking_url" in caught.value.fix
 
 
 @pytest.mark.slow

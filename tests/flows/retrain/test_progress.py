@@ -66,5 +66,5 @@ def test_a_record_of_something_else_is_named_with_its_remedy(tmp_path, name):
     (tmp_path / ".perennial").mkdir()
     (tmp_path / ".perennial" / name).write_text('{"id": "x"}\n')
     read = {"retrain.json": progress.unfinished, "retrainings.jsonl": progress.history}[name]
-    with pytest.raises(InputError, match=rf"{name} is no record .*\n  remedy: remove"):
+    with pytest.raises(InputError, match=rf"{name} is no record .*\n  fix: remove"):
         read(tmp_path)

@@ -90,7 +90,7 @@ def test_a_stage_that_never_ended_is_called_unfinished():
 def test_a_broken_graph_is_told_as_dvc_tells_it(checkout):
     checkout.write("dvc.yaml", "stages:\n  read:\n    comand: true\n")
 
-    with pytest.raises(InputError, match=r"DVC cannot read the pipeline.*\n  remedy: mend dvc.yaml"):
+    with pytest.raises(InputError, match=r"DVC cannot read the pipeline.*\n  fix: mend dvc.yaml"):
         make_plan(checkout.root)
 
 

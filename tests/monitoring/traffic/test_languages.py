@@ -38,4 +38,4 @@ def test_the_missing_package_is_named_with_the_command_that_installs_it(monkeypa
     )  # not the one loaded above
     with pytest.raises(InputError, match="py3langid") as error:
         language("a text that nobody has classified before")
-    assert "pip install '.[monitor]'" in error.value.remedy
+    assert "pip install '.[monitor]'" in error.value.fix

@@ -204,4 +204,4 @@ def test_without_vllm_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(InputError, match="vllm is not installed") as refused:
         VllmEngine(tiny().folder, None, tiny().tokenizer)
-    assert "perennial[gpu]" in refused.value.remedy
+    assert "perennial[gpu]" in refused.value.fix

@@ -222,7 +222,7 @@ def test_the_gate_fails_after_the_reports_are_written_and_says_what_to_do(projec
     with pytest.raises(InputError) as error:
         main()
     assert "ratio 0.11; at least 0.50 is asked" in error.value.what
-    assert "check_bias.groups in params.yaml" in error.value.remedy
+    assert "check_bias.groups in params.yaml" in error.value.fix
     evidence = read_json(Path("reports/check_bias/metrics.json"))
     assert (evidence["success"], evidence["failed"]) == (False, 1)
     assert evidence["groups"]["platform"][0]["rows"] == 90

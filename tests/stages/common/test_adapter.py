@@ -58,7 +58,7 @@ def test_a_start_that_does_not_say_what_it_is_is_refused(adapter, folder, about)
     (folder / "start.json").write_text(about)
     with pytest.raises(InputError, match="no version and base_sha256") as error:
         read_start(folder)
-    assert "empty" in error.value.remedy
+    assert "empty" in error.value.fix
 
 
 def test_what_is_no_adapter_leaves_the_one_there_as_it_is(adapter, folder, tmp_path):
@@ -73,4 +73,4 @@ def test_an_adapter_of_another_base_is_refused_with_both_hashes_and_what_to_do(f
     check_base(start, "aaaa")
     with pytest.raises(InputError, match=r"(?s)0123456789ab.*aaaa.*bbbb") as error:
         check_base(start, "bbbb")
-    assert "empty" in error.value.remedy
+    assert "empty" in error.value.fix

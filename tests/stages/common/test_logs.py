@@ -10,7 +10,7 @@ def run_stage(body: str) -> subprocess.CompletedProcess[str]:
 
 def test_bad_input_is_told_without_a_traceback():
     done = run_stage("raise InputError('rows.jsonl:3: broken', 'mend the line')")
-    assert (done.returncode, done.stderr) == (1, "error: rows.jsonl:3: broken\n  remedy: mend the line\n")
+    assert (done.returncode, done.stderr) == (1, "error: rows.jsonl:3: broken\n  fix: mend the line\n")
 
 
 def test_bad_parameters_exit_2():

@@ -222,7 +222,7 @@ def test_fewer_test_rows_than_the_gate_asks_for_stop_the_pipeline(project):
     project(json_rows(), min_test_rows=25)
     with pytest.raises(InputError, match=r"24 rows, and evaluate.min_test_rows asks for 25") as error:
         evaluate.main()
-    assert "split.test_fraction" in error.value.remedy
+    assert "split.test_fraction" in error.value.fix
     assert not Path("reports/evaluate").exists()
 
 
@@ -245,7 +245,7 @@ def test_references_that_cannot_be_judged_are_shown(project, answer, problem):
     with pytest.raises(InputError, match=problem) as error:
         evaluate.main()
     assert repr(answer) in error.value.what
-    assert "evaluate." in error.value.remedy
+    assert "evaluate." in error.value.fix
 
 
 def test_a_diverged_adapter_is_named_as_such(project):

@@ -245,7 +245,7 @@ def test_each_start_has_another_share_of_the_old_rows_and_all_the_new(caplog):
     assert "the adapter of v1 does not say which rows it has learned" in caplog.text
     with pytest.raises(InputError, match="all 400 training rows are known") as error:
         finetune.rows_to_learn(old, start, known, 0.0, seed=7)
-    assert "finetune.replay_share" in error.value.remedy
+    assert "finetune.replay_share" in error.value.fix
 
 
 def test_every_tensor_of_the_start_is_taken_over_bit_by_bit(project):
@@ -274,7 +274,7 @@ def test_an_adapter_that_does_not_fit_is_refused_with_what_both_are_before_any_t
     (project / "params.yaml").write_text(yaml.safe_dump(params))
     with pytest.raises(InputError, match=r"rank: 8 here, 4 there\n  target_modules: .*q_proj") as error:
         finetune.main()
-    assert "finetune.rank" in error.value.remedy
+    assert "finetune.rank" in error.value.fix
     params["finetune"] |= {"rank": 4, "target_modules": "all-linear"}
     (project / "params.yaml").write_text(yaml.safe_dump(params))
     weights = (start / "adapter_model.safetensors").read_bytes()

@@ -230,7 +230,7 @@ def test_missing_rows_name_the_stage_that_makes_them(project):
     shutil.rmtree("artifacts")
     with pytest.raises(InputError, match=r"rows\.parquet is not there") as error:
         main()
-    assert "dvc repro curate" in error.value.remedy
+    assert "dvc repro curate" in error.value.fix
 
 
 def test_two_runs_write_the_same_bytes(project):

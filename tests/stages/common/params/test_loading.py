@@ -120,7 +120,7 @@ def test_a_file_that_is_no_mapping_is_a_clear_error(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ParamsError) as error:
         load_params(path)
-    assert "remedy" in str(error.value)
+    assert "fix" in str(error.value)
 
 
 def test_the_check_exits_2_within_three_seconds_before_anything_heavy_is_imported(tmp_path):

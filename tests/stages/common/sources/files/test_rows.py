@@ -160,7 +160,7 @@ def test_every_kind_of_bad_row_is_named_in_one_message_when_the_run_shall_stop(t
     assert f"{len(BAD)} bad rows" in text
     for number, (_, reason) in enumerate(BAD, start=2):
         assert f"{path}:{number}: {reason}: " in text
-    assert "on_bad_row: reject" in error.value.remedy
+    assert "on_bad_row: reject" in error.value.fix
 
 
 def test_a_message_about_thousands_of_bad_rows_counts_the_ones_it_does_not_show(tmp_path):
@@ -207,7 +207,7 @@ def test_a_missing_column_names_those_there_and_the_nearest(tmp_path, suffix):
         collect(path, columns=Columns(prompt="prompt"))
     assert "no column 'prompt'; did you mean promt?" in error.value.what
     assert "columns: promt, completion" in error.value.what
-    assert "prompt_column" in error.value.remedy
+    assert "prompt_column" in error.value.fix
 
 
 def test_a_missing_group_or_tag_column_is_an_error_too(tmp_path):

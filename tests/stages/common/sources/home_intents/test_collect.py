@@ -297,7 +297,7 @@ def test_another_version_than_the_installed_one_is_refused_with_both():
 def test_a_language_that_the_package_lacks_is_refused_with_those_it_has():
     with pytest.raises(InputError, match="no language 'xx'") as error:
         collect_home_intents(VERSION, "xx", 1, 0, 7, None)
-    assert " de," in error.value.remedy
+    assert " de," in error.value.fix
 
 
 def test_a_language_without_word_lists_is_refused():
