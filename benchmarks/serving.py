@@ -41,7 +41,7 @@ from benchmarks.serving_trials import kill, overload, soak, switch
 Section = Callable[[Workspace, Questions, Plan], Awaitable[Report]]
 SECTIONS: dict[str, tuple[str, Section]] = {
     "throughput": ("Throughput and waiting times", throughput),
-    "constrained": ("Answers held to a schema", constrained),
+    "constrained": ("Constrained decoding", constrained),
     "soak": ("Soak", soak),
     "overload": ("Overload", overload),
     "kill": ("kill -9 under load", kill),

@@ -324,7 +324,7 @@ class Answerer:
     def _sampling(self, asked: Sampling, served: Served) -> Sampling:
         """Return how to write: log-probabilities for the watchers, and the task's schema where it is held."""
         schema = asked.json_schema
-        if schema is None and self.settings.answers.hold_to_schema:
+        if schema is None and self.settings.answers.constrained_decoding:
             schema = answer_schema(served)
         return replace(asked, json_schema=schema, logprobs=asked.logprobs or 0)
 

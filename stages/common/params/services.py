@@ -53,7 +53,7 @@ class Answers(Section):
 
     default_max_tokens: PositiveCount
     max_tokens: PositiveCount
-    hold_to_schema: bool
+    constrained_decoding: bool
 
     @override
     def impossible(self) -> Iterator[tuple[str, str]]:
