@@ -26,16 +26,16 @@ help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 run: $(VENV)/.core ## install, run the whole pipeline, show what the model learned
-	@python -m flows.training
+	@perennial run
 
 serve: $(VENV)/.$(SERVE_EXTRAS) ## install, and serve the newest model at http://127.0.0.1:3000 (API and page)
-	@bentoml serve services.generation:Generation
+	@perennial serve
 
 parity: $(VENV)/.core $(VENV)/.$(SERVE_EXTRAS) ## ask the running service the test rows: does it answer as the trainer did?
-	@python -m services.parity
+	@perennial parity
 
 bento: $(VENV)/.$(SERVE_EXTRAS) ## pack the served model and the service for another machine
-	@python -m services.package
+	@perennial package
 
 test: $(VENV)/.dev ## the fast tests (under five minutes, no GPU, no network)
 	@python -m pytest -m "not slow" --numprocesses logical --maxprocesses 4 --dist loadfile
@@ -55,22 +55,22 @@ format: $(VENV)/.dev ## mend what can be mended by machine
 	@ruff format .
 
 check-params: $(VENV)/.core ## check params.yaml and nothing else
-	@python -m stages.common.params
+	@perennial params
 
 up: $(VENV)/.core $(VENV)/.$(SERVE_EXTRAS) ## the service, Prefect, MLflow, Evidently and one page over them; Ctrl-C ends all
-	@python -m flows.up
+	@perennial up
 
 watch: $(VENV)/.core ## look at production once; retrain if its traffic has drifted
-	@python -m flows.watch
+	@perennial watch
 
 retrain: $(VENV)/.core $(VENV)/.$(SERVE_EXTRAS) ## train a candidate on what production taught; promote it if it is better
-	@python -m flows.retrain
+	@perennial retrain
 
 demo: $(VENV)/.core $(VENV)/.$(SERVE_EXTRAS) ## a day in the life: drift, retraining, gate, canary, promotion (20 minutes)
-	@python -m flows.demo
+	@perennial demo
 
 schedule: $(VENV)/.core ## register the flows and their schedules on a running server
-	@python -m flows.deployments
+	@perennial schedule
 
 docs: $(VENV)/.dev ## write the generated pages of docs/ anew
 	@python docs/reference/generate.py

@@ -34,7 +34,7 @@ logger = logging.getLogger("flows.deployments")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Register the flows on a running server; return the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m flows.deployments",
+        prog="perennial schedule",
         description="Register the flows and their schedules (params.yaml) on a running Prefect server.",
     )
     parser.add_argument(

@@ -290,7 +290,7 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
 def main(words: Sequence[str] | None = None) -> int:
     """Show the verdicts; return the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m monitoring.verdicts", description="What was found in the windows of traffic."
+        prog="perennial verdicts", description="What was found in the windows of traffic."
     )
     commands = parser.add_subparsers(dest="command", metavar="list | show")
     commands.add_parser("list", help="one line a window, oldest first (the default)")

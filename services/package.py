@@ -312,9 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Pack the champion; return the exit code."""
     set_quiet_environment()
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
-    parser = argparse.ArgumentParser(
-        prog="python -m services.package", description="Pack the champion into a Bento."
-    )
+    parser = argparse.ArgumentParser(prog="perennial package", description="Pack the champion into a Bento.")
     parser.add_argument("--engine", choices=ENGINES, help="what it will run; services.engine.kind without")
     parser.add_argument(
         "--output", type=Path, help="also write it to this file, to be carried to another machine"

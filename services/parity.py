@@ -220,9 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     set_quiet_environment()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    parser = argparse.ArgumentParser(
-        prog="python -m services.parity", description="Compare trainer and server."
-    )
+    parser = argparse.ArgumentParser(prog="perennial parity", description="Compare trainer and server.")
     parser.add_argument("--url", help="of the service; services.host and services.port in params.yaml")
     parser.add_argument("--model", help="NAME:VERSION; the champion where none is given")
     options = parser.parse_args(arguments)

@@ -430,7 +430,7 @@ def show(root: Path) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Live through the day, or show the last one; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m flows.demo", description=__doc__)
+    parser = argparse.ArgumentParser(prog="perennial demo", description=__doc__)
     parser.add_argument("--show", action="store_true", help="the pages of the last day, until Ctrl-C")
     options = parser.parse_args(arguments)
     return in_words(lambda: show(Path.cwd()) if options.show else live(Path.cwd()))

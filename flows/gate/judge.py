@@ -452,9 +452,7 @@ def _points(value: float) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Judge what the pipeline made last, and show the verdict; return the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m flows.gate", description="Judge a candidate; moves no alias."
-    )
+    parser = argparse.ArgumentParser(prog="perennial gate", description="Judge a candidate; moves no alias.")
     parser.add_argument("tag", help="NAME:VERSION of what the pipeline made last")
     options = parser.parse_args(arguments)
 

@@ -1,5 +1,6 @@
 """Log the newest run in MLflow, or restore a version from it: `python -m flows.registry record|restore`."""
 
+import argparse
 import sys
 
 from flows.registry import record, restore
@@ -9,11 +10,11 @@ COMMANDS = {"record": record.main, "restore": restore.main}
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the named command; return its exit code."""
-    words = sys.argv[1:] if arguments is None else arguments
-    if not words or words[0] not in COMMANDS:
-        sys.stderr.write(f"usage: python -m flows.registry {'|'.join(COMMANDS)} …\n")
-        return 2
-    return COMMANDS[words[0]](words[1:])
+    parser = argparse.ArgumentParser(prog="perennial registry", description=__doc__)
+    parser.add_argument("command", choices=COMMANDS, help="its own --help shows its options")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command")
+    options = parser.parse_args(arguments)
+    return COMMANDS[options.command](options.arguments)
 
 
 if __name__ == "__main__":

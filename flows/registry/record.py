@@ -481,7 +481,7 @@ def _portions(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Record what the pipeline made last, and check that it comes back; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m flows.registry record", description=__doc__)
+    parser = argparse.ArgumentParser(prog="perennial registry record", description=__doc__)
     parser.add_argument("--trigger", default="hand", help="what started the training")
     options = parser.parse_args(arguments)
 

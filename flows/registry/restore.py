@@ -114,7 +114,7 @@ def _export(folder: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Restore one version; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m flows.registry restore", description=__doc__)
+    parser = argparse.ArgumentParser(prog="perennial registry restore", description=__doc__)
     parser.add_argument("tag", help="NAME:VERSION, as MLflow's page and the releases show it")
     options = parser.parse_args(arguments)
 

@@ -430,7 +430,7 @@ def status(root: Path) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m flows.release",
+        prog="perennial release",
         description="Who is served: the aliases, moved by the gate's verdicts.",
     )
     commands = parser.add_subparsers(dest="command", required=True)

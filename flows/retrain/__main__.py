@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Retrain; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m flows.retrain", description=__doc__)
+    parser = argparse.ArgumentParser(prog="perennial retrain", description=__doc__)
     parser.add_argument("--why", default="by hand", help="for the record")
     options = parser.parse_args(arguments)
     return in_words(lambda: _retrain(Path.cwd(), options.why))

@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m flows.training",
+        prog="perennial run",
         description="Run the stages of dvc.yaml that changed, as a Prefect flow, and show the result. "
         "`dvc repro` gives the same files without Prefect.",
     )

@@ -36,7 +36,7 @@ logger = logging.getLogger("flows.up")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Start everything and keep it running; return the exit code."""
-    argparse.ArgumentParser(prog="python -m flows.up", description=__doc__).parse_args(arguments)
+    argparse.ArgumentParser(prog="perennial up", description=__doc__).parse_args(arguments)
     console.set_up()
     root = Path.cwd()
     try:

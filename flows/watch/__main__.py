@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Look once; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m flows.watch", description=__doc__)
+    parser = argparse.ArgumentParser(prog="perennial watch", description=__doc__)
     parser.add_argument("--no-retrain", action="store_true", help="only say what was found")
     options = parser.parse_args(arguments)
     return in_words(lambda: _watch(Path.cwd(), retrain=not options.no_retrain))

@@ -270,7 +270,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Say what all feedback in the event store would become, and write it if asked to."""
     from stages.common.params.loading import load_params
 
-    parser = argparse.ArgumentParser(prog="python -m monitoring.feedback", description="Feedback as rows.")
+    parser = argparse.ArgumentParser(prog="perennial feedback", description="Feedback as rows.")
     parser.add_argument("--write", action="store_true", help=f"write {ROWS}, {HELD_OUT} and {REPORT}, too")
     arguments = parser.parse_args(sys.argv[1:] if words is None else words)
     params, root = load_params(), Path()

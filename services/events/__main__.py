@@ -27,7 +27,7 @@ class _OneLine(argparse.ArgumentParser):
 
 
 def _arguments(words: Sequence[str]) -> argparse.Namespace:
-    parser = _OneLine(prog="python -m services.events", description="The event store.")
+    parser = _OneLine(prog="perennial events", description="The event store.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="export | prune | migrate")
     export = commands.add_parser("export", help="write exchanges and feedback as Parquet")
     export.add_argument("--from", dest="start", type=_instant, required=True, help="2026-01-01T00:00, UTC")

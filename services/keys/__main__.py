@@ -452,7 +452,7 @@ def _line(key: Key) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m services.keys",
+        prog="perennial keys",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

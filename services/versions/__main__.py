@@ -363,7 +363,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m services.versions", description="Which model versions are served."
+        prog="perennial versions", description="Which model versions are served."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="the stored versions, and who is served")

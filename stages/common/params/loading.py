@@ -5,6 +5,7 @@ Run `python -m stages.common.params` to check the file and print nothing but its
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import math
 import os
@@ -410,8 +411,12 @@ def _inside_data(path: str) -> bool:
 
 def main() -> None:
     """Check `params.yaml` and exit 2 with all its problems, or 0."""
+    parser = argparse.ArgumentParser(
+        prog="perennial params", description="Check params.yaml, and nothing else."
+    )
+    parser.add_argument("file", nargs="?", type=Path, default=Path("params.yaml"))
     try:
-        load_params(*sys.argv[1:2])
+        load_params(parser.parse_args().file)
     except ParamsError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_code)
