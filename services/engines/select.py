@@ -6,17 +6,52 @@ import json
 import logging
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+from services.engines.paged.weights import why_not_llama
 from services.engines.protocol import Engine, EngineError
 from stages.common.errors import InputError
 from stages.common.examples import read_examples
 
 if TYPE_CHECKING:
-    from services.versions.__main__ import ModelFiles
     from stages.common.params.services import EngineSettings
 
 log = logging.getLogger(__name__)
+
+
+class ModelFiles(Protocol):
+    """The files of a model, of which each engine reads its own form; see `services.versions`."""
+
+    @property
+    def name(self) -> str:
+        """Return the model's name."""
+        ...
+
+    @property
+    def version(self) -> str:
+        """Return its version."""
+        ...
+
+    @property
+    def tokenizer(self) -> Path:
+        """Return the folder of its tokenizer and `config.json`."""
+        ...
+
+    @property
+    def gguf(self) -> Path | None:
+        """Return the merged model, or None."""
+        ...
+
+    @property
+    def base(self) -> Path | None:
+        """Return the folder of the base model's safetensors, or None."""
+        ...
+
+    @property
+    def adapter(self) -> Path | None:
+        """Return the folder of the adapter, or None."""
+        ...
+
 
 # Architectures (`model_type`) whose GGUF OpenVINO builds a model from.
 OPENVINO_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -54,7 +89,7 @@ def _on_openvino(
     kind: str, gguf: Path, folder: Path, tokenizer: Any, common: dict[str, Any], fall_back: bool
 ) -> Engine:
     from services.engines.openvino import OpenvinoEngine
-    from services.engines.paged import PagedEngine
+    from services.engines.paged.engine import PagedEngine
 
     if kind == "paged":
         try:
@@ -130,13 +165,7 @@ def _against_paged(folder: Path, gguf: Path | None) -> str | None:
         return "OpenVINO is not installed (pip install 'perennial[serve]')"
     if gguf is None:
         return "the model has no GGUF (export.gguf in params.yaml)"
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config["model_type"] != "llama" or config.get("attention_bias") or config.get("mlp_bias"):
-        return f"it computes plain Llama models only, and this one is of {config['model_type']!r}"
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if rope.get("rope_type", "default") != "default" or config.get("hidden_act", "silu") != "silu":
-        return "it computes plain Llama models only, with no rope scaling and with SiLU"
-    return None
+    return why_not_llama(json.loads((folder / "config.json").read_text(encoding="utf-8")))
 
 
 def _against_openvino(folder: Path, gguf: Path | None) -> str | None:

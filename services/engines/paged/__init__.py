@@ -1,5 +1,1 @@
 """An engine for a CPU of our own: paged attention, prefix cache and drafts on OpenVINO's runtime."""
-
-from services.engines.paged.engine import PagedEngine
-
-__all__ = ["PagedEngine"]

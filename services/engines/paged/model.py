@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.engines.paged.graph import build_graph
-from services.engines.paged.weights import Shape, read_gguf
+from services.engines.paged.weights import Shape, read_weights
 from services.engines.protocol import EngineError
 from stages.common.errors import InputError
 
@@ -39,7 +39,7 @@ class PagedModel:
     """A Llama on the CPU that computes tokens of many sequences in one step.
 
     Args:
-        path: the GGUF file.
+        path: the GGUF file, or a folder with `config.json` and safetensors.
         cache_mib: of keys and values.
         threads: of the computation; 0 leaves the number to OpenVINO.
         precision: `auto` computes in bfloat16 where the processor has it, `float32` exactly.
@@ -48,11 +48,12 @@ class PagedModel:
     def __init__(self, path: Path, *, cache_mib: int, threads: int = 0, precision: str = "auto") -> None:
         import openvino as ov
 
-        weights = read_gguf(path)
+        weights = read_weights(path)
         self.shape: Shape = weights.shape
         core = ov.Core()
         native = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         kind = "bf16" if native and precision == "auto" else "f32"
+        self.dtype = {"bf16": "bfloat16", "f32": "float32"}[kind]
         options: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": kind,
             "KV_CACHE_PRECISION": kind,  # never the 8-bit default: rows of a block are copied

@@ -7,7 +7,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 from services.engines.openvino import OpenvinoEngine
-from services.engines.paged import PagedEngine
+from services.engines.paged.engine import PagedEngine
 from services.engines.transformers import TransformersEngine
 from tests.tiny import make_model, make_tokenizer
 

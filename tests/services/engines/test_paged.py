@@ -4,9 +4,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from services.engines.paged import PagedEngine
 from services.engines.paged.blocks import BlockPool, PrefixCache
 from services.engines.paged.drafts import Drafts, least_chance
+from services.engines.paged.engine import PagedEngine
 from services.engines.paged.model import padded
 from services.engines.paged.sampling import draw
 from services.engines.protocol import Load, Sampling
