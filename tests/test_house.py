@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import checks.wheels
+from flows.__main__ import COMMANDS
 from stages.common.params.loading import Params, load_params
 
 ROOT = Path(__file__).parents[1]
@@ -300,6 +301,8 @@ def test_a_documented_command_exists(page, command):
             capture_output=True,
         )
         assert known.returncode == 0, f"{page} names {words[2]}"
+    elif words[0] == "perennial":
+        assert words[1] in {command.name for group in COMMANDS.values() for command in group}
     elif words[:2] == ["dvc", "repro"]:
         assert {word for word in words[2:] if not word.startswith("-")} <= set(STAGES)
     else:
