@@ -10,10 +10,10 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3.14 python
   "$$name" -c '$(SUPPORTED)' 2> /dev/null && command -v "$$name" && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
-# Everything a recipe starts takes python from the environment, as DVC's stages must.
+# Every recipe takes python from the environment, as DVC's stages must.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# All but gpu: vLLM's pins exclude ours, and it has an environment of its own.
+# All but gpu: vLLM's pins conflict with ours, and it has its own environment.
 LOCKED_EXTRAS := --extra core --extra serve --extra postgres --extra monitor --extra embeddings --extra dev
 INSTALL := $(BIN)/python -m pip install --quiet --constraint requirements.lock --editable
 
@@ -25,22 +25,22 @@ SERVE_EXTRAS := serve
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-run: $(VENV)/.core ## install, run the whole pipeline, show what the model learned
+run: $(VENV)/.core ## install, run the whole pipeline, print the result
 	@perennial run
 
 serve: $(VENV)/.$(SERVE_EXTRAS) ## install, and serve the newest model at http://127.0.0.1:3000 (API and page)
 	@perennial serve
 
-parity: $(VENV)/.core $(VENV)/.$(SERVE_EXTRAS) ## ask the running service the test rows: does it answer as the trainer did?
+parity: $(VENV)/.core $(VENV)/.$(SERVE_EXTRAS) ## compare the running service's answers to the test rows with the trainer's
 	@perennial parity
 
-bento: $(VENV)/.$(SERVE_EXTRAS) ## pack the served model and the service for another machine
+bento: $(VENV)/.$(SERVE_EXTRAS) ## pack the champion and the service for another machine
 	@perennial package
 
 test: $(VENV)/.dev ## the fast tests (under five minutes, no GPU, no network)
 	@python -m pytest -m "not slow" --numprocesses logical --maxprocesses 4 --dist loadfile
 
-test-slow: $(VENV)/.dev ## the others: the real base model, servers, a browser
+test-slow: $(VENV)/.dev ## the slow tests: the real base model, servers, a browser
 	@python -m pytest -m slow
 
 test-all: test test-slow ## every test
@@ -50,46 +50,46 @@ lint: $(VENV)/.dev ## what the hooks and CI check
 	@ruff format --check .
 	@mypy
 
-format: $(VENV)/.dev ## mend what can be mended by machine
+format: $(VENV)/.dev ## auto-fix lint and formatting
 	@ruff check --fix .
 	@ruff format .
 
-check-params: $(VENV)/.core ## check params.yaml and nothing else
+check-params: $(VENV)/.core ## check params.yaml, and nothing else
 	@perennial params
 
-up: $(VENV)/.core $(VENV)/.$(SERVE_EXTRAS) ## the service, Prefect, MLflow, Evidently and one page over them; Ctrl-C ends all
+up: $(VENV)/.core $(VENV)/.$(SERVE_EXTRAS) ## run the service, Prefect, MLflow, Evidently and one page that links them; Ctrl-C stops all
 	@perennial up
 
-watch: $(VENV)/.core ## look at production once; retrain if its traffic has drifted
+watch: $(VENV)/.core ## test the traffic for drift once; retrain if it has drifted
 	@perennial watch
 
-retrain: $(VENV)/.core $(VENV)/.$(SERVE_EXTRAS) ## train a candidate on what production taught; promote it if it is better
+retrain: $(VENV)/.core $(VENV)/.$(SERVE_EXTRAS) ## train a candidate on production feedback; promote it if it is better
 	@perennial retrain
 
-demo: $(VENV)/.core $(VENV)/.$(SERVE_EXTRAS) ## a day in the life: drift, retraining, gate, canary, promotion (20 minutes)
+demo: $(VENV)/.core $(VENV)/.$(SERVE_EXTRAS) ## run the whole loop on generated traffic: drift, retraining, gate, canary, promotion (20 minutes)
 	@perennial demo
 
 schedule: $(VENV)/.core ## register the flows and their schedules on a running server
 	@perennial schedule
 
-docs: $(VENV)/.dev ## write the generated pages of docs/ anew
+docs: $(VENV)/.dev ## regenerate the reference pages in docs/
 	@python docs/reference/generate.py
 
-check-wheels: $(VENV)/.dev ## does the index have a wheel of every pin for every Python and platform?
+check-wheels: $(VENV)/.dev ## check that the index has a wheel of every pin for every Python and platform
 	@python -m checks.wheels
 
-check-pythons: $(VENV)/.dev ## install and run the fast tests on every supported Python found here (GBs of downloads)
+check-pythons: $(VENV)/.dev ## install and run the fast tests on every supported Python found here (7 GB each)
 	@python -m checks.pythons
 
-lock: $(VENV)/.dev ## resolve requirements.lock again, for every supported Python and platform
+lock: $(VENV)/.dev ## re-resolve requirements.lock for every supported Python and platform
 	@UV_CUSTOM_COMPILE_COMMAND="make lock" uv pip compile --quiet --upgrade --universal --fork-strategy fewest \
 	  $(LOCKED_EXTRAS) --output-file requirements.lock pyproject.toml > /dev/null
 
-clean: ## remove the environment and everything a run made; data/ and git are left alone
+clean: ## remove the environment and everything a run made; data/ and git are kept
 	@rm -rf $(VENV) reports checkpoints .perennial dvc.lock .dvc/cache .dvc/tmp *.egg-info
 	@find artifacts -mindepth 1 -not -path artifacts/start -not -path artifacts/start/README.md -delete
 
-# A stamp is touched last: an installation that was interrupted is taken up again.
+# The stamp is touched last, so an interrupted installation is repeated.
 $(VENV)/.core: pyproject.toml requirements.lock | $(BIN)/python
 	@echo "installing what training and watching need (a few minutes the first time) …"
 	@$(INSTALL) '.[core,monitor]'

@@ -1,11 +1,13 @@
 """The interpreters of this machine are found by version, also where the first of a name does not run."""
 
 import os
+import subprocess
 import sys
 
 import pytest
 
 from checks.pythons import find_interpreter, find_interpreters, read_version
+from checks.wheels import ROOT
 
 HERE = "{}.{}".format(*sys.version_info)
 
@@ -32,3 +34,28 @@ def test_what_does_not_run_is_passed_over(shim, monkeypatch):
 
 def test_a_version_that_is_not_installed_is_left_out():
     assert list(find_interpreters(["2.1", HERE])) == [HERE]
+
+
+def make_environment(folder, **variables):
+    """Run make's rule for the environment, into a folder."""
+    python = folder / "venv/bin/python"
+    words = [f"VENV={folder}/venv", *(f"{name}={value}" for name, value in variables.items()), str(python)]
+    return python, subprocess.run(["make", *words], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_make_refuses_a_python_out_of_range_with_its_version_and_the_fix(tmp_path):
+    old = tmp_path / "python3.10"
+    old.write_text('#!/bin/sh\n[ "$1" = -V ] && echo Python 3.10.2 || exit 1\n')
+    old.chmod(0o755)
+    python, done = make_environment(tmp_path, PYTHON=old)
+    assert done.returncode != 0
+    assert not python.exists()
+    assert "3.14 is needed; found: Python 3.10.2" in done.stdout
+    assert "fix: install one, or name it: make PYTHON=" in done.stdout
+
+
+def test_make_takes_the_first_python_in_range_that_runs(tmp_path, shim, monkeypatch):
+    monkeypatch.setenv("PATH", os.pathsep.join((str(shim.parent), os.environ["PATH"])))
+    python, done = make_environment(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert read_version(python) in ("3.11", "3.12", "3.13", "3.14")
