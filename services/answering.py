@@ -27,7 +27,7 @@ from services.errors import ApiError
 from services.events import EventStore, Exchange, StoreUnavailable
 from services.events.redaction import pseudonym
 from services.guard import checks
-from services.keys.__main__ import Access, Caller
+from services.keys.access import Access, Caller
 from services.metrics import get_metrics
 from services.model_pool import Choice, Fleet, Served
 from stages.common.chat import encode_prompt

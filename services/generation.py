@@ -25,7 +25,7 @@ from services.engines.protocol import Sampling
 from services.engines.select import check_gpus, load_engine
 from services.errors import ApiError
 from services.events import StoreUnavailable
-from services.keys.__main__ import Caller
+from services.keys.access import Caller
 from services.model_pool import Served
 from services.startup import Running, start, stop
 from services.versions.__main__ import ModelFiles, newest_as_champion, stored

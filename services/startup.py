@@ -12,7 +12,8 @@ from services.answering import Answerer
 from services.events import open_store, prune
 from services.events.redaction import redact
 from services.guard import checks
-from services.keys.__main__ import Access, KeyFile
+from services.keys.access import Access
+from services.keys.key_file import KeyFile
 from services.model_pool import Fleet, Loader, run_forever
 from services.versions.__main__ import ALIASES
 from stages.common.params.services import Access as AccessSettings
@@ -30,12 +31,12 @@ class Running:
     tasks: tuple[asyncio.Task[None], ...]
 
 
-async def start(settings: Services, load: Loader, keys_needed: bool, aliases: Path = ALIASES) -> Running:
+async def start(settings: Services, load: Loader, keys_required: bool, aliases: Path = ALIASES) -> Running:
     """Open the store, and begin to load and to follow the versions that the alias file names.
 
     Args:
         load: makes the version of a tag ready to answer.
-        keys_needed: whether a request without a key is refused.
+        keys_required: whether a request without a key is refused.
 
     Raises:
         StoreUnavailable, InputError: the store cannot be opened.
@@ -50,7 +51,7 @@ async def start(settings: Services, load: Loader, keys_needed: bool, aliases: Pa
         redact=lambda text: redact(text, settings.events.redact),
     )
     fleet = Fleet(load, settings.versions.keep_loaded, aliases)
-    answerer = Answerer(settings, fleet, store, make_access(settings.access, keys_needed))
+    answerer = Answerer(settings, fleet, store, make_access(settings.access, keys_required))
     tasks = [asyncio.create_task(run_forever(fleet.follow))]
     if settings.events.retention_days is not None:
         tasks.append(asyncio.create_task(run_forever(lambda: _forget(settings.events))))
@@ -68,11 +69,11 @@ async def stop(running: Running) -> None:
     await asyncio.to_thread(running.answerer.store.close)
 
 
-def make_access(settings: AccessSettings, keys_needed: bool) -> Access:
+def make_access(settings: AccessSettings, keys_required: bool) -> Access:
     """Return the rules of who may ask, and how much."""
     return Access(
         KeyFile(Path(settings.keys_file)),
-        keys_needed=keys_needed or settings.keys == "always",
+        keys_required=keys_required or settings.keys == "always",
         requests_per_minute=settings.requests_per_minute,
         tokens_per_day=settings.tokens_per_day,
         max_clients=MAX_CLIENTS,

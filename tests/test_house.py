@@ -176,7 +176,6 @@ LONG_MODULES: dict[str, str] = {
     "stages.model_card.__main__": "to be split",
     "stages.validate.__main__": "to be split",
     "services.answering": "to be split",
-    "services.keys.__main__": "to be split",
     "services.versions.__main__": "to be split",
     "monitoring.drift.session_sums": "to be split",
     "monitoring.report": "to be split",

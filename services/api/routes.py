@@ -28,7 +28,7 @@ from services.api.schemas import ChatRequest, CompletionRequest, FeedbackRequest
 from services.engines.protocol import Sampling
 from services.errors import ApiError
 from services.events import Feedback, StoreUnavailable
-from services.keys.__main__ import Caller
+from services.keys.access import Caller
 from services.model_pool import Served
 from stages.common.chat import template_sha256
 from stages.common.records import Message

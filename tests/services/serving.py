@@ -88,7 +88,7 @@ class Server:
 
 
 @contextmanager
-def serving(folder: Path, *versions: ModelFiles, load=load_tiny, keys_needed=False, **changes):
+def serving(folder: Path, *versions: ModelFiles, load=load_tiny, keys_required=False, **changes):
     """Serve the versions, the first of them as champion, until the block ends."""
     by_tag = {files.tag: files for files in versions}
     chosen = settings(folder, **changes)
@@ -97,7 +97,7 @@ def serving(folder: Path, *versions: ModelFiles, load=load_tiny, keys_needed=Fal
     ready, over, state = threading.Event(), threading.Event(), {}
 
     async def run() -> None:
-        running = await start(chosen, lambda tag: load(by_tag[tag]), keys_needed, aliases)
+        running = await start(chosen, lambda tag: load(by_tag[tag]), keys_required, aliases)
         state.update(running=running, loop=asyncio.get_running_loop())
 
         async def caller(request: Request):

@@ -302,7 +302,7 @@ def test_a_key_is_needed_where_keys_are_on(tmp_path):
         check=True,
     )
     key = next(word for word in made.stdout.split() if word.startswith("perennial-"))
-    with serving(tmp_path, tiny_files(tmp_path / "model"), keys_needed=True) as server:
+    with serving(tmp_path, tiny_files(tmp_path / "model"), keys_required=True) as server:
         with server.client() as client:
             assert ask(client).status_code == 401
             assert client.get("/v1/models").json()["error"]["code"] == "invalid_api_key"
