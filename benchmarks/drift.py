@@ -26,7 +26,9 @@ import numpy as np
 
 from benchmarks.drift_traffic import NONE, SHIFTS, Shift, World, columns, with_rhythm
 from benchmarks.machine import machine
-from monitoring.drift.compare import Baseline, check, has_drifted, prepare
+from monitoring.drift.baseline import Baseline, prepare_baseline
+from monitoring.drift.compare import compare_window, has_drifted
+from monitoring.drift.session_sums import sum_sessions
 from stages.common.params.loading import load_params
 from stages.common.statistics import clopper_pearson
 
@@ -178,7 +180,7 @@ def _baseline(world: World, scenario: Scenario) -> tuple[Baseline, list[pa.Table
 
 def _prepared(reference: list[pa.Table], scenario: Scenario) -> Baseline:
     monitoring = load_params().monitoring
-    return prepare(
+    return prepare_baseline(
         lambda: reference, columns(scenario.vectors), monitoring.drift, monitoring.features.max_categories
     )
 
@@ -187,7 +189,7 @@ def _alarms(baseline: Baseline, window: list[pa.Table], calibrated: bool) -> boo
     settings = load_params().monitoring.drift
     if not calibrated:
         settings = settings.model_copy(update={"calibration_windows": 0})
-    return has_drifted(check(baseline, window, settings))
+    return has_drifted(compare_window(baseline, sum_sessions(window, baseline.binning), settings))
 
 
 def _quiet_check(scenario: Scenario, seed: int, with_peer: bool) -> Outcome:
@@ -243,7 +245,7 @@ def evidently(reference: list[pa.Table], window: list[pa.Table]) -> Peer:
 def _frame(tables: list[pa.Table]) -> pd.DataFrame:
     import pyarrow as pa
 
-    names = [column.name for column in columns(vectors=False) if column.question != "service"]
+    names = [column.name for column in columns(vectors=False) if column.drift_type != "service"]
     frame: pd.DataFrame = pa.concat_tables(tables).select(names).to_pandas()
     return frame
 
@@ -287,7 +289,7 @@ def _cost(rows: int, vectors: bool) -> None:
             yield table
 
     began = time.perf_counter()
-    check(baseline, drawn(), load_params().monitoring.drift)
+    compare_window(baseline, sum_sessions(drawn(), baseline.binning), load_params().monitoring.drift)
     seconds = time.perf_counter() - began - drawing
     print(f"{seconds:.1f} {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f}")
 

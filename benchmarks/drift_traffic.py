@@ -151,20 +151,20 @@ class World:
         )
         # The model knows the topics it knows: a new one becomes one of those, less surely.
         strange = topic >= TOPICS
-        told = np.where(strange, self.mistaken[topic], topic)
+        change = np.where(strange, self.mistaken[topic], topic)
         right = rng.random(rows) < np.where(strange, 0.1, np.where(german, 0.3, 0.93))
         valid = rng.random(rows) < np.where(strange | german, 0.93, 0.985)
         rated = rng.random(rows) < 0.08
         numbers: dict[str, NDArray[Any]] = {
-            "question_chars": chars,
-            "question_words": words,
+            "prompt_chars": chars,
+            "prompt_words": words,
             "turns": 1.0 + 2 * rng.geometric(0.7, rows) - 2,
             "non_letter_share": rng.beta(2, 40, rows),
             "digit_share": np.where(rng.random(rows) < 0.7, 0.0, rng.beta(2, 30, rows)),
             "capital_share": rng.beta(1.5, 50, rows) + german * 0.05,
             "guard_prompt_injection": (rng.random(rows) < 0.004).astype(float),
             "guard_toxicity": (rng.random(rows) < 0.002).astype(float),
-            "answer_chars": np.round(38 + told * 1.3 + rng.normal(0, 5, rows)),
+            "answer_chars": np.round(38 + change * 1.3 + rng.normal(0, 5, rows)),
             "mean_logprob": -np.exp(
                 rng.normal(-3.2 + self.difficulty[topic] + 0.6 * (strange | german), 0.6, rows)
             ),
@@ -185,9 +185,9 @@ class World:
             "language": language,
             "finish_reason": np.where(rng.random(rows) < 0.99, "stop", "length"),
             "answer_form": np.where(valid, "area device intent", "text"),
-            "answer.intent": np.char.add("Intent", told.astype(str)),
-            "answer.device": np.char.add("device", self.device_of[told].astype(str)),
-            "answer.area": np.char.add("area", ((told * 7 + who) % 12).astype(str)),
+            "answer.intent": np.char.add("Intent", change.astype(str)),
+            "answer.device": np.char.add("device", self.device_of[change].astype(str)),
+            "answer.area": np.char.add("area", ((change * 7 + who) % 12).astype(str)),
         }
         schema = table_schema([each for each in COLUMNS if self.vectors or each.kind != "vector"])
         arrays = []
@@ -204,12 +204,12 @@ class World:
                 arrays.append(pa.array(numbers[entry.name], from_pandas=True))
             elif entry.name in classes:
                 arrays.append(pa.array(classes[entry.name]))
-            elif entry.name not in ("question_vector", "answer_vector"):
+            elif entry.name not in ("prompt_vector", "answer_vector"):
                 arrays.append(pa.nulls(rows, entry.type))  # nothing to draw it from
             else:
-                of_what = topic if entry.name == "question_vector" else told
+                of_what = topic if entry.name == "prompt_vector" else change
                 vectors = self.centres[of_what] + self.tone[who] + rng.standard_normal((rows, VECTOR_SIZE))
-                if entry.name == "question_vector":
+                if entry.name == "prompt_vector":
                     vectors += german[:, None] * self.german
                 vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
                 flat = pa.array(vectors.astype(np.float32).ravel())

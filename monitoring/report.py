@@ -1,7 +1,7 @@
 """A window beside its reference, drawn by Evidently: a page for each window, a dashboard over all of them.
 
 Evidently draws, and decides nothing: its own tests raise an alarm in most checks of unchanged traffic once
-there are this many columns. Its report is told the effects and decisions of our verdict by a "statistical
+there are this many columns. Its report is change the effects and decisions of our verdict by a "statistical
 test" of our own, and its other tests stay off.
 
 In: feature tables (`monitoring.traffic.columns`) and a verdict. Out:
@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from monitoring.verdicts import ColumnChange, Verdict
-from stages.common.artifacts import STATE, atomic_write, read_json, write_json
+from monitoring.verdicts import ColumnChange, DriftVerdict
+from stages.common.artifacts import atomic_write
 from stages.common.errors import InputError
 from stages.common.logs import set_quiet_environment
 
@@ -33,18 +33,13 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
     from evidently.core.report import Snapshot
-    from evidently.ui.workspace import Project, Workspace
 
-WORKSPACE = STATE / "evidently"
-PROJECT = "perennial"
 # Evidently's figures of 5,000 rows a side take a second, and a page of more tells nobody more.
 MAX_ROWS = 5000
-MAX_RUNS = 100  # kept in the workspace: its page reads all of them when it starts
 METHOD = "perennial_effect"
 # Any one column decides for us; Evidently's "dataset drift" wants a share of them. One value for all
 # reports, because a figure with other parameters is another line on the dashboard.
 ANY_COLUMN = 0.001
-PANELS = "1"  # another number, and the dashboard of an older workspace is laid out anew
 
 logger = logging.getLogger("monitoring.report")
 
@@ -124,7 +119,7 @@ def _hash(session: str) -> int:
 
 
 def make_report(
-    reference: Iterable[pa.Table], window: Iterable[pa.Table], verdict: Verdict, max_rows: int = MAX_ROWS
+    reference: Iterable[pa.Table], window: Iterable[pa.Table], verdict: DriftVerdict, max_rows: int = MAX_ROWS
 ) -> Snapshot:
     """Return Evidently's report on a window: our verdict first, then every column beside its reference.
 
@@ -144,8 +139,8 @@ def make_report(
     before, now = draw(reference, max_rows), draw(window, max_rows)
     changes = {
         change.column: change
-        for question in verdict.questions
-        for change in question.columns
+        for one in verdict.drift_types
+        for change in one.columns
         if {change.column} <= {*before.frame.column_names} & {*now.frame.column_names}
     }
     centre = {
@@ -180,7 +175,7 @@ def make_report(
 def write_report(
     reference: Iterable[pa.Table],
     window: Iterable[pa.Table],
-    verdict: Verdict,
+    verdict: DriftVerdict,
     path: Path,
     max_rows: int = MAX_ROWS,
 ) -> Snapshot:
@@ -243,7 +238,7 @@ def _register(changes: dict[str, ColumnChange]) -> None:
     register_stattest(StatTest(METHOD, "effect (0 to 1), by Perennial's verdict", kinds), verdict_of)
 
 
-def _words(verdict: Verdict, before: Drawn, now: Drawn, empty: Sequence[str]) -> Any:
+def _words(verdict: DriftVerdict, before: Drawn, now: Drawn, empty: Sequence[str]) -> Any:
     """Return what stands above Evidently's pictures: the verdict in words and in one table."""
     from evidently.core.container import MetricContainer
     from evidently.legacy.renderers.html_widgets import CounterData, counter, table_data, text_widget
@@ -272,21 +267,21 @@ def _words(verdict: Verdict, before: Drawn, now: Drawn, empty: Sequence[str]) ->
 
         def render(self, context: Any, child_widgets: Any = None) -> list[Any]:
             return [
-                counter(counters=[CounterData(verdict.said, f"Window {verdict.id} of {verdict.tag}")]),
-                *([table_data(column_names=_HEADER, data=_lines(verdict))] if verdict.questions else []),
+                counter(counters=[CounterData(verdict.summary, f"Window {verdict.id} of {verdict.tag}")]),
+                *([table_data(column_names=_HEADER, data=_lines(verdict))] if verdict.drift_types else []),
                 text_widget(text="\n\n".join(notes)),
             ]
 
     return VerdictInWords()
 
 
-_HEADER = ("Question", "Column", "Drifted", "Effect", "p", "Inflation", "Reference", "Window")
+_HEADER = ("DriftType", "Column", "Drifted", "Effect", "p", "Inflation", "Reference", "Window")
 
 
-def _lines(verdict: Verdict) -> list[tuple[str, ...]]:
+def _lines(verdict: DriftVerdict) -> list[tuple[str, ...]]:
     return [
         (
-            question.question,
+            one.drift_type,
             change.column,
             "yes" if change.drifted else "no",
             f"{change.effect:.3f}",
@@ -295,12 +290,12 @@ def _lines(verdict: Verdict) -> list[tuple[str, ...]]:
             change.before,
             change.after,
         )
-        for question in verdict.questions
-        for change in question.columns
+        for one in verdict.drift_types
+        for change in one.columns
     ]
 
 
-def _add_figures(snapshot: Snapshot, verdict: Verdict, now: Drawn) -> None:
+def _add_figures(snapshot: Snapshot, verdict: DriftVerdict, now: Drawn) -> None:
     """Put figures of the whole window into the run, for the dashboard's lines.
 
     They bear the names of Evidently's own figures, because a stored run may hold no other kinds.
@@ -323,87 +318,3 @@ def _add_figures(snapshot: Snapshot, verdict: Verdict, now: Drawn) -> None:
         result.set_metric_location(calculation.to_metric_config())
         snapshot.metric_results[calculation.id] = result
         snapshot._top_level_metrics.append(calculation.id)
-
-
-def add_to_workspace(root: Path, verdict: Verdict, snapshot: Snapshot) -> str:
-    """Add a report to the workspace, in the place of an older one on the same window; return the run's id.
-
-    Runs beyond `MAX_RUNS` go, the oldest first; their pages under `reports/watch` stay.
-    """
-    set_quiet_environment()
-    from evidently.ui.workspace import Workspace
-
-    workspace = Workspace.create(str(root / WORKSPACE))
-    project = _project(workspace)
-    index_path = root / WORKSPACE / "runs.json"
-    index: dict[str, str] = read_json(index_path) if index_path.exists() else {}
-    stored = {str(run) for run in workspace.list_runs(project.id)}
-    for old in [index.pop(verdict.id, None), *_oldest(index, MAX_RUNS - 1)]:
-        if old in stored:
-            workspace.delete_run(project.id, old)
-    for result in snapshot.metric_results.values():
-        result.widget = []  # the table above them holds the same pictures: half of the file
-    run = workspace.add_run(project.id, snapshot, include_data=False)
-    index[verdict.id] = str(run.id)
-    write_json(index_path, index)
-    return str(run.id)
-
-
-def _oldest(index: dict[str, str], keep: int) -> list[str]:
-    """Take the oldest windows (their names start with their time) out of the index; return their runs."""
-    return [index.pop(name) for name in sorted(index)[: max(0, len(index) - keep)]]
-
-
-def _project(workspace: Workspace) -> Project:
-    description = f"What production is asked and answers, window by window (panels {PANELS})"
-    found = [project for project in workspace.list_projects() if project.name == PROJECT]
-    if found and found[0].description == description:
-        return found[0]
-    if found:
-        project = found[0]
-        project.description = description
-        project.save()
-        for tab in [tab.title for tab in project.dashboard.model().tabs]:
-            project.dashboard.delete_tab(tab)
-    else:
-        project = workspace.create_project(PROJECT, description)
-    _lay_out(project)
-    return project
-
-
-def _lay_out(project: Project) -> None:
-    from evidently.sdk.models import PanelMetric
-    from evidently.sdk.panels import bar_plot_panel, counter_panel, line_plot_panel, text_panel
-
-    def mean(column: str, legend: str) -> PanelMetric:
-        return PanelMetric(legend=legend, metric="MeanValue", metric_labels={"column": column})
-
-    drifted = PanelMetric(
-        legend="columns", metric="DriftedColumnsCount", metric_labels={"value_type": "count"}
-    )
-    rows = PanelMetric(legend="requests", metric="RowCount")
-    slow = PanelMetric(
-        legend="95th percentile, s", metric="QuantileValue", metric_labels={"column": "total_s"}
-    )
-    effects = PanelMetric(legend="{{column}}", metric="ValueDrift", metric_labels={"method": METHOD})
-    for panel in (
-        text_panel(
-            "Drift of production",
-            "Each point is a window of traffic beside the champion's first requests. Whether a column "
-            "drifted is Perennial's verdict; Evidently draws.",
-        ),
-        counter_panel("Drifted columns, latest window", [drifted], size="half"),
-        counter_panel("Requests, latest window", [rows], size="half"),
-        line_plot_panel("Effect of each column (0: unchanged, 1: nothing in common)", [effects]),
-        bar_plot_panel("Drifted columns", [drifted], size="half"),
-        bar_plot_panel("Requests", [rows], size="half"),
-        line_plot_panel("Valid output", [mean("valid_output", "share")], size="half"),
-        line_plot_panel(
-            "Feedback",
-            [mean("thumb", "thumbs up, of thumbs"), mean("corrected", "corrected, of feedback")],
-            size="half",
-        ),
-        line_plot_panel("Time to the end of the answer", [slow], size="half"),
-        line_plot_panel("Errors of the server", [mean("failed", "share")], size="half"),
-    ):
-        project.dashboard.add_panel(panel)

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from monitoring.verdicts import TriggerDecision, Verdict
+from monitoring.verdicts import DriftVerdict, TriggerDecision
 from stages.common.params.loop import TriggerSettings
 
 __all__ = ["TriggerDecision", "decide", "drift_began"]
 
 
 def decide(
-    verdicts: Sequence[Verdict],
+    verdicts: Sequence[DriftVerdict],
     labelled_rows: int,
     last_retraining_at: float | None,
     running: bool,
@@ -43,7 +43,9 @@ def decide(
     recent = _recent(verdicts, settings)
     drifted = [verdict for verdict in recent if _counts(verdict, settings)]
     missing = settings.drifted - len(drifted)
-    seen = f"{len(drifted)} of the last {len(recent)} judged windows drifted in {_listed(settings.questions)}"
+    seen = (
+        f"{len(drifted)} of the last {len(recent)} judged windows drifted in {_listed(settings.drift_types)}"
+    )
     if missing > 0:
         # Nothing else matters yet: with labels, without a pin and at any time, quiet traffic is left alone.
         windows = "window" if missing == 1 else "windows"
@@ -65,7 +67,7 @@ def decide(
     return TriggerDecision(not needs, seen, tuple(needs))
 
 
-def drift_began(verdicts: Sequence[Verdict], settings: TriggerSettings) -> float | None:
+def drift_began(verdicts: Sequence[DriftVerdict], settings: TriggerSettings) -> float | None:
     """Return when the traffic that a retraining should learn began, unix s; None if no recent window drifted.
 
     That is the first of the drifted windows that lead up to now without a quiet one between them, or, where
@@ -81,12 +83,12 @@ def drift_began(verdicts: Sequence[Verdict], settings: TriggerSettings) -> float
     return began
 
 
-def _recent(verdicts: Sequence[Verdict], settings: TriggerSettings) -> list[Verdict]:
+def _recent(verdicts: Sequence[DriftVerdict], settings: TriggerSettings) -> list[DriftVerdict]:
     return [verdict for verdict in verdicts if verdict.judged][-settings.of :]
 
 
-def _counts(verdict: Verdict, settings: TriggerSettings) -> bool:
-    return any(each.drifted and each.question in settings.questions for each in verdict.questions)
+def _counts(verdict: DriftVerdict, settings: TriggerSettings) -> bool:
+    return any(each.drifted and each.drift_type in settings.drift_types for each in verdict.drift_types)
 
 
 def _listed(words: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from monitoring.traffic.columns import DECIDING, Kind, Question
+from monitoring.traffic.columns import DECIDING, DriftType, Kind
 from stages.common.artifacts import read_json, write_json
 from stages.common.errors import InputError
 
@@ -39,12 +39,12 @@ class ColumnChange:
 
     Attributes:
         effect: between 0, no change, and 1, nothing in common; see `monitoring.drift`.
-        p_value: how often chance alone makes a change as strong in any column of the same question.
+        p_value: how often chance alone makes a change as strong in any column of the same drift type.
         inflation: by how much calibration divided the statistic; 1 for a reference like pure chance, and in
             a window that is plainly quiet even without.
         drifted: sure enough and large enough, and in the direction that counts.
         before, after: the reference and the window in a few words, such as "12 %" or "median 31 characters".
-        said: one sentence for people.
+        summary: one sentence for people.
     """
 
     column: str
@@ -55,14 +55,14 @@ class ColumnChange:
     drifted: bool
     before: str
     after: str
-    said: str
+    summary: str
 
 
 @dataclass(frozen=True, slots=True)
-class QuestionVerdict:
+class DriftTypeVerdict:
     """The answer to one question; `p_value` is that of its strongest column. Strongest columns first."""
 
-    question: Question
+    drift_type: DriftType
     drifted: bool
     p_value: float
     columns: tuple[ColumnChange, ...]
@@ -77,7 +77,7 @@ class TriggerDecision:
     needs: tuple[str, ...]
 
     @property
-    def said(self) -> str:
+    def summary(self) -> str:
         """Return the decision in one line."""
         if self.fires:
             return f"{self.why}: a retraining is called for"
@@ -88,7 +88,7 @@ NOT_DECIDED = TriggerDecision(fires=False, why="not decided", needs=())
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class DriftVerdict:
     """What was found in one window.
 
     Attributes:
@@ -98,7 +98,7 @@ class Verdict:
         reference: None while there is too little usual traffic to compare with.
         why_not: the reason if the window was not judged.
         drifted: one of the three deciding questions did; the service never decides.
-        set_aside: corrupt events by reason, left out of all figures.
+        quarantined: corrupt events by reason, left out of all figures.
         late_rows: exchanges of this window that reached the store after it was judged.
         alpha: chance that this check raises an alarm on unchanged traffic.
         service: figures of the window such as "total_s_p95"; None where nothing was measured.
@@ -113,8 +113,8 @@ class Verdict:
     judged: bool
     why_not: str | None
     drifted: bool
-    questions: tuple[QuestionVerdict, ...] = ()
-    set_aside: dict[str, int] = field(default_factory=dict)
+    drift_types: tuple[DriftTypeVerdict, ...] = ()
+    quarantined: dict[str, int] = field(default_factory=dict)
     late_rows: int = 0
     alpha: float = 0.0
     service: dict[str, float | None] = field(default_factory=dict)
@@ -127,53 +127,53 @@ class Verdict:
 
     @property
     def changes(self) -> tuple[ColumnChange, ...]:
-        """Return the columns that drifted, strongest first within each question."""
-        return tuple(change for question in self.questions for change in question.columns if change.drifted)
+        """Return the columns that drifted, strongest first within each drift type."""
+        return tuple(change for one in self.drift_types for change in one.columns if change.drifted)
 
     @property
-    def said(self) -> str:
+    def summary(self) -> str:
         """Return the verdict in one line."""
         if not self.judged:
             return f"not judged: {self.why_not}"
         if not self.drifted:
             return "no drift"
-        decided = [one for one in self.questions if one.drifted and one.question in DECIDING]
+        decided = [one for one in self.drift_types if one.drifted and one.drift_type in DECIDING]
         changes = [change for one in decided for change in one.columns if change.drifted]
         strongest = [next(change for change in one.columns if change.drifted) for one in decided]
         more = len(changes) - len(strongest)
         return (
-            f"drift of {', '.join(one.question for one in decided)}: "
-            + "; ".join(change.said for change in strongest)
+            f"drift of {', '.join(one.drift_type for one in decided)}: "
+            + "; ".join(change.summary for change in strongest)
             + (f"; and {more} more" if more else "")
         )
 
 
-_VERDICT: TypeAdapter[Verdict] = TypeAdapter(Verdict)
+_ADAPTER: TypeAdapter[DriftVerdict] = TypeAdapter(DriftVerdict)
 
 
-def folder(root: Path, window_id: str) -> Path:
+def window_folder(root: Path, window_id: str) -> Path:
     """Return where all that belongs to a window lies."""
     return root / WATCH / window_id
 
 
-def write_verdict(root: Path, verdict: Verdict) -> Path:
+def write_verdict(root: Path, verdict: DriftVerdict) -> Path:
     """Write the verdict, all or nothing, over an older one of the same window; return its path.
 
     Raises:
         ValueError: a figure is NaN or infinite.
     """
-    path = folder(root, verdict.id) / "verdict.json"
+    path = window_folder(root, verdict.id) / "verdict.json"
     write_json(path, asdict(verdict))
     return path
 
 
-def read_verdict(root: Path, window_id: str) -> Verdict:
+def read_verdict(root: Path, window_id: str) -> DriftVerdict:
     """Read the verdict on one window.
 
     Raises:
         InputError: there is none, or the file is not one.
     """
-    path = folder(root, window_id) / "verdict.json"
+    path = window_folder(root, window_id) / "verdict.json"
     # A name comes from the command line too, and must not lead out of the folder.
     if "/" in window_id or not path.exists():
         raise InputError(
@@ -182,7 +182,7 @@ def read_verdict(root: Path, window_id: str) -> Verdict:
     return _read(path)
 
 
-def read_verdicts(root: Path) -> list[Verdict]:
+def read_verdicts(root: Path) -> list[DriftVerdict]:
     """Read all verdicts, oldest window first; an empty list where nothing was watched yet.
 
     Raises:
@@ -192,10 +192,10 @@ def read_verdicts(root: Path) -> list[Verdict]:
     return sorted(verdicts, key=lambda verdict: (verdict.window.end, verdict.id))
 
 
-def _read(path: Path) -> Verdict:
+def _read(path: Path) -> DriftVerdict:
     fix = f"remove {path.parent}: the next watch judges its window again"
     try:
-        return _VERDICT.validate_python(read_json(path))
+        return _ADAPTER.validate_python(read_json(path))
     except InputError as error:
         raise InputError(error.what, fix) from None
     except ValidationError as error:
@@ -204,7 +204,7 @@ def _read(path: Path) -> Verdict:
         raise InputError(f"{path} is no verdict: {where}: {first['msg']}", fix) from None
 
 
-def listing(verdicts: Sequence[Verdict]) -> list[str]:
+def format_list(verdicts: Sequence[DriftVerdict]) -> list[str]:
     """Return a plain table with one line a window, oldest first."""
     if not verdicts:
         return ["no window was judged yet: python -m flows.watch"]
@@ -215,14 +215,14 @@ def listing(verdicts: Sequence[Verdict]) -> list[str]:
             verdict.version,
             f"{verdict.window.rows:,}",
             _time(verdict.window.end),
-            verdict.said + (" -> retrain" if verdict.trigger.fires else ""),
+            verdict.summary + (" -> retrain" if verdict.trigger.fires else ""),
         )
         for verdict in verdicts
     ]
     return _aligned(lines)
 
 
-def page(verdict: Verdict) -> list[str]:
+def format_verdict(verdict: DriftVerdict) -> list[str]:
     """Return all that an analyst wants to know of one window, as plain lines."""
     window, reference = verdict.window, verdict.reference
     lines = [
@@ -233,15 +233,15 @@ def page(verdict: Verdict) -> list[str]:
         if reference is None
         else f"reference  {_time(reference.start)} to {_time(reference.end)} UTC,"
         f" {reference.rows:,} rows in {reference.sessions:,} sessions",
-        f"verdict    {verdict.said}",
+        f"verdict    {verdict.summary}",
         f"retraining {'starts: ' if verdict.trigger.fires else ''}{verdict.trigger.why}",
         *(f"           needs {need}" for need in verdict.trigger.needs),
     ]
-    for question in verdict.questions:
+    for one in verdict.drift_types:
         lines += [
             "",
-            f"{question.question}: {'drifted' if question.drifted else 'no drift'}"
-            f" (p {_p(question.p_value)}, a check of unchanged traffic alarms with chance {verdict.alpha:g})",
+            f"{one.drift_type}: {'drifted' if one.drifted else 'no drift'}"
+            f" (p {_p(one.p_value)}, a check of unchanged traffic alarms with chance {verdict.alpha:g})",
             *_aligned(
                 [
                     ("", "column", "effect", "p", "inflation", "reference", "window"),
@@ -255,7 +255,7 @@ def page(verdict: Verdict) -> list[str]:
                             change.before,
                             change.after,
                         )
-                        for change in question.columns
+                        for change in one.columns
                     ),
                 ]
             ),
@@ -265,8 +265,8 @@ def page(verdict: Verdict) -> list[str]:
         lines += _aligned(
             [(name, "-" if value is None else f"{value:,.4g}") for name, value in verdict.service.items()]
         )
-    lines += [""] if verdict.set_aside or verdict.late_rows else []
-    lines += [f"set aside  {count:,}: {reason}" for reason, count in sorted(verdict.set_aside.items())]
+    lines += [""] if verdict.quarantined or verdict.late_rows else []
+    lines += [f"quarantined {count:,}: {reason}" for reason, count in sorted(verdict.quarantined.items())]
     if verdict.late_rows:
         lines.append(f"late       {verdict.late_rows:,} rows came after the verdict and are in no window")
     return lines
@@ -298,9 +298,9 @@ def main(words: Sequence[str] | None = None) -> int:
     options = parser.parse_args(words)
     try:
         lines = (
-            page(read_verdict(Path(), options.id))
+            format_verdict(read_verdict(Path(), options.id))
             if options.command == "show"
-            else listing(read_verdicts(Path()))
+            else format_list(read_verdicts(Path()))
         )
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")

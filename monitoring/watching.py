@@ -13,20 +13,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from monitoring.drift import compare
-from monitoring.drift.session_sums import sketch
-from monitoring.report import add_to_workspace, write_report
+from monitoring.drift.baseline import Baseline, period_of, prepare_baseline
+from monitoring.drift.compare import compare_window, has_drifted
+from monitoring.drift.session_sums import sum_sessions
+from monitoring.report import write_report
 from monitoring.traffic.columns import Column
-from monitoring.traffic.features import ServiceSums, counted_for_service, feature_tables, watched_columns
+from monitoring.traffic.features import feature_tables, watched_columns
+from monitoring.traffic.service_metrics import ServiceSums, tap_service_sums
 from monitoring.traffic.windows import (
     Window,
     closed_windows,
     late_rows,
+    quarantine_to,
     read_window,
     reference_window,
-    set_aside_to,
 )
-from monitoring.verdicts import TriggerDecision, Verdict, folder, read_verdicts, write_verdict
+from monitoring.verdicts import DriftVerdict, TriggerDecision, read_verdicts, window_folder, write_verdict
+from monitoring.workspace import add_to_workspace
 from stages.common.params.loop import Monitoring
 
 if TYPE_CHECKING:
@@ -36,11 +39,11 @@ log = logging.getLogger("monitoring.watching")
 
 RECOUNTED = 20  # of the last windows, looked at again for late events
 
-Decide = Callable[[Sequence[Verdict]], TriggerDecision]
+Decide = Callable[[Sequence[DriftVerdict]], TriggerDecision]
 
 
 @dataclass(frozen=True, slots=True)
-class Usual:
+class ReferenceTraffic:
     """The champion's usual traffic, ready to be compared with.
 
     Attributes:
@@ -52,10 +55,10 @@ class Usual:
     tag: str
     window: Window
     columns: tuple[Column, ...]
-    baseline: compare.Baseline
+    baseline: Baseline
 
 
-def usual_traffic(url: str, tag: str, settings: Monitoring) -> Usual | None:
+def read_reference(url: str, tag: str, settings: Monitoring) -> ReferenceTraffic | None:
     """Return the champion's usual traffic, or None while it has answered too little.
 
     Raises:
@@ -65,18 +68,25 @@ def usual_traffic(url: str, tag: str, settings: Monitoring) -> Usual | None:
     if window is None:
         return None
     columns = watched_columns((page.batch for page in read_window(url, window, tag)), settings.features)
-    baseline = compare.prepare(
+    baseline = prepare_baseline(
         lambda: _tables(url, window, tag, columns, settings),
         columns,
         settings.drift,
         settings.features.max_categories,
     )
-    return Usual(tag, window, columns, baseline)
+    return ReferenceTraffic(tag, window, columns, baseline)
 
 
-def look(
-    root: Path, url: str, usual: Usual, settings: Monitoring, decide: Decide, *, now: float, limit: int
-) -> Iterator[Verdict]:
+def judge_new_windows(
+    root: Path,
+    url: str,
+    usual: ReferenceTraffic,
+    settings: Monitoring,
+    decide: Decide,
+    *,
+    now: float,
+    limit: int,
+) -> Iterator[DriftVerdict]:
     """Judge the windows that have closed since the last look, and yield the verdict on each, written.
 
     Args:
@@ -98,7 +108,7 @@ def look(
                 _tables(url, usual.window, usual.tag, usual.columns, settings),
                 _tables(url, window, usual.tag, usual.columns, settings),
                 verdict,
-                folder(root, verdict.id) / "report.html",
+                window_folder(root, verdict.id) / "report.html",
             )
             add_to_workspace(root, verdict, snapshot)
         write_verdict(root, verdict)  # last: a window with a verdict is done
@@ -106,33 +116,35 @@ def look(
         yield verdict
 
 
-def judge(root: Path, url: str, usual: Usual, window: Window, settings: Monitoring, now: float) -> Verdict:
+def judge(
+    root: Path, url: str, usual: ReferenceTraffic, window: Window, settings: Monitoring, now: float
+) -> DriftVerdict:
     """Compare a window with the usual traffic; write what was set aside, return the verdict."""
-    set_aside: Counter[str] = Counter()
+    quarantined: Counter[str] = Counter()
     service = ServiceSums()
     pages = read_window(url, window, usual.tag)
-    batches = set_aside_to(folder(root, window.name) / "set_aside.jsonl", pages, set_aside)
+    batches = quarantine_to(window_folder(root, window.name) / "quarantined.jsonl", pages, quarantined)
     tables = feature_tables(batches, usual.columns, settings.features)
-    summed = sketch(counted_for_service(tables, service), usual.baseline.plan)
+    summed = sum_sessions(tap_service_sums(tables, service), usual.baseline.binning)
     why_not = None
     if summed.rows < settings.window.min_rows:
         why_not = f"{summed.rows} rows; monitoring.window.min_rows is {settings.window.min_rows}"
-    questions = () if why_not else compare.compare(usual.baseline, summed, settings.drift)
+    drift_types = () if why_not else compare_window(usual.baseline, summed, settings.drift)
     name, _, version = usual.tag.rpartition(":")
-    return Verdict(
+    return DriftVerdict(
         id=window.name,
         model=name,
         version=version,
         made_at=now,
-        window=replace(compare.period(summed), start=window.start, end=window.end),
+        window=replace(period_of(summed), start=window.start, end=window.end),
         reference=usual.baseline.period,
         judged=why_not is None,
         why_not=why_not,
-        drifted=compare.has_drifted(questions),
-        questions=questions,
-        set_aside=dict(set_aside),
+        drifted=has_drifted(drift_types),
+        drift_types=drift_types,
+        quarantined=dict(quarantined),
         alpha=settings.drift.alpha,
-        service=service.figures(settings.features.cost_per_hour),
+        service=service.metrics(settings.features.cost_per_hour),
     )
 
 
@@ -143,11 +155,11 @@ def _tables(
     return feature_tables(batches, columns, settings.features)
 
 
-def _recount(root: Path, url: str, tag: str, verdicts: Sequence[Verdict]) -> None:
+def _recount(root: Path, url: str, tag: str, verdicts: Sequence[DriftVerdict]) -> None:
     """Note in older verdicts what reached the store after they were made."""
     for verdict in verdicts:
         period = verdict.window
-        counted = period.rows + sum(verdict.set_aside.values())
+        counted = period.rows + sum(verdict.quarantined.values())
         window = Window(period.start, period.end, counted, verdict.id)
         late = late_rows(url, window, tag, counted)
         if late != verdict.late_rows:

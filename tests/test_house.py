@@ -177,9 +177,6 @@ LONG_MODULES: dict[str, str] = {
     "stages.validate.__main__": "to be split",
     "services.answering": "to be split",
     "services.versions.__main__": "to be split",
-    "monitoring.drift.session_sums": "to be split",
-    "monitoring.report": "to be split",
-    "monitoring.traffic.features": "to be split",
 }
 
 

@@ -33,7 +33,7 @@ from flows.demo.checkout import home_environment, make_home, poison, run_python
 from flows.demo.traffic import Kind, ReplayResult, World, read_world, replay, traffic
 from flows.gate import judge
 from flows.retrain import progress, steps
-from monitoring.verdicts import Verdict, read_verdicts
+from monitoring.verdicts import DriftVerdict, read_verdicts
 from services.versions import __main__ as versions
 from stages.common.artifacts import STATE, write_json, write_text
 from stages.common.errors import InputError
@@ -339,16 +339,14 @@ def _learned(home: Path) -> str:
     return "; ".join(f"{one.metric} {one.base} → {one.tuned}" for one in results[:1])
 
 
-def _verdicts(verdicts: Sequence[Verdict]) -> str:
+def _verdicts(verdicts: Sequence[DriftVerdict]) -> str:
     return f"{sum(one.drifted for one in verdicts)} of {len(verdicts)} windows drifted"
 
 
-def _first_drift(verdicts: Sequence[Verdict], rows: int) -> str:
+def _first_drift(verdicts: Sequence[DriftVerdict], rows: int) -> str:
     for number, verdict in enumerate(verdicts, 1):
         if verdict.drifted:
-            return (
-                f"drift called in window {number}, {number * rows} requests after the change: {verdict.said}"
-            )
+            return f"drift called in window {number}, {number * rows} requests after the change: {verdict.summary}"
     return "no drift was called"
 
 

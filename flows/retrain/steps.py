@@ -74,7 +74,7 @@ def gather(root: Path, params: Params, run: Retraining) -> Retraining:
     labelled = rows.labelled_rows(url, 0.0, run.until, settings, task, held_out)
     recent = rows.labelled_rows(url, run.since, run.until, settings, task, held_out)
     rows.write_labelled(root, replace(labelled, holdout=recent.holdout))
-    logger.info("%s", rows.said(labelled.report))
+    logger.info("%s", rows.format_report(labelled.report))
     _lay_start(root, params, run.champion)
     return progress.advance(root, run)
 

@@ -40,10 +40,10 @@ def _watch(root: Path, retrain: bool) -> int:
 
     watched: Watched = run_flow(root, start)
     for verdict in watched.verdicts:
-        sys.stdout.write(f"{verdict.id}  {verdict.said}\n")
-    sys.stdout.write(watched.said + "\n")
+        sys.stdout.write(f"{verdict.id}  {verdict.summary}\n")
+    sys.stdout.write(watched.summary + "\n")
     if retrain and watched.calls_for_retraining is not None:
-        say(retrain_now(root, watched.said, watched.calls_for_retraining, watched.since))
+        say(retrain_now(root, watched.summary, watched.calls_for_retraining, watched.since))
     return 0
 
 

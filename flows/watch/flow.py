@@ -26,8 +26,8 @@ from flows.watch.event import DRIFT_EVENT
 from monitoring import trigger
 from monitoring.feedback import rows
 from monitoring.feedback.labels import task_of
-from monitoring.verdicts import TriggerDecision, Verdict, read_verdicts
-from monitoring.watching import look, usual_traffic
+from monitoring.verdicts import DriftVerdict, TriggerDecision, read_verdicts
+from monitoring.watching import judge_new_windows, read_reference
 from services.versions import __main__ as versions
 from stages.common.errors import InputError
 from stages.common.params.loading import Params, load_params
@@ -38,15 +38,15 @@ class Watched:
     """What a look at production found.
 
     Attributes:
-        said: in one line.
+        summary: in one line.
         verdicts: of the windows that were new.
         calls_for_retraining: the verdict that does; None if none does, or a retraining is not to follow.
         since: unix s, where the new traffic begins, if a retraining is called for.
         rolled_back: the version that was taken back, because it did worse than the former one.
     """
 
-    said: str
-    verdicts: tuple[Verdict, ...] = ()
+    summary: str
+    verdicts: tuple[DriftVerdict, ...] = ()
     calls_for_retraining: str | None = None
     since: float | None = None
     rolled_back: str | None = None
@@ -63,10 +63,10 @@ def watch() -> State[Watched]:
         tell(params.flows.notify, "failed", "production could not be watched", str(error))
         raise
     if watched.calls_for_retraining is not None:
-        tell(params.flows.notify, "drift", watched.said, watched.verdicts[-1].said)
+        tell(params.flows.notify, "drift", watched.summary, watched.verdicts[-1].summary)
         if runtime.deployment.id:
             _call_for_retraining(watched)
-    return Completed(message=watched.said, data=watched)
+    return Completed(message=watched.summary, data=watched)
 
 
 def _watch(root: Path, params: Params) -> Watched:
@@ -77,13 +77,13 @@ def _watch(root: Path, params: Params) -> Watched:
     if back is not None:
         return Watched(f"{champion} was taken back: {back}", rolled_back=champion)
     usual = as_task(
-        "usual_traffic", lambda: usual_traffic(params.services.events.url, champion, params.monitoring)
+        "read_reference", lambda: read_reference(params.services.events.url, champion, params.monitoring)
     )
     if usual is None:
         wanted = params.monitoring.reference.rows
         return Watched(f"{champion} has not answered {wanted} requests yet: nothing to compare with")
     verdicts = []
-    for verdict in look(
+    for verdict in judge_new_windows(
         root,
         params.services.events.url,
         usual,
@@ -92,18 +92,20 @@ def _watch(root: Path, params: Params) -> Watched:
         now=time.time(),
         limit=params.flows.watch.max_windows,
     ):
-        logger.info("%s %s", verdict.id, verdict.said)
+        logger.info("%s %s", verdict.id, verdict.summary)
         verdicts.append(verdict)
     if not verdicts:
         return Watched("no window has closed since the last look")
     _show(verdicts)
     last = verdicts[-1]
-    said = f"{len(verdicts)} new windows, {sum(one.drifted for one in verdicts)} drifted; {last.trigger.said}"
-    logger.info("%s", said)
+    summary = (
+        f"{len(verdicts)} new windows, {sum(one.drifted for one in verdicts)} drifted; {last.trigger.summary}"
+    )
+    logger.info("%s", summary)
     if not (last.trigger.fires and params.flows.watch.retrain):
-        return Watched(said, tuple(verdicts))
+        return Watched(summary, tuple(verdicts))
     since = trigger.drift_began(verdicts_of(root, champion), params.monitoring.trigger)
-    return Watched(said, tuple(verdicts), last.id, since)
+    return Watched(summary, tuple(verdicts), last.id, since)
 
 
 def _champion(root: Path, params: Params) -> str:
@@ -134,7 +136,7 @@ def _end_probation(root: Path, params: Params) -> str | None:
     return verdict.said
 
 
-def _decide(root: Path, params: Params, champion: str, known: Sequence[Verdict]) -> TriggerDecision:
+def _decide(root: Path, params: Params, champion: str, known: Sequence[DriftVerdict]) -> TriggerDecision:
     """Decide whether the last verdict calls for a retraining; labelled rows are counted only where it may."""
     settings = params.monitoring.trigger
     ended = progress.history(root)
@@ -171,24 +173,24 @@ def _call_for_retraining(watched: Watched) -> None:
     emit_event(
         DRIFT_EVENT,
         resource={"prefect.resource.id": f"perennial.model.{last.model}"},
-        payload={"why": watched.said, "verdict": last.id, "since": watched.since},
+        payload={"why": watched.summary, "verdict": last.id, "since": watched.since},
     )
 
 
-def _show(verdicts: Sequence[Verdict]) -> None:
+def _show(verdicts: Sequence[DriftVerdict]) -> None:
     rows = [
         {
             "window": verdict.id,
             "rows": verdict.window.rows,
-            "verdict": verdict.said,
+            "verdict": verdict.summary,
             "late": verdict.late_rows,
-            "set aside": sum(verdict.set_aside.values()),
+            "set aside": sum(verdict.quarantined.values()),
         }
         for verdict in verdicts
     ]
     create_table_artifact(rows, key="windows", description="what was found in production")
 
 
-def verdicts_of(root: Path, tag: str) -> list[Verdict]:
+def verdicts_of(root: Path, tag: str) -> list[DriftVerdict]:
     """Return the verdicts on a version's windows, the oldest first."""
     return [verdict for verdict in read_verdicts(root) if verdict.tag == tag]

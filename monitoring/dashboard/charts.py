@@ -70,7 +70,7 @@ def _marks(
     parts = []
     for one in verdicts:
         x = min(place(one["end"]), 99.2)
-        title = f"<title>{escape(one['id'])}: {escape(one['said'])}</title>"
+        title = f"<title>{escape(one['id'])}: {escape(one['summary'])}</title>"
         if not one["judged"]:
             parts.append(f'<text class="unjudged" x="{x:.2f}%" y="{middle + 4}">–{title}</text>')
         elif one["drifted"]:
@@ -125,7 +125,7 @@ def _quality(rows: Sequence[Bin], place: Callable[[float], float], lines: str) -
         return row["thumbs_up"] / thumbs if thumbs >= LEAST_THUMBS else None
 
     parts = [GRID]
-    said = []
+    summary = []
     for name, word, share in (("valid", "valid answers", valid), ("liked", "thumbs up", liked)):
         points = [
             (place((row["start"] + row["end"]) / 2), value, row)
@@ -134,8 +134,8 @@ def _quality(rows: Sequence[Bin], place: Callable[[float], float], lines: str) -
         ]
         parts += _line(name, word, points)
         if points:
-            said.append(f"{word} {points[0][1]:.0%} at first, {points[-1][1]:.0%} at last")
-    label = "Quality over time: " + ("; ".join(said) or "nothing known yet")
+            summary.append(f"{word} {points[0][1]:.0%} at first, {points[-1][1]:.0%} at last")
+    label = "Quality over time: " + ("; ".join(summary) or "nothing known yet")
     return _levels("100 %", "50 %") + _svg("plot", HEIGHT, label, "".join(parts) + lines)
 
 

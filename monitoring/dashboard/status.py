@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from monitoring.verdicts import Verdict, read_verdict
+from monitoring.verdicts import DriftVerdict, read_verdict
 from stages.common.artifacts import STATE, read_json
 from stages.common.errors import InputError
 from stages.common.params.loading import Params
@@ -48,7 +48,7 @@ class Counted:
 
     step_s: float = 0.0
     bins: dict[float, dict[str, Any]] = field(default_factory=dict)
-    verdicts: dict[str, tuple[float, Verdict]] = field(default_factory=dict)
+    verdicts: dict[str, tuple[float, DriftVerdict]] = field(default_factory=dict)
 
 
 def look(root: Path, params: Params, counted: Counted, now: float | None = None) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def look(root: Path, params: Params, counted: Counted, now: float | None = None)
 
 
 def _model(
-    root: Path, verdicts: Sequence[Verdict], releases: Sequence[dict[str, Any]], troubles: list[str]
+    root: Path, verdicts: Sequence[DriftVerdict], releases: Sequence[dict[str, Any]], troubles: list[str]
 ) -> dict[str, Any]:
     aliases = _json(root / PRIVATE / "aliases.json", troubles) or {}
     champion = aliases.get("champion")
@@ -129,9 +129,9 @@ def changed_to(release: dict[str, Any]) -> str | None:
     return release.get("champion") or release.get("tag")
 
 
-def _verdicts(root: Path, counted: Counted, troubles: list[str]) -> list[Verdict]:
+def _verdicts(root: Path, counted: Counted, troubles: list[str]) -> list[DriftVerdict]:
     """Return the newest verdicts, oldest first; a file that did not change is not read again."""
-    found: dict[str, tuple[float, Verdict]] = {}
+    found: dict[str, tuple[float, DriftVerdict]] = {}
     # The name of a window starts with its time.
     for path in sorted((root / WATCH).glob("*/verdict.json"))[-MAX_WINDOWS:]:
         window = path.parent.name
@@ -143,12 +143,12 @@ def _verdicts(root: Path, counted: Counted, troubles: list[str]) -> list[Verdict
     return sorted((verdict for _, verdict in found.values()), key=lambda one: (one.window.end, one.id))
 
 
-def _whole(root: Path, verdict: Verdict) -> dict[str, Any]:
+def _whole(root: Path, verdict: DriftVerdict) -> dict[str, Any]:
     report = root / WATCH / verdict.id / "report.html"
-    return asdict(verdict) | {"said": verdict.said, "has_report": report.exists()}
+    return asdict(verdict) | {"summary": verdict.summary, "has_report": report.exists()}
 
 
-def _short(verdict: Verdict) -> dict[str, Any]:
+def _short(verdict: DriftVerdict) -> dict[str, Any]:
     return {
         "id": verdict.id,
         "tag": verdict.tag,
@@ -158,8 +158,8 @@ def _short(verdict: Verdict) -> dict[str, Any]:
         "judged": verdict.judged,
         "drifted": verdict.drifted,
         "fires": verdict.trigger.fires,
-        "said": verdict.said,
-        "questions": [one.question for one in verdict.questions if one.drifted],
+        "summary": verdict.summary,
+        "drift_types": [one.drift_type for one in verdict.drift_types if one.drifted],
     }
 
 
@@ -352,7 +352,7 @@ def bins(first: float, last: float) -> tuple[list[float], float]:
 
 
 def _json(path: Path, troubles: list[str]) -> Any:
-    """Return what a JSON file holds; None if it is not there, or is broken (which is told)."""
+    """Return what a JSON file holds; None if it is not there, or is broken (which is reported)."""
     if not path.exists():
         return None
     with _telling(troubles):
@@ -361,7 +361,7 @@ def _json(path: Path, troubles: list[str]) -> Any:
 
 
 def _lines(path: Path, troubles: list[str]) -> list[dict[str, Any]]:
-    """Return the objects of a JSON-lines file, oldest first, of a long one its end; broken lines are told."""
+    """Return the objects of a JSON-lines file, oldest first or of its tail; broken lines are reported."""
     if not path.exists():
         return []
     found = []

@@ -12,8 +12,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from monitoring.drift.session_sums import Floats
-from monitoring.drift.two_sample_tests import Sessions, statistics
+from monitoring.drift.bins import Floats
+from monitoring.drift.two_sample_tests import Sessions, compute_statistics
 
 SHUFFLES = 40  # of the order of the sessions
 # A factor is believed if no shuffled order makes as large a one (1 in 41 quiet columns has one by chance),
@@ -23,7 +23,7 @@ READILY = 0.8
 MIN_SESSIONS = 10  # in a stretch, and in its rest
 
 
-def inflation(pool: Sessions, share: float, windows: int, seed: int) -> Floats:
+def estimate_inflation(pool: Sessions, share: float, windows: int, seed: int) -> Floats:
     """Return the factor of each column, 1 or above: [C].
 
     Args:
@@ -38,7 +38,7 @@ def inflation(pool: Sessions, share: float, windows: int, seed: int) -> Floats:
     rng = np.random.default_rng([seed, 2])
     orders = [np.arange(len(pool)), *(rng.permutation(len(pool)) for _ in range(SHUFFLES))]
     splits = np.concatenate([stretches[:, np.argsort(order)] for order in orders])
-    found = statistics(pool, splits).reshape(len(orders), windows, -1).mean(axis=1)
+    found = compute_statistics(pool, splits).reshape(len(orders), windows, -1).mean(axis=1)
     seen, shuffled = found[0], found[1:]
     readily = np.quantile(shuffled, READILY, axis=0)
     factor = np.divide(seen, readily, out=np.ones_like(seen), where=readily > 0)

@@ -17,32 +17,33 @@ few new things among many usual ones move no mean far, but they are far from eve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from monitoring.drift.calibration import inflation
-from monitoring.drift.session_sums import (
-    OTHER,
+from monitoring.drift.baseline import Baseline
+from monitoring.drift.bins import (
+    Binning,
     Bools,
-    ColumnPlan,
     Floats,
-    Plan,
-    Singles,
-    Sketch,
-    features,
-    plan,
-    sketch,
 )
-from monitoring.drift.two_sample_tests import Sessions, chance_variance, random_splits, sessions, statistics
-from monitoring.traffic.columns import DECIDING, Column, Question
-from monitoring.verdicts import ColumnChange, Period, QuestionVerdict
+from monitoring.drift.calibration import estimate_inflation
+from monitoring.drift.effects import measure_change
+from monitoring.drift.session_sums import SessionSums
+from monitoring.drift.two_sample_tests import (
+    Sessions,
+    chance_variance,
+    compute_statistics,
+    pool_sessions,
+    random_splits,
+)
+from monitoring.traffic.columns import DECIDING, DriftType
+from monitoring.verdicts import DriftTypeVerdict
 from stages.common.params.loop import DriftSettings
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    pass
 
 # Fewer than this on either side, and a column is not judged.
 MIN_VALUES = 20
@@ -54,68 +55,21 @@ FIRST_PERMUTATIONS = 500
 PLAINLY_QUIET = 0.04
 CHI_SQUARE_STEP = 1.8
 TAIL = 0.9  # of the shuffled statistics; above it they are taken to fall off exponentially
-NOUNS: dict[Question, str] = {
-    "input": "questions",
-    "output": "answers",
-    "quality": "answers",
-    "service": "requests",
-}
 
 
-@dataclass(frozen=True, slots=True)
-class Baseline:
-    """The usual traffic, summed: what windows are compared with."""
-
-    plan: Plan
-    sketch: Sketch
-
-    @property
-    def period(self) -> Period:
-        """Return from when to when the reference was, and how much it holds."""
-        return period(self.sketch)
-
-
-def period(summed: Sketch) -> Period:
-    """Return from when to when some traffic was: first and last `received_at`, unix s."""
-    return Period(summed.start, summed.end, summed.rows, summed.sessions)
-
-
-def prepare(
-    tables: Callable[[], Iterable[pa.Table]],
-    columns: Sequence[Column],
-    settings: DriftSettings,
-    max_categories: int,
-) -> Baseline:
-    """Return the baseline of a reference.
-
-    Args:
-        tables: gives the reference's tables; called twice, once to find the bins, once to sum.
-
-    Raises:
-        InputError: the reference is empty.
-    """
-    summed_by = plan(tables(), columns, max_categories, settings.blocks, settings.seed)
-    return Baseline(summed_by, sketch(tables(), summed_by))
-
-
-def check(
-    baseline: Baseline, tables: Iterable[pa.Table], settings: DriftSettings
-) -> tuple[QuestionVerdict, ...]:
-    """Return what changed in a window, question by question; `tables` are looked at once."""
-    return compare(baseline, sketch(tables, baseline.plan), settings)
-
-
-def compare(baseline: Baseline, window: Sketch, settings: DriftSettings) -> tuple[QuestionVerdict, ...]:
+def compare_window(
+    baseline: Baseline, window: SessionSums, settings: DriftSettings
+) -> tuple[DriftTypeVerdict, ...]:
     """Return what changed in a window that is summed already."""
-    columns = [each.column for each in baseline.plan.columns]
+    columns = [each.column for each in baseline.binning.columns]
     p_values, factors, noise = _tested(baseline, window, settings)
     alpha = settings.alpha / len(DECIDING)
-    questions = []
-    for question in dict.fromkeys(column.question for column in columns):
-        places = [place for place, column in enumerate(columns) if column.question == question]
+    drift_types = []
+    for drift_type in dict.fromkeys(column.drift_type for column in columns):
+        places = [place for place, column in enumerate(columns) if column.drift_type == drift_type]
         changes = sorted(
             (
-                _change(
+                measure_change(
                     *(baseline, window, place, p_values[place], factors[place], noise[place]),
                     *(alpha, settings.min_effect),
                 )
@@ -123,62 +77,66 @@ def compare(baseline: Baseline, window: Sketch, settings: DriftSettings) -> tupl
             ),
             key=lambda change: (not change.drifted, change.p_value, -change.effect),
         )
-        questions.append(
-            QuestionVerdict(
-                question,
+        drift_types.append(
+            DriftTypeVerdict(
+                drift_type,
                 any(change.drifted for change in changes),
                 min(change.p_value for change in changes),
                 tuple(changes),
             )
         )
-    return tuple(questions)
+    return tuple(drift_types)
 
 
-def has_drifted(questions: Iterable[QuestionVerdict]) -> bool:
+def has_drifted(drift_types: Iterable[DriftTypeVerdict]) -> bool:
     """Return whether one of the questions that decide has drifted."""
-    return any(each.drifted for each in questions if each.question in DECIDING)
+    return any(each.drifted for each in drift_types if each.drift_type in DECIDING)
 
 
-def _tested(baseline: Baseline, window: Sketch, settings: DriftSettings) -> tuple[Floats, Floats, Floats]:
+def _tested(
+    baseline: Baseline, window: SessionSums, settings: DriftSettings
+) -> tuple[Floats, Floats, Floats]:
     """Return p-values, inflation factors and squares of the effects that chance makes: [C] each.
 
     A column that cannot be judged has p = 1.
     """
-    reference, plan_ = baseline.sketch, baseline.plan
-    size = len(plan_.columns)
+    reference, binning = baseline.sums, baseline.binning
+    size = len(binning.columns)
     inside, outside = len(window.sums), len(reference.sums)
     judged = _enough(window) & _enough(reference)
     p_values, factors = np.ones(size), np.ones(size)
     if not judged.any():
         return p_values, factors, np.zeros(size)
-    pool = sessions(plan_, reference, window)
+    pool = pool_sessions(binning, reference, window)
     observed = np.arange(inside + outside)[None, :] >= outside
-    seen = statistics(pool, observed)
+    seen = compute_statistics(pool, observed)
     places_of = {
-        question: places
-        for question in dict.fromkeys(each.column.question for each in plan_.columns)
+        drift_type: places
+        for drift_type in dict.fromkeys(each.column.drift_type for each in binning.columns)
         if (
             places := [
-                p for p, each in enumerate(plan_.columns) if each.column.question == question and judged[p]
+                p
+                for p, each in enumerate(binning.columns)
+                if each.column.drift_type == drift_type and judged[p]
             ]
         )
     }
     rng = np.random.default_rng([settings.seed, 1])
     first = min(FIRST_PERMUTATIONS, settings.permutations)
-    shuffled = statistics(pool, random_splits(rng, inside + outside, inside, first))
+    shuffled = compute_statistics(pool, random_splits(rng, inside + outside, inside, first))
     p_values = _p_values(seen, shuffled, places_of, pool.vector)
     if p_values.min() <= PLAINLY_QUIET:
         share = inside / outside
-        usual = sessions(plan_, reference)
-        factors = inflation(usual, share, settings.calibration_windows, settings.seed)
+        usual = pool_sessions(binning, reference)
+        factors = estimate_inflation(usual, share, settings.calibration_windows, settings.seed)
         seen /= factors
         more = random_splits(rng, inside + outside, inside, settings.permutations - first)
-        shuffled = np.concatenate([shuffled, statistics(pool, more)])
+        shuffled = np.concatenate([shuffled, compute_statistics(pool, more)])
         p_values = _p_values(seen, shuffled, places_of, pool.vector)
-    return p_values, factors, _noise(baseline.plan, pool, observed[0])
+    return p_values, factors, _noise(baseline.binning, pool, observed[0])
 
 
-def _p_values(seen: Floats, shuffled: Floats, places_of: dict[Question, list[int]], vector: Bools) -> Floats:
+def _p_values(seen: Floats, shuffled: Floats, places_of: dict[DriftType, list[int]], vector: Bools) -> Floats:
     comparable = _comparable(np.concatenate([seen, shuffled]), vector)
     p_values = np.ones(seen.shape[1])
     for places in places_of.values():
@@ -190,14 +148,14 @@ def _p_values(seen: Floats, shuffled: Floats, places_of: dict[Question, list[int
     return p_values
 
 
-def _noise(plan_: Plan, pool: Sessions, split: Bools) -> Floats:
+def _noise(binning: Binning, pool: Sessions, split: Bools) -> Floats:
     """Return the expected square of each column's effect without drift, to be taken off: [C].
 
     Forty classes of 500 rows are 0.15 apart by chance alone; a person would take that for a change.
     """
     variance = chance_variance(pool, split)
-    squares = np.zeros(len(plan_.columns))
-    for place, each in enumerate(plan_.columns):
+    squares = np.zeros(len(binning.columns))
+    for place, each in enumerate(binning.columns):
         own = variance[pool.column_of == place]
         if each.column.kind == "number":
             # Kolmogorov's distribution has mean square pi²/12; the variance at the median is 1/4.
@@ -209,7 +167,7 @@ def _noise(plan_: Plan, pool: Sessions, split: Bools) -> Floats:
     return squares  # of a vector 0: its effect is measured on other sessions than its direction
 
 
-def _enough(summed: Sketch) -> Bools:
+def _enough(summed: SessionSums) -> Bools:
     with_values = np.count_nonzero(summed.counts > 0, axis=0)
     enough: Bools = (summed.values >= MIN_VALUES) & (with_values >= MIN_SESSIONS)
     return enough
@@ -238,155 +196,3 @@ def _comparable(found: Floats, vector: Bools) -> Floats:
     # normal deviate falls off in steps of 1.8 where it matters (around 10), nothing falls off faster.
     scaled: Floats = (found - above) / np.maximum(steps, np.where(vector, 1e-6, CHI_SQUARE_STEP))
     return scaled
-
-
-def _change(
-    baseline: Baseline,
-    window: Sketch,
-    place: int,
-    p_value: float,
-    factor: float,
-    noise: float,
-    alpha: float,
-    min_effect: float,
-) -> ColumnChange:
-    each = baseline.plan.columns[place]
-    column = each.column
-    reference = baseline.sketch
-    rows = round(window.values[place])
-    if not (window.values[place] and reference.values[place]):
-        where = "window" if reference.values[place] else "reference"
-        told = _Told(0.0, "", "", f"no value in the {where}")
-    else:
-        start = baseline.plan.starts[place]
-        old = reference.totals[start : start + each.size]
-        new = window.totals[start : start + each.size]
-        of = f"of {rows:,} {NOUNS[column.question]}"
-        if column.kind == "number":
-            told = _number(each, old, new, of)
-        elif column.kind == "category":
-            told = _category(each, reference, window, place, old, new, of)
-        elif column.kind == "flag":
-            told = _flag(each, old[0] / reference.values[place], new[0] / window.values[place], of)
-        else:
-            told = _vector(each, reference, window, place, slice(start, start + each.size), of)
-    effect = float(np.sqrt(max(0.0, told.effect**2 - noise)))
-    return ColumnChange(
-        column=column.name,
-        kind=column.kind,
-        effect=effect,
-        p_value=float(p_value),
-        inflation=float(factor),
-        drifted=bool(p_value <= alpha and effect >= min_effect),
-        before=told.before,
-        after=told.after,
-        said=f"{column.name}: {told.said}",
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Told:
-    effect: float
-    before: str
-    after: str
-    said: str
-
-
-def _number(each: ColumnPlan, old: Floats, new: Floats, of: str) -> _Told:
-    above_old = np.cumsum(old[:0:-1])[::-1] / old.sum()
-    above_new = np.cumsum(new[:0:-1])[::-1] / new.sum()
-    if not len(above_old):
-        return _Told(0.0, "", "", "no value in the reference")
-    apart = above_new - above_old
-    largest = int(np.argmax(np.abs(apart)))
-    before, after = (f"median {_amount(_median(each.edges, bins), each.column.unit)}" for bins in (old, new))
-    said = (
-        f"above {_amount(each.edges[largest], each.column.unit)}"
-        f" {_share(above_old[largest])} -> {_share(above_new[largest])} {of}"
-    )
-    return _Told(float(abs(apart[largest])), before, after, said)
-
-
-def _median(edges: Floats, bins: Floats) -> float:
-    """Return the edge that half of the values do not exceed."""
-    place = int(np.searchsorted(np.cumsum(bins), bins.sum() / 2))
-    return float(edges[min(place, len(edges) - 1)])
-
-
-def _category(
-    each: ColumnPlan, reference: Sketch, window: Sketch, place: int, old: Floats, new: Floats, of: str
-) -> _Told:
-    before, after = old / reference.values[place], new / window.values[place]
-    names = [*each.categories, OTHER]
-    # What a person wants to read is the name of the newcomer and not that there is one.
-    others = window.others[each.column.name]
-    first = max(others, key=lambda name: others[name], default=OTHER)
-    if first != OTHER and others[first] > new[-1] / 2:
-        known = reference.others[each.column.name].get(first, 0)
-        names.append(first)
-        before = np.concatenate([before, [known / reference.values[place]]])
-        after = np.concatenate([after, [others[first] / window.values[place]]])
-        before[-2] -= before[-1]
-        after[-2] -= after[-1]
-    apart = after - before
-    most = [int(p) for p in np.argsort(-np.abs(apart), kind="stable")[:2]]
-    shown = [p for p in most if abs(apart[p]) >= max(0.01, abs(apart[most[0]]) / 2)] or most[:1]
-    return _Told(
-        float(np.abs(apart).sum() / 2),
-        ", ".join(f"{names[p]} {_share(before[p])}" for p in shown),
-        ", ".join(f"{names[p]} {_share(after[p])}" for p in shown),
-        ", ".join(f"{names[p]} {_share(before[p])} -> {_share(after[p])}" for p in shown) + f" {of}",
-    )
-
-
-def _flag(each: ColumnPlan, before: float, after: float, of: str) -> _Told:
-    effect = abs(after - before)
-    wrong_way = {"up": after < before, "down": after > before, None: False}[each.column.worse]
-    return _Told(
-        0.0 if wrong_way else float(effect),
-        _share(before),
-        _share(after),
-        f"{_share(before)} -> {_share(after)} {of}",
-    )
-
-
-def _vector(each: ColumnPlan, reference: Sketch, window: Sketch, place: int, slices: slice, of: str) -> _Told:
-    usual, usual_half = reference.samples[each.column.name]
-    now, now_half = window.samples[each.column.name]
-    found = []
-    for half in (False, True):
-        witness = _mean(window, place, slices, half) - _mean(reference, place, slices, half)
-        sides = [
-            features(rows[halves != half], each.waves) @ witness
-            for rows, halves in ((usual, usual_half), (now, now_half))
-        ]
-        if len(sides[0]) and len(sides[1]):
-            found.append(_separation(*sides))
-    effect = max(0.0, float(np.mean(found))) if found else 0.0
-    said = f"about {_share(effect)} {of} are worded unlike usual"
-    return _Told(effect, "as usual", f"{_share(effect)} apart", said)
-
-
-def _mean(summed: Sketch, place: int, slices: slice, half: bool) -> Singles:
-    chosen = summed.halves == half
-    values = max(float(summed.counts[chosen, place].sum()), 1.0)
-    mean: Singles = summed.sums[chosen, slices].sum(axis=0) / values
-    return mean
-
-
-def _separation(usual: Singles, now: Singles) -> float:
-    """Return 2 AUC - 1: how much more often `now` is above `usual` than below it."""
-    ordered = np.sort(usual)
-    ranks = np.searchsorted(ordered, now, "left") + np.searchsorted(ordered, now, "right")
-    return float(ranks.mean() / len(ordered) - 1.0)
-
-
-def _share(value: float) -> str:
-    percent = 100 * float(value)
-    tenths = f"{percent:.1f}"
-    return f"{percent:.0f} %" if percent >= 9.95 or tenths.endswith("0") else f"{tenths} %"
-
-
-def _amount(value: float, unit: str) -> str:
-    shown = f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
-    return f"{shown} {unit}".rstrip() if unit != "share" else _share(value)

@@ -26,7 +26,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from monitoring.drift.session_sums import Bools, Floats, Places, Plan, Singles, Sketch
+from monitoring.drift.bins import Binning, Bools, Floats, Places, Singles
+from monitoring.drift.session_sums import SessionSums
 
 LEAST_LIKENESS = 0.05  # so no session counts as more than 20 rows
 CHUNK = 250  # splits at a time: bounds the memory
@@ -65,13 +66,13 @@ class Sessions:
         return len(self.deviations)
 
 
-def sessions(plan: Plan, *sketches: Sketch) -> Sessions:
-    """Return the sessions of all sketches one after the other, pooled, centred and weighed."""
-    raw_sums = np.concatenate([sketch.sums for sketch in sketches])
-    raw_counts = np.concatenate([sketch.counts for sketch in sketches])
+def pool_sessions(binning: Binning, *parts: SessionSums) -> Sessions:
+    """Return the sessions of all parts one after the other, pooled, centred and weighed."""
+    raw_sums = np.concatenate([part.sums for part in parts])
+    raw_counts = np.concatenate([part.counts for part in parts])
     columns, means, variances, weighed, spreads = [], [], [], [], []
-    for place, each in enumerate(plan.columns):
-        sums = raw_sums[:, plan.starts[place] : plan.starts[place + 1]]
+    for place, each in enumerate(binning.columns):
+        sums = raw_sums[:, binning.starts[place] : binning.starts[place + 1]]
         if each.column.kind == "number":
             sums = _above_edges(sums)
         count = raw_counts[:, place]
@@ -84,11 +85,11 @@ def sessions(plan: Plan, *sketches: Sketch) -> Sessions:
         weighed.append(weights * count)
         spreads.append(spread)
     sizes = [part.shape[1] for part in columns]
-    vector = np.array([each.column.kind == "vector" for each in plan.columns])
+    vector = np.array([each.column.kind == "vector" for each in binning.columns])
     column_of = np.repeat(np.arange(len(sizes)), sizes)
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
     shares = ~vector[column_of]
-    numbers = np.array([each.column.kind == "number" for each in plan.columns])
+    numbers = np.array([each.column.kind == "number" for each in binning.columns])
     shares[(starts + np.array(sizes) - 1)[numbers]] = False  # the mean rank
     signs = {"up": 1.0, "down": -1.0, None: 0.0}
     return Sessions(
@@ -100,7 +101,7 @@ def sessions(plan: Plan, *sketches: Sketch) -> Sessions:
         shares,
         column_of,
         starts,
-        np.array([signs[each.column.worse] for each in plan.columns]),
+        np.array([signs[each.column.worse] for each in binning.columns]),
         vector,
     )
 
@@ -149,7 +150,7 @@ def _evened(deviations: Singles) -> Singles:
     return turned
 
 
-def statistics(pool: Sessions, splits: Bools) -> Floats:
+def compute_statistics(pool: Sessions, splits: Bools) -> Floats:
     """Return how different the two sides of each split are, column by column: [splits, C], 0 and above.
 
     Of a number or category the largest over its edges or classes, of a vector the ratio of the sums.

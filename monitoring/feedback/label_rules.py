@@ -26,7 +26,7 @@ def newest_of_a_person(labels: list[Label]) -> tuple[list[Label], Counter[str]]:
     kept: dict[tuple[str, str], Label] = {}
     left_out: Counter[str] = Counter()
     for label in sorted(labels, key=_in_time):
-        asker = (label.asker or f"request {label.request_id}", label.question)
+        asker = (label.asker or f"request {label.request_id}", label.prompt_hash)
         if asker in kept:
             left_out["duplicate" if kept[asker].same == label.same else "superseded"] += 1
         kept[asker] = label
@@ -111,7 +111,7 @@ def agreed(labels: list[Label], min_agreement: float) -> tuple[list[Label], Coun
     """
     of: defaultdict[str, list[Label]] = defaultdict(list)
     for label in labels:
-        of[label.question].append(label)
+        of[label.prompt_hash].append(label)
     kept: list[Label] = []
     left_out: Counter[str] = Counter()
     for own in of.values():
@@ -131,18 +131,18 @@ def _votes(labels: Sequence[Label]) -> dict[str, float]:
     keys = {label.key for label in labels}
     if len(keys) == 1:
         return dict(Counter(label.same for label in labels))
-    said = Counter(label.key for label in labels)
+    given = Counter(label.key for label in labels)
     votes: defaultdict[str, float] = defaultdict(float)
     for label in labels:
-        votes[label.same] += 1 / said[label.key]
+        votes[label.same] += 1 / given[label.key]
     return dict(votes)
 
 
-def one_a_question(labels: list[Label]) -> tuple[list[Label], Counter[str]]:
+def keep_one_per_prompt(labels: list[Label]) -> tuple[list[Label], Counter[str]]:
     """Keep the newest label of each question; all of a question are alike by now."""
     of: dict[str, Label] = {}
     for label in sorted(labels, key=_in_time):
-        of[label.question] = label
+        of[label.prompt_hash] = label
     return list(of.values()), _left_out("duplicate", len(labels) - len(of))
 
 

@@ -99,7 +99,7 @@ class Label:
     """What one person says is the right answer to one question.
 
     Attributes:
-        at: when it was said, unix s; request_id: of the exchange.
+        at: when it was feedback, unix s; request_id: of the exchange.
         key: the API key it came with; asker: who said it, as far as that is known.
         prompt: the conversation up to the question, without the task's system message.
         question: hash of the conversation without case, spaces and the signs around it.
@@ -111,7 +111,7 @@ class Label:
     key: str | None
     asker: str | None
     prompt: tuple[Message, ...]
-    question: str
+    prompt_hash: str
     kind: Kind
     value: Any
     same: str
@@ -142,21 +142,21 @@ def labels_in(
 
     counts.exchanges += batch.num_rows
     counts.keys |= {key for key in pc.unique(batch["key_id"]).to_pylist() if key is not None}
-    told = batch.filter(pc.greater(pc.list_value_length(batch["feedback"]), 0))
-    for exchange in told.to_pylist():
+    change = batch.filter(pc.greater(pc.list_value_length(batch["feedback"]), 0))
+    for exchange in change.to_pylist():
         if exchange["role"] not in ROLES:
             continue
         in_time = [one for one in exchange["feedback"] if one["given_at"] < end]
         by_giver = sorted(in_time, key=lambda one: (one["key_id"] or "", one["given_at"]))
         for key, given in groupby(by_giver, key=lambda one: one["key_id"]):
-            said = list(given)
+            feedback = list(given)
             asker = _asker(exchange, key)
             counts.given += 1
             counts.keys |= {key} - {None}
             counts.said_by_key[key or "(none)"] += 1
             counts.said_by_user[pseudonym(asker)] += 1
             try:
-                label = label_of(exchange, said, key, asker, settings, task)
+                label = label_of(exchange, feedback, key, asker, settings, task)
             except LeftOut as reason:
                 counts.left_out[str(reason)] += 1
                 continue
@@ -166,7 +166,7 @@ def labels_in(
 
 def label_of(
     exchange: Mapping[str, Any],
-    said: Sequence[Mapping[str, Any]],
+    feedback: Sequence[Mapping[str, Any]],
     key: str | None,
     asker: str | None,
     settings: FeedbackSettings,
@@ -177,7 +177,7 @@ def label_of(
     Raises:
         LeftOut: nothing can be learned from it.
     """
-    text, kind, at = _newest_word(exchange, said, settings.thumbs_up_as_label)
+    text, kind, at = _newest_word(exchange, feedback, settings.thumbs_up_as_label)
     prompt = _prompt(exchange, task)
     question = next(message.content for message in reversed(prompt) if message.role == "user")
     if not question.strip() or not text.strip():
@@ -199,17 +199,17 @@ def label_of(
     if settings.on_suspicion == "drop" and _suspicious(exchange["verdicts"], checks):
         raise LeftOut("suspicious")
     same = canonical_json(value) if task.answer_format == "json" else " ".join(value.split())
-    return Label(at, exchange["request_id"], key, asker, prompt, question_hash(prompt), kind, value, same)
+    return Label(at, exchange["request_id"], key, asker, prompt, prompt_hash(prompt), kind, value, same)
 
 
 def _newest_word(
-    exchange: Mapping[str, Any], said: Sequence[Mapping[str, Any]], thumbs_up_as_label: bool
+    exchange: Mapping[str, Any], feedback: Sequence[Mapping[str, Any]], thumbs_up_as_label: bool
 ) -> tuple[str, Kind, float]:
     """Return the label, its kind and time: the last correction, else the answer if the last thumb is up."""
-    corrections = [one for one in said if one["correction"]]
+    corrections = [one for one in feedback if one["correction"]]
     if corrections:
         return corrections[-1]["correction"], "correction", corrections[-1]["given_at"]
-    thumbs = [one for one in said if one["thumb"] is not None]
+    thumbs = [one for one in feedback if one["thumb"] is not None]
     if not (thumbs_up_as_label and thumbs and thumbs[-1]["thumb"] == 1):
         raise LeftOut("no_label")
     if exchange["status"] != 200 or exchange["answer"] is None:
@@ -299,7 +299,7 @@ def normalised(text: str) -> str:
     return plain.strip(" .!?,;:…\"'") or plain
 
 
-def question_hash(prompt: Iterable[Message]) -> str:
+def prompt_hash(prompt: Iterable[Message]) -> str:
     """Return 16 hex digits that name a question with the conversation before it, system messages too."""
     turns = [[message.role, normalised(message.content)] for message in prompt]
     return hashlib.sha256(canonical_json(turns).encode("utf-8", "replace")).hexdigest()[:16]

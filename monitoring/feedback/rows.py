@@ -37,11 +37,11 @@ from typing import TYPE_CHECKING, Any
 
 from monitoring.feedback.label_rules import (
     agreed,
+    keep_one_per_prompt,
     limit_keys,
     limit_users,
     newest,
     newest_of_a_person,
-    one_a_question,
 )
 from monitoring.feedback.labels import (
     COMPACT,
@@ -67,7 +67,7 @@ log = get_logger("feedback")
 
 ROWS = Path("data") / "feedback" / "rows.jsonl"
 HELD_OUT = STATE / "holdout" / "rows.jsonl"
-QUESTIONS_HELD_OUT = STATE / "holdout" / "questions.txt"
+HELD_OUT_PROMPTS = STATE / "holdout" / "prompts.txt"
 REPORT = reports("feedback").with_suffix(".json")
 
 MAX_NAMED = 5  # users in the report
@@ -117,7 +117,7 @@ def labelled_rows(
         ("users", lambda some: limit_users(some, settings.max_rows_per_user)),
         ("keys", share_keys),
         ("agreement", lambda some: agreed(some, settings.min_agreement)),
-        ("duplicates", one_a_question),
+        ("duplicates", keep_one_per_prompt),
         # Duplicates of others went: the share of a key has grown by it.
         ("keys again", share_keys),
         ("number", lambda some: newest(some, settings.max_rows, "row_limit")),
@@ -128,9 +128,10 @@ def labelled_rows(
         steps[name] = len(labels)
     style = max((COMPACT, SPACED), key=lambda one: (counts.styles[one], one == COMPACT))
     sides: dict[bool, list[Row]] = {False: [], True: []}
-    for label in sorted(labels, key=lambda one: one.question):
+    for label in sorted(labels, key=lambda one: one.prompt_hash):
         apart = (
-            is_held_out(label.question, settings.holdout_share, settings.seed) or label.question in held_out
+            is_held_out(label.prompt_hash, settings.holdout_share, settings.seed)
+            or label.prompt_hash in held_out
         )
         sides[apart].append(_row(label, settings.license, task, style))
     return Labelled(sides[False], sides[True], _report(sides, labels, counts, steps))
@@ -150,7 +151,7 @@ def _row(label: Label, license: str, task: Task, style: tuple[str, str]) -> Row:
         if isinstance(named, str):
             tags[str(task.label_key)] = named
     messages = [*label.prompt, Message("assistant", text)]
-    return make_row(messages, "feedback", license, f"feedback/{label.question}", tags, "feedback")
+    return make_row(messages, "feedback", license, f"feedback/{label.prompt_hash}", tags, "feedback")
 
 
 def _report(
@@ -185,7 +186,7 @@ def _by_label(rows: Sequence[Row]) -> dict[str, int]:
 
 def held_out_before(root: Path = Path()) -> frozenset[str]:
     """Return the hashes of all questions that were ever held out."""
-    path = root / QUESTIONS_HELD_OUT
+    path = root / HELD_OUT_PROMPTS
     return frozenset(path.read_text(encoding="utf-8").split()) if path.is_file() else frozenset()
 
 
@@ -195,7 +196,7 @@ def write_labelled(root: Path, labelled: Labelled) -> None:
     The questions held out are written first: a run that is killed here has at most held out more.
     """
     held_out = {row.group.removeprefix("feedback/") for row in labelled.holdout} | held_out_before(root)
-    write_text(root / QUESTIONS_HELD_OUT, "".join(f"{question}\n" for question in sorted(held_out)))
+    write_text(root / HELD_OUT_PROMPTS, "".join(f"{question}\n" for question in sorted(held_out)))
     write_text(root / HELD_OUT, rows_jsonl(labelled.holdout))
     write_text(root / ROWS, rows_jsonl(labelled.train))
     write_json(root / REPORT, labelled.report)
@@ -239,7 +240,7 @@ def left_out_said(report: Mapping[str, Any]) -> str:
     return f"{sum(left_out.values()):,} of {report['given']:,} left out, most: {REASONS[most]}"
 
 
-def said(report: Mapping[str, Any]) -> str:
+def format_report(report: Mapping[str, Any]) -> str:
     """Return the report as Markdown."""
     lines = [
         f"{report['given']:,} times somebody said something of {report['exchanges']:,} answers. It became "
@@ -282,6 +283,6 @@ def main(words: Sequence[str] | None = None) -> None:
         task_of(root, params),
         held_out_before(root),
     )
-    sys.stdout.write(said(labelled.report))
+    sys.stdout.write(format_report(labelled.report))
     if arguments.write:
         write_labelled(root, labelled)

@@ -1,4 +1,4 @@
-"""What is looked at in an exchange: the columns of a feature table, each under one question.
+"""What is looked at in an exchange: the columns of a feature table, each under one drift_type.
 
 A feature table (`pyarrow.Table`) has `key_fields` and one column for each `Column`: float64 for a number and
 a flag, string for a category, `fixed_size_list<float32>[VECTOR_SIZE]` for a vector. Null means "no value
@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Question = Literal["input", "output", "quality", "service"]  # service is reported and never decides
+DriftType = Literal["input", "output", "quality", "service"]  # service is reported and never decides
 Kind = Literal["number", "category", "flag", "vector"]  # flag: 0, 1 or null
-DECIDING: tuple[Question, ...] = ("input", "output", "quality")
+DECIDING: tuple[DriftType, ...] = ("input", "output", "quality")
 
 VECTOR_SIZE = 64  # of every embedding, whatever made it
 ANSWER_PREFIX = "answer."  # of the columns found in JSON answers
@@ -34,7 +34,7 @@ class Column:
     """
 
     name: str
-    question: Question
+    drift_type: DriftType
     kind: Kind
     worse: Literal["up", "down"] | None
     unit: str
@@ -42,8 +42,8 @@ class Column:
 
 
 FEATURES: tuple[Column, ...] = (
-    Column("question_chars", "input", "number", None, "characters", "length of the last user message"),
-    Column("question_words", "input", "number", None, "words", "words of the last user message"),
+    Column("prompt_chars", "input", "number", None, "characters", "length of the last user message"),
+    Column("prompt_words", "input", "number", None, "words", "words of the last user message"),
     Column("turns", "input", "number", None, "messages", "messages in the conversation"),
     Column("language", "input", "category", None, "", "language of the last user message"),
     Column("non_letter_share", "input", "number", None, "share", "neither letters nor spaces"),
@@ -51,7 +51,7 @@ FEATURES: tuple[Column, ...] = (
     Column("capital_share", "input", "number", None, "share", "capitals among the letters"),
     Column("guard_prompt_injection", "input", "flag", None, "", "looks like an injected instruction"),
     Column("guard_toxicity", "input", "flag", None, "", "the request insults or threatens"),
-    Column("question_vector", "input", "vector", None, "", "wording of the last user message"),
+    Column("prompt_vector", "input", "vector", None, "", "wording of the last user message"),
     Column("answer_chars", "output", "number", None, "characters", "length of the answer"),
     Column("finish_reason", "output", "category", None, "", "why the answer ended"),
     Column("answer_form", "output", "category", None, "", "keys of a JSON answer, or what else it is"),

@@ -7,10 +7,9 @@ by `watched_columns`. Answers that were cut off by the client or by an error hav
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,16 +38,13 @@ MAX_KEYS = 32
 COVERED = 0.9
 COUNTED_VALUES = 50  # times max_categories: then a key is free text for sure, and bounds the memory
 
-TIME_BINS_PER_DECADE = 200  # of the service's times: quantiles are off by 0.6 % at most
-TIME_DECADES = (-4, 5)  # from 0.1 ms to a day
-
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
     """An exchange as the features read it; `answer` is None where there is no whole one."""
 
     row: Mapping[str, Any]
-    question: str
+    prompt: str
     turns: int
     verdicts: Mapping[str, Any]
     answer: str | None
@@ -131,7 +127,7 @@ def _table(
 
     schema = table_schema(columns)
     seen = [_read(row) for row in batch.to_pylist()]
-    shapes = _shapes([one.question for one in seen])
+    shapes = _shapes([one.prompt for one in seen])
     made: list[pa.Array] = [
         pa.array([one.row["request_id"] for one in seen], pa.string()),
         pa.array([one.row["received_at"] for one in seen], pa.float64()),
@@ -153,10 +149,10 @@ def _table(
 
 def _read(row: Mapping[str, Any]) -> _Seen:
     messages = json.loads(row["messages"])
-    question = next(m["content"] for m in reversed(messages) if m["role"] == "user")
+    prompt = next(m["content"] for m in reversed(messages) if m["role"] == "user")
     answer = _whole_answer(row)
     value = _NO_JSON if answer is None else _json(answer)
-    return _Seen(row, question, len(messages), json.loads(row["verdicts"]), answer, value)
+    return _Seen(row, prompt, len(messages), json.loads(row["verdicts"]), answer, value)
 
 
 def _whole_answer(row: Mapping[str, Any]) -> str | None:
@@ -235,7 +231,7 @@ def _thumb(one: _Seen) -> float | None:
 
 
 def _correction(one: _Seen) -> str | None:
-    given = [told["correction"] for told in one.row["feedback"] if told["correction"]]
+    given = [change["correction"] for change in one.row["feedback"] if change["correction"]]
     return given[-1] if given else None
 
 
@@ -260,10 +256,10 @@ def same_answer(answer: str, label: str) -> bool:
 
 
 _READERS: dict[str, Callable[[_Seen], Any]] = {
-    "question_chars": lambda one: len(one.question),
-    "question_words": lambda one: len(one.question.split()),
+    "prompt_chars": lambda one: len(one.prompt),
+    "prompt_words": lambda one: len(one.prompt.split()),
     "turns": lambda one: one.turns,
-    "language": lambda one: language(one.question),
+    "language": lambda one: language(one.prompt),
     "answer_chars": lambda one: None if one.answer is None else len(one.answer),
     "finish_reason": _answered("finish_reason"),
     "answer_form": _answer_form,
@@ -304,10 +300,10 @@ def _shapes(texts: Sequence[str]) -> dict[str, Floats]:
 
 
 def _vectors(seen: Sequence[_Seen], name: str, settings: FeatureSettings) -> pa.Array:
-    """Return the embeddings of the questions or answers; null where there is no answer."""
+    """Return the embeddings of the prompts or answers; null where there is no answer."""
     import pyarrow as pa
 
-    texts = [one.question if name == "question_vector" else one.answer for one in seen]
+    texts = [one.prompt if name == "prompt_vector" else one.answer for one in seen]
     absent = np.array([text is None for text in texts])
     values = np.zeros((len(texts), VECTOR_SIZE), dtype=np.float32)
     if settings.embeddings == "none":
@@ -315,105 +311,3 @@ def _vectors(seen: Sequence[_Seen], name: str, settings: FeatureSettings) -> pa.
     else:
         values[~absent] = embed([text for text in texts if text is not None], settings.embeddings)
     return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), VECTOR_SIZE, mask=pa.array(absent))
-
-
-@dataclass(slots=True)
-class ServiceSums:
-    """How fast and at what cost a window was answered; feature tables are added in the order of time.
-
-    The busy time is that in which at least one answer was being written: answers side by side share it.
-    """
-
-    requests: int = 0
-    refused: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    tokens: float = 0.0
-    busy_s: float = 0.0
-    _busy_until: float = -math.inf
-    _times: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
-
-    def add(self, table: pa.Table) -> None:
-        """Add the rows of a feature table that has the service's columns."""
-        self.requests += table.num_rows
-        self.refused += _sum(table, "refused")
-        self.failed += _sum(table, "failed")
-        self.cancelled += _sum(table, "cancelled")
-        self.tokens += float(np.nansum(_numbers(table, "tokens")))
-        for name in ("queue_s", "first_token_s", "total_s"):
-            values = _numbers(table, name)
-            counted = np.bincount(_time_bins(values[~np.isnan(values)]), minlength=_TIME_BINS)
-            self._times[name] = self._times.get(name, np.zeros(_TIME_BINS, dtype=np.int64)) + counted
-        self._add_busy(_numbers(table, "received_at"), _numbers(table, "total_s"))
-
-    def _add_busy(self, starts: Floats, lengths: Floats) -> None:
-        timed = ~np.isnan(lengths)
-        starts = starts[timed]
-        if not len(starts):
-            return
-        ends = starts + lengths[timed]
-        until = np.maximum.accumulate(np.concatenate(([self._busy_until], ends)))
-        self.busy_s += float(np.maximum(0.0, ends - np.maximum(starts, until[:-1])).sum())
-        self._busy_until = float(until[-1])
-
-    def figures(self, cost_per_hour: float) -> dict[str, float | None]:
-        """Return the figures: times in s (p50, p95), tokens a busy second, cost of 1,000 requests."""
-        figures: dict[str, float | None] = {
-            "requests": self.requests,
-            "refused": self.refused,
-            "failed": self.failed,
-            "cancelled": self.cancelled,
-            "busy_s": round(self.busy_s, 3),
-            "tokens_per_s": round(self.tokens / self.busy_s, 2) if self.busy_s else None,
-            "cost_per_1000": cost_per_1000(self.busy_s, self.requests, cost_per_hour),
-        }
-        for name, counts in self._times.items():
-            for share in (0.5, 0.95):
-                figures[f"{name.removesuffix('_s')}_p{share * 100:.0f}_s"] = _time_quantile(counts, share)
-        return figures
-
-
-def service_figures(tables: Iterable[pa.Table], cost_per_hour: float) -> dict[str, float | None]:
-    """Return `ServiceSums.figures` of all tables."""
-    sums = ServiceSums()
-    for table in tables:
-        sums.add(table)
-    return sums.figures(cost_per_hour)
-
-
-def counted_for_service(tables: Iterable[pa.Table], sums: ServiceSums) -> Iterator[pa.Table]:
-    """Yield the tables as they come, each added to `sums`: one reading serves the verdict and the figures."""
-    for table in tables:
-        sums.add(table)
-        yield table
-
-
-def cost_per_1000(compute_s: float, requests: int, cost_per_hour: float) -> float | None:
-    """Return what 1,000 requests cost on a machine that costs `cost_per_hour`; None without requests."""
-    return round(compute_s / 3600.0 * cost_per_hour / requests * 1000.0, 6) if requests else None
-
-
-def _numbers(table: pa.Table, name: str) -> Floats:
-    return np.asarray(table[name].to_numpy(), dtype=np.float64)
-
-
-def _sum(table: pa.Table, name: str) -> int:
-    return int(np.nansum(_numbers(table, name)))
-
-
-_TIME_BINS = (TIME_DECADES[1] - TIME_DECADES[0]) * TIME_BINS_PER_DECADE
-
-
-def _time_bins(values: Floats) -> npt.NDArray[np.int64]:
-    logs = np.log10(np.maximum(values, 10.0 ** TIME_DECADES[0])) - TIME_DECADES[0]
-    bins: npt.NDArray[np.int64] = np.minimum(logs * TIME_BINS_PER_DECADE, _TIME_BINS - 1).astype(np.int64)
-    return bins
-
-
-def _time_quantile(counts: npt.NDArray[np.int64], share: float) -> float | None:
-    total = int(counts.sum())
-    if not total:
-        return None
-    number = int(np.searchsorted(np.cumsum(counts), max(1.0, math.ceil(share * total))))
-    # Less than the first bin's width is as good as nothing.
-    return float(f"{10 ** ((number + 0.5) / TIME_BINS_PER_DECADE + TIME_DECADES[0]):.3g}") if number else 0.0

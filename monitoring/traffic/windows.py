@@ -44,7 +44,7 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True)
-class SetAside:
+class QuarantinedEvent:
     """An event that cannot be looked at, and why; the reasons are few, and counted."""
 
     request_id: str
@@ -57,7 +57,7 @@ class Page:
     """Some exchanges of a window, as `services.events.read_joined` yields them, and what was set aside."""
 
     batch: pa.RecordBatch
-    set_aside: tuple[SetAside, ...]
+    quarantined: tuple[QuarantinedEvent, ...]
 
 
 def version_of(tag: str) -> str:
@@ -176,7 +176,7 @@ def read_window(url: str, window: Window, tag: str, role: str = WATCHED_ROLE) ->
     at_the_last_time: tuple[float, set[tuple[Any, ...]]] = (-math.inf, set())
     for batch in read_joined(url, window.start, window.end):
         watched = batch.filter(pc.and_(pc.equal(batch["version"], version), pc.equal(batch["role"], role)))
-        set_aside: list[SetAside] = []
+        quarantined: list[QuarantinedEvent] = []
         keep: list[bool] = []
         for row in watched.select(_CHECKED).to_pylist():
             reason = problem(row)
@@ -188,13 +188,13 @@ def read_window(url: str, window: Window, tag: str, role: str = WATCHED_ROLE) ->
             at_the_last_time[1].add(print_of_it)
             keep.append(reason is None)
             if reason is not None:
-                set_aside.append(SetAside(row["request_id"], row["received_at"], reason))
-        if set_aside:
+                quarantined.append(QuarantinedEvent(row["request_id"], row["received_at"], reason))
+        if quarantined:
             import pyarrow as pa
 
             watched = watched.filter(pa.array(keep, pa.bool_()))
-        if watched.num_rows or set_aside:
-            yield Page(watched, tuple(set_aside))
+        if watched.num_rows or quarantined:
+            yield Page(watched, tuple(quarantined))
 
 
 _CHECKED = [
@@ -265,7 +265,7 @@ def _is_verdict(verdict: Any) -> bool:
     return isinstance(verdict, list) and len(verdict) == 2 and isinstance(verdict[0], bool)
 
 
-def set_aside_to(path: Path, pages: Iterator[Page], counts: Counter[str]) -> Iterator[pa.RecordBatch]:
+def quarantine_to(path: Path, pages: Iterator[Page], counts: Counter[str]) -> Iterator[pa.RecordBatch]:
     """Yield the exchanges of `pages`; write what was set aside to `path` (JSON lines) and count the reasons.
 
     The file appears when all was read, and only if something was set aside.
@@ -274,7 +274,7 @@ def set_aside_to(path: Path, pages: Iterator[Page], counts: Counter[str]) -> Ite
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as beside, beside.open("w", encoding="utf-8") as lines:
         for page in pages:
-            for event in page.set_aside:
+            for event in page.quarantined:
                 lines.write(json.dumps(asdict(event), ensure_ascii=False) + "\n")
                 counts[event.reason] += 1
                 noted += 1

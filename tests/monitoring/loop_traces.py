@@ -8,10 +8,10 @@ from pathlib import Path
 
 from monitoring.verdicts import (
     ColumnChange,
+    DriftTypeVerdict,
+    DriftVerdict,
     Period,
-    QuestionVerdict,
     TriggerDecision,
-    Verdict,
     write_verdict,
 )
 from services.events import Exchange, Feedback, open_store
@@ -24,9 +24,9 @@ FORMER, CHAMPION, CHALLENGER, POISONED = (
 )
 
 
-def change(column, kind, *, drifted=False, effect=0.02, said="as before"):
+def change(column, kind, *, drifted=False, effect=0.02, summary="as before"):
     p_value = 0.0005 if drifted else 0.4
-    return ColumnChange(column, kind, effect, p_value, 1.1, drifted, "0 %", "11 %", said)
+    return ColumnChange(column, kind, effect, p_value, 1.1, drifted, "0 %", "11 %", summary)
 
 
 def verdict(end, *, drifted=False, version="4b5c6d7e8f90", judged=True, rows=500, columns=None):
@@ -38,24 +38,24 @@ def verdict(end, *, drifted=False, version="4b5c6d7e8f90", judged=True, rows=500
                 "category",
                 drifted=drifted,
                 effect=0.11 if drifted else 0.01,
-                said="language: de 0 % -> 11 % of 500 questions" if drifted else "as before",
+                summary="language: de 0 % -> 11 % of 500 questions" if drifted else "as before",
             ),
-            change("question_chars", "number"),
-            change("question_vector", "vector"),
+            change("prompt_chars", "number"),
+            change("prompt_vector", "vector"),
         ],
         "output": [change("finish_reason", "category")],
         "quality": [change("valid_output", "flag"), change("thumb", "flag")],
     }
-    questions = tuple(
-        QuestionVerdict(
-            question,
+    drift_types = tuple(
+        DriftTypeVerdict(
+            drift_type,
             any(one.drifted for one in found),
             min(one.p_value for one in found),
             tuple(found),
         )
-        for question, found in columns.items()
+        for drift_type, found in columns.items()
     )
-    return Verdict(
+    return DriftVerdict(
         id=f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(end - 3600))}-{rows}",
         model=NAME,
         version=version,
@@ -65,8 +65,8 @@ def verdict(end, *, drifted=False, version="4b5c6d7e8f90", judged=True, rows=500
         judged=judged,
         why_not=None if judged else "only 42 rows, 100 are needed",
         drifted=judged and drifted,
-        questions=questions if judged else (),
-        set_aside={"no user message": 2},
+        drift_types=drift_types if judged else (),
+        quarantined={"no user message": 2},
         alpha=0.005,
         service={"total_s_p95": 0.61},
         trigger=TriggerDecision(
@@ -75,22 +75,22 @@ def verdict(end, *, drifted=False, version="4b5c6d7e8f90", judged=True, rows=500
     )
 
 
-def criterion(name, said, *, passed=True, value=None, low=None, high=None, threshold=None):
-    question = name
+def criterion(name, summary, *, passed=True, value=None, low=None, high=None, threshold=None):
+    drift_type = name
     return {
         "name": name,
-        "question": question,
+        "question": drift_type,
         "value": value,
         "low": low,
         "high": high,
         "threshold": threshold,
         "passed": passed,
-        "said": said,
+        "summary": summary,
     }
 
 
 def gate(tag, at, *, passed):
-    said = "31 points better" if passed else "42 points worse"
+    summary = "31 points better" if passed else "42 points worse"
     value, low, high = (0.31, 0.24, 0.38) if passed else (-0.42, -0.5, -0.33)
     return {
         "tag": tag,
@@ -101,7 +101,7 @@ def gate(tag, at, *, passed):
         "criteria": [
             criterion(
                 "new_window",
-                f"{said} on 214 held-out rows of the new traffic.",
+                f"{summary} on 214 held-out rows of the new traffic.",
                 passed=passed,
                 value=value,
                 low=low,
@@ -218,7 +218,7 @@ def leave_traces(root, now, *, traffic=True):
                 "state": "good",
                 "requests": 214,
                 "criteria": [],
-                "said": "No sign of harm in 214 answers.",
+                "summary": "No sign of harm in 214 answers.",
             },
             "probation": None,
         },

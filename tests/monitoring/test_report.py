@@ -7,23 +7,22 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from monitoring import workspace
 from monitoring.report import (
     METHOD,
-    PROJECT,
-    WORKSPACE,
-    add_to_workspace,
     draw,
     make_report,
     write_report,
 )
 from monitoring.traffic.columns import VECTOR_SIZE, Column, table_schema
+from monitoring.workspace import PROJECT, WORKSPACE, add_to_workspace
 from stages.common.errors import InputError
 from tests.monitoring.loop_traces import change, verdict
 
 COLUMNS = (
-    Column("question_chars", "input", "number", None, "characters", ""),
+    Column("prompt_chars", "input", "number", None, "characters", ""),
     Column("language", "input", "category", None, "", ""),
-    Column("question_vector", "input", "vector", None, "", ""),
+    Column("prompt_vector", "input", "vector", None, "", ""),
     Column("valid_output", "quality", "flag", "down", "", ""),
     Column("thumb", "quality", "flag", "down", "", ""),
 )
@@ -40,9 +39,9 @@ def table(rows, *, first=0, per_session=5, german=0.0, thumbs=True):
             "received_at": [float(number) for number in numbers],
             "session": [f"s{number // per_session}" for number in numbers],
             "version": ["4b5c6d7e8f90"] * rows,
-            "question_chars": rng.lognormal(3, 0.4, rows),
+            "prompt_chars": rng.lognormal(3, 0.4, rows),
             "language": ["de" if number % 100 < 100 * german else "en" for number in numbers],
-            "question_vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), VECTOR_SIZE),
+            "prompt_vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), VECTOR_SIZE),
             "valid_output": [float(number % 4 != 0) for number in numbers],
             "thumb": [1.0 if thumbs and number % 10 == 0 else None for number in numbers],
         },
@@ -89,8 +88,8 @@ def judged(**options):
     changes = {
         "input": [
             change("language", "category", drifted=True, effect=0.31),
-            change("question_chars", "number", effect=0.04),
-            change("question_vector", "vector", effect=0.02),
+            change("prompt_chars", "number", effect=0.04),
+            change("prompt_vector", "vector", effect=0.02),
         ],
         "quality": [change("valid_output", "flag"), change("thumb", "flag"), change("corrected", "flag")],
     }
@@ -110,8 +109,8 @@ def test_evidently_is_told_our_effects_and_decisions():
     snapshot = make_report([table(600)], pages(500, 200, german=0.9), judged(rows=12_000), 300)
     found = values(snapshot)
     assert found["ValueDrift", "language"] == pytest.approx(0.31)
-    assert found["ValueDrift", "question_chars"] == pytest.approx(0.04)
-    assert found["ValueDrift", "question_vector"] == pytest.approx(0.02)
+    assert found["ValueDrift", "prompt_chars"] == pytest.approx(0.04)
+    assert found["ValueDrift", "prompt_vector"] == pytest.approx(0.02)
     assert found["DriftedColumnsCount", None]["count"] == 1
     # Figures of the whole window, though only 300 rows of it are drawn.
     assert found["RowCount", None] == 12_000
@@ -147,9 +146,7 @@ print(json.dumps({"name": project.name, "runs": sorted(run.name for run in runs)
 
 @pytest.mark.slow
 def test_the_workspace_holds_each_window_once_and_reads_without_us(tmp_path, monkeypatch):
-    from monitoring import report
-
-    monkeypatch.setattr(report, "MAX_RUNS", 2)
+    monkeypatch.setattr(workspace, "MAX_RUNS", 2)
     ends = [1_790_000_000.0 + 3600 * number for number in range(3)]
     for end in (ends[0], ends[1], ends[1], ends[2]):
         one = verdict(end, drifted=True)

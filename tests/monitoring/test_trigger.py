@@ -3,18 +3,18 @@ from dataclasses import replace
 import pytest
 
 from monitoring.trigger import decide, drift_began
-from monitoring.verdicts import Period, QuestionVerdict, Verdict
+from monitoring.verdicts import DriftTypeVerdict, DriftVerdict, Period
 from stages.common.params.loop import TriggerSettings
 
 NOON = 1_764_072_000.0  # 2025-11-25 12:00 UTC
 SETTINGS = TriggerSettings(
-    questions=("input", "quality"), drifted=2, of=3, min_labelled_rows=100, cooldown_hours=12
+    drift_types=("input", "quality"), drifted=2, of=3, min_labelled_rows=100, cooldown_hours=12
 )
 
 
 def window(place, *drifted, judged=True):
-    questions = tuple(QuestionVerdict(name, True, 0.001, ()) for name in drifted)
-    return Verdict(
+    drift_types = tuple(DriftTypeVerdict(name, True, 0.001, ()) for name in drifted)
+    return DriftVerdict(
         id=f"w{place}",
         model="home",
         version="abc",
@@ -24,7 +24,7 @@ def window(place, *drifted, judged=True):
         judged=judged,
         why_not=None if judged else "too few rows",
         drifted=bool(drifted),
-        questions=questions,
+        drift_types=drift_types,
     )
 
 

@@ -4,14 +4,14 @@ import pytest
 
 from monitoring.verdicts import (
     ColumnChange,
+    DriftTypeVerdict,
+    DriftVerdict,
     Period,
-    QuestionVerdict,
     TriggerDecision,
-    Verdict,
-    folder,
     main,
     read_verdict,
     read_verdicts,
+    window_folder,
     write_verdict,
 )
 from stages.common.errors import InputError
@@ -25,9 +25,9 @@ GERMAN = ColumnChange(
     drifted=True,
     before="de 0 %",
     after="de 11 %",
-    said="language: de 0 % -> 11 % of 500 questions",
+    summary="language: de 0 % -> 11 % of 500 questions",
 )
-DRIFTED = Verdict(
+DRIFTED = DriftVerdict(
     id="20261121T101500-500",
     model="home",
     version="0123456789ab",
@@ -37,11 +37,11 @@ DRIFTED = Verdict(
     judged=True,
     why_not=None,
     drifted=True,
-    questions=(
-        QuestionVerdict("input", True, 0.0005, (GERMAN,)),
-        QuestionVerdict("output", False, 0.4, (replace(GERMAN, column="answer_form", drifted=False),)),
+    drift_types=(
+        DriftTypeVerdict("input", True, 0.0005, (GERMAN,)),
+        DriftTypeVerdict("output", False, 0.4, (replace(GERMAN, column="answer_form", drifted=False),)),
     ),
-    set_aside={"no user message": 3},
+    quarantined={"no user message": 3},
     late_rows=2,
     alpha=0.005,
     service={"total_s_p95": 1.25, "cost_per_1000": None},
@@ -52,7 +52,7 @@ QUIET = replace(
     id="20261121T090000-500",
     window=Period(1_799_999_000.0, 1_800_000_000.0, 500, 98),
     drifted=False,
-    questions=(),
+    drift_types=(),
 )
 
 
@@ -75,7 +75,7 @@ def test_where_nothing_was_watched_there_is_no_verdict(tmp_path):
 @pytest.mark.parametrize("text", ["{", "[]", '{"id": "w"}', '{"id": 1, "judged": "perhaps"}'])
 def test_a_broken_file_is_named(tmp_path, text):
     write_verdict(tmp_path, QUIET)
-    path = folder(tmp_path, "broken") / "verdict.json"
+    path = window_folder(tmp_path, "broken") / "verdict.json"
     path.parent.mkdir()
     path.write_text(text)
     with pytest.raises(InputError, match=r"broken/verdict\.json"):

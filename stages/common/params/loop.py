@@ -17,7 +17,7 @@ Positive = Annotated[float, Field(gt=0.0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
 Chance = Annotated[float, Field(gt=0.0, lt=0.5)]
 Port = Annotated[int, Field(ge=1, le=65535)]
-Question = Literal["input", "output", "quality"]
+DriftType = Literal["input", "output", "quality"]
 
 
 class Reference(Section):
@@ -58,7 +58,7 @@ class DriftSettings(Section):
 class TriggerSettings(Section):
     """When drift starts a retraining."""
 
-    questions: Annotated[tuple[Question, ...], Field(min_length=1)]
+    drift_types: Annotated[tuple[DriftType, ...], Field(min_length=1)]
     drifted: PositiveCount
     of: PositiveCount
     min_labelled_rows: Count

@@ -224,7 +224,7 @@ def test_the_page_of_a_fresh_checkout_says_what_to_do(checkout):
 def test_the_page_shows_what_the_loop_left_and_escapes_it(checkout):
     leave_traces(checkout, time.time())
     hostile = verdict(time.time() - 60, drifted=True)
-    changes = [loop_traces.change("language", "category", drifted=True, said="<script>alert(1)</script>")]
+    changes = [loop_traces.change("language", "category", drifted=True, summary="<script>alert(1)</script>")]
     loop_traces.write_verdict(checkout, verdict(hostile.window.end, drifted=True, columns={"input": changes}))
     with TestClient(make_app(checkout)) as client:
         text = client.get("/").text
@@ -259,18 +259,18 @@ def test_wrong_parameters_are_shown_and_not_a_blank_page(checkout):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"),
+    ("seconds", "text"),
     [(0, "0 s"), (59.6, "1 min"), (3723, "1 h 2 min"), (3605, "1 h"), (200_000, "2 d 7 h")],
 )
-def test_lengths_of_time_are_said_with_their_largest_units(seconds, said):
-    assert duration(seconds) == said
+def test_lengths_of_time_are_said_with_their_largest_units(seconds, text):
+    assert duration(seconds) == text
 
 
 @pytest.mark.parametrize(
-    ("value", "said"), [(None, "–"), (0.0005, "0.0005"), (-0.25, "−0.25"), (0.0, "0"), (214.0, "214")]
+    ("value", "text"), [(None, "–"), (0.0005, "0.0005"), (-0.25, "−0.25"), (0.0, "0"), (214.0, "214")]
 )
-def test_figures_are_said_without_idle_digits(value, said):
-    assert figure(value) == said
+def test_figures_are_said_without_idle_digits(value, text):
+    assert figure(value) == text
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

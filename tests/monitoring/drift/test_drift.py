@@ -1,10 +1,12 @@
 import numpy as np
 import pytest
 
-from monitoring.drift.calibration import inflation
-from monitoring.drift.compare import check, has_drifted, prepare
-from monitoring.drift.session_sums import plan, sketch
-from monitoring.drift.two_sample_tests import random_splits, sessions, statistics
+from monitoring.drift.baseline import prepare_baseline
+from monitoring.drift.bins import plan_bins
+from monitoring.drift.calibration import estimate_inflation
+from monitoring.drift.compare import compare_window, has_drifted
+from monitoring.drift.session_sums import sum_sessions
+from monitoring.drift.two_sample_tests import compute_statistics, pool_sessions, random_splits
 from stages.common.params.loop import DriftSettings
 from tests.monitoring.drift_tables import COLUMNS, pages, table
 
@@ -16,11 +18,15 @@ SETTINGS = DriftSettings(
 @pytest.fixture(scope="module")
 def baseline():
     usual = pages(table(1, sessions=400))
-    return prepare(lambda: usual, COLUMNS, SETTINGS, 40)
+    return prepare_baseline(lambda: usual, COLUMNS, SETTINGS, 40)
+
+
+def check(baseline, tables, settings):
+    return compare_window(baseline, sum_sessions(tables, baseline.binning), settings)
 
 
 def judged(baseline, window, settings=SETTINGS):
-    return {each.question: each for each in check(baseline, pages(window), settings)}
+    return {each.drift_type: each for each in check(baseline, pages(window), settings)}
 
 
 def column(verdicts, name):
@@ -39,8 +45,8 @@ def test_a_new_language_is_found_named_and_measured(baseline):
     change = column(verdicts, "language")
     assert verdicts["input"].drifted and change.drifted and change.p_value < 0.001
     assert change.before.startswith("de 0 %")
-    assert f"de 0 % -> {100 * german.mean():.0f} %" in change.said
-    assert change.said.endswith("of 500 questions")
+    assert f"de 0 % -> {100 * german.mean():.0f} %" in change.summary
+    assert change.summary.endswith("of 500 prompts")
     assert abs(change.effect - german.mean()) < 0.05
     assert not verdicts["quality"].drifted
 
@@ -49,7 +55,7 @@ def test_a_quality_that_gets_better_is_no_drift_and_one_that_gets_worse_is(basel
     better = judged(baseline, table(4, sessions=100, valid=np.ones(500)))
     worse = judged(baseline, table(4, sessions=100, valid=(np.arange(500) % 5 > 0).astype(float)))
     assert not better["quality"].drifted and column(better, "valid").effect == 0.0
-    assert worse["quality"].drifted and column(worse, "valid").said.endswith("80 % of 500 answers")
+    assert worse["quality"].drifted and column(worse, "valid").summary.endswith("80 % of 500 answers")
 
 
 def test_a_sure_change_below_the_least_effect_does_not_count(baseline):
@@ -76,7 +82,7 @@ def test_one_busy_session_is_no_drift(baseline):
     # 300 of 500 rows are German, all of one session: row by row that would be beyond doubt.
     window = table(8, sessions=40, each=5)
     bot = table(9, sessions=1, each=300, language=np.array(["de"] * 300))
-    verdicts = {each.question: each for each in check(baseline, [window, bot], SETTINGS)}
+    verdicts = {each.drift_type: each for each in check(baseline, [window, bot], SETTINGS)}
     assert not column(verdicts, "language").drifted
 
 
@@ -89,7 +95,7 @@ def test_a_column_with_too_few_values_is_not_judged(baseline):
 
 def test_a_window_or_column_without_values_is_said_and_not_judged(baseline):
     change = column(judged(baseline, table(11, sessions=100, length=np.full(500, np.nan))), "length")
-    assert change.said == "length: no value in the window" and change.p_value == 1.0
+    assert change.summary == "length: no value in the window" and change.p_value == 1.0
 
 
 def test_the_same_window_gives_the_same_verdict(baseline):
@@ -103,9 +109,9 @@ def test_shuffled_sessions_of_other_lengths_give_statistics_of_the_right_size():
     means = []
     for seed in range(60):
         usual, now = table(seed, sessions=100, each=20), table(1000 + seed, sessions=100, each=5)
-        by = plan([usual], columns, 40, 2000, 7)
-        pool = sessions(by, sketch([usual], by), sketch([now], by))
-        two_sided = statistics(pool, np.arange(200)[None, :] >= 100)[0, 0]
+        by = plan_bins([usual], columns, 40, 2000, 7)
+        pool = pool_sessions(by, sum_sessions([usual], by), sum_sessions([now], by))
+        two_sided = compute_statistics(pool, np.arange(200)[None, :] >= 100)[0, 0]
         means.append(two_sided)
     # A flag that counts one way only: half of the squared deviates, whose mean is 1.
     assert 0.2 < np.mean(means) < 0.95
@@ -122,8 +128,8 @@ def test_a_reference_that_swings_raises_the_bar_and_a_steady_one_hardly():
     swing = 10 * np.sin(np.arange(1500) / 150)
     lengths = np.round(np.random.default_rng(1).normal(30, 6, 1500) + swing)
     usual = table(1, sessions=300, columns=columns, length=lengths)
-    by = plan([usual], columns, 40, 2000, 7)
-    factors = inflation(sessions(by, sketch([usual], by)), 0.25, 20, seed=7)
+    by = plan_bins([usual], columns, 40, 2000, 7)
+    factors = estimate_inflation(pool_sessions(by, sum_sessions([usual], by)), 0.25, 20, seed=7)
     assert factors[0] > 3.0
     assert factors[1] < 2.0
-    assert (inflation(sessions(by, sketch([usual], by)), 0.25, 0, seed=7) == 1.0).all()
+    assert (estimate_inflation(pool_sessions(by, sum_sessions([usual], by)), 0.25, 0, seed=7) == 1.0).all()

@@ -2,17 +2,18 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from monitoring.drift.session_sums import OTHER, plan, sketch
+from monitoring.drift.bins import OTHER, plan_bins
+from monitoring.drift.session_sums import sum_sessions
 from stages.common.errors import InputError
 from tests.monitoring.drift_tables import COLUMNS, pages, table
 
 
 def planned(whole, columns=COLUMNS, max_categories=40, max_sessions=2000):
-    return plan(pages(whole), columns, max_categories, max_sessions, seed=7)
+    return plan_bins(pages(whole), columns, max_categories, max_sessions, seed=7)
 
 
 def summed(whole, by, rows=128):
-    return sketch(pages(whole, rows), by)
+    return sum_sessions(pages(whole, rows), by)
 
 
 def part(by, name):
@@ -73,7 +74,7 @@ def test_only_the_most_frequent_classes_get_bins():
 
 def test_a_reference_without_rows_is_an_error():
     with pytest.raises(InputError, match="no rows"):
-        plan([], COLUMNS, 40, 100, seed=7)
+        plan_bins([], COLUMNS, 40, 100, seed=7)
 
 
 def test_a_column_without_any_value_is_planned_and_summed():
@@ -99,8 +100,8 @@ def test_beyond_the_most_sessions_a_fixed_sample_is_kept_whole():
 def test_sessions_lie_in_order_of_their_first_row():
     early, late = table(1, sessions=20, first_at=500.0), table(2, sessions=20, first_at=0.0)
     by = planned(early)
-    together = sketch([early, late], by)
-    apart = sketch([late], by)
+    together = sum_sessions([early, late], by)
+    apart = sum_sessions([late], by)
     np.testing.assert_allclose(together.sums[:20], apart.sums, rtol=1e-5)
 
 
@@ -118,7 +119,7 @@ def test_a_quarter_of_the_sessions_is_what_novelty_is_measured_from_and_has_none
     by = planned(whole)
     place = next(place for place, each in enumerate(by.columns) if each.source)
     assert by.columns[place].column.name == "wording_novelty"
-    assert by.columns[place].column.question == "input"
+    assert by.columns[place].column.drift_type == "input"
     counts = summed(whole, by).counts[:, place]
     assert set(counts.tolist()) == {0.0, 5.0}
     assert 0.6 < (counts > 0).mean() < 0.9
@@ -128,5 +129,5 @@ def test_an_empty_table_changes_nothing():
     whole = table(1)
     by = planned(whole)
     empty = pa.Table.from_batches([], schema=whole.schema)
-    assert sketch([empty, whole, empty], by).rows == 1000
-    assert sketch([empty], by).rows == 0
+    assert sum_sessions([empty, whole, empty], by).rows == 1000
+    assert sum_sessions([empty], by).rows == 0

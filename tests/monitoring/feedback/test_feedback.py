@@ -7,19 +7,19 @@ import pytest
 import yaml
 
 from monitoring.feedback.label_rules import highest_limit
-from monitoring.feedback.labels import REASONS, LeftOut, Task, label_of, normalised, question_hash, task_of
+from monitoring.feedback.labels import REASONS, LeftOut, Task, label_of, normalised, prompt_hash, task_of
 from monitoring.feedback.rows import (
     HELD_OUT,
-    QUESTIONS_HELD_OUT,
+    HELD_OUT_PROMPTS,
     REPORT,
     ROWS,
+    format_report,
     held_out_before,
     is_held_out,
     labelled_rows,
     left_out_said,
     main,
     read_labelled,
-    said,
     write_labelled,
 )
 from services.events import Feedback, open_store
@@ -84,8 +84,8 @@ class Events:
 
     def says(self, correction=None, thumb=None, key_id=None, request_id=None, given_at=None):
         at = 5000.0 + len(self.events) if given_at is None else given_at
-        told = request_id or f"r{self.asked:05}"
-        self.events.append(Feedback(f"f{len(self.events):05}", told, at, key_id, thumb, correction, None))
+        change = request_id or f"r{self.asked:05}"
+        self.events.append(Feedback(f"f{len(self.events):05}", change, at, key_id, thumb, correction, None))
 
     def rows(self, settings=SETTINGS, task=TASK, held_out=frozenset()):
         if self.events:
@@ -125,7 +125,7 @@ def test_a_correction_is_a_label_and_so_is_an_answer_found_right(events):
     assert row.tags == {"feedback": "correction", "intent": "Off"}
     assert by_question["lamp on"].tags == {"feedback": "thumb", "intent": "On"}
     assert (row.source, row.license, row.origin) == ("feedback", "cc0-1.0", "feedback")
-    assert row.group == f"feedback/{question_hash([Message('user', 'lamp off')])}"
+    assert row.group == f"feedback/{prompt_hash([Message('user', 'lamp off')])}"
     report = labelled.report
     assert (report["exchanges"], report["given"], report["labelled_rows"]) == (4, 3, 2)
     assert report["left_out"] == {"no_label": 1}
@@ -345,7 +345,7 @@ def test_the_only_key_has_no_limit_and_one_that_gives_alone_beside_others_a_shar
     assert len(labels(alone.rows(FEW_A_USER))) == 20
     labelled = beside.rows(FEW_A_USER)
     assert set(labels(labelled)) == {f"q{number}" for number in range(15, 20)}  # a quarter of 21
-    assert "max_share_per_key" in said(labelled.report)
+    assert "max_share_per_key" in format_report(labelled.report)
 
 
 def test_keys_that_only_ask_take_nothing_from_the_share_of_those_that_give(events):
@@ -480,7 +480,7 @@ def test_what_is_written_is_read_back_and_the_same_events_give_the_same_bytes(ev
         events.asks(f"Frage {number}: wärmer", correction=ON, user=f"u{number % 3}")
     labelled = events.rows()
     write_labelled(tmp_path, labelled)
-    paths = [tmp_path / path for path in (ROWS, HELD_OUT, QUESTIONS_HELD_OUT, REPORT)]
+    paths = [tmp_path / path for path in (ROWS, HELD_OUT, HELD_OUT_PROMPTS, REPORT)]
     first = [path.read_bytes() for path in paths]
     assert read_labelled(tmp_path / ROWS) == labelled.train
     assert read_labelled(tmp_path / HELD_OUT) == labelled.holdout
@@ -521,7 +521,7 @@ def test_the_counts_of_the_report_add_up(events):
 def test_the_summary_says_what_became_of_it_and_why(events):
     events.asks("a", correction="nonsense", user="ann")
     events.asks("b", correction=ON, user="ann", key_id="k1")
-    text = said(events.rows().report)
+    text = format_report(events.rows().report)
     assert "**1 rows to learn**" in text or "and 1 to judge by" in text
     assert "| not_json | 1 | the label is no JSON object |" in text
     assert "| k1 | 1 |" in text

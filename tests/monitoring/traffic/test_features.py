@@ -7,14 +7,11 @@ import pytest
 
 from monitoring.traffic.columns import FEATURES, VECTOR_SIZE, Column, table_schema
 from monitoring.traffic.features import (
-    ServiceSums,
-    cost_per_1000,
-    counted_for_service,
     feature_tables,
     same_answer,
-    service_figures,
     watched_columns,
 )
+from monitoring.traffic.service_metrics import ServiceSums, cost_per_1000, tap_service_sums
 from monitoring.traffic.windows import Window, read_window
 from services.events import joined_schema
 from stages.common.params.loop import FeatureSettings
@@ -31,9 +28,16 @@ def asked(text, *before):
     return json.dumps([{"role": role, "content": content} for role, content in (*before, ("user", text))])
 
 
-def batch(*events, told=()):
+def measured(tables, cost_per_hour):
+    sums = ServiceSums()
+    for one in tables:
+        sums.add(one)
+    return sums.metrics(cost_per_hour)
+
+
+def batch(*events, given=()):
     rows = [
-        asdict(event) | {"feedback": [asdict(f) for f in told if f.request_id == event.request_id]}
+        asdict(event) | {"feedback": [asdict(f) for f in given if f.request_id == event.request_id]}
         for event in events
     ]
     for row in rows:
@@ -52,8 +56,8 @@ def table(data, settings=PLAIN, columns=None, labels=None):
     return made
 
 
-def column(name, *events, told=(), labels=None):
-    return table(batch(*events, told=told), labels=labels)[name].to_pylist()
+def column(name, *events, given=(), labels=None):
+    return table(batch(*events, given=given), labels=labels)[name].to_pylist()
 
 
 def found_in_answers(data, settings=PLAIN):
@@ -66,7 +70,7 @@ def test_a_table_has_the_columns_that_are_promised_in_their_order():
     made = table(data, SETTINGS, columns)
     assert columns[: len(FEATURES)] == FEATURES and columns[len(FEATURES)].name == "answer.intent"
     assert made.schema == table_schema(columns)
-    assert made.schema.field("question_vector").type == pa.list_(pa.float32(), VECTOR_SIZE)
+    assert made.schema.field("prompt_vector").type == pa.list_(pa.float32(), VECTOR_SIZE)
     assert [made[name].null_count for name in ("request_id", "received_at", "session", "version")] == [0] * 4
 
 
@@ -78,7 +82,7 @@ def test_the_session_is_the_session_else_the_user_else_the_request():
 def test_the_last_user_message_is_the_question():
     talk = asked("it is 22 °C HOT, ok?", ("system", "Be short."), ("user", "hi"), ("assistant", "hello"))
     made = table(batch(exchange(0, messages=talk))).to_pylist()[0]
-    assert (made["question_chars"], made["question_words"], made["turns"]) == (20, 6, 4)
+    assert (made["prompt_chars"], made["prompt_words"], made["turns"]) == (20, 6, 4)
     assert made["digit_share"] == pytest.approx(2 / 20)
     assert made["non_letter_share"] == pytest.approx(5 / 20)  # 2, 2, °, the comma, the question mark
     assert made["capital_share"] == pytest.approx(4 / 10)
@@ -109,11 +113,11 @@ def test_an_exchange_without_a_whole_answer_has_no_output(ending):
     data = batch(*(exchange(number) for number in range(9)), exchange(9, **ending))
     made = table(data, SETTINGS)
     nothing = made.slice(9).to_pylist()[0]
-    output = [c.name for c in watched_columns([data], SETTINGS) if c.question == "output"]
+    output = [c.name for c in watched_columns([data], SETTINGS) if c.drift_type == "output"]
     assert {"answer.intent", "answer_vector", "answer_chars"} < set(output)
     assert all(nothing[name] is None for name in output)
     assert nothing["total_s"] is None and nothing["valid_output"] is None and nothing["label_match"] is None
-    assert nothing["question_vector"] is not None
+    assert nothing["prompt_vector"] is not None
     assert made["answer_vector"].null_count == 1 and made["answer_chars"][0].as_py() == 15
 
 
@@ -181,26 +185,31 @@ def test_a_key_that_hardly_ever_comes_is_not_looked_at():
 
 
 def test_the_last_thumb_counts():
-    told = feedback(0, 1.0, thumb=-1), feedback(0, 2.0, thumb=1), feedback(0, 3.0), feedback(1, 4.0, thumb=-1)
-    assert column("thumb", exchange(0), exchange(1), exchange(2), told=told) == [1.0, 0.0, None]
+    given = (
+        feedback(0, 1.0, thumb=-1),
+        feedback(0, 2.0, thumb=1),
+        feedback(0, 3.0),
+        feedback(1, 4.0, thumb=-1),
+    )
+    assert column("thumb", exchange(0), exchange(1), exchange(2), given=given) == [1.0, 0.0, None]
 
 
 def test_a_correction_that_says_the_same_corrects_nothing():
-    told = (
+    given = (
         feedback(0, correction='{ "intent": "On" }'),
         feedback(1, correction='{"intent":"Off"}'),
         feedback(2, thumb=1),
     )
     events = [exchange(number) for number in range(4)]
-    assert column("corrected", *events, told=told) == [0.0, 1.0, 0.0, None]
-    assert column("label_match", *events, told=told) == [1.0, 0.0, None, None]
+    assert column("corrected", *events, given=given) == [0.0, 1.0, 0.0, None]
+    assert column("label_match", *events, given=given) == [1.0, 0.0, None, None]
 
 
 def test_a_labelled_sample_says_what_is_right():
     labels = {"r00000": '{"intent":"Off"}', "r00001": '{"intent":"On"}'}
-    told = (feedback(0, correction='{"intent":"On"}'),)
+    given = (feedback(0, correction='{"intent":"On"}'),)
     events = [exchange(number) for number in range(3)]
-    assert column("label_match", *events, told=told, labels=labels) == [0.0, 1.0, None]
+    assert column("label_match", *events, given=given, labels=labels) == [0.0, 1.0, None]
 
 
 @pytest.mark.parametrize(
@@ -228,7 +237,7 @@ def test_vectors_are_left_out_where_the_settings_say_so():
 def test_the_vectors_of_like_questions_lie_side_by_side():
     texts = "turn on the hall light", "turn off the hall light", "how warm is it in Oslo"
     made = table(batch(*(exchange(n, messages=asked(text)) for n, text in enumerate(texts))), SETTINGS)
-    first, second, third = np.array(made["question_vector"].to_pylist())
+    first, second, third = np.array(made["prompt_vector"].to_pylist())
     assert first @ second > first @ third + 0.2
 
 
@@ -248,11 +257,11 @@ def test_the_figures_of_the_service_are_its_quantiles_and_counts():
     events = [
         exchange(number, at=1000.0 + 10 * number, queue_s=0.0, total_s=number + 1.0) for number in range(100)
     ]
-    figures = service_figures([table(batch(*events, exchange(100, **REFUSED)))], cost_per_hour=0.0)
-    assert (figures["requests"], figures["refused"], figures["failed"]) == (101, 1, 0)
-    assert figures["total_p50_s"] == pytest.approx(50.0, rel=0.012)
-    assert figures["total_p95_s"] == pytest.approx(95.0, rel=0.012)
-    assert figures["queue_p50_s"] == 0.0
+    found = measured([table(batch(*events, exchange(100, **REFUSED)))], cost_per_hour=0.0)
+    assert (found["requests"], found["refused"], found["failed"]) == (101, 1, 0)
+    assert found["total_p50_s"] == pytest.approx(50.0, rel=0.012)
+    assert found["total_p95_s"] == pytest.approx(95.0, rel=0.012)
+    assert found["queue_p50_s"] == 0.0
 
 
 def test_answers_written_side_by_side_share_the_machine():
@@ -260,22 +269,22 @@ def test_answers_written_side_by_side_share_the_machine():
     spans = (0.0, 10.0), (5.0, 10.0), (7.0, 1.0), (100.0, 1.0)
     events = [exchange(n, at=at, total_s=length) for n, (at, length) in enumerate(spans)]
     tables = [table(batch(*events[:2])), table(batch(*events[2:]))]
-    figures = service_figures(tables, cost_per_hour=3.6)
-    assert figures["busy_s"] == pytest.approx(16.0)
-    assert figures["tokens_per_s"] == pytest.approx(4 * 9 / 16, abs=0.01)
-    assert figures["cost_per_1000"] == pytest.approx(16.0 * 3.6 / 3600 / 4 * 1000)
-    assert service_figures([pa.concat_tables(tables)], cost_per_hour=3.6) == figures
+    found = measured(tables, cost_per_hour=3.6)
+    assert found["busy_s"] == pytest.approx(16.0)
+    assert found["tokens_per_s"] == pytest.approx(4 * 9 / 16, abs=0.01)
+    assert found["cost_per_1000"] == pytest.approx(16.0 * 3.6 / 3600 / 4 * 1000)
+    assert measured([pa.concat_tables(tables)], cost_per_hour=3.6) == found
 
 
 def test_figures_of_nothing_are_none():
-    assert service_figures([], cost_per_hour=1.0)["cost_per_1000"] is None
+    assert measured([], cost_per_hour=1.0)["cost_per_1000"] is None
     assert cost_per_1000(10.0, 0, 1.0) is None
-    nothing = service_figures([table(batch(exchange(0, **REFUSED)))], cost_per_hour=1.0)
+    nothing = measured([table(batch(exchange(0, **REFUSED)))], cost_per_hour=1.0)
     assert nothing["total_p95_s"] is None and nothing["tokens_per_s"] is None
 
 
 def test_one_reading_serves_the_verdict_and_the_figures():
     sums = ServiceSums()
     tables = [table(batch(exchange(0), exchange(1)))]
-    assert list(counted_for_service(tables, sums)) == tables
-    assert sums.figures(0.0)["requests"] == 2
+    assert list(tap_service_sums(tables, sums)) == tables
+    assert sums.metrics(0.0)["requests"] == 2

@@ -12,9 +12,9 @@ from monitoring.traffic.windows import (
     Window,
     closed_windows,
     late_rows,
+    quarantine_to,
     read_window,
     reference_window,
-    set_aside_to,
     version_of,
 )
 from stages.common.errors import InputError
@@ -216,8 +216,8 @@ def test_corrupt_events_are_set_aside_with_their_reason_and_the_others_read(url)
         url, exchange(0), *(exchange(n + 1, **changes) for n, (changes, _) in enumerate(BROKEN)), exchange(90)
     )
     pages = list(read_window(url, ALL, TAG))
-    told = {event.request_id: event.reason for page in pages for event in page.set_aside}
-    assert told == {f"r{number + 1:05d}": reason for number, (_, reason) in enumerate(BROKEN)}
+    change = {event.request_id: event.reason for page in pages for event in page.quarantined}
+    assert change == {f"r{number + 1:05d}": reason for number, (_, reason) in enumerate(BROKEN)}
     assert [name for page in pages for name in page.batch["request_id"].to_pylist()] == ["r00000", "r00090"]
 
 
@@ -228,14 +228,14 @@ def test_an_event_stored_twice_under_two_ids_counts_once(url):
     )
     (page,) = read_window(url, ALL, TAG)
     assert page.batch["request_id"].to_pylist() == ["r00000", "r00002", "r00003"]
-    assert [(event.request_id, event.reason) for event in page.set_aside] == [("r00001", "stored twice")]
+    assert [(event.request_id, event.reason) for event in page.quarantined] == [("r00001", "stored twice")]
 
 
 def test_what_was_set_aside_is_counted_and_written(url, tmp_path):
     stored(url, exchange(0), exchange(1, messages="x"), exchange(2, messages="y"), exchange(3, total_s=-1))
     counts = Counter()
-    path = tmp_path / "watch" / "w" / "set_aside.jsonl"
-    batches = list(set_aside_to(path, read_window(url, ALL, TAG), counts))
+    path = tmp_path / "watch" / "w" / "quarantined.jsonl"
+    batches = list(quarantine_to(path, read_window(url, ALL, TAG), counts))
     assert [batch["request_id"].to_pylist() for batch in batches] == [["r00000"]]
     assert counts == {"messages are no list of roles and contents": 2, "a negative or impossible time": 1}
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -244,10 +244,10 @@ def test_what_was_set_aside_is_counted_and_written(url, tmp_path):
 
 def test_nothing_set_aside_leaves_no_file(url, tmp_path):
     stored(url, exchange(0))
-    path = tmp_path / "set_aside.jsonl"
+    path = tmp_path / "quarantined.jsonl"
     path.write_text("of a run before")
-    assert len(list(set_aside_to(path, read_window(url, ALL, TAG), Counter()))) == 1
-    assert list(tmp_path.glob("*set_aside*")) == []
+    assert len(list(quarantine_to(path, read_window(url, ALL, TAG), Counter()))) == 1
+    assert list(tmp_path.glob("*quarantined*")) == []
 
 
 def test_events_that_come_after_the_window_was_cut_are_late(url):
