@@ -346,7 +346,8 @@ def _verdicts(verdicts: Sequence[DriftVerdict]) -> str:
 def _first_drift(verdicts: Sequence[DriftVerdict], rows: int) -> str:
     for number, verdict in enumerate(verdicts, 1):
         if verdict.drifted:
-            return f"drift called in window {number}, {number * rows} requests after the change: {verdict.summary}"
+            requests = number * rows
+            return f"drift in window {number}, {requests} requests after the change: {verdict.summary}"
     return "no drift was called"
 
 
