@@ -20,10 +20,13 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint requirements.lock -
 # The event store on PostgreSQL: make serve SERVE_EXTRAS=serve,postgres
 SERVE_EXTRAS := serve
 
-.PHONY: help run serve watch retrain demo parity bento test test-slow test-all lint format docs lock check-wheels check-pythons up schedule check-params clean
+.PHONY: help init run serve watch retrain demo parity bento test test-slow test-all lint format docs lock check-wheels check-pythons up schedule check-params clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+init: $(VENV)/.core ## set up params.yaml for your own rows: make init DATA=data/support.csv LICENSE=cc-by-4.0
+	@perennial init "$(DATA)" --license "$(LICENSE)" $(ARGS)
 
 run: $(VENV)/.core ## install, run the whole pipeline, print the result
 	@perennial run

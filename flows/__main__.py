@@ -45,6 +45,7 @@ class Command:
 
 COMMANDS = {
     "Train": (
+        Command("init", "flows.init", "Set up params.yaml for your own data.", ("core",)),
         Command("run", "flows.training", "Run the pipeline: collect, check, train, evaluate.", ("core",)),
         Command("params", "stages.common.params", "Check params.yaml, and nothing else."),
     ),

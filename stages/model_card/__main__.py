@@ -25,6 +25,7 @@ from typing import Any
 from stages.common.artifacts import artifacts, atomic_dir, reports, write_text
 from stages.common.dvc_lock import Lock, disagreements, read_lock
 from stages.common.errors import InputError
+from stages.common.licenses import to_spdx
 from stages.common.logs import get_logger, run_stage
 from stages.common.markdown import code
 from stages.common.params.loading import load_params
@@ -244,12 +245,12 @@ def check_rows(sides: Mapping[str, Sequence[Row]], evidence: Evidence, allowed: 
     for rows in sides.values():
         for row in rows:
             licenses.setdefault(row.license, set()).add(row.source)
-    known = {spdx(name) for name in allowed}
+    known = {to_spdx(name) for name in allowed}
     for license, sources in sorted(licenses.items()):
         named = ", ".join(sorted(sources))
-        if spdx(license) is None:
+        if to_spdx(license) is None:
             problems.append(f"the licence {license!r} of {named} is no SPDX expression")
-        elif allowed and spdx(license) not in known:
+        elif allowed and to_spdx(license) not in known:
             problems.append(f"the licence {license!r} of {named} is not in validate.allowed_licenses")
     return problems
 
@@ -276,16 +277,6 @@ def check_lock(lock: Lock, paths: Sequence[Path]) -> list[str]:
         return ["dvc.lock is not there, or empty: the files here were not made by DVC (dvc repro model_card)"]
     problems = [f"dvc.lock has no entry for {stage} (dvc repro {stage})" for stage in absent]
     return problems + disagreements(lock, paths)
-
-
-def spdx(license: str) -> str | None:
-    """Return a licence as an SPDX expression in its canonical spelling, or None if it is none."""
-    from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
-
-    try:
-        return str(canonicalize_license_expression(license))
-    except InvalidLicenseExpression:
-        return None
 
 
 def hub_license(license: str) -> tuple[str, str | None]:
@@ -556,7 +547,7 @@ def main() -> None:
             ("the model (model_card.license)", params.license),
             ("the base model", figure(evidence, "fetch_base.license")),
         )
-        if license is not None and spdx(license) is None
+        if license is not None and to_spdx(license) is None
     ]
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
@@ -569,7 +560,7 @@ def main() -> None:
     rows = [row for side in SIDES for row in sides[side]]
     metadata = front_matter(
         params.name,
-        spdx(params.license) or params.license,
+        to_spdx(params.license) or params.license,
         params.language,
         evidence,
         rows,
@@ -580,7 +571,7 @@ def main() -> None:
         {
             **evidence,
             "name": params.name,
-            "license": spdx(params.license),
+            "license": to_spdx(params.license),
             "language": params.language,
             "intended_use": params.intended_use.strip(),
             "out_of_scope": params.out_of_scope.strip(),

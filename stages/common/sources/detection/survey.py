@@ -51,34 +51,42 @@ class Survey:
         duplicates: rows whose messages an earlier row has.
         conflicts: rows whose prompt another row answers differently.
         personal_data: rows by kind of personal data.
+        row_tokens: of prompt and answer together.
+        long_rows: rows of more tokens than training takes.
     """
 
     rows: int
     question_chars: Spread
     answer_chars: Spread
-    prompt_tokens: Spread
+    row_tokens: Spread
     answer_tokens: Spread
     classes: Mapping[str, int]
     duplicates: int
     conflicts: int
     personal_data: Mapping[str, int]
+    long_rows: int
     oddities: tuple[Oddity, ...]
 
 
-def survey_rows(rows: Sequence[Row], task: TaskKind, count_tokens: Callable[[str], int]) -> Survey:
+def survey_rows(
+    rows: Sequence[Row], task: TaskKind, count_tokens: Callable[[str], int], max_row_tokens: int
+) -> Survey:
     """Return the figures of rows; there must be one at least."""
     classes = Counter(label for row in rows if (label := read_class(row.answer, task)) is not None)
-    prompts = ["\n".join(message.content for message in row.prompt) for row in rows]
+    answer_tokens = [count_tokens(row.answer) for row in rows]
+    prompt_tokens = [sum(count_tokens(message.content) for message in row.prompt) for row in rows]
+    row_tokens = [sum(tokens) for tokens in zip(prompt_tokens, answer_tokens, strict=True)]
     return Survey(
         rows=len(rows),
         question_chars=spread([len(row.question) for row in rows]),
         answer_chars=spread([len(row.answer) for row in rows]),
-        prompt_tokens=spread([count_tokens(prompt) for prompt in prompts]),
-        answer_tokens=spread([count_tokens(row.answer) for row in rows]),
+        row_tokens=spread(row_tokens),
+        answer_tokens=spread(answer_tokens),
         classes=dict(classes.most_common()),
         duplicates=len(rows) - len({row.id for row in rows}),
         conflicts=count_conflicts(rows),
         personal_data=count_personal_data(rows),
+        long_rows=sum(tokens > max_row_tokens for tokens in row_tokens),
         oddities=(*find_odd_texts(rows), *find_odd_classes(classes)),
     )
 

@@ -31,11 +31,13 @@ class TaskKind:
     reason: str
 
 
-def detect_task_kind(answers: Sequence[str], label_key: str | None = None) -> TaskKind:
+def detect_task_kind(
+    answers: Sequence[str], kind: Kind | None = None, label_key: str | None = None
+) -> TaskKind:
     """Return the kind of task of the answers.
 
     Args:
-        label_key: the key of the class, where the user names it.
+        kind: where the user gives it; label_key: the key of the class in JSON answers, likewise.
 
     Raises:
         InputError: the answers could be of two kinds, are all the same, or lack `label_key`.
@@ -46,9 +48,13 @@ def detect_task_kind(answers: Sequence[str], label_key: str | None = None) -> Ta
             f"all {len(answers):,} rows have the same answer: {shorten(answers[0])}",
             "name the column of the answers, or add rows with other answers",
         )
+    if kind in ("label", "text"):
+        return TaskKind(
+            kind, None, f"as given; {len(different):,} different answers in {len(answers):,} rows"
+        )
     values = [value for answer in answers if (value := _parse(answer)) is not None]
     share = len(values) / len(answers)
-    if share >= MIN_JSON_SHARE or label_key is not None:
+    if share >= MIN_JSON_SHARE or kind == "json" or label_key is not None:
         return _describe_json(values, len(answers), label_key)
     if share > MAX_JSON_SHARE:
         raise InputError(

@@ -65,5 +65,9 @@ def count(number: int, thing: str) -> str:
 
 def shorten(value: Any, limit: int = 60) -> str:
     """Return the `repr` of a value, cut to `limit` characters."""
-    text = repr(value)
+    return shorten_text(repr(value), limit)
+
+
+def shorten_text(text: str, limit: int) -> str:
+    """Return a text cut to `limit` characters."""
     return text if len(text) <= limit else text[: limit - 1] + "…"

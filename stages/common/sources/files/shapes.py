@@ -28,10 +28,15 @@ PROMPT_NAMES = (
     "human", "body", "content", "frage", "pregunta", "pergunta", "domanda", "вопрос", "问题", "質問",
 )  # fmt: skip
 COMPLETION_NAMES = (
-    "completion", "answer", "response", "reply", "label_text", "label_name", "intent", "label", "category",
-    "sentiment", "emotion", "topic", "class", "command", "output", "outputs", "target", "targets", "summary",
-    "translation", "assistant", "bot", "antwort", "respuesta", "réponse", "reponse", "resposta", "risposta",
-    "ответ", "答案", "回答",
+    "completion", "answer", "response", "reply", "output", "outputs", "target", "targets", "summary",
+    "translation", "command", "assistant", "bot", "antwort", "respuesta", "réponse", "reponse", "resposta",
+    "risposta", "ответ", "答案", "回答",
+)  # fmt: skip
+LABEL_NAMES = ("label_text", "label_name", "label", "labels")  # of one thing, so the first that is there
+# Of these a file may have several, and then which one is to be learned is not clear.
+CLASS_NAMES = (
+    "intent", "category", "class", "sentiment", "emotion", "topic", "kategorie", "klasse", "categoría",
+    "catégorie", "categoria", "类别",
 )  # fmt: skip
 CONTEXT_NAMES = ("input", "context", "passage")
 ALPACA_COMPLETIONS = ("output", "response", "completion", "answer")
@@ -186,13 +191,19 @@ def _find_pair(
         answer = next((lowered[name] for name in ALPACA_COMPLETIONS if name in lowered), None)
         if answer:
             return lowered["instruction"], answer
-    completion = completion or _first_named(COMPLETION_NAMES, lowered, {*used, prompt})
+    completion = (
+        completion
+        or _first_named(COMPLETION_NAMES, lowered, {*used, prompt})
+        or _first_named(LABEL_NAMES, lowered, {*used, prompt})
+    )
+    classes = [lowered[name] for name in CLASS_NAMES if lowered.get(name) not in {None, *used, prompt}]
+    if not completion and len(classes) == 1:
+        completion = classes[0]
     prompt = prompt or _first_named(PROMPT_NAMES, lowered, {*used, completion})
-    rest = [
-        name for name in texts if name not in (prompt, completion) and not ID_NAMES.fullmatch(_plain(name))
-    ]
-    if not prompt and not completion and len(rest) == 2:
-        return _order_by_content(path, records, rest)
+    rest = [name for name in texts if name not in (prompt, completion) and not _is_id(records, name)]
+    if not completion:
+        completion = _find_labels(records, classes or rest)
+        rest = [name for name in rest if name != completion]
     if not prompt and len(rest) == 1:
         prompt = rest.pop()
     elif not completion and len(rest) == 1:
@@ -206,13 +217,17 @@ def _first_named(names: Iterable[str], lowered: Mapping[str, str], taken: set[st
     return next((lowered[name] for name in names if lowered.get(name) not in {None, *taken}), None)
 
 
-def _order_by_content(path: Path, records: Sequence[Record], names: Sequence[str]) -> tuple[str, str]:
-    """Return (prompt, completion) of two columns of which one has few different, short values: the labels."""
+def _find_labels(records: Sequence[Record], names: Sequence[str]) -> str | None:
+    """Return the one column of which the values are classes; None if there are none, or several."""
     labels = [name for name in names if is_label_column([str(r[name]) for r in records if r.get(name)])]
-    if len(labels) != 1:
-        raise _undecided(path, records, names, None, None)
-    (completion,) = labels
-    return next(name for name in names if name != completion), completion
+    return labels[0] if len(labels) == 1 else None
+
+
+def _is_id(records: Sequence[Record], name: str) -> bool:
+    """Return whether a column numbers or dates the rows: by its name, or by numbers of which each is new."""
+    values = [str(record[name]).strip() for record in records if record.get(name) not in (None, "")]
+    is_numbering = all(value.isdecimal() for value in values) and len(set(values)) == len(values)
+    return bool(ID_NAMES.fullmatch(_plain(name))) or (len(values) > 1 and is_numbering)
 
 
 def is_label_column(values: Sequence[str]) -> bool:

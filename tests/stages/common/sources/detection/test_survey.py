@@ -11,7 +11,7 @@ def row(question, answer):
 
 
 def survey(*pairs, task=TEXT):
-    return survey_rows([row(q, a) for q, a in pairs], task, count_tokens=lambda text: len(text.split()))
+    return survey_rows([row(q, a) for q, a in pairs], task, lambda text: len(text.split()), max_row_tokens=6)
 
 
 def oddities(*pairs, task=TEXT):
@@ -21,8 +21,9 @@ def oddities(*pairs, task=TEXT):
 def test_lengths_are_counted_in_characters_and_tokens():
     found = survey(("a b", "x"), ("a b c", "x y"), ("a b c d", "x y z"))
     assert found.question_chars == Spread(median=5, p95=7, largest=7, total=15)
-    assert found.prompt_tokens.total == 9
+    assert found.row_tokens == Spread(median=5, p95=7, largest=7, total=15)
     assert found.answer_tokens.total == 6
+    assert found.long_rows == 1
 
 
 def test_classes_are_counted_largest_first():

@@ -192,6 +192,20 @@ def test_a_column_of_few_short_values_is_the_label_whatever_its_name():
     assert (shape.prompt, shape.completion) == ("a", "b")
 
 
+def test_a_column_that_numbers_the_rows_is_neither():
+    records = [{"Nr": str(n), "Frage": f"Wo ist {n}?", "Art": ["a", "b"][n % 2]} for n in range(30)]
+    shape = shape_of(records)
+    assert (shape.prompt, shape.completion) == ("Frage", "Art")
+
+
+def test_two_columns_of_classes_are_undecided():
+    records = [{"text": f"t{n}", "topic": "a", "sentiment": "b"} for n in range(9)]
+    with pytest.raises(InputError, match="prompt is 'text'") as error:
+        shape_of(records)
+    assert "completion_column" in str(error.value)
+    assert shape_of(records, completion="topic").prompt == "text"
+
+
 def test_two_columns_without_a_hint_are_named_with_their_content_and_the_keys():
     records = [{"left": f"some text {n}", "right": f"other text {n}"} for n in range(30)]
     with pytest.raises(InputError) as error:

@@ -1,0 +1,1 @@
+"""Set up `params.yaml` for the user's own data."""

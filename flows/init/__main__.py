@@ -1,0 +1,180 @@
+"""Set up `params.yaml` for your own data: `make init DATA=data/support.csv LICENSE=cc-by-4.0`.
+
+Reads a file, or a folder of them, and prints what it found: format, shape and columns, the kind of task,
+classes, languages, lengths, duplicates, personal data. Then writes the task, the sources and what else
+follows from the data into `params.yaml`. In doubt it names the candidates and the option that decides, and
+writes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flows.common.cli import in_words
+from flows.init.estimate import estimate_run, make_token_counter
+from flows.init.params_file import edit_params
+from flows.init.proposal import Findings, check_license, propose
+from flows.init.reading import DataFile, check_copy, copy_under_data, find_files, read_data_files
+from flows.init.report import report_changes, report_findings, report_run
+from stages.common.artifacts import artifacts, atomic_write
+from stages.common.errors import InputError
+from stages.common.params.loading import load_params
+from stages.common.records import ORIGINS, Row
+from stages.common.sources.detection.survey import survey_rows
+from stages.common.sources.detection.task_kind import Kind, TaskKind, detect_task_kind
+from stages.common.sources.files.formats import FormatOptions
+from stages.common.sources.files.shapes import Columns
+
+PARAMS = Path("params.yaml")
+LANGUAGE_SAMPLE_ROWS = 2000
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Set up `params.yaml`; return the exit code."""
+    options = _make_parser().parse_args(arguments)
+    return in_words(lambda: init(options))
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="perennial init", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "data", type=Path, help="a file of rows, or a folder of them; copied to data/ if elsewhere"
+    )
+    parser.add_argument("--license", required=True, help="SPDX id under which you may train on the rows")
+    parser.add_argument("--dry-run", action="store_true", help="print what would change, and write nothing")
+    parser.add_argument("--origin", choices=ORIGINS, default="human", help="who wrote the rows")
+    parser.add_argument("--system-prompt", help="put before rows that have none; '' for none")
+    parser.add_argument(
+        "--language", action="append", help="ISO 639 code, instead of detecting it; may be repeated"
+    )
+    task = parser.add_argument_group("task, where detection is in doubt")
+    task.add_argument("--kind", choices=("json", "label", "text"), help="what an answer is")
+    task.add_argument("--label-key", help="the key of a JSON answer that names its class")
+    reading = parser.add_argument_group("format and columns, where detection is in doubt")
+    reading.add_argument("--format", choices=("jsonl", "json", "csv", "parquet"))
+    reading.add_argument("--encoding", help="such as cp1252")
+    reading.add_argument("--delimiter", help="of CSV; one character, or 'tab'")
+    reading.add_argument("--records-key", help="the key of the rows in a JSON object")
+    reading.add_argument("--shape", choices=("chat", "sharegpt", "alpaca", "pair"))
+    for part in ("messages", "prompt", "context", "completion", "system", "group"):
+        reading.add_argument(f"--{part}-column", metavar="NAME")
+    reading.add_argument(
+        "--tag-columns", metavar="NAMES", default="", help="kept as tags; separated by commas"
+    )
+    return parser
+
+
+def init(options: argparse.Namespace) -> int:
+    """Detect, report and write; return the exit code.
+
+    Raises:
+        InputError: the data cannot be read or leave doubt, or the licence is unknown; nothing is written.
+        ParamsError: `params.yaml` is wrong before, or would be after.
+    """
+    license = check_license(options.license)
+    text = PARAMS.read_text(encoding="utf-8")
+    load_params(PARAMS)
+    params = yaml.safe_load(text)
+    folder = options.data if options.data.is_dir() else None
+    files = read_data_files(
+        find_files(options.data), folder, license, options.origin, _format_options(options), _columns(options)
+    )
+    for file in files:
+        check_copy(file)
+    max_row_tokens = params["finetune"]["max_length"]
+    count_tokens, is_exact = make_token_counter(artifacts("fetch_base"))
+    rows = [row for file in files for row in file.collected.rows]
+    task = detect_task(files, options.kind, options.label_key)
+    found = Findings(
+        files=files,
+        task=task,
+        survey=survey_rows(rows, task, count_tokens, max_row_tokens),
+        languages=dict.fromkeys(options.language, 1) if options.language else count_languages(rows),
+    )
+    sys.stdout.write(report_findings(found, is_exact))
+    changes = propose(found, license, options.origin, options.system_prompt, params)
+    edited = edit_params(text, changes)
+    after = yaml.safe_load(edited)
+    sys.stdout.write(report_changes(params, {name: _pick(after[name], changes[name]) for name in changes}))
+    if options.dry_run:
+        sys.stdout.write("nothing written (--dry-run)\n")
+    else:
+        write_params(edited, files)
+    sys.stdout.write(report_run(estimate_run(found.survey, after)))
+    return 0
+
+
+def detect_task(files: Sequence[DataFile], kind: Kind | None, label_key: str | None) -> TaskKind:
+    """Return the kind of task of all files together.
+
+    Raises:
+        InputError: a kind is in doubt, or the files are of different kinds.
+    """
+    if kind is None and len(files) > 1:
+        kinds = {file.origin: detect_task_kind(_answers([file]), None, label_key).kind for file in files}
+        if len(set(kinds.values())) > 1:
+            raise InputError(
+                "the files are of different kinds: "
+                + ", ".join(f"{path} is {kind}" for path, kind in kinds.items()),
+                "train on one kind at a time, or choose with --kind for all of them",
+            )
+    return detect_task_kind(_answers(files), kind, label_key)
+
+
+def _answers(files: Sequence[DataFile]) -> list[str]:
+    return [row.answer for file in files for row in file.collected.rows]
+
+
+def count_languages(rows: Sequence[Row]) -> dict[str, int] | None:
+    """Return questions by language, of a sample; None if the detector is not installed."""
+    from monitoring.traffic.languages import NO_LANGUAGE, SHORT, language
+
+    step = max(1, len(rows) // LANGUAGE_SAMPLE_ROWS)
+    try:
+        found = Counter(language(row.question) for row in rows[::step])
+    except InputError:
+        return None
+    return {code: number for code, number in found.most_common() if code not in (SHORT, NO_LANGUAGE)}
+
+
+def write_params(text: str, files: Sequence[DataFile]) -> None:
+    """Copy the files under data/ where they are not, then replace `params.yaml` if it passes the checks."""
+    with atomic_write(PARAMS) as new:
+        new.write_text(text, encoding="utf-8")
+        load_params(new)
+        for file in files:
+            if copy_under_data(file):
+                sys.stdout.write(f"copied {file.origin} to {file.path}, where DVC sees it change\n")
+
+
+def _pick(section: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    return {key: section[key] for key in keys}
+
+
+def _format_options(options: argparse.Namespace) -> FormatOptions:
+    delimiter = "\t" if options.delimiter in ("tab", "\\t") else options.delimiter
+    return FormatOptions(options.format, options.encoding, delimiter, options.records_key)
+
+
+def _columns(options: argparse.Namespace) -> Columns:
+    return Columns(
+        shape=options.shape,
+        messages=options.messages_column,
+        prompt=options.prompt_column,
+        context=options.context_column,
+        completion=options.completion_column,
+        system=options.system_column,
+        group=options.group_column,
+        tags=tuple(filter(None, map(str.strip, options.tag_columns.split(",")))),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""The values of `params.yaml` that follow from the data."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flows.init.reading import DataFile
+from stages.common.errors import InputError
+from stages.common.licenses import to_spdx
+from stages.common.params.checked_yaml import nearest
+from stages.common.sources.detection.survey import Survey
+from stages.common.sources.detection.task_kind import TaskKind
+
+USUAL_LICENSES = (
+    "apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "odbl-1.0",
+    "odc-by-1.0", "pddl-1.0", "gpl-3.0-only", "LicenseRef-Proprietary",
+)  # fmt: skip
+# What these allow includes another licence for the adapter; others are passed on to it.
+PERMISSIVE = re.compile(
+    r"(apache|mit|bsd|isc|cc0|cc-by-[\d.]+$|odc-by|pddl|unlicense|cdla-permissive)", re.IGNORECASE
+)
+SYSTEM_PROMPTS = {"json": "Answer with one JSON object.", "label": "Answer with one label.", "text": None}
+BIAS_GROUPS = ("person_gender", "person_origin", "source")  # of any rows; others are tags of the default ones
+PERSON_SLICES = ("person_gender", "person_origin")
+MEASURED_ONLY = {"min_representation_ratio": None, "max_cramers_v": None}
+MAX_ANSWER_TOKENS = 512  # asked for in the evaluation
+MIN_LANGUAGE_SHARE = 0.05
+SHOWN_LABELS = 8
+SHARE_MARGIN = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What was found in the data: files, kind of task, figures, and rows by language (None: not detected)."""
+
+    files: Sequence[DataFile]
+    task: TaskKind
+    survey: Survey
+    languages: Mapping[str, int] | None
+
+
+def check_license(license: str) -> str:
+    """Return a licence as it is written in `params.yaml`.
+
+    Raises:
+        InputError: it is not an SPDX expression.
+    """
+    spdx = to_spdx(license) if license.strip() else None
+    if spdx is None:
+        raise InputError(
+            f"the licence {license!r} is not an SPDX expression{nearest(license.lower(), USUAL_LICENSES)}",
+            "give the id of the licence of your data (https://spdx.org/licenses), such as cc-by-4.0, or "
+            "LicenseRef-Proprietary for data of your own",
+        )
+    return spdx if spdx.startswith("LicenseRef-") or " " in spdx else spdx.lower()
+
+
+def propose(
+    found: Findings, license: str, origin: str, system_prompt: str | None, params: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Return the new values by section and key; the raw parameters give the ones that they change."""
+    tags = list(dict.fromkeys(tag for file in found.files for tag in file.columns.tags))
+    return {
+        "task": _propose_task(found, tags, system_prompt),
+        "collect": {"sources": [file.as_entry(license, origin) for file in found.files]},
+        "validate": _propose_validate(found.survey, license, params["validate"]),
+        "check_bias": {"groups": _propose_groups(tags, params["check_bias"]["groups"])},
+        "evaluate": {
+            "max_new_tokens": _propose_new_tokens(found.survey, params["evaluate"]["max_new_tokens"])
+        },
+        "model_card": _propose_card(found, license, params),
+    }
+
+
+def _propose_task(found: Findings, tags: Sequence[str], system_prompt: str | None) -> dict[str, Any]:
+    task = found.task
+    rows = [row for file in found.files for row in file.collected.rows]
+    have_own = sum(row.messages[0].role == "system" for row in rows) > len(rows) / 2
+    has_classes = task.kind == "label" or task.label_key is not None
+    return {
+        "kind": task.kind,
+        "label_key": task.label_key,
+        "labels": None,
+        "system_prompt": system_prompt or (None if have_own else SYSTEM_PROMPTS[task.kind]),
+        "stratify_by": "label" if has_classes else None,
+        "slices": [*PERSON_SLICES, *tags],
+    }
+
+
+def _propose_validate(survey: Survey, license: str, validate: Mapping[str, Any]) -> dict[str, Any]:
+    allowed = list(validate["allowed_licenses"])
+    if license.lower() not in [name.lower() for name in allowed]:
+        allowed.append(license)
+    values: dict[str, Any] = {"allowed_licenses": allowed}
+    if survey.classes and "max_label_share" in validate:
+        largest = max(survey.classes.values()) / sum(survey.classes.values())
+        if largest > validate["max_label_share"]:
+            values["max_label_share"] = min(1.0, round(largest + SHARE_MARGIN, 2))
+    return values
+
+
+def _propose_groups(tags: Sequence[str], groups: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name: limits for name, limits in groups.items() if name in BIAS_GROUPS or name in tags}
+    return kept | {tag: dict(MEASURED_ONLY) for tag in tags if tag not in kept}
+
+
+def _propose_new_tokens(survey: Survey, current: int) -> int:
+    """Return a limit that an answer as long as the 95th percentile passes with a quarter more."""
+    return max(current, min(MAX_ANSWER_TOKENS, math.ceil(1.25 * survey.answer_tokens.p95)))
+
+
+def _propose_card(found: Findings, license: str, params: Mapping[str, Any]) -> dict[str, Any]:
+    names = ", ".join(file.path.name for file in found.files)
+    languages = pick_languages(found.languages)
+    card: dict[str, Any] = {
+        "name": f"{_slug(_data_name(found.files))}-{_slug(_base_name(params['fetch_base']))}",
+        "license": params["fetch_base"]["license"] or license,
+        "intended_use": f"{_describe_use(found)} It was trained on {names}.",
+        "out_of_scope": (
+            "Requests unlike those in its training data"
+            + (f", languages other than {', '.join(languages)}" if languages else "")
+            + ", and decisions about people that no person reviews."
+        ),
+    }
+    if not PERMISSIVE.match(license):
+        card["license"] = license
+    if languages:
+        card["language"] = languages
+    return card
+
+
+def pick_languages(languages: Mapping[str, int] | None) -> list[str]:
+    """Return the languages of a share worth naming, the commonest first."""
+    total = sum((languages or {}).values())
+    return [code for code, rows in (languages or {}).items() if rows >= MIN_LANGUAGE_SHARE * total]
+
+
+def _describe_use(found: Findings) -> str:
+    if found.task.kind == "label":
+        labels = list(found.survey.classes)
+        more = f" and {len(labels) - SHOWN_LABELS} more" if len(labels) > SHOWN_LABELS else ""
+        return f"Give a text one of {len(labels)} labels: {', '.join(labels[:SHOWN_LABELS])}{more}."
+    if found.task.kind == "json":
+        key = found.task.label_key
+        return f"Turn a request into one JSON object{f', whose {key} names its class' if key else ''}."
+    return "Answer requests like those of its training data."
+
+
+def _data_name(files: Sequence[DataFile]) -> str:
+    """Return the name of the one file, or of the folder of several."""
+    if len(files) == 1:
+        return files[0].path.name.split(".")[0]
+    folders = {file.path.parent.name for file in files}
+    return folders.pop() if len(folders) == 1 and folders != {"data"} else "own-data"
+
+
+def _base_name(fetch_base: Mapping[str, Any]) -> str:
+    name = (
+        Path(fetch_base["file"]).name.split(".")[0]
+        if fetch_base.get("file")
+        else Path(fetch_base["name"]).name
+    )
+    return re.sub(r"-(instruct|chat|it)$", "", name, flags=re.IGNORECASE)
+
+
+def _slug(name: str) -> str:
+    """Return a name of letters, digits and dashes, as the name of a model must be."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower() or "model"

@@ -1,0 +1,168 @@
+"""The user's files: find them, detect how they are read, and read their rows."""
+
+from __future__ import annotations
+
+import filecmp
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from stages.common.artifacts import atomic_write
+from stages.common.errors import InputError
+from stages.common.sources import Collected
+from stages.common.sources.files.encodings import guess_encoding
+from stages.common.sources.files.formats import SUFFIXES, FormatOptions, detect_format, inner_suffix
+from stages.common.sources.files.rows import collect_file
+from stages.common.sources.files.shapes import Columns
+
+DATA = Path("data")  # DVC watches this folder
+FEEDBACK = DATA / "feedback"  # written by the retraining flow
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """One file of rows.
+
+    Attributes:
+        origin: where it is; path: where it is, or is to be copied to, under data/.
+        options, columns: what the user gave, with the encoding where it had to be guessed.
+        is_guessed: whether it had to be.
+        collected: its rows, the rejected ones, and what was detected.
+    """
+
+    origin: Path
+    path: Path
+    options: FormatOptions
+    columns: Columns
+    is_guessed: bool
+    collected: Collected
+
+    def as_entry(self, license: str, origin: str) -> dict[str, Any]:
+        """Return the entry of collect.sources that reads the file in the same way."""
+        entry: dict[str, Any] = {"kind": "file", "path": self.path.as_posix(), "license": license}
+        if origin != "human":
+            entry["origin"] = origin
+        given = {
+            "format": self.options.format,
+            "encoding": self.options.encoding,
+            "delimiter": self.options.delimiter,
+            "records_key": self.options.records_key,
+        }
+        entry |= {key: value for key, value in given.items() if value is not None}
+        entry["shape"] = self.collected.figures["shape"]
+        found = self.collected.figures["columns"]
+        entry |= {f"{part}_column": name for part, name in found.items() if part != "history"}
+        if self.columns.group:
+            entry["group_column"] = self.columns.group
+        if self.columns.tags:
+            entry["tag_columns"] = list(self.columns.tags)
+        return entry
+
+
+def find_files(data: Path) -> list[Path]:
+    """Return the files of rows at a path: the file itself, or all in the folder, in the order of their names.
+
+    Raises:
+        InputError: the folder has none, or is a whole checkout.
+    """
+    if (data / "params.yaml").is_file():
+        raise InputError(
+            f"{data} is a checkout and not data", "give a file or a folder of rows, such as data/support.csv"
+        )
+    if not data.is_dir():
+        return [data]
+    files = sorted(
+        path
+        for path in data.rglob("*")
+        if path.is_file()
+        and inner_suffix(path) in SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(data).parts)
+        and not path.resolve().is_relative_to(FEEDBACK.resolve())
+    )
+    if not files:
+        raise InputError(
+            f"{data} has no file of rows",
+            f"give a folder with files of {', '.join(SUFFIXES)} (also .gz, .zst)",
+        )
+    return files
+
+
+def read_data_files(
+    paths: Sequence[Path],
+    folder: Path | None,
+    license: str,
+    origin: str,
+    options: FormatOptions,
+    columns: Columns,
+) -> list[DataFile]:
+    """Read files, each in its own format and shape.
+
+    Args:
+        folder: the folder that they were found in, whose structure is kept under data/.
+
+    Raises:
+        InputError: one cannot be read, or has no good row; the fix names options of the command.
+    """
+    files = []
+    for path in paths:
+        try:
+            files.append(_read_data_file(path, folder, license, origin, options, columns))
+        except InputError as error:
+            raise InputError(error.what, name_options(error.fix)) from None
+    return files
+
+
+def _read_data_file(
+    path: Path, folder: Path | None, license: str, origin: str, options: FormatOptions, columns: Columns
+) -> DataFile:
+    is_guessed = not detect_format(path, options).is_certain
+    if is_guessed:
+        options = replace(options, encoding=guess_encoding(path))
+    collected = collect_file(path, license, origin, options, columns, None, "reject")
+    return DataFile(path, place_under_data(path, folder), options, columns, is_guessed, collected)
+
+
+def name_options(fix: str) -> str:
+    """Return a fix that names keys of `params.yaml` with the options of the command in their place."""
+    fix = re.sub(r"`(\w+)(?:: ([\w-]+))?`", _as_option, fix)
+    return re.sub(r" in its entry of (collect\.sources|the sources)", "", fix)
+
+
+def _as_option(key: re.Match[str]) -> str:
+    value = f" {key.group(2)}" if key.group(2) else ""
+    return f"--{key.group(1).replace('_', '-')}{value}"
+
+
+def place_under_data(path: Path, folder: Path | None) -> Path:
+    """Return where a file is under data/, relative to the project, or where it would be copied to."""
+    inside = path.resolve()
+    root = DATA.resolve()
+    if inside.is_relative_to(root):
+        return DATA / inside.relative_to(root)
+    return DATA / (folder.resolve().name / path.relative_to(folder) if folder else path.name)
+
+
+def copy_under_data(file: DataFile) -> bool:
+    """Copy a file under data/ if it is elsewhere; return whether it was.
+
+    Raises:
+        InputError: another file has its name there.
+    """
+    check_copy(file)
+    if file.path.exists():
+        return False
+    with atomic_write(file.path) as copy:
+        shutil.copyfile(file.origin, copy)
+    return True
+
+
+def check_copy(file: DataFile) -> None:
+    """Raise an InputError if another file has the name under data/ that this one would get."""
+    if file.path.exists() and not filecmp.cmp(file.origin, file.path, shallow=False):
+        raise InputError(
+            f"{file.origin} cannot be copied: {file.path} exists and is another file",
+            "rename one of them, or remove the old one",
+        )

@@ -1,0 +1,140 @@
+"""What `init` prints: what was found, what changes in `params.yaml`, and what `make run` will do."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from flows.init.estimate import RunEstimate
+from flows.init.proposal import Findings
+from flows.init.reading import DataFile
+from stages.common.sources.detection.survey import Spread, Survey
+from stages.common.sources.files.entries import count, shorten, shorten_text
+
+SHOWN_CLASSES = 5
+SHOWN_REJECTED = 3
+SHOWN_LANGUAGES = 5
+SHOWN_CHARS = 70
+LEAST_TEST_ROWS = 100  # with fewer, an interval of 95 % is wider than ten points each way
+
+
+def report_findings(found: Findings, is_exact: bool) -> str:
+    """Return the report on the data."""
+    lines = [line for file in found.files for line in _report_file(file)]
+    lines += _report_task(found)
+    lines += _report_survey(found.survey, is_exact)
+    return "\n".join(lines) + "\n"
+
+
+def _report_file(file: DataFile) -> Iterator[str]:
+    figures, rejected = file.collected.figures, file.collected.rejected
+    details = [figures["format"], figures["encoding"] or ""]
+    if file.is_guessed:
+        details[1] += " (guessed: check the example below)"
+    if figures["delimiter"]:
+        details.append(f"delimiter {figures['delimiter']!r}")
+    yield f"{file.origin}: {count(len(file.collected.rows), 'row')} ({', '.join(filter(None, details))})"
+    columns = ", ".join(f"{part} = {name}" for part, name in figures["columns"].items())
+    yield f"  shape        {figures['shape']}: {columns}"
+    if figures["unread_columns"]:
+        names = ", ".join(figures["unread_columns"])
+        yield f"  not read     {names} (--tag-columns, --group-column or --context-column read a column)"
+    row = file.collected.rows[0]
+    yield f"  example      {shorten(row.question)} -> {shorten(row.answer)}"
+    if rejected:
+        by_reason = Counter(reject.reason for reject in rejected).most_common()
+        reasons = ", ".join(f"{number:,} {reason}" for reason, number in by_reason)
+        yield f"  rejected     {count(len(rejected), 'row')}: {reasons}"
+        for reject in rejected[:SHOWN_REJECTED]:
+            yield f"               line {reject.line}: {reject.reason}: {reject.detail}"
+
+
+def _report_task(found: Findings) -> Iterator[str]:
+    key = f", the class is under {found.task.label_key!r}" if found.task.label_key else ""
+    yield f"task           {found.task.kind}{key}: {found.task.reason}"
+    classes = found.survey.classes
+    if classes:
+        total = sum(classes.values())
+        shown = [
+            f"{shorten(name, 30)} {rows / total:.0%}" for name, rows in list(classes.items())[:SHOWN_CLASSES]
+        ]
+        name, rows = list(classes.items())[-1]
+        smallest = f"smallest {shorten(name, 30)} ({count(rows, 'row')})"
+        yield f"  classes      {len(classes):,}: {', '.join(shown)}; {smallest}"
+    if found.languages is None:
+        yield "  languages    not detected: pip install '.[monitor]', or give --language"
+    elif found.languages:
+        total = sum(found.languages.values())
+        top = list(found.languages.items())[:SHOWN_LANGUAGES]
+        yield f"  languages    {', '.join(f'{code} {rows / total:.0%}' for code, rows in top)}"
+
+
+def _report_survey(survey: Survey, is_exact: bool) -> Iterator[str]:
+    yield f"  question     {_report_spread(survey.question_chars)} characters"
+    yield f"  answer       {_report_spread(survey.answer_chars)} characters"
+    about = "" if is_exact else "about "
+    yield f"  tokens       {about}{survey.row_tokens.total:,}; a row has {_report_spread(survey.row_tokens)}"
+    if survey.long_rows:
+        yield f"  too long     {count(survey.long_rows, 'row')} of more tokens than finetune.max_length"
+    if survey.duplicates:
+        yield f"  duplicates   {count(survey.duplicates, 'row')}: curate drops them"
+    if survey.conflicts:
+        yield f"  conflicts    {count(survey.conflicts, 'row')} with a prompt that has several answers"
+    if survey.personal_data:
+        kinds = ", ".join(f"{kind} in {count(rows, 'row')}" for kind, rows in survey.personal_data.items())
+        yield f"  personal     {kinds}: curate drops them (curate.personal_data)"
+    for oddity in survey.oddities:
+        yield f"  suspicious   {oddity.what}: {count(oddity.rows, 'row')}, such as {oddity.example}"
+
+
+def _report_spread(spread: Spread) -> str:
+    return f"{spread.median:,} (median), {spread.p95:,} (95 %), {spread.largest:,} (longest)"
+
+
+def report_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Return the values that change, one a line; the two are the raw parameters before and after."""
+    lines = [
+        f"  {section}.{key}: {_show(old[section].get(key))} -> {_show(value)}"
+        for section, values in new.items()
+        for key, value in values.items()
+        if old[section].get(key) != value
+    ]
+    return "\n".join(["params.yaml", *(lines or ["  nothing to change"])]) + "\n"
+
+
+def _show(value: Any) -> str:
+    """Return a value on one line; a list of sources by their files."""
+    if isinstance(value, list) and value and isinstance(value[0], Mapping):
+        return ", ".join(str(source.get("path", source.get("kind"))) for source in value)
+    text = (
+        ", ".join(map(str, value))
+        if isinstance(value, list | Mapping)
+        else json.dumps(value, ensure_ascii=False)
+    )
+    return shorten_text(text, SHOWN_CHARS)
+
+
+def report_run(estimate: RunEstimate) -> str:
+    """Return what `make run` will do."""
+    lines = [
+        "make run",
+        "  fetches the base model, collects and checks the rows, trains an adapter, compares it with the",
+        "  base, exports it and writes its model card",
+        f"  training     about {estimate.train_rows:,} rows with {estimate.train_tokens:,} tokens, "
+        f"in {estimate.dtype}",
+        f"  test         about {estimate.test_rows:,} rows",
+        f"  time         about {_show_minutes(estimate.minutes)} on this machine, after installation",
+    ]
+    if estimate.test_rows < LEAST_TEST_ROWS:
+        lines.append(
+            "               so few test rows see large differences only; the report has the interval"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _show_minutes(minutes: float) -> str:
+    if minutes < 90:
+        return f"{max(1, round(minutes))} minutes"
+    return f"{minutes / 60:.1f} hours"
