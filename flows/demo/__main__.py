@@ -314,7 +314,7 @@ def _ports() -> dict[str, int]:
     taken: set[int] = set()
     while len(taken) < 5:
         taken.add(prefect_api.free_port())
-    pages = ("overview", "prefect", "mlflow", "evidently")
+    pages = ("dashboard", "prefect", "mlflow", "evidently")
     ports = sorted(taken)
     return {"services.port": ports[0]} | {
         f"flows.pages.{page}": port for page, port in zip(pages, ports[1:], strict=True)

@@ -88,7 +88,7 @@ def ports(params: Params) -> dict[str, tuple[str, int]]:
     host, port = _prefect_address(params)
     wanted = {
         "services.port": (params.services.host, params.services.port),
-        "flows.pages.overview": (LOOPBACK, pages.overview),
+        "flows.pages.dashboard": (LOOPBACK, pages.dashboard),
         _prefect_key(): (host, port),
         "flows.pages.evidently": (LOOPBACK, pages.evidently),
     }
@@ -105,19 +105,19 @@ def prefect_api_url(params: Params) -> str:
 
 def make_programs(root: Path, params: Params) -> tuple[Program, ...]:
     """Return what `make up` keeps running, in the order in which it is started."""
-    programs = [_overview(params), _prefect(params), _executor(params), _service(root, params)]
+    programs = [_dashboard(params), _prefect(params), _executor(params), _service(root, params)]
     if _mlflow_is_ours(params):
         programs.append(_mlflow(root, params))
     return (*programs, _evidently(root, params))
 
 
-def _overview(params: Params) -> Program:
-    url = f"http://{LOOPBACK}:{params.flows.pages.overview}/"
+def _dashboard(params: Params) -> Program:
+    url = f"http://{LOOPBACK}:{params.flows.pages.dashboard}/"
     return Program(
-        "overview",
+        "dashboard",
         (
-            *_module("uvicorn", "monitoring.dashboard.app:app", "--host", LOOPBACK),
-            *("--port", str(params.flows.pages.overview), "--log-level", "warning"),
+            *_module("uvicorn", "flows.dashboard.app:app", "--host", LOOPBACK),
+            *("--port", str(params.flows.pages.dashboard), "--log-level", "warning"),
         ),
         page=url,
         probe=f"{url}healthz",

@@ -1,7 +1,7 @@
 """Programs that are kept running together: started, watched, started anew when they die, ended in order.
 
 A program that dies is started again after 1 s, then 2, 4 … 60; one that has run for a minute has earned a
-short pause again. What becomes of each is kept in a file that the overview page reads.
+short pause again. What becomes of each is kept in a file that the dashboard reads.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def test_up_shows_the_page_executes_what_is_due_and_ends_with_all_it_started(fin
     """With SQLAlchemy 2.1 Prefect's cron schedules never fire, and nothing else says so."""
     finished.change("params.yaml", "cron: 0 3 * * 1", 'cron: "* * * * *"')
     finished.change("params.yaml", "learning_rate: 0.001", "learning_rate: 0.002")
-    for key in ("overview: 8000", "mlflow: 5000", "evidently: 8001", "port: 3000"):
+    for key in ("dashboard: 8000", "mlflow: 5000", "evidently: 8001", "port: 3000"):
         finished.change("params.yaml", f" {key} ", f" {key.split(':')[0]}: {prefect_api.free_port()} ")
     port = prefect_api.free_port()
     api = Api(f"http://127.0.0.1:{port}/api")

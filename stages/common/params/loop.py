@@ -167,7 +167,7 @@ class Notify(Section):
 class Pages(Section):
     """Where `make up` listens, on loopback."""
 
-    overview: Port
+    dashboard: Port
     prefect: Port
     mlflow: Port
     evidently: Port

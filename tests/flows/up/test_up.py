@@ -206,7 +206,7 @@ def with_tracking(params, url):
 
 def test_mlflow_elsewhere_is_not_started_here(params, tmp_path):
     ours = {program.name for program in up.make_programs(tmp_path, params)}
-    assert ours == {"overview", "prefect", "executor", "service", "mlflow", "evidently"}
+    assert ours == {"dashboard", "prefect", "executor", "service", "mlflow", "evidently"}
     elsewhere = with_tracking(params, "https://mlflow.example.org")
     assert "mlflow" not in {program.name for program in up.make_programs(tmp_path, elsewhere)}
     assert "flows.pages.mlflow" in up.ports(params)
@@ -237,13 +237,13 @@ def test_the_last_words_of_a_log_are_its_last_line_of_text(tmp_path):
 
 @pytest.mark.slow
 def test_make_up_brings_up_every_page_and_ends_them_all(tmp_path):
-    """The real programs, without a model: Prefect, what executes runs, MLflow, Evidently, the overview."""
+    """The real programs, without a model: Prefect, what executes runs, MLflow, Evidently, the dashboard."""
     text = (ROOT / "params.yaml").read_text()
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(5)]
     ports = [one.getsockname()[1] for one in sockets]
     for one in sockets:
         one.close()
-    keys = ("overview: 8000", "prefect: 4200", "mlflow: 5000", "evidently: 8001", "port: 3000")
+    keys = ("dashboard: 8000", "prefect: 4200", "mlflow: 5000", "evidently: 8001", "port: 3000")
     for key, port in zip(keys, ports, strict=True):
         assert text.count(f" {key} ") == 1
         text = text.replace(f" {key} ", f" {key.split(':')[0]}: {port} ")
@@ -257,19 +257,19 @@ def test_make_up_brings_up_every_page_and_ends_them_all(tmp_path):
         stderr=subprocess.STDOUT,
         text=True,
     )
-    overview = f"http://127.0.0.1:{ports[0]}"
+    dashboard = f"http://127.0.0.1:{ports[0]}"
 
     def states():
         try:
-            programs = httpx.get(f"{overview}/api/status", timeout=20).json()["programs"]
+            programs = httpx.get(f"{dashboard}/api/status", timeout=20).json()["programs"]
         except (httpx.HTTPError, KeyError):
             return {}
         return {program["name"]: program["state"] for program in programs}
 
-    up_now = dict.fromkeys(("overview", "prefect", "executor", "mlflow", "evidently"), "up")
+    up_now = dict.fromkeys(("dashboard", "prefect", "executor", "mlflow", "evidently"), "up")
     try:
         wait_until(lambda: states() == {**up_now, "service": "waiting"}, 120)
-        status = httpx.get(f"{overview}/api/status", timeout=20).json()
+        status = httpx.get(f"{dashboard}/api/status", timeout=20).json()
         pids = [
             one["pid"]
             for one in json.loads((tmp_path / ".perennial" / "up.json").read_text())["programs"].values()
@@ -292,7 +292,7 @@ def test_make_up_brings_up_every_page_and_ends_them_all(tmp_path):
 STOPPED_OFTEN = """
 import os, random, signal, sys, time
 from pathlib import Path
-from flows import supervisor
+from flows.up import supervisor
 
 supervisor.POLL_S = 0.00001
 folder, own = Path(sys.argv[1]), os.getpid()

@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 import pytest
 from starlette.testclient import TestClient
 
-from monitoring.dashboard.app import duration, figure, make_app
-from monitoring.dashboard.status import MAX_BINS, Counted, bins, look
+from flows.dashboard.app import format_duration, format_number, make_app
+from flows.dashboard.status import MAX_BINS, StatusCache, cut_bins, read_status
 from services.events import count_traffic, time_span
 from stages.common.artifacts import write_json
 from stages.common.params.loading import load_params
@@ -54,8 +54,8 @@ def checkout(tmp_path):
 
 
 def test_a_fresh_checkout_has_nothing_and_no_trouble(tmp_path, params):
-    status = look(tmp_path, params, Counted())
-    assert status["troubles"] == []
+    status = read_status(tmp_path, params, StatusCache())
+    assert status["problems"] == []
     assert status["model"]["champion"] is None and status["verdict"] is None and status["traffic"] is None
     assert status["gates"] == [] and status["releases"] == [] and status["feedback"] is None
     assert not status["flows"]["up"]
@@ -67,8 +67,8 @@ def test_a_fresh_checkout_has_nothing_and_no_trouble(tmp_path, params):
 def test_what_the_loop_left_is_seen(tmp_path, params):
     now = time.time()
     leave_traces(tmp_path, now)
-    status = look(tmp_path, params, Counted(), now)
-    assert status["troubles"] == []
+    status = read_status(tmp_path, params, StatusCache(), now)
+    assert status["problems"] == []
     model = status["model"]
     assert (model["champion"], model["former"], model["pinned"]) == (CHAMPION, FORMER, None)
     assert model["since"] == pytest.approx(now - (26 - 18.8) * 3600)
@@ -87,7 +87,9 @@ def test_a_release_that_was_undone_changed_no_champion(tmp_path, params):
     undone = loop_traces.release(now - 60, "roll_back", FORMER, CHAMPION, "by hand", outcome="undone")
     with (tmp_path / ".perennial/releases.jsonl").open("a") as file:
         file.write(json.dumps(undone) + "\n")
-    assert look(tmp_path, params, Counted(), now)["model"]["since"] == pytest.approx(now - 7.2 * 3600)
+    assert read_status(tmp_path, params, StatusCache(), now)["model"]["since"] == pytest.approx(
+        now - 7.2 * 3600
+    )
 
 
 @pytest.mark.parametrize(("last", "pinned"), [("pin", "before the holidays"), ("unpin", None)])
@@ -98,7 +100,7 @@ def test_a_pin_holds_until_it_is_taken_out(tmp_path, params, last, pinned):
             file.write(
                 json.dumps(loop_traces.release(1.0, action, None, CHAMPION, "before the holidays")) + "\n"
             )
-    assert look(tmp_path, params, Counted())["model"]["pinned"] == pinned
+    assert read_status(tmp_path, params, StatusCache())["model"]["pinned"] == pinned
 
 
 def test_broken_files_are_told_and_hide_nothing_else(tmp_path, params):
@@ -109,27 +111,27 @@ def test_broken_files_are_told_and_hide_nothing_else(tmp_path, params):
     (newest / "verdict.json").write_text("[]")
     with (tmp_path / ".perennial/releases.jsonl").open("a") as file:
         file.write("half a li")
-    status = look(tmp_path, params, Counted(), now)
-    assert len(status["troubles"]) == 3
-    assert "4b5c6d7e8f90.json is not JSON" in "".join(status["troubles"])
+    status = read_status(tmp_path, params, StatusCache(), now)
+    assert len(status["problems"]) == 3
+    assert "4b5c6d7e8f90.json is not JSON" in "".join(status["problems"])
     assert len(status["gates"]) == 1 and len(status["verdicts"]) == 11 and len(status["releases"]) == 3
 
 
 def test_a_file_that_is_no_store_is_told(tmp_path, params):
     (tmp_path / ".perennial").mkdir()
     (tmp_path / ".perennial/events.db").write_text("no database")
-    status = look(tmp_path, params, Counted())
+    status = read_status(tmp_path, params, StatusCache())
     assert status["traffic"] is None
-    assert status["troubles"] and status["troubles"][0].startswith("the event store: ")
+    assert status["problems"] and status["problems"][0].startswith("the event store: ")
 
 
 def test_late_feedback_and_new_answers_change_only_the_latest_bins(tmp_path, params):
-    counted = Counted()
+    cache = StatusCache()
     began = 1_790_000_000.0
     record(tmp_path, [exchange(number, began + 60 * number) for number in range(30)])
-    first = look(tmp_path, params, counted)["traffic"]
+    first = read_status(tmp_path, params, cache)["traffic"]
     record(tmp_path, [exchange(100, began + 1735, valid=False), thumb(100, began + 1736, False)])
-    second = look(tmp_path, params, counted)["traffic"]
+    second = read_status(tmp_path, params, cache)["traffic"]
     assert sum(one["requests"] for one in first["bins"]) == 30
     assert sum(one["requests"] for one in second["bins"]) == 31
     assert sum(one["thumbs_down"] for one in second["bins"]) == 1
@@ -162,7 +164,7 @@ def test_traffic_is_counted_by_what_became_of_it(tmp_path):
 @pytest.mark.parametrize("span_s", [0.0, 5.0, 700.0, 26 * 3600.0, 40 * 86_400.0])
 def test_bins_hold_the_last_traffic_and_are_not_too_many(span_s):
     last = 1_790_000_123.4
-    edges, step = bins(last - span_s, last)
+    edges, step = cut_bins(last - span_s, last)
     assert edges[-2] <= last < edges[-1] and len(edges) - 1 <= MAX_BINS
     assert edges[0] <= max(last - span_s, last - 7 * 86_400)
     assert all(edge % step == 0 for edge in edges)
@@ -172,10 +174,10 @@ def test_the_supervisors_word_is_taken_only_while_it_lives(tmp_path, params):
     programs = {"service": {"state": "up", "page": "http://127.0.0.1:1/", "why": "", "since": 1.0}}
     path = tmp_path / ".perennial" / "up.json"
     write_json(path, {"pid": os.getpid(), "programs": programs})
-    states = {one["name"]: one["state"] for one in look(tmp_path, params, Counted())["programs"]}
+    states = {one["name"]: one["state"] for one in read_status(tmp_path, params, StatusCache())["programs"]}
     assert states["service"] == "up"
     write_json(path, {"pid": 2**22 + 1, "programs": programs})  # no process has such an id
-    states = {one["name"]: one["state"] for one in look(tmp_path, params, Counted())["programs"]}
+    states = {one["name"]: one["state"] for one in read_status(tmp_path, params, StatusCache())["programs"]}
     assert states["service"] == "down"
 
 
@@ -204,7 +206,7 @@ def test_the_last_run_of_each_of_our_flows_is_asked_of_prefect(tmp_path, params)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         base = f"http://127.0.0.1:{server.server_port}"
         write_json(tmp_path / ".perennial/server.json", {"url": f"{base}/api"})
-        flows = look(tmp_path, params, Counted())["flows"]
+        flows = read_status(tmp_path, params, StatusCache())["flows"]
         server.shutdown()
     assert flows["up"] and set(flows["runs"]) == {"watch"}
     run = flows["runs"]["watch"]
@@ -247,7 +249,7 @@ def test_reports_are_served_and_nothing_else_is(checkout):
         )
         for path in ("..", "%2e%2e%2f%2e%2e%2fsecret", "*", "20261121T101500-50?"):
             assert client.get(f"/reports/watch/{path}").status_code == 404
-        assert client.get("/page/overview.html").status_code == 404
+        assert client.get("/page/dashboard.html").status_code == 404
         assert client.post("/", json={}).status_code == 405
 
 
@@ -263,14 +265,14 @@ def test_wrong_parameters_are_shown_and_not_a_blank_page(checkout):
     [(0, "0 s"), (59.6, "1 min"), (3723, "1 h 2 min"), (3605, "1 h"), (200_000, "2 d 7 h")],
 )
 def test_lengths_of_time_are_said_with_their_largest_units(seconds, text):
-    assert duration(seconds) == text
+    assert format_duration(seconds) == text
 
 
 @pytest.mark.parametrize(
     ("value", "text"), [(None, "–"), (0.0005, "0.0005"), (-0.25, "−0.25"), (0.0, "0"), (214.0, "214")]
 )
 def test_figures_are_said_without_idle_digits(value, text):
-    assert figure(value) == text
+    assert format_number(value) == text
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -278,7 +280,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 
 @pytest.fixture
 def served(checkout):
-    """The overview served for real; yields its address."""
+    """The dashboard served for real; yields its address."""
     import uvicorn
 
     with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -1,8 +1,8 @@
-"""Take the pictures of the overview page anew, from a checkout that `make up` or `make demo` runs in.
+"""Take the pictures of the dashboard anew, from a checkout that `make up` or `make demo` runs in.
 
-Reads nothing; writes overview-light.png and overview-dark.png beside this file.
+Reads nothing; writes dashboard-light.png and dashboard-dark.png beside this file.
 
-    python docs/images/overview.py http://127.0.0.1:8000/
+    python docs/images/dashboard.py http://127.0.0.1:8000/
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def take(browser: Browser, url: str, scheme: str) -> None:
     )
     page.goto(url)
     page.get_by_role("heading", name="At a glance").wait_for()
-    path = FOLDER / f"overview-{scheme}.png"
+    path = FOLDER / f"dashboard-{scheme}.png"
     part = path.with_name(path.name + ".part")
     part.write_bytes(page.screenshot(full_page=True))
     os.replace(part, path)

@@ -1,4 +1,4 @@
-"""One page that shows all at a glance: `uvicorn monitoring.dashboard.app:app`, or `make up`.
+"""One page that shows all at a glance: `uvicorn flows.dashboard.app:app`, or `make up`.
 
 It only reads. A thread looks at everything every few seconds, and a request is answered with what was seen
 last: nothing that is slow or down can hold the page up.
@@ -20,8 +20,8 @@ from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, PlainTex
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from monitoring.dashboard.charts import chart
-from monitoring.dashboard.status import WATCH, Counted, look
+from flows.dashboard.charts import draw_charts
+from flows.dashboard.status import WATCH, StatusCache, read_status
 from stages.common.errors import InputError
 from stages.common.params.loading import load_params
 
@@ -29,7 +29,7 @@ PAGE = Path(__file__).parent / "page"
 LOOK_EVERY_S = 5.0
 FIRST_LOOK_WITHIN_S = 10.0
 STALE_S = 60.0  # older than this, the page says that it is old
-FILES = {"overview.css": "text/css", "overview.js": "text/javascript", "icon.svg": "image/svg+xml"}
+FILES = {"dashboard.css": "text/css", "dashboard.js": "text/javascript", "icon.svg": "image/svg+xml"}
 POLICY = "; ".join(
     (
         "default-src 'none'",
@@ -43,7 +43,7 @@ REPORT_POLICY = (
     "img-src data: blob:; font-src data:; worker-src blob:; frame-ancestors 'none'"
 )
 
-logger = logging.getLogger("monitoring.overview")
+logger = logging.getLogger("flows.dashboard")
 
 
 class Watcher:
@@ -59,7 +59,7 @@ class Watcher:
         self._first = threading.Event()
         self._status: dict[str, Any] | None = None
         self._problem: str | None = None
-        self._thread = threading.Thread(target=self._run, name="overview", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="dashboard", daemon=True)
 
     def start(self) -> None:
         """Begin to look."""
@@ -82,16 +82,16 @@ class Watcher:
         return self._status | {"problem": self._problem, "age_s": age_s, "stale": age_s > STALE_S}
 
     def _run(self) -> None:
-        counted = Counted()
+        cache = StatusCache()
         while not self._stop.is_set():
             try:
                 params = load_params(self._root / "params.yaml")
-                self._status = look(self._root, params, counted)
+                self._status = read_status(self._root, params, cache)
                 self._problem = None
             except InputError as error:
                 self._problem = error.what
             except Exception as error:  # the page must tell it, not stop without a word
-                logger.exception("the overview could not look")
+                logger.exception("the dashboard could not look")
                 self._problem = f"{type(error).__name__}: {error}"
             self._first.set()
             self._stop.wait(self._every_s)
@@ -107,8 +107,8 @@ def make_app(root: Path, every_s: float = LOOK_EVERY_S) -> FastAPI:
         yield
         watcher.stop()
 
-    app = FastAPI(title="Perennial overview", lifespan=lifespan, docs_url=None, redoc_url=None)
-    template = _environment().get_template("overview.html")
+    app = FastAPI(title="Perennial dashboard", lifespan=lifespan, docs_url=None, redoc_url=None)
+    template = _environment().get_template("dashboard.html")
 
     @app.get("/")
     def page() -> HTMLResponse:
@@ -152,7 +152,7 @@ def _drawing(status: dict[str, Any]) -> dict[str, Markup] | None:
     traffic = status["traffic"]
     if not traffic or not traffic["bins"]:
         return None
-    drawn = chart(traffic, status["verdicts"], status["releases"])
+    drawn = draw_charts(traffic, status["verdicts"], status["releases"])
     return {name: Markup(svg) for name, svg in drawn.items()}
 
 
@@ -165,16 +165,16 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
     )
     environment.filters |= {
-        "clock": clock,
+        "clock": format_time,
         "machine_time": lambda at: datetime.fromtimestamp(at).astimezone().isoformat(timespec="seconds"),
-        "duration": duration,
+        "duration": format_duration,
         "version": lambda tag: str(tag).rpartition(":")[2],
-        "figure": figure,
+        "number": format_number,
     }
     return environment
 
 
-def clock(at: float) -> str:
+def format_time(at: float) -> str:
     """Say a time (unix s) as people on this machine do."""
     then, now = datetime.fromtimestamp(at), datetime.now()
     if then.date() == now.date():
@@ -182,7 +182,7 @@ def clock(at: float) -> str:
     return then.strftime("%d %b %H:%M" if then.year == now.year else "%d %b %Y")
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Say a length of time with its one or two largest units."""
     left = max(0, round(seconds))
     words: list[str] = []
@@ -197,7 +197,7 @@ def duration(seconds: float) -> str:
     return " ".join(words)
 
 
-def figure(value: float | None) -> str:
+def format_number(value: float | None) -> str:
     """Say a figure with four digits after the point at most; a dash for none."""
     return "–" if value is None else f"{value:.4f}".rstrip("0").rstrip(".").replace("-", "−")
 

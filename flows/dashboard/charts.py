@@ -1,4 +1,4 @@
-"""The overview's drawings, as SVG without a script: traffic and quality over time.
+"""The dashboard's drawings, as SVG without a script: traffic and quality over time.
 
 Places along the time axis are percentages and heights are pixels, so a drawing takes any width and its
 letters keep their size.
@@ -12,7 +12,7 @@ from html import escape
 from itertools import pairwise
 from typing import Any
 
-from monitoring.dashboard.status import changed_to, is_change
+from flows.dashboard.status import changed_to, is_change
 
 HEIGHT = 150  # of a plot, px
 MARKS = 26  # of the row of verdicts, px
@@ -23,13 +23,13 @@ GRID = "".join(
 )
 
 
-def chart(
+def draw_charts(
     traffic: dict[str, Any], verdicts: Sequence[dict[str, Any]], releases: Sequence[dict[str, Any]]
 ) -> dict[str, str]:
     """Return the drawings: "marks" (a verdict each), "requests" and "quality", over the same time axis.
 
     Args:
-        traffic: as `overview_status.look` gives it, with at least one bin.
+        traffic: as `read_status` gives it, with at least one bin.
         verdicts, releases: likewise; those outside the time axis are left out.
     """
     rows: list[Bin] = traffic["bins"]

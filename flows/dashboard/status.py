@@ -1,7 +1,7 @@
 """What is going on, from files, the event store and Prefect's API: one dict that page and JSON both show.
 
 Every piece may be missing; then it is None or empty, and the page says what to do. Nothing here raises for
-a file that is broken or a server that is down: what could not be read is said under "troubles".
+a file that is broken or a server that is down: what could not be read is said under "problems".
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from stages.common.artifacts import STATE, read_json
 from stages.common.errors import InputError
 from stages.common.params.loading import Params
 
-PRIVATE = STATE
 GATE, CANARY, PARITY = (Path("reports") / name for name in ("gate", "canary", "parity"))
 WATCH = Path("reports") / "watch"
 MAX_WINDOWS = 60  # drawn
@@ -34,54 +33,54 @@ MAX_RELEASES = 12
 MAX_BINS = 60
 MAX_SPAN_S = 7 * 86_400.0  # of the traffic that is drawn
 STEPS_S = (10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 10_800, 21_600)
-FRESH_BINS = 3  # counted anew each time: their answers and feedback are still coming
-COUNT_WITHIN_S = 2.0  # the rest of the bins is counted the next time
+FRESH_BINS = 3  # cache anew each time: their answers and feedback are still coming
+COUNT_WITHIN_S = 2.0  # the rest of the bins is cache the next time
 HTTP_TIMEOUT_S = 1.5
 MAX_TAIL_BYTES = 200_000
-PROGRAMS = ("service", "prefect", "executor", "mlflow", "evidently", "overview")  # as the page shows them
+PROGRAMS = ("service", "prefect", "executor", "mlflow", "evidently", "dashboard")  # as the page shows them
 FLOWS = ("watch", "retrain", "release", "training")
 
 
 @dataclass(slots=True)
-class Counted:
-    """Bins of traffic that were counted before and are not counted again, and verdicts that were read."""
+class StatusCache:
+    """Bins of traffic that were cache before and are not cache again, and verdicts that were read."""
 
     step_s: float = 0.0
     bins: dict[float, dict[str, Any]] = field(default_factory=dict)
     verdicts: dict[str, tuple[float, DriftVerdict]] = field(default_factory=dict)
 
 
-def look(root: Path, params: Params, counted: Counted, now: float | None = None) -> dict[str, Any]:
+def read_status(root: Path, params: Params, cache: StatusCache, now: float | None = None) -> dict[str, Any]:
     """Return the status of the checkout at `root`: plain values, times in unix s.
 
     Args:
-        counted: kept by the caller from one look to the next.
+        cache: kept by the caller from one look to the next.
     """
     now = time.time() if now is None else now
-    troubles: list[str] = []
-    verdicts = _verdicts(root, counted, troubles)
-    releases = _lines(root / PRIVATE / "releases.jsonl", troubles)
-    canaries = _folder(root / CANARY, troubles)
+    problems: list[str] = []
+    verdicts = _verdicts(root, cache, problems)
+    releases = _lines(root / STATE / "releases.jsonl", problems)
+    canaries = _folder(root / CANARY, problems)
     status: dict[str, Any] = {
         "now": now,
-        "model": _model(root, verdicts, releases, troubles),
+        "model": _model(root, verdicts, releases, problems),
         "verdict": _whole(root, verdicts[-1]) if verdicts else None,
         "verdicts": [_short(verdict) for verdict in verdicts[-MAX_WINDOWS:]],
         "flows": _flows(root, params),
-        "retraining": _retraining(root, troubles),
-        "gates": _gates(root, canaries, troubles),
+        "retraining": _retraining(root, problems),
+        "gates": _gates(root, canaries, problems),
         "releases": releases[::-1][:MAX_RELEASES],
-        "feedback": _json(root / "reports" / "feedback.json", troubles),
-        "traffic": _traffic(root, params, counted, troubles),
-        "programs": _programs(root, params, troubles),
+        "feedback": _json(root / "reports" / "feedback.json", problems),
+        "traffic": _traffic(root, params, cache, problems),
+        "programs": _programs(root, params, problems),
     }
-    return status | {"troubles": troubles}
+    return status | {"problems": problems}
 
 
 def _model(
-    root: Path, verdicts: Sequence[DriftVerdict], releases: Sequence[dict[str, Any]], troubles: list[str]
+    root: Path, verdicts: Sequence[DriftVerdict], releases: Sequence[dict[str, Any]], problems: list[str]
 ) -> dict[str, Any]:
-    aliases = _json(root / PRIVATE / "aliases.json", troubles) or {}
+    aliases = _json(root / STATE / "aliases.json", problems) or {}
     champion = aliases.get("champion")
     since = next(
         (
@@ -92,7 +91,7 @@ def _model(
         None,
     )
     made = None
-    exported = _json(root / "artifacts" / "export" / "serving.json", troubles)
+    exported = _json(root / "artifacts" / "export" / "serving.json", problems)
     if exported and f"{exported.get('name')}:{exported.get('version')}" == champion:
         made = (root / "artifacts" / "export" / "serving.json").stat().st_mtime
     pin = next((one for one in reversed(releases) if _action(one) in ("pin", "unpin")), None)
@@ -129,17 +128,17 @@ def changed_to(release: dict[str, Any]) -> str | None:
     return release.get("champion") or release.get("tag")
 
 
-def _verdicts(root: Path, counted: Counted, troubles: list[str]) -> list[DriftVerdict]:
+def _verdicts(root: Path, cache: StatusCache, problems: list[str]) -> list[DriftVerdict]:
     """Return the newest verdicts, oldest first; a file that did not change is not read again."""
     found: dict[str, tuple[float, DriftVerdict]] = {}
     # The name of a window starts with its time.
     for path in sorted((root / WATCH).glob("*/verdict.json"))[-MAX_WINDOWS:]:
         window = path.parent.name
-        with _telling(troubles):
+        with _reporting(problems):
             changed = path.stat().st_mtime
-            known = counted.verdicts.get(window)
+            known = cache.verdicts.get(window)
             found[window] = known if known and known[0] == changed else (changed, read_verdict(root, window))
-    counted.verdicts = found
+    cache.verdicts = found
     return sorted((verdict for _, verdict in found.values()), key=lambda one: (one.window.end, one.id))
 
 
@@ -164,7 +163,7 @@ def _short(verdict: DriftVerdict) -> dict[str, Any]:
 
 
 def _gates(
-    root: Path, canaries: dict[str, tuple[float, dict[str, Any]]], troubles: list[str]
+    root: Path, canaries: dict[str, tuple[float, dict[str, Any]]], problems: list[str]
 ) -> list[dict[str, Any]]:
     """Return the gate's verdicts, the newest first, each with how it went on: as a canary, on probation."""
 
@@ -174,32 +173,32 @@ def _gates(
 
     found = [
         value | {"made_at": value.get("made_at", changed), "trials": trials(name)}
-        for name, (changed, value) in _folder(root / GATE, troubles).items()
+        for name, (changed, value) in _folder(root / GATE, problems).items()
     ]
     return sorted(found, key=lambda one: float(one["made_at"]), reverse=True)[:MAX_GATES]
 
 
-def _folder(folder: Path, troubles: list[str]) -> dict[str, tuple[float, dict[str, Any]]]:
+def _folder(folder: Path, problems: list[str]) -> dict[str, tuple[float, dict[str, Any]]]:
     found = {}
     for path in sorted(folder.glob("*.json")):
-        value = _json(path, troubles)
+        value = _json(path, problems)
         if isinstance(value, dict):
             found[path.stem] = (path.stat().st_mtime, value)
     return found
 
 
-def _retraining(root: Path, troubles: list[str]) -> dict[str, Any]:
+def _retraining(root: Path, problems: list[str]) -> dict[str, Any]:
     """Return the retraining that is under way, if one is, and how the last one ended."""
-    ended = _lines(root / PRIVATE / "retrainings.jsonl", troubles)
+    ended = _lines(root / STATE / "retrainings.jsonl", problems)
     return {
-        "at_work": _json(root / PRIVATE / "retrain.json", troubles),
+        "at_work": _json(root / STATE / "retrain.json", problems),
         "last": ended[-1] if ended else None,
     }
 
 
-def _programs(root: Path, params: Params, troubles: list[str]) -> list[dict[str, Any]]:
+def _programs(root: Path, params: Params, problems: list[str]) -> list[dict[str, Any]]:
     """Return what `make up` keeps running, or, without it, whether the known addresses answer."""
-    kept = _json(root / PRIVATE / "up.json", troubles) or {}
+    kept = _json(root / STATE / "up.json", problems) or {}
     programs = [
         {"name": name, **values}
         for name, values in (kept.get("programs") or {}).items()
@@ -254,8 +253,8 @@ def _flows(root: Path, params: Params) -> dict[str, Any]:
     """Return the last run of each flow, from Prefect's API; `up` is False where none answers."""
     import httpx
 
-    troubles: list[str] = []
-    announced = (_json(root / PRIVATE / "server.json", troubles) or {}).get("url")
+    problems: list[str] = []
+    announced = (_json(root / STATE / "server.json", problems) or {}).get("url")
     api = os.environ.get("PREFECT_API_URL") or announced
     api = (api or f"http://127.0.0.1:{params.flows.pages.prefect}/api").rstrip("/")
     found: dict[str, Any] = {}
@@ -296,7 +295,7 @@ def _instant(text: str | None) -> float | None:
     return datetime.fromisoformat(text).timestamp() if text else None
 
 
-def _traffic(root: Path, params: Params, counted: Counted, troubles: list[str]) -> dict[str, Any] | None:
+def _traffic(root: Path, params: Params, cache: StatusCache, problems: list[str]) -> dict[str, Any] | None:
     """Return counts of the last days of traffic in bins of one length; None without any."""
     from services.events import count_traffic, time_span
 
@@ -307,24 +306,24 @@ def _traffic(root: Path, params: Params, counted: Counted, troubles: list[str]) 
         span = time_span(url)
         if span is None:
             return None
-        edges, step_s = bins(*span)
-        if counted.step_s != step_s:
-            counted.step_s, counted.bins = step_s, {}
+        edges, step_s = cut_bins(*span)
+        if cache.step_s != step_s:
+            cache.step_s, cache.bins = step_s, {}
         fresh = set(edges[-1 - FRESH_BINS : -1])
-        wanted = [start for start in reversed(edges[:-1]) if start in fresh or start not in counted.bins]
+        wanted = [start for start in reversed(edges[:-1]) if start in fresh or start not in cache.bins]
         deadline = time.monotonic() + COUNT_WITHIN_S
         for one in count_traffic(url, ((start, start + step_s) for start in wanted)):
-            counted.bins[one.start] = asdict(one)
+            cache.bins[one.start] = asdict(one)
             if time.monotonic() > deadline:
                 break
     except InputError as error:
-        troubles.append(f"the event store: {error.what}")
+        problems.append(f"the event store: {error.what}")
         return None
-    counted.bins = {start: value for start, value in counted.bins.items() if start >= edges[0]}
+    cache.bins = {start: value for start, value in cache.bins.items() if start >= edges[0]}
     return {
         "step_s": step_s,
-        "bins": [counted.bins[start] for start in edges[:-1] if start in counted.bins],
-        "complete": all(start in counted.bins for start in edges[:-1]),
+        "bins": [cache.bins[start] for start in edges[:-1] if start in cache.bins],
+        "complete": all(start in cache.bins for start in edges[:-1]),
     }
 
 
@@ -337,7 +336,7 @@ def _store(root: Path, url: str) -> str | None:
     return f"{file[1]}{path}" if path.exists() else None
 
 
-def bins(first: float, last: float) -> tuple[list[float], float]:
+def cut_bins(first: float, last: float) -> tuple[list[float], float]:
     """Return the edges of at most `MAX_BINS` bins that hold [first, last], and their length in s.
 
     Edges are multiples of the length, so that a bin stays the same from one look to the next. Older traffic
@@ -351,21 +350,21 @@ def bins(first: float, last: float) -> tuple[list[float], float]:
     return [start + step * place for place in range(count + 1)], step
 
 
-def _json(path: Path, troubles: list[str]) -> Any:
+def _json(path: Path, problems: list[str]) -> Any:
     """Return what a JSON file holds; None if it is not there, or is broken (which is reported)."""
     if not path.exists():
         return None
-    with _telling(troubles):
+    with _reporting(problems):
         return read_json(path)
     return None
 
 
-def _lines(path: Path, troubles: list[str]) -> list[dict[str, Any]]:
+def _lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     """Return the objects of a JSON-lines file, oldest first or of its tail; broken lines are reported."""
     if not path.exists():
         return []
     found = []
-    with _telling(troubles):
+    with _reporting(problems):
         with path.open("rb") as file:
             size = path.stat().st_size
             file.seek(max(0, size - MAX_TAIL_BYTES))
@@ -374,7 +373,7 @@ def _lines(path: Path, troubles: list[str]) -> list[dict[str, Any]]:
             try:
                 value = json.loads(line)
             except ValueError:
-                troubles.append(f"{path.name} holds a line that is not JSON")
+                problems.append(f"{path.name} holds a line that is not JSON")
                 continue
             if isinstance(value, dict):
                 found.append(value)
@@ -382,11 +381,11 @@ def _lines(path: Path, troubles: list[str]) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _telling(troubles: list[str]) -> Iterator[None]:
+def _reporting(problems: list[str]) -> Iterator[None]:
     """Set down what a file is wrong with instead of raising it."""
     try:
         yield
     except InputError as error:
-        troubles.append(error.what)
+        problems.append(error.what)
     except OSError as error:
-        troubles.append(str(error))
+        problems.append(str(error))
