@@ -27,7 +27,8 @@ def tell(settings: Notify, occasion: Occasion, subject: str, body: str) -> int:
     for slug in filter(None, (settings.webhook, settings.email)):
         try:
             block = _load(slug)
-            block.notify(body=body, subject=f"Perennial: {subject}")
+            # A mail's subject is one line, whatever an error's message is.
+            block.notify(body=body, subject=f"Perennial: {' '.join(subject.split())}")
             sent += 1
         except Exception as error:  # whatever it is: nobody's mail server decides whether a model is replaced
             logger.warning("%s could not be told that %s: %s", slug, subject, error)

@@ -18,7 +18,7 @@ import sys
 import time
 import tomllib
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -198,6 +198,14 @@ def flush() -> None:
 
     APILogWorker.drain_all(timeout=FLUSH_S)
     EventsWorker.drain_all(timeout=FLUSH_S)
+
+
+def literal_name(name: str) -> Callable[[], str]:
+    """Return `name` as Prefect's flow_run_name and task_run_name take it unchanged.
+
+    They format a plain string as a template, so braces in it (a changed list in params.yaml) would raise.
+    """
+    return lambda: name
 
 
 def free_port() -> int:

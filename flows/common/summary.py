@@ -104,12 +104,13 @@ def table(results: Sequence[Comparison]) -> list[dict[str, str]]:
 def terminal_table(results: Sequence[Comparison]) -> Table:
     """Return the same rows for a terminal."""
     from rich.table import Table
+    from rich.text import Text
 
     shown = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("metric", "base", "tuned", "difference"):
         shown.add_column("" if column == "metric" else column, no_wrap=True)
     for row in table(results):
-        shown.add_row(*row.values())
+        shown.add_row(*map(Text, row.values()))  # metrics are named after the user's keys: not as markup
     return shown
 
 

@@ -72,7 +72,7 @@ def _run(root: Path, options: argparse.Namespace) -> int:
         api.wait()
         if api.is_temporary:
             console.hide_links()
-        state = training.with_options(flow_run_name=run.name)(
+        state = training.with_options(flow_run_name=prefect_api.literal_name(run.name))(
             force=options.force, until=options.until, return_state=True
         )
         stopped_by = run.processes.stopped_by
@@ -101,18 +101,20 @@ def _show_failures(failures: Sequence[StageFailure], not_run: Sequence[str]) -> 
 
 def _show_result(root: Path, name: str, result: PipelineResult, seconds: float) -> None:
     from rich.console import Console
+    from rich.text import Text
 
     from flows.common import summary
 
     # A narrower table would cut its figures off; a log has 80 columns by default.
     columns = max(RESULT_COLUMNS, shutil.get_terminal_size().columns)
-    terminal = Console(highlight=False, soft_wrap=True, width=columns)
+    # A name may hold what looks like rich's markup or an emoji's code.
+    terminal = Console(markup=False, emoji=False, highlight=False, soft_wrap=True, width=columns)
     counts = {"ran": result.ran, "restored": result.restored, "unchanged": result.unchanged}
-    said = ", ".join(f"{len(stages)} {how}" for how, stages in counts.items() if stages)
-    terminal.print(f"\n[bold]{name}[/bold]: {said}, in {_duration(seconds)}\n")
+    summarised = ", ".join(f"{len(stages)} {how}" for how, stages in counts.items() if stages)
+    terminal.print(Text.assemble("\n", (name, "bold"), f": {summarised}, in {_duration(seconds)}\n"))
     if results := summary.read_results(root):
         terminal.print(summary.terminal_table(results))
-        terminal.print("[dim]intervals from the test rows; p of a paired test[/dim]\n")
+        terminal.print("intervals from the test rows; p of a paired test\n", style="dim")
     where = {"card": summary.card_path(root), "figures": root / "reports" / "evaluate" / "metrics.json"}
     for what, path in where.items():
         if path.exists():

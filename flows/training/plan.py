@@ -158,9 +158,10 @@ def _dependency_changes(
         yield from _parameter_changes(stage, path, how)
     elif path in made_by:
         yield Change("output", path)
-    elif path.endswith(".py"):
-        # The name of the stage for its own module, the path for what stages share.
-        yield Change("code", stage.addressing if Path(path).stem == stage.addressing else path)
+    elif path.endswith(".py") or Path(path).parts[0] == "stages":
+        # The name of the stage for its own module or folder, the path for what stages share.
+        own = stage.addressing in Path(path).with_suffix("").parts
+        yield Change("code", stage.addressing if own else path)
     else:
         yield Change("data", stage.addressing)
 
@@ -179,12 +180,17 @@ def _differences(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]
     if isinstance(old, dict) and isinstance(new, dict):
         for name in dict.fromkeys([*old, *new]):
             yield from _differences(f"{key}.{name}", old.get(name), new.get(name))
+    elif isinstance(old, list) and isinstance(new, list) and len(old) != len(new):
+        yield key, f"{len(old)} entries", f"{len(new)} entries"
+    elif isinstance(old, list) and isinstance(new, list):
+        for position, (before, after) in enumerate(zip(old, new, strict=True)):
+            yield from _differences(f"{key}.{position}", before, after)
     elif old != new:
         yield key, old, new
 
 
 def _short(value: Any) -> str:
-    text = "none" if value is None else str(value)
+    text = "none" if value is None else " ".join(str(value).split())
     return text if len(text) <= 24 else text[:23] + "…"
 
 

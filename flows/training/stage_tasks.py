@@ -7,6 +7,7 @@ whether a stage runs, runs it, and keeps its outputs.
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,6 +22,7 @@ from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
 from prefect.states import Cancelled, Completed, Failed
 
+from flows.common.prefect_api import literal_name
 from flows.training.plan import StagePlan
 from flows.training.prepared_run import PreparedRun
 from flows.training.stage_process import Outcome, Progress, is_chatter, parse_progress
@@ -64,7 +66,8 @@ def as_task(name: str, work: Callable[[], Result]) -> Result:
 
     It takes no arguments: Prefect looks into those, and stumbles over a section with a key called `keys`.
     """
-    return task(name=name, task_run_name=name, cache_policy=NO_CACHE, persist_result=False)(work)()
+    options: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
+    return task(name=name, task_run_name=literal_name(name), **options)(work)()
 
 
 def run_stages(run: PreparedRun, *, retries: int, retry_delay_s: float) -> PipelineResult:
@@ -82,7 +85,7 @@ def run_stages(run: PreparedRun, *, retries: int, retry_delay_s: float) -> Pipel
         body = _unchanged if stage.name not in stale and not run.force else _stage_body(run, stage.name)
         stage_task = task(
             name=stage.name,
-            task_run_name=stage.name,
+            task_run_name=literal_name(stage.name),
             retries=retries,
             retry_delay_seconds=retry_delay_s,
             retry_condition_fn=_retry_condition(ledger, stage.name),
@@ -214,7 +217,7 @@ class _Lines:
 
     def _draw(self, percent: float, note: str) -> None:
         if self._artifact is None:
-            key = f"{self._stage}-progress".replace("_", "-")
+            key = re.sub("[^a-z0-9]+", "-", f"{self._stage}-progress".lower())  # all that Prefect allows
             made = create_progress_artifact(progress=percent, key=key, description=note or self._stage)
             self._artifact = made if isinstance(made, UUID) else None
         else:

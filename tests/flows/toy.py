@@ -58,6 +58,7 @@ stages:
   read:
     cmd: python work/stage.py read {seconds} read.txt data/in.txt
     deps: [work/stage.py, data]
+    params: [collect, check_bias]
     outs: [read.txt]
   train:
     cmd: python work/stage.py train 0 train.txt fetch.txt read.txt
@@ -67,6 +68,7 @@ stages:
   judge:
     cmd: python work/stage.py judge 0 judge.txt train.txt
     deps: [work/stage.py, work/judge.py, train.txt]
+    params: [model_card]
     outs: [judge.txt]
 """
 

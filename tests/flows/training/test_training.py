@@ -302,3 +302,64 @@ def test_the_results_are_shown_and_become_a_table(finished, api):
     artifacts = api.artifacts(api.last_run())
     assert artifacts["results"]["type"] == "table"
     assert artifacts["model-card"]["data"] == "# A model\n"
+
+
+# A user's changes: text of params.yaml -> its replacement, and the name that Prefect must show unchanged.
+PROMPT = "Answer with one intent as JSON."
+CHANGES = {
+    "sources": (
+        "    - kind: feedback",
+        "    - {kind: file, path: 'data/{mine}.csv', license: mit}\n    - kind: feedback",
+        "params collect.sources 2 entries→3 entries",
+    ),
+    "list": (
+        "data/feedback/rows.jsonl",
+        "data/{0}/%(rows)s.jsonl",
+        "params collect.sources.1.path data/feedback/rows.jsonl→data/{0}/%(rows)s.jsonl",
+    ),
+    "mapping": (
+        "    language: {min",
+        "    '{new} 5%': {max_cramers_v: 0.2, min_representation_ratio: 0.5}\n    language: {min",
+        "params check_bias.groups.{new} 5% none→{'max_cramers_v': 0.2, …",
+    ),
+    "braces": (
+        PROMPT,
+        "'{a} {} {0} }{ {{ }}'",
+        "params collect.system_prompt Answer with one intent …→{a} {} {0} }{ {{ }}",
+    ),
+    "percent": (
+        PROMPT,
+        "'100 % of %s %(a)s'",
+        "params collect.system_prompt Answer with one intent …→100 % of %s %(a)s",
+    ),
+    "dollars": (
+        PROMPT,
+        "'$5 ${a} $x^{2}$'",
+        "params collect.system_prompt Answer with one intent …→$5 ${a} $x^{2}$",
+    ),
+    "markup": (
+        PROMPT,
+        "'[/bold] [red] :x:'",
+        "params collect.system_prompt Answer with one intent …→[/bold] [red] :x:",
+    ),
+    "lines": (PROMPT, '"one\\ntwo"', "params collect.system_prompt Answer with one intent …→one two"),
+    "long": (
+        PROMPT,
+        f"'{'{x} %s $y ' * 30}'",
+        "params collect.system_prompt Answer with one intent …→{x} %s $y {x} %s $y {x}…",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "change", [key if key == "sources" else pytest.param(key, marks=pytest.mark.slow) for key in CHANGES]
+)
+def test_a_second_run_is_named_after_any_change_of_the_parameters(finished, api, change):
+    old, new, name = CHANGES[change]
+    finished.change("params.yaml", old, new)
+
+    done = finished.run()
+
+    assert done.returncode == 0, done.stderr
+    assert f"{name}: 1 ran" in done.stdout
+    assert api.last_run()["name"] == name
