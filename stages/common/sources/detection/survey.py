@@ -20,6 +20,7 @@ MOJIBAKE = re.compile(r"Ã[\x80-\xbf€‚ƒ„…†‡ˆ‰Š‹Œ]|â€[™�
 MARKUP = re.compile(
     r"</?(?:br|p|div|span|a|b|i|li|ul|td|tr)\b[^>]*>|&(?:amp|lt|gt|quot|nbsp|#\d+);", re.IGNORECASE
 )
+PLACEHOLDERS = re.compile(r"\{\{\s*[\w.]+\s*\}\}|<(?:NAME|PERSON|EMAIL|PHONE)>")
 CONTROL_TOKENS = re.compile(r"<\|[a-z_]+\|>|\[/?INST\]|<</?SYS>>|</?s>")
 
 
@@ -144,6 +145,7 @@ def find_odd_texts(rows: Sequence[Row]) -> list[Oddity]:
             ("text decoded with the wrong encoding", MOJIBAKE),
             ("HTML", MARKUP),
             ("control tokens of a chat template", CONTROL_TOKENS),
+            ("placeholders that were not filled", PLACEHOLDERS),
         ):
             if match := pattern.search(text):
                 found[what].append(text[max(0, match.start() - 20) : match.end() + 20])

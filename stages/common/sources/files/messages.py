@@ -11,6 +11,8 @@ from stages.common.sources.files.entries import BadRow, Record, shorten
 from stages.common.sources.files.shapes import Shape
 from stages.common.sources.files.turns import Turn, find_answer, is_conversation, parse_list, parse_turns
 
+MEDIA_COLUMNS = ("image", "images", "audio", "audios", "video", "videos")
+
 
 def to_messages(fields: Record, shape: Shape) -> list[Message]:
     """Turn a record into messages that end with the answer to learn.
@@ -21,6 +23,7 @@ def to_messages(fields: Record, shape: Shape) -> list[Message]:
     if shape.messages:
         if shape.messages not in fields or fields[shape.messages] in (None, ""):
             raise BadRow("missing_field", f"no {shape.messages!r}{_nearest_of(shape.messages, fields)}")
+        _refuse_media(fields)
         turns = parse_turns(fields[shape.messages])
     else:
         turns = _pair_turns(fields, shape)
@@ -29,6 +32,13 @@ def to_messages(fields: Record, shape: Shape) -> list[Message]:
     if isinstance(system, str) and system.strip() and messages and messages[0].role != "system":
         messages = [Message("system", system), *messages]
     return messages
+
+
+def _refuse_media(fields: Record) -> None:
+    """Raise a BadRow if pictures, sound or video belong to a conversation: it is more than its text."""
+    for name in MEDIA_COLUMNS:
+        if fields.get(name):
+            raise BadRow("not_text", f"the row has {name}")
 
 
 def _pair_turns(fields: Record, shape: Shape) -> list[Turn]:

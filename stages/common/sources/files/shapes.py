@@ -46,6 +46,7 @@ OTHER_METHODS = (
     (("preferred_output", "non_preferred_output"), "preference pairs", "preferred_output"),
 )
 ID_NAMES = re.compile(r"(.*_)?(id|idx|index|uuid|guid|number|no|date|time|timestamp|created_at|url|split)")
+SHOWN_COLUMNS = 12
 TEXT_SHARE = 0.5  # of the records: less often filled, and a column is no prompt or completion
 
 
@@ -102,9 +103,9 @@ def detect_shape(path: Path, records: Sequence[Record], columns: Columns) -> Sha
     if columns.prompt and columns.completion:
         return _pair_shape(columns, there, columns.prompt, columns.completion)
     if columns.shape is None and not (columns.prompt or columns.completion):
+        _refuse_other_methods(path, records, there)
         if _find_conversations(records, there):
             return _chat_shape(path, records, columns, there)
-        _refuse_other_methods(path, records, there)
         if _plain_names(there).keys() == {CHAT_NAMES[0]}:
             return Shape("chat", messages=there[0])  # and every row of it is bad
     prompt, completion = _find_pair(path, records, columns, there)
@@ -170,11 +171,11 @@ def _refuse_other_methods(path: Path, records: Sequence[Record], there: Sequence
                 f"{path} has {what} ({', '.join(columns)}), which are not learned from",
                 f"to learn the better answers alone, set `completion_column: {right}` and `prompt_column`",
             )
-    if names >= {"prompt", "completion", "label"} and all(
-        isinstance(record.get("label"), bool) for record in records if "label" in record
-    ):
+    marks = [record["label"] for record in records if record.get("label") is not None]
+    is_rated = names >= {"prompt", "completion", "label"} or _find_conversations(records, there)
+    if marks and is_rated and all(isinstance(mark, bool) for mark in marks):
         raise InputError(
-            f"{path} marks its completions as good or bad (label: true, false)",
+            f"{path} marks its answers as good or bad (label: true, false)",
             "keep the rows with label true, and leave that column out",
         )
 
@@ -272,8 +273,10 @@ def _undecided(
     known = [f"{part} is {name!r}" for part, name in (("prompt", prompt), ("completion", completion)) if name]
     shown = [
         f"  {name}: {shorten(next((r[name] for r in records if r.get(name) not in (None, '')), None))}"
-        for name in names
+        for name in names[:SHOWN_COLUMNS]
     ]
+    if len(names) > SHOWN_COLUMNS:
+        shown.append(f"  and {len(names) - SHOWN_COLUMNS} more columns")
     missing = [
         f"`{part}_column`" for part, name in (("prompt", prompt), ("completion", completion)) if not name
     ]

@@ -27,11 +27,12 @@ ROLES = {
 }
 TOOL_ROLES = ("tool", "function", "function_call", "observation")
 TOOL_KEYS = ("tool_calls", "function_call")
+WEIGHT_KEYS = ("weight", "loss_weight", "train")  # OpenAI's, LLaMA-Factory's, axolotl's
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One turn, and whether its author wants it to be learned (OpenAI's `weight`)."""
+    """One turn, and whether its author wants it to be learned (`WEIGHT_KEYS`)."""
 
     message: Message
     is_learned: bool = True
@@ -98,23 +99,20 @@ def _parse_turn(turn: Any, place: int) -> Turn:
 
 
 def _parse_content(content: Any, place: int) -> str:
-    """Return a text, or the texts of OpenAI's list of parts."""
+    """Return a text, or the texts of a list of parts."""
     if isinstance(content, list) and content and all(isinstance(part, Mapping) for part in content):
         kinds = {str(part.get("type")) for part in content}
-        if kinds == {"text"} and all(isinstance(part.get("text"), str) for part in content):
-            return "".join(part["text"] for part in content)
-        raise BadRow(
-            "not_text", f"message {place} has parts of the type {', '.join(sorted(kinds - {'text'}))}"
-        )
+        texts = [part.get("text", part.get("value")) for part in content]
+        if kinds == {"text"} and all(isinstance(text, str) for text in texts):
+            return "".join(texts)
+        raise BadRow("not_text", f"message {place} has parts of the type {', '.join(sorted(kinds))}")
     if not isinstance(content, str):
         raise BadRow("wrong_messages", f"the content of message {place} is a {type(content).__name__}")
     return content
 
 
 def _is_learned(turn: Mapping[str, Any], place: int) -> bool:
-    weight = turn.get("weight")
-    if weight is None:
-        return True
+    weight = next((turn[key] for key in WEIGHT_KEYS if turn.get(key) is not None), 1)
     if weight not in (0, 1):
         raise BadRow("wrong_messages", f"the weight of message {place} is {shorten(weight)}, not 0 or 1")
     return bool(weight)

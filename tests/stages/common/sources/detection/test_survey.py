@@ -52,6 +52,7 @@ def test_odd_texts_are_named():
     assert oddities(
         ("<|im_start|>user", "a"),
     ) == {"control tokens of a chat template": 1}
+    assert oddities(("Who are you?", "I am {{name}}"), ("c", "d")) == {"placeholders that were not filled": 1}
     assert oddities(("a", "N/A"), ("b", "b")) == {
         "answers that say nothing": 1,
         "answers that repeat the question": 1,

@@ -72,6 +72,8 @@ def test_an_answer_of_weight_zero_is_not_learned():
         USER,
         ANSWER,
     ]
+    assert fault_of(turns(USER, ANSWER, loss_weight=0.0)) == "weight_zero"
+    assert fault_of(turns(USER, ANSWER, train=False)) == "weight_zero"
     assert fault_of(turns(USER, ANSWER, weight=0.5)) == "wrong_messages"
 
 
@@ -236,8 +238,20 @@ def test_preference_pairs_are_refused_with_a_way_to_learn_the_better_answer():
     with pytest.raises(InputError, match="completion_column: chosen"):
         shape_of([record])
     assert messages_of(record, prompt="prompt", completion="chosen")[1] == ("assistant", "a")
-    with pytest.raises(InputError, match="good or bad"):
-        shape_of([{"prompt": "q", "completion": "a", "label": False}])
+    turn = {"from": "gpt", "value": "a"}
+    with pytest.raises(InputError, match="preference pairs"):
+        shape_of([{"conversations": [turn], "chosen": turn, "rejected": turn}])
+
+
+def test_answers_marked_good_or_bad_are_refused():
+    for record in ({"prompt": "q", "completion": "a"}, turns(USER, ANSWER)):
+        with pytest.raises(InputError, match="good or bad"):
+            shape_of([record | {"label": False}, record | {"label": True}])
+
+
+def test_a_conversation_about_a_picture_is_rejected():
+    assert fault_of(turns(USER, ANSWER) | {"images": ["a.jpg"]}) == "not_text"
+    assert messages_of(turns(USER, ANSWER) | {"images": []}) == [USER, ANSWER]
 
 
 def test_two_columns_of_conversations_are_undecided():
