@@ -1,8 +1,8 @@
-"""A window beside its reference, drawn by Evidently: a page for each window, a dashboard over all of them.
+"""Evidently's report on a window next to its reference, one HTML page per window.
 
-Evidently draws, and decides nothing: its own tests raise an alarm in most checks of unchanged traffic once
-there are this many columns. Its report is change the effects and decisions of our verdict by a "statistical
-test" of our own, and its other tests stay off.
+Evidently draws and does not decide: its own tests raise an alarm in most checks of unchanged traffic once
+there are this many columns. A "statistical test" of our own gives it the effects and decisions of our
+verdict; its other tests stay off.
 
 In: feature tables (`monitoring.traffic.columns`) and a verdict. Out:
 `reports/watch/<window>/report.html` and a run of the project "perennial" in the workspace
@@ -46,7 +46,7 @@ logger = logging.getLogger("monitoring.report")
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """Rows drawn from one side, whole sessions at a time, and figures of all its rows.
+    """A sample of one side by whole sessions, and statistics of all its rows.
 
     Attributes:
         frame: one line a row drawn: numbers, flags and categories as they are, vectors still as vectors.
@@ -60,7 +60,7 @@ class Drawn:
 
 
 def draw(tables: Iterable[pa.Table], max_rows: int = MAX_ROWS) -> Drawn:
-    """Draw at most `max_rows` rows of the tables, whole sessions, the same ones each time.
+    """Sample at most `max_rows` rows by whole sessions, deterministically.
 
     The sessions with the smallest hashes are kept, so one pass is enough and memory stays flat. A single
     session with more rows than that is cut.
@@ -121,7 +121,7 @@ def _hash(session: str) -> int:
 def make_report(
     reference: Iterable[pa.Table], window: Iterable[pa.Table], verdict: DriftVerdict, max_rows: int = MAX_ROWS
 ) -> Snapshot:
-    """Return Evidently's report on a window: our verdict first, then every column beside its reference.
+    """Return Evidently's report on a window: our verdict first, then every column next to its reference.
 
     Args:
         reference, window: feature tables, read once.
@@ -197,7 +197,7 @@ def _centre(table: pa.Table, name: str) -> NDArray[np.float64]:
 
 
 def _vectors(table: pa.Table, name: str) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Return the vectors that are there, shape (rows there, size), and where they are."""
+    """Return the vectors that are not null, shape (values, size), and their rows."""
     column = table[name].combine_chunks()
     there = np.asarray(column.is_valid().to_numpy(zero_copy_only=False), dtype=np.bool_)
     flat = column.drop_null().flatten().to_numpy(zero_copy_only=False)
@@ -224,7 +224,7 @@ def _frame(
 
 
 def _register(changes: dict[str, ColumnChange]) -> None:
-    """Give Evidently a "test" that answers with our effects and decisions."""
+    """Register an Evidently "test" that returns our effects and decisions."""
     from evidently.legacy.calculations.stattests import StatTest, register_stattest
     from evidently.legacy.core import ColumnType
 
@@ -239,7 +239,7 @@ def _register(changes: dict[str, ColumnChange]) -> None:
 
 
 def _words(verdict: DriftVerdict, before: Drawn, now: Drawn, empty: Sequence[str]) -> Any:
-    """Return what stands above Evidently's pictures: the verdict in words and in one table."""
+    """Return the widgets above Evidently's plots: the verdict as a sentence and a table."""
     from evidently.core.container import MetricContainer
     from evidently.legacy.renderers.html_widgets import CounterData, counter, table_data, text_widget
 
@@ -260,7 +260,7 @@ def _words(verdict: DriftVerdict, before: Drawn, now: Drawn, empty: Sequence[str
         notes.append(f"Not drawn, because one side has no value: {', '.join(empty)}.")
 
     class VerdictInWords(MetricContainer):  # type: ignore[misc]
-        """Widgets without a figure of their own: nothing in a stored run names this class."""
+        """Widgets without a metric of their own: a stored run never names this class."""
 
         def generate_metrics(self, context: Any) -> Sequence[Any]:
             return []
@@ -296,9 +296,9 @@ def _lines(verdict: DriftVerdict) -> list[tuple[str, ...]]:
 
 
 def _add_figures(snapshot: Snapshot, verdict: DriftVerdict, now: Drawn) -> None:
-    """Put figures of the whole window into the run, for the dashboard's lines.
+    """Add metrics of the whole window to the run, for the dashboard's lines.
 
-    They bear the names of Evidently's own figures, because a stored run may hold no other kinds.
+    They use the names of Evidently's own metrics, because a stored run can hold no other kinds.
     """
     from evidently.metrics import MeanValue, QuantileValue, RowCount
 

@@ -1,7 +1,7 @@
-"""Whether drift calls for a retraining: one odd window does not, nor does drift with nothing to learn from.
+"""Decide whether drift starts a retraining: one odd window does not, nor drift without labels to learn from.
 
-Enters: the verdicts on the champion's windows, and what is known of retrainings. Leaves: a decision that
-says exactly what is missing.
+In: the verdicts on the champion's windows, and the state of retrainings. Out: a decision that lists
+exactly what is missing.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The verdict on a window of traffic: a small record that programs act on and people read.
+"""The drift verdict on a window of traffic, for programs and people.
 
-Enters: what the other modules of this folder found. Leaves: `reports/watch/<window>/verdict.json`.
+In: the results of the drift test. Out: `reports/watch/<window>/verdict.json`.
 
 Run: `python -m monitoring.verdicts list` or `python -m monitoring.verdicts show 20261121T101500-500`
 """
@@ -60,7 +60,7 @@ class ColumnChange:
 
 @dataclass(frozen=True, slots=True)
 class DriftTypeVerdict:
-    """The answer to one question; `p_value` is that of its strongest column. Strongest columns first."""
+    """The verdict on one drift type; `p_value` is that of its strongest column, columns strongest first."""
 
     drift_type: DriftType
     drifted: bool
@@ -89,7 +89,7 @@ NOT_DECIDED = TriggerDecision(fires=False, why="not decided", needs=())
 
 @dataclass(frozen=True, slots=True)
 class DriftVerdict:
-    """What was found in one window.
+    """The result of one window's drift test.
 
     Attributes:
         id: the name of the window, and of its folder.
@@ -122,7 +122,7 @@ class DriftVerdict:
 
     @property
     def tag(self) -> str:
-        """Return `model:version`, the identity that all evidence hangs on."""
+        """Return `model:version`, the identity that all evidence refers to."""
         return f"{self.model}:{self.version}"
 
     @property
@@ -152,7 +152,7 @@ _ADAPTER: TypeAdapter[DriftVerdict] = TypeAdapter(DriftVerdict)
 
 
 def window_folder(root: Path, window_id: str) -> Path:
-    """Return where all that belongs to a window lies."""
+    """Return the folder of a window."""
     return root / WATCH / window_id
 
 
@@ -201,7 +201,7 @@ def _read(path: Path) -> DriftVerdict:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{path} is no verdict: {where}: {first['msg']}", fix) from None
+        raise InputError(f"{path} is not a valid verdict: {where}: {first['msg']}", fix) from None
 
 
 def format_list(verdicts: Sequence[DriftVerdict]) -> list[str]:
@@ -223,7 +223,7 @@ def format_list(verdicts: Sequence[DriftVerdict]) -> list[str]:
 
 
 def format_verdict(verdict: DriftVerdict) -> list[str]:
-    """Return all that an analyst wants to know of one window, as plain lines."""
+    """Return one window's verdict in full, as plain lines."""
     window, reference = verdict.window, verdict.reference
     lines = [
         f"window     {verdict.id} of {verdict.tag}",
@@ -290,7 +290,7 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
 def main(words: Sequence[str] | None = None) -> int:
     """Show the verdicts; return the exit code."""
     parser = argparse.ArgumentParser(
-        prog="perennial verdicts", description="What was found in the windows of traffic."
+        prog="perennial verdicts", description="Show the drift verdicts of the windows of traffic."
     )
     commands = parser.add_subparsers(dest="command", metavar="list | show")
     commands.add_parser("list", help="one line a window, oldest first (the default)")

@@ -1,7 +1,7 @@
-"""A look at production: every closed window since the last look, compared with the champion's usual traffic.
+"""Judge production: compare every closed window since the last run with the champion's reference traffic.
 
-Enters: the event store. Leaves: a verdict for each window, with Evidently's report and what was set aside,
-under `reports/watch/<window>/`. What is to be done about it is decided by who calls this.
+In: the event store. Out: a verdict per window, with Evidently's report and the quarantined events, under
+`reports/watch/<window>/`. The caller decides what follows.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from stages.common.params.loop import Monitoring
 if TYPE_CHECKING:
     import pyarrow as pa
 
-log = logging.getLogger("monitoring.watching")
+logger = logging.getLogger("monitoring.watching")
 
 RECOUNTED = 20  # of the last windows, looked at again for late events
 
@@ -44,7 +44,7 @@ Decide = Callable[[Sequence[DriftVerdict]], TriggerDecision]
 
 @dataclass(frozen=True, slots=True)
 class ReferenceTraffic:
-    """The champion's usual traffic, ready to be compared with.
+    """The champion's reference traffic, prepared for comparison.
 
     Attributes:
         tag: NAME:VERSION of the champion.
@@ -59,7 +59,7 @@ class ReferenceTraffic:
 
 
 def read_reference(url: str, tag: str, settings: Monitoring) -> ReferenceTraffic | None:
-    """Return the champion's usual traffic, or None while it has answered too little.
+    """Return the champion's reference traffic, or None while there is too little of it.
 
     Raises:
         InputError: the store cannot be read.
@@ -87,7 +87,7 @@ def judge_new_windows(
     now: float,
     limit: int,
 ) -> Iterator[DriftVerdict]:
-    """Judge the windows that have closed since the last look, and yield the verdict on each, written.
+    """Judge the windows closed since the last run; write and yield the verdict on each.
 
     Args:
         decide: whether a retraining is called for, given all verdicts on this champion, the newest last.
@@ -119,7 +119,7 @@ def judge_new_windows(
 def judge(
     root: Path, url: str, usual: ReferenceTraffic, window: Window, settings: Monitoring, now: float
 ) -> DriftVerdict:
-    """Compare a window with the usual traffic; write what was set aside, return the verdict."""
+    """Compare a window with the reference; write the quarantined events, return the verdict."""
     quarantined: Counter[str] = Counter()
     service = ServiceSums()
     pages = read_window(url, window, usual.tag)
@@ -156,12 +156,12 @@ def _tables(
 
 
 def _recount(root: Path, url: str, tag: str, verdicts: Sequence[DriftVerdict]) -> None:
-    """Note in older verdicts what reached the store after they were made."""
+    """Record in older verdicts the events that arrived after they were made."""
     for verdict in verdicts:
         period = verdict.window
         counted = period.rows + sum(verdict.quarantined.values())
         window = Window(period.start, period.end, counted, verdict.id)
         late = late_rows(url, window, tag, counted)
         if late != verdict.late_rows:
-            log.info("%s: %d events came late", verdict.id, late)
+            logger.info("%s: %d events came late", verdict.id, late)
             write_verdict(root, replace(verdict, late_rows=late))

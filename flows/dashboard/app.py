@@ -1,4 +1,4 @@
-"""One page that shows all at a glance: `uvicorn flows.dashboard.app:app`, or `make up`.
+"""The dashboard's web app: `uvicorn flows.dashboard.app:app`, or `make up`.
 
 It only reads. A thread looks at everything every few seconds, and a request is answered with what was seen
 last: nothing that is slow or down can hold the page up.
@@ -47,10 +47,10 @@ logger = logging.getLogger("flows.dashboard")
 
 
 class Watcher:
-    """Looks at everything every few seconds, in a thread of its own.
+    """Refresh the status every few seconds in a background thread.
 
     Args:
-        root: of the checkout; params.yaml is read anew when it changes.
+        root: of the checkout; params.yaml is read again when it changes.
     """
 
     def __init__(self, root: Path, every_s: float = LOOK_EVERY_S) -> None:
@@ -62,15 +62,15 @@ class Watcher:
         self._thread = threading.Thread(target=self._run, name="dashboard", daemon=True)
 
     def start(self) -> None:
-        """Begin to look."""
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop looking."""
+        """Stop the thread."""
         self._stop.set()
 
     def latest(self) -> dict[str, Any]:
-        """Return what was seen last.
+        """Return the latest status.
 
         Raises:
             InputError: nothing was seen yet, and why.
@@ -90,8 +90,8 @@ class Watcher:
                 self._problem = None
             except InputError as error:
                 self._problem = error.what
-            except Exception as error:  # the page must tell it, not stop without a word
-                logger.exception("the dashboard could not look")
+            except Exception as error:  # shown on the page; the thread must not end silently
+                logger.exception("the dashboard could not read the status")
                 self._problem = f"{type(error).__name__}: {error}"
             self._first.set()
             self._stop.wait(self._every_s)
@@ -175,7 +175,7 @@ def _environment() -> Environment:
 
 
 def format_time(at: float) -> str:
-    """Say a time (unix s) as people on this machine do."""
+    """Format a time (unix s) in the machine's time zone."""
     then, now = datetime.fromtimestamp(at), datetime.now()
     if then.date() == now.date():
         return then.strftime("%H:%M:%S" if (now - then).total_seconds() < 3600 else "%H:%M")
@@ -183,7 +183,7 @@ def format_time(at: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Say a length of time with its one or two largest units."""
+    """Format a duration with its one or two largest units."""
     left = max(0, round(seconds))
     words: list[str] = []
     for length, unit in ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s")):
@@ -198,7 +198,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_number(value: float | None) -> str:
-    """Say a figure with four digits after the point at most; a dash for none."""
+    """Format a number with at most four decimals; None is a dash."""
     return "–" if value is None else f"{value:.4f}".rstrip("0").rstrip(".").replace("-", "−")
 
 

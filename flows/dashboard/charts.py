@@ -1,4 +1,4 @@
-"""The dashboard's drawings, as SVG without a script: traffic and quality over time.
+"""The dashboard's charts, as SVG without scripts: traffic and quality over time.
 
 Places along the time axis are percentages and heights are pixels, so a drawing takes any width and its
 letters keep their size.
@@ -26,7 +26,7 @@ GRID = "".join(
 def draw_charts(
     traffic: dict[str, Any], verdicts: Sequence[dict[str, Any]], releases: Sequence[dict[str, Any]]
 ) -> dict[str, str]:
-    """Return the drawings: "marks" (a verdict each), "requests" and "quality", over the same time axis.
+    """Return the charts by name: "marks" (one per verdict), "requests" and "quality", over one time axis.
 
     Args:
         traffic: as `read_status` gives it, with at least one bin.
@@ -159,7 +159,7 @@ def _line(name: str, word: str, points: Sequence[tuple[float, float, Bin]]) -> I
 
 
 def _levels(top: str, middle: str) -> str:
-    """Return what the lines of the grid stand for, in a column of its own."""
+    """Return the labels of the grid lines, as a column."""
     places = ((9, top), (HEIGHT // 2 + 4, middle), (HEIGHT, "0"))
     texts = "".join(f'<text x="100%" y="{y}">{word}</text>' for y, word in places)
     return f'<svg class="levels" width="100%" height="{HEIGHT}" aria-hidden="true">{texts}</svg>'

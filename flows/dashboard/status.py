@@ -1,7 +1,7 @@
-"""What is going on, from files, the event store and Prefect's API: one dict that page and JSON both show.
+"""The status of a checkout, from its files, the event store and Prefect's API, as one dict for page and JSON.
 
-Every piece may be missing; then it is None or empty, and the page says what to do. Nothing here raises for
-a file that is broken or a server that is down: what could not be read is said under "problems".
+Every piece may be missing; then it is None or empty, and the page shows what to do. Nothing here raises for
+a broken file or a server that is down: what could not be read is listed under "problems".
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ FLOWS = ("watch", "retrain", "release", "training")
 
 @dataclass(slots=True)
 class StatusCache:
-    """Bins of traffic that were cache before and are not cache again, and verdicts that were read."""
+    """Traffic bins already counted and verdicts already read, kept from one refresh to the next."""
 
     step_s: float = 0.0
     bins: dict[float, dict[str, Any]] = field(default_factory=dict)
@@ -119,7 +119,7 @@ def _action(release: dict[str, Any]) -> str:
 
 
 def is_change(release: dict[str, Any]) -> bool:
-    """Tell whether a release made another version champion, and was not undone."""
+    """Return whether a release changed the champion and was not undone."""
     return _action(release) in ("promote", "roll_back") and release.get("outcome", "done") == "done"
 
 
@@ -165,7 +165,7 @@ def _short(verdict: DriftVerdict) -> dict[str, Any]:
 def _gates(
     root: Path, canaries: dict[str, tuple[float, dict[str, Any]]], problems: list[str]
 ) -> list[dict[str, Any]]:
-    """Return the gate's verdicts, the newest first, each with how it went on: as a canary, on probation."""
+    """Return the gate's verdicts, newest first, each with its canary and bake period."""
 
     def trials(name: str) -> list[Any]:
         found = canaries.get(name, (0.0, {}))[1]
@@ -188,7 +188,7 @@ def _folder(folder: Path, problems: list[str]) -> dict[str, tuple[float, dict[st
 
 
 def _retraining(root: Path, problems: list[str]) -> dict[str, Any]:
-    """Return the retraining that is under way, if one is, and how the last one ended."""
+    """Return the retraining that is running, if any, and the result of the last one."""
     ended = _lines(root / STATE / "retrainings.jsonl", problems)
     return {
         "at_work": _json(root / STATE / "retrain.json", problems),
@@ -197,7 +197,7 @@ def _retraining(root: Path, problems: list[str]) -> dict[str, Any]:
 
 
 def _programs(root: Path, params: Params, problems: list[str]) -> list[dict[str, Any]]:
-    """Return what `make up` keeps running, or, without it, whether the known addresses answer."""
+    """Return the state of each program of `make up`, or whether its address answers."""
     kept = _json(root / STATE / "up.json", problems) or {}
     programs = [
         {"name": name, **values}
@@ -382,7 +382,7 @@ def _lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
 
 @contextmanager
 def _reporting(problems: list[str]) -> Iterator[None]:
-    """Set down what a file is wrong with instead of raising it."""
+    """Add a file's error to the problems instead of raising it."""
     try:
         yield
     except InputError as error:

@@ -165,7 +165,7 @@ def _decide(root: Path, params: Params, champion: str, known: Sequence[DriftVerd
         task_,
         rows.held_out_before(root),
     ).report
-    return decide(report["labelled_rows"], rows.left_out_said(report))
+    return decide(report["labelled_rows"], rows.summarise_exclusions(report))
 
 
 def _call_for_retraining(watched: Watched) -> None:

@@ -1,4 +1,4 @@
-"""The reference, summed once: what every window is compared with."""
+"""The reference traffic, summed once: the baseline of every comparison."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """The usual traffic, summed: what windows are compared with."""
+    """The summed reference that windows are compared with."""
 
     binning: Binning
     sums: SessionSums
 
     @property
     def period(self) -> Period:
-        """Return from when to when the reference was, and how much it holds."""
+        """Return the period of the reference and its size."""
         return period_of(self.sums)
 
 
 def period_of(summed: SessionSums) -> Period:
-    """Return from when to when some traffic was: first and last `received_at`, unix s."""
+    """Return the period of some traffic: first and last `received_at`, unix s."""
     return Period(summed.start, summed.end, summed.rows, summed.sessions)
 
 

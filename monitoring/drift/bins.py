@@ -1,4 +1,4 @@
-"""Bins of each column, chosen from the reference: how its traffic and every later window are summed."""
+"""Choose the bins of each column from the reference; every window is summed with them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ RANDOM_FEATURES = 64  # pairs of cosine and sine
 
 @dataclass(frozen=True, slots=True)
 class ColumnBinning:
-    """How a column is summed.
+    """The bins or features that one column is summed into.
 
     Attributes:
         edges: of a number: bin i holds the values above i edges.
@@ -58,7 +58,7 @@ class ColumnBinning:
 
     @property
     def size(self) -> int:
-        """Return how many sums the column takes."""
+        """Return the number of sums of the column."""
         if self.column.kind == "number":
             return len(self.edges) + 1
         if self.column.kind == "category":
@@ -68,7 +68,7 @@ class ColumnBinning:
 
 @dataclass(frozen=True, slots=True)
 class Binning:
-    """How traffic is summed; the same for the reference and every window that is compared with it."""
+    """The binning of all columns, shared by the reference and every window compared with it."""
 
     columns: tuple[ColumnBinning, ...]
     max_sessions: int
@@ -87,7 +87,7 @@ def plan_bins(
     max_sessions: int,
     seed: int,
 ) -> Binning:
-    """Return how to sum traffic, from a first look at the reference.
+    """Return the binning, from a first pass over the reference.
 
     Raises:
         InputError: the reference has no rows.
@@ -108,7 +108,7 @@ def plan_bins(
 
 
 def fourier_features(vectors: Singles, waves: Singles) -> Singles:
-    """Return the features of vectors whose means are compared: [rows, VECTOR_SIZE + 2 * RANDOM_FEATURES].
+    """Return random Fourier features of vectors: [rows, VECTOR_SIZE + 2 * RANDOM_FEATURES].
 
     Their inner product is the kernel (x·y + exp(-|x-y|²/2s²)) / 2: the first part sees a shift of the mean
     with little noise, the second every other change (random Fourier features: Rahimi & Recht 2007, NeurIPS).
@@ -131,13 +131,13 @@ def _waves(sample: Singles, seed: int) -> Singles:
 
 
 def read_numbers(table: pa.Table, name: str) -> Floats:
-    """Return a number or flag column with NaN for null; what is not finite counts as not known."""
+    """Return a number or flag column with NaN for null and for values that are not finite."""
     values = table.column(name).to_numpy(zero_copy_only=False).astype(np.float64)
     return np.where(np.isfinite(values), values, np.nan)
 
 
 def read_vectors(table: pa.Table, name: str) -> tuple[Singles, Bools]:
-    """Return the vectors that are there, [values, VECTOR_SIZE], and which rows have one."""
+    """Return the vectors that are not null, [values, VECTOR_SIZE], and which rows have one."""
     chunk = table.column(name).combine_chunks()
     there = np.asarray(chunk.is_valid())
     # `flatten` leaves out what lies under nulls.
@@ -146,12 +146,12 @@ def read_vectors(table: pa.Table, name: str) -> tuple[Singles, Bools]:
 
 
 def hash_session(session: str) -> int:
-    """Return 64 bits that stand for a session."""
+    """Return a 64-bit hash of a session's name."""
     return int.from_bytes(blake2b(session.encode("utf-8", "replace"), digest_size=8).digest(), "big")
 
 
 def gives_anchors(keys: Keys) -> Bools:
-    """Return which sessions give the anchors of novelty, a quarter; they have no novelty themselves.
+    """Return which sessions provide the novelty anchors (a quarter); they get no novelty of their own.
 
     Nor have those of the window: a session is near to itself, and a user of the reference comes back.
     """
@@ -166,13 +166,13 @@ def encode_sessions(table: pa.Table) -> tuple[list[str], Places]:
 
 
 def compute_novelty(vectors: Singles, anchors: Singles) -> Floats:
-    """Return 1 - the cosine to the nearest anchor, for vectors of length 1."""
+    """Return 1 minus the cosine to the nearest anchor, for vectors of length 1."""
     nearest: Floats = 1.0 - (vectors @ anchors.T).max(axis=1).astype(np.float64)
     return nearest
 
 
 class _Seen:
-    """What a first look at a column of the reference gathers."""
+    """Statistics of one column of the reference, gathered in the first pass."""
 
     def __init__(self, column: Column, seed: int) -> None:
         self._column = column
@@ -223,7 +223,7 @@ def _edges(values: Floats) -> Floats:
 
 
 class _DecimatedValues:
-    """Values of a stream, evenly thinned: at most MAX_BINNING_VALUES."""
+    """Values of a stream, decimated evenly to at most MAX_BINNING_VALUES."""
 
     def __init__(self) -> None:
         self._kept: list[Floats] = []
@@ -243,7 +243,7 @@ class _DecimatedValues:
 
 
 class _Classes:
-    """The classes of a column, how often each came, and from how many sessions (up to the few needed)."""
+    """Classes of a column with their counts and sessions (up to MIN_CLASS_SESSIONS)."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
@@ -271,7 +271,7 @@ class _Classes:
 
 
 class RowSample:
-    """A uniform sample of rows: those with the smallest of random numbers that are drawn for all."""
+    """A uniform sample of rows: those with the smallest random keys."""
 
     def __init__(self, seed: int) -> None:
         self._random = np.random.default_rng([seed, SAMPLE_ROWS])

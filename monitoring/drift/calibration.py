@@ -1,4 +1,4 @@
-"""How much more than chance a quiet reference moves by itself: the factor that drift must exceed.
+"""Calibrate the drift test: how much the reference itself varies over time.
 
 Shuffled sessions know nothing of time. Real traffic has mornings and Mondays: a contiguous stretch of it
 differs from the rest by more than shuffled sessions do, and a test that trusts the shuffle cries wolf. So
@@ -24,7 +24,7 @@ MIN_SESSIONS = 10  # in a stretch, and in its rest
 
 
 def estimate_inflation(pool: Sessions, share: float, windows: int, seed: int) -> Floats:
-    """Return the factor of each column, 1 or above: [C].
+    """Return the inflation factor of each column, at least 1: [C].
 
     Args:
         pool: the sessions of the reference, in order of time.

@@ -1,4 +1,4 @@
-"""Whether a window of traffic differs from the reference, by how much, and how sure that is.
+"""Compare a window of traffic with the reference: effect size and p-value per column.
 
 In: feature tables of the reference and of a window (`monitoring.traffic.columns`). Out: for each question its
 columns with effect and p-value. In a window of unchanged traffic any of the three deciding questions
@@ -60,7 +60,7 @@ TAIL = 0.9  # of the shuffled statistics; above it they are taken to fall off ex
 def compare_window(
     baseline: Baseline, window: SessionSums, settings: DriftSettings
 ) -> tuple[DriftTypeVerdict, ...]:
-    """Return what changed in a window that is summed already."""
+    """Return what changed in a summed window, by drift type."""
     columns = [each.column for each in baseline.binning.columns]
     p_values, factors, noise = _tested(baseline, window, settings)
     alpha = settings.alpha / len(DECIDING)
@@ -89,14 +89,14 @@ def compare_window(
 
 
 def has_drifted(drift_types: Iterable[DriftTypeVerdict]) -> bool:
-    """Return whether one of the questions that decide has drifted."""
+    """Return whether one of the deciding drift types has drifted."""
     return any(each.drifted for each in drift_types if each.drift_type in DECIDING)
 
 
 def _tested(
     baseline: Baseline, window: SessionSums, settings: DriftSettings
 ) -> tuple[Floats, Floats, Floats]:
-    """Return p-values, inflation factors and squares of the effects that chance makes: [C] each.
+    """Return p-values, inflation factors and squared effects of pure chance: [C] each.
 
     A column that cannot be judged has p = 1.
     """
@@ -149,7 +149,7 @@ def _p_values(seen: Floats, shuffled: Floats, places_of: dict[DriftType, list[in
 
 
 def _noise(binning: Binning, pool: Sessions, split: Bools) -> Floats:
-    """Return the expected square of each column's effect without drift, to be taken off: [C].
+    """Return the expected squared effect of each column without drift, to be subtracted: [C].
 
     Forty classes of 500 rows are 0.15 apart by chance alone; a person would take that for a change.
     """
@@ -174,7 +174,7 @@ def _enough(summed: SessionSums) -> Bools:
 
 
 def _comparable(found: Floats, vector: Bools) -> Floats:
-    """Return the statistics of all columns on one scale, that of surprise.
+    """Return the statistics of all columns on one common scale.
 
     The largest of 31 ratios is larger by chance than the one ratio of a flag. Ranks would put them on one
     scale but end at 1 / permutations, which ten columns share: nothing would ever be sure. So each column

@@ -1,4 +1,4 @@
-"""Traffic as sums by session: all that the drift tests need, in memory that does not grow with the rows.
+"""Sum traffic by session: all that the drift tests need, in memory independent of the number of rows.
 
 Rows of one session resemble each other, so sessions and not rows are what a test may shuffle. In: feature
 tables (`monitoring.traffic.columns`). Out: for each session the counts of each column's bins, classes and
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SessionSums:
-    """Sums of some traffic under a plan with J sums, C columns; K sessions are kept one by one.
+    """Sums of some traffic under a binning of C columns and J sums, by session for K sessions.
 
     Attributes:
         rows, sessions: of all the traffic; sessions are estimated where they are more than are kept.
@@ -71,7 +71,7 @@ class SessionSums:
 
 
 def sum_sessions(tables: Iterable[pa.Table], binning: Binning) -> SessionSums:
-    """Return the sums of some traffic; tables are looked at once, one after the other."""
+    """Return the sums of some traffic, in one pass over its tables."""
     adder = _Accumulator(binning)
     for table in tables:
         if table.num_rows:
@@ -86,7 +86,7 @@ def _half(keys: Keys) -> Bools:
 
 @dataclass(slots=True)
 class _Sessions:
-    """Which sessions are kept, and in which line of the sums: those with the smallest hashes."""
+    """The kept sessions (those with the smallest hashes) and the line of the sums each one has."""
 
     most: int
     lines: dict[int, int] = field(default_factory=dict)
@@ -116,7 +116,7 @@ class _Sessions:
 
 
 class _Accumulator:
-    """The sums while tables come in."""
+    """Accumulate the sums table by table."""
 
     def __init__(self, binning: Binning) -> None:
         self._binning = binning

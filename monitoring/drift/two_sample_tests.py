@@ -1,4 +1,4 @@
-"""Statistics of two samples of sessions that are functions of sums, so that shuffling is a matrix product.
+"""Two-sample statistics that are functions of sums, so that permuting sessions is a matrix product.
 
 Rows of a session resemble each other. How much, the intraclass correlation r of each column, is found in
 the pooled sessions; n rows of a session then count as n / (1 + (n-1) r) (the design effect: Kish 1965,
@@ -10,7 +10,7 @@ hypotheses", Statist. Probab. Lett. 36; Chung & Romano 2013, Ann. Statist. 41).
 
 - A share (of a class, of a flag, above an edge) gives the likelihood ratio G² of two binomials with effective
   counts. A class that vanishes is far more surprising than its squared difference over the variance
-  says (16 instead of 28 for 8 % of 190), and a rare one that comes twice is less so.
+  suggests (16 instead of 28 for 8 % of 190), and a rare one that comes twice is less so.
 - A number gives besides its edges the squared z of its mean rank, which sees a shift of all values better.
 - A vector gives the squared distance of the means of its features, an MMD with random features, where
   directions in which sessions vary anyhow count less (regularised as in Li, Aue, Paul, Peng & Wang 2020,
@@ -36,7 +36,7 @@ TINY = np.float32(1e-12)
 
 @dataclass(frozen=True, slots=True)
 class Sessions:
-    """K sessions ready for comparing, of C columns with J shares, ranks or features in all.
+    """K pooled sessions of C columns with J shares, ranks or features in all.
 
     Attributes:
         deviations: [K, J] of weighed sums from the pooled mean.
@@ -107,7 +107,7 @@ def pool_sessions(binning: Binning, *parts: SessionSums) -> Sessions:
 
 
 def _above_edges(bins: Singles) -> Singles:
-    """Return how many values of each session lie above each edge, and last their mean over the edges."""
+    """Return the count of values above each edge per session, and last their mean over the edges."""
     if bins.shape[1] == 1:  # a column without a single value in the reference has no edges
         return np.zeros((len(bins), 2), dtype=np.float32)
     above = np.cumsum(bins[:, :0:-1], axis=1)[:, ::-1]
@@ -137,7 +137,7 @@ def _centred(sums: Singles, count: Singles, vector: bool) -> tuple[Singles, Sing
 
 
 def _evened(deviations: Singles) -> Singles:
-    """Return deviations turned to their principal axes, those that vary much anyhow shrunk.
+    """Return deviations along their principal axes, high-variance axes shrunk.
 
     Half-way between distance (topics that always come and go drown what is new) and Hotelling's T²
     (axes that hold nothing but noise count as much as all others): the ridge is the mean variance.
@@ -151,7 +151,7 @@ def _evened(deviations: Singles) -> Singles:
 
 
 def compute_statistics(pool: Sessions, splits: Bools) -> Floats:
-    """Return how different the two sides of each split are, column by column: [splits, C], 0 and above.
+    """Return the test statistic of each split and column: [splits, C], not negative.
 
     Of a number or category the largest over its edges or classes, of a vector the ratio of the sums.
 
@@ -207,7 +207,7 @@ def _compare(pool: Sessions, inside: list[Singles], outside: list[Singles]) -> F
 
 
 def _likelihood_ratio(p: Singles, q: Singles, n: Singles, m: Singles) -> Singles:
-    """Return G² of two shares of n and m rows: twice the log-likelihood lost if they are taken as one."""
+    """Return G² of two shares of n and m rows: twice the log-likelihood ratio against one common share."""
     p, q = np.clip(p, 0.0, 1.0), np.clip(q, 0.0, 1.0)
     both = (n * p + m * q) / (n + m)
     lost = n * (_x_log(p, both) + _x_log(1 - p, 1 - both)) + m * (_x_log(q, both) + _x_log(1 - q, 1 - both))
@@ -231,7 +231,7 @@ def chance_variance(pool: Sessions, split: Bools) -> Floats:
 
 
 def random_splits(rng: np.random.Generator, size: int, inside: int, count: int) -> NDArray[np.bool_]:
-    """Return `count` ways to put `inside` of `size` sessions on the window's side, each equally likely."""
+    """Return `count` uniformly random splits with `inside` of `size` sessions on the window's side."""
     splits = np.zeros((count, size), dtype=np.bool_)
     for first in range(0, count, CHUNK):
         keys = rng.random((min(CHUNK, count - first), size), dtype=np.float32)

@@ -1,6 +1,6 @@
-"""The rules that take labels away: of flooding users and keys, of people who disagree, of repetition.
+"""Rules that exclude labels: from flooding users and keys, from disagreement, from repetition.
 
-Each takes labels and returns those that stay, with the number of the others by reason.
+Each takes labels and returns the kept ones, with the number of excluded ones by reason.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def newest(labels: Sequence[Label], limit: int, reason: str) -> tuple[list[Label
 
 
 def newest_of_a_person(labels: list[Label]) -> tuple[list[Label], Counter[str]]:
-    """Keep of each person's labels of one question the newest; who is not known is a person each time."""
+    """Keep the newest label per person and prompt; an unknown person is a new one each time."""
     kept: dict[tuple[str, str], Label] = {}
     left_out: Counter[str] = Counter()
     for label in sorted(labels, key=_in_time):
@@ -34,7 +34,7 @@ def newest_of_a_person(labels: list[Label]) -> tuple[list[Label], Counter[str]]:
 
 
 def limit_users(labels: list[Label], max_rows: int) -> tuple[list[Label], Counter[str]]:
-    """Keep the newest labels of each person; who is not known has no limit here."""
+    """Keep the newest labels of each person; unknown people have no limit here."""
     of: defaultdict[str | None, list[Label]] = defaultdict(list)
     for label in labels:
         of[label.asker].append(label)
@@ -50,19 +50,19 @@ def limit_users(labels: list[Label], max_rows: int) -> tuple[list[Label], Counte
 def limit_keys(
     labels: list[Label], share: float, at_least: int, keys: int, exchanges: int
 ) -> tuple[list[Label], Counter[str]]:
-    """Keep the newest labels of each API key, so that none gives more than its share, or than `at_least`.
+    """Keep the newest labels of each API key, up to its share (never below `at_least`).
 
     The share is of the labels, and the keys that count are those that give any. Where fewer give than
     1 / `share`, they cannot all stay below it: none gives more than an even part. Labels without a key count
     together as one giver there.
     One key that gives alone, though others ask too, may give up to `share` of all exchanges: an honest
     source is heard, a flood stays capped. One key alone, in the whole of the traffic, has no limit: there is
-    nobody to protect from it.
+    no one to protect from it.
 
     Args:
         at_least: rows that a key may give whatever its share: what one user may. Else a second key that
             gives a single label would leave the first a single one.
-        keys: that asked or said anything in this time.
+        keys: that sent a request or feedback in this time.
         exchanges: in this time, of all keys.
     """
     of: defaultdict[str | None, list[Label]] = defaultdict(list)
@@ -86,7 +86,7 @@ def limit_keys(
 
 
 def highest_limit(sizes: Sequence[int], others: int, share: float) -> int:
-    """Return the most rows a key may keep so that none has more than `share` of all that are left.
+    """Return the largest number of rows per key at which no key has more than `share` of the rest.
 
     With the limit c, all are `others` + sum(min(size, c)); the sum grows ever slower in c, so the limits that
     do (c <= share * all) are those up to one, found by halving.
@@ -104,10 +104,10 @@ def highest_limit(sizes: Sequence[int], others: int, share: float) -> int:
 
 
 def agreed(labels: list[Label], min_agreement: float) -> tuple[list[Label], Counter[str]]:
-    """Keep the label on which enough people agree, of each question; where none is, all go.
+    """Keep the label that enough people agree on, per prompt; without agreement all are excluded.
 
     A person has one vote. Where several keys label a question, each key has one: names of users are what a
-    key's holder says they are.
+    key's holder chooses them.
     """
     of: defaultdict[str, list[Label]] = defaultdict(list)
     for label in labels:
@@ -127,7 +127,7 @@ def agreed(labels: list[Label], min_agreement: float) -> tuple[list[Label], Coun
 
 
 def _votes(labels: Sequence[Label]) -> dict[str, float]:
-    """Return the votes for each label; a key that says several things divides its one vote."""
+    """Return the votes for each label; a key that gives several labels divides its one vote."""
     keys = {label.key for label in labels}
     if len(keys) == 1:
         return dict(Counter(label.same for label in labels))
@@ -139,7 +139,7 @@ def _votes(labels: Sequence[Label]) -> dict[str, float]:
 
 
 def keep_one_per_prompt(labels: list[Label]) -> tuple[list[Label], Counter[str]]:
-    """Keep the newest label of each question; all of a question are alike by now."""
+    """Keep the newest label per prompt; all labels of a prompt are equal at this point."""
     of: dict[str, Label] = {}
     for label in sorted(labels, key=_in_time):
         of[label.prompt_hash] = label

@@ -1,4 +1,4 @@
-"""A label: what one person says is the right answer to one question, read from the event store."""
+"""Labels: the right answer to a prompt as one person gave it, read from the event store."""
 
 from __future__ import annotations
 
@@ -96,13 +96,13 @@ def task_of(root: Path, params: Params, serving: Mapping[str, Any] | None = None
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """What one person says is the right answer to one question.
+    """The right answer to one prompt as one person gave it.
 
     Attributes:
-        at: when it was feedback, unix s; request_id: of the exchange.
-        key: the API key it came with; asker: who said it, as far as that is known.
-        prompt: the conversation up to the question, without the task's system message.
-        question: hash of the conversation without case, spaces and the signs around it.
+        at: when it was given, unix s; request_id: of the exchange.
+        key: the API key it came with; asker: who gave it, as far as known.
+        prompt: the conversation up to the last user message, without the task's system message.
+        prompt_hash: hash of the conversation without case, spaces and the signs around it.
         value: the label as JSON, or its text; same: a text that is equal for equal labels.
     """
 
@@ -172,7 +172,7 @@ def label_of(
     settings: FeedbackSettings,
     task: Task,
 ) -> Label:
-    """Return what one giver says is the right answer in an exchange; the newest word counts.
+    """Return the label that one person gave in an exchange; the newest feedback counts.
 
     Raises:
         LeftOut: nothing can be learned from it.
@@ -244,7 +244,7 @@ def _prompt(exchange: Mapping[str, Any], task: Task) -> tuple[Message, ...]:
 
 
 def _parsed(text: str) -> dict[str, Any]:
-    """Return a label's JSON object; numbers that JSON does not know make it none."""
+    """Return a label's JSON object, or None if it holds NaN or an infinity."""
     try:
         value = json.loads(text, parse_constant=_no_number)
         json.dumps(value, allow_nan=False)  # 1e999 is read as infinity
@@ -285,7 +285,7 @@ def _suspicious(verdicts: str, checks: Sequence[str]) -> bool:
 
 
 def _asker(exchange: Mapping[str, Any], key: str | None) -> str | None:
-    """Return who says something of an exchange: its user or session, or the other key that judges it."""
+    """Return who gave feedback: the exchange's user or session, or another key."""
     if key != exchange["key_id"]:
         return f"key {key}" if key else None
     name = exchange["user"] or exchange["session"]
@@ -294,19 +294,19 @@ def _asker(exchange: Mapping[str, Any], key: str | None) -> str | None:
 
 
 def normalised(text: str) -> str:
-    """Return a text without what makes no other question: case, runs of space, and the signs around it."""
+    """Return a text without case, repeated spaces and surrounding punctuation."""
     plain = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     return plain.strip(" .!?,;:…\"'") or plain
 
 
 def prompt_hash(prompt: Iterable[Message]) -> str:
-    """Return 16 hex digits that name a question with the conversation before it, system messages too."""
+    """Return 16 hex digits that identify a conversation, system messages included."""
     turns = [[message.role, normalised(message.content)] for message in prompt]
     return hashlib.sha256(canonical_json(turns).encode("utf-8", "replace")).hexdigest()[:16]
 
 
 def _style(answer: str | None) -> tuple[str, str]:
-    """Return how an answer of the model is written as JSON, for labels to be written alike."""
+    """Return the JSON formatting of a model's answer, so that labels are written alike."""
     try:
         value = json.loads(answer or "")
         spaced = answer == json.dumps(value, ensure_ascii=False, separators=SPACED)
@@ -320,7 +320,7 @@ def _style(answer: str | None) -> tuple[str, str]:
 
 
 def pseudonym(asker: str | None) -> str:
-    """Return a name for the report that tells users apart, and says of none who it is."""
+    """Return a pseudonym for the report: it distinguishes users without identifying them."""
     if asker is None:
         return "(not known)"
     return f"user-{hashlib.blake2b(asker.encode('utf-8', 'replace'), digest_size=4).hexdigest()}"

@@ -1,4 +1,4 @@
-"""What users say of answers, made into rows to learn from, and into others to judge by.
+"""Turn user feedback into training rows and held-out rows.
 
 A correction says what the answer should have been; a thumb up says that the answer shown was right. A thumb
 down alone says nothing that could be learned. Whoever may give feedback may try to teach the model something
@@ -63,7 +63,7 @@ from stages.common.records import Message, Row, make_row
 if TYPE_CHECKING:
     from stages.common.params.loop import FeedbackSettings
 
-log = get_logger("feedback")
+logger = get_logger("feedback")
 
 ROWS = Path("data") / "feedback" / "rows.jsonl"
 HELD_OUT = STATE / "holdout" / "rows.jsonl"
@@ -75,7 +75,7 @@ MAX_NAMED = 5  # users in the report
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """Rows to learn, rows to judge by, and the report on both."""
+    """Training rows, held-out rows, and the report on both."""
 
     train: list[Row]
     holdout: list[Row]
@@ -90,9 +90,9 @@ def labelled_rows(
     task: Task,
     held_out: frozenset[str] = frozenset(),
 ) -> Labelled:
-    """Return what the feedback on the exchanges received in [start, end) (unix s) becomes.
+    """Return the rows that feedback on the exchanges received in [start, end) (unix s) becomes.
 
-    The same events give the same rows, in the same order. What is said from `end` on does not count: a
+    The same events give the same rows, in the same order. Feedback from `end` on does not count: a
     retraining that is started again gathers the same. Only exchanges with feedback are kept in memory.
 
     Args:
@@ -138,7 +138,7 @@ def labelled_rows(
 
 
 def is_held_out(question: str, share: float, seed: int) -> bool:
-    """Return whether a question is kept from training: by its hash, so that it always is or never."""
+    """Return whether a prompt is held out: decided by its hash, so that it never changes sides."""
     digest = hashlib.blake2b(f"{seed}/{question}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) < share * 2**64
 
@@ -185,7 +185,7 @@ def _by_label(rows: Sequence[Row]) -> dict[str, int]:
 
 
 def held_out_before(root: Path = Path()) -> frozenset[str]:
-    """Return the hashes of all questions that were ever held out."""
+    """Return the hashes of all prompts ever held out."""
     path = root / HELD_OUT_PROMPTS
     return frozenset(path.read_text(encoding="utf-8").split()) if path.is_file() else frozenset()
 
@@ -226,13 +226,13 @@ def read_labelled(path: Path) -> list[Row]:
             rows.append(Row(**{**fields, "messages": messages}))
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(
-                f"{path}:{number} is no row: {error!r}", f"remove {path}; it is written anew"
+                f"{path}:{number} is no row: {error!r}", f"remove {path}; it is written again"
             ) from None
     return rows
 
 
-def left_out_said(report: Mapping[str, Any]) -> str:
-    """Return how much of what was said became no row, and why most of it, in words; nothing if all did."""
+def summarise_exclusions(report: Mapping[str, Any]) -> str:
+    """Return how much feedback became no row and the main reason; empty if all did."""
     left_out = report["left_out"]
     if not left_out:
         return ""
@@ -243,12 +243,12 @@ def left_out_said(report: Mapping[str, Any]) -> str:
 def format_report(report: Mapping[str, Any]) -> str:
     """Return the report as Markdown."""
     lines = [
-        f"{report['given']:,} times somebody said something of {report['exchanges']:,} answers. It became "
-        f"**{report['rows_train']:,} rows to learn** and {report['rows_holdout']:,} to judge by.",
+        f"{report['given']:,} pieces of feedback on {report['exchanges']:,} answers became "
+        f"**{report['rows_train']:,} rows to learn** and {report['rows_holdout']:,} held out.",
         "",
     ]
     if report["left_out"]:
-        lines += ["| left out | rows | why |", "|---|---:|---|"]
+        lines += ["| excluded | rows | reason |", "|---|---:|---|"]
         lines += [f"| {name} | {count:,} | {REASONS[name]} |" for name, count in report["left_out"].items()]
         lines.append("")
     if report["left_out"].get("key_share") and len(report["by_key"]) == 1:
@@ -257,18 +257,18 @@ def format_report(report: Mapping[str, Any]) -> str:
             "",
         ]
     if report["by_user"]:
-        lines += ["| who said most | times | rows |", "|---|---:|---:|"]
+        lines += ["| most active users | feedback | rows |", "|---|---:|---:|"]
         lines += [f"| {one['user']} | {one['given']:,} | {one['rows']:,} |" for one in report["by_user"]]
         lines.append("")
     if set(report["by_key"]) - {"(none)"}:
-        lines += ["| key | times | rows |", "|---|---:|---:|"]
+        lines += ["| key | feedback | rows |", "|---|---:|---:|"]
         lines += [f"| {key} | {one['given']:,} | {one['rows']:,} |" for key, one in report["by_key"].items()]
         lines.append("")
     return "\n".join(lines)
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Say what all feedback in the event store would become, and write it if asked to."""
+    """Show the rows that the feedback in the event store would become; write them with --write."""
     from stages.common.params.loading import load_params
 
     parser = argparse.ArgumentParser(prog="perennial feedback", description="Feedback as rows.")

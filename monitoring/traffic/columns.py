@@ -1,4 +1,4 @@
-"""What is looked at in an exchange: the columns of a feature table, each under one drift_type.
+"""The columns of a feature table, each belonging to one drift type.
 
 A feature table (`pyarrow.Table`) has `key_fields` and one column for each `Column`: float64 for a number and
 a flag, string for a category, `fixed_size_list<float32>[VECTOR_SIZE]` for a vector. Null means "no value

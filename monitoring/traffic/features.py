@@ -1,4 +1,4 @@
-"""From exchanges to a feature table: numbers, categories, flags and vectors, a page at a time.
+"""Turn exchanges into feature tables of numbers, categories, flags and vectors, page by page.
 
 The columns are defined in `monitoring.traffic.columns`; the keys of JSON answers are found in the reference
 by `watched_columns`. Answers that were cut off by the client or by an error have no output columns.
@@ -41,7 +41,7 @@ COUNTED_VALUES = 50  # times max_categories: then a key is free text for sure, a
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """An exchange as the features read it; `answer` is None where there is no whole one."""
+    """A parsed exchange; `answer` is None where it is incomplete."""
 
     row: Mapping[str, Any]
     prompt: str
@@ -59,7 +59,7 @@ _NO_JSON = object()
 
 
 def watched_columns(batches: Iterable[pa.RecordBatch], settings: FeatureSettings) -> tuple[Column, ...]:
-    """Return what to look at in every window: the fixed columns, and the keys of the reference's answers.
+    """Return the columns of every window: the fixed ones and the keys of the reference's answers.
 
     A key is a category if its `max_categories` commonest values make up most of its answers, and else a
     flag: is it there? Vectors are left out where `settings.embeddings` is none.
@@ -248,7 +248,7 @@ def _label_match(one: _Seen, labels: Mapping[str, str]) -> float | None:
 
 
 def same_answer(answer: str, label: str) -> bool:
-    """Return whether two answers say the same: as JSON where both are, else but for spaces at the ends."""
+    """Return whether two answers are equal: as JSON where both are JSON, else as stripped text."""
     values = _json(answer), _json(label)
     if _NO_JSON in values:
         return answer.strip() == label.strip()

@@ -1,4 +1,4 @@
-"""Windows of production: which exchanges are looked at together, and which of them cannot be.
+"""Windows of production traffic, and the quarantine of corrupt events.
 
 Watched are the exchanges that one version answered as champion, errors and refusals among them; shadows
 and challengers are not. A window is [start, end) in unix s, and the windows of a version meet each other,
@@ -29,7 +29,7 @@ HOUR_S = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Exchanges that are looked at together.
+    """A stretch of exchanges that is judged as one.
 
     Attributes:
         start, end: [start, end) of `received_at`, unix s.
@@ -45,7 +45,7 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class QuarantinedEvent:
-    """An event that cannot be looked at, and why; the reasons are few, and counted."""
+    """A corrupt event with its reason, one of a few that are counted."""
 
     request_id: str
     received_at: float
@@ -219,7 +219,7 @@ _COUNTS = ("prompt_tokens", "completion_tokens")
 
 
 def problem(row: Mapping[str, Any]) -> str | None:
-    """Return why an exchange cannot be looked at, or None."""
+    """Return why an exchange is corrupt, or None."""
     messages = _json(row["messages"])
     if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
         return "messages are no list of roles and contents"

@@ -17,9 +17,9 @@ from monitoring.feedback.rows import (
     held_out_before,
     is_held_out,
     labelled_rows,
-    left_out_said,
     main,
     read_labelled,
+    summarise_exclusions,
     write_labelled,
 )
 from services.events import Feedback, open_store
@@ -316,7 +316,7 @@ def test_no_key_gives_more_than_its_share_whatever_users_it_invents(events):
     assert len(labels(labelled)) == 80
     assert "flood 199" in floods
     assert labelled.report["left_out"] == {"key_share": 180}
-    assert left_out_said(labelled.report) == "180 of 260 left out, most: over `max_share_per_key`"
+    assert summarise_exclusions(labelled.report) == "180 of 260 left out, most: over `max_share_per_key`"
     assert labelled.report["by_key"]["mallory"] == {"given": 200, "rows": 20}
 
 
@@ -357,7 +357,7 @@ def test_keys_that_only_ask_take_nothing_from_the_share_of_those_that_give(event
     labelled = events.rows()
     assert len(labels(labelled)) == 6
     assert labelled.report["left_out"] == {}
-    assert left_out_said(labelled.report) == ""
+    assert summarise_exclusions(labelled.report) == ""
 
 
 @pytest.mark.parametrize(
@@ -403,7 +403,7 @@ def test_where_labels_contradict_each_other_most_people_decide_or_all_go(events)
     labelled = events.rows()
     assert labels(labelled) == {"two against one": ON}
     assert labelled.report["left_out"] == {"contradiction": 2, "outvoted": 1, "duplicate": 1}
-    assert left_out_said(labelled.report) == "4 of 5 left out, most: no label has `min_agreement`"
+    assert summarise_exclusions(labelled.report) == "4 of 5 left out, most: no label has `min_agreement`"
 
 
 def test_questions_that_differ_in_case_spaces_and_full_stops_are_one(events):
@@ -560,7 +560,7 @@ def test_the_command_shows_the_report_and_writes_only_if_asked(events, tmp_path,
     keys = {"answer_format": "json", "answer_schema": SCHEMA, "label_key": "intent", "system_prompt": None}
     Path("artifacts/export/serving.json").write_text(json.dumps(keys))
     main([])
-    assert "1 times somebody said something of 1 answers" in capsys.readouterr().out
+    assert "1 pieces of feedback on 1 answers" in capsys.readouterr().out
     assert not ROWS.exists()
     main(["--write"])
     assert len(read_labelled(ROWS)) + len(read_labelled(HELD_OUT)) == 1
