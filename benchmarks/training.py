@@ -27,7 +27,9 @@ from stages.common.chat import encode_example
 from stages.common.models import load_tokenizer, pick_device
 from stages.common.params.loading import load_params
 from stages.common.records import Row, read_rows
-from stages.finetune.__main__ import Recipe, build_model, peak_rss_mib, train
+from stages.finetune.adapter import build_model
+from stages.finetune.recipe import Recipe
+from stages.finetune.trainer import measure_peak_rss_mib, train
 
 # Passes of ours over the rows: it is so much faster that one pass would be over in seconds.
 OUR_EPOCHS = 4
@@ -43,6 +45,7 @@ def run_ours(rows: list[Row], recipe: Recipe) -> dict[str, float]:
         trained = train(
             model,
             examples,
+            [],
             tokenizer.pad_token_id,
             replace(recipe, epochs=OUR_EPOCHS),
             Path(folder),
@@ -98,7 +101,7 @@ def figures(tokens: int, seconds: float) -> dict[str, float]:
         "tokens": tokens,
         "seconds": round(seconds, 1),
         "tokens_per_second": round(tokens / seconds, 1),
-        "peak_rss_mib": peak_rss_mib(),
+        "peak_rss_mib": measure_peak_rss_mib(),
     }
 
 

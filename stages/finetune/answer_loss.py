@@ -1,12 +1,15 @@
-"""The cross entropy of the answers' tokens, with its gradient made in the same pass."""
+"""The cross entropy of the answers' tokens; for training, its gradient is computed in the same pass."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+
+from stages.finetune.shared_prefix import Layout
 
 # Rows of logits widened to float32 at once: with 50,000 words 25 MB, which a processor's cache can hold.
 _CHUNK = 128
@@ -24,6 +27,21 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
     """
     total: Tensor = _CrossEntropySum.apply(logits, targets)
     return total
+
+
+def compute_loss(model: Any, batch: Layout) -> float:
+    """Return the mean loss per answer token of one batch, without gradients."""
+    with torch.no_grad():
+        batch = batch.to(model.device)
+        return float(cross_entropy_sum(batch.answer_logits(model), batch.targets)) / len(batch.targets)
+
+
+def compute_mean_loss(model: Any, batches: Sequence[Layout]) -> float | None:
+    """Return the mean loss per answer token over batches, or None if there are none."""
+    model.eval()
+    total = sum(compute_loss(model, batch) * len(batch.targets) for batch in batches)
+    tokens = sum(len(batch.targets) for batch in batches)
+    return total / tokens if tokens else None
 
 
 class _CrossEntropySum(Function):

@@ -1,0 +1,109 @@
+"""The training data: which rows are trained on, as token ids, in which batches."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence, Set
+from typing import Any
+
+from stages.common.adapter import Start
+from stages.common.chat import Encoded, encode_example
+from stages.common.errors import InputError
+from stages.common.logs import get_logger
+from stages.common.records import Row
+
+logger = get_logger("finetune")
+
+# Rows of about one length share a batch; rows this many batches apart never do, so the order stays random.
+BATCHES_SORTED_TOGETHER = 20
+
+
+def select_rows(
+    rows: Sequence[Row], start: Start | None, trained_ids: Set[str], replay_share: float, seed: int
+) -> list[Row]:
+    """Return the rows that are new to the adapter of `start`, and a share of those it was trained on.
+
+    The share is drawn by a hash of the row ids and differs from start to start, so that over several
+    retrainings every row has its turn. Without a start every row is new.
+
+    Args:
+        trained_ids: ids of the rows that the adapter was trained on.
+
+    Raises:
+        InputError: no row is left.
+    """
+    if start is None:
+        return list(rows)
+    if replay_share < 1 and not trained_ids:
+        logger.warning(
+            "the adapter of %s does not record the rows it was trained on: all rows are used", start.version
+        )
+
+    def is_drawn(row: Row) -> bool:
+        digest = hashlib.blake2b(f"{seed}/{start.version}/{row.id}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest) < replay_share * 2**64
+
+    chosen = [row for row in rows if row.id not in trained_ids or is_drawn(row)]
+    if rows and not chosen:
+        raise InputError(
+            f"the adapter of {start.version} was trained on all {len(rows)} training rows already",
+            "raise finetune.replay_share, or set finetune.start_from: null",
+        )
+    return chosen
+
+
+def encode_rows(
+    tokenizer: Any, rows: Sequence[Row], max_length: int, on_long_row: str
+) -> tuple[list[Encoded], list[Row]]:
+    """Return the rows as token ids, and the rows rejected because they are longer than `max_length`.
+
+    Raises:
+        InputError: a row is too long and `on_long_row` is `stop`, or no row is left.
+    """
+    examples, long = [], []
+    for row in rows:
+        example = encode_example(tokenizer, row.messages)
+        if len(example.input_ids) > max_length:
+            long.append(row)
+        else:
+            examples.append(example)
+    if long and on_long_row == "stop":
+        shown = "\n".join(f"  row {row.id} from {row.source}: {row.question[:60]!r}" for row in long[:10])
+        raise InputError(
+            f"{len(long)} of {len(rows)} rows are longer than {max_length} tokens:\n{shown}",
+            "raise finetune.max_length, shorten the rows, or set finetune.on_long_row: drop",
+        )
+    if rows and not examples:
+        raise InputError(
+            f"all {len(rows)} rows are longer than {max_length} tokens", "raise finetune.max_length"
+        )
+    return examples, long
+
+
+def plan_batches(lengths: Sequence[int], batch_size: int, epochs: int, seed: int) -> list[list[int]]:
+    """Return the batches of the whole training, as row numbers; equal arguments give equal batches.
+
+    Each epoch takes every row once, in its own random order, with rows of about one length together.
+    """
+    plan: list[list[int]] = []
+    for epoch in range(epochs):
+        rng = random.Random(f"{seed} {epoch}")
+        order = list(range(len(lengths)))
+        rng.shuffle(order)
+        batches = []
+        reach = batch_size * BATCHES_SORTED_TOGETHER
+        for start in range(0, len(order), reach):
+            near = sorted(order[start : start + reach], key=lambda row: (lengths[row], row))
+            batches += [near[i : i + batch_size] for i in range(0, len(near), batch_size)]
+        rng.shuffle(batches)
+        plan += batches
+    return plan
+
+
+def count_tokens(plan: Sequence[Sequence[int]], lengths: Sequence[int], accumulation: int) -> list[int]:
+    """Return the tokens of each update: `accumulation` batches of the plan at a time."""
+    return [
+        sum(lengths[row] for batch in plan[first : first + accumulation] for row in batch)
+        for first in range(0, len(plan), accumulation)
+    ]

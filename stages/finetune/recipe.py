@@ -1,0 +1,65 @@
+"""The recipe of a training run, and the fingerprint of everything that decides its result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from stages.common.adapter import Start
+from stages.common.chat import Encoded
+from stages.common.records import canonical_json
+
+# Modules of stages/common that decide the adapter, besides all files of this folder.
+SHARED_CODE = ("adapter.py", "models.py")
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What decides the adapter, besides the rows and the base model. See `finetune` in `params.yaml`."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    target_modules: str | tuple[str, ...]
+    learning_rate: float
+    schedule: str
+    warmup_fraction: float
+    weight_decay: float
+    max_grad_norm: float
+    batch_size: int
+    gradient_accumulation: int
+    epochs: int
+    dtype: str
+    seed: int
+
+
+def compute_fingerprint(
+    recipe: Recipe, examples: Sequence[Encoded], base: Path, start: Start | None = None
+) -> str:
+    """Return a hash of everything that decides the result: recipe, rows, base, code, library versions.
+
+    Checkpoints are kept under it, so a run never resumes from those of another recipe.
+    """
+    here = Path(__file__).resolve().parent
+    shared = [here.parent / "common" / name for name in SHARED_CODE]
+    parts = {
+        "recipe": asdict(recipe),
+        "rows": hashlib.sha256(
+            json.dumps([[e.prompt_length, e.input_ids] for e in examples]).encode()
+        ).hexdigest(),
+        "base": {p.name: _file_digest(p) for p in sorted(base.iterdir()) if p.is_file()},
+        "start": {p.name: _file_digest(p) for p in start.files} if start else {},
+        "code": {p.name: _file_digest(p) for p in sorted(here.glob("*.py"))},
+        "shared_code": {p.name: _file_digest(p) for p in shared},
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
+    }
+    return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:16]
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

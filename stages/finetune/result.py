@@ -1,0 +1,93 @@
+"""The result of a training run: its loss curve, its metrics, and what it cost."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.common.artifacts import write_text
+
+# Weight of the past in the running mean: about the last 20 updates.
+KEEP = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class LossPoint:
+    """One update: its mean loss per answer token, and the learning rate it used."""
+
+    step: int
+    loss: float
+    learning_rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingResult:
+    """The loss of every update and of the validation rows, and what this process needed.
+
+    Attributes:
+        validation_loss: per answer token, at the end; None without validation rows.
+        fast_modules: modules with faster training code, by kind.
+        seconds: of this process: the rest of the training if it resumed.
+        tokens: trained on in those seconds.
+    """
+
+    curve: list[LossPoint]
+    validation_loss: float | None
+    dtype: str
+    device: str
+    share_prefix: bool
+    fast_modules: dict[str, int]
+    trained_parameters: int
+    seconds: float
+    tokens: int
+    peak_rss_mib: int
+
+    @property
+    def train_loss(self) -> float:
+        """The running mean of the loss after the last update."""
+        return compute_running_mean([point.loss for point in self.curve])[-1]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The training speed; tokens of padding do not count."""
+        return self.tokens / self.seconds
+
+    def to_metrics(self) -> dict[str, Any]:
+        """Return what `metrics.json` reports of it; only `throughput` differs between equal runs."""
+        return {
+            "steps": len(self.curve),
+            "trained_parameters": self.trained_parameters,
+            "dtype": self.dtype,
+            "device": self.device,
+            "share_prefix": self.share_prefix,
+            "fast_modules": self.fast_modules,
+            "train_loss": self.train_loss,
+            "validation_loss": self.validation_loss,
+            "throughput": {
+                "seconds": round(self.seconds, 1),
+                "tokens_per_second": round(self.tokens_per_second, 1),
+                "peak_rss_mib": self.peak_rss_mib,
+            },
+        }
+
+
+def write_loss_csv(curve: Sequence[LossPoint], path: Path) -> None:
+    """Write the loss curve as CSV, one update a line, for DVC's plots."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["step", "loss", "learning_rate"])
+    writer.writerows([p.step, f"{p.loss:.6f}", f"{p.learning_rate:.6e}"] for p in curve)
+    write_text(path, text.getvalue())
+
+
+def compute_running_mean(values: Sequence[float]) -> list[float]:
+    """Return the exponentially weighted mean up to each value, without the bias of its start."""
+    means, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = KEEP * total + (1 - KEEP) * value, KEEP * weight + (1 - KEEP)
+        means.append(total / weight)
+    return means

@@ -1,0 +1,231 @@
+"""Train the adapter with a `transformers.Trainer` that takes planned batches and learns the answers only."""
+
+from __future__ import annotations
+
+import errno
+import math
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from stages.common.chat import Encoded
+from stages.common.errors import InputError
+from stages.common.logs import get_logger, progress
+from stages.finetune.answer_loss import compute_mean_loss, cross_entropy_sum
+from stages.finetune.batches import count_tokens, plan_batches
+from stages.finetune.checkpoints import (
+    PREFIX,
+    check_free_space,
+    find_checkpoint,
+    get_step,
+    mark_complete,
+)
+from stages.finetune.recipe import Recipe
+from stages.finetune.result import LossPoint, TrainingResult
+from stages.finetune.shared_prefix import Layout, lay_out
+from stages.finetune.speedups import speed_up_training
+
+logger = get_logger("finetune")
+
+
+class AnswerTrainer(Trainer):
+    """A Trainer that takes the planned batches in order and learns the answers only."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return SequentialSampler(train_dataset or self.train_dataset)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Return the sum of the answers' losses over the answer tokens of the whole update."""
+        assert num_items_in_batch is not None  # Trainer counts the labels
+        batch = inputs["batch"].to(model.device)
+        return cross_entropy_sum(batch.answer_logits(model), batch.targets) / num_items_in_batch
+
+
+class TrainingMonitor(TrainerCallback):
+    """Show progress, mark complete checkpoints, and stop when the loss is not a number."""
+
+    def __init__(self, tokens_of_step: Sequence[int], first_step: int) -> None:
+        self.tokens_of_step, self.first_step = tokens_of_step, first_step
+        self.started = time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start the clock."""
+        self.started = time.monotonic()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Check the loss of an update and log it with the speed and the time left."""
+        if "loss" not in logs:
+            return
+        if not (math.isfinite(logs["loss"]) and math.isfinite(logs.get("grad_norm", 0.0))):
+            raise InputError(
+                f"the loss is {logs['loss']} at step {state.global_step}: training has diverged",
+                "lower finetune.learning_rate or finetune.max_grad_norm and run again",
+            )
+        elapsed = time.monotonic() - self.started
+        speed = sum(self.tokens_of_step[self.first_step : state.global_step]) / elapsed
+        left = int(sum(self.tokens_of_step[state.global_step :]) / speed)
+        note = f"loss {logs['loss']:.4f}, {speed:.0f} tokens/s, {left // 60}:{left % 60:02d} left"
+        progress(logger, state.global_step, state.max_steps, note)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Mark the checkpoint that was just written."""
+        mark_complete(Path(args.output_dir) / f"{PREFIX}{state.global_step}")
+
+
+def train(
+    model: PeftModel,
+    examples: Sequence[Encoded],
+    validation: Sequence[Encoded],
+    pad_id: int,
+    recipe: Recipe,
+    checkpoints: Path,
+    checkpoint_every_steps: int,
+) -> TrainingResult:
+    """Train the adapter of `model`, from the newest complete checkpoint in `checkpoints` if there is one.
+
+    Args:
+        validation: rows whose loss is computed at the end.
+
+    Raises:
+        InputError: the disk is or will be too full, memory runs out, or the loss is not a number.
+    """
+    share_prefix, fast_modules = speed_up_training(model, examples, pad_id)
+    lengths = [len(e.input_ids) for e in examples]
+    plan = plan_batches(lengths, recipe.batch_size, recipe.epochs, recipe.seed)
+    tokens_of_step = count_tokens(plan, lengths, recipe.gradient_accumulation)
+    resumed_from = find_checkpoint(checkpoints)
+    first_step = get_step(resumed_from) if resumed_from else 0
+    if resumed_from:
+        logger.info("resuming from step %d of %d (%s)", first_step, len(tokens_of_step), resumed_from)
+    trained_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    check_free_space(checkpoints, trained_parameters)
+
+    def collate(items: Sequence[list[int]]) -> dict[str, Any]:
+        return _inputs(lay_out([examples[i] for i in items[0]], pad_id, share_prefix))
+
+    trainer = AnswerTrainer(
+        model=model,
+        args=_training_arguments(
+            recipe, len(tokens_of_step), model.device.type, checkpoints, checkpoint_every_steps
+        ),
+        train_dataset=plan,
+        data_collator=collate,
+        callbacks=[TrainingMonitor(tokens_of_step, first_step)],
+    )
+    trainer.model_accepts_loss_kwargs = True
+    trainer.remove_callback(PrinterCallback)
+    started = time.monotonic()
+    with _clear_failures(checkpoints):
+        trainer.train(resume_from_checkpoint=str(resumed_from) if resumed_from else None)
+    if model.device.type != "cpu":
+        torch.accelerator.synchronize()
+    seconds = time.monotonic() - started
+    batches = plan_batches([len(e.input_ids) for e in validation], recipe.batch_size, 1, recipe.seed)
+    return TrainingResult(
+        curve=[
+            LossPoint(entry["step"], entry["loss"], entry["learning_rate"])
+            for entry in trainer.state.log_history
+            if "loss" in entry
+        ],
+        validation_loss=compute_mean_loss(
+            model, [lay_out([validation[i] for i in batch], pad_id, share_prefix) for batch in batches]
+        ),
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=model.device.type,
+        share_prefix=share_prefix,
+        fast_modules=fast_modules,
+        trained_parameters=trained_parameters,
+        seconds=seconds,
+        tokens=sum(tokens_of_step[first_step:]),
+        peak_rss_mib=measure_peak_rss_mib(),
+    )
+
+
+def _training_arguments(
+    recipe: Recipe, steps: int, device: str, checkpoints: Path, checkpoint_every_steps: int
+) -> TrainingArguments:
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        # One item of the data is one whole batch of the plan, and the plan holds all epochs.
+        per_device_train_batch_size=1,
+        num_train_epochs=1,
+        gradient_accumulation_steps=recipe.gradient_accumulation,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=recipe.schedule if recipe.schedule != "constant" else "constant_with_warmup",
+        warmup_steps=round(recipe.warmup_fraction * steps),
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        optim="adamw_torch_fused",
+        seed=recipe.seed,
+        # The weights have their dtype already; autocasting would convert at every layer.
+        bf16=False,
+        use_cpu=device == "cpu",
+        dataloader_pin_memory=device == "cuda",
+        remove_unused_columns=False,
+        save_strategy="steps",
+        save_steps=checkpoint_every_steps,
+        save_total_limit=2,
+        logging_strategy="steps",
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    if arguments.n_gpu > 1:
+        # A batch is one sequence: it cannot be divided among several GPUs.
+        arguments._n_gpu = 1
+    return arguments
+
+
+def _inputs(batch: Layout) -> dict[str, Any]:
+    """Return a batch in the form that Trainer expects."""
+    # Trainer counts all of `shift_labels`, but would skip the first of `labels`.
+    return {
+        "batch": batch,
+        "input_ids": batch.input_ids,
+        "labels": batch.targets,
+        "shift_labels": batch.targets,
+    }
+
+
+@contextmanager
+def _clear_failures(folder: Path) -> Iterator[None]:
+    """Turn a full disk and a full GPU memory, which torch reports in its own ways, into the user's errors."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"the GPU's memory is full: {str(error).splitlines()[0]}",
+            "lower finetune.batch_size (and raise finetune.gradient_accumulation by as much)",
+        ) from None
+    except (OSError, RuntimeError) as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        # safetensors and torch.save raise errors of their own, without a number.
+        if not full and shutil.disk_usage(folder).free > 1 << 20:
+            raise
+        raise InputError(
+            f"the disk of {folder} is full: {error}",
+            "free some space and run again: training resumes from the last complete checkpoint",
+        ) from None
+
+
+def measure_peak_rss_mib() -> int:
+    """Return the most memory that this process has held, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak >> (20 if sys.platform == "darwin" else 10)

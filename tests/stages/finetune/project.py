@@ -1,0 +1,74 @@
+"""A project that finetune can train on within a second."""
+
+import json
+from pathlib import Path
+
+import yaml
+
+from stages.common.adapter import put_start
+from stages.common.records import Message, make_row, write_rows
+from tests.tiny import save_model
+
+REPO = Path(__file__).resolve().parents[3]
+SETTINGS = {
+    "rank": 4,
+    "alpha": 8,
+    "learning_rate": 0.01,
+    "batch_size": 4,
+    "gradient_accumulation": 1,
+    "epochs": 1,
+    "max_length": 200,
+    "checkpoint_every_steps": 3,
+    "dtype": "float32",
+}
+
+
+def rows(count, start=0):
+    return [
+        make_row(
+            [
+                Message("system", "Answer."),
+                Message("user", "abc"[n % 3] * (1 + n % 7) + str(n)),
+                Message("assistant", f'{{"n":{n % 5}}}'),
+            ],
+            "toy",
+            "cc0-1.0",
+        )
+        for n in range(start, start + count)
+    ]
+
+
+def make_project(folder, count=40, **changes):
+    """Lay out what finetune reads: the base model, the split and params.yaml."""
+    save_model(folder / "artifacts" / "fetch_base")
+    (folder / "artifacts" / "split").mkdir()
+    write_rows(folder / "artifacts" / "split" / "train.parquet", rows(count))
+    write_rows(folder / "artifacts" / "split" / "validation.parquet", rows(8, start=1000))
+    params = yaml.safe_load((REPO / "params.yaml").read_text())
+    params["finetune"].update({**SETTINGS, **changes})
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    return folder
+
+
+def put_own_adapter_as_start(project, version="0123456789ab"):
+    """What the retraining flow does with the champion's adapter."""
+    metrics = project / "reports" / "fetch_base" / "metrics.json"
+    metrics.parent.mkdir(parents=True, exist_ok=True)
+    metrics.write_text('{"sha256": "of the base"}')
+    put_start(project / "artifacts" / "finetune", version, "of the base", project / "artifacts" / "start")
+
+
+def change_finetune(project, **changes):
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    params["finetune"].update(changes)
+    (project / "params.yaml").write_text(yaml.safe_dump(params))
+
+
+def adapter(project):
+    return (project / "artifacts" / "finetune" / "adapter_model.safetensors").read_bytes()
+
+
+def evidence(project):
+    metrics = json.loads((project / "reports" / "finetune" / "metrics.json").read_text())
+    metrics.pop("throughput")
+    return metrics

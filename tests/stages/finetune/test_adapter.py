@@ -1,0 +1,68 @@
+import re
+
+import pytest
+import torch
+import yaml
+
+from stages.common.adapter import read_start
+from stages.common.errors import InputError
+from stages.common.params.loading import load_params
+from stages.finetune.__main__ import main
+from stages.finetune.adapter import build_model, load_weights
+from stages.finetune.recipe import Recipe
+from tests.stages.finetune.project import put_own_adapter_as_start
+
+
+def test_every_tensor_of_the_start_is_taken_over_bit_by_bit(project):
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    main()
+    put_own_adapter_as_start(project)
+    start = read_start()
+    params = load_params().finetune
+    recipe = Recipe(**params.model_dump(include=set(Recipe.__dataclass_fields__)))
+    model = build_model(project / "artifacts" / "fetch_base", recipe)
+    load_weights(model, start)
+    own, there = get_peft_model_state_dict(model), load_file(start.folder / "adapter_model.safetensors")
+    assert own.keys() == there.keys()
+    assert all(torch.equal(own[name], there[name]) for name in own)
+    assert any(tensor.abs().sum() > 0 for name, tensor in own.items() if "lora_B" in name)
+
+
+def test_an_adapter_that_does_not_fit_is_refused_with_what_both_are_before_any_training(project):
+    main()
+    put_own_adapter_as_start(project)
+    start = project / "artifacts" / "start"
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    params["finetune"] |= {"rank": 8, "target_modules": ["q_proj", "v_proj"]}
+    (project / "params.yaml").write_text(yaml.safe_dump(params))
+    with pytest.raises(InputError, match=r"rank: 8 here, 4 there\n  target_modules: .*q_proj") as error:
+        main()
+    assert "finetune.rank" in error.value.fix
+    params["finetune"] |= {"rank": 4, "target_modules": "all-linear"}
+    (project / "params.yaml").write_text(yaml.safe_dump(params))
+    weights = (start / "adapter_model.safetensors").read_bytes()
+    (start / "adapter_model.safetensors").write_bytes(weights[:200])
+    with pytest.raises(InputError, match="cannot be read"):
+        main()
+    (start / "adapter_model.safetensors").write_bytes(weights)
+    (project / "reports" / "fetch_base" / "metrics.json").write_text('{"sha256": "of another base"}')
+    with pytest.raises(InputError, match="was trained on a base model"):
+        main()
+    (start / "start.json").unlink()
+    with pytest.raises(InputError, match="half an adapter"):
+        main()
+
+
+def test_an_adapter_without_some_tensors_is_refused_though_its_config_fits(project):
+    from safetensors.torch import load_file, save_file
+
+    main()
+    put_own_adapter_as_start(project)
+    path = project / "artifacts" / "start" / "adapter_model.safetensors"
+    weights = load_file(path)
+    lost = sorted(weights)[0]
+    save_file({name: tensor for name, tensor in weights.items() if name != lost}, path)
+    with pytest.raises(InputError, match=rf"other tensors .*1 of them: {re.escape(lost)} is None there"):
+        main()

@@ -1,0 +1,62 @@
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from stages.common.adapter import Start
+from stages.common.chat import encode_example
+from stages.common.errors import InputError
+from stages.common.models import load_tokenizer
+from stages.common.records import Message, make_row
+from stages.finetune.batches import encode_rows, plan_batches, select_rows
+from tests.stages.finetune.project import rows
+from tests.tiny import save_model
+
+
+def test_each_start_has_another_share_of_the_old_rows_and_all_the_new(caplog):
+    old, new = rows(400), rows(5, start=2000)
+
+    def chosen(share, version):
+        start = Start(Path("start"), version, "base")
+        return {row.id for row in select_rows([*old, *new], start, known, share, seed=7)}
+
+    known = {row.id for row in old}
+    fresh = {row.id for row in new}
+    one, other = chosen(0.25, "v1"), chosen(0.25, "v2")
+    assert one == chosen(0.25, "v1") != other
+    assert fresh < one and fresh < other and 60 < len(one) < 145
+    assert chosen(0.0, "v1") == fresh and len(chosen(1.0, "v1")) == 405
+    assert len(select_rows(old, None, set(), 0.0, seed=7)) == 400
+    assert not caplog.messages
+    start = Start(Path("start"), "v1", "base")
+    assert len(select_rows(old, start, set(), 0.25, seed=7)) == 400
+    assert "the adapter of v1 does not record the rows it was trained on" in caplog.text
+    with pytest.raises(InputError, match="trained on all 400 training rows already") as error:
+        select_rows(old, start, known, 0.0, seed=7)
+    assert "finetune.replay_share" in error.value.fix
+
+
+def test_every_epoch_takes_each_row_once_in_an_order_of_its_own():
+    lengths = [10 + n % 13 for n in range(103)]
+    plan = plan_batches(lengths, batch_size=8, epochs=2, seed=7)
+    assert plan == plan_batches(lengths, 8, 2, 7)
+    assert plan != plan_batches(lengths, 8, 2, 8)
+    half = len(plan) // 2
+    for epoch in (plan[:half], plan[half:]):
+        assert Counter(row for batch in epoch for row in batch) == Counter(range(103))
+    assert plan[:half] != plan[half:]
+    spread = [max(lengths[r] for r in b) - min(lengths[r] for r in b) for b in plan]
+    assert sum(spread) / len(spread) <= 2
+
+
+def test_long_rows_are_dropped_or_named(tmp_path):
+    tokenizer = load_tokenizer(save_model(tmp_path))
+    toy = rows(3)
+    length = max(len(encode_example(tokenizer, row.messages).input_ids) for row in toy)
+    longer = make_row([Message("user", "x" * 200), Message("assistant", "y")], "toy", "cc0-1.0")
+    examples, long = encode_rows(tokenizer, [*toy, longer], length, "drop")
+    assert (len(examples), long) == (3, [longer])
+    with pytest.raises(InputError, match=f"1 of 4 rows .*\n.*{longer.id}.*\n.*finetune.max_length"):
+        encode_rows(tokenizer, [*toy, longer], length, "stop")
+    with pytest.raises(InputError, match="all 3 rows"):
+        encode_rows(tokenizer, toy, 5, "drop")

@@ -1,0 +1,52 @@
+import os
+
+import pytest
+
+from stages.common.adapter import put_start
+from stages.common.chat import Encoded
+from stages.common.errors import InputError
+from stages.finetune.checkpoints import check_free_space, find_checkpoint, mark_complete, remove_other_runs
+from stages.finetune.recipe import Recipe, compute_fingerprint
+
+
+def test_a_checkpoint_cut_short_is_never_taken_for_whole(tmp_path):
+    for step in (3, 6, 9, 12):
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        checkpoint.mkdir()
+        for name in ("adapter_model.safetensors", "optimizer.pt"):
+            (checkpoint / name).write_bytes(b"x" * 100)
+        if step != 9:
+            mark_complete(checkpoint)
+    (tmp_path / "checkpoint-12" / "optimizer.pt").write_bytes(b"x" * 50)
+    assert find_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-6"]
+
+
+def test_checkpoints_of_other_parameters_are_not_resumed_and_do_not_pile_up(project):
+    base = project / "artifacts" / "fetch_base"
+    examples = [Encoded([0, 1, 2], 1)]
+    settings = dict.fromkeys(Recipe.__dataclass_fields__, 1)
+    recipe = Recipe(**settings)
+    start = project / "adapter"
+    start.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (start / name).write_text("{}")
+    other = Recipe(**{**settings, "rank": 2})
+    names = {
+        compute_fingerprint(recipe, examples, base),
+        compute_fingerprint(other, examples, base),
+        compute_fingerprint(recipe, [Encoded([0, 1, 3], 1)], base),
+        compute_fingerprint(recipe, examples, base, put_start(start, "v", "b", project / "start")),
+    }
+    assert len(names) == 4
+    runs = project / "checkpoints" / "finetune"
+    for age, name in enumerate(("new", "middle", "old")):
+        (runs / name).mkdir(parents=True)
+        os.utime(runs / name, (1000 - age, 1000 - age))
+    remove_other_runs(runs / "mine", kept=1)
+    assert [path.name for path in runs.iterdir()] == ["new"]
+
+
+def test_a_disk_too_small_for_the_checkpoints_is_said_before_the_work(tmp_path):
+    with pytest.raises(InputError, match="MiB left"):
+        check_free_space(tmp_path, trained_parameters=10**15)
