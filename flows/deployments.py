@@ -1,8 +1,8 @@
-"""The flows on a Prefect server: `python -m flows.deployments` registers them with their schedules.
+"""The flows on a Prefect server: `perennial schedule` registers them with their schedules.
 
 Schedules are those of `flows` in params.yaml; a drift verdict starts a retraining by an event.
 Runs that are due are executed by `make up`, on any other machine with this checkout by
-`python -m flows.deployments --execute`, or by the workers of a work pool (`--pool NAME`).
+`perennial schedule --execute`, or by the workers of a work pool (`--pool NAME`).
 """
 
 from __future__ import annotations

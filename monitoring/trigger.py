@@ -63,7 +63,7 @@ def decide(
         needs.append("the running retraining to end")
     if pinned:
         reason = f" ({pinned})" if isinstance(pinned, str) else ""
-        needs.append(f"the champion to be unpinned{reason}: python -m flows.release unpin")
+        needs.append(f"the champion to be unpinned{reason}: perennial release unpin")
     return TriggerDecision(not needs, seen, tuple(needs))
 
 

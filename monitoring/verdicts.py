@@ -2,7 +2,7 @@
 
 In: the results of the drift test. Out: `reports/watch/<window>/verdict.json`.
 
-Run: `python -m monitoring.verdicts list` or `python -m monitoring.verdicts show 20261121T101500-500`
+Run: `perennial verdicts list` or `perennial verdicts show 20261121T101500-500`
 """
 
 from __future__ import annotations
@@ -176,9 +176,7 @@ def read_verdict(root: Path, window_id: str) -> DriftVerdict:
     path = window_folder(root, window_id) / "verdict.json"
     # A name comes from the command line too, and must not lead out of the folder.
     if "/" in window_id or not path.exists():
-        raise InputError(
-            f"there is no verdict {window_id!r} in {root / WATCH}", "python -m monitoring.verdicts list"
-        )
+        raise InputError(f"there is no verdict {window_id!r} in {root / WATCH}", "perennial verdicts list")
     return _read(path)
 
 
@@ -207,7 +205,7 @@ def _read(path: Path) -> DriftVerdict:
 def format_list(verdicts: Sequence[DriftVerdict]) -> list[str]:
     """Return a plain table with one line a window, oldest first."""
     if not verdicts:
-        return ["no window was judged yet: python -m flows.watch"]
+        return ["no window was judged yet: perennial watch"]
     lines = [("window", "version", "rows", "until (UTC)", "verdict")]
     lines += [
         (

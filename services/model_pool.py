@@ -109,7 +109,7 @@ class Fleet:
 
     async def _take(self, aliases: Aliases) -> None:
         if aliases.champion is None:
-            raise InputError("no model is champion", "name one: python -m services.versions champion TAG")
+            raise InputError("no model is champion", "name one: perennial versions champion TAG")
         wanted = [aliases.challenger.tag] if aliases.challenger else []
         for tag in [*wanted, aliases.champion]:
             served = self._loaded.get(tag)

@@ -1,6 +1,6 @@
 """Pack the champion into a Bento: the service, its model and exact requirements, as one thing to carry away.
 
-    python -m services.package [--engine auto|paged|openvino|transformers|vllm] [--output perennial.tar]
+    perennial package [--engine auto|paged|openvino|transformers|vllm] [--output perennial.tar]
 
 The Bento starts on a machine that has neither this repository nor its history: `bentoml serve perennial`.
 """

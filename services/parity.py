@@ -3,7 +3,7 @@
 The trainer's answers are those that the stage evaluate kept; the server is asked by HTTP, as users ask it.
 Chat templates are compared prompt by prompt, by their number of tokens and by the template's hash.
 
-    python -m services.parity [--url http://127.0.0.1:3000] [--model NAME:VERSION]
+    perennial parity [--url http://127.0.0.1:3000] [--model NAME:VERSION]
 
 Writes reports/parity/VERSION.json, which a promotion reads.
 Exit code 0: they agree; 1: they do not, or could not be compared.

@@ -6,8 +6,8 @@ in German. The drift is noticed, their corrections are learned, the candidate is
 some, and takes over; a poisoned one is refused. Nothing is played: it is the service, the flows and the pages
 of `make up`.
 
-    python -m flows.demo           # the whole day
-    python -m flows.demo --show    # the pages of the last day again, until Ctrl-C
+    perennial demo                 # the whole day
+    perennial demo --show          # the pages of the last day again, until Ctrl-C
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ def _retrain(day: Day) -> list[ReplayResult | str]:
             process.wait()
     if process.returncode:
         raise InputError(
-            f"python -m flows.watch ended with exit code {process.returncode}",
+            f"perennial watch ended with exit code {process.returncode}",
             f"see {_log(day.home, 'retrain')}",
         )
     return replays
@@ -409,8 +409,7 @@ def _tell(root: Path, day: Day, accuracy: Accuracy, drift_said: str, poisoned: j
         },
     )
     sys.stdout.write(
-        f"\n{told}\nthe story  {(day.home / STORY).relative_to(root)}\n"
-        "the pages  python -m flows.demo --show\n"
+        f"\n{told}\nthe story  {(day.home / STORY).relative_to(root)}\nthe pages  perennial demo --show\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""Retrain by hand: `python -m flows.retrain --why "a new product line"`.
+"""Retrain by hand: `perennial retrain --why "a new product line"`.
 
 Gathers what production taught, trains a candidate, holds it to the gate, shows it to some users, and
 promotes or refuses it. One that was killed is taken up where it stood.

@@ -1,6 +1,6 @@
 """The retraining flow: from a reason to a promotion or a refusal, step by step.
 
-`python -m flows.retrain` runs it by hand; its deployment runs it when drift calls for it, or on a schedule.
+`perennial retrain` runs it by hand; its deployment runs it when drift calls for it, or on a schedule.
 """
 
 from __future__ import annotations

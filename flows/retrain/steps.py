@@ -52,7 +52,7 @@ def open_retraining(
     actions.recover(root, params)
     actions.adopt(root, params)  # before the pipeline makes another: a service that restarts would follow it
     if (reason := model_versions.pinned(root, params)) is not None:
-        raise InputError(f"the champion is pinned: {reason}", "python -m flows.release unpin --why TEXT")
+        raise InputError(f"the champion is pinned: {reason}", "perennial release unpin --why TEXT")
     champion = versions.read_aliases(root / versions.ALIASES).champion
     left = progress.unfinished(root)
     if left is not None:

@@ -1,6 +1,6 @@
 """Run the training flow: bring the model, its evaluation and its card up to date.
 
-`python -m flows.training` runs what changed since the last run, and nothing else; this is what
+`perennial run` runs what changed since the last run, and nothing else; this is what
 `make run` calls. The parameters are checked, the lock is taken and the plan is made before Prefect
 is imported, so that a mistake is told at once.
 

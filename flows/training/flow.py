@@ -1,6 +1,6 @@
 """The training flow: the DVC graph as a Prefect flow, with its results as artifacts.
 
-`python -m flows.training` runs it by hand (see there); the deployment runs it on a schedule.
+`perennial run` runs it by hand (see there); the deployment runs it on a schedule.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _record(root: Path, params: Params, trigger: str) -> None:
     try:
         record_training(root, params, trigger)
     except InputError as error:
-        logger.warning("not recorded: %s\n  later: python -m flows.registry record", error)
+        logger.warning("not recorded: %s\n  later: perennial registry record", error)
 
 
 def _final_state(run: PreparedRun, result: PipelineResult) -> State[PipelineResult]:

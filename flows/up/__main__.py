@@ -1,4 +1,4 @@
-"""Everything under one supervisor: `python -m flows.up`, or `make up`.
+"""Everything under one supervisor: `perennial up`, or `make up`.
 
 The service, Prefect's server and what executes due runs, MLflow, Evidently, and the page that shows all at a
 glance. One that dies is started anew; all end with this process, on Ctrl-C, SIGTERM or its death.

@@ -1,4 +1,4 @@
-"""Look at production by hand: `python -m flows.watch`.
+"""Look at production by hand: `perennial watch`.
 
 Judges the windows that have closed since the last look. If they call for a retraining, it follows in this
 process, unless `--no-retrain` or `flows.watch.retrain: false` says otherwise.

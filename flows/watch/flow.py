@@ -1,6 +1,6 @@
 """The watching flow: windows of production, a verdict on each, and what follows from it.
 
-`python -m flows.watch` runs it by hand; its deployment runs it on a schedule. Then a verdict that calls for a
+`perennial watch` runs it by hand; its deployment runs it on a schedule. Then a verdict that calls for a
 retraining is an event on the Prefect server, which starts the retraining's deployment.
 """
 
@@ -121,7 +121,7 @@ def _champion(root: Path, params: Params) -> str:
     if recorded is not None and recorded != aliases.champion:
         raise InputError(
             f"the registry says that {recorded} is champion, and the service serves {aliases.champion}",
-            "say which: python -m flows.release promote TAG --why TEXT",
+            "say which: perennial release promote TAG --why TEXT",
         )
     return aliases.champion
 

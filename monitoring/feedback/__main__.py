@@ -1,4 +1,4 @@
-"""Show the training rows that feedback would become: `python -m monitoring.feedback`."""
+"""Show the training rows that feedback would become: `perennial feedback`."""
 
 from monitoring.feedback.rows import main
 

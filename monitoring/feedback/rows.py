@@ -19,7 +19,7 @@ wrong. So every rule of `monitoring.feedback` in `params.yaml` takes rows away a
 Some questions are kept apart to judge a challenger by. Which ones follows from a hash of the question: the
 same question is on the same side in every retraining, and one that was ever held out is never learned.
 
-Run: `python -m monitoring.feedback [--write]` to see what the feedback in the event store would become.
+Run: `perennial feedback [--write]` to see what the feedback in the event store would become.
 """
 
 from __future__ import annotations

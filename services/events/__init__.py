@@ -3,8 +3,8 @@
 An event counts as recorded when its transaction is on the disk. One thread writes; events that
 arrive together share a commit. Other processes read at the same time.
 
-Run: `python -m services.events export --from 2026-01-01T00:00 --to 2026-02-01T00:00 --out january.parquet`,
-`python -m services.events prune --older-than-days 90` or `python -m services.events migrate`
+Run: `perennial events export --from 2026-01-01T00:00 --to 2026-02-01T00:00 --out january.parquet`,
+`perennial events prune --older-than-days 90` or `perennial events migrate`
 """
 
 from services.events.pruning import Pruned, prune

@@ -31,7 +31,7 @@ def migrate_store(url: URL) -> bool:
 def opened(url: str) -> Iterator[Engine]:
     """Yield an engine on a store that is there and of this code's version."""
     parsed = check_url(url)
-    fix = "start the service, or run python -m services.events migrate"
+    fix = "start the service, or run perennial events migrate"
     path = sqlite_path(parsed)
     if path is not None and not path.exists():
         raise InputError(f"there is no event store at {path}", fix)

@@ -1,8 +1,8 @@
 """Manage API keys.
 
-    python -m services.keys add NAME [--requests-per-minute N] [--tokens-per-day N]
-    python -m services.keys list
-    python -m services.keys revoke NAME
+    perennial keys add NAME [--requests-per-minute N] [--tokens-per-day N]
+    perennial keys list
+    perennial keys revoke NAME
 
 A key is shown once, when it is made; the file stores its SHA-256. Running servers pick up a change within a
 second. As long as the file has never held a key, requests need none and are limited by address. From the

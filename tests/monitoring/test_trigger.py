@@ -85,7 +85,7 @@ def test_no_windows_at_all_is_no_drift():
         ({"last_retraining_at": NOON - 60}, "cooldown until 23:59 UTC"),
         ({"last_retraining_at": NOON}, "cooldown until 2025-11-26 00:00 UTC"),
         ({"running": True}, "the running retraining to end"),
-        ({"pinned": "audit"}, "the champion to be unpinned (audit): python -m flows.release unpin"),
+        ({"pinned": "audit"}, "the champion to be unpinned (audit): perennial release unpin"),
     ],
 )
 def test_what_is_missing_is_said_exactly(changed, need):

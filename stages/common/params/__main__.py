@@ -1,4 +1,4 @@
-"""Check params.yaml: `python -m stages.common.params`."""
+"""Check params.yaml: `perennial params`."""
 
 from stages.common.params.loading import main
 

@@ -1,6 +1,6 @@
 """`params.yaml`, typed and checked before any work.
 
-Run `python -m stages.common.params` to check the file and print nothing but its problems.
+Run `perennial params` to check the file and print nothing but its problems.
 """
 
 from __future__ import annotations

@@ -219,7 +219,7 @@ def test_the_page_of_a_fresh_checkout_says_what_to_do(checkout):
         answer = client.get("/")
         assert client.get("/api/status").json()["model"]["champion"] is None
     assert answer.status_code == 200 and "default-src 'none'" in answer.headers["Content-Security-Policy"]
-    for words in ("make run", "make up", "python -m flows.watch", "python -m flows.release"):
+    for words in ("make run", "make up", "perennial watch", "perennial release"):
         assert words in answer.text
 
 

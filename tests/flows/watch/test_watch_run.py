@@ -1,4 +1,4 @@
-"""`python -m flows.watch` as one whole run, where what it depends on is not there."""
+"""`perennial watch` as one whole run, where what it depends on is not there."""
 
 import json
 import shutil
