@@ -16,6 +16,7 @@ TRAIN_TOKENS_PER_S = {"bfloat16": 800.0, "float32": 215.0}
 ANSWER_TOKENS_PER_S = {"bfloat16": 200.0, "float32": 60.0}
 FIXED_MINUTES = 2.0  # every stage's start, and those that neither train nor generate
 TEMPLATE_TOKENS = 25  # that a chat template puts around a row
+MAX_AUTO_ROWS = 2401  # of evaluate.max_rows: auto
 MODELS_ASKED = 2  # base and tuned
 
 
@@ -51,7 +52,8 @@ def estimate_run(survey: Survey, params: Mapping[str, Any]) -> RunEstimate:
     train_tokens = round(train_rows * tokens_per_row * finetune["epochs"])
     dtype = pick_dtype_name(finetune["dtype"])
     cores = max(1.0, (os.cpu_count() or 2) / 2)
-    asked = min(test_rows, params["evaluate"]["max_rows"] or test_rows)
+    limit = params["evaluate"]["max_rows"]
+    asked = min(test_rows, limit if isinstance(limit, int) else MAX_AUTO_ROWS)
     answer_tokens = MODELS_ASKED * asked * max(1, survey.answer_tokens.total // survey.rows)
     seconds = (train_tokens / TRAIN_TOKENS_PER_S[dtype] + answer_tokens / ANSWER_TOKENS_PER_S[dtype]) / cores
     return RunEstimate(train_rows, test_rows, train_tokens, dtype, FIXED_MINUTES + seconds / 60)

@@ -16,6 +16,7 @@ from stages.common.sources.files.entries import count, shorten, shorten_text
 SHOWN_CLASSES = 5
 SHOWN_REJECTED = 3
 SHOWN_LANGUAGES = 5
+LEAST_SHARE = 0.01  # of the rows; a language with less is likely a wrong guess
 SHOWN_CHARS = 70
 LEAST_TEST_ROWS = 100  # with fewer, an interval of 95 % is wider than ten points each way
 
@@ -67,8 +68,9 @@ def _report_task(found: Findings) -> Iterator[str]:
         yield "  languages    not detected: pip install '.[monitor]', or give --language"
     elif found.languages:
         total = sum(found.languages.values())
-        top = list(found.languages.items())[:SHOWN_LANGUAGES]
-        yield f"  languages    {', '.join(f'{code} {rows / total:.0%}' for code, rows in top)}"
+        shares = [(code, rows / total) for code, rows in found.languages.items()]
+        shown = [f"{code} {share:.0%}" for code, share in shares[:SHOWN_LANGUAGES] if share >= LEAST_SHARE]
+        yield f"  languages    {', '.join(shown)}"
 
 
 def _report_survey(survey: Survey, is_exact: bool) -> Iterator[str]:
