@@ -11,7 +11,10 @@ from stages.common.artifacts import read_json, write_json, write_text
 from stages.common.dvc_lock import dvc_hash
 from stages.common.errors import InputError
 from stages.common.records import Message, make_row, write_rows
-from stages.model_card import __main__ as model_card
+from stages.model_card.__main__ import main
+from stages.model_card.checks import check_metrics
+from stages.model_card.evidence import BEFORE
+from stages.model_card.sections import to_hub_license
 
 ROOT = Path(__file__).parents[3]
 
@@ -131,7 +134,7 @@ def evidence():
 def write_lock():
     """Write the dvc.lock of a run that made what lies here."""
     params = yaml.safe_load(Path("params.yaml").read_text())
-    outs = {stage: [Path(f"reports/{stage}/metrics.json")] for stage in model_card.BEFORE}
+    outs = {stage: [Path(f"reports/{stage}/metrics.json")] for stage in BEFORE}
     outs["split"].append(Path("artifacts/split"))
     outs["finetune"].append(Path("artifacts/finetune"))
     stages = {
@@ -183,7 +186,7 @@ def project(tmp_path, monkeypatch):
 
 
 def card():
-    model_card.main()
+    main()
     return Path("reports/model_card/README.md").read_text()
 
 
@@ -196,7 +199,7 @@ def change(stage, **keys):
 
 def problems():
     with pytest.raises(InputError) as error:
-        model_card.main()
+        main()
     assert not Path("reports/model_card").exists()
     return error.value.what
 
@@ -214,7 +217,7 @@ def test_the_card_states_the_results_with_intervals(project):
     assert "rank | 16" in text
 
 
-def test_the_most_telling_metric_comes_first(project):
+def test_the_primary_metric_comes_first(project):
     names = re.findall(r"^\| (\w+) \| [-\d]", card(), re.M)
     assert names[:4] == ["exact_match", "intent_accuracy", "slot_f1", "perplexity"]
 
@@ -237,7 +240,7 @@ def test_the_hub_can_read_the_front_matter(project):
     assert by_type == {"exact_match": 0.7, "accuracy": 0.9, "f1": 0.8, "perplexity": 1.2}
 
 
-def test_the_card_says_nothing_of_what_it_does_not_know(project):
+def test_the_card_has_no_empty_sections(project):
     text = card().lower()
     assert "more information needed" not in text
     assert "none" not in re.sub(r"```json.*?```", "", text, flags=re.S).replace("nonexistent", "")
@@ -249,20 +252,20 @@ def test_the_card_has_no_speeds_and_is_the_same_twice(project):
     assert card() == first
 
 
-def test_the_card_says_from_which_adapter_and_what_feedback_was_learned(project):
+def test_the_card_names_the_initial_adapter_and_the_rows_from_feedback(project):
     text = card()
-    assert "The adapter began anew." in text
-    assert "what users said" not in text
+    assert "The adapter was initialized at random." in text
+    assert "user feedback" not in text
     change("finetune", started_from="0123456789ab")
     change("split", feedback_rows=12)
     assert (
-        "Training went on from the adapter of version `0123456789ab`; 12 rows came from what users said"
+        "Training started from the adapter of version `0123456789ab`; 12 rows came from user feedback"
     ) in card()
     change("finetune", train_rows=4, rows_not_replayed=19)
-    assert "version `0123456789ab`; 19 rows that it had learned were not gone over again; 12 rows" in card()
+    assert "`0123456789ab`; 19 rows that it was trained on before were not replayed; 12 rows" in card()
 
 
-def test_every_picture_of_the_card_lies_beside_it(project):
+def test_every_plot_of_the_card_is_in_its_folder(project):
     links = re.findall(r"!\[[^]]*\]\(([^)]+)\)", card())
     assert len(links) == 5
     assert all((project / "reports/model_card" / link).is_file() for link in links)
@@ -312,9 +315,13 @@ def test_all_problems_are_in_one_message(project):
         ("finetune", {"train_rows": 20}, "dropped_long_rows + finetune.rows_not_replayed is 21"),
         ("evaluate", {"test_rows": 11}, "evaluate.test_rows is 11, and split.rows.test is 10"),
         ("evaluate", {"rows": 9}, "evaluate.tuned.exact_match.n is 10, and evaluate.rows is 9"),
-        ("evaluate", {"primary": "beauty"}, "none of its metrics"),
+        ("evaluate", {"primary": "beauty"}, "not one of its metrics"),
         ("evaluate", {"base": {}}, "other metrics"),
-        ("fetch_base", {"license": "notalicense"}, "the licence 'notalicense' of the base model is no SPDX"),
+        (
+            "fetch_base",
+            {"license": "notalicense"},
+            "'notalicense' of the base model is not an SPDX",
+        ),
     ],
 )
 def test_figures_that_disagree_are_named(project, stage, keys, part):
@@ -357,10 +364,10 @@ def test_a_file_that_dvc_did_not_record_is_named(project, path):
     assert f"{path} has the hash" in problems()
 
 
-def test_outside_dvc_it_says_what_to_do(project):
+def test_without_dvc_lock_the_error_has_the_fix(project):
     Path("dvc.lock").unlink()
     with pytest.raises(InputError, match=r"not made by DVC \(dvc repro model_card\)"):
-        model_card.main()
+        main()
 
 
 def test_a_stage_that_dvc_has_not_run_is_named(project):
@@ -378,12 +385,12 @@ def test_a_stage_that_dvc_has_not_run_is_named(project):
         ("MIT OR Apache-2.0", ("other", "mit-or-apache-2.0")),
     ],
 )
-def test_licences_are_spelt_as_the_hub_does(license, expected):
-    assert model_card.hub_license(license) == expected
+def test_licences_are_spelled_as_on_the_hub(license, expected):
+    assert to_hub_license(license) == expected
 
 
 def test_needed_figures_are_those_of_the_toy_reports():
     """So that a figure added to NEEDED is also added here."""
     reports = evidence()
-    assert model_card.check_figures(reports) == []
+    assert check_metrics(reports) == []
     assert json.dumps(reports)

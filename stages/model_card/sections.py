@@ -1,0 +1,244 @@
+"""Build the sections of the card: metadata, tables, limits, lineage."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from stages.common.artifacts import artifacts
+from stages.common.dvc_lock import Lock
+from stages.common.markdown import code
+from stages.common.records import Row, canonical_json
+from stages.model_card.evidence import BEFORE, Evidence
+
+TEMPLATE = Path(__file__).with_name("card.md.j2")
+
+# The names under which the Hugging Face hub knows our metrics.
+HUB_METRICS = {"slot_f1": "f1", "rouge_l": "rouge"}
+
+NOT_FOR_THE_HUB = ("finished", "answer_tokens")
+
+# In the order of the table; the accuracy of the label, whose name depends on its key, comes second.
+METRIC_MEANINGS = {
+    "exact_match": "answers equal to the reference (JSON: as values, whatever the order of keys)",
+    "": "answers with the right label",
+    "valid_output": "answers that can be used at all: one JSON value of the right shape",
+    "slot_f1": "micro-averaged F1 over the pairs of key and value other than the label",
+    "rouge_l": "mean F1 of the longest common subsequence of words",
+    "chrf": "corpus chrF2, 0 to 100",
+    "bleu": "corpus BLEU, 0 to 100",
+    "finished": "answers that end by themselves before the limit",
+    "perplexity": "of the reference answers, by token; lower is better",
+    "answer_tokens": "mean length of an answer in tokens",
+}
+
+WEAKEST_SHOWN = 5
+
+
+def build_metadata(
+    name: str,
+    license: str,
+    language: Sequence[str],
+    evidence: Evidence,
+    rows: Sequence[Row],
+    test_hash: str | None,
+) -> Any:
+    """Return the card's metadata, with the results as the hub's model index."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    report = evidence["evaluate"]
+    hub_id, hub_name = to_hub_license(license)
+    sources = sorted({row.source.replace("/", "-") for row in rows})
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=sources[0] if len(sources) == 1 else name,
+            dataset_name=", ".join(sources),
+            dataset_split="test",
+            dataset_revision=test_hash,
+            metric_type=HUB_METRICS.get(metric, "accuracy" if metric.endswith("_accuracy") else metric),
+            metric_value=found["value"],
+            metric_name=metric,
+        )
+        for metric, found in report["tuned"].items()
+        if metric not in NOT_FOR_THE_HUB
+    ]
+    return ModelCardData(
+        model_name=name,
+        base_model=evidence["fetch_base"]["name"],
+        datasets=sources,
+        language=list(language),
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["lora", "perennial", report["task"]],
+        metrics=sorted({result.metric_type for result in results}),
+        eval_results=results,
+        license=hub_id,
+        license_name=hub_name,
+    )
+
+
+def to_hub_license(license: str) -> tuple[str, str | None]:
+    """Return the hub's `license` and `license_name`: it knows single SPDX ids, in small letters."""
+    if license.startswith("LicenseRef-") or " " in license:
+        return "other", license.removeprefix("LicenseRef-").lower().replace(" ", "-")
+    return license.lower(), None
+
+
+def count_sources(sides: Mapping[str, Sequence[Row]]) -> list[dict[str, Any]]:
+    """Return, for each source, licence and origin, its number of rows on each side of the split."""
+    counts = {
+        side: Counter((row.source, row.license, row.origin) for row in rows) for side, rows in sides.items()
+    }
+    return [
+        {"source": source, "license": license, "origin": origin}
+        | {side: counts[side][source, license, origin] for side in sides}
+        for source, license, origin in sorted(set().union(*counts.values()))
+    ]
+
+
+def list_results(report: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return one line per metric: base, tuned and difference with their intervals, and the p-value."""
+    order = list(METRIC_MEANINGS)
+    known = {name: name if name in METRIC_MEANINGS else "" for name in report["tuned"]}
+    return [
+        {
+            "name": name,
+            "meaning": METRIC_MEANINGS[known[name]],
+            "base": _with_interval(report["base"][name]),
+            "tuned": _with_interval(report["tuned"][name]),
+            "difference": _with_interval(report["difference"][name], sign="+"),
+            "p_value": f"{report['difference'][name]['p_value']:.4f}",
+        }
+        for name in sorted(report["tuned"], key=lambda name: order.index(known[name]))
+    ]
+
+
+def _with_interval(found: Mapping[str, float], sign: str = "") -> str:
+    return f"{found['value']:{sign}.3f} ({found['low']:{sign}.3f} to {found['high']:{sign}.3f})"
+
+
+def describe_limits(evidence: Evidence) -> list[str]:
+    """Return the known limits of the model and of its test, one sentence each."""
+    report = evidence["evaluate"]
+    return [
+        *_origin_limits(evidence["collect"]),
+        f"The test has {_many(report['groups'], 'group')} that are not in the training data, but from the "
+        "same sources: how well the model generalizes to other sources is not known.",
+        *_error_limits(report),
+        *_label_limits(report, evidence["split"]),
+        *_rejected_limits(evidence["collect"], evidence["curate"], evidence["finetune"]),
+        *_test_limits(report),
+    ]
+
+
+def _origin_limits(collect: Mapping[str, Any]) -> Iterator[str]:
+    generated = {o: n for o, n in collect["by_origin"].items() if o in ("template", "synthetic") and n}
+    if generated:
+        share = sum(generated.values()) / collect["rows"]
+        yield (
+            f"{share:.0%} of the collected rows are machine-generated ({_counts(generated)}): people write "
+            "differently, and the test does not measure what that costs."
+        )
+
+
+def _error_limits(report: Mapping[str, Any]) -> Iterator[str]:
+    errors = report["errors"]
+    kinds = ", ".join(f"{kind} {n}" for kind, n in sorted(errors["by_kind"].items(), key=lambda k: -k[1]))
+    yield f"{errors['rows']} of {report['rows']} answers are not an exact match" + (
+        f": {kinds}." if kinds else "."
+    )
+    if errors["right_in_base_only"]:
+        yield f"The base model answered {errors['right_in_base_only']} of these correctly."
+    for tag, by_value in report["slices"].items():
+        # By the upper end: a slice of two rows, both wrong, does not prove a weakness.
+        weakest = sorted(by_value.items(), key=lambda item: (item[1]["high"], item[1]["value"], item[0]))
+        if len(weakest) > 1:
+            each = "; ".join(
+                f"{code(value)} {_with_interval(part)} on {_many(part['n'], 'row')} "
+                f"in {_many(part['groups'], 'group')}"
+                for value, part in weakest[:WEAKEST_SHOWN]
+            )
+            yield f"Weakest by {tag} ({report['primary']}, by the upper end of the interval): {each}."
+
+
+def _label_limits(report: Mapping[str, Any], split: Mapping[str, Any]) -> Iterator[str]:
+    if report["confusions"]:
+        each = "; ".join(
+            f"{code(c['expected'])} answered as {code(c['answered'])} ({c['n']})"
+            for c in report["confusions"][:WEAKEST_SHOWN]
+        )
+        yield f"Labels most often confused: {each}."
+    if untested := split.get("labels_without_test_rows"):
+        yield f"Not tested, because too few groups have them: {', '.join(map(code, untested))}."
+
+
+def _rejected_limits(
+    collect: Mapping[str, Any], curate: Mapping[str, Any], finetune: Mapping[str, Any]
+) -> Iterator[str]:
+    if collect["rejected"]:
+        reasons = _counts(collect["rejected_by_reason"])
+        yield f"Rejected by collect: {_many(collect['rejected'], 'row')} ({reasons})."
+    if curate["dropped"]:
+        reasons = _counts(curate["dropped_by_reason"])
+        yield f"Rejected by curate: {_many(curate['dropped'], 'row')} ({reasons})."
+    if finetune["dropped_long_rows"]:
+        yield f"Too long to train on: {_many(finetune['dropped_long_rows'], 'row')}."
+
+
+def _test_limits(report: Mapping[str, Any]) -> Iterator[str]:
+    if report["references_over_limit"]:
+        yield (
+            f"{report['references_over_limit']} references are longer than the "
+            f"{report['answer_limit_tokens']} tokens at which answers are cut, so no answer could match them."
+        )
+    if report["rows"] < report["test_rows"]:
+        yield f"Only {report['rows']} of {report['test_rows']} test rows were evaluated."
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + "s" * (count != 1)
+
+
+def _counts(by_reason: Mapping[str, int]) -> str:
+    return ", ".join(
+        f"{reason} {n}" for reason, n in sorted(by_reason.items(), key=lambda item: (-item[1], item[0]))
+    )
+
+
+def list_lineage(lock: Lock) -> list[tuple[str, str]]:
+    """Return the hashes that DVC recorded of data, base, adapter and answers, and one of the parameters."""
+    paths = (
+        ("collected rows", artifacts("collect")),
+        ("curated rows", artifacts("curate")),
+        ("split", artifacts("split")),
+        ("base model", artifacts("fetch_base")),
+        ("adapter", artifacts("finetune")),
+        ("answers to the test", artifacts("evaluate")),
+    )
+    recorded = [(f"{what} (`{path}`)", found) for what, path in paths if (found := lock.hash_of(path))]
+    params = hashlib.sha256(canonical_json({s: lock.params[s] for s in BEFORE}).encode()).hexdigest()
+    return [*recorded, ("parameters (sha256 of the sections below as canonical JSON)", params)]
+
+
+def render_card(context: Mapping[str, Any]) -> str:
+    """Fill the template.
+
+    Raises:
+        UndefinedError: the template uses a value that is not in `context`.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    environment.filters["code"] = code
+    environment.filters["count"] = lambda n: f"{n:,}"
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(context)
