@@ -123,7 +123,9 @@ def text_of(row: Any) -> str:
     return f"{row['instruction']} {row['instances'][0]['input']}".strip()
 
 
-def rates(texts: Texts, check: Callable[[list[dict[str, str]]], checks.Verdict]) -> dict[str, dict[str, Any]]:
+def rates(
+    texts: Texts, check: Callable[[list[dict[str, str]]], checks.GuardDecision]
+) -> dict[str, dict[str, Any]]:
     """Return by family, and for all together, how many texts a check refuses."""
     refused = {
         family: [not check([{"role": "user", "content": text}]).allow for text in each]

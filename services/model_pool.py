@@ -1,12 +1,13 @@
-"""The versions in memory, who of them answers whom, and changing them while requests run."""
+"""Loaded model versions: routing requests to them, and swapping them under load."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,15 +22,15 @@ from stages.common.errors import InputError
 from stages.common.records import Message
 
 Role = Literal["champion", "challenger", "shadow"]
-POLL_S = 0.25  # how soon a changed alias file is noticed
+POLL_S = 0.25  # how often the alias file is checked
 WARM_UP = Sampling(max_tokens=8)
 
 logger = logging.getLogger("services.model_pool")
 
 
 @dataclass(slots=True)
-class Served:
-    """One version in memory: its files, tokenizer and engine, and how many requests use it."""
+class LoadedModel:
+    """A version in memory: its files, tokenizer and engine, and the number of requests that use it."""
 
     files: ModelFiles
     tokenizer: Any
@@ -38,227 +39,235 @@ class Served:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Keep the version in memory while a request needs it."""
+        """Keep the version in memory for the block."""
         self.users += 1
         try:
             yield
         finally:
             self.users -= 1
 
+    @property
+    def control_tokens(self) -> tuple[str, ...]:
+        """The tokens that structure a prompt, which no user may write."""
+        return tuple(self.tokenizer.all_special_tokens)
+
+    @property
+    def answer_schema(self) -> str | None:
+        """JSON schema of the training answers, as text; None where the task has none."""
+        schema = self.files.about["answer_schema"]
+        # Unsorted: answers are generated in the order of the keys.
+        return None if schema is None else json.dumps(schema)
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Return the token ids of a conversation; one without a system prompt gets the one of training."""
+        prompt = self.files.about["system_prompt"]
+        if prompt and messages[0].role != "system":
+            messages = [Message("system", prompt), *messages]
+        return encode_prompt(self.tokenizer, messages)
+
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """Who answers a request, and who is asked the same without being shown."""
+class Route:
+    """The model that answers a request, its role, and the model that answers unseen, if any."""
 
-    served: Served
+    model: LoadedModel
     role: Role
-    shadow: Served | None = None
+    shadow: LoadedModel | None = None
 
 
-Loader = Callable[[str], Served]
+Loader = Callable[[str], LoadedModel]
 
 
 @dataclass(slots=True)
-class Fleet:
-    """What is in memory.
+class ModelPool:
+    """The versions in memory, kept in sync with the alias file.
 
     Args:
-        load: makes the version of a tag ready to answer; blocks, so it runs beside the event loop.
-        keep_loaded: versions that stay in memory, so that going back is instant.
-        path: the alias file that is followed.
+        load: loads the version of a tag; blocks, so it runs in a thread.
+        keep_loaded: versions that stay in memory, so that a rollback needs no loading.
+        path: the alias file.
     """
 
     load: Loader
     keep_loaded: int = 2
     path: Path = ALIASES
     aliases: Aliases = field(default_factory=Aliases)
-    problem: str | None = "the model is being loaded"
-    _loaded: dict[str, Served] = field(default_factory=dict)  # by tag, the last wanted last
-    _seen: tuple[int, int] | None = None
-    _retired: list[Served] = field(default_factory=list)
-    _shown: set[tuple[str, str]] = field(default_factory=set)  # versions and roles that Prometheus knows
+    problem: str | None = "the model is loading"
+    _loaded: dict[str, LoadedModel] = field(default_factory=dict)  # by tag, least recently wanted first
+    _stamp: tuple[int, int] | None = None
+    _retired: list[LoadedModel] = field(default_factory=list)
+    _published: set[tuple[str, str]] = field(default_factory=set)  # versions and roles known to Prometheus
 
     async def follow(self) -> None:
-        """Load what the alias file names, and follow its changes, until cancelled."""
+        """Keep the pool in sync with the alias file, until cancelled."""
         while True:
-            await self.catch_up()
+            await self.sync()
             await asyncio.sleep(POLL_S)
 
-    async def catch_up(self) -> None:
-        """Bring what is served in line with the alias file; on trouble the old versions stay."""
+    async def sync(self) -> None:
+        """Load what the alias file names; on failure the previous versions stay."""
         self._close_retired()
-        self._show_load()
-        stamp = _stamp(self.path)
-        if stamp == self._seen and not self._broken():
+        self._publish_load()
+        stamp = _get_stamp(self.path)
+        if stamp == self._stamp and not self._any_broken():
             return
         started = time.monotonic()
         try:
             aliases = read_aliases(self.path)
-            await self._take(aliases)
+            await self._load_aliases(aliases)
         except (InputError, EngineError, OSError) as error:
             if self.aliases.champion is None or self._is_broken(self.aliases.champion):
                 self.problem = str(error).splitlines()[0]
-            if self._seen != stamp:
-                logger.error("the change of %s is not followed: %s", self.path, error)
+            if self._stamp != stamp:
+                logger.error("the changed %s is ignored: %s", self.path, error)
         else:
-            if self._seen is not None and self.aliases != aliases:
+            if self._stamp is not None and self.aliases != aliases:
                 get_metrics().switch_s.observe(time.monotonic() - started)
             self.aliases, self.problem = aliases, None
-            self._show()
-        self._seen = stamp
+            self._publish_roles()
+        self._stamp = stamp
 
-    async def _take(self, aliases: Aliases) -> None:
+    async def _load_aliases(self, aliases: Aliases) -> None:
         if aliases.champion is None:
-            raise InputError("no model is champion", "name one: perennial versions champion TAG")
-        wanted = [aliases.challenger.tag] if aliases.challenger else []
-        for tag in [*wanted, aliases.champion]:
-            served = self._loaded.get(tag)
-            if served is None:
-                served = await self._ready(tag)
-            elif served.engine.broken is not None:
-                logger.error("%s: the engine broke (%s); it is started anew", tag, served.engine.broken)
-                broken, served = served, await self._ready(tag)
-                self._retired.append(broken)
-            self._loaded.pop(tag, None)  # the last wanted goes last
-            self._loaded[tag] = served
-        surplus = len(self._loaded) - max(self.keep_loaded, len(wanted) + 1)
+            raise InputError("no model is champion", "set one: perennial versions champion TAG")
+        challengers = [aliases.challenger.tag] if aliases.challenger else []
+        for tag in [*challengers, aliases.champion]:
+            model = self._loaded.get(tag)
+            if model is None:
+                model = await self._load(tag)
+            elif model.engine.broken is not None:
+                logger.error("%s: the engine failed (%s); restarting it", tag, model.engine.broken)
+                failed, model = model, await self._load(tag)
+                self._retired.append(failed)
+            self._loaded.pop(tag, None)  # moves it to the end
+            self._loaded[tag] = model
+        surplus = len(self._loaded) - max(self.keep_loaded, len(challengers) + 1)
         for tag in list(self._loaded)[: max(0, surplus)]:
             self._retired.append(self._loaded.pop(tag))
 
-    async def _ready(self, tag: str) -> Served:
+    async def _load(self, tag: str) -> LoadedModel:
         logger.info("loading %s …", tag)
-        served = await asyncio.to_thread(self.load, tag)
-        await warm_up(served)
+        model = await asyncio.to_thread(self.load, tag)
+        await warm_up(model)
         logger.info("%s is ready", tag)
-        return served
+        return model
 
-    def _broken(self) -> bool:
-        """Return whether an engine that users meet has broken: the champion's, or the challenger's."""
-        trial = self.aliases.challenger
-        return self._is_broken(self.aliases.champion) or (trial is not None and self._is_broken(trial.tag))
+    def _any_broken(self) -> bool:
+        """Return whether the champion's or the challenger's engine has failed."""
+        challenger = self.aliases.challenger
+        return self._is_broken(self.aliases.champion) or (
+            challenger is not None and self._is_broken(challenger.tag)
+        )
 
     def _is_broken(self, tag: str | None) -> bool:
-        served = self._loaded.get(tag or "")
-        return served is not None and served.engine.broken is not None
+        model = self._loaded.get(tag or "")
+        return model is not None and model.engine.broken is not None
 
     def _close_retired(self) -> None:
-        """Let go of versions that nobody uses any more."""
-        waiting = [served for served in self._retired if served.users]
-        for served in self._retired:
-            if not served.users:
-                served.engine.close()
-        self._retired = waiting
+        """Close retired versions that no request uses any more."""
+        in_use = [model for model in self._retired if model.users]
+        for model in self._retired:
+            if not model.users:
+                model.engine.close()
+        self._retired = in_use
 
-    def _show_load(self) -> None:
-        """Tell Prometheus how long the queues are: by the clock, since an idle queue sees no request."""
-        loads = [served.engine.load() for served in self._loaded.values()]
+    def _publish_load(self) -> None:
+        """Update the queue gauges; by the clock, since an idle queue sees no request."""
+        loads = [model.engine.load() for model in self._loaded.values()]
         get_metrics().waiting.set(sum(load.waiting for load in loads))
         get_metrics().running.set(sum(load.running for load in loads))
 
-    def _show(self) -> None:
+    def _publish_roles(self) -> None:
         roles = {(self.champion.files.version, "champion")}
-        if trial := self.aliases.challenger:
-            roles.add((self._loaded[trial.tag].files.version, trial.mode))
-        for role in self._shown | roles:
+        if challenger := self.aliases.challenger:
+            roles.add((self._loaded[challenger.tag].files.version, challenger.mode))
+        for role in self._published | roles:
             get_metrics().served.labels(*role).set(int(role in roles))
-        self._shown |= roles
+        self._published |= roles
 
     @property
-    def champion(self) -> Served:
-        """The version that answers where nothing else is said.
+    def champion(self) -> LoadedModel:
+        """The version that answers by default.
 
         Raises:
-            ApiError: none is ready yet.
+            ApiError: it is not loaded yet.
         """
-        served = self._loaded.get(self.aliases.champion or "")
-        if served is None:
-            raise errors.not_ready(self.problem or "the model is being loaded")
-        return served
+        model = self._loaded.get(self.aliases.champion or "")
+        if model is None:
+            raise errors.not_ready(self.problem or "the model is loading")
+        return model
 
-    def served(self) -> dict[str, Served]:
-        """Return the versions that can be asked for, by alias."""
-        found = {"champion": self.champion}
+    def get_models(self) -> dict[str, LoadedModel]:
+        """Return the versions that clients can request, by alias."""
+        models = {"champion": self.champion}
         if self.aliases.challenger:
-            found["challenger"] = self._loaded[self.aliases.challenger.tag]
-        return found
+            models["challenger"] = self._loaded[self.aliases.challenger.tag]
+        return models
 
-    def health(self) -> str | None:
+    def find_problem(self) -> str | None:
         """Return why no request can be answered, or None."""
         if self.problem is None and self._is_broken(self.aliases.champion):
-            return "the engine broke and is being started anew"
+            return "the engine failed and is restarting"
         return self.problem
 
-    def pick(self, model: str | None, sticky: str) -> Choice:
-        """Return who answers.
+    def route(self, name: str | None, assignment_key: str) -> Route:
+        """Return the model that answers a request.
 
         Args:
-            model: None, the model's name or `champion` for whom traffic decides; `challenger`,
-                or `name:version`, for one version.
-            sticky: who asks; the same asker meets the same version for as long as the trial lasts.
+            name: None or the model's name to let the canary decide; `champion`, `challenger` or
+                `name:version` for one version.
+            assignment_key: of the user; equal keys get the same version for the whole canary.
 
         Raises:
             ApiError: that model is not served, or none is ready.
         """
-        versions = self.served()
-        champion = versions["champion"]
-        if model not in (None, champion.files.name):
-            for alias, served in versions.items():
-                if model in (alias, served.files.tag):
-                    return Choice(served, "champion" if served is champion else "challenger")
-            known = [champion.files.name, *(served.files.tag for served in versions.values())]
-            raise errors.model_not_found(str(model), known)
-        trial = self.aliases.challenger
-        if trial is None or not takes_part(sticky, trial.tag, trial.share):
-            return Choice(champion, "champion")
-        challenger = versions["challenger"]
-        if trial.mode == "canary":
-            return Choice(challenger, "challenger")
-        return Choice(champion, "champion", shadow=challenger)
+        models = self.get_models()
+        champion = models["champion"]
+        if name not in (None, champion.files.name):
+            for alias, model in models.items():
+                if name in (alias, model.files.tag):
+                    return Route(model, "champion" if model is champion else "challenger")
+            known = [champion.files.name, *(model.files.tag for model in models.values())]
+            raise errors.model_not_found(str(name), known)
+        challenger = self.aliases.challenger
+        if challenger is None or not is_in_treatment(assignment_key, challenger.tag, challenger.share):
+            return Route(champion, "champion")
+        if challenger.mode == "canary":
+            return Route(models["challenger"], "challenger")
+        return Route(champion, "champion", shadow=models["challenger"])
 
     def close(self) -> None:
-        """End every engine."""
-        for served in [*self._loaded.values(), *self._retired]:
-            served.engine.close()
+        """Stop every engine."""
+        for model in [*self._loaded.values(), *self._retired]:
+            model.engine.close()
         self._loaded.clear()
         self._retired.clear()
-        self.problem = "the server is ending"
+        self.problem = "the server is stopping"
 
 
-def takes_part(asker: str, trial: str, share: float) -> bool:
-    """Return whether an asker is in a trial: the same for the same two, and `share` of all askers are."""
-    digest = hashlib.blake2b(f"{trial}\0{asker}".encode(), digest_size=8).digest()
+def is_in_treatment(assignment_key: str, tag: str, share: float) -> bool:
+    """Return whether the challenger `tag` answers this key: a hash assigns `share` of all keys to it."""
+    digest = hashlib.blake2b(f"{tag}\0{assignment_key}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) < share * 2**64
 
 
-async def warm_up(served: Served) -> None:
-    """Ask the model once.
+async def warm_up(model: LoadedModel) -> None:
+    """Generate one short answer.
 
     Raises:
-        EngineError: it gives no answer.
+        EngineError: the engine returns none.
     """
-    prompt: Sequence[int] = encode_prompt(served.tokenizer, [Message("user", "Hello")])
-    async with aclosing(served.engine.generate(prompt, WARM_UP)) as steps:  # type: ignore[type-var]
+    prompt = model.encode_chat([Message("user", "Hello")])
+    async with aclosing(model.engine.generate(prompt, WARM_UP)) as steps:  # type: ignore[type-var]
         async for step in steps:
             if step.finish_reason:
                 return
-    raise EngineError(f"{served.files.tag} gave no answer")
+    raise EngineError(f"{model.files.tag} returned no answer")
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
+def _get_stamp(path: Path) -> tuple[int, int] | None:
     try:
         status = path.stat()
     except FileNotFoundError:
         return None
     return status.st_mtime_ns, status.st_ino
-
-
-async def run_forever(work: Callable[[], Awaitable[None]]) -> None:
-    """Run `work` again and again: what it raises is logged, and does not end it."""
-    while True:
-        try:
-            await work()
-        except asyncio.CancelledError:
-            raise
-        except Exception:
-            logger.exception("following the aliases failed; it is tried again")
-            await asyncio.sleep(1.0)

@@ -173,7 +173,6 @@ LONG_MODULES: dict[str, str] = {
     "stages.common.sources.home_intents.collect": "to be split",
     "stages.evaluate.__main__": "to be split",
     "stages.validate.__main__": "to be split",
-    "services.answering": "to be split",
     "services.versions.__main__": "to be split",
 }
 

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from monitoring.traffic.columns import ABSENT, ANSWER_PREFIX, FEATURES, VECTOR_SIZE, Column, table_schema
 from monitoring.traffic.embeddings import embed
 from monitoring.traffic.languages import language
+from services.events import CLIENT_GONE
 from stages.common.params.loop import FeatureSettings
 from stages.common.records import canonical_json
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float64]
 
-CLIENT_GONE = 499  # services.answering: the client closed the connection
 CANCELLED = "cancelled"
 MAX_VALUE_CHARS = 60  # of a category
 

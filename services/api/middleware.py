@@ -1,4 +1,4 @@
-"""What stands between the network and the routes: how many come, how much they send, who can reach it."""
+"""Middleware: load shedding and body size limits; and whether the service is reachable from outside."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from services import errors
 
 
-class Crowd:
-    """Answers 429 at once, before anything is read, where `limit` requests are being answered or wait.
+class ConcurrencyLimit:
+    """Load shedding: respond 429 at once, before the body is read, while `limit` requests are in progress.
 
-    In a rush a refusal must cost next to nothing, or the refusals themselves are what everybody waits for.
+    Under overload a rejection must be almost free, or rejections take the time that answers need.
     """
 
     def __init__(self, app: ASGIApp, paths: Collection[str], limit: int) -> None:
         self._app = app
         self._paths = frozenset(paths)
         self._limit = limit
-        self._inside = 0
+        self._in_progress = 0
         error = errors.overloaded(retry_after_s=1.0)
-        self._refusal = _response(error.status, error.body(), error.headers())
+        self._rejection = _make_response(error.status, error.body(), error.headers())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, or refuse it."""
+        """Pass the request on, or reject it."""
         if scope["type"] != "http" or scope["path"] not in self._paths:
             return await self._app(scope, receive, send)
-        if self._inside >= self._limit:
-            for message in self._refusal:
+        if self._in_progress >= self._limit:
+            for message in self._rejection:
                 await send(message)
             return None
-        self._inside += 1
+        self._in_progress += 1
         try:
             return await self._app(scope, receive, send)
         finally:
-            self._inside -= 1
+            self._in_progress -= 1
 
 
 class BodyLimit:
-    """Reads a body whole, or answers 413: no route ever sees more than `max_bytes`.
+    """Read the whole body, or respond 413: no route sees more than `max_bytes`.
 
-    Bodies are small (a conversation) and every route needs all of one, so nothing is lost by waiting for it.
+    Bodies are small (one conversation) and every route needs all of it, so reading it first costs nothing.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
@@ -52,12 +52,12 @@ class BodyLimit:
         self._max_bytes = max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on with its body in one piece, or refuse it."""
+        """Pass the request on with its whole body, or reject it."""
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             return await self._app(scope, receive, send)
         body = None if self._declared(scope) > self._max_bytes else await self._read(receive)
         if body is None:
-            return await self._refuse(send)
+            return await self._reject(send)
         return await self._app(scope, _replay(body, receive), send)
 
     @staticmethod
@@ -79,14 +79,14 @@ class BodyLimit:
             if not message.get("more_body"):
                 return b"".join(pieces)
 
-    async def _refuse(self, send: Send) -> None:
+    async def _reject(self, send: Send) -> None:
         error = errors.request_too_large(self._max_bytes)
-        for message in _response(error.status, error.body(), {"Connection": "close"}):
+        for message in _make_response(error.status, error.body(), {"Connection": "close"}):
             await send(message)
 
 
-def _response(status: int, body: dict[str, Any], headers: dict[str, str]) -> tuple[Message, Message]:
-    """Return the two messages of a JSON response."""
+def _make_response(status: int, body: dict[str, Any], headers: dict[str, str]) -> tuple[Message, Message]:
+    """Return the two ASGI messages of a JSON response."""
     content = json.dumps(body).encode()
     named = {"Content-Type": "application/json", "Content-Length": str(len(content)), **headers}
     raw = [(name.lower().encode(), value.encode()) for name, value in named.items()]
@@ -108,10 +108,10 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 def listens_beyond_loopback() -> bool:
-    """Return whether this process listens where other machines can reach it, whoever opened the socket.
+    """Return whether this process listens on an address that other machines can reach.
 
-    BentoML's parent process opens it and hands it down, with an address from the command line that the
-    service is not told of.
+    Checks the sockets themselves: BentoML's parent process opens them, with an address from its command line
+    that the service does not see.
     """
     import psutil
 

@@ -1,169 +1,155 @@
-"""Answers in OpenAI's shapes, whole and in chunks."""
+"""Responses in OpenAI's formats, whole and streamed."""
 
 from __future__ import annotations
 
 import json
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from services.answering import Part, Question, Usage
+from services.answering.request import Delta, GenerationRequest, Usage
 from services.engines.protocol import TokenLogprob
-from services.model_pool import Served
+from services.model_pool import LoadedModel
+
+Decode = Callable[[int], str]  # a token id to its text
 
 
-class Shape(Protocol):
-    """How an answer is written down."""
+@dataclass(frozen=True, slots=True)
+class Format:
+    """What differs between the endpoints.
 
-    def opening(self) -> bytes:
-        """Return what a stream begins with."""
-        ...
+    Attributes:
+        opening: fields of the choice in the first chunk of a stream, as JSON; None without such a chunk.
+        delta: makes the text field of a chunk, as JSON.
+        content: makes the text field of a whole response.
+        logprobs: makes the field `logprobs`.
+    """
 
-    def chunk(self, part: Part) -> bytes:
-        """Return a piece of a stream."""
-        ...
-
-    def whole(self, parts: Sequence[Part]) -> bytes:
-        """Return the whole answer."""
-        ...
-
-
-class _Shape(ABC):
     object: str
     chunk_object: str
+    opening: str | None
+    delta: Callable[[str], str]
+    content: Callable[[str], dict[str, Any]]
+    logprobs: Callable[[Sequence[TokenLogprob], Decode], dict[str, Any]]
 
-    def __init__(self, question: Question, model: str | None, wants_usage: bool, served: Served) -> None:
-        self._tokenizer = served.tokenizer
+
+class ResponseFormatter:
+    """Formats the answer to one request."""
+
+    def __init__(
+        self,
+        format: Format,
+        request: GenerationRequest,
+        model_name: str | None,
+        wants_usage: bool,
+        model: LoadedModel,
+    ) -> None:
+        self._format = format
+        self._tokenizer = model.tokenizer
         self._wants_usage = wants_usage
         self._common = {
-            "id": question.request_id,
+            "id": request.request_id,
             "created": int(time.time()),
-            "model": model or served.files.name,
-            # Which version wrote it: two answers of one seed compare only where this is the same.
-            "system_fingerprint": served.files.version,
+            "model": model_name or model.files.name,
+            # The version that answered: equal seeds give equal answers only where this is equal.
+            "system_fingerprint": model.files.version,
         }
-        # What all chunks of a stream share is written once: a chunk costs little more than its text.
-        head = json.dumps(
-            {**self._common, "object": self.chunk_object}, ensure_ascii=False, separators=(",", ":")
-        )[:-1]
+        # The common part of all chunks is serialised once, so that a chunk costs little more than its text.
+        common = {**self._common, "object": format.chunk_object}
+        head = json.dumps(common, ensure_ascii=False, separators=(",", ":"))[:-1]
         self._head = f'data: {head},"choices":[{{"index":0,'
 
-    def opening(self) -> bytes:
-        return b""
+    def format_opening(self) -> bytes:
+        """Return the first chunk of a stream; empty where the format has none."""
+        return (
+            b"" if self._format.opening is None else f"{self._head}{self._format.opening}}}]}}\n\n".encode()
+        )
 
-    def chunk(self, part: Part) -> bytes:
-        """Return one event, and the usage as another where the stream was asked for it."""
-        logprobs = json.dumps(self.logprobs(part.logprobs)) if part.logprobs else "null"
-        reason = json.dumps(part.finish_reason)
-        usage = f', "usage": {json.dumps(_usage(part.usage))}' if part.usage else ""
+    def format_chunk(self, delta: Delta) -> bytes:
+        """Return a chunk of a stream; after the last one also the usage, if the client asked for it."""
+        logprobs = json.dumps(self._format_logprobs(delta.logprobs)) if delta.logprobs else "null"
+        reason = json.dumps(delta.finish_reason)
+        usage = f', "usage": {json.dumps(_format_usage(delta.usage))}' if delta.usage else ""
         rest = f'"logprobs": {logprobs}, "finish_reason": {reason}}}]{usage}}}'
-        text = f"{self._head}{self.delta(part.text)}, {rest}\n\n"
-        if part.usage and self._wants_usage:
-            last = {**self._common, "object": self.chunk_object, "choices": [], "usage": _usage(part.usage)}
-            text += f"data: {json.dumps(last, ensure_ascii=False)}\n\n"
+        text = f"{self._head}{self._format.delta(delta.text)}, {rest}\n\n"
+        if delta.usage and self._wants_usage:
+            own = {"object": self._format.chunk_object, "choices": [], "usage": _format_usage(delta.usage)}
+            text += f"data: {json.dumps({**self._common, **own}, ensure_ascii=False)}\n\n"
         return text.encode()
 
-    def whole(self, parts: Sequence[Part]) -> bytes:
-        """Return the body of an answer that is not streamed."""
-        text = "".join(part.text for part in parts)
-        logprobs = tuple(entry for part in parts for entry in part.logprobs)
-        last = parts[-1]
+    def format_whole(self, deltas: Sequence[Delta]) -> bytes:
+        """Return the body of a response that is not streamed."""
+        text = "".join(delta.text for delta in deltas)
+        logprobs = tuple(entry for delta in deltas for entry in delta.logprobs)
+        last = deltas[-1]
         choice = {
             "index": 0,
-            **self.content(text),
-            "logprobs": self.logprobs(logprobs) if logprobs else None,
+            **self._format.content(text),
+            "logprobs": self._format_logprobs(logprobs) if logprobs else None,
             "finish_reason": last.finish_reason,
         }
-        body = {**self._common, "object": self.object, "choices": [choice], "usage": _usage(last.usage)}
-        return json.dumps(body, ensure_ascii=False).encode()
+        own = {"object": self._format.object, "choices": [choice], "usage": _format_usage(last.usage)}
+        return json.dumps({**self._common, **own}, ensure_ascii=False).encode()
 
-    @abstractmethod
-    def delta(self, text: str) -> str:
-        """Return a piece of text as the fields of a chunk, in JSON."""
-
-    @abstractmethod
-    def content(self, text: str) -> dict[str, Any]:
-        """Return the whole text as the fields of a choice."""
-
-    @abstractmethod
-    def logprobs(self, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
-        """Return tokens with their log probabilities."""
-
-    def token(self, token_id: int) -> str:
-        """Return the text of one token."""
-        text: str = self._tokenizer.decode([token_id])
-        return text
+    def _format_logprobs(self, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
+        return self._format.logprobs(entries, lambda token_id: self._tokenizer.decode([token_id]))
 
 
-class ChatShape(_Shape):
-    """A message of the assistant."""
+def _chat_delta(text: str) -> str:
+    return f'"delta": {{"content": {json.dumps(text, ensure_ascii=False)}}}' if text else '"delta": {}'
 
-    object = "chat.completion"
-    chunk_object = "chat.completion.chunk"
 
-    def opening(self) -> bytes:
-        """Return the chunk that says who speaks."""
-        delta = (
-            '"delta": {"role": "assistant", "content": ""}, "logprobs": null, "finish_reason": null}]}\n\n'
-        )
-        return (self._head + delta).encode()
+def _chat_content(text: str) -> dict[str, Any]:
+    return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
-    def delta(self, text: str) -> str:
-        """Return the change of a chunk; the last has none."""
-        return f'"delta": {{"content": {json.dumps(text, ensure_ascii=False)}}}' if text else '"delta": {}'
 
-    def content(self, text: str) -> dict[str, Any]:
-        """Return the message."""
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
-
-    def logprobs(self, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
-        """Return each token with its log-probability and its alternatives."""
-        return {
-            "content": [
-                {
-                    **self._entry(entry.token_id, entry.logprob),
-                    "top_logprobs": [self._entry(*alternative) for alternative in entry.alternatives],
-                }
-                for entry in entries
-            ],
-            "refusal": None,
-        }
-
-    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
-        token = self.token(token_id)
+def _chat_logprobs(entries: Sequence[TokenLogprob], decode: Decode) -> dict[str, Any]:
+    def describe(token_id: int, logprob: float) -> dict[str, Any]:
+        token = decode(token_id)
         return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
 
-
-class CompletionShape(_Shape):
-    """The continuation of a text."""
-
-    object = "text_completion"
-    chunk_object = "text_completion"
-
-    def delta(self, text: str) -> str:
-        """Return the change of a chunk."""
-        return f'"text": {json.dumps(text, ensure_ascii=False)}'
-
-    def content(self, text: str) -> dict[str, Any]:
-        """Return the text."""
-        return {"text": text}
-
-    def logprobs(self, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
-        """Return OpenAI's older form: lists beside each other."""
-        tokens = [self.token(entry.token_id) for entry in entries]
-        offsets = [sum(map(len, tokens[:index])) for index in range(len(tokens))]
-        return {
-            "tokens": tokens,
-            "token_logprobs": [entry.logprob for entry in entries],
-            "top_logprobs": [
-                {self.token(token): logprob for token, logprob in entry.alternatives} for entry in entries
-            ],
-            "text_offset": offsets,
+    content = [
+        {
+            **describe(entry.token_id, entry.logprob),
+            "top_logprobs": [describe(*alternative) for alternative in entry.alternatives],
         }
+        for entry in entries
+    ]
+    return {"content": content, "refusal": None}
 
 
-def _usage(usage: Usage | None) -> dict[str, int] | None:
+def _completion_logprobs(entries: Sequence[TokenLogprob], decode: Decode) -> dict[str, Any]:
+    tokens = [decode(entry.token_id) for entry in entries]
+    return {
+        "tokens": tokens,
+        "token_logprobs": [entry.logprob for entry in entries],
+        "top_logprobs": [
+            {decode(token): logprob for token, logprob in entry.alternatives} for entry in entries
+        ],
+        "text_offset": [sum(map(len, tokens[:index])) for index in range(len(tokens))],
+    }
+
+
+CHAT = Format(
+    object="chat.completion",
+    chunk_object="chat.completion.chunk",
+    opening='"delta": {"role": "assistant", "content": ""}, "logprobs": null, "finish_reason": null',
+    delta=_chat_delta,
+    content=_chat_content,
+    logprobs=_chat_logprobs,
+)
+COMPLETION = Format(
+    object="text_completion",
+    chunk_object="text_completion",
+    opening=None,
+    delta=lambda text: f'"text": {json.dumps(text, ensure_ascii=False)}',
+    content=lambda text: {"text": text},
+    logprobs=_completion_logprobs,
+)
+
+
+def _format_usage(usage: Usage | None) -> dict[str, int] | None:
     if usage is None:
         return None
     return {

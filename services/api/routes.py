@@ -1,4 +1,4 @@
-"""The OpenAI-compatible routes, feedback and the page, as an ASGI application."""
+"""The ASGI application: OpenAI-compatible routes, feedback and the page."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from services import errors
-from services.answering import Answerer, Part, Question, new_request_id
-from services.api.responses import ChatShape, CompletionShape, Shape
+from services.answering.handler import ChatHandler
+from services.answering.request import Delta, GenerationRequest, new_request_id
+from services.api.responses import CHAT, COMPLETION, ResponseFormatter
 from services.api.schemas import ChatRequest, CompletionRequest, FeedbackRequest, ResponseFormat
 from services.engines.protocol import Sampling
 from services.errors import ApiError
 from services.events import Feedback, StoreUnavailable
 from services.keys.access import Caller
-from services.model_pool import Served
+from services.model_pool import LoadedModel
 from stages.common.chat import template_sha256
 from stages.common.records import Message
 
 PAGE = Path(__file__).parent / "page"
-# The page needs nothing from elsewhere, and nothing that the model wrote may run in it.
+# The page loads nothing from other hosts, and model output must never run in it.
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; frame-ancestors 'self'",
     "X-Content-Type-Options": "nosniff",
@@ -43,34 +44,34 @@ PAGE_HEADERS = {
 STREAM_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
-    "X-Accel-Buffering": "no",  # nginx would gather the chunks
+    "X-Accel-Buffering": "no",  # nginx would buffer the chunks
 }
 
 logger = logging.getLogger("services.api.routes")
-GetAnswerer = Callable[[], Answerer]
+GetHandler = Callable[[], ChatHandler]
 GetCaller = Callable[[Request], Awaitable[Caller]]
-MakeShape = Callable[[Served], Shape]
+MakeFormatter = Callable[[LoadedModel], ResponseFormatter]
 
 
 class AnswerResponse(Response):
-    """An answer as it comes: one JSON body, or server-sent events.
+    """An answer as one JSON body or as server-sent events.
 
-    A client that goes away ends the work at once, also while its request still waits for a place.
+    If the client disconnects, generation is cancelled at once, even while the request is still queued.
     """
 
-    def __init__(self, answerer: Answerer, question: Question, make_shape: MakeShape, stream: bool) -> None:
+    def __init__(
+        self, handler: ChatHandler, request: GenerationRequest, make_formatter: MakeFormatter, stream: bool
+    ) -> None:
         super().__init__()
-        self._answerer, self._question, self._make_shape, self._stream = (
-            answerer,
-            question,
-            make_shape,
-            stream,
-        )
+        self._handler = handler
+        self._request = request
+        self._make_formatter = make_formatter
+        self._stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Write the answer."""
-        work = asyncio.ensure_future(self._write(scope, receive, send))
-        gone = asyncio.ensure_future(_disconnected(receive))
+        """Send the answer."""
+        work = asyncio.ensure_future(self._respond(scope, receive, send))
+        gone = asyncio.ensure_future(_wait_for_disconnect(receive))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
             if gone.done():
@@ -83,33 +84,37 @@ class AnswerResponse(Response):
             work.cancel()
             gone.cancel()
 
-    async def _write(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = self._request
         try:
-            choice = self._answerer.fleet.pick(self._question.model, self._question.asker)
-            shape = self._make_shape(choice.served)
-            async with aclosing(self._answerer.answer(self._question, choice)) as parts:
-                first = await anext(parts)
+            route = self._handler.pool.route(request.model, request.assignment_key)
+            formatter = self._make_formatter(route.model)
+            async with aclosing(self._handler.generate(request, route)) as deltas:
+                first = await anext(deltas)
                 if self._stream:
-                    await self._send_stream(shape, first, parts, send)
+                    await self._send_stream(formatter, first, deltas, send)
                     return
-                gathered = [first, *[part async for part in parts]]
+                whole = [first, *[delta async for delta in deltas]]
         except ApiError as error:
-            await error_response(error, self._question.request_id)(scope, receive, send)
+            await error_response(error, request.request_id)(scope, receive, send)
             return
-        headers = {"X-Request-Id": self._question.request_id}
-        await Response(shape.whole(gathered), 200, headers, "application/json")(scope, receive, send)
+        headers = {"X-Request-Id": request.request_id}
+        response = Response(formatter.format_whole(whole), 200, headers, "application/json")
+        await response(scope, receive, send)
 
-    async def _send_stream(self, shape: Shape, first: Part, parts: AsyncIterator[Part], send: Send) -> None:
-        headers = {**STREAM_HEADERS, "X-Request-Id": self._question.request_id}
+    async def _send_stream(
+        self, formatter: ResponseFormatter, first: Delta, deltas: AsyncIterator[Delta], send: Send
+    ) -> None:
+        headers = {**STREAM_HEADERS, "X-Request-Id": self._request.request_id}
         raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": 200, "headers": raw})
-        part, opening = first, shape.opening()
+        delta, opening = first, formatter.format_opening()
         try:
-            while part.finish_reason is None:
-                await _send_body(send, opening + shape.chunk(part))
-                part, opening = await anext(parts), b""
-            end = opening + shape.chunk(part) + b"data: [DONE]\n\n"
-        except ApiError as error:  # too late for a status: the stream ends with the error, and without [DONE]
+            while delta.finish_reason is None:
+                await _send_body(send, opening + formatter.format_chunk(delta))
+                delta, opening = await anext(deltas), b""
+            end = opening + formatter.format_chunk(delta) + b"data: [DONE]\n\n"
+        except ApiError as error:  # the status is sent already, so the stream ends with the error
             end = b"data: " + json.dumps(error.body()).encode() + b"\n\n"
         await _send_body(send, end, more=False)
 
@@ -118,25 +123,25 @@ async def _send_body(send: Send, body: bytes, more: bool = True) -> None:
     await send({"type": "http.response.body", "body": body, "more_body": more})
 
 
-async def _disconnected(receive: Receive) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 def error_response(error: ApiError, request_id: str | None = None) -> JSONResponse:
-    """Return an error as OpenAI's clients read it."""
+    """Return an error in OpenAI's format."""
     headers = error.headers()
     if request_id:
         headers["X-Request-Id"] = request_id
     return JSONResponse(error.body(), error.status, headers)
 
 
-def make_app(get_answerer: GetAnswerer, get_caller: GetCaller) -> FastAPI:
+def make_app(get_handler: GetHandler, get_caller: GetCaller) -> FastAPI:
     """Return the application.
 
     Args:
-        get_answerer: what answers; raises ApiError while nothing can.
-        get_caller: who asks; raises ApiError for who may not.
+        get_handler: returns the handler; raises ApiError while the service is not ready.
+        get_caller: authenticates a request; raises ApiError if it is not allowed.
     """
     app = FastAPI(title="Perennial", docs_url=None, redoc_url=None)
     _add_error_handlers(app)
@@ -144,58 +149,59 @@ def make_app(get_answerer: GetAnswerer, get_caller: GetCaller) -> FastAPI:
     caller = Depends(get_caller)
 
     @app.get("/v1/models", responses=_ERRORS)
-    async def models(_: Caller = caller) -> dict[str, Any]:
-        """List the models that can be asked for."""
-        served = get_answerer().fleet.served()
-        return {"object": "list", "data": [_model(alias, version) for alias, version in served.items()]}
+    async def list_models(_: Caller = caller) -> dict[str, Any]:
+        """List the models that can be requested."""
+        models = get_handler().pool.get_models()
+        return {"object": "list", "data": [_describe_model(alias, model) for alias, model in models.items()]}
 
     @app.get("/v1/models/{model}", responses=_ERRORS)
-    async def model(model: str, _: Caller = caller) -> dict[str, Any]:
+    async def retrieve_model(model: str, _: Caller = caller) -> dict[str, Any]:
         """Describe one model."""
-        choice = get_answerer().fleet.pick(model, "")
-        return _model(choice.role, choice.served)
+        route = get_handler().pool.route(model, "")
+        return _describe_model(route.role, route.model)
 
     @app.post("/v1/chat/completions", responses=_ERRORS, response_model=None)
-    async def chat(body: ChatRequest, caller: Caller = caller) -> AnswerResponse:
+    async def create_chat_completion(body: ChatRequest, caller: Caller = caller) -> AnswerResponse:
         """Answer a conversation."""
-        answerer = get_answerer()
-        question = chat_question(body, caller, answerer)
-        shape = partial(ChatShape, question, body.model, body.wants_usage())
-        return AnswerResponse(answerer, question, shape, bool(body.stream))
+        handler = get_handler()
+        request = parse_chat_request(body, caller, handler)
+        formatter = partial(ResponseFormatter, CHAT, request, body.model, body.wants_usage())
+        return AnswerResponse(handler, request, formatter, bool(body.stream))
 
     @app.post("/v1/completions", responses=_ERRORS, response_model=None)
-    async def completions(body: CompletionRequest, caller: Caller = caller) -> AnswerResponse:
-        """Continue a text, with no chat template around it."""
-        answerer = get_answerer()
-        question = completion_question(body, caller, answerer)
-        shape = partial(CompletionShape, question, body.model, body.wants_usage())
-        return AnswerResponse(answerer, question, shape, bool(body.stream))
+    async def create_completion(body: CompletionRequest, caller: Caller = caller) -> AnswerResponse:
+        """Continue a text, without a chat template."""
+        handler = get_handler()
+        request = parse_completion_request(body, caller, handler)
+        formatter = partial(ResponseFormatter, COMPLETION, request, body.model, body.wants_usage())
+        return AnswerResponse(handler, request, formatter, bool(body.stream))
 
     @app.post("/v1/feedback", responses=_ERRORS)
-    async def feedback(body: FeedbackRequest, caller: Caller = caller) -> dict[str, str]:
-        """Keep what a person thinks of an answer: a thumb, a better answer, a comment."""
-        store = get_answerer().store
-        thumb = {"up": 1, "down": -1, None: None}[body.thumb]
-        given = Feedback(
-            f"fb_{uuid.uuid4().hex}",
-            body.request_id,
-            time.time(),
-            caller.key,
-            thumb,
-            body.correction,
-            body.comment,
+    async def create_feedback(body: FeedbackRequest, caller: Caller = caller) -> dict[str, str]:
+        """Store feedback on an answer: a thumb, a correction, a comment."""
+        store = get_handler().store
+        event = Feedback(
+            feedback_id=f"fb_{uuid.uuid4().hex}",
+            request_id=body.request_id,
+            given_at=time.time(),
+            key_id=caller.key,
+            thumb={"up": 1, "down": -1, None: None}[body.thumb],
+            correction=body.correction,
+            comment=body.comment,
         )
         try:
             if not await store.answer_exists(body.request_id):
-                raise errors.invalid_value("request_id", f"no answer has the id {body.request_id!r}")
-            await store.record(given)
+                raise errors.invalid_value(
+                    "request_id", f"there is no answer with the id {body.request_id!r}"
+                )
+            await store.record(event)
         except StoreUnavailable:
             raise errors.store_unavailable() from None
-        return {"feedback_id": given.feedback_id}
+        return {"feedback_id": event.feedback_id}
 
     @app.api_route("/v1/{path:path}", methods=_METHODS, include_in_schema=False)
-    async def unknown(request: Request) -> None:
-        """Say what is wrong with an address in the shape that clients of /v1 read."""
+    async def reject_unknown(request: Request) -> None:
+        """Return 404 or 405 in OpenAI's format."""
         known = [
             route.path for route in app.routes if isinstance(route, Route) and route.path != "/v1/{path:path}"
         ]
@@ -209,62 +215,64 @@ _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"description": text}
     for status, text in {
-        400: "The body is not JSON, too long for the model, or refused by the guard",
+        400: "The body is not JSON, is too long for the model, or was rejected by the guard",
         401: "No valid API key",
         404: "No such model",
         413: "The body is too large",
-        422: "A value cannot be taken",
-        429: "Too many requests; Retry-After says when",
-        503: "Not ready, or the event store takes nothing",
+        422: "A value is not valid",
+        429: "Too many requests; see Retry-After",
+        503: "Not ready, or the event store cannot be written",
     }.items()
 }
 
 
-def chat_question(body: ChatRequest, caller: Caller, answerer: Answerer) -> Question:
-    """Return what a chat request asks.
+def parse_chat_request(body: ChatRequest, caller: Caller, handler: ChatHandler) -> GenerationRequest:
+    """Return the generation request of a chat completion.
 
     Raises:
-        ApiError: the messages cannot be a conversation, or more is asked than may be.
+        ApiError: the messages are not a conversation, or a limit is exceeded.
     """
-    limit = answerer.settings.guard.max_messages
+    limit = handler.settings.guard.max_messages
     if len(body.messages) > limit:
-        raise errors.invalid_value("messages", f"{len(body.messages)} messages; at most {limit} are read")
+        raise errors.invalid_value("messages", f"{len(body.messages)} messages; at most {limit} are allowed")
     messages = tuple(
         Message("system" if message.role == "developer" else message.role, message.text())
         for message in body.messages
     )
     if all(message.role != "user" for message in messages):
-        raise errors.invalid_value("messages", "no message is the user's")
+        raise errors.invalid_value("messages", "there is no message with the role user")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    sampling = _sampling(body, body.max_completion_tokens or body.max_tokens, logprobs, answerer)
-    return _question("/v1/chat/completions", body, caller, sampling, messages, None)
+    sampling = _parse_sampling(body, body.max_completion_tokens or body.max_tokens, logprobs, handler)
+    return _make_request("/v1/chat/completions", body, caller, sampling, messages, None)
 
 
-def completion_question(body: CompletionRequest, caller: Caller, answerer: Answerer) -> Question:
-    """Return what a completion request asks.
+def parse_completion_request(
+    body: CompletionRequest, caller: Caller, handler: ChatHandler
+) -> GenerationRequest:
+    """Return the generation request of a completion.
 
     Raises:
-        ApiError: a token id is none of the model's, or more is asked than may be.
+        ApiError: a token id is out of range, or a limit is exceeded.
     """
     prompt = body.prompt
     if not isinstance(prompt, str):
-        size = len(answerer.fleet.champion.tokenizer)
+        size = len(handler.pool.champion.tokenizer)
         if wrong := next((token for token in prompt if not 0 <= token < size), None):
-            raise errors.invalid_value("prompt", f"{wrong} is no token id; they go from 0 to {size - 1}")
+            raise errors.invalid_value("prompt", f"{wrong} is not a token id; the range is 0 to {size - 1}")
         prompt = tuple(prompt)  # type: ignore[assignment]
-    sampling = _sampling(body, body.max_tokens, body.logprobs, answerer)
-    return _question("/v1/completions", body, caller, sampling, (), prompt)  # type: ignore[arg-type]
+    sampling = _parse_sampling(body, body.max_tokens, body.logprobs, handler)
+    return _make_request("/v1/completions", body, caller, sampling, (), prompt)  # type: ignore[arg-type]
 
 
-def _question(
+def _make_request(
     route: str,
     body: ChatRequest | CompletionRequest,
     caller: Caller,
     sampling: Sampling,
     messages: tuple[Message, ...],
     raw: str | tuple[int, ...] | None,
-) -> Question:
-    return Question(
+) -> GenerationRequest:
+    return GenerationRequest(
         request_id=new_request_id(),
         route=route,
         messages=messages,
@@ -278,10 +286,10 @@ def _question(
     )
 
 
-def _sampling(
-    body: ChatRequest | CompletionRequest, max_tokens: int | None, logprobs: int | None, answerer: Answerer
+def _parse_sampling(
+    body: ChatRequest | CompletionRequest, max_tokens: int | None, logprobs: int | None, handler: ChatHandler
 ) -> Sampling:
-    answers = answerer.settings.answers
+    answers = handler.settings.answers
     if max_tokens is not None and max_tokens > answers.max_tokens:
         raise errors.invalid_value("max_tokens", f"{max_tokens} is above the limit of {answers.max_tokens}")
     return Sampling(
@@ -292,33 +300,33 @@ def _sampling(
         frequency_penalty=body.frequency_penalty or 0.0,
         presence_penalty=body.presence_penalty or 0.0,
         logprobs=logprobs,
-        json_schema=_json_schema(body.response_format),
+        json_schema=_dump_schema(body.response_format),
     )
 
 
-def _json_schema(wanted: ResponseFormat | None) -> str | None:
+def _dump_schema(wanted: ResponseFormat | None) -> str | None:
     if wanted is None or wanted.type == "text":
         return None
     if wanted.json_schema is None:
         return '{"type": "object"}'
-    # Keys stay in their order: it is the order in which the answer is written.
+    # Keys keep their order: answers are generated in it.
     return json.dumps(wanted.json_schema.schema_)
 
 
-def _model(alias: str, served: Served) -> dict[str, Any]:
-    about = served.files.about
+def _describe_model(alias: str, model: LoadedModel) -> dict[str, Any]:
+    about = model.files.about
     shown = {key: about.get(key) for key in ("label_key", "system_prompt", "answer_schema", "base_model")}
     return {
-        "id": served.files.name if alias == "champion" else served.files.tag,
+        "id": model.files.name if alias == "champion" else model.files.tag,
         "object": "model",
         "created": 0,
         "owned_by": "perennial",
         "perennial": {
             "alias": alias,
-            "version": served.files.version,
-            "engine": served.engine.name,
-            "template_sha256": template_sha256(served.tokenizer),
-            "context_tokens": served.engine.context_tokens,
+            "version": model.files.version,
+            "engine": model.engine.name,
+            "template_sha256": template_sha256(model.tokenizer),
+            "context_tokens": model.engine.context_tokens,
             "examples": about.get("examples") or [],
             **shown,
         },
@@ -334,13 +342,13 @@ def _add_page(app: FastAPI) -> None:
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    async def refused(_: Request, error: Exception) -> JSONResponse:
+    async def api_error(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, ApiError)
         return error_response(error)
 
-    async def invalid(_: Request, error: Exception) -> JSONResponse:
+    async def validation(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return error_response(validation_error(error))
+        return error_response(convert_validation_error(error))
 
     async def http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
@@ -352,11 +360,11 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
         logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return error_response(errors.engine_failed("this time"))
+        return error_response(errors.engine_failed("the time of this request"))
 
     handlers: dict[type[Exception], Callable[[Request, Exception], Awaitable[JSONResponse]]] = {
-        ApiError: refused,
-        RequestValidationError: invalid,
+        ApiError: api_error,
+        RequestValidationError: validation,
         HTTPException: http,
         Exception: unexpected,
     }
@@ -364,8 +372,8 @@ def _add_error_handlers(app: FastAPI) -> None:
         app.add_exception_handler(kind, handler)
 
 
-def validation_error(error: RequestValidationError) -> ApiError:
-    """Return the first problem of a body as an error: 400 if it is not JSON at all, 422 for a wrong value."""
+def convert_validation_error(error: RequestValidationError) -> ApiError:
+    """Return the first problem of a body: 400 if it is not JSON, 422 for an invalid value."""
     first = error.errors()[0]
     if first["type"] == "model_attributes_type":
         return errors.invalid_value(None, "The body must be a JSON object.")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 
-class AnswerText:
+class IncrementalDetokenizer:
     """The text of one answer, built as its tokens arrive.
 
     All that `push` and `finish` return, put together, is what `stages.common.generation` makes of the same

@@ -21,6 +21,7 @@ from services.events.reading import (
     time_span,
 )
 from services.events.schema import (
+    CLIENT_GONE,
     EVENT_FIELDS,
     TABLES,
     BadEvent,
@@ -32,6 +33,7 @@ from services.events.schema import (
 from services.events.writing import EventStore, open_store
 
 __all__ = [
+    "CLIENT_GONE",
     "EVENT_FIELDS",
     "TABLES",
     "BadEvent",

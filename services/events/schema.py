@@ -71,6 +71,8 @@ class Feedback:
     comment: str | None
 
 
+CLIENT_GONE = 499  # status of an exchange whose client disconnected, as in nginx
+
 Event = Exchange | Feedback
 EVENT_FIELDS = {kind: tuple(field.name for field in fields(kind)) for kind in (Exchange, Feedback)}
 EVENT_VALUES = {kind: attrgetter(*names) for kind, names in EVENT_FIELDS.items()}

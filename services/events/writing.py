@@ -81,7 +81,7 @@ def open_store(
 
 
 class EventStore:
-    """A store at work: `record` events, ask its `health`, `close` it. Made by `open_store`."""
+    """A store at work: `record` events, check it with `find_problem`, `close` it. Made by `open_store`."""
 
     def __init__(
         self,
@@ -125,7 +125,7 @@ class EventStore:
         except TimeoutError:
             raise StoreUnavailable(f"the event was not committed within {COMMIT_WITHIN_S:g} s") from None
 
-    def health(self) -> str | None:
+    def find_problem(self) -> str | None:
         """Return None when the store is healthy, else the reason."""
         if self._closed:
             return "the event store is closed"

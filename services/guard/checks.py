@@ -1,19 +1,20 @@
-"""Checks of what comes in and of what goes out; each returns a `Verdict` and changes nothing.
+"""Checks of prompts and answers; each returns a `GuardDecision`.
 
-In: number of turns, bytes, tokens; prompt injection; toxicity. Out: the answer's JSON schema, secrets,
-personal data. All work is linear in the text, whose size `check_size` bounds first.
+Prompts: control tokens, prompt injection, toxicity. Answers: JSON schema, secrets, personal data. All checks
+are linear in the length of the text; the service bounds that length before it calls them.
 
-What this does not do:
+Limits:
 
-- It does not make an attack impossible. The two text models are small and linear, trained on sentences
-  written for this project; docs/benchmarks.md has what they miss, on attacks that others wrote too. A model
-  whose answers can open doors needs its limits where the doors are.
-- It judges each message by itself: an attack spread over several, or built up slowly, is not seen.
-- Rot13, ciphers, text set backwards and pictures are not decoded; base64, hex, leetspeak, look-alike and
-  invisible characters are. Languages other than the European ones, Chinese and Japanese are hardly known.
-- Toxicity means abuse of people: insults, threats, hatred. Whether a polite request is harmful is not judged.
-- Secrets and personal data are known by their shape: a password in a plain sentence is not.
-- System messages are the operator's own, and are not judged.
+- The guard does not make attacks impossible. The two text classifiers are small and linear, trained on
+  sentences written for this project; docs/benchmarks.md shows what they miss, including attacks by other
+  authors. If the model's answers trigger actions, enforce permissions where the actions run.
+- Each message is checked by itself: an attack spread over several messages is not detected.
+- Base64, hex, leetspeak, look-alike and invisible characters are decoded; ROT13, ciphers, reversed text and
+  images are not. Coverage outside European languages, Chinese and Japanese is poor.
+- Toxicity means abuse of people: insults, threats, hatred. Polite requests for harmful content are not
+  detected.
+- Secrets and personal data are matched by their format: a password in a plain sentence is not found.
+- System messages come from the operator and are not checked.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-from services.guard.text_classifier import TextModel, load
+from services.guard.text_classifier import TextClassifier, load_classifier
 from stages.common import personal_data
 from stages.common.errors import InputError
 
 DATA = Path(__file__).parent / "data"
 
-# Marks by which chat templates tell turns apart. A tokenizer reads them as such wherever they stand: in a
-# message they forge a turn.
+# Control tokens of common chat templates. A tokenizer parses them anywhere in a prompt, so inside a message
+# they forge a turn.
 CONTROL_TOKENS = re.compile(
     r"<\|(?:im_start|im_end|im_sep|endoftext|begin_of_text|end_of_text|start_header_id|end_header_id"
     r"|eot_id|eom_id|system|user|assistant|end|endofprompt|start|message|channel)\|>"
@@ -43,14 +44,14 @@ CONTROL_TOKENS = re.compile(
     re.IGNORECASE,
 )
 
-# Long enough for one short order; what is shorter is mostly a word or an id.
+# Long enough for one short instruction; shorter runs are mostly words or ids.
 BASE64 = re.compile(r"(?<![A-Za-z0-9+/_-])[A-Za-z0-9+/_-]{20,}={0,2}")
 HEX = re.compile(r"(?<![0-9A-Fa-f])(?:[0-9A-Fa-f]{2}[ :]?){12,}")
-MAX_PATTERN_S = 0.1  # for one regular expression of a request's schema
-MIN_PRINTABLE = 0.95  # of decoded text; random bytes have a third
+MAX_PATTERN_S = 0.1  # for one `pattern` in a request's schema
+MIN_PRINTABLE = 0.95  # share of a decoded text; random bytes have about a third
 
-# Shapes of secrets that their makers gave a fixed beginning, as secret scanners know them (gitleaks,
-# detect-secrets). Every repetition is bounded or possessive: no pattern looks at a character often.
+# Secrets with a fixed prefix, in the formats that secret scanners use (gitleaks, detect-secrets). Every
+# repetition is bounded, so matching is linear.
 SECRETS: dict[str, re.Pattern[str]] = {
     "private_key": re.compile(
         r"-----BEGIN (?:[A-Z0-9]{1,16} ){0,3}PRIVATE KEY(?: BLOCK)?-----|PuTTY-User-Key-File-[23]:"
@@ -94,167 +95,149 @@ EXAMPLE = re.compile(r"x{6}|\*{4}|\.\.\.|example|placeholder|your[_-]|changeme|<
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """Whether a text may pass, and the stable code of the reason where it may not."""
+class GuardDecision:
+    """The result of a check: allow, or reject with a stable reason code."""
 
     allow: bool
     reason: str | None = None
 
 
-PASS = Verdict(allow=True)
+ALLOW = GuardDecision(allow=True)
 
 
-def check_turns(messages: Sequence[Mapping[str, str]], max_turns: int) -> Verdict:
-    """Refuse a conversation of more messages (system messages not counted) than `max_turns`."""
-    turns = sum(message["role"] != "system" for message in messages)
-    return PASS if turns <= max_turns else Verdict(False, "too_many_turns")
-
-
-def check_size(messages: Sequence[Mapping[str, str]], max_bytes: int) -> Verdict:
-    """Refuse a conversation in which one message has more than `max_bytes` of UTF-8."""
-    sizes = (len(message["content"].encode("utf-8", "surrogatepass")) for message in messages)
-    return PASS if all(size <= max_bytes for size in sizes) else Verdict(False, "message_too_large")
-
-
-def check_tokens(tokens: int, max_tokens: int) -> Verdict:
-    """Refuse a prompt of more than `max_tokens`."""
-    return PASS if tokens <= max_tokens else Verdict(False, "too_many_tokens")
-
-
-def check_control_tokens(texts: Sequence[str], tokens: Sequence[str]) -> Verdict:
-    """Refuse text in which a token stands that steers the model: whoever writes one can forge a turn."""
+def check_control_tokens(texts: Sequence[str], tokens: Sequence[str]) -> GuardDecision:
+    """Reject text that contains one of the model's control tokens, which could forge a turn."""
     forged = any(token in text for text in texts for token in tokens)
-    return Verdict(False, "control_tokens") if forged else PASS
+    return GuardDecision(False, "control_tokens") if forged else ALLOW
 
 
-def check_injection(messages: Sequence[Mapping[str, str]]) -> Verdict:
-    """Refuse a conversation in which a message forges turns, or tries to replace the operator's orders."""
-    for text in _judged(messages):
+def check_injection(messages: Sequence[Mapping[str, str]]) -> GuardDecision:
+    """Reject messages that forge turns or try to override the operator's instructions."""
+    for text in _untrusted_texts(messages):
         if CONTROL_TOKENS.search(text):
-            return Verdict(False, "control_tokens")
-        if injection_score(text) > injection_model().threshold:
-            return Verdict(False, "prompt_injection")
-    return PASS
+            return GuardDecision(False, "control_tokens")
+        if score_injection(text) > load_injection_model().threshold:
+            return GuardDecision(False, "prompt_injection")
+    return ALLOW
 
 
-def check_toxicity(messages: Sequence[Mapping[str, str]]) -> Verdict:
-    """Refuse a conversation in which a message insults, threatens or shows hatred."""
-    model = toxicity_model()
-    if any(model.score(text) > model.threshold for text in _judged(messages)):
-        return Verdict(False, "toxicity")
-    return PASS
+def check_toxicity(messages: Sequence[Mapping[str, str]]) -> GuardDecision:
+    """Reject messages that insult, threaten or express hatred."""
+    model = load_toxicity_model()
+    if any(model.score(text) > model.threshold for text in _untrusted_texts(messages)):
+        return GuardDecision(False, "toxicity")
+    return ALLOW
 
 
-def check_schema(answer: str, schema: str) -> Verdict:
-    """Refuse an answer that is not JSON, or does not fit `schema` (JSON Schema, as JSON text).
+def check_schema(answer: str, schema: str) -> GuardDecision:
+    """Reject an answer that is not JSON or does not validate against `schema` (JSON Schema, as JSON text).
 
     Raises:
-        InputError: the schema is none.
+        InputError: the schema is not valid.
     """
     try:
-        value = json.loads(answer, parse_constant=_no_constant)
+        value = json.loads(answer, parse_constant=_reject_constant)
     except (ValueError, RecursionError):
-        return Verdict(False, "not_json")
+        return GuardDecision(False, "not_json")
     try:
-        fits = _validator(schema).is_valid(value)
+        valid = _compile_validator(schema).is_valid(value)
     except TimeoutError:
-        return Verdict(False, "schema_too_slow")
+        return GuardDecision(False, "schema_too_slow")
     except Exception as error:
         if isinstance(error, RecursionError) or type(error).__name__ == "_WrappedReferencingError":
             raise InputError(
-                "the JSON schema refers to itself without end, or to what is not in it",
-                "put every definition under $defs, and send no references to other documents",
+                "the JSON schema has an endless or unresolvable reference",
+                "put every definition under $defs, and do not refer to other documents",
             ) from None
         raise
-    return PASS if fits else Verdict(False, "schema_mismatch")
+    return ALLOW if valid else GuardDecision(False, "schema_mismatch")
 
 
-def check_secrets(answer: str) -> Verdict:
-    """Refuse an answer with something of the shape of a key, token or password; the reason says which."""
-    kind = next(secret_kinds(answer), None)
-    return PASS if kind is None else Verdict(False, f"secret_{kind}")
+def check_secrets(answer: str) -> GuardDecision:
+    """Reject an answer that contains a key, token or password; the reason names the kind."""
+    kind = next(find_secrets(answer), None)
+    return ALLOW if kind is None else GuardDecision(False, f"secret_{kind}")
 
 
-def check_personal_data(answer: str, kinds: Sequence[str] = tuple(personal_data.PERSONAL_DATA)) -> Verdict:
-    """Refuse an answer in which one of `kinds` of personal data stands; the reason says which."""
+def check_personal_data(
+    answer: str, kinds: Sequence[str] = tuple(personal_data.PERSONAL_DATA)
+) -> GuardDecision:
+    """Reject an answer that contains personal data of one of `kinds`; the reason names the kind."""
     kind = next((kind for kind in kinds if personal_data.holds(kind, answer)), None)
-    return PASS if kind is None else Verdict(False, f"personal_{kind}")
+    return ALLOW if kind is None else GuardDecision(False, f"personal_{kind}")
 
 
-def injection_score(text: str) -> float:
-    """Return the injection model's score of a text, and of what is encoded in it, whichever is higher."""
-    model = injection_model()
-    return max(model.score(candidate) for candidate in (text, *decoded(text)))
+def score_injection(text: str) -> float:
+    """Return the highest injection score of a text and of anything encoded in it."""
+    model = load_injection_model()
+    return max(model.score(candidate) for candidate in (text, *decode_hidden(text)))
 
 
-def secret_kinds(text: str) -> Iterator[str]:
-    """Yield the kinds of secrets that stand in a text; what documentation shows in their place is none."""
+def find_secrets(text: str) -> Iterator[str]:
+    """Yield the kinds of secrets in a text; placeholders as documentation uses them do not count."""
     for kind, pattern in SECRETS.items():
         if any(not EXAMPLE.search(match.group()) for match in pattern.finditer(text)):
             yield kind
 
 
-def decoded(text: str) -> Iterator[str]:
-    """Yield what is written in base64 or hex in a text, where that is text again."""
+def decode_hidden(text: str) -> Iterator[str]:
+    """Yield the decoded base64 and hex runs of a text that decode to text."""
     for match in BASE64.finditer(text):
         run = match.group().rstrip("=").translate({ord("-"): "+", ord("_"): "/"})
         try:
-            yield from _readable(
+            yield from _decode_printable(
                 base64.b64decode(run[: len(run) - (len(run) % 4 == 1)] + "==", validate=False)
             )
         except binascii.Error:
             continue
     for match in HEX.finditer(text):
         digits = match.group().replace(" ", "").replace(":", "")
-        yield from _readable(bytes.fromhex(digits))
+        yield from _decode_printable(bytes.fromhex(digits))
 
 
-def warm() -> None:
-    """Load what the checks need, so that the first request does not wait for it."""
-    injection_score("")
-    toxicity_model().score("")
-
-
-@cache
-def injection_model() -> TextModel:
-    """Return the model that knows prompt injections."""
-    return load(DATA / "injection.npz")
+def warm_up() -> None:
+    """Load both classifiers, so that the first request does not wait for them."""
+    score_injection("")
+    load_toxicity_model().score("")
 
 
 @cache
-def toxicity_model() -> TextModel:
-    """Return the model that knows abuse."""
-    return load(DATA / "toxicity.npz")
+def load_injection_model() -> TextClassifier:
+    """Return the classifier of prompt injections."""
+    return load_classifier(DATA / "injection.npz")
 
 
-def _judged(messages: Sequence[Mapping[str, str]]) -> Iterator[str]:
-    """Yield the texts that are not the operator's: also answers, which a client can make up."""
+@cache
+def load_toxicity_model() -> TextClassifier:
+    """Return the classifier of abuse."""
+    return load_classifier(DATA / "toxicity.npz")
+
+
+def _untrusted_texts(messages: Sequence[Mapping[str, str]]) -> Iterator[str]:
+    """Yield all texts but the operator's; assistant messages count, since a client can invent them."""
     return (message["content"] for message in messages if message["role"] not in ("system", "developer"))
 
 
-def _readable(data: bytes) -> Iterator[str]:
+def _decode_printable(data: bytes) -> Iterator[str]:
     for encoding in ("utf-8", "utf-16-le"):
         try:
             text = data.decode(encoding)
         except UnicodeDecodeError:
             continue
         printable = sum(c.isprintable() or c.isspace() for c in text)
-        # UTF-16 finds a sign in any two bytes: there, only ASCII counts as text.
+        # Almost any two bytes are valid UTF-16, so there only ASCII counts as text.
         if text and printable >= MIN_PRINTABLE * len(text) and (encoding == "utf-8" or text.isascii()):
             yield text
             return
 
 
-def _no_constant(name: str) -> None:
+def _reject_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-@lru_cache(maxsize=128)  # schemas come from requests: a bound keeps their number from filling the memory
-def _validator(schema: str) -> Any:
-    """Return the compiled validator of a schema.
-
-    References to other documents are not followed: a request must not make the server fetch anything.
-    """
+@lru_cache(maxsize=128)  # schemas come from requests, so the cache is bounded
+def _compile_validator(schema: str) -> Any:
+    """Compile a schema; references to other documents are not followed (no server-side fetches)."""
     import jsonschema  # type: ignore[import-untyped]
     import referencing
 
@@ -265,16 +248,19 @@ def _validator(schema: str) -> Any:
     except (ValueError, RecursionError, jsonschema.SchemaError) as error:
         problem = getattr(error, "message", str(error))
         raise InputError(
-            f"the JSON schema is none: {problem}", "send one of draft 2020-12 or earlier"
+            f"the JSON schema is not valid: {problem}", "send a schema of draft 2020-12 or earlier"
         ) from None
     if _has_pattern_properties(parsed):
-        raise InputError("the JSON schema has patternProperties", "name the properties, or allow any of them")
-    bounded = jsonschema.validators.extend(kind, {"pattern": _pattern})
+        raise InputError(
+            "the JSON schema has patternProperties, which is not supported",
+            "list the properties, or allow additional ones",
+        )
+    bounded = jsonschema.validators.extend(kind, {"pattern": _check_pattern})
     return bounded(parsed, registry=referencing.Registry())
 
 
-def _pattern(_validator: Any, pattern: str, instance: object, _schema: object) -> Iterator[Any]:
-    """Check the keyword `pattern` in bounded time: requests bring it, and `re` can take years over one."""
+def _check_pattern(_validator: Any, pattern: str, instance: object, _schema: object) -> Iterator[Any]:
+    """Check the keyword `pattern` with a time limit: patterns in requests can backtrack forever."""
     import jsonschema
     import regex  # type: ignore[import-untyped]
 
@@ -288,7 +274,7 @@ def _pattern(_validator: Any, pattern: str, instance: object, _schema: object) -
 
 
 def _has_pattern_properties(schema: object) -> bool:
-    """Return whether the keyword is used: its expressions would run without a bound on their time."""
+    """Return whether the keyword is used: jsonschema would run its patterns without a time limit."""
     if isinstance(schema, list):
         return any(_has_pattern_properties(part) for part in schema)
     if not isinstance(schema, dict):

@@ -1,11 +1,11 @@
-"""Train the guard's two text models from the sentences in `guard_data/`, written for this project.
+"""Train the guard's two text classifiers on the sentences in `data/`, written for this project.
 
     python -m services.guard.train [--check]
 
-Reads train_attack.csv, train_toxic.csv and train_benign.csv (family, text; `{a|b}` stands for either), and
-writes injection.npz and toxicity.npz beside them. The held-out files are not looked at: they are for
-`python -m benchmarks.guard`. The threshold comes from cross-validation over templates. Same files and seed:
-same weights. `--check` trains and compares, and writes nothing.
+Reads train_attack.csv, train_toxic.csv and train_benign.csv (family, text; `{a|b}` is a choice) and writes
+injection.npz and toxicity.npz to the same folder. The held-out files are used by `python -m benchmarks.guard`
+only. Thresholds come from cross-validation over templates. Training is deterministic for equal files and
+seed. `--check` compares with the stored weights instead of writing them.
 """
 
 from __future__ import annotations
@@ -25,26 +25,34 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from services.guard.text_classifier import BUCKETS, TextModel, features, load, normalise, save, windows
+from services.guard.text_classifier import (
+    BUCKETS,
+    TextClassifier,
+    hash_ngrams,
+    load_classifier,
+    normalise,
+    save_classifier,
+    split_windows,
+)
 
 DATA = Path(__file__).parent / "data"
 SEED = 7
-# Sentences drawn from one template: more say the same words in other orders.
+# Sentences drawn per template; more would repeat the same words in another order.
 ATTACK_DRAWS, BENIGN_DRAWS = 16, 16
-LONG_TEXTS = 400  # of several sentences, because windows of long texts are a kind of text of their own
+LONG_TEXTS = 400  # of several sentences, because windows of long texts look different
 L2 = 3e-4
-ROUNDS = 2  # in each, an attack is learned from the windows that the last one found the worst
+ROUNDS = 2  # after the first, an attack is learned from its highest-scoring windows only
 FOLDS = 5
-MAX_FALSE_ALARMS = 0.01  # of benign texts, by cross-validation
+MAX_FALSE_ALARMS = 0.01  # share of benign texts, in cross-validation
 CHOICE = re.compile(r"\{([^{}]*)\}")
 
 Floats = npt.NDArray[np.float32]
-logger = logging.getLogger("guard_training")
+logger = logging.getLogger("services.guard.train")
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A training text; `fold_key` keeps what was drawn from one template on one side."""
+    """A training text; `fold_key` keeps sentences of one template in one fold."""
 
     text: str
     attack: bool
@@ -52,13 +60,13 @@ class Example:
 
 
 def read_templates(path: Path) -> list[tuple[str, str]]:
-    """Return (family, template) of a CSV file."""
+    """Read (family, template) pairs from a CSV file."""
     with path.open(encoding="utf-8", newline="") as file:
         return [(row["family"], row["text"]) for row in csv.DictReader(file)]
 
 
-def draw(template: str, most: int, rng: random.Random) -> list[str]:
-    """Return up to `most` different sentences of a template, each choice about equally often."""
+def draw_sentences(template: str, most: int, rng: random.Random) -> list[str]:
+    """Draw up to `most` different sentences from a template, each choice about equally often."""
     parts = CHOICE.split(template)  # odd places hold choices
     choices = [part.split("|") if place % 2 else [part] for place, part in enumerate(parts)]
     if math.prod(len(choice) for choice in choices) <= most:
@@ -69,22 +77,22 @@ def draw(template: str, most: int, rng: random.Random) -> list[str]:
     return list(drawn)
 
 
-def examples(attacks: Path, benign: Path, seed: int) -> list[Example]:
-    """Return what a model learns from: sentences, benign paragraphs, and attacks inside such paragraphs."""
+def build_examples(attacks: Path, benign: Path, seed: int) -> list[Example]:
+    """Return the training texts: attacks, benign sentences and benign paragraphs."""
     rng = random.Random(seed)
     bad = [
         Example(text, True, template)
         for _, template in read_templates(attacks)
-        for text in draw(template, ATTACK_DRAWS, rng)
+        for text in draw_sentences(template, ATTACK_DRAWS, rng)
     ]
     good = [
         Example(text, False, template)
         for _, template in read_templates(benign)
-        for text in draw(template, BENIGN_DRAWS, rng)
+        for text in draw_sentences(template, BENIGN_DRAWS, rng)
     ]
     by_fold: dict[int, list[str]] = {}
     for example in good:
-        by_fold.setdefault(fold_of(example.fold_key), []).append(example.text)
+        by_fold.setdefault(get_fold(example.fold_key), []).append(example.text)
     long = []
     for number in range(LONG_TEXTS):
         fold = number % FOLDS
@@ -93,16 +101,16 @@ def examples(attacks: Path, benign: Path, seed: int) -> list[Example]:
     return bad + good + long
 
 
-def fold_of(key: str) -> int:
-    """Return the fold of a template, or of a paragraph of one fold's sentences."""
+def get_fold(key: str) -> int:
+    """Return the fold of a template, or of a paragraph built from one fold."""
     if key.startswith("fold "):
         return int(key.removeprefix("fold "))
     return sum(key.encode()) % FOLDS
 
 
 @dataclass(frozen=True, slots=True)
-class Bags:
-    """All windows of all texts: a sparse matrix of n-gram counts over roots of the window's size."""
+class Windows:
+    """All windows of all texts: a sparse matrix of n-gram counts, scaled by 1/sqrt(n-grams in the window)."""
 
     rows: npt.NDArray[np.int64]  # window of each entry
     columns: npt.NDArray[np.int64]
@@ -110,15 +118,15 @@ class Bags:
     text_of: npt.NDArray[np.int64]  # text of each window
 
 
-def bags(texts: Sequence[str]) -> Bags:
-    """Return the windows of the texts as the model sees them."""
+def build_windows(texts: Sequence[str]) -> Windows:
+    """Return the features of all windows of the texts."""
     rows, columns, values, text_of = [], [], [], []
     window = 0
     for number, text in enumerate(texts):
         normalised = normalise(text)
-        buckets, ends = features(normalised)
+        buckets, ends = hash_ngrams(normalised)
         for start, stop in sorted(
-            set(zip(*(place.tolist() for place in windows(len(normalised))), strict=True))
+            set(zip(*(place.tolist() for place in split_windows(len(normalised))), strict=True))
         ):
             inside = buckets[(ends >= start) & (ends < stop)]
             unique, counts = np.unique(inside, return_counts=True)
@@ -127,14 +135,14 @@ def bags(texts: Sequence[str]) -> Bags:
             values.append((counts / np.sqrt(max(1, inside.size))).astype(np.float32))
             text_of.append(number)
             window += 1
-    return Bags(np.concatenate(rows), np.concatenate(columns), np.concatenate(values), np.array(text_of))
+    return Windows(np.concatenate(rows), np.concatenate(columns), np.concatenate(values), np.array(text_of))
 
 
-def fit(data: Bags, attack: npt.NDArray[np.bool_], l2: float) -> tuple[Floats, float]:
-    """Return weights and bias of a logistic regression on windows.
+def fit_classifier(data: Windows, attack: npt.NDArray[np.bool_], l2: float) -> tuple[Floats, float]:
+    """Return weights and bias of a logistic regression on windows (multiple-instance learning).
 
-    All windows of a benign text are benign. Of an attack at least one is not: the first round takes all, the
-    next ones those that the weights so far find the worst.
+    Every window of a benign text is benign, but only some windows of an attack need be attacks. The first
+    round trains on all of them, later rounds on the highest-scoring window of each attack.
     """
     from scipy import sparse
 
@@ -153,7 +161,7 @@ def fit(data: Bags, attack: npt.NDArray[np.bool_], l2: float) -> tuple[Floats, f
 
 
 def _logistic(matrix: object, label: npt.NDArray[np.bool_], l2: float) -> tuple[Floats, float]:
-    """Return the weights that minimise the mean log loss, both classes counted alike, plus L2."""
+    """Return the weights that minimise the class-balanced mean log loss plus L2."""
     from scipy.optimize import minimize
 
     target = np.where(label, 1.0, -1.0)
@@ -171,25 +179,25 @@ def _logistic(matrix: object, label: npt.NDArray[np.bool_], l2: float) -> tuple[
     return found.x[:-1].astype(np.float32), float(found.x[-1])
 
 
-def worst_scores(data: Bags, weights: Floats, bias: float, texts: int) -> npt.NDArray[np.float64]:
-    """Return the score of every text: that of its worst window."""
+def score_texts(data: Windows, weights: Floats, bias: float, texts: int) -> npt.NDArray[np.float64]:
+    """Return the highest window score of every text."""
     each = np.bincount(data.rows, weights[data.columns] * data.values, data.text_of.size) + bias
     worst = np.full(texts, -np.inf)
     np.maximum.at(worst, data.text_of, each)
     return worst
 
 
-def train(attacks: Path, benign: Path, seed: int = SEED, l2: float = L2) -> TextModel:
-    """Return a model of all examples, its threshold from texts that were unseen when they were scored."""
-    all_examples = examples(attacks, benign, seed)
+def train_classifier(attacks: Path, benign: Path, seed: int = SEED, l2: float = L2) -> TextClassifier:
+    """Train on all examples; the threshold comes from out-of-fold scores."""
+    all_examples = build_examples(attacks, benign, seed)
     attack = np.array([example.attack for example in all_examples])
-    folds = np.array([fold_of(example.fold_key) for example in all_examples])
-    data = bags([example.text for example in all_examples])
+    folds = np.array([get_fold(example.fold_key) for example in all_examples])
+    data = build_windows([example.text for example in all_examples])
     unseen = np.zeros(attack.size)
     for fold in range(FOLDS):
-        part = _of_texts(data, folds != fold)
-        weights, bias = fit(part, attack, l2)
-        unseen[folds == fold] = worst_scores(data, weights, bias, attack.size)[folds == fold]
+        part = _select_texts(data, folds != fold)
+        weights, bias = fit_classifier(part, attack, l2)
+        unseen[folds == fold] = score_texts(data, weights, bias, attack.size)[folds == fold]
     threshold = float(np.quantile(unseen[~attack], 1 - MAX_FALSE_ALARMS, method="higher"))
     logger.info(
         "%s: %d attacks, %d benign; cross-validation: recall %.3f, false alarms %.3f, threshold %.3f",
@@ -200,39 +208,41 @@ def train(attacks: Path, benign: Path, seed: int = SEED, l2: float = L2) -> Text
         (unseen[~attack] > threshold).mean(),
         threshold,
     )
-    weights, bias = fit(data, attack, l2)
-    return TextModel(weights, bias, threshold)
+    weights, bias = fit_classifier(data, attack, l2)
+    return TextClassifier(weights, bias, threshold)
 
 
-def _of_texts(data: Bags, keep: npt.NDArray[np.bool_]) -> Bags:
-    """Return the windows of the texts to keep; texts keep their numbers."""
+def _select_texts(data: Windows, keep: npt.NDArray[np.bool_]) -> Windows:
+    """Return the windows of the texts to keep; texts are not renumbered."""
     kept = keep[data.text_of]
     renumbered = np.cumsum(kept) - 1
     entries = kept[data.rows]
-    return Bags(
+    return Windows(
         renumbered[data.rows[entries]], data.columns[entries], data.values[entries], data.text_of[kept]
     )
 
 
 def main() -> int:
-    """Train both models; return the exit status."""
+    """Train both classifiers; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--check", action="store_true", help="compare with the stored weights, write nothing")
+    parser.add_argument(
+        "--check", action="store_true", help="compare with the stored weights instead of writing them"
+    )
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
     same = True
     for name, attacks in (("injection", "train_attack.csv"), ("toxicity", "train_toxic.csv")):
-        model = train(DATA / attacks, DATA / "train_benign.csv")
+        model = train_classifier(DATA / attacks, DATA / "train_benign.csv")
         path = DATA / f"{name}.npz"
         if options.check:
-            stored = load(path)
+            stored = load_classifier(path)
             near = bool(np.allclose(stored.weights, model.weights, atol=0.02 * np.abs(model.weights).max()))
-            logger.info("%s %s", path.name, "is as trained" if near else "differs from what training gives")
+            logger.info("%s %s", path.name, "matches training" if near else "differs from training")
             same = same and near
         else:
-            save(path, model)
+            save_classifier(path, model)
             logger.info("wrote %s, %d bytes", path.name, path.stat().st_size)
     return 0 if same else 1
 

@@ -13,7 +13,7 @@ from fastapi import Request
 from services.api.middleware import BodyLimit
 from services.api.routes import make_app
 from services.engines.transformers import TransformersEngine
-from services.model_pool import Served
+from services.model_pool import LoadedModel
 from services.startup import start, stop
 from services.versions.__main__ import Aliases, ModelFiles, _write
 from stages.common.models import load_tokenizer
@@ -61,13 +61,13 @@ def tiny_files(folder: Path, version: str = "a" * 12, seed: int = 0, **about) ->
     )
 
 
-def load_tiny(files: ModelFiles) -> Served:
+def load_tiny(files: ModelFiles) -> LoadedModel:
     """Load a tiny version exactly, in one thread."""
     tokenizer = load_tokenizer(files.tokenizer)
     engine = TransformersEngine(
         files.base, None, tokenizer, device="cpu", precision="float32", max_running=8, threads=1
     )
-    return Served(files, tokenizer, engine)
+    return LoadedModel(files, tokenizer, engine)
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Server:
     """A running service: where it is, and what is inside."""
 
     url: str
-    answerer: object
+    handler: object
     aliases: Path
     loop: asyncio.AbstractEventLoop
 
@@ -102,13 +102,13 @@ def serving(folder: Path, *versions: ModelFiles, load=load_tiny, keys_required=F
 
         async def caller(request: Request):
             address = request.client.host
-            return running.answerer.access.admit(request.headers.get("authorization"), address)
+            return running.handler.access.admit(request.headers.get("authorization"), address)
 
-        app = BodyLimit(make_app(lambda: running.answerer, caller), chosen.guard.max_body_bytes)
+        app = BodyLimit(make_app(lambda: running.handler, caller), chosen.guard.max_body_bytes)
         config = uvicorn.Config(app, ADDRESS, 0, log_level="warning", lifespan="off", ws="none")
         server = uvicorn.Server(config)
         serve = asyncio.create_task(server.serve())
-        while not (server.started and running.answerer.health() is None):
+        while not (server.started and running.handler.find_problem() is None):
             if serve.done():
                 raise RuntimeError("the server ended before it was ready")
             await asyncio.sleep(0.01)
@@ -132,7 +132,7 @@ def serving(folder: Path, *versions: ModelFiles, load=load_tiny, keys_required=F
     try:
         if "error" in state:
             raise state["error"]
-        yield Server(f"http://{ADDRESS}:{state['port']}", state["running"].answerer, aliases, state["loop"])
+        yield Server(f"http://{ADDRESS}:{state['port']}", state["running"].handler, aliases, state["loop"])
     finally:
         over.set()
         thread.join(60)

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from services.events import read_exchanges
-from services.model_pool import takes_part
+from services.model_pool import is_in_treatment
 from services.versions.__main__ import Aliases, Challenger, _write
 from tests.services.serving import ask, load_tiny, serving, tiny_files
 
@@ -31,13 +31,13 @@ def version_of(response):
 
 def test_an_asker_stays_in_or_out_of_a_trial_and_the_share_is_kept():
     askers = [f"user-{n}" for n in range(20_000)]
-    chosen = {asker for asker in askers if takes_part(asker, "m:2", 0.1)}
+    chosen = {asker for asker in askers if is_in_treatment(asker, "m:2", 0.1)}
     assert abs(len(chosen) / len(askers) - 0.1) < 0.01
-    assert chosen == {asker for asker in askers if takes_part(asker, "m:2", 0.1)}
-    other = {asker for asker in askers if takes_part(asker, "m:3", 0.1)}
+    assert chosen == {asker for asker in askers if is_in_treatment(asker, "m:2", 0.1)}
+    other = {asker for asker in askers if is_in_treatment(asker, "m:3", 0.1)}
     assert len(chosen & other) < len(chosen) / 2, "each trial draws its own users"
-    assert not any(takes_part(asker, "m:2", 0.0) for asker in askers)
-    assert all(takes_part(asker, "m:2", 1.0) for asker in askers)
+    assert not any(is_in_treatment(asker, "m:2", 0.0) for asker in askers)
+    assert all(is_in_treatment(asker, "m:2", 1.0) for asker in askers)
 
 
 def test_versions_change_under_load_and_back_with_no_failed_request(tmp_path, versions):
@@ -88,8 +88,8 @@ def test_a_shadow_is_asked_the_same_kept_and_not_shown(tmp_path, versions):
         wait_until(lambda: len(client.get("/v1/models").json()["data"]) == 2)
         shown = ask(client, "what do you say", max_tokens=4)
         assert version_of(shown) == first.version
-        server.run(server.answerer.settle())
-        url = server.answerer.settings.events.url
+        server.run(server.handler.settle())
+        url = server.handler.settings.events.url
         kept = {
             row["role"]: row for batch in read_exchanges(url, 0, time.time() + 9) for row in batch.to_pylist()
         }
@@ -104,13 +104,13 @@ def test_a_change_that_cannot_be_followed_leaves_the_champion(tmp_path, versions
         server.aliases.write_text("{")
         time.sleep(0.6)
         assert version_of(ask(client, max_tokens=1)) == first.version
-        assert server.answerer.health() is None
+        assert server.handler.find_problem() is None
 
 
 def test_an_engine_that_broke_is_told_in_readiness_and_started_anew(tmp_path, versions):
     first, _ = versions
     with serving(tmp_path, first) as server, server.client() as client:
-        engine = server.answerer.fleet.champion.engine
+        engine = server.handler.pool.champion.engine
 
         def broken(running):
             raise RuntimeError("out of luck")
@@ -118,9 +118,9 @@ def test_an_engine_that_broke_is_told_in_readiness_and_started_anew(tmp_path, ve
         engine._advance = broken
         assert ask(client, max_tokens=2).status_code == 500
         assert engine.broken is not None
-        wait_until(lambda: server.answerer.health() is None)
+        wait_until(lambda: server.handler.find_problem() is None)
         assert ask(client, max_tokens=2).status_code == 200
-        assert server.answerer.fleet.champion.engine is not engine
+        assert server.handler.pool.champion.engine is not engine
 
 
 def test_a_challenger_that_broke_is_started_anew_and_the_champion_goes_on(tmp_path, versions):
@@ -128,15 +128,15 @@ def test_a_challenger_that_broke_is_started_anew_and_the_champion_goes_on(tmp_pa
     with serving(tmp_path, first, second) as server, server.client() as client:
         _write(server.aliases, Aliases(first.tag, Challenger(second.tag, 0.0, "canary")))
         wait_until(lambda: len(client.get("/v1/models").json()["data"]) == 2)
-        engine = server.answerer.fleet.served()["challenger"].engine
+        engine = server.handler.pool.get_models()["challenger"].engine
 
         def broken(running):
             raise RuntimeError("out of luck")
 
         engine._advance = broken
         assert ask(client, max_tokens=2, model=second.tag).status_code == 500
-        assert server.answerer.health() is None and ask(client, max_tokens=2).status_code == 200
-        wait_until(lambda: server.answerer.fleet.served()["challenger"].engine is not engine)
+        assert server.handler.find_problem() is None and ask(client, max_tokens=2).status_code == 200
+        wait_until(lambda: server.handler.pool.get_models()["challenger"].engine is not engine)
         assert version_of(ask(client, max_tokens=2, model=second.tag)) == second.version
 
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from services.api.middleware import Crowd
+from services.api.middleware import ConcurrencyLimit
 from tests.services.serving import ROOT
 
 LISTEN = """
@@ -68,7 +68,7 @@ def test_a_crowd_is_turned_away_with_openais_error_before_anything_is_read():
         return sent
 
     async def rush():
-        crowd = Crowd(app, ["/v1/completions"], limit=2)
+        crowd = ConcurrencyLimit(app, ["/v1/completions"], limit=2)
         welcome = [asyncio.create_task(ask(crowd, "/v1/completions")) for _ in range(2)]
         await asyncio.sleep(0)
         start, body = await ask(crowd, "/v1/completions")

@@ -117,7 +117,7 @@ def test_the_service_itself_is_asked_and_told_what_people_think(open_page, tmp_p
         answered(page)
         page.get_by_role("button", name="Bad answer").first.click()
         page.get_by_text("Saved, thank you").wait_for()
-        url = real.answerer.settings.events.url
+        url = real.handler.settings.events.url
         (given,) = [row for batch in read_feedback(url, 0, time.time() + 9) for row in batch.to_pylist()]
         (kept,) = [row for batch in read_exchanges(url, 0, time.time() + 9) for row in batch.to_pylist()]
     assert given["thumb"] == -1 and given["request_id"] == kept["request_id"]

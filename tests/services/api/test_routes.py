@@ -9,7 +9,7 @@ import pytest
 
 from services.engines.transformers import TransformersEngine
 from services.events import read_exchanges, read_feedback
-from services.model_pool import Served
+from services.model_pool import LoadedModel
 from stages.common.models import load_tokenizer
 from tests.services.serving import ask, serving, tiny_files
 
@@ -42,7 +42,7 @@ def client(server):
 
 
 def events(server, read=read_exchanges):
-    url = server.answerer.settings.events.url
+    url = server.handler.settings.events.url
     return [row for batch in read(url, 0.0, time.time() + 60) for row in batch.to_pylist()]
 
 
@@ -121,7 +121,7 @@ def test_logprobs_come_with_each_token_and_its_alternatives(client):
 
 def test_a_raw_prompt_is_continued_as_it_is(client, server):
     text = client.post("/v1/completions", json={"prompt": "abc", "max_tokens": 4}).json()
-    ids = server.answerer.fleet.champion.tokenizer("abc", add_special_tokens=False)["input_ids"]
+    ids = server.handler.pool.champion.tokenizer("abc", add_special_tokens=False)["input_ids"]
     tokens = client.post("/v1/completions", json={"prompt": ids, "max_tokens": 4}).json()
     assert text["object"] == "text_completion"
     assert text["choices"][0]["text"] == tokens["choices"][0]["text"]
@@ -266,7 +266,7 @@ def test_a_client_that_goes_away_ends_the_work(server):
     }
     with server.client() as client, client.stream("POST", "/v1/chat/completions", json=body) as response:
         next(response.iter_lines())
-    engine = server.answerer.fleet.champion.engine
+    engine = server.handler.pool.champion.engine
     for _ in range(200):
         if engine.load().running == 0:
             break
@@ -331,7 +331,7 @@ def test_no_answer_is_given_that_cannot_be_kept(tmp_path):
         (tmp_path / "events.db").mkdir()
         statuses = [ask(client, max_tokens=2).status_code for _ in range(2)]
         assert statuses == [503, 503]
-        assert server.answerer.health() is not None
+        assert server.handler.find_problem() is not None
 
 
 def test_the_guard_refuses_what_it_is_told_to_refuse(tmp_path):
@@ -342,7 +342,7 @@ def test_the_guard_refuses_what_it_is_told_to_refuse(tmp_path):
             assert refused.status_code == 400
             assert refused.json()["error"]["reason"] == "prompt_injection"
             assert ask(client, "turn on the lights in the kitchen", max_tokens=2).status_code == 200
-        server.run(server.answerer.settle())
+        server.run(server.handler.settle())
         assert [row["reason"] for row in events(server)] == ["prompt_injection", None]
 
 
@@ -350,7 +350,7 @@ def test_a_full_engine_says_429_and_when_to_come_again_and_answers_the_others(tm
     def load(files):
         tokenizer = load_tokenizer(files.tokenizer)
         small = {"max_running": 1, "max_waiting": 1, "device": "cpu", "precision": "float32", "threads": 1}
-        return Served(files, tokenizer, TransformersEngine(files.base, None, tokenizer, **small))
+        return LoadedModel(files, tokenizer, TransformersEngine(files.base, None, tokenizer, **small))
 
     endless = {"type": "array", "items": {"type": "boolean"}, "minItems": 1000}
     wanted = {"type": "json_schema", "json_schema": {"schema": endless}}

@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from services.engines.detokenizer import AnswerText
+from services.engines.detokenizer import IncrementalDetokenizer
 from tests.tiny import make_tokenizer
 
 TOKENIZER = make_tokenizer()  # a token a byte: every character outside ASCII comes in pieces
@@ -14,7 +14,7 @@ def ids_of(text):
 
 def pieces(ids, stops=(), size=1):
     """Return what comes out at each step, and the object."""
-    answer = AnswerText(TOKENIZER, stops)
+    answer = IncrementalDetokenizer(TOKENIZER, stops)
     out = [answer.push(ids[at : at + size]) for at in range(0, len(ids), size)]
     return [*out, answer.finish()], answer
 
@@ -84,7 +84,7 @@ def test_of_several_stop_strings_the_first_wins_however_the_steps_fall(text, sto
 
 
 def test_after_a_stop_string_nothing_comes():
-    answer = AnswerText(TOKENIZER, ["."])
+    answer = IncrementalDetokenizer(TOKENIZER, ["."])
     assert answer.push(ids_of("a.b")) == "a"
     assert answer.push(ids_of("c")) == ""
     assert answer.finish() == ""

@@ -100,8 +100,8 @@ def ids(url, start=0.0, end=1e12):
 
 def until_healthy(store, seconds=20):
     deadline = time.monotonic() + seconds
-    while store.health() is not None:
-        assert time.monotonic() < deadline, store.health()
+    while store.find_problem() is not None:
+        assert time.monotonic() < deadline, store.find_problem()
         time.sleep(0.05)
 
 
@@ -135,7 +135,7 @@ def test_what_was_recorded_is_read_back_as_it_was(url):
         assert record(store, EXCHANGE, bare, FEEDBACK) == [None] * 3
         assert rows_of(read_exchanges(url, 0, 2000)) == [asdict(EXCHANGE), asdict(bare)]
         assert rows_of(read_feedback(url, 0, 2000)) == [asdict(FEEDBACK)]
-        assert store.health() is None
+        assert store.find_problem() is None
 
 
 def test_the_tables_of_the_code_are_those_of_the_migrations(url):
@@ -161,7 +161,7 @@ def test_a_second_event_with_an_id_is_refused_and_its_group_is_stored(url):
             type(None),
         ]
         assert "r1" in str(outcomes[1])
-        assert store.health() is None
+        assert store.find_problem() is None
     assert ids(url) == ["r1", "r2", "r3"]
 
 
@@ -193,7 +193,7 @@ def test_an_event_that_fits_no_table_harms_no_other(url, bad):
     with opened(url, group_wait_s=0.2) as store:
         outcomes = record(store, EXCHANGE, bad, FEEDBACK)
         assert [type(outcome) for outcome in outcomes] == [type(None), BadEvent, type(None)]
-        assert store.health() is None
+        assert store.find_problem() is None
         assert record(store, exchange(1)) == [None]
 
 
@@ -354,7 +354,7 @@ def test_processes_that_open_at_once_find_one_schema(url):
         "import sys, alembic.command; from services.events import open_store; print('ready', flush=True);"
         "sys.stdin.readline();"
         "store = open_store(sys.argv[1], queue_size=9, group_rows=9, group_wait_s=0);"
-        "assert store.health() is None; store.close()"
+        "assert store.find_problem() is None; store.close()"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     several = [subprocess.Popen([sys.executable, "-c", opening, url], cwd=ROOT, **pipes) for _ in range(4)]
@@ -421,7 +421,7 @@ def test_closing_writes_what_waits_and_refuses_what_comes_after(sqlite_url):
 
     with opened(sqlite_url, group_rows=7) as store:
         assert asyncio.run(close_while_recording(store)) == [None] * 50
-        assert store.health() == "the event store is closed"
+        assert store.find_problem() == "the event store is closed"
     assert len(ids(sqlite_url)) == 50
 
 
@@ -446,7 +446,7 @@ def test_a_deleted_file_is_noticed_and_its_return_too(sqlite_url, tmp_path):
         os.rename(file, aside)
         (outcome,) = record(store, exchange(2))
         assert isinstance(outcome, StoreUnavailable)
-        assert store.health() is not None
+        assert store.find_problem() is not None
         assert not file.exists()
         os.rename(aside, file)
         until_healthy(store)
@@ -477,7 +477,7 @@ def test_a_file_replaced_by_a_broken_one_is_reported(sqlite_url, tmp_path):
         os.replace(tmp_path / "other", tmp_path / "events.db")
         (outcome,) = record(store, exchange(2))
         assert isinstance(outcome, StoreUnavailable)
-        assert store.health() is not None
+        assert store.find_problem() is not None
 
 
 def test_a_lock_held_for_long_is_reported_and_gone_when_it_is(sqlite_url, tmp_path, monkeypatch):
@@ -487,7 +487,7 @@ def test_a_lock_held_for_long_is_reported_and_gone_when_it_is(sqlite_url, tmp_pa
         other.execute("BEGIN IMMEDIATE")
         (outcome,) = record(store, exchange(1))
         assert isinstance(outcome, StoreUnavailable)
-        assert "locked" in store.health()
+        assert "locked" in store.find_problem()
         other.execute("ROLLBACK")
         other.close()
         until_healthy(store)
@@ -508,7 +508,7 @@ def test_a_short_lock_costs_nobody_an_event(sqlite_url, tmp_path, monkeypatch):
 
         asyncio.run(release_later())
         other.close()
-        assert store.health() is None
+        assert store.find_problem() is None
 
 
 WRITE = """
@@ -580,7 +580,7 @@ def test_a_database_that_is_restarted_quickly_costs_nobody_an_event(postgresql, 
 
     with opened(postgresql.url, retry_s=20) as store:
         assert asyncio.run(restart_meanwhile(store)) == [None] * 49
-        assert store.health() is None
+        assert store.find_problem() is None
         assert len(ids(postgresql.url)) >= 50
 
 
@@ -603,7 +603,7 @@ def test_a_database_that_hangs_is_reported_and_keeps_nobody_waiting(postgresql, 
             (outcome,) = record(store, exchange(2))
             assert isinstance(outcome, StoreUnavailable)
             assert "within 1 s" in str(outcome)
-            assert "not answered" in store.health()
+            assert "not answered" in store.find_problem()
         finally:
             for pid in halted:
                 os.kill(pid, signal.SIGCONT)
@@ -645,15 +645,15 @@ async def main():
                 pass
     else:
         raise SystemExit("never full")
-    assert store.health(), "healthy though full"
+    assert store.find_problem(), "healthy though full"
     assert len(stored) >= 50
     if kind == "limit":
         limit(resource.RLIM_INFINITY)
     else:
         filler.truncate(0)
     until = time.monotonic() + 20
-    while store.health():
-        assert time.monotonic() < until, store.health()
+    while store.find_problem():
+        assert time.monotonic() < until, store.find_problem()
         await asyncio.sleep(0.05)
     for number in range(3000, 3050):
         await store.record(exchange(number, answer="x" * 5000))

@@ -1,0 +1,1 @@
+"""One request from end to end: guard, model, engine, text, guard, event."""

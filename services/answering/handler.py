@@ -1,0 +1,305 @@
+"""Handle a generation request: guard, model, engine, text, guard, event."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field, replace
+
+from services import errors
+from services.answering.request import Delta, GenerationRequest, Usage, new_request_id
+from services.answering.state import GenerationState, build_exchange
+from services.background import BackgroundTasks
+from services.engines.detokenizer import IncrementalDetokenizer
+from services.engines.protocol import (
+    ContextOverflow,
+    EngineError,
+    QueueFull,
+    Sampling,
+    SchemaUnsupported,
+    Step,
+)
+from services.errors import ApiError
+from services.events import CLIENT_GONE, EventStore, StoreUnavailable
+from services.guard import checks
+from services.guard.policy import CheckResult, buffers_output, check_answer, check_prompt
+from services.keys.access import Access
+from services.metrics import get_metrics
+from services.model_pool import LoadedModel, ModelPool, Route
+from stages.common.errors import InputError
+from stages.common.params.services import Services
+
+# No token of a known vocabulary is longer than this, so a longer prompt is rejected before it is tokenized.
+MAX_CHARS_PER_TOKEN = 32
+MAX_SHADOWS = 8  # shadow answers at the same time; more are skipped and counted
+
+logger = logging.getLogger("services.answering")
+
+
+@dataclass(slots=True)
+class ChatHandler:
+    """Answers requests with the models of the pool, and stores every exchange.
+
+    Args:
+        store: an answer is complete only once its event is stored here.
+        access: rates and quotas.
+    """
+
+    settings: Services
+    pool: ModelPool
+    store: EventStore
+    access: Access
+    _background: BackgroundTasks = field(default_factory=BackgroundTasks)
+    _shadows: int = 0
+
+    async def generate(self, request: GenerationRequest, route: Route) -> AsyncGenerator[Delta]:
+        """Generate the answer of the routed model; yields the last delta once its event is stored.
+
+        Raises:
+            ApiError: before the first delta if the request is rejected; later only if the engine or the
+                store fails, or the guard rejects the answer.
+        """
+        self._check_store()
+        state = GenerationState(route)
+        with route.model.in_use():
+            try:
+                async for delta in self._generate_within_quota(request, state):
+                    if delta.finish_reason is not None and route.shadow is not None:
+                        self._start_shadow(request, route.shadow, state.text)
+                    yield delta
+            except ApiError as error:
+                self._record_failure(request, state, error.status, error.reason or error.code)
+                raise
+            except (asyncio.CancelledError, GeneratorExit):
+                # A stored answer was complete: the client only left before the end of the stream.
+                if not state.stored:
+                    state.finish_reason = "cancelled"
+                    self._record_failure(request, state, CLIENT_GONE, "client_gone")
+                raise
+
+    async def settle(self) -> None:
+        """Wait for events and shadow answers still in progress, before the store closes."""
+        await self._background.settle()
+
+    def find_problem(self) -> str | None:
+        """Return why no request can be answered, or None."""
+        return self.pool.find_problem() or self._store_problem()
+
+    async def _generate_within_quota(
+        self, request: GenerationRequest, state: GenerationState
+    ) -> AsyncIterator[Delta]:
+        check_requested_schema(request.sampling.json_schema)
+        prompt = self._encode(request, state)
+        reserved = len(prompt) + request.sampling.max_tokens
+        self.access.reserve(request.caller, reserved)
+        try:
+            async for delta in self._generate_and_store(request, state, prompt):
+                yield delta
+        finally:
+            self.access.settle(request.caller, reserved, state.prompt_tokens + state.completion_tokens)
+
+    async def _generate_and_store(
+        self, request: GenerationRequest, state: GenerationState, prompt: list[int]
+    ) -> AsyncIterator[Delta]:
+        buffered = buffers_output(self.settings.guard)
+        async for step, text in self._decode(prompt, request, state):
+            if not buffered and state.finish_reason is None and (text or step.logprobs):
+                yield Delta(text, step.logprobs)
+        last, logprobs = (state.text, ()) if buffered else (text, step.logprobs)
+        self._check_answer(request, state)
+        try:
+            await self._store_exchange(request, state, 200, None)
+        except StoreUnavailable:
+            raise errors.store_unavailable() from None
+        state.stored = True
+        _count_request(request, state, 200)
+        _observe_answer(state)
+        usage = Usage(state.prompt_tokens, state.completion_tokens)
+        yield Delta(last, logprobs, state.finish_reason, usage, state.valid, state.mean_logprob)
+
+    def _store_problem(self) -> str | None:
+        return self.store.find_problem() if self.settings.events.on_failure == "refuse" else None
+
+    def _check_store(self) -> None:
+        if (problem := self._store_problem()) is not None:
+            logger.error("the event store cannot be written: %s", problem)
+            raise errors.store_unavailable()
+
+    def _encode(self, request: GenerationRequest, state: GenerationState) -> list[int]:
+        """Return the token ids of the prompt, after the guard has checked it.
+
+        Raises:
+            ApiError: the prompt is too long, or the guard rejects it.
+        """
+        limit = self.settings.guard.max_prompt_tokens
+        messages = request.as_messages()
+        chars = sum(len(message["content"]) for message in messages)
+        if chars > limit * MAX_CHARS_PER_TOKEN:
+            raise errors.context_length_exceeded(chars // MAX_CHARS_PER_TOKEN, limit)
+        apply_guard(
+            state, check_prompt(messages, state.model.control_tokens, self.settings.guard), "messages"
+        )
+        prompt = _tokenize(request, state.model)
+        state.prompt_tokens = len(prompt)
+        if len(prompt) > limit:
+            raise errors.context_length_exceeded(len(prompt), limit)
+        return prompt
+
+    def _check_answer(self, request: GenerationRequest, state: GenerationState) -> None:
+        schema = request.sampling.json_schema or state.model.answer_schema
+        apply_guard(state, check_answer(state.text, schema, self.settings.guard), None)
+
+    async def _decode(
+        self, prompt: list[int], request: GenerationRequest, state: GenerationState
+    ) -> AsyncIterator[tuple[Step, str]]:
+        """Yield the engine's steps with their text; sets the finish reason with the last."""
+        sampling = self._resolve_sampling(request.sampling, state.model)
+        text = IncrementalDetokenizer(state.model.tokenizer, request.stops)
+        try:
+            async with aclosing(state.model.engine.generate(prompt, sampling)) as steps:  # type: ignore[type-var]
+                async for step in steps:
+                    piece = text.push(step.token_ids)
+                    if step.finish_reason:
+                        piece += text.finish()
+                    state.add(step, piece)
+                    state.finish_reason = "stop" if text.stopped else step.finish_reason
+                    yield (
+                        step if request.sampling.logprobs is not None else replace(step, logprobs=()),
+                        piece,
+                    )
+                    if state.finish_reason:
+                        return
+        except SchemaUnsupported as error:
+            raise errors.invalid_value("response_format", str(error)) from None
+        except ContextOverflow:
+            raise errors.context_length_exceeded(len(prompt), state.model.engine.context_tokens) from None
+        except QueueFull:
+            raise errors.overloaded(retry_after_s=1.0) from None
+        except EngineError:
+            logger.exception("%s: the engine failed", request.request_id)
+            raise errors.engine_failed(request.request_id) from None
+        raise errors.engine_failed(request.request_id)
+
+    def _resolve_sampling(self, requested: Sampling, model: LoadedModel) -> Sampling:
+        """Add log-probabilities, for monitoring, and the schema of constrained decoding."""
+        schema = requested.json_schema
+        if schema is None and self.settings.answers.constrained_decoding:
+            schema = model.answer_schema
+        return replace(requested, json_schema=schema, logprobs=requested.logprobs or 0)
+
+    async def _store_exchange(
+        self, request: GenerationRequest, state: GenerationState, status: int, reason: str | None
+    ) -> None:
+        """Store the event.
+
+        Raises:
+            StoreUnavailable: it could not be stored, and `services.events.on_failure` is `refuse`.
+        """
+        event = build_exchange(request, state, status, reason, self.settings.events.redact)
+        try:
+            await self.store.record(event)
+        except StoreUnavailable as error:
+            logger.error("%s is not stored: %s", request.request_id, error)
+            lost = self.settings.events.on_failure == "drop"
+            get_metrics().events.labels("lost" if lost else "refused").inc()
+            if not lost:
+                raise
+        else:
+            get_metrics().events.labels("stored").inc()
+
+    def _record_failure(
+        self, request: GenerationRequest, state: GenerationState, status: int, reason: str
+    ) -> None:
+        async def store() -> None:
+            with suppress(StoreUnavailable):  # logged and counted already
+                await self._store_exchange(request, state, status, reason)
+
+        _count_request(request, state, status)
+        self._background.start(store())
+
+    def _start_shadow(self, request: GenerationRequest, shadow: LoadedModel, shown: str) -> None:
+        """Send the request to the challenger too, unseen; skipped above MAX_SHADOWS."""
+        if self._shadows >= MAX_SHADOWS:
+            get_metrics().shadows.labels("skipped", shadow.files.version).inc()
+            return
+        self._shadows += 1
+        self._background.start(self._run_shadow(request, shadow, shown))
+
+    async def _run_shadow(self, request: GenerationRequest, shadow: LoadedModel, shown: str) -> None:
+        own = replace(
+            request, request_id=new_request_id(), received_at=time.time(), shadow_of=request.request_id
+        )
+        state = GenerationState(Route(shadow, "shadow"))
+        try:
+            with shadow.in_use(), suppress(StoreUnavailable):
+                prompt = self._encode(own, state)
+                async for _ in self._decode(prompt, own, state):
+                    pass
+                self._check_answer(own, state)
+                await self._store_exchange(own, state, 200, None)
+                same = "yes" if state.text == shown else "no"
+                get_metrics().shadows.labels(same, state.version).inc()
+        except ApiError as error:
+            logger.info("%s: the shadow of %s failed: %s", own.request_id, request.request_id, error)
+        finally:
+            self._shadows -= 1
+
+
+def apply_guard(state: GenerationState, results: Iterable[CheckResult], param: str | None) -> None:
+    """Record the results of checks, and reject where an enforced one does not allow the text.
+
+    Args:
+        param: the field of the request that was checked; None for an answer.
+
+    Raises:
+        ApiError: content_refused.
+    """
+    for result in results:
+        decision = result.decision
+        state.decisions[result.check] = decision
+        get_metrics().verdicts.labels(result.check, decision.reason or "allow", state.version).inc()
+        if result.policy == "enforce" and not decision.allow:
+            raise errors.content_refused(decision.reason or result.check, param)
+
+
+def check_requested_schema(schema: str | None) -> None:
+    """Reject a schema that is invalid or has unsupported keywords, before decoding starts.
+
+    Raises:
+        ApiError: invalid_value.
+    """
+    if schema is None:
+        return
+    try:
+        checks.check_schema("null", schema)
+    except InputError as error:
+        raise errors.invalid_value("response_format", error.what) from None
+
+
+def _tokenize(request: GenerationRequest, model: LoadedModel) -> list[int]:
+    if isinstance(request.raw, tuple):
+        return list(request.raw)
+    if request.raw is not None:
+        ids: list[int] = model.tokenizer(request.raw, add_special_tokens=False)["input_ids"]
+        return ids
+    return model.encode_chat(request.messages)
+
+
+def _count_request(request: GenerationRequest, state: GenerationState, status: int) -> None:
+    get_metrics().requests.labels(request.route, str(status), state.version).inc()
+
+
+def _observe_answer(state: GenerationState) -> None:
+    metrics, version = get_metrics(), state.version
+    total_s = time.monotonic() - state.started
+    first_s = state.first_token_s or total_s
+    metrics.queue_s.labels(version).observe(state.queue_s)
+    metrics.first_token_s.labels(version).observe(first_s)
+    metrics.total_s.labels(version).observe(total_s)
+    metrics.tokens.labels("in", version).inc(state.prompt_tokens)
+    metrics.tokens.labels("out", version).inc(state.completion_tokens)
+    if total_s > first_s and state.completion_tokens > 1:
+        metrics.tokens_per_s.labels(version).observe((state.completion_tokens - 1) / (total_s - first_s))

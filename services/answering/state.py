@@ -1,0 +1,131 @@
+"""The state of an answer while it is generated, and the event that is stored of it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from services.answering.request import GenerationRequest
+from services.engines.protocol import Step
+from services.events import Exchange
+from services.events.redaction import pseudonym
+from services.guard.checks import GuardDecision
+from services.model_pool import LoadedModel, Route
+
+
+@dataclass(slots=True)
+class GenerationState:
+    """What is known of an answer so far.
+
+    Attributes:
+        started: monotonic time, s.
+        decisions: the guard's, by check.
+        stored: whether the event is stored.
+    """
+
+    route: Route
+    started: float = field(default_factory=time.monotonic)
+    decisions: dict[str, GuardDecision] = field(default_factory=dict)
+    pieces: list[str] = field(default_factory=list)
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    logprob_sum: float = 0.0
+    logprob_count: int = 0
+    first_token_s: float | None = None
+    queue_s: float = 0.0
+    finish_reason: str | None = None
+    stored: bool = False
+
+    @property
+    def model(self) -> LoadedModel:
+        """The model that answers."""
+        return self.route.model
+
+    @property
+    def version(self) -> str:
+        """Content hash of the model."""
+        return self.model.files.version
+
+    @property
+    def text(self) -> str:
+        """The answer so far."""
+        return "".join(self.pieces)
+
+    @property
+    def valid(self) -> bool | None:
+        """Whether the answer fits its schema; None where that was not checked."""
+        decision = self.decisions.get("schema")
+        return None if decision is None else decision.allow
+
+    @property
+    def mean_logprob(self) -> float | None:
+        """Mean log-probability of the tokens so far, in nats; None without any."""
+        return self.logprob_sum / self.logprob_count if self.logprob_count else None
+
+    def add(self, step: Step, text: str) -> None:
+        """Add a step of the engine, and its text."""
+        if self.first_token_s is None and (step.token_ids or step.finish_reason):
+            self.first_token_s = time.monotonic() - self.started
+        self.queue_s += step.queue_s
+        self.completion_tokens += len(step.token_ids)
+        self.logprob_sum += sum(entry.logprob for entry in step.logprobs)
+        self.logprob_count += len(step.logprobs)
+        if text:
+            self.pieces.append(text)
+
+
+def build_exchange(
+    request: GenerationRequest,
+    state: GenerationState,
+    status: int,
+    reason: str | None,
+    redact: Sequence[str],
+) -> Exchange:
+    """Return the event of a request.
+
+    Args:
+        status: HTTP status of the response.
+        reason: code of the rejection or error.
+        redact: kinds of personal data; a user or session that is one is stored as a hash.
+    """
+    messages: list[Any] = request.as_messages()
+    if isinstance(request.raw, tuple):
+        messages = [{"role": "raw", "content": request.raw}]
+    sampling = request.sampling
+    parameters = {
+        "max_tokens": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "seed": sampling.seed,
+        "stop": list(request.stops),
+        "json_schema": sampling.json_schema,
+    }
+    return Exchange(
+        request_id=request.request_id,
+        received_at=request.received_at,
+        route=request.route,
+        key_id=request.caller.key,
+        user=pseudonym(request.user, redact),
+        session=pseudonym(request.session, redact),
+        role=state.route.role,
+        shadow_of=request.shadow_of,
+        model=state.model.files.name,
+        version=state.version,
+        messages=json.dumps(messages, ensure_ascii=False),
+        parameters=json.dumps(parameters),
+        status=status,
+        reason=reason,
+        answer=state.text if state.finish_reason else None,
+        finish_reason=state.finish_reason,
+        prompt_tokens=state.prompt_tokens,
+        completion_tokens=state.completion_tokens,
+        queue_s=state.queue_s,
+        first_token_s=state.first_token_s,
+        total_s=time.monotonic() - state.started,
+        verdicts=json.dumps({check: [found.allow, found.reason] for check, found in state.decisions.items()}),
+        valid_output=state.valid,
+        mean_logprob=state.mean_logprob,
+    )

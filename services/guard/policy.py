@@ -1,0 +1,55 @@
+"""Which checks the settings ask for, on a prompt and on an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from services.guard import checks
+from services.guard.checks import GuardDecision
+from stages.common.params.services import Guard, Policy
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """The decision of a check, and whether it is enforced or only recorded."""
+
+    check: str
+    policy: Policy
+    decision: GuardDecision
+
+
+def check_prompt(
+    messages: Sequence[Mapping[str, str]], control_tokens: Sequence[str], settings: Guard
+) -> Iterator[CheckResult]:
+    """Yield the result of each check of a prompt as it is asked for, so that a rejection skips the rest.
+
+    Args:
+        control_tokens: the model's own; always enforced.
+    """
+    texts = [message["content"] for message in messages]
+    yield CheckResult("control_tokens", "enforce", checks.check_control_tokens(texts, control_tokens))
+    if settings.prompt_injection != "off":
+        decision = checks.check_injection(messages)
+        yield CheckResult("prompt_injection", settings.prompt_injection, decision)
+    if settings.toxicity != "off":
+        yield CheckResult("toxicity", settings.toxicity, checks.check_toxicity(messages))
+
+
+def check_answer(text: str, schema: str | None, settings: Guard) -> Iterator[CheckResult]:
+    """Yield the result of each check of a complete answer as it is asked for.
+
+    Args:
+        schema: JSON schema that the answer should fit; None for any text.
+    """
+    if schema is not None and settings.schema_ != "off":
+        yield CheckResult("schema", settings.schema_, checks.check_schema(text, schema))
+    if settings.secrets != "off":
+        yield CheckResult("secrets", settings.secrets, checks.check_secrets(text))
+    if settings.personal_data != "off":
+        yield CheckResult("personal_data", settings.personal_data, checks.check_personal_data(text))
+
+
+def buffers_output(settings: Guard) -> bool:
+    """Return whether an answer is sent only once it is complete, because a check could still reject it."""
+    return "enforce" in (settings.schema_, settings.secrets, settings.personal_data)
