@@ -76,7 +76,7 @@ schedule: $(VENV)/.core ## register the flows and their schedules on a running s
 	@perennial schedule
 
 docs: $(VENV)/.dev ## regenerate the reference pages in docs/
-	@python docs/reference/generate.py
+	@python -m docs.reference.generate
 
 check-wheels: $(VENV)/.dev ## check that the index has a wheel of every pin for every Python and platform
 	@python -m checks.wheels

@@ -262,7 +262,7 @@ def test_every_shipped_yaml_parses(path):
 
 def test_the_reference_of_the_parameters_is_up_to_date():
     done = subprocess.run(
-        [sys.executable, "docs/reference/generate.py", "--check"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "docs.reference.generate", "--check"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
 

@@ -1,6 +1,6 @@
 """Write the pages that can be derived: every parameter, and every direct dependency: `make docs`.
 
-`python docs/reference/generate.py --check` exits 1 if a page is out of date.
+`python -m docs.reference.generate --check` exits 1 if a page is out of date.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, Literal
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from checks.wheels import GLIBC_MINOR, MACOS, PYTHONS
 from stages.common.params.checked_yaml import Section
 from stages.common.params.loading import Params
 
@@ -170,6 +171,7 @@ def dependencies_page() -> str:
         "also of what these bring along, is in `requirements.lock`. Licences as the packages state them.",
         "",
     ]
+    out += [*platforms(), ""]
     asked = {"always": project["dependencies"], **project["optional-dependencies"]}
     for extra, requirements in asked.items():
         out += [f"## {extra}", "", "| package | version | licence |", "|---|---|---|"]
@@ -179,6 +181,19 @@ def dependencies_page() -> str:
             f"| {name} | {versions[name.lower()]} | {license_of(name, versions)} |" for name in sorted(names)
         ] + [""]
     return "\n".join(out).rstrip() + "\n"
+
+
+def platforms() -> Iterator[str]:
+    """Yield the table of the Pythons and systems that `make check-wheels` checks."""
+    pythons = ", ".join("{}.{}".format(*version) for version in PYTHONS)
+    glibc = {machine: f"glibc 2.{minor} or newer" for machine, minor in GLIBC_MINOR.items()}
+    yield from ("## Platforms", "")
+    yield f"CPython {pythons}. Every package has a wheel for each on each system, or is pure Python"
+    yield from ("(`make check-wheels`). CI runs 3.11; `make check-pythons` has run 3.12 and 3.13.", "")
+    yield from ("| system | needs | state |", "|---|---|---|")
+    yield f"| Linux on x86-64 | {glibc['x86_64']} (Debian 11, Ubuntu 20.04) | tested |"
+    yield f"| Linux on ARM | {glibc['aarch64']} (Debian 12, Ubuntu 22.04) | should work, not tested |"
+    yield f"| macOS on Apple silicon | macOS {MACOS[0]} or newer | should work, not tested |"
 
 
 def license_of(name: str, locked: dict[str, str]) -> str:
