@@ -55,7 +55,7 @@ from monitoring.feedback.labels import (
     task_of,
 )
 from services.events import read_joined
-from stages.common.artifacts import STATE, reports, write_json, write_text
+from stages.common.artifacts import STATE, read_lines, reports, write_json, write_text
 from stages.common.errors import InputError
 from stages.common.logs import get_logger
 from stages.common.records import Message, Row, make_row
@@ -219,7 +219,7 @@ def read_labelled(path: Path) -> list[Row]:
     if not path.is_file():
         return []
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         try:
             fields = json.loads(line)
             messages = tuple(Message(turn["role"], turn["content"]) for turn in fields["messages"])

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.common.artifacts import artifacts, missing, reports, write_bytes, write_json
+from stages.common.artifacts import artifacts, missing, read_lines, reports, write_bytes, write_json
 from stages.common.association import codes_of, cramers_v, holm, permutation_p, wilson
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage
@@ -386,7 +386,7 @@ def read_rejects(path: Path) -> list[Row]:
     if not path.exists():
         raise missing(path)
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read_lines(path):
         row = json.loads(line)["row"]
         messages = tuple(Message(m["role"], m["content"]) for m in row["messages"])
         rows.append(Row(**{**row, "messages": messages}))

@@ -62,6 +62,11 @@ def read_json(path: Path) -> Any:
         ) from None
 
 
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a JSON Lines file; only "\\n" ends one, U+2028 and U+0085 may be in its texts."""
+    return path.read_text(encoding="utf-8").removesuffix("\n").split("\n") if path.stat().st_size else []
+
+
 def missing(path: Path) -> InputError:
     """Return the error for a file that an earlier stage should have written."""
     return InputError(f"{path} is not there", f"run the stage that makes it: {_repro(path)}")

@@ -1,6 +1,6 @@
 import pytest
 
-from stages.common.artifacts import atomic_dir, atomic_write, read_json, write_json
+from stages.common.artifacts import atomic_dir, atomic_write, read_json, read_lines, write_json, write_text
 from stages.common.errors import InputError
 
 
@@ -56,3 +56,11 @@ def test_broken_evidence_names_the_file_and_the_stage(tmp_path, monkeypatch):
     path.write_text("{")
     with pytest.raises(InputError, match="is not JSON"):
         read_json(path)
+
+
+def test_a_line_separator_in_a_text_does_not_end_the_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    write_text(path, "")
+    assert read_lines(path) == []
+    write_text(path, "a\u2028b\nc\x85d\n")
+    assert read_lines(path) == ["a\u2028b", "c\x85d"]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from stages.common.errors import InputError
 from stages.common.sources.files.encodings import open_text
-from stages.common.sources.files.entries import BadRow, Entry, count, find_undecodable, show_bytes
+from stages.common.sources.files.entries import BadRow, Entry, count, find_undecodable
 
 DELIMITERS = (",", ";", "\t", "|")
 SAMPLE_RECORDS = 500
@@ -257,7 +257,7 @@ def read_csv(path: Path, encoding: str, dialect: Dialect) -> Iterator[Entry]:
         header = _read_header(path, next(records, None))
         for record in records:
             text = "".join(record.lines).rstrip("\r\n")
-            yield Entry(record.line, show_bytes(text), _name_cells(header, record.cells, encoding))
+            yield Entry(record.line, text, _name_cells(header, record.cells, encoding))
 
 
 def _read_header(path: Path, record: Record | None) -> list[str]:

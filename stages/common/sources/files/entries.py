@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -49,8 +50,9 @@ def find_undecodable(text: str, encoding: str) -> str | None:
 
 
 def show_bytes(text: str) -> str:
-    """Return `text` with every undecodable byte as its escape, `\\xe9`."""
-    return text.encode("utf-8", errors="surrogateescape").decode("utf-8", errors="backslashreplace")
+    """Return `text` with undecodable bytes and lone surrogates as their escapes, `\\xe9` and `\\ud800`."""
+    shown = re.sub("[\udc80-\udcff]", lambda match: f"\\x{ord(match.group()) - 0xDC00:02x}", text)
+    return shown.encode("utf-8", errors="backslashreplace").decode("utf-8")
 
 
 def as_text(value: Any) -> str:

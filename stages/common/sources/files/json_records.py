@@ -9,7 +9,7 @@ from typing import Any
 
 from stages.common.errors import InputError
 from stages.common.sources.files.encodings import open_text
-from stages.common.sources.files.entries import BadRow, Entry, Record, find_undecodable, show_bytes
+from stages.common.sources.files.entries import BadRow, Entry, Record, find_undecodable
 
 CHAT_KEYS = ({"role", "content"}, {"from", "value"})
 WHITESPACE = " \t\r\n"
@@ -22,7 +22,7 @@ def read_jsonl(path: Path, encoding: str = "utf-8-sig") -> Iterator[Entry]:
         for number, line in enumerate(lines, start=1):
             content = line.rstrip("\r\n")
             if content.strip():
-                yield Entry(number, show_bytes(content), _parse_line(content, encoding))
+                yield Entry(number, content, _parse_line(content, encoding))
 
 
 def _parse_line(line: str, encoding: str) -> Record | BadRow:

@@ -16,7 +16,15 @@ from stages.common.errors import InputError
 from stages.common.records import ORIGINS, Message, Row, conversation_problem, make_row
 from stages.common.sources import Collected, Rejected
 from stages.common.sources.files.encodings import guess_encoding
-from stages.common.sources.files.entries import BadRow, Entry, Record, as_text, count, is_encodable
+from stages.common.sources.files.entries import (
+    BadRow,
+    Entry,
+    Record,
+    as_text,
+    count,
+    is_encodable,
+    show_bytes,
+)
 from stages.common.sources.files.formats import (
     FileFormat,
     FormatOptions,
@@ -69,7 +77,8 @@ def collect_file(
             )
             rows.append(to_row(entry.fields, str(path), license, origin, shape, columns, system_prompt))
         except BadRow as bad:
-            rejected.append(Rejected(str(path), entry.line, bad.reason, bad.detail, entry.content))
+            detail, content = show_bytes(bad.detail), show_bytes(entry.content)
+            rejected.append(Rejected(str(path), entry.line, bad.reason, detail, content))
     _check_encoding_fits(path, format, rejected, len(rows))
     if rejected and on_bad_row == "stop":
         raise InputError(

@@ -250,3 +250,14 @@ def test_a_broken_parquet_file_is_an_error(tmp_path):
 def test_a_file_of_bad_rows_only_is_an_error_that_shows_them(tmp_path):
     with pytest.raises(InputError, match=r"all 2 are bad\n.*:1: no_answer"):
         collect(jsonl(tmp_path, {**GOOD, "completion": ""}, "{"))
+
+
+def test_half_of_a_surrogate_pair_in_a_rejected_row_is_escaped(tmp_path):
+    path = jsonl(tmp_path, GOOD, '{"prompt\\ud800": "a"}')
+    (rejected,) = collect(path).rejected
+    for text in (rejected.detail, rejected.content):
+        text.encode("utf-8")
+    path = write(tmp_path / "one.json", json.dumps({"rows": [GOOD, {"prompt": "a", "completion": "\ud800"}]}))
+    (rejected,) = collect(path).rejected
+    assert "\\ud800" in rejected.content
+    rejected.content.encode("utf-8")
