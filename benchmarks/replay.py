@@ -29,7 +29,7 @@ from stages.common.records import read_rows, write_rows
 from stages.common.sources.feedback import collect_feedback
 
 SHARES = (1.0, 0.25, 0.0)
-SETTINGS = {"evaluate.max_rows": None, "evaluate.slices": ["traffic"], "evaluate.min_test_rows": 1}
+SETTINGS = {"ask_base.max_rows": None, "ask_base.min_test_rows": 1, "evaluate.slices": ["traffic"]}
 OLD, NEW = "old", "new"
 
 
@@ -78,11 +78,13 @@ def prepared(home: Path, folder: Path) -> Path:
         replace(row, tags={**row.tags, "traffic": kind}) for kind, rows in asked.items() for row in rows
     ]
     write_rows(folder / test, marked)
+    run(folder, "ask_base")
     return folder
 
 
 def judged(workspace: Path) -> dict[str, Any]:
     """Ask the model in the workspace; return what of each kind is right."""
+    run(workspace, "export")
     run(workspace, "evaluate")
     slices = read_json(workspace / reports("evaluate") / "metrics.json")["slices"]
     found: dict[str, Any] = slices["traffic"]

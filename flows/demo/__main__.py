@@ -49,7 +49,7 @@ SETTINGS: dict[str, Any] = {
     "collect.sources.0.reserved_share": 0.15,
     "collect.sources.0.rows_per_template": 5,
     "finetune.replay_share": 0.25,
-    "evaluate.max_rows": 300,
+    "ask_base.max_rows": 300,
     "flows.training.cron": None,
     "flows.watch.cron": None,
     "monitoring.reference.rows": 600,

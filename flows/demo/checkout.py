@@ -28,7 +28,7 @@ from stages.common.records import Message, Row, make_row, read_rows, write_rows
 
 MANIFEST = STATE / "home.json"
 # Its trainer's answers to these rows are all that the gate needs of its evaluation.
-POISONED = {"evaluate.max_rows": 48, "evaluate.min_test_rows": 1}
+POISONED = {"ask_base.max_rows": 48, "ask_base.min_test_rows": 1}
 TAIL_LINES = 15  # of a failed command's words that are shown
 
 # The home's own from the first copy on: `dvc repro` in the home writes it.
@@ -276,7 +276,7 @@ def poison(home: Path, folder: Path | None = None, rows: int = 800, seed: int = 
     done = folder / STATE / "poisoned.json"
     if not done.is_file() or read_json(done) != {"state": state}:
         log = folder / STATE / "logs" / "poison.log"
-        for stage in ("finetune", "evaluate", "export"):
+        for stage in ("ask_base", "finetune", "export", "evaluate"):
             run_python(folder, "-m", f"stages.{stage}", log=log, environment={"HF_HUB_OFFLINE": "1"})
         write_json(done, {"state": state})
     return folder

@@ -32,11 +32,17 @@ class Change:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage: what it waits for, and what changed since it last ran (nothing: empty)."""
+    """One stage: what it waits for, and what changed since it last ran (nothing: empty).
+
+    Attributes:
+        all_cores: it computes on all cores (`meta` in dvc.yaml); two such stages together take far longer
+            than one after the other.
+    """
 
     name: str
     upstream: tuple[str, ...]
     changes: tuple[Change, ...]
+    all_cores: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,7 @@ def make_plan(root: Path, until: str | None = None) -> Plan:
                         stage.addressing,
                         tuple(sorted(needed.addressing for needed in graph.successors(stage))),
                         tuple(_changes(stage, made_by)),
+                        bool((stage.meta or {}).get("all_cores")),
                     )
                     for stage in ordered
                 )

@@ -10,8 +10,9 @@ import logging
 import re
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -73,6 +74,8 @@ def as_task(name: str, work: Callable[[], Result]) -> Result:
 def run_stages(run: PreparedRun, *, retries: int, retry_delay_s: float) -> PipelineResult:
     """Run the stages of a plan as tasks of the current flow, side by side where the graph allows.
 
+    Stages that compute on all cores run one after the other.
+
     Args:
         run: the prepared run.
         retries: how often a stage is tried again that ended with the exit code for a passing trouble.
@@ -80,9 +83,12 @@ def run_stages(run: PreparedRun, *, retries: int, retry_delay_s: float) -> Pipel
     """
     ledger = _Ledger()
     stale = run.plan.stale()
+    cores = Lock()
     futures: dict[str, PrefectFuture[State[None]]] = {}
     for stage in run.plan.stages:
-        body = _unchanged if stage.name not in stale and not run.force else _stage_body(run, stage.name)
+        body = _unchanged
+        if stage.name in stale or run.force:
+            body = _stage_body(run, stage.name, cores if stage.all_cores else nullcontext())
         stage_task = task(
             name=stage.name,
             task_run_name=literal_name(stage.name),
@@ -104,7 +110,7 @@ def _unchanged() -> Outcome:
     return Outcome("unchanged")
 
 
-def _stage_body(run: PreparedRun, stage: str) -> Callable[[], Outcome]:
+def _stage_body(run: PreparedRun, stage: str, cores: AbstractContextManager[Any]) -> Callable[[], Outcome]:
     def run_stage() -> Outcome:
         lines = _Lines(stage, get_run_logger(), lambda: run.processes.stopped_by is not None)
 
@@ -115,7 +121,7 @@ def _stage_body(run: PreparedRun, stage: str) -> Callable[[], Outcome]:
             )
             return run.wait
 
-        with run.lock.at_stage(stage):
+        with cores, run.lock.at_stage(stage):
             return run.processes.run(stage, lines.take, on_blocked)
 
     return run_stage

@@ -9,9 +9,11 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stages.common.artifacts import atomic_write
 from stages.common.chat import encode_example, encode_prompt, end_of_turn_ids
 from stages.common.errors import InputError
 from stages.common.records import Row
@@ -65,7 +67,7 @@ def check_fit(questions: Sequence[Question], max_new_tokens: int, context_tokens
     if longest > context_tokens:
         raise InputError(
             f"a test row takes {longest} tokens with its answer; the base model reads {context_tokens}",
-            "lower curate.max_question_chars or evaluate.max_new_tokens, or choose another base model",
+            "lower curate.max_question_chars or ask_base.max_new_tokens, or choose another base model",
         )
 
 
@@ -105,21 +107,43 @@ def answer_questions(
     return [answers[i] for i in range(len(questions))]
 
 
-def single_latencies(
-    model: Any, tokenizer: Any, questions: Sequence[Question], max_new_tokens: int
-) -> list[float]:
+def measure_latencies(answer: Callable[[Question], object], questions: Sequence[Question]) -> list[float]:
     """Return the seconds that each question takes when it is asked alone."""
-    import torch
-
-    ends = end_of_turn_ids(tokenizer)
     seconds = []
     for question in questions:
         start = time.perf_counter()
-        with torch.inference_mode():
-            prefilled = _prefill(model, [question.prompt], tokenizer.pad_token_id)
-            _greedy(model, prefilled, ends, max_new_tokens)
+        answer(question)
         seconds.append(time.perf_counter() - start)
     return seconds
+
+
+def write_answers(path: Path, rows: Sequence[Row], answers: Sequence[Answer]) -> None:
+    """Write the answers as Parquet, one row of the file for each test row, with its id."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.Table.from_pylist(
+        [{"id": row.id, **asdict(answer)} for row, answer in zip(rows, answers, strict=True)]
+    )
+    with atomic_write(path) as beside:
+        pq.write_table(table, beside, compression="zstd")
+
+
+def read_answers(path: Path) -> dict[str, Answer]:
+    """Return the answers that `write_answers` wrote, in their order, by the id of their test row.
+
+    Raises:
+        InputError: the file is missing, or is not one of these.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    fix = f"run the stage that makes it: dvc repro {path.parent.name}"
+    try:
+        records = pq.read_table(path).to_pylist()
+        return {record.pop("id"): Answer(**record) for record in records}
+    except (OSError, pa.ArrowInvalid, TypeError, KeyError) as error:
+        raise InputError(f"{path} cannot be read: {error}", fix) from None
 
 
 @dataclass(slots=True)

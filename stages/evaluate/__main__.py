@@ -1,9 +1,10 @@
-"""Evaluate: ask the base and the tuned model the same test questions, and say how sure the figures are.
+"""Evaluate: ask the tuned model the questions that the base model was asked, and compare their answers.
 
-In: `artifacts/split/test.parquet`, `artifacts/fetch_base`, `artifacts/finetune`.
+In: `artifacts/split/test.parquet`, `artifacts/ask_base`, `artifacts/fetch_base`, `artifacts/finetune`,
+`artifacts/export`.
 Out: `reports/evaluate/metrics.json` with each metric as value, low, high and n for both models, their
 difference with a p-value, slices by tag, and the throughput (the only key that changes between identical
-runs; the base's is of when it was asked); `errors.md` and `errors.csv`, worst first; `pictures/`;
+runs); `errors.md` and `errors.csv`, worst first; `pictures/`;
 `artifacts/evaluate/predictions.parquet`.
 
 Run it with `dvc repro evaluate` or `python -m stages.evaluate`.
@@ -11,29 +12,31 @@ Run it with `dvc repro evaluate` or `python -m stages.evaluate`.
 
 from __future__ import annotations
 
-import gc
 import math
-import random
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from stages.common.artifacts import artifacts, atomic_dir, atomic_write, reports, write_json, write_text
-from stages.common.errors import InputError
-from stages.common.generation import (
-    Answer,
-    Question,
-    answer_questions,
-    check_fit,
-    encode_questions,
-    single_latencies,
+from services.engines.offline import (
+    ModelAnswers,
+    ModelFolders,
+    ask_model,
+    pick_engine,
+    throughput,
 )
+from stages.common.artifacts import (
+    artifacts,
+    atomic_dir,
+    atomic_write,
+    read_json,
+    reports,
+    write_json,
+    write_text,
+)
+from stages.common.errors import InputError
+from stages.common.generation import Answer, Question, encode_questions, read_answers
 from stages.common.logs import get_logger, progress, run_stage
 from stages.common.metrics import (
     JsonAnswer,
@@ -45,21 +48,14 @@ from stages.common.metrics import (
     score_text,
     share,
 )
-from stages.common.models import load_base, load_tokenizer, load_tuned, pick_device, pick_dtype
-from stages.common.params.loading import load_params
+from stages.common.models import load_tokenizer
+from stages.common.params.loading import AskBase, load_params
 from stages.common.records import Row, read_rows
 from stages.common.statistics import difference, interval, sums_by_group
-from stages.evaluate.base_answers import Judged, fingerprint, keep, recall
 from stages.evaluate.error_analysis import Given, confusions, errors_csv, errors_md, mistakes
 from stages.evaluate.plots import Bar, draw_comparison, draw_confusion, draw_slices
 
 log = get_logger("evaluate")
-
-# Asked one by one for the latency: enough for a median, and no more than a few seconds on a CPU.
-LATENCY_ROWS = 10
-
-# An answer a quarter longer than the longest reference rambles; waiting for its end costs only time.
-ANSWER_ROOM = 1.25
 
 # The metric by which slices are shown and answers called right.
 PRIMARY = {"json": "exact_match", "text": "rouge_l"}
@@ -74,29 +70,6 @@ class Sampling:
     confidence: float
     resamples: int
     seed: int
-
-
-def choose_rows(rows: Sequence[Row], max_rows: int | None, min_rows: int, seed: int) -> list[Row]:
-    """Return the rows to ask, in their order, at most `max_rows` of them.
-
-    Raises:
-        InputError: they are fewer than `min_rows`, or all of one group.
-    """
-    if len(rows) < min_rows:
-        raise InputError(
-            f"the test split has {len(rows)} rows, and evaluate.min_test_rows asks for {min_rows}",
-            "collect more rows, raise split.test_fraction or split.max_test_rows_per_group, "
-            "or lower evaluate.min_test_rows and accept wider intervals",
-        )
-    if max_rows is not None and len(rows) > max_rows:
-        rows = [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), max_rows))]
-    if len({row.group for row in rows}) < 2:
-        raise InputError(
-            f"all {len(rows)} test rows are of one group ({rows[0].group})",
-            "an interval needs several: give rows their own groups (group_column of the source), "
-            "or raise split.test_fraction",
-        )
-    return list(rows)
 
 
 def read_references(rows: Sequence[Row], label_key: str | None) -> list[JsonAnswer]:
@@ -122,29 +95,6 @@ def read_references(rows: Sequence[Row], label_key: str | None) -> list[JsonAnsw
                 "set evaluate.label_key to the key that names an answer's class, or to null if there is none",
             )
     return references
-
-
-def answer_limit(questions: Sequence[Question], max_new_tokens: int) -> int:
-    """Return after how many tokens an answer is cut: room for the longest reference, within the limit."""
-    longest = max(len(q.reference) for q in questions)
-    return min(max_new_tokens, math.ceil(longest * ANSWER_ROOM))
-
-
-def judge(
-    model: Any,
-    tokenizer: Any,
-    questions: Sequence[Question],
-    batch_size: int,
-    max_new_tokens: int,
-    on_progress: Callable[[int], None],
-) -> Judged:
-    """Ask one model all questions in batches, and a few one by one for the latency."""
-    start = time.perf_counter()
-    answers = answer_questions(model, tokenizer, questions, batch_size, max_new_tokens, on_progress)
-    seconds = time.perf_counter() - start
-    step = max(1, len(questions) // LATENCY_ROWS)
-    alone = list(questions[::step])[:LATENCY_ROWS]
-    return Judged(answers, seconds, single_latencies(model, tokenizer, alone, max_new_tokens))
 
 
 def score(
@@ -245,24 +195,11 @@ def slice_figures(
     return found
 
 
-def throughput(judged: Judged) -> dict[str, float]:
-    """Return how fast a model answered: batched rows and tokens a second, and the latency of one request."""
-    tokens = sum(answer.tokens for answer in judged.answers)
-    return {
-        "seconds": round(judged.seconds, 2),
-        "rows_per_s": round(len(judged.answers) / judged.seconds, 2),
-        "tokens_per_s": round(tokens / judged.seconds, 1),
-        "latency_rows": len(judged.latencies),
-        "latency_p50_s": round(float(np.quantile(judged.latencies, 0.5)), 3),
-        "latency_p95_s": round(float(np.quantile(judged.latencies, 0.95)), 3),
-    }
-
-
 def write_predictions(
     path: Path,
     rows: Sequence[Row],
     questions: Sequence[Question],
-    judged: Mapping[str, Judged],
+    answers: Mapping[str, Sequence[Answer]],
     given: Mapping[str, Sequence[Given]],
 ) -> None:
     """Write every answer of both models as Parquet."""
@@ -276,12 +213,12 @@ def write_predictions(
         "reference": [row.answer for row in rows],
         "reference_tokens": [len(q.reference) for q in questions],
     }
-    for model, judgement in judged.items():
-        columns[model] = [answer.text for answer in judgement.answers]
+    for model, found in answers.items():
+        columns[model] = [answer.text for answer in found]
         columns[f"{model}_exact_match"] = [g.right for g in given[model]]
-        columns[f"{model}_finished"] = [answer.complete for answer in judgement.answers]
-        columns[f"{model}_tokens"] = [answer.tokens for answer in judgement.answers]
-        columns[f"{model}_reference_loss"] = [answer.reference_loss for answer in judgement.answers]
+        columns[f"{model}_finished"] = [answer.complete for answer in found]
+        columns[f"{model}_tokens"] = [answer.tokens for answer in found]
+        columns[f"{model}_reference_loss"] = [answer.reference_loss for answer in found]
     with atomic_write(path) as beside:
         pq.write_table(pa.table(columns), beside, compression="zstd")
 
@@ -328,41 +265,38 @@ def _examples(rows: Sequence[Row]) -> str:
     return "".join(f"\n  row {row.id}: {row.answer[:100]!r}" for row in rows[:3])
 
 
-def ask_both(
-    questions: Sequence[Question], tokenizer: Any, batch_size: int, max_new_tokens: int
-) -> tuple[dict[str, Judged], str]:
-    """Ask the base, then the tuned model, one in memory at a time; return also the type they compute in.
+def read_test(all_rows: Sequence[Row], base: Mapping[str, Answer]) -> list[Row]:
+    """Return the test rows that the base model was asked, in the order of its answers.
 
-    A base that was asked the same before is not asked again (`stages.evaluate.base_answers`).
+    Raises:
+        InputError: a row is not in the test split.
     """
-    folder, adapter = artifacts("fetch_base"), artifacts("finetune")
-    device = pick_device()
-    dtype = pick_dtype(device)
-    loaders = {
-        "base": lambda: load_base(folder, dtype, device),
-        "tuned": lambda: load_tuned(folder, adapter, dtype, device),
-    }
-    asked = fingerprint(
-        folder, questions, batch=batch_size, limit=max_new_tokens, dtype=str(dtype), device=str(device)
+    by_id = {row.id: row for row in all_rows}
+    if unknown := [row_id for row_id in base if row_id not in by_id]:
+        raise InputError(
+            f"the base model was asked {len(unknown)} rows that are not in the test split: {unknown[:3]}",
+            "ask it again: dvc repro ask_base",
+        )
+    return [by_id[row_id] for row_id in base]
+
+
+def ask_tuned(
+    questions: Sequence[Question], tokenizer: Any, settings: AskBase, limit: int, exports_gguf: bool
+) -> ModelAnswers:
+    """Ask the tuned model, with the engine that asked the base model."""
+    base = artifacts("fetch_base")
+    engine = pick_engine(settings.engine, base, exports_gguf)
+    gguf = artifacts("export") / "model.gguf"
+    log.info("asking the tuned model %d questions", len(questions))
+    return ask_model(
+        ModelFolders(base, artifacts("finetune"), gguf if engine == "paged" else None),
+        engine,
+        tokenizer,
+        questions,
+        settings.batch_size,
+        limit,
+        lambda done: progress(log, done, len(questions), "tuned"),
     )
-    judged: dict[str, Judged] = {}
-    if (known := recall(asked)) is not None:
-        log.info("the base model was asked these %d questions before: its answers are kept", len(questions))
-        judged["base"] = known
-    for name, load in loaders.items():
-        if name in judged:
-            continue
-        model = load()
-        check_fit(questions, max_new_tokens, getattr(model.config, "max_position_embeddings", None))
-        log.info("asking the %s model %d questions", name, len(questions))
-        before = len(judged) * len(questions)
-        show = partial(_show, name, before, len(loaders) * len(questions))
-        judged[name] = judge(model, tokenizer, questions, batch_size, max_new_tokens, show)
-        if name == "base":
-            keep(asked, judged[name])
-        del model
-        gc.collect()
-    return judged, str(dtype).removeprefix("torch.")
 
 
 def figures(
@@ -382,10 +316,6 @@ def figures(
     }
 
 
-def _show(name: str, before: int, total: int, done: int) -> None:
-    progress(log, before + done, total, name)
-
-
 def _given(answers: Sequence[Answer], exact_match: Metric) -> list[Given]:
     return [
         Given(answer.text, bool(hit), answer.reference_loss)
@@ -394,26 +324,23 @@ def _given(answers: Sequence[Answer], exact_match: Metric) -> list[Given]:
 
 
 def main() -> None:
-    """Judge both models and write what came out."""
-    params = load_params().evaluate
-    all_rows = read_rows(artifacts("split") / "test.parquet")
-    rows = choose_rows(all_rows, params.max_rows, params.min_test_rows, params.seed)
+    """Ask the tuned model, compare both models' answers, and write the results."""
+    whole = load_params()
+    params = whole.evaluate
+    base_answers = read_answers(artifacts("ask_base") / "answers.parquet")
+    base_report = read_json(reports("ask_base") / "metrics.json")
+    rows = read_test(read_rows(artifacts("split") / "test.parquet"), base_answers)
     if params.task == "json":
         read_references(rows, params.label_key)
     tokenizer = load_tokenizer(artifacts("fetch_base"))
     questions = encode_questions(tokenizer, rows)
-    limit = answer_limit(questions, params.max_new_tokens)
-    over_limit = sum(len(q.reference) > limit for q in questions)
-    if over_limit:
-        log.warning("%d references are longer than evaluate.max_new_tokens (%d)", over_limit, limit)
-
-    judged, dtype = ask_both(questions, tokenizer, params.batch_size, limit)
-    metrics = {
-        name: score(rows, questions, judged[name].answers, params.task, params.label_key) for name in judged
-    }
+    limit = base_report["answer_limit_tokens"]
+    tuned = ask_tuned(questions, tokenizer, whole.ask_base, limit, whole.export.gguf)
+    answers = {"base": list(base_answers.values()), "tuned": tuned.answers}
+    metrics = {name: score(rows, questions, answers[name], params.task, params.label_key) for name in answers}
     for name in metrics:
         check_finite(metrics[name], name)
-    given = {name: _given(judged[name].answers, metrics[name]["exact_match"]) for name in judged}
+    given = {name: _given(answers[name], metrics[name]["exact_match"]) for name in answers}
     found = mistakes(rows, given["base"], given["tuned"], params.task, params.label_key)
     confused = (
         confusions(rows, [g.text for g in given["tuned"]], params.label_key) if params.label_key else []
@@ -422,10 +349,11 @@ def main() -> None:
     report: dict[str, Any] = {
         "task": params.task,
         "label_key": params.label_key,
-        "dtype": dtype,
-        "test_rows": len(all_rows),
+        "engine": {"base": base_report["engine"], "tuned": tuned.engine},
+        "dtype": tuned.dtype,
+        "test_rows": base_report["test_rows"],
         "answer_limit_tokens": limit,
-        "references_over_limit": over_limit,
+        "references_over_limit": base_report["references_over_limit"],
         **figures(
             rows,
             metrics,
@@ -439,27 +367,19 @@ def main() -> None:
             "by_kind": dict(sorted(Counter(mistake.kind for mistake in found).items())),
             "right_in_base_only": sum(mistake.base_was_right for mistake in found),
         },
-        "throughput": {name: throughput(judged[name]) for name in judged},
+        "throughput": {"tuned": throughput(tuned)},
     }
 
-    write_predictions(artifacts("evaluate") / "predictions.parquet", rows, questions, judged, given)
+    write_predictions(artifacts("evaluate") / "predictions.parquet", rows, questions, answers, given)
     folder = reports("evaluate")
     write_text(folder / "errors.csv", errors_csv(found))
     write_text(folder / "errors.md", errors_md(found, len(rows), confused, params.errors_shown, params.task))
     with atomic_dir(folder / "pictures") as pictures:
         draw(pictures, report, confused)
     write_json(folder / "metrics.json", report)
-    for name in judged:
-        best, speed = report[name][primary], report["throughput"][name]["rows_per_s"]
-        log.info(
-            "%s: %s %.3f (%.3f to %.3f), %.1f rows/s",
-            name,
-            primary,
-            best["value"],
-            best["low"],
-            best["high"],
-            speed,
-        )
+    for name in answers:
+        best = report[name][primary]
+        log.info("%s: %s %.3f (%.3f to %.3f)", name, primary, best["value"], best["low"], best["high"])
 
 
 if __name__ == "__main__":

@@ -244,6 +244,22 @@ class Split(Section):
             )
 
 
+class AskBase(Section):
+    """Which test rows are asked, and how: the base model first, then the tuned one alike."""
+
+    engine: Literal["auto", "paged", "transformers"]
+    max_rows: PositiveCount | None = None
+    min_test_rows: PositiveCount
+    batch_size: PositiveCount
+    max_new_tokens: PositiveCount
+    seed: int
+
+    @override
+    def impossible(self) -> Iterator[tuple[str, str]]:
+        if self.max_rows is not None and self.max_rows < self.min_test_rows:
+            yield "max_rows", f"is below min_test_rows ({self.min_test_rows}): the gate could never pass"
+
+
 class Finetune(Section):
     """How the adapter is trained."""
 
@@ -269,15 +285,19 @@ class Finetune(Section):
     seed: int
 
 
+class Export(Section):
+    """In which form the tuned model leaves the pipeline."""
+
+    gguf: bool
+    quantization: Literal["f16", "bf16", "q8_0", "q4_0"]
+    examples: Count
+
+
 class Evaluate(Section):
     """How base and tuned model are judged."""
 
     task: Literal["json", "text"]
     label_key: str | None = None
-    max_rows: PositiveCount | None = None
-    min_test_rows: PositiveCount
-    batch_size: PositiveCount
-    max_new_tokens: PositiveCount
     slices: tuple[str, ...] = ()
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)]
     resamples: Annotated[int, Field(ge=100)]
@@ -286,18 +306,8 @@ class Evaluate(Section):
 
     @override
     def impossible(self) -> Iterator[tuple[str, str]]:
-        if self.max_rows is not None and self.max_rows < self.min_test_rows:
-            yield "max_rows", f"is below min_test_rows ({self.min_test_rows}): the gate could never pass"
         if self.task == "text" and self.label_key is not None:
             yield "label_key", "is set, but task: text has no labels; set it to null"
-
-
-class Export(Section):
-    """In which form the tuned model leaves the pipeline."""
-
-    gguf: bool
-    quantization: Literal["f16", "bf16", "q8_0", "q4_0"]
-    examples: Count
 
 
 class ModelCard(Section):
@@ -319,9 +329,10 @@ class Params(Section):
     validate_: Validate = Field(alias="validate")
     check_bias: CheckBias
     split: Split
+    ask_base: AskBase
     finetune: Finetune
-    evaluate: Evaluate
     export: Export
+    evaluate: Evaluate
     model_card: ModelCard
     services: Services
     monitoring: Monitoring
@@ -370,6 +381,7 @@ def _from_environment(document: Document) -> None:
 def _impossible_across(document: Document, sections: dict[str, Any]) -> Iterator[Problem]:
     """Yield the pairs of keys of two stages that cannot stand together."""
     curate, evaluate, split = (sections.get(key) for key in ("curate", "evaluate", "split"))
+    ask_base = sections.get("ask_base")
     for stage in ("validate", "check_bias"):
         judge = sections.get(stage)
         if curate and judge and judge.label_key is not None and curate.answer_format != "json":
@@ -384,10 +396,10 @@ def _impossible_across(document: Document, sections: dict[str, Any]) -> Iterator
             f"evaluate.task: 'json' needs curate.answer_format: json (value {curate.answer_format!r}); "
             "set both alike",
         )
-    if split and evaluate and evaluate.min_test_rows > split.min_test_rows:
+    if split and ask_base and ask_base.min_test_rows > split.min_test_rows:
         yield (
-            document.line(("evaluate", "min_test_rows")),
-            f"evaluate.min_test_rows: {evaluate.min_test_rows} is above split.min_test_rows "
+            document.line(("ask_base", "min_test_rows")),
+            f"ask_base.min_test_rows: {ask_base.min_test_rows} is above split.min_test_rows "
             f"({split.min_test_rows}): the split could pass and the gate refuse; set both alike",
         )
 

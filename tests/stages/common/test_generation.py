@@ -3,7 +3,7 @@ import torch
 
 from stages.common.chat import end_of_turn_ids
 from stages.common.errors import InputError
-from stages.common.generation import answer_questions, check_fit, encode_questions, single_latencies
+from stages.common.generation import answer_questions, check_fit, encode_questions, measure_latencies
 from stages.common.records import Message, make_row
 from tests.tiny import make_model, make_tokenizer
 
@@ -106,7 +106,7 @@ def test_progress_counts_questions(model, tokenizer, questions):
 
 
 def test_single_questions_are_timed(model, tokenizer, questions):
-    seconds = single_latencies(model, tokenizer, questions[:2], max_new_tokens=2)
+    seconds = measure_latencies(lambda q: answer_questions(model, tokenizer, [q], 1, 2), questions[:2])
     assert len(seconds) == 2
     assert all(s > 0 for s in seconds)
 

@@ -10,10 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from stages import ask_base
 from stages.common.errors import InputError
 from stages.common.records import Message, make_row, write_rows
 from stages.evaluate import __main__ as evaluate
 from tests.tiny import save_model
+
+MERGES = (("a", "b"), ("t", "h"))  # GGUF needs a vocabulary with merges
 
 ROOT = Path(__file__).parents[3]
 
@@ -45,30 +48,26 @@ def models(tmp_path_factory):
 
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("models")
-    save_model(folder / "fetch_base")
+    save_model(folder / "fetch_base", merges=MERGES)
     config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
-    get_peft_model(make_model(), config).save_pretrained(folder / "finetune")
+    get_peft_model(make_model(vocab_size=258 + len(MERGES)), config).save_pretrained(folder / "finetune")
     return folder
 
 
-def prepare(folder, models, rows, **changes):
+def prepare(folder, models, rows, engine="transformers", **changes):
     """Make a project folder up to `evaluate`."""
     for name in ("fetch_base", "finetune"):
         shutil.copytree(models / name, folder / "artifacts" / name, dirs_exist_ok=True)
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    params["evaluate"] |= {
-        "min_test_rows": 10,
-        "max_new_tokens": 12,
-        "resamples": 100,
-        "slices": ["language"],
-    }
-    params["evaluate"] |= changes
+    params["ask_base"] |= {"engine": engine, "min_test_rows": 10, "max_new_tokens": 12}
+    params["evaluate"] |= {"resamples": 100, "slices": ["language"]} | changes
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     write_rows(folder / "artifacts/split/test.parquet", rows)
     return folder
 
 
 def run(folder):
+    ask_base.main()
     evaluate.main()
     return json.loads((folder / "reports/evaluate/metrics.json").read_text())
 
@@ -170,40 +169,48 @@ def test_judging_twice_gives_the_same_bytes_but_for_the_throughput(judged, proje
     }
 
 
-@pytest.fixture
-def asked(monkeypatch):
-    """How many models were asked since."""
-    calls = []
-    judge = evaluate.judge
-    monkeypatch.setattr(evaluate, "judge", lambda *given: calls.append(given[0]) or judge(*given))
-    return calls
-
-
-def test_a_base_that_was_asked_the_same_before_is_not_asked_again(judged, project, asked):
+def test_a_new_adapter_is_compared_with_the_answers_that_the_base_gave(judged, project):
     folder = project(json_rows())
-    shutil.copytree(judged / "checkpoints", folder / "checkpoints")
-    run(folder)
-    assert len(asked) == 1
-    predictions = [root / "artifacts/evaluate/predictions.parquet" for root in (judged, folder)]
-    assert predictions[0].read_bytes() == predictions[1].read_bytes()
-    reports = [json.loads((root / "reports/evaluate/metrics.json").read_text()) for root in (judged, folder)]
-    assert reports[0]["base"] == reports[1]["base"]
-    assert reports[0]["throughput"]["base"] == reports[1]["throughput"]["base"]
+    for name in ("artifacts/ask_base", "reports/ask_base"):
+        shutil.copytree(judged / name, folder / name)
+    evaluate.main()
+    assert written(folder) == written(judged)
 
 
-@pytest.mark.parametrize("change", ["rows", "limit", "base", "broken"])
-def test_a_base_is_asked_again_if_anything_its_answers_hang_on_has_changed(judged, project, asked, change):
-    rows = json_rows() if change != "rows" else json_rows(23)
-    folder = project(rows, max_new_tokens=11 if change == "limit" else 12)
-    shutil.copytree(judged / "checkpoints", folder / "checkpoints")
-    if change == "base":
-        path = folder / "artifacts/fetch_base/generation_config.json"
-        path.write_text(path.read_text() + " ")
-    if change == "broken":
-        (kept,) = (folder / "checkpoints/evaluate").glob("*.json")
-        kept.write_text(kept.read_text()[:100])
+def test_answers_to_rows_that_are_no_longer_in_the_test_are_refused(project):
+    folder = project(json_rows())
     run(folder)
-    assert len(asked) == 2
+    write_rows(folder / "artifacts/split/test.parquet", json_rows(20))
+    with pytest.raises(InputError, match="4 rows that are not in the test split") as error:
+        evaluate.main()
+    assert "dvc repro ask_base" in error.value.fix
+
+
+def test_the_engine_that_serves_gives_the_answers_of_transformers(models, judged, project):
+    import torch
+
+    from stages.common.gguf.model import write_gguf
+    from stages.common.gguf.vocabulary import read_vocabulary
+    from stages.common.models import load_tokenizer, load_tuned
+
+    folder = project(json_rows(), engine="auto")
+    tuned = load_tuned(models / "fetch_base", models / "finetune", torch.float32, torch.device("cpu"))
+    tokenizer = load_tokenizer(models / "fetch_base")
+    (folder / "artifacts/export").mkdir()
+    write_gguf(
+        folder / "artifacts/export/model.gguf",
+        tuned,
+        read_vocabulary(tokenizer, 258 + len(MERGES)),
+        "f16",
+        "toy",
+    )
+    report = run(folder)
+    assert report["engine"] == {"base": "paged", "tuned": "paged"}
+    other = json.loads((judged / "reports/evaluate/metrics.json").read_text())
+    assert other["engine"] == {"base": "transformers", "tuned": "transformers"}
+    for model in ("base", "tuned"):
+        for name, figures in report[model].items():
+            assert figures["value"] == pytest.approx(other[model][name]["value"], rel=0.05), name
 
 
 def test_every_answer_is_kept(judged):
@@ -218,21 +225,6 @@ def test_pictures_open_offline(judged):
         assert not re.search(r"(?:href|src)=\"(?!#|data:)|url\((?!#)|@import|<script", svg), path
 
 
-def test_fewer_test_rows_than_the_gate_asks_for_stop_the_pipeline(project):
-    project(json_rows(), min_test_rows=25)
-    with pytest.raises(InputError, match=r"24 rows, and evaluate.min_test_rows asks for 25") as error:
-        evaluate.main()
-    assert "split.test_fraction" in error.value.fix
-    assert not Path("reports/evaluate").exists()
-
-
-def test_test_rows_of_one_group_are_refused(project):
-    rows = rows_of(['{"intent":"a"}'] * 24, groups=1)
-    project(rows)
-    with pytest.raises(InputError, match="of one group"):
-        evaluate.main()
-
-
 @pytest.mark.parametrize(
     ("answer", "problem"),
     [
@@ -243,7 +235,7 @@ def test_test_rows_of_one_group_are_refused(project):
 def test_references_that_cannot_be_judged_are_shown(project, answer, problem):
     project([*json_rows(23), *rows_of([answer])])
     with pytest.raises(InputError, match=problem) as error:
-        evaluate.main()
+        run(Path())
     assert repr(answer) in error.value.what
     assert "evaluate." in error.value.fix
 
@@ -255,15 +247,7 @@ def test_a_diverged_adapter_is_named_as_such(project):
     path = folder / "artifacts/finetune/adapter_model.safetensors"
     save_file({name: weights * float("nan") for name, weights in load_file(path).items()}, path)
     with pytest.raises(InputError, match=r"tuned model's perplexity .* nan"):
-        evaluate.main()
-
-
-def test_max_rows_takes_the_same_rows_every_time():
-    rows = json_rows()
-    chosen = evaluate.choose_rows(rows, 15, 10, seed=7)
-    assert len(chosen) == 15
-    assert chosen == evaluate.choose_rows(rows, 15, 10, seed=7)
-    assert [row for row in rows if row in chosen] == chosen
+        run(folder)
 
 
 def test_the_worst_error_comes_first(judged, report):

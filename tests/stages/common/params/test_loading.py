@@ -63,7 +63,7 @@ def test_a_misspelt_key_inside_a_source_gets_the_nearest_of_that_kind(edited):
     [
         ("origin: package", "origin: hub", "fetch_base.sha256"),
         ("validation_fraction: 0.04", "validation_fraction: 0.9", "split.test_fraction"),
-        ("max_rows: null", "max_rows: 20", "evaluate.max_rows"),
+        ("max_rows: null", "max_rows: 20", "ask_base.max_rows"),
         ("task: json", "task: text", "evaluate.label_key"),
         ("answer_format: json", "answer_format: text", "evaluate.task"),
     ],

@@ -1,0 +1,213 @@
+"""Ask a model the test questions, with the engine that serves it where that computes the model on this CPU.
+
+Elsewhere (on a GPU, for other architectures, without a GGUF) transformers writes the answers. Base and tuned
+model are asked by the same engine; which one is part of the evidence.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from stages.common.chat import end_of_turn_ids
+from stages.common.errors import InputError
+from stages.common.generation import (
+    Answer,
+    Question,
+    answer_questions,
+    check_fit,
+    measure_latencies,
+)
+from stages.common.models import load_base, load_tuned, pick_device, pick_dtype
+
+logger = logging.getLogger(__name__)
+
+EngineName = Literal["paged", "transformers"]
+
+# Asked one by one for the latency: enough for a median, and no more than a few seconds on a CPU.
+LATENCY_ROWS = 10
+
+# An answer a quarter longer than the longest reference rambles; waiting for its end costs only time.
+ANSWER_ROOM = 1.25
+
+KV_CACHE_MIB = 512  # some 20,000 tokens of the default model: more sequences than are computed together
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolders:
+    """A base model alone, or with an adapter and the GGUF in which both are merged."""
+
+    base: Path
+    adapter: Path | None = None
+    gguf: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelAnswers:
+    """A model's answers, and how they were computed.
+
+    Attributes:
+        seconds: of all answers together.
+        latencies: seconds of some questions, asked one after the other.
+    """
+
+    answers: list[Answer]
+    engine: EngineName
+    dtype: str
+    seconds: float
+    latencies: list[float]
+
+
+def pick_engine(wanted: str, base: Path, exports_gguf: bool) -> EngineName:
+    """Return which engine asks the base and the tuned model.
+
+    Args:
+        wanted: `auto`, `paged` or `transformers`.
+        base: folder of the base model.
+        exports_gguf: whether the tuned model will have a GGUF.
+
+    Raises:
+        InputError: `paged` is wanted and cannot compute this model here.
+    """
+    if wanted == "transformers":
+        return "transformers"
+    reason = _why_not_paged(base, exports_gguf)
+    if reason is None:
+        return "paged"
+    if wanted == "paged":
+        raise InputError(f"ask_base.engine is paged, and {reason}", "set ask_base.engine: auto")
+    logger.info("transformers writes the answers: %s", reason)
+    return "transformers"
+
+
+def _why_not_paged(base: Path, exports_gguf: bool) -> str | None:
+    from services.engines.paged.weights import why_not_llama
+
+    if pick_device().type != "cpu":
+        return "this machine has a GPU"
+    if find_spec("openvino") is None:
+        return "OpenVINO is not installed"
+    if not exports_gguf:
+        return "the tuned model has no GGUF (export.gguf: false)"
+    return why_not_llama(json.loads((base / "config.json").read_text(encoding="utf-8")))
+
+
+def answer_limit(questions: Sequence[Question], max_new_tokens: int) -> int:
+    """Return after how many tokens an answer is cut: room for the longest reference, within the limit."""
+    longest = max(len(q.reference) for q in questions)
+    return min(max_new_tokens, math.ceil(longest * ANSWER_ROOM))
+
+
+def ask_model(
+    model: ModelFolders,
+    engine: EngineName,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    batch_size: int,
+    max_new_tokens: int,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> ModelAnswers:
+    """Return a model's greedy answers, the loss of each reference, and the latency of a few questions.
+
+    Args:
+        batch_size: questions that transformers answers at once.
+        max_new_tokens: where an answer is cut.
+        on_progress: called with the number of questions answered so far.
+
+    Raises:
+        InputError: a question does not fit into the model's context.
+    """
+    ask = _ask_paged if engine == "paged" else _ask_transformers
+    return ask(model, tokenizer, questions, batch_size, max_new_tokens, on_progress)
+
+
+def _ask_paged(
+    model: ModelFolders,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    _batch_size: int,
+    max_new_tokens: int,
+    on_progress: Callable[[int], None],
+) -> ModelAnswers:
+    from services.engines.paged.model import PagedModel
+    from services.engines.paged.offline import answer_offline
+    from services.engines.protocol import EngineError
+
+    try:
+        paged = PagedModel(model.gguf or model.base, cache_mib=KV_CACHE_MIB)
+    except EngineError as error:
+        raise InputError(
+            f"the engine paged does not start: {error}", "set ask_base.engine: transformers"
+        ) from None
+    check_fit(questions, max_new_tokens, paged.shape.context)
+    ends = end_of_turn_ids(tokenizer)
+    prompts = [question.prompt for question in questions]
+    references = [question.reference for question in questions]
+    start = time.perf_counter()
+    found = answer_offline(paged, prompts, references, ends, max_new_tokens, on_progress)
+    seconds = time.perf_counter() - start
+    latencies = measure_latencies(
+        lambda question: answer_offline(paged, [question.prompt], None, ends, max_new_tokens),
+        _some(questions),
+    )
+    answers = [
+        Answer(
+            tokenizer.decode(one.token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+            len(one.token_ids),
+            one.ended,
+            one.reference_nll,
+        )
+        for one in found
+    ]
+    return ModelAnswers(answers, "paged", paged.dtype, seconds, latencies)
+
+
+def _ask_transformers(
+    model: ModelFolders,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    batch_size: int,
+    max_new_tokens: int,
+    on_progress: Callable[[int], None],
+) -> ModelAnswers:
+    device = pick_device()
+    dtype = pick_dtype(device)
+    if model.adapter is None:
+        loaded = load_base(model.base, dtype, device)
+    else:
+        loaded = load_tuned(model.base, model.adapter, dtype, device)
+    check_fit(questions, max_new_tokens, getattr(loaded.config, "max_position_embeddings", None))
+    start = time.perf_counter()
+    answers = answer_questions(loaded, tokenizer, questions, batch_size, max_new_tokens, on_progress)
+    seconds = time.perf_counter() - start
+    latencies = measure_latencies(
+        lambda question: answer_questions(loaded, tokenizer, [question], 1, max_new_tokens), _some(questions)
+    )
+    return ModelAnswers(answers, "transformers", str(dtype).removeprefix("torch."), seconds, latencies)
+
+
+def _some(questions: Sequence[Question]) -> list[Question]:
+    step = max(1, len(questions) // LATENCY_ROWS)
+    return list(questions[::step])[:LATENCY_ROWS]
+
+
+def throughput(asked: ModelAnswers) -> dict[str, float]:
+    """Return how fast a model answered: rows and tokens a second together, and the latency of one request."""
+    import numpy as np
+
+    tokens = sum(answer.tokens for answer in asked.answers)
+    return {
+        "seconds": round(asked.seconds, 2),
+        "rows_per_s": round(len(asked.answers) / asked.seconds, 2),
+        "tokens_per_s": round(tokens / asked.seconds, 1),
+        "latency_rows": len(asked.latencies),
+        "latency_p50_s": round(float(np.quantile(asked.latencies, 0.5)), 3),
+        "latency_p95_s": round(float(np.quantile(asked.latencies, 0.95)), 3),
+    }

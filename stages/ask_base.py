@@ -1,0 +1,98 @@
+"""Ask base: put the test questions to the base model, and choose which test rows are asked.
+
+In: `artifacts/split/test.parquet`, `artifacts/fetch_base`.
+Out: `artifacts/ask_base/answers.parquet` with the answer to each chosen row; `reports/ask_base/metrics.json`.
+Run: `python -m stages.ask_base`
+
+A stage of its own: a new adapter on the same base, asked the same rows, needs no new answers of the base.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from services.engines.offline import (
+    ModelFolders,
+    answer_limit,
+    ask_model,
+    pick_engine,
+    throughput,
+)
+from stages.common.artifacts import artifacts, reports, write_json
+from stages.common.errors import InputError
+from stages.common.generation import encode_questions, write_answers
+from stages.common.logs import get_logger, progress, run_stage
+from stages.common.models import load_tokenizer
+from stages.common.params.loading import load_params
+from stages.common.records import Row, read_rows
+
+log = get_logger("ask_base")
+
+
+def choose_rows(rows: Sequence[Row], max_rows: int | None, min_rows: int, seed: int) -> list[Row]:
+    """Return the rows to ask, in their order, at most `max_rows` of them.
+
+    Raises:
+        InputError: they are fewer than `min_rows`, or all of one group.
+    """
+    if len(rows) < min_rows:
+        raise InputError(
+            f"the test split has {len(rows)} rows, and ask_base.min_test_rows requires {min_rows}",
+            "collect more rows, raise split.test_fraction or split.max_test_rows_per_group, "
+            "or lower ask_base.min_test_rows and accept wider intervals",
+        )
+    if max_rows is not None and len(rows) > max_rows:
+        rows = [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), max_rows))]
+    if len({row.group for row in rows}) < 2:
+        raise InputError(
+            f"all {len(rows)} test rows are of one group ({rows[0].group})",
+            "an interval needs several: give rows their own groups (group_column of the source), "
+            "or raise split.test_fraction",
+        )
+    return list(rows)
+
+
+def main() -> None:
+    """Choose the test rows, ask the base model, and write its answers."""
+    params = load_params()
+    settings = params.ask_base
+    all_rows = read_rows(artifacts("split") / "test.parquet")
+    rows = choose_rows(all_rows, settings.max_rows, settings.min_test_rows, settings.seed)
+    base = artifacts("fetch_base")
+    tokenizer = load_tokenizer(base)
+    questions = encode_questions(tokenizer, rows)
+    limit = answer_limit(questions, settings.max_new_tokens)
+    over_limit = sum(len(question.reference) > limit for question in questions)
+    if over_limit:
+        log.warning("%d references are longer than ask_base.max_new_tokens (%d)", over_limit, limit)
+    engine = pick_engine(settings.engine, base, params.export.gguf)
+    log.info("asking the base model %d questions", len(questions))
+    asked = ask_model(
+        ModelFolders(base),
+        engine,
+        tokenizer,
+        questions,
+        settings.batch_size,
+        limit,
+        lambda done: progress(log, done, len(questions), "base"),
+    )
+    write_answers(artifacts("ask_base") / "answers.parquet", rows, asked.answers)
+    write_json(
+        reports("ask_base") / "metrics.json",
+        {
+            "rows": len(rows),
+            "test_rows": len(all_rows),
+            "answer_limit_tokens": limit,
+            "references_over_limit": over_limit,
+            "engine": asked.engine,
+            "dtype": asked.dtype,
+            "finished": sum(answer.complete for answer in asked.answers),
+            "throughput": throughput(asked),
+        },
+    )
+    log.info("%s: %d answers in %.0f s", asked.engine, len(rows), asked.seconds)
+
+
+if __name__ == "__main__":
+    run_stage(main)
