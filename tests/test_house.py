@@ -22,7 +22,7 @@ STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 # Whom a package may import, besides itself. Flows run stages through DVC and never import one.
 MAY_IMPORT = {
     "stages.common": (),
-    # Engines are below both stages and services: a model is evaluated by what serves it (ADR 0010).
+    # Engines are below both stages and services: a model is evaluated by what serves it (ADR 0011).
     "services.engines": ("stages.common",),
     "stages": ("stages.common", "services.engines"),
     "monitoring": ("stages.common", "services.events"),
