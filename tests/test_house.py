@@ -11,6 +11,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 import checks.wheels
 from flows.__main__ import COMMANDS
@@ -334,6 +335,16 @@ def test_the_lock_has_one_version_of_a_package_on_every_python():
     lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
     names = [line.split("==")[0] for line in lines if "==" in line and not line.startswith((" ", "#"))]
     assert len(names) == len(set(names))
+
+
+def test_the_lock_has_every_dependency_within_its_bounds():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    locked = dict(re.findall(r"^([a-z0-9.-]+)==(\S+)", lock, re.M))
+    extras = project["optional-dependencies"]
+    groups = [project["dependencies"], *(lines for extra, lines in extras.items() if extra != "gpu")]
+    for asked in (Requirement(line) for lines in groups for line in lines):
+        assert locked[canonicalize_name(asked.name)] in asked.specifier, f"{asked}: run make lock"
 
 
 def test_the_supported_pythons_are_the_same_everywhere():
