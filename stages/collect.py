@@ -90,7 +90,7 @@ def figures(named: Sequence[tuple[str, Collected]]) -> dict[str, Any]:
                 "name": name,
                 "rows": len(collected.rows),
                 "rejected_by_reason": counted(reject.reason for reject in collected.rejected),
-                **collected.figures,
+                **collected.metrics,
             }
             for name, collected in named
         ],
@@ -123,11 +123,11 @@ def main() -> None:
             f"{n} {reason}" for reason, n in counted(r.reason for r in collected.rejected).items()
         )
         log.info("%s: %d rows%s", name, len(collected.rows), f", rejected: {reasons}" if reasons else "")
-        if columns := collected.figures.get("columns"):
+        if columns := collected.metrics.get("columns"):
             log.info(
                 "%s: columns %s", name, ", ".join(f"{part}={column}" for part, column in columns.items())
             )
-        if unread := collected.figures.get("unread_columns"):
+        if unread := collected.metrics.get("unread_columns"):
             log.warning(
                 "%s: not read: %s", name, ", ".join(f"{column} ({n} rows)" for column, n in unread.items())
             )

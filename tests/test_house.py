@@ -171,7 +171,6 @@ LONG_MODULES: dict[str, str] = {
     "flows.release.canary": "to be split",
     "stages.check_bias.__main__": "to be split",
     "stages.common.params.loading": "to be split",
-    "stages.common.sources.home_intents.collect": "to be split",
     "stages.evaluate.__main__": "to be split",
     "stages.validate.__main__": "to be split",
     "services.versions.__main__": "to be split",

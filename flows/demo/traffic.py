@@ -26,18 +26,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from stages.common.errors import InputError
 from stages.common.params.loading import HomeIntents, load_params
 from stages.common.records import read_rows
-from stages.common.sources.home_intents.collect import (
-    Grammar,
-    Template,
-    Writer,
-    best_answers,
-    check_version,
-    load_grammar,
-    name_lists,
-    readings,
-    reserved_groups,
-)
+from stages.common.sources.home_intents.collect import check_version
+from stages.common.sources.home_intents.grammar import Grammar, Template, load_grammar, select_reserved_groups
 from stages.common.sources.home_intents.lexicon import Device, Lexicon, read_lexicon
+from stages.common.sources.home_intents.recognition import build_name_lists, find_best_answers, recognize
+from stages.common.sources.home_intents.writer import Writer
 
 if TYPE_CHECKING:
     import httpx
@@ -139,7 +132,7 @@ def templates_of(world: World, kind: Kind) -> list[Template]:
     grammar = _grammar("de" if kind == "german" else "en")
     if kind == "german":
         return list(grammar.templates)
-    reserved = reserved_groups(grammar, world.reserved_share, world.seed)
+    reserved = select_reserved_groups(grammar, world.reserved_share, world.seed)
     if kind == "phrasing":
         return [template for template in grammar.templates if template.group in reserved]
     known = [
@@ -260,8 +253,8 @@ def _is_about_the_wing(text: str, label: str) -> bool:
     wing, folded = wing_lexicon(), text.casefold()
     if not any(name in folded for name in (*wing.areas, *(device.name for device in wing.devices))):
         return False
-    found = readings(text, _grammar("en").intents, name_lists(_whole_house(), text))
-    return best_answers(found) == {label}
+    found = recognize(text, _grammar("en").intents, build_name_lists(_whole_house(), text))
+    return find_best_answers(found) == {label}
 
 
 @dataclass(frozen=True, slots=True)

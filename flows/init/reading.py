@@ -52,8 +52,8 @@ class DataFile:
             "records_key": self.options.records_key,
         }
         entry |= {key: value for key, value in given.items() if value is not None}
-        entry["shape"] = self.collected.figures["shape"]
-        found = self.collected.figures["columns"]
+        entry["shape"] = self.collected.metrics["shape"]
+        found = self.collected.metrics["columns"]
         entry |= {f"{part}_column": name for part, name in found.items() if part != "history"}
         if self.columns.group:
             entry["group_column"] = self.columns.group

@@ -30,7 +30,7 @@ def report_findings(found: Findings, is_exact: bool) -> str:
 
 
 def _report_file(file: DataFile) -> Iterator[str]:
-    figures, rejected = file.collected.figures, file.collected.rejected
+    figures, rejected = file.collected.metrics, file.collected.rejected
     details = [figures["format"], figures["encoding"] or ""]
     if file.is_guessed:
         details[1] += " (guessed: check the example below)"

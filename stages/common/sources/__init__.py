@@ -1,4 +1,4 @@
-"""Where rows come from: one module a kind of source, all returning `Collected`."""
+"""Sources of rows: one module for each kind, all returning `Collected`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from stages.common.records import Row
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """One thing at the door that did not become a row.
+    """An entry of a source that did not become a row.
 
     Attributes:
-        file: the file it stood in; line: its line or row there, from 1, or None.
-        reason: one word to count by; detail: what was seen; content: the thing itself.
+        file: the file that contains it; line: its line or row there, from 1, or None.
+        reason: one word to count by; detail: what is wrong; content: the entry itself.
     """
 
     file: str
@@ -27,8 +27,8 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """What one source gave: rows, what was turned away, and plain figures for the report."""
+    """The rows of one source, the rejected entries, and metrics for the report."""
 
     rows: tuple[Row, ...]
     rejected: tuple[Rejected, ...] = ()
-    figures: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)

@@ -29,7 +29,7 @@ from flows.demo.traffic import (
 from stages.common.errors import InputError
 from stages.common.params.loading import load_params
 from stages.common.records import Message, make_row, write_rows
-from stages.common.sources.home_intents.collect import load_grammar, reserved_groups
+from stages.common.sources.home_intents.grammar import load_grammar, select_reserved_groups
 from stages.common.sources.home_intents.lexicon import read_lexicon
 
 VERSION = load_params().collect.sources[0].version
@@ -44,7 +44,7 @@ def some(kind, seed=1):
 
 @cache
 def reserved():
-    return reserved_groups(load_grammar("en"), 0.15, 7)
+    return select_reserved_groups(load_grammar("en"), 0.15, 7)
 
 
 @pytest.mark.parametrize("kind", KINDS)

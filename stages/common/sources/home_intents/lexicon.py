@@ -1,7 +1,7 @@
-"""The project's own words for what a template leaves open: people, rooms, devices, free text.
+"""Values for the slots of the templates: people, rooms, devices, free text.
 
-`stages/common/people.csv` serves every language; `lexicon_data/<language>/` has the rest. A name or text
-with `{person}` in it belongs to somebody, and a person is dealt when it is used.
+`stages/common/people.csv` is for every language; `lexicon_data/<language>/` has the rest. In a name or text
+with `{person}`, a person's name takes that place when it is used.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PERSON_MARK = "{person}"
 
 @dataclass(frozen=True, slots=True)
 class Person:
-    """A given name, with the gender and the origin it is mostly given in."""
+    """A given name, with the gender and the origin in which it is most common."""
 
     name: str
     gender: str
@@ -32,7 +32,7 @@ class Person:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A thing with a name, and its Home Assistant domain."""
+    """A device with its name and its Home Assistant domain."""
 
     name: str
     domain: str
@@ -40,7 +40,7 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Phrase:
-    """A text for a slot that takes any words; `kind` is the sort of medium a query names."""
+    """A text for a slot that accepts any words; `kind` is the kind of media that it names."""
 
     list_name: str
     kind: str
@@ -49,7 +49,7 @@ class Phrase:
 
 @dataclass(frozen=True, slots=True)
 class Courtesy:
-    """Words around a request that do not change it; some need one that begins with a verb."""
+    """Polite words around a request; some need a request that begins with a verb."""
 
     before: str
     after: str
@@ -58,10 +58,10 @@ class Courtesy:
 
 @dataclass(frozen=True, slots=True)
 class Lexicon:
-    """All the words of one language.
+    """All word lists of one language.
 
-    `verbs` are those a request begins with. `unnatural` find, in "Intent: sentence", what a
-    template can understand and nobody says, such as "lights off in the top floor floor".
+    `verbs` begin a request. `unnatural` are patterns that match, in "Intent: sentence", what a template
+    accepts but no one would say, such as "lights off in the top floor floor".
     """
 
     people: tuple[Person, ...]
@@ -103,10 +103,10 @@ def read_lexicon(language: str, folder: Path = FOLDER) -> Lexicon:
 
 
 def deal_people(people: Sequence[Person], rng: random.Random) -> Iterator[Person]:
-    """Yield people for ever, every gender and origin equally often.
+    """Yield people without end, every gender and origin equally often.
 
-    Dealing from shuffled decks, not drawing, keeps the groups equal: a bias gate on the rows
-    should find what the sources did, and not the luck of the draw.
+    Shuffled decks instead of independent draws keep the groups equal: check_bias should find a bias of the
+    sources, not of the random draw.
     """
     cells: dict[tuple[str, str], list[Person]] = defaultdict(list)
     for person in people:

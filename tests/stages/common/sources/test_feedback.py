@@ -37,7 +37,7 @@ def test_rows_keep_their_license_group_and_tags_and_get_the_system_prompt(write)
     assert row.messages[:2] == (Message("system", "Be brief."), Message("user", "lamp on"))
     assert (row.license, row.group, row.origin) == ("cc0-1.0", "feedback/0123456789abcdef", "feedback")
     assert row.tags == {"feedback": "correction", "intent": "On"}
-    assert collected.figures == {"file_there": True, "by_kind": {"correction": 1}}
+    assert collected.metrics == {"file_there": True, "by_kind": {"correction": 1}}
 
 
 def test_a_system_message_of_its_own_stays_and_none_is_made_up(write):
@@ -52,7 +52,7 @@ def test_a_system_message_of_its_own_stays_and_none_is_made_up(write):
 
 def test_without_the_file_or_with_an_empty_one_there_are_no_rows(tmp_path, write):
     nothing = collect_feedback(tmp_path / "rows.jsonl", None, "stop")
-    assert (nothing.rows, nothing.figures) == ((), {"file_there": False})
+    assert (nothing.rows, nothing.metrics) == ((), {"file_there": False})
     assert collect_feedback(write(), None, "stop").rows == ()
 
 

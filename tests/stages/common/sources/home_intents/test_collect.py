@@ -17,17 +17,16 @@ from hassil.recognize import recognize_best
 from stages.common.errors import InputError
 from stages.common.params.loading import HomeIntents, load_params
 from stages.common.records import Message, make_row
-from stages.common.sources.home_intents.collect import (
-    Writer,
-    answer_json,
-    best_answers,
-    collect_home_intents,
-    load_grammar,
-    name_lists,
-    readings,
-    reserved_groups,
-)
+from stages.common.sources.home_intents.collect import collect_home_intents
+from stages.common.sources.home_intents.grammar import load_grammar, select_reserved_groups
 from stages.common.sources.home_intents.lexicon import PERSON_MARK, read_lexicon
+from stages.common.sources.home_intents.recognition import (
+    build_name_lists,
+    find_best_answers,
+    format_answer,
+    recognize,
+)
+from stages.common.sources.home_intents.writer import Writer
 
 LEXICONS = {language: read_lexicon(language) for language in ("en", "de")}
 LEXICON = LEXICONS["en"]
@@ -120,7 +119,7 @@ def hassils_answers(row, language):
         found = recognize_best(row.question, intents, slot_lists=lists, intent_context={"area": "<here>"})
         if found:
             slots = {e.name: e.value for e in found.entities_list if e.value != "<here>"}
-            yield answer_json(found.intent.name, slots)
+            yield format_answer(found.intent.name, slots)
 
 
 def assert_hassil_agrees(rows, language="en"):
@@ -219,14 +218,14 @@ def test_rows_know_their_source_licence_group_and_origin():
 
 def test_two_numbers_of_one_kind_keep_their_slots():
     text = "decrease the 21-hour timer by 9 hours"
-    found = readings(text, grammar().intents, name_lists(LEXICON, text))
-    assert best_answers(found) == {'{"intent":"HassDecreaseTimer","hours":9,"start_hours":21}'}
+    found = recognize(text, grammar().intents, build_name_lists(LEXICON, text))
+    assert find_best_answers(found) == {'{"intent":"HassDecreaseTimer","hours":9,"start_hours":21}'}
 
 
 def test_a_sentence_with_two_readings_of_equal_right_is_ambiguous():
     text = "close the garage doors"
-    found = readings(text, grammar().intents, name_lists(LEXICON, text))
-    assert best_answers(found) == {
+    found = recognize(text, grammar().intents, build_name_lists(LEXICON, text))
+    assert find_best_answers(found) == {
         '{"intent":"HassTurnOff","device_class":"garage","domain":"cover"}',
         '{"intent":"HassTurnOff","area":"garage","device_class":"door","domain":"cover"}',
     }
@@ -243,21 +242,22 @@ def test_what_is_left_out_as_ambiguous_is_listed_with_its_answers():
 
 def test_the_room_of_the_satellite_is_in_no_answer():
     text = "set the temperature to 21 degrees"
-    found = readings(text, grammar().intents, name_lists(LEXICON, text))
-    assert best_answers(found) == {'{"intent":"HassClimateSetTemperature","temperature":21}'}
+    found = recognize(text, grammar().intents, build_name_lists(LEXICON, text))
+    assert find_best_answers(found) == {'{"intent":"HassClimateSetTemperature","temperature":21}'}
 
 
 def test_the_lists_cut_to_a_sentence_give_the_readings_of_the_whole_lists():
     for row in random.Random(5).sample(few().rows, 60):
-        cut = readings(row.question, grammar().intents, name_lists(LEXICON, row.question))
-        whole = readings(row.question, grammar().intents, whole_lists(row.tags.get("person", "")))
+        cut = recognize(row.question, grammar().intents, build_name_lists(LEXICON, row.question))
+        whole = recognize(row.question, grammar().intents, whole_lists(row.tags.get("person", "")))
         assert sorted(r.answer for r in cut) == sorted(r.answer for r in whole)
 
 
 SENTENCES = """
 import sys
 from itertools import islice
-from stages.common.sources.home_intents.collect import Writer, load_grammar
+from stages.common.sources.home_intents.grammar import load_grammar
+from stages.common.sources.home_intents.writer import Writer
 from stages.common.sources.home_intents.lexicon import read_lexicon
 grammar = load_grammar("en")
 writer = Writer(grammar, read_lexicon("en"), 7)
@@ -325,27 +325,27 @@ def test_reserved_templates_are_a_share_of_each_intent_and_few_templates_are_lef
     groups = defaultdict(set)
     for template in grammar().templates:
         groups[template.intent].add(template.group)
-    reserved = reserved_groups(grammar(), 0.15, 7)
+    reserved = select_reserved_groups(grammar(), 0.15, 7)
     for intent, names in groups.items():
         assert len(names & reserved) == len(names) * 15 // 100, intent
     assert 80 < len(reserved) < 130
-    assert reserved_groups(grammar(), 0.0, 7) == frozenset()
+    assert select_reserved_groups(grammar(), 0.0, 7) == frozenset()
 
 
 def test_a_larger_share_reserves_what_a_smaller_one_does_and_another_seed_others():
-    assert reserved_groups(grammar(), 0.1, 7) < reserved_groups(grammar(), 0.2, 7)
-    assert reserved_groups(grammar(), 0.1, 7) != reserved_groups(grammar(), 0.1, 8)
+    assert select_reserved_groups(grammar(), 0.1, 7) < select_reserved_groups(grammar(), 0.2, 7)
+    assert select_reserved_groups(grammar(), 0.1, 7) != select_reserved_groups(grammar(), 0.1, 8)
 
 
 def test_reserved_templates_give_no_row_and_every_intent_keeps_some():
-    reserved = reserved_groups(grammar(), 0.9, 7)
+    reserved = select_reserved_groups(grammar(), 0.9, 7)
     collected = collect_home_intents(VERSION, "en", 1, 0, 7, None, reserved_share=0.9)
     groups = {row.group for row in collected.rows}
     assert groups
     assert not groups & reserved
     assert {row.tags["intent"] for row in collected.rows} == set(package()["intents"])
-    assert collected.figures["templates"] == 862
-    assert collected.figures["templates_reserved"] == 862 - sum(
+    assert collected.metrics["templates"] == 862
+    assert collected.metrics["templates_reserved"] == 862 - sum(
         template.group not in reserved for template in grammar().templates
     )
 
@@ -356,4 +356,4 @@ def test_without_a_reserved_share_nothing_changes():
     assert sha256(text.encode()).hexdigest() == (
         "68327511ede53e72c8f56c964c6da20bf0f429f055739299a86b49b107f432e9"
     )
-    assert "templates_reserved" not in few().figures
+    assert "templates_reserved" not in few().metrics
