@@ -28,7 +28,8 @@ from typing import Any
 import yaml
 
 from benchmarks.machine import machine
-from flows.common import prefect_api
+from flows.common import prefect_api, processes
+from stages.common import network
 
 ROOT = Path(__file__).parents[1]
 COLD, AGAIN = "from nothing", "nothing changed"
@@ -132,15 +133,16 @@ def graph(stages: int, seconds: float) -> dict[str, Any]:
 @contextmanager
 def server_at(home: Path) -> Iterator[str]:
     """Run a Prefect server with its services; yield the address of its API."""
-    port = prefect_api.free_port()
+    port = network.free_port()
     url = f"http://127.0.0.1:{port}/api"
     os.environ["PREFECT_HOME"] = str(home)
-    process = prefect_api.start("127.0.0.1", port, home / "server.log")
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    process = processes.start(command, home / "server.log")
     try:
         prefect_api.wait_until_up(url, process)
         yield url
     finally:
-        prefect_api.stop(process)
+        processes.stop(process)
 
 
 def table(medians: dict[str, dict[str, float]]) -> str:

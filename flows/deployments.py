@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from flows.common import console, prefect_api
+from flows.common import console, prefect_api, processes
 from flows.watch.event import DRIFT_EVENT
 from stages.common.errors import InputError
 from stages.common.params.loading import load_params
@@ -182,7 +182,7 @@ def _running_server(root: Path) -> Iterator[None]:
     if not prefect_api.is_up(url):
         fix = "start one with `make up`, or set PREFECT_API_URL"
         raise InputError(f"no Prefect server answers at {url}", fix)
-    with prefect_api.environment("PREFECT_API_URL", url):
+    with processes.set_variable("PREFECT_API_URL", url):
         yield
 
 

@@ -1,4 +1,4 @@
-"""What a run writes to the terminal: short lines, one style before and after Prefect is imported."""
+"""The terminal output of a run: short lines, in one style before and after Prefect is imported."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PREFECT_ENVIRONMENT = {
 
 
 def set_up() -> None:
-    """Set what Prefect reads from the environment, unless the user has, and show this package's log."""
+    """Set Prefect's environment variables, unless the user has, and print the log of `flows`."""
     set_quiet_environment()
     for name, value in PREFECT_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -33,17 +33,17 @@ def set_up() -> None:
 
 
 def hide_links() -> None:
-    """Keep Prefect from pointing to the page of a server that has none."""
+    """Drop Prefect's links to the page of a temporary server, which has none."""
     logging.getLogger("prefect.flow_runs").addFilter(_is_no_link)
 
 
-def tell_errors_once() -> None:
-    """Keep Prefect from showing an error that the command tells in words at its end; its page shows all."""
+def hide_reported_errors() -> None:
+    """Drop Prefect's log of errors that the command prints at its end; the server keeps all of them."""
     for handler in logging.getLogger().handlers:  # the terminal's, by now made by Prefect
-        handler.addFilter(_is_not_told_yet)
+        handler.addFilter(_is_not_reported_later)
 
 
-def _is_not_told_yet(record: logging.LogRecord) -> bool:
+def _is_not_reported_later(record: logging.LogRecord) -> bool:
     error = record.exc_info[1] if record.exc_info else None
     # A task, a flow: each logs the error it ends with, and then its state, which holds the error as text.
     return not isinstance(error, InputError) and f"{InputError.__name__}: " not in record.getMessage()

@@ -1,40 +1,39 @@
-"""The Prefect API that a run reports to: the user's own, the one of `make up`, or one for this run.
+"""The Prefect API that a run reports to: the user's own, the one of `make up`, or a temporary one.
 
-With none at work Prefect would start a temporary server inside the first flow and import the whole
-server in the flow's own process. Starting it here, first of all and beside the rest, saves those
-seconds, and keeps it away from the terminal's Ctrl-C, so that a stopped run can still say so.
+Without a running server Prefect would start a temporary one inside the first flow and import the whole
+server in the flow's own process. Starting it here, first and in parallel, saves those seconds and shields
+it from the terminal's Ctrl-C, so that a stopped run can still report its end.
 """
 
 from __future__ import annotations
 
-import http.client
 import json
-import logging
 import os
-import signal
-import socket
 import subprocess
 import sys
-import time
 import tomllib
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from flows.common import processes
+from stages.common import network
 from stages.common.artifacts import STATE, write_json
 from stages.common.errors import InputError
 
+if TYPE_CHECKING:
+    from prefect.client.schemas.objects import State
+
 DEFAULT_URL = "http://127.0.0.1:4200/api"
 STARTUP_TIMEOUT_S = 90.0  # creating Prefect's database on a slow machine
-POLL_S = 0.1
+TIMEOUT_VARIABLE = "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"
 FLUSH_S = 5.0
 
-logger = logging.getLogger("flows.common.prefect_api")
+Result = TypeVar("Result")
 
 
 def configured_url() -> str | None:
@@ -53,24 +52,18 @@ def configured_url() -> str | None:
 
 
 def is_up(url: str) -> bool:
-    """Tell whether a Prefect API answers at `url`."""
-    parts = urlsplit(url)
-    try:
-        connection = http.client.HTTPConnection(parts.hostname or "127.0.0.1", parts.port or 80, timeout=2)
-        connection.request("GET", f"{parts.path}/health")
-        answer = connection.getresponse()
-        return answer.status == 200 and answer.read().strip() == b"true"
-    except (OSError, http.client.HTTPException):
-        return False
+    """Return whether a Prefect API answers at `url`; any other server does not count."""
+    answer = network.get(f"{url}/health")
+    return answer is not None and answer[0] == 200 and answer[1].strip() == b"true"
 
 
 def announce(root: Path, url: str) -> None:
-    """Tell later runs in this checkout where the server of `make up` answers."""
+    """Record the API of `make up`, for later runs in this checkout."""
     write_json(root / STATE / "server.json", {"url": url})
 
 
 def announced_url(root: Path) -> str | None:
-    """Return where `make up` said its server answers; it may be down by now."""
+    """Return the API that `make up` recorded; it may be down by now."""
     try:
         return str(json.loads((root / STATE / "server.json").read_text(encoding="utf-8"))["url"])
     except (OSError, ValueError, KeyError):
@@ -79,7 +72,7 @@ def announced_url(root: Path) -> str | None:
 
 @dataclass(frozen=True)
 class Api:
-    """A Prefect API: there already, or coming up for this run alone."""
+    """A Prefect API: a running one, or a temporary one that is starting."""
 
     url: str
     process: subprocess.Popen[bytes] | None = None
@@ -100,95 +93,53 @@ class Api:
 
 
 @contextmanager
-def reachable(root: Path) -> Iterator[Api]:
+def connect(root: Path) -> Iterator[Api]:
     """Set PREFECT_API_URL for the block; start a temporary server if none answers."""
     if url := configured_url():
         yield Api(url)
         return
     for known in (announced_url(root), DEFAULT_URL):
         if known and is_up(known):
-            with environment("PREFECT_API_URL", known):
+            with processes.set_variable("PREFECT_API_URL", known):
                 yield Api(known)
             return
-    port = free_port()
-    url = f"http://127.0.0.1:{port}/api"
+    port = network.free_port()
+    url = f"http://{network.LOOPBACK}:{port}/api"
     run_id = uuid.uuid4().hex
     with processes.watchdog(run_id):  # it has a session of its own: a kill of this process does not end it
-        with environment(processes.RUN_ID_VARIABLE, run_id):
+        with processes.set_variable(processes.RUN_ID_VARIABLE, run_id):
             process = start_temporary(port, root / STATE / "server.log")
         try:
-            with environment("PREFECT_API_URL", url):
+            with processes.set_variable("PREFECT_API_URL", url):
                 yield Api(url, process)
         finally:
-            stop(process)
-
-
-def start(host: str, port: int, log: Path) -> subprocess.Popen[bytes]:
-    """Start a Prefect server with its page and its services, in a session of its own.
-
-    Its output, a banner that explains what `make up` has done already, goes to `log`.
-    """
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", host, "--port", str(port)]
-    return _start_logged(command, {}, log)
+            processes.stop(process)
 
 
 def start_temporary(port: int, log: Path) -> subprocess.Popen[bytes]:
     """Start a server for one run as Prefect itself would: no page, and only the services that record runs."""
     import_path = str(Path(find_spec("prefect").origin).parents[1])  # type: ignore[union-attr,arg-type]
     command = [sys.executable, "-m", "uvicorn", "--app-dir", import_path, "--factory"]
-    command += ["prefect.server.api.server:create_app", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["prefect.server.api.server:create_app", "--host", network.LOOPBACK, "--port", str(port)]
     command += ["--log-level", "error", "--lifespan", "on"]
-    environment = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
-    return _start_logged(command, environment, log)
-
-
-def _start_logged(command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
-    log.parent.mkdir(exist_ok=True)
-    with log.open("wb") as file:
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **environment},
-            start_new_session=True,
-        )
+    settings = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
+    log.unlink(missing_ok=True)
+    return processes.start(command, log, environment={**os.environ, **settings})
 
 
 def wait_until_up(url: str, process: subprocess.Popen[bytes]) -> None:
-    """Wait until the server answers.
+    """Wait until a Prefect server answers.
 
     Raises:
         InputError: it ended, or did not answer in time.
     """
-    timeout_s = float(os.environ.get("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", STARTUP_TIMEOUT_S))
-    deadline = time.monotonic() + timeout_s
-    while not is_up(url):
-        if process.poll() is not None:
-            raise InputError(
-                f"the Prefect server ended at once with exit code {process.returncode}",
-                f"see {STATE / 'server.log'}; or run without Prefect: dvc repro",
-            )
-        if time.monotonic() > deadline:
-            raise InputError(
-                f"the Prefect server did not answer at {url} within {timeout_s:.0f} s",
-                "set PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS higher, or run dvc repro",
-            )
-        time.sleep(POLL_S)
-
-
-def stop(
-    process: subprocess.Popen[bytes], number: signal.Signals = signal.SIGTERM, patience_s: float = 5.0
-) -> None:
-    """Ask a process to end, and kill what is left of it and of what it started after a while."""
-    process.send_signal(number)
-    try:
-        process.wait(timeout=patience_s)
-    except subprocess.TimeoutExpired:
-        logger.warning("process %d did not end in %.0f s; killing it", process.pid, patience_s)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    timeout_s = float(os.environ.get(TIMEOUT_VARIABLE, STARTUP_TIMEOUT_S))
+    if reason := processes.wait_until_up(lambda: is_up(url), process, timeout_s):
+        raise InputError(
+            f"the Prefect server at {url} {reason}",
+            f"see {STATE / 'server.log'}; on a slow machine set {TIMEOUT_VARIABLE} higher; "
+            "`dvc repro` runs the stages without Prefect",
+        )
 
 
 def flush() -> None:
@@ -200,30 +151,48 @@ def flush() -> None:
     EventsWorker.drain_all(timeout=FLUSH_S)
 
 
+def run_flow(root: Path, start: Callable[[], State[Any]]) -> Any:
+    """Run a flow against the Prefect API and return its result.
+
+    Args:
+        root: the checkout.
+        start: imports a flow and runs it with `return_state=True`; importing while the API starts saves time.
+
+    Raises:
+        InputError: the flow raised it, was cancelled or crashed, or no API comes up.
+    """
+    from flows.common import console
+
+    with connect(root) as api:
+        console.hide_reported_errors()
+        api.wait()
+        if api.is_temporary:
+            console.hide_links()
+        state = start()
+        flush()
+    result = state.result(raise_on_failure=False)
+    if isinstance(result, BaseException):
+        raise result
+    if not state.is_completed():
+        raise InputError(f"the flow ended {state.name}: {state.message}", "see above; the next run continues")
+    return result
+
+
+def run_as_task(name: str, work: Callable[[], Result]) -> Result:
+    """Run `work` as a task of the current flow, shown as `name`.
+
+    It takes no arguments: Prefect inspects them, and fails on a settings section with a key named `keys`.
+    """
+    from prefect import task
+    from prefect.cache_policies import NO_CACHE
+
+    options: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
+    return task(name=name, task_run_name=literal_name(name), **options)(work)()
+
+
 def literal_name(name: str) -> Callable[[], str]:
     """Return `name` as Prefect's flow_run_name and task_run_name take it unchanged.
 
     They format a plain string as a template, so braces in it (a changed list in params.yaml) would raise.
     """
     return lambda: name
-
-
-def free_port() -> int:
-    """Return a TCP port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextmanager
-def environment(name: str, value: str) -> Iterator[None]:
-    """Set an environment variable for the block."""
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

@@ -1,7 +1,7 @@
-"""A Prefect block that sends mail by SMTP; Prefect's own e-mail block knows one provider only.
+"""A Prefect block that sends mail by SMTP; Prefect's own e-mail block supports a single provider.
 
-`prefect block register --file flows/common/smtp_block.py` makes its type known to a server; then make a block
-of it on Prefect's page, with a URL as Apprise writes it: mailtos://user:password@smtp.example.org?to=ops@example.org
+Register its type on a server with `prefect block register --file flows/common/smtp_block.py`. Then create a
+block of it on Prefect's page, with an Apprise URL: mailtos://user:password@smtp.example.org?to=ops@example.org
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from prefect.blocks.notifications import AppriseNotificationBlock
 
 
 class SmtpMail(AppriseNotificationBlock):
-    """Sends notices by mail."""
+    """Sends notifications by mail."""
 
     _block_type_name = "SMTP Mail"
     _block_type_slug = "smtp-mail"

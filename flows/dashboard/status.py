@@ -14,12 +14,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from monitoring.verdicts import DriftVerdict, read_verdict
+from stages.common import network
 from stages.common.artifacts import STATE, read_json
 from stages.common.errors import InputError
 from stages.common.params.loading import Params
@@ -207,7 +206,7 @@ def _programs(root: Path, params: Params, problems: list[str]) -> list[dict[str,
     pages = params.flows.pages
     tracking = params.flows.record.tracking_url
     known = {
-        "service": f"http://{_reached(params.services.host)}:{params.services.port}/",
+        "service": f"http://{network.reachable_host(params.services.host)}:{params.services.port}/",
         "prefect": f"http://127.0.0.1:{pages.prefect}/",
         "mlflow": tracking if tracking.startswith("http") else f"http://127.0.0.1:{pages.mlflow}/",
         "evidently": f"http://127.0.0.1:{pages.evidently}/",
@@ -215,7 +214,7 @@ def _programs(root: Path, params: Params, problems: list[str]) -> list[dict[str,
     there = {program["name"] for program in programs}
     for name, page in known.items():
         if name not in there:
-            up = _answers(page)
+            up = network.is_up(page, HTTP_TIMEOUT_S)
             why = "" if up else "does not answer" if there else "make up starts it"
             programs.append({"name": name, "state": "up" if up else "down", "page": page, "why": why})
     order = {name: place for place, name in enumerate(PROGRAMS)}
@@ -230,23 +229,6 @@ def _lives(pid: Any) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def _reached(host: str) -> str:
-    return "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
-
-
-def _answers(url: str) -> bool:
-    parts = urlsplit(url)
-    kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-    connection = kind(parts.hostname or "127.0.0.1", parts.port, timeout=HTTP_TIMEOUT_S)
-    try:
-        connection.request("GET", parts.path or "/")
-        return connection.getresponse().status < 500
-    except (OSError, HTTPException):
-        return False
-    finally:
-        connection.close()
 
 
 def _flows(root: Path, params: Params) -> dict[str, Any]:

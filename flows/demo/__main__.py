@@ -27,14 +27,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from flows.common import prefect_api, processes
-from flows.common.cli import in_words
+from flows.common import processes
+from flows.common.cli import run_command
 from flows.demo.checkout import home_environment, make_home, poison, run_python
 from flows.demo.traffic import Kind, ReplayResult, World, read_world, replay, traffic
 from flows.gate import judge
 from flows.retrain import progress, steps
 from monitoring.verdicts import DriftVerdict, read_verdicts
 from services.versions import __main__ as versions
+from stages.common import network
 from stages.common.artifacts import STATE, write_json, write_text
 from stages.common.errors import InputError
 from stages.common.params.loading import Params, load_params
@@ -145,7 +146,7 @@ class Accuracy:
 def live(root: Path) -> int:
     """Live through the day; return the exit code. Whatever was started ends with this process."""
     run_id = uuid.uuid4().hex
-    with processes.watchdog(run_id), prefect_api.environment(processes.RUN_ID_VARIABLE, run_id):
+    with processes.watchdog(run_id), processes.set_variable(processes.RUN_ID_VARIABLE, run_id):
         _live(root)
     return 0
 
@@ -281,7 +282,7 @@ def everything_up(home: Path, url: str) -> Iterator[None]:
             _wait_until_ready(url, process, home)
             yield
         finally:
-            prefect_api.stop(process, patience_s=60.0)
+            processes.stop(process, patience_s=60.0)
 
 
 def _wait_until_ready(url: str, process: subprocess.Popen[bytes], home: Path) -> None:
@@ -313,7 +314,7 @@ def _forget_yesterday(home: Path) -> None:
 def _ports() -> dict[str, int]:
     taken: set[int] = set()
     while len(taken) < 5:
-        taken.add(prefect_api.free_port())
+        taken.add(network.free_port())
     pages = ("dashboard", "prefect", "mlflow", "evidently")
     ports = sorted(taken)
     return {"services.port": ports[0]} | {
@@ -431,7 +432,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="perennial demo", description=__doc__)
     parser.add_argument("--show", action="store_true", help="the pages of the last day, until Ctrl-C")
     options = parser.parse_args(arguments)
-    return in_words(lambda: show(Path.cwd()) if options.show else live(Path.cwd()))
+    return run_command(lambda: show(Path.cwd()) if options.show else live(Path.cwd()))
 
 
 if __name__ == "__main__":

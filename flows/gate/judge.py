@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from flows.common.cli import in_words
+from flows.common.cli import run_command
 from flows.gate.evaluation import Asked, Evidence, file_hashes, gather
 from services.guard import checks
 from stages.common.artifacts import read_json, reports, write_json
@@ -461,7 +461,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(described(verdict))
         return 0 if verdict.passed else 1
 
-    return in_words(judge)
+    return run_command(judge)
 
 
 def described(verdict: GateVerdict) -> str:

@@ -8,7 +8,6 @@ traffic, and limits meant for users do not slow the gate down.
 
 from __future__ import annotations
 
-import http.client
 import logging
 import os
 import shutil
@@ -26,9 +25,10 @@ from typing import Any
 
 import psutil
 
-from flows.common import prefect_api, processes
+from flows.common import processes
 from services.versions import __main__ as versions
 from services.versions.__main__ import ALIASES, Aliases, Challenger
+from stages.common import network
 from stages.common.artifacts import STATE, read_json, write_json, write_text
 from stages.common.errors import InputError
 from stages.common.logs import QUIET_ENVIRONMENT
@@ -77,7 +77,7 @@ def serving(root: Path, params: Params, candidate: str, champion: str | None) ->
     end_leftovers(root)
     run_id = uuid.uuid4().hex
     folder = make_folder(root, params, candidate, champion, run_id)
-    port = prefect_api.free_port()
+    port = network.free_port()
     with processes.watchdog(run_id):
         process = _start(folder, root / LOG, run_id, port)
         try:
@@ -146,7 +146,7 @@ def end_leftovers(root: Path) -> int:
             continue
         if _lives(owner):
             continue
-        if processes.end(owner["run_id"]):
+        if processes.terminate_orphans(owner["run_id"]):
             logger.warning("ended a service that a killed gate (pid %d) left behind", owner["pid"])
         shutil.rmtree(folder, ignore_errors=True)
         ended += 1
@@ -194,7 +194,7 @@ def _start(folder: Path, log: Path, run_id: str, port: int) -> subprocess.Popen[
 def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     started = said = time.monotonic()
     logger.info("starting a private service with candidate and champion at %s …", url)
-    while not _is_ready(url):
+    while not network.is_up(f"{url}/readyz"):
         now = time.monotonic()
         if process.poll() is not None:
             raise InputError(
@@ -213,15 +213,6 @@ def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     logger.info("the private service is ready after %.0f s", time.monotonic() - started)
 
 
-def _is_ready(url: str) -> bool:
-    try:
-        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=5)
-        connection.request("GET", "/readyz")
-        return connection.getresponse().status == 200
-    except (OSError, http.client.HTTPException):
-        return False
-
-
 def _last_lines(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
     return "\n".join(f"  {line}" for line in lines[-LAST_LINES:])
@@ -233,5 +224,5 @@ def _stop(process: subprocess.Popen[bytes], run_id: str) -> None:
         with suppress(subprocess.TimeoutExpired):
             process.wait(STOP_PATIENCE_S)
     # Its workers carry the same id; and a parent that did not end is asked again, and then made to.
-    processes.end(run_id)
+    processes.terminate_orphans(run_id)
     process.wait()

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from flows.common.cli import in_words
+from flows.common.cli import run_command
 from flows.init.estimate import estimate_run, make_token_counter
 from flows.init.params_file import edit_params
 from flows.init.proposal import Findings, check_license, propose
@@ -39,7 +39,7 @@ LANGUAGE_SAMPLE_ROWS = 2000
 def main(arguments: Sequence[str] | None = None) -> int:
     """Set up `params.yaml`; return the exit code."""
     options = _make_parser().parse_args(arguments)
-    return in_words(lambda: init(options))
+    return run_command(lambda: init(options))
 
 
 def _make_parser() -> argparse.ArgumentParser:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
-from flows.common.cli import in_words
+from flows.common.cli import run_command
 from flows.common.summary import read_results, table
 from flows.registry.model_versions import (
     ADAPTER,
@@ -492,4 +492,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"{candidate.tag}: version {candidate.model_version}, run {candidate.run_id}\n")
         return 0
 
-    return in_words(record)
+    return run_command(record)

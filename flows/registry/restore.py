@@ -20,7 +20,7 @@ from pathlib import Path
 
 import yaml
 
-from flows.common.cli import in_words
+from flows.common.cli import run_command
 from flows.registry.model_versions import download_adapter, download_file, find_version
 from services.versions.__main__ import add_pipeline_output, stored_tags
 from stages.common.adapter import adapter_files
@@ -123,4 +123,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"{tag} is in the store\n")
         return 0
 
-    return in_words(restored)
+    return run_command(restored)

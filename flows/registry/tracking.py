@@ -13,14 +13,12 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import lru_cache
-from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.error import HTTPError
 from urllib.parse import urlsplit
-from urllib.request import urlopen
 
+from stages.common import network
 from stages.common.artifacts import STATE, atomic_write
 from stages.common.errors import InputError
 from stages.common.locks import file_lock
@@ -125,12 +123,13 @@ def _check(address: str) -> None:
         return
     try:
         if address.startswith("http"):
-            _ask(address)
+            if not network.is_up(f"{address.rstrip('/')}/health", REACH_TIMEOUT_S):
+                raise ConnectionError("no answer")
         else:
             parts = urlsplit(address)
             host, port = parts.hostname or "localhost", parts.port or POSTGRESQL_PORT
             socket.create_connection((host, port), timeout=REACH_TIMEOUT_S).close()
-    except (OSError, HTTPException) as error:
+    except OSError as error:
         raise InputError(f"MLflow does not answer at {without_password(address)}: {error}", FIX) from None
 
 
@@ -144,11 +143,3 @@ def _open_file(path: Path) -> None:
             f"{path} cannot be opened as MLflow's database: {error}",
             "move away what is there, or mend flows.record.tracking_url in params.yaml",
         ) from None
-
-
-def _ask(url: str) -> None:
-    try:
-        with urlopen(f"{url.rstrip('/')}/health", timeout=REACH_TIMEOUT_S):
-            pass
-    except HTTPError:
-        pass  # it answers; servers behind a login may not know this page

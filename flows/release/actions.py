@@ -28,7 +28,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from flows.common.cli import in_words
+from flows.common.cli import run_command
 from flows.gate import judge
 from flows.registry import model_versions
 from flows.release.journal import (
@@ -404,7 +404,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"{done.action}: {done.champion or 'nobody'} is champion{trial}\n")
         return 0
 
-    return in_words(act)
+    return run_command(act)
 
 
 def status(root: Path) -> str:

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.common.cli import in_words, run_flow
+from flows.common.cli import run_command
+from flows.common.prefect_api import run_flow
 from stages.common.params.loading import load_params
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="perennial retrain", description=__doc__)
     parser.add_argument("--why", default="by hand", help="for the record")
     options = parser.parse_args(arguments)
-    return in_words(lambda: _retrain(Path.cwd(), options.why))
+    return run_command(lambda: _retrain(Path.cwd(), options.why))
 
 
 def _retrain(root: Path, why: str) -> int:

@@ -12,17 +12,18 @@ from prefect.artifacts import create_table_artifact
 from prefect.client.schemas.objects import State
 from prefect.states import Cancelled, Completed, Failed
 
-from flows.common.notifications import tell
+from flows.common.notifications import notify
+from flows.common.prefect_api import run_as_task
 from flows.gate import judge
 from flows.retrain import progress, steps
 from flows.retrain.progress import Ended, Retraining
 from flows.training.flow import training
-from flows.training.stage_tasks import PipelineResult, as_task
+from flows.training.stage_tasks import PipelineResult
 from stages.common.params.loading import Params, load_params
 
 NAMES = {
     "promoted": "Promoted",
-    "refused": "Refused",
+    "rejected": "Rejected",
     "unchanged": "Unchanged",
     "abandoned": "Abandoned",
 }
@@ -43,13 +44,13 @@ def retrain(
     """
     root = Path.cwd()
     params = load_params(root / "params.yaml")
-    with progress.working(root) as mine:
+    with progress.lock(root) as mine:
         if not mine:
             return Completed(name="AlreadyRunning", message="another process retrains already")
         try:
             return _go_on(root, params, steps.open_retraining(root, params, why, verdict, since))
         except Exception as error:
-            tell(params.flows.notify, "failed", "the retraining failed", f"{error}\nThe next one goes on.")
+            notify(params.flows.notify, "failed", "the retraining failed", f"{error}\nThe next one goes on.")
             raise
 
 
@@ -67,7 +68,7 @@ def _go_on(root: Path, params: Params, run: Retraining) -> State[Ended | None]:
 
 def _step(root: Path, params: Params, run: Retraining) -> Retraining | Ended:
     work = steps.STEPS[run.step]
-    return as_task(run.step, lambda: work(root, params, run))
+    return run_as_task(run.step, lambda: work(root, params, run))
 
 
 def _train(root: Path, run: Retraining) -> Retraining | State[Ended | None]:
@@ -84,8 +85,8 @@ def _train(root: Path, run: Retraining) -> Retraining | State[Ended | None]:
 
 
 def _show(root: Path, params: Params, ended: Ended) -> None:
-    if ended.outcome == "promoted" or ended.outcome == "refused":
-        tell(params.flows.notify, ended.outcome, f"{ended.candidate} was {ended.outcome}", ended.said)
+    if ended.outcome == "promoted" or ended.outcome == "rejected":
+        notify(params.flows.notify, ended.outcome, f"{ended.candidate} was {ended.outcome}", ended.said)
     verdict = judge.read_verdict(root, ended.candidate) if ended.candidate else None
     if verdict is not None:
         create_table_artifact(

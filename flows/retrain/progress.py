@@ -8,7 +8,6 @@ lock is the mark of a retraining that was killed, and the next one goes on with 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import time
 from collections.abc import Iterator
@@ -19,9 +18,10 @@ from typing import Literal
 
 from stages.common.artifacts import STATE, read_json, write_json, write_text
 from stages.common.errors import InputError
+from stages.common.locks import try_file_lock
 
 Step = Literal["gather", "train", "record", "gate", "canary"]
-Outcome = Literal["promoted", "refused", "unchanged", "abandoned"]
+Outcome = Literal["promoted", "rejected", "unchanged", "abandoned"]
 RECORD = STATE / "retrain.json"
 HISTORY = STATE / "retrainings.jsonl"
 STEPS: tuple[Step, ...] = ("gather", "train", "record", "gate", "canary")
@@ -66,20 +66,15 @@ class Ended:
 
 
 @contextmanager
-def working(root: Path) -> Iterator[bool]:
-    """Hold the right to work on a retraining for the block; False if another process has it."""
-    with _lock_file(root).open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+def lock(root: Path) -> Iterator[bool]:
+    """Hold the lock on retraining for the block; yield False if another process holds it."""
+    with try_file_lock(root / STATE / "retrain.lock") as held:
+        yield held
 
 
 def is_running(root: Path) -> bool:
     """Tell whether some process works on a retraining now."""
-    with working(root) as free:
+    with lock(root) as free:
         return not free
 
 
@@ -145,8 +140,3 @@ def history(root: Path) -> list[Ended]:
         return [Ended(**json.loads(line)) for line in lines]
     except (ValueError, TypeError) as error:
         raise InputError(f"{path} is no record of retrainings ({error})", "remove the broken line") from None
-
-
-def _lock_file(root: Path) -> Path:
-    (root / STATE).mkdir(exist_ok=True)
-    return root / STATE / "retrain.lock"

@@ -38,7 +38,7 @@ StepFunction = Callable[[Path, Params, Retraining], Retraining | Ended]
 def open_retraining(
     root: Path, params: Params, why: str, verdict: str | None, since: float | None
 ) -> Retraining:
-    """Return the retraining to go on with, or a new one; call while `retrain_run.working`.
+    """Return the retraining to go on with, or a new one; call while `progress.lock`.
 
     One that was killed is given up if another version has become champion meanwhile: what it would be
     judged against is no longer what is served.
@@ -142,7 +142,7 @@ def pass_gate(root: Path, params: Params, run: Retraining) -> Retraining | Ended
         logger.info("%s %s", "passed " if criterion.passed else "REFUSED", criterion.said)
     if not verdict.passed:
         failed = "; ".join(criterion.said for criterion in verdict.criteria if not criterion.passed)
-        return progress.finish(root, run, "refused", f"by the gate: {failed}")
+        return progress.finish(root, run, "rejected", f"by the gate: {failed}")
     return progress.advance(root, run)
 
 
@@ -170,7 +170,7 @@ def show_to_some(root: Path, params: Params, run: Retraining, *, poll_s: float =
         model_versions.evidence(root, params, tag, reports("canary") / gate_path(tag).name)
         if verdict.state == "bad":
             actions.release(root, params, "refuse", tag, "canary", verdict.said)
-            return progress.finish(root, run, "refused", f"on trial: {verdict.said}")
+            return progress.finish(root, run, "rejected", f"on trial: {verdict.said}")
     actions.release(root, params, "promote", tag, "retrain", run.why)
     return _promoted(root, run, tag)
 
@@ -189,7 +189,7 @@ def _trial_ended(root: Path, run: Retraining, tag: str) -> Ended:
     begun = max(place for place, one in enumerate(releases) if one.action == "try" and one.tag == tag)
     ended = next(one for one in releases[begun:] if one.challenger != tag)
     said = f"its trial was ended ({ended.action} by {ended.by}): {ended.why}"
-    return progress.finish(root, run, "refused", said)
+    return progress.finish(root, run, "rejected", said)
 
 
 def _promoted(root: Path, run: Retraining, tag: str) -> Ended:

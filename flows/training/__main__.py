@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from flows.common import console
-from flows.common.cli import STOPPED_EXIT_CODE, in_words
+from flows.common.cli import STOPPED_EXIT_CODE, run_command
 from stages.common.errors import ParamsError
 from stages.common.params.loading import load_params
 
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the training flow from the command line; return the exit code."""
     options = _parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, _terminate)
-    return in_words(lambda: _run(Path.cwd(), options))
+    return run_command(lambda: _run(Path.cwd(), options))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,14 +57,14 @@ def _run(root: Path, options: argparse.Namespace) -> int:
     started = time.monotonic()
     load_params(root / "params.yaml")
     from flows.common import prefect_api
-    from flows.training.prepared_run import prepared
+    from flows.training.prepared_run import prepare_run
 
     with ExitStack() as stack:
         # The lock comes first: the server belongs to the run, and is cleaned up with it.
         run = stack.enter_context(
-            prepared(root, force=options.force, until=options.until, wait=not options.no_wait)
+            prepare_run(root, force=options.force, until=options.until, wait=not options.no_wait)
         )
-        api = stack.enter_context(prefect_api.reachable(root))
+        api = stack.enter_context(prefect_api.connect(root))
         run.start_early()
         from flows.training.flow import training
         from flows.training.stage_tasks import PipelineResult

@@ -18,7 +18,7 @@ from prefect.states import Cancelled, Completed, Failed
 
 from flows.common import summary
 from flows.training.plan import lock_order, sort_lock
-from flows.training.prepared_run import PreparedRun, prepared
+from flows.training.prepared_run import PreparedRun, prepare_run
 from flows.training.stage_tasks import PipelineResult, run_stages
 from stages.common.artifacts import artifacts
 from stages.common.errors import InputError
@@ -38,7 +38,7 @@ def training(force: bool = False, until: str | None = None, trigger: str = "hand
     params = load_params(root / "params.yaml")
     settings = params.flows.training
     with ExitStack() as stack:
-        run = stack.enter_context(prepared(root, force=force, until=until, wait=True))
+        run = stack.enter_context(prepare_run(root, force=force, until=until, wait=True))
         if runtime.deployment.id:
             _rename(run.name)
         else:

@@ -51,7 +51,7 @@ _current: ContextVar[PreparedRun | None] = ContextVar("prepared_run", default=No
 
 
 @contextmanager
-def prepared(root: Path, *, force: bool, until: str | None, wait: bool) -> Iterator[PreparedRun]:
+def prepare_run(root: Path, *, force: bool, until: str | None, wait: bool) -> Iterator[PreparedRun]:
     """Prepare a run of the checkout at `root`, or return the one that this process has prepared.
 
     Raises:

@@ -7,19 +7,18 @@ mark of a run that was killed.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import IO
+
+from filelock import FileLock, Timeout
 
 from flows.common import processes
 from stages.common.artifacts import STATE, write_json
@@ -93,8 +92,7 @@ def hold(root: Path, *, wait: bool = True) -> Iterator[RunLock]:
     """
     folder = root / STATE
     folder.mkdir(exist_ok=True)
-    with (folder / "run.lock").open("a") as file:
-        _lock(file, folder, wait)
+    with _locked(folder, wait):
         _clean_up(folder)
         lock = RunLock(folder, _own_record())
         os.environ[processes.RUN_ID_VARIABLE] = lock.run_id
@@ -115,21 +113,25 @@ def read_record(folder: Path) -> RunRecord | None:
         return None
 
 
-def _lock(file: IO[str], folder: Path, wait: bool) -> None:
-    said = None
+@contextmanager
+def _locked(folder: Path, wait: bool) -> Iterator[None]:
+    lock, reported = FileLock(folder / "run.lock"), ""
     while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
+            lock.acquire(timeout=POLL_S if reported else 0)
+            break
+        except Timeout:
             holder = read_record(folder)
-        described = f"another run is at work in this folder ({holder or 'it is just starting'})"
+        problem = f"another run is at work in this folder ({holder or 'it is just starting'})"
         if not wait:
-            raise InputError(described, "wait until it ends, or run without --no-wait")
-        if holder != said:
-            logger.warning("%s; waiting for it, Ctrl-C stops waiting", described)
-            said = holder
-        time.sleep(POLL_S)
+            raise InputError(problem, "wait until it ends, or run without --no-wait")
+        if problem != reported:
+            logger.warning("%s; waiting for it, Ctrl-C stops waiting", problem)
+            reported = problem
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _clean_up(folder: Path) -> None:
@@ -138,7 +140,7 @@ def _clean_up(folder: Path) -> None:
         return
     during = f" during {', '.join(killed.stages)}" if killed.stages else ""
     logger.warning("the last run (pid %d, started %s) was killed%s", killed.pid, killed.started, during)
-    ended = processes.end(killed.run_id)
+    ended = processes.terminate_orphans(killed.run_id)
     if ended:
         logger.warning("ended %d process%s that it left behind", ended, "" if ended == 1 else "es")
     logger.warning("going on from what it finished")

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Any, TypeVar
+from typing import Any
 from uuid import UUID
 
 from prefect import get_run_logger, task
@@ -31,7 +31,6 @@ from flows.training.stage_process import Outcome, Progress, is_chatter, parse_pr
 PROGRESS_ARTIFACT_S = 2.0  # between two updates of the bar on Prefect's page
 PROGRESS_LOG_S = 20.0  # between two lines of the log
 
-Result = TypeVar("Result")
 StageLogger = logging.Logger | logging.LoggerAdapter[Any]
 
 
@@ -60,15 +59,6 @@ class _Ledger:
     """What the tasks report back; one per run, written from their threads."""
 
     outcomes: dict[str, Outcome] = field(default_factory=dict)
-
-
-def as_task(name: str, work: Callable[[], Result]) -> Result:
-    """Do `work` as a task of the current flow, shown under `name`.
-
-    It takes no arguments: Prefect looks into those, and stumbles over a section with a key called `keys`.
-    """
-    options: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
-    return task(name=name, task_run_name=literal_name(name), **options)(work)()
 
 
 def run_stages(run: PreparedRun, *, retries: int, retry_delay_s: float) -> PipelineResult:

@@ -22,11 +22,11 @@ from pathlib import Path
 
 from flows.common import console, prefect_api, processes
 from flows.up.supervisor import Program, Supervisor, check_ports, nothing_missing, signals_call
+from stages.common import network
 from stages.common.artifacts import STATE, artifacts, read_json
 from stages.common.errors import InputError
 from stages.common.params.loading import Params, load_params
 
-LOOPBACK = "127.0.0.1"
 STATUS = STATE / "up.json"
 LOGS = STATE / "logs"
 STOP_PATIENCE_S = 20.0  # the executor ends a run at work, and the run its stages
@@ -71,9 +71,9 @@ def supervise(root: Path, programs: Sequence[Program], api: str) -> None:
     with ExitStack() as stack:
         stack.enter_context(signals_call(supervisor.stop))
         stack.enter_context(processes.watchdog(run_id))
-        stack.enter_context(prefect_api.environment(processes.RUN_ID_VARIABLE, run_id))
+        stack.enter_context(processes.set_variable(processes.RUN_ID_VARIABLE, run_id))
         # What programs started in sessions of their own is not in their groups.
-        stack.callback(processes.end, run_id)
+        stack.callback(processes.terminate_orphans, run_id)
         prefect_api.announce(root, api)
         stack.callback((root / STATE / "server.json").unlink, missing_ok=True)
         names = ", ".join(program.name for program in programs)
@@ -88,19 +88,19 @@ def ports(params: Params) -> dict[str, tuple[str, int]]:
     host, port = _prefect_address(params)
     wanted = {
         "services.port": (params.services.host, params.services.port),
-        "flows.pages.dashboard": (LOOPBACK, pages.dashboard),
+        "flows.pages.dashboard": (network.LOOPBACK, pages.dashboard),
         _prefect_key(): (host, port),
-        "flows.pages.evidently": (LOOPBACK, pages.evidently),
+        "flows.pages.evidently": (network.LOOPBACK, pages.evidently),
     }
     if _mlflow_is_ours(params):
-        wanted["flows.pages.mlflow"] = (LOOPBACK, pages.mlflow)
+        wanted["flows.pages.mlflow"] = (network.LOOPBACK, pages.mlflow)
     return wanted
 
 
 def prefect_api_url(params: Params) -> str:
     """Return where Prefect's API of `make up` answers."""
     host, port = _prefect_address(params)
-    return f"http://{_reached(host)}:{port}/api"
+    return f"http://{network.reachable_host(host)}:{port}/api"
 
 
 def make_programs(root: Path, params: Params) -> tuple[Program, ...]:
@@ -112,11 +112,11 @@ def make_programs(root: Path, params: Params) -> tuple[Program, ...]:
 
 
 def _dashboard(params: Params) -> Program:
-    url = f"http://{LOOPBACK}:{params.flows.pages.dashboard}/"
+    url = f"http://{network.LOOPBACK}:{params.flows.pages.dashboard}/"
     return Program(
         "dashboard",
         (
-            *_module("uvicorn", "flows.dashboard.app:app", "--host", LOOPBACK),
+            *_module("uvicorn", "flows.dashboard.app:app", "--host", network.LOOPBACK),
             *("--port", str(params.flows.pages.dashboard), "--log-level", "warning"),
         ),
         page=url,
@@ -129,7 +129,7 @@ def _prefect(params: Params) -> Program:
     return Program(
         "prefect",
         (*_module("prefect", "server", "start", "--host", host), "--port", str(port)),
-        page=f"http://{_reached(host)}:{port}/",
+        page=f"http://{network.reachable_host(host)}:{port}/",
         probe=f"{prefect_api_url(params)}/health",
         environment={
             # Else its page asks port 4200, whatever port this one listens on.
@@ -151,7 +151,7 @@ def _executor(params: Params) -> Program:
 
 
 def _service(root: Path, params: Params) -> Program:
-    url = f"http://{_reached(params.services.host)}:{params.services.port}/"
+    url = f"http://{network.reachable_host(params.services.host)}:{params.services.port}/"
     return Program(
         "service",
         _module("bentoml", "serve", "services.generation:Generation"),
@@ -163,11 +163,13 @@ def _service(root: Path, params: Params) -> Program:
 
 
 def _mlflow(root: Path, params: Params) -> Program:
-    url = f"http://{LOOPBACK}:{params.flows.pages.mlflow}/"
+    url = f"http://{network.LOOPBACK}:{params.flows.pages.mlflow}/"
     return Program(
         "mlflow",
         (
-            *_module("mlflow", "server", "--host", LOOPBACK, "--port", str(params.flows.pages.mlflow)),
+            *_module(
+                "mlflow", "server", "--host", network.LOOPBACK, "--port", str(params.flows.pages.mlflow)
+            ),
             *("--workers", "1", "--artifacts-destination", str(STATE / "mlflow-artifacts")),
         ),
         page=url,
@@ -183,12 +185,12 @@ def _mlflow(root: Path, params: Params) -> Program:
 
 def _evidently(root: Path, params: Params) -> Program:
     port = params.flows.pages.evidently
-    url = f"http://{LOOPBACK}:{port}/"
+    url = f"http://{network.LOOPBACK}:{port}/"
     return Program(
         "evidently",
         (
             *_module("evidently.cli", "ui", "--workspace", str(STATE / "evidently")),
-            *("--host", LOOPBACK, "--port", str(port)),
+            *("--host", network.LOOPBACK, "--port", str(port)),
         ),
         page=url,
         probe=url,
@@ -230,17 +232,12 @@ def _mlflow_is_ours(params: Params) -> bool:
 
 
 def _prefect_address(params: Params) -> tuple[str, int]:
-    host = os.environ.get("PREFECT_SERVER_API_HOST", LOOPBACK)
+    host = os.environ.get("PREFECT_SERVER_API_HOST", network.LOOPBACK)
     return host, int(os.environ.get("PREFECT_SERVER_API_PORT", params.flows.pages.prefect))
 
 
 def _prefect_key() -> str:
     return "PREFECT_SERVER_API_PORT" if "PREFECT_SERVER_API_PORT" in os.environ else "flows.pages.prefect"
-
-
-def _reached(host: str) -> str:
-    """Return the address by which this machine reaches what listens on `host`."""
-    return LOOPBACK if host in ("0.0.0.0", "::", "") else host
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ short pause again. What becomes of each is kept in a file that the dashboard rea
 
 from __future__ import annotations
 
-import http.client
 import logging
 import os
 import signal
@@ -20,8 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Literal
-from urllib.parse import urlsplit
 
+from flows.common import processes
+from stages.common import network
 from stages.common.artifacts import write_json
 from stages.common.errors import InputError
 
@@ -32,7 +32,6 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 EARNED_S = 60.0  # so long up, and the next pause is the first again
 PROBE_EVERY_S = 1.0  # while it starts
 PROBE_UP_EVERY_S = 10.0  # afterwards: it may hang
-PROBE_TIMEOUT_S = 3.0
 MAX_LOG_BYTES = 10_000_000  # a longer log is set aside when its program starts
 LAST_WORDS_BYTES = 4000
 
@@ -166,20 +165,13 @@ class Supervisor:
             os.replace(log, log.with_suffix(".log.1"))
         with log.open("ab") as file:
             file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} started\n".encode())
-            file.flush()
-            return subprocess.Popen(
-                program.command,
-                cwd=self._root,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **program.environment},
-                # Ctrl-C in the terminal reaches this process alone, which then ends the others in order.
-                start_new_session=True,
-            )
+        # Ctrl-C in the terminal reaches this process alone, which then ends the others in order.
+        environment = {**os.environ, **program.environment}
+        return processes.start(program.command, log, folder=self._root, environment=environment)
 
     def _set_down(self, kept: _Kept, code: int) -> None:
-        _kill_group(kept)
+        if kept.process is not None:
+            processes.kill_session(kept.process)
         kept.process, kept.answer = None, None
         kept.restarts += 1
         if time.monotonic() - kept.started >= EARNED_S:
@@ -206,7 +198,7 @@ class Supervisor:
                 self._change(kept, "starting", "its process lives and does not answer")
         if time.monotonic() - kept.asked >= (PROBE_UP_EVERY_S if kept.state == "up" else PROBE_EVERY_S):
             kept.asked = time.monotonic()
-            kept.answer = self._probes.submit(answers, kept.program.probe)
+            kept.answer = self._probes.submit(network.is_up, kept.program.probe)
 
     def _change(self, kept: _Kept, state: State, why: str) -> None:
         if (kept.state, kept.why) == (state, why) and kept.since:
@@ -257,7 +249,7 @@ class Supervisor:
             time.sleep(0.02)
         if process.poll() is None:
             logger.warning("%s did not end; killing it", kept.program.name)
-        _kill_group(kept)
+        processes.kill_session(process)
         process.wait()
         kept.process = None
 
@@ -266,29 +258,6 @@ def _ask_to_end(kept: _Kept) -> None:
     if kept.process is not None:
         with suppress(ProcessLookupError):
             kept.process.send_signal(kept.program.end_signal)
-
-
-def _kill_group(kept: _Kept) -> None:
-    """Kill what is left of a program and of the processes that it started in its session."""
-    if kept.process is not None:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(kept.process.pid, signal.SIGKILL)
-
-
-def answers(url: str, timeout_s: float = PROBE_TIMEOUT_S) -> bool:
-    """Tell whether something answers at `url` with a status below 500."""
-    parts = urlsplit(url)
-    try:
-        connection = http.client.HTTPConnection(
-            parts.hostname or "127.0.0.1", parts.port or 80, timeout=timeout_s
-        )
-        try:
-            connection.request("GET", parts.path or "/")
-            return connection.getresponse().status < 500
-        finally:
-            connection.close()
-    except (OSError, http.client.HTTPException):
-        return False
 
 
 def last_words(log: Path) -> str:

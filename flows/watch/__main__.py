@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.common.cli import in_words, run_flow
+from flows.common.cli import run_command
+from flows.common.prefect_api import run_flow
 from flows.retrain.__main__ import retrain_now, say
 from stages.common.params.loading import load_params
 
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="perennial watch", description=__doc__)
     parser.add_argument("--no-retrain", action="store_true", help="only say what was found")
     options = parser.parse_args(arguments)
-    return in_words(lambda: _watch(Path.cwd(), retrain=not options.no_retrain))
+    return run_command(lambda: _watch(Path.cwd(), retrain=not options.no_retrain))
 
 
 def _watch(root: Path, retrain: bool) -> int:

@@ -17,11 +17,11 @@ from prefect.client.schemas.objects import State
 from prefect.events import emit_event
 from prefect.states import Completed
 
-from flows.common.notifications import tell
+from flows.common.notifications import notify
+from flows.common.prefect_api import run_as_task
 from flows.registry import model_versions
 from flows.release import actions, canary
 from flows.retrain import progress
-from flows.training.stage_tasks import as_task
 from flows.watch.event import DRIFT_EVENT
 from monitoring import trigger
 from monitoring.feedback import rows
@@ -60,10 +60,10 @@ def watch() -> State[Watched]:
     try:
         watched = _watch(root, params)
     except Exception as error:
-        tell(params.flows.notify, "failed", "production could not be watched", str(error))
+        notify(params.flows.notify, "failed", "production could not be watched", str(error))
         raise
     if watched.calls_for_retraining is not None:
-        tell(params.flows.notify, "drift", watched.summary, watched.verdicts[-1].summary)
+        notify(params.flows.notify, "drift", watched.summary, watched.verdicts[-1].summary)
         if runtime.deployment.id:
             _call_for_retraining(watched)
     return Completed(message=watched.summary, data=watched)
@@ -73,10 +73,10 @@ def _watch(root: Path, params: Params) -> Watched:
     logger = get_run_logger()
     actions.recover(root, params)
     champion = _champion(root, params)
-    back = as_task("probation", lambda: _end_probation(root, params))
+    back = run_as_task("probation", lambda: _end_probation(root, params))
     if back is not None:
         return Watched(f"{champion} was taken back: {back}", rolled_back=champion)
-    usual = as_task(
+    usual = run_as_task(
         "read_reference", lambda: read_reference(params.services.events.url, champion, params.monitoring)
     )
     if usual is None:
@@ -132,7 +132,7 @@ def _end_probation(root: Path, params: Params) -> str | None:
     if verdict is None or verdict.state != "bad":
         return None
     actions.release(root, params, "roll_back", verdict.tag, "probation", verdict.said)
-    tell(params.flows.notify, "rolled_back", f"{verdict.tag} was taken back", verdict.said)
+    notify(params.flows.notify, "rolled_back", f"{verdict.tag} was taken back", verdict.said)
     return verdict.said
 
 

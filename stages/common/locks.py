@@ -1,22 +1,37 @@
-"""Turns between processes that change the same files."""
+"""Locks between processes that change the same files."""
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 
 @contextmanager
-def file_lock(lock: Path) -> Iterator[None]:
-    """Hold the lock file `lock` for the block; wait for whoever holds it, for as long as that takes.
+def file_lock(path: Path) -> Iterator[None]:
+    """Hold the lock file `path` for the block; wait for its holder without a limit.
 
-    The kernel lets go of it when the process ends, however it ends. So the file stays, empty, and says
-    nothing by being there: were it removed, two could hold a lock of that name at once. Threads take turns
-    too; taken a second time inside the block, it waits forever.
+    The kernel releases it when the process ends, however that happens. The file stays and is empty: its
+    existence means nothing. Threads exclude each other too; taken again inside the block, it waits forever.
     """
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path):
         yield
+
+
+@contextmanager
+def try_file_lock(path: Path) -> Iterator[bool]:
+    """Hold the lock file `path` for the block if it is free; yield whether it is held."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()

@@ -5,7 +5,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from flows.common import prefect_api
+from flows.common import prefect_api, processes
+from stages.common import network
 from tests.flows.toy import Api, Toy, make_toy
 
 
@@ -21,7 +22,7 @@ def clean_environment(tmp_path_factory):
 @pytest.fixture(scope="session")
 def api(clean_environment, tmp_path_factory):
     """A real Prefect server on a free port, ended with the tests."""
-    port, log = prefect_api.free_port(), tmp_path_factory.mktemp("server") / "log"
+    port, log = network.free_port(), tmp_path_factory.mktemp("server") / "log"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFECT_HOME", clean_environment["PREFECT_HOME"])
         process = prefect_api.start_temporary(port, log)
@@ -30,7 +31,7 @@ def api(clean_environment, tmp_path_factory):
         prefect_api.wait_until_up(url, process)
         yield Api(url)
     finally:
-        prefect_api.stop(process)
+        processes.stop(process)
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import pytest
 from flows.common import prefect_api
 from flows.release.actions import LOCK
 from flows.watch.event import DRIFT_EVENT
+from stages.common import network
 from stages.common.locks import file_lock
 from tests.flows.toy import Api
 
@@ -60,7 +61,7 @@ def test_one_command_registers_the_schedule_of_params_yaml(finished, api):
 
 
 def test_without_a_server_registering_says_how_to_start_one(finished):
-    nowhere = f"http://127.0.0.1:{prefect_api.free_port()}/api"
+    nowhere = f"http://127.0.0.1:{network.free_port()}/api"
 
     process = start(finished, "flows.deployments", PREFECT_API_URL=nowhere)
     out, _ = process.communicate(timeout=30)
@@ -75,8 +76,8 @@ def test_up_shows_the_page_executes_what_is_due_and_ends_with_all_it_started(fin
     finished.change("params.yaml", "cron: 0 3 * * 1", 'cron: "* * * * *"')
     finished.change("params.yaml", "learning_rate: 0.001", "learning_rate: 0.002")
     for key in ("dashboard: 8000", "mlflow: 5000", "evidently: 8001", "port: 3000"):
-        finished.change("params.yaml", f" {key} ", f" {key.split(':')[0]}: {prefect_api.free_port()} ")
-    port = prefect_api.free_port()
+        finished.change("params.yaml", f" {key} ", f" {key.split(':')[0]}: {network.free_port()} ")
+    port = network.free_port()
     api = Api(f"http://127.0.0.1:{port}/api")
     environment = {"PREFECT_HOME": str(tmp_path / "home"), "PREFECT_SERVER_API_PORT": str(port)}
     finished.environment.pop("PREFECT_API_URL")

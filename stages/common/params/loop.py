@@ -161,7 +161,7 @@ class Notify(Section):
 
     webhook: str | None
     email: str | None
-    events: tuple[Literal["drift", "refused", "promoted", "rolled_back", "failed"], ...]
+    events: tuple[Literal["drift", "rejected", "promoted", "rolled_back", "failed"], ...]
 
 
 class Pages(Section):

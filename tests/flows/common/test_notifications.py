@@ -1,4 +1,4 @@
-"""Notices: off by default, sent by a real block to a real address, never in the way of the loop."""
+"""Notifications: off by default, sent by a real block to a real address, never stopping the loop."""
 
 import json
 import socketserver
@@ -6,10 +6,10 @@ import threading
 
 import pytest
 
-from flows.common.notifications import tell
+from flows.common.notifications import notify
 from stages.common.params.loop import Notify
 
-ALL = ("drift", "refused", "promoted", "rolled_back", "failed")
+ALL = ("drift", "rejected", "promoted", "rolled_back", "failed")
 
 
 @pytest.fixture
@@ -58,16 +58,16 @@ def post_office():
     server.server_close()
 
 
-def test_nobody_is_told_unless_somebody_is_named():
-    assert tell(Notify(webhook=None, email=None, events=ALL), "drift", "it drifts", "much") == 0
+def test_nothing_is_sent_unless_a_block_is_named():
+    assert notify(Notify(webhook=None, email=None, events=ALL), "drift", "it drifts", "much") == 0
 
 
-def test_what_is_not_to_be_told_is_not_told():
-    assert tell(Notify(webhook="custom-webhook/x", email=None, events=("failed",)), "drift", "a", "b") == 0
+def test_an_event_that_is_not_enabled_is_not_sent():
+    assert notify(Notify(webhook="custom-webhook/x", email=None, events=("failed",)), "drift", "a", "b") == 0
 
 
 @pytest.mark.slow
-def test_a_webhook_and_a_mail_carry_the_notice(prefect_here, web, post_office):
+def test_a_webhook_and_a_mail_carry_the_notification(prefect_here, web, post_office):
     from prefect.blocks.notifications import CustomWebhookNotificationBlock
 
     from flows.common.smtp_block import SmtpMail
@@ -81,7 +81,7 @@ def test_a_webhook_and_a_mail_carry_the_notice(prefect_here, web, post_office):
         "ops", overwrite=True
     )
     settings = Notify(webhook="custom-webhook/ops", email="smtp-mail/ops", events=ALL)
-    assert tell(settings, "promoted", "m:2 was promoted", "better by 0.1") == 2
+    assert notify(settings, "promoted", "m:2 was promoted", "better by 0.1") == 2
     assert [json.loads(one) for one in posted] == [{"text": "Perennial: m:2 was promoted: better by 0.1"}]
     (mail,) = mails
     assert "Subject: Perennial: m:2 was promoted" in mail
@@ -89,7 +89,7 @@ def test_a_webhook_and_a_mail_carry_the_notice(prefect_here, web, post_office):
 
 
 @pytest.mark.slow
-def test_a_notice_that_cannot_be_sent_stops_nothing(prefect_here, caplog):
+def test_a_notification_that_cannot_be_sent_stops_nothing(prefect_here, caplog):
     settings = Notify(webhook="custom-webhook/nobody", email=None, events=ALL)
-    assert tell(settings, "failed", "it failed", "why") == 0
-    assert "custom-webhook/nobody could not be told that it failed" in caplog.text
+    assert notify(settings, "failed", "it failed", "why") == 0
+    assert "no notification through custom-webhook/nobody (it failed)" in caplog.text

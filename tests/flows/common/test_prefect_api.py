@@ -4,6 +4,7 @@ import sys
 import pytest
 
 from flows.common import prefect_api
+from stages.common import network
 from stages.common.errors import InputError
 
 PROFILES = """
@@ -35,29 +36,29 @@ def test_the_users_own_api_is_found_in_the_environment_and_in_the_profile(home, 
 def test_a_server_that_make_up_announced_is_used(home, api):
     prefect_api.announce(home, api.url)
 
-    with prefect_api.reachable(home) as found:
+    with prefect_api.connect(home) as found:
         assert found.url == api.url and not found.is_temporary
 
 
 def test_a_server_that_was_announced_but_is_down_is_not_used(home, monkeypatch):
-    monkeypatch.setattr(prefect_api, "DEFAULT_URL", f"http://127.0.0.1:{prefect_api.free_port()}/api")
+    monkeypatch.setattr(prefect_api, "DEFAULT_URL", f"http://127.0.0.1:{network.free_port()}/api")
     monkeypatch.setattr(
         prefect_api, "start_temporary", lambda port, log: subprocess.Popen([sys.executable, "-c", ""])
     )
-    prefect_api.announce(home, f"http://127.0.0.1:{prefect_api.free_port()}/api")
+    prefect_api.announce(home, f"http://127.0.0.1:{network.free_port()}/api")
 
-    with prefect_api.reachable(home) as found:
+    with prefect_api.connect(home) as found:
         assert found.is_temporary
 
 
 def test_a_server_that_ends_at_once_is_told(home):
     process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
 
-    with pytest.raises(InputError, match=r"ended at once with exit code 3\n  fix: see .perennial/server.log"):
-        prefect_api.wait_until_up(f"http://127.0.0.1:{prefect_api.free_port()}/api", process)
+    with pytest.raises(InputError, match=r"ended with exit code 3\n  fix: see .perennial/server.log"):
+        prefect_api.wait_until_up(f"http://127.0.0.1:{network.free_port()}/api", process)
 
 
 def test_only_a_prefect_api_counts_as_up(api):
     assert prefect_api.is_up(api.url)
     assert not prefect_api.is_up(api.url.removesuffix("/api"))
-    assert not prefect_api.is_up(f"http://127.0.0.1:{prefect_api.free_port()}/api")
+    assert not prefect_api.is_up(f"http://127.0.0.1:{network.free_port()}/api")

@@ -437,11 +437,11 @@ def test_a_killed_gate_leaves_no_service_behind(project):
         owner.stdout.readline()  # it is ready
         (folder,) = (root / ".perennial").glob("gate-service-*")
         run_id = read_json(folder / "owner.json")["run_id"]
-        assert len(processes.find(run_id)) >= 2, "BentoML's parent and its worker"
+        assert len(processes.find_orphans(run_id)) >= 2, "BentoML's parent and its worker"
         owner.send_signal(signal.SIGKILL)
     until = time.monotonic() + 30
-    while processes.find(run_id) and time.monotonic() < until:
+    while processes.find_orphans(run_id) and time.monotonic() < until:
         time.sleep(0.2)
-    assert processes.find(run_id) == []
+    assert processes.find_orphans(run_id) == []
     assert private_server.end_leftovers(root) == 1
     assert list((root / ".perennial").glob("gate-service-*")) == []

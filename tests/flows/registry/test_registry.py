@@ -165,8 +165,8 @@ def test_an_adapter_that_the_registry_has_lost_or_changed_is_not_used(checkout):
 
 @pytest.mark.slow
 def test_a_server_behind_a_url_serves_as_the_file_does(tmp_path, monkeypatch):
-    from flows.common.prefect_api import free_port
     from flows.registry.tracking import open_tracking
+    from stages.common.network import free_port
 
     write(tmp_path / "server.db", empty_database())
     port = free_port()

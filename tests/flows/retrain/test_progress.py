@@ -10,7 +10,7 @@ from stages.common.errors import InputError
 
 
 def test_a_retraining_is_set_down_step_by_step_and_ends_in_the_history(tmp_path):
-    with progress.working(tmp_path) as mine:
+    with progress.lock(tmp_path) as mine:
         assert mine
         run = progress.begin(tmp_path, "drift", "w1", "m:1", since=10.0, now=1_800_000_000.0)
         assert (run.id, run.step, run.until) == ("20270115T080000", "gather", 1_800_000_000.0)
@@ -34,9 +34,9 @@ def test_what_a_step_found_goes_with_the_record(tmp_path):
 
 def test_killed_between_its_last_two_files_it_ends_once(tmp_path):
     run = progress.begin(tmp_path, "drift", None, "m:1", since=0.0)
-    ended = progress.finish(tmp_path, run, "refused", "worse")
+    ended = progress.finish(tmp_path, run, "rejected", "worse")
     progress.save(tmp_path, run)  # as if the record had outlived the kill
-    progress.finish(tmp_path, run, "refused", "worse")
+    progress.finish(tmp_path, run, "rejected", "worse")
     assert progress.history(tmp_path) == [ended]
     assert progress.unfinished(tmp_path) is None
 
@@ -44,20 +44,20 @@ def test_killed_between_its_last_two_files_it_ends_once(tmp_path):
 def test_only_one_process_works_on_a_retraining_and_a_killed_one_gives_way(tmp_path):
     hold = (
         "import sys, time; from pathlib import Path; from flows.retrain import progress\n"
-        "with progress.working(Path(sys.argv[1])) as mine:\n"
+        "with progress.lock(Path(sys.argv[1])) as mine:\n"
         "    print(mine, flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "True\n"
         assert progress.is_running(tmp_path)
-        with progress.working(tmp_path) as mine:
+        with progress.lock(tmp_path) as mine:
             assert not mine
     finally:
         process.kill()
         process.wait()
     assert not progress.is_running(tmp_path)
-    with progress.working(tmp_path) as mine:
+    with progress.lock(tmp_path) as mine:
         assert mine
 
 

@@ -52,10 +52,10 @@ def test_two_triggers_at_once_are_one_retraining_and_the_gate_refuses_what_learn
             process.kill()
             process.wait()
     assert [process.returncode for process in both] == [0, 0]
-    assert said[0] == "another process retrains already" and said[1].startswith("refused: by the gate"), said
+    assert said[0] == "another process retrains already" and said[1].startswith("rejected: by the gate"), said
 
     (ended,) = progress.history(home.root)
-    assert (ended.outcome, ended.champion) == ("refused", before.champion)
+    assert (ended.outcome, ended.champion) == ("rejected", before.champion)
     assert progress.unfinished(home.root) is None
     assert not judge.read_verdict(home.root, ended.candidate).passed
     assert home.versions()[ended.candidate].gate == "refused"
@@ -92,9 +92,9 @@ def test_killed_at_every_step_before_users_see_it_the_same_retraining_goes_on_an
     done = home.retrain("once more")
     assert done.returncode == 0, done.stderr
     assert f"going on with the retraining {one} (killed), at gate" in done.stderr
-    assert done.stdout.startswith("refused: by the gate"), done.stdout
+    assert done.stdout.startswith("rejected: by the gate"), done.stdout
     *earlier, ended = progress.history(home.root)
-    assert earlier == known and (ended.id, ended.outcome) == (one, "refused")
+    assert earlier == known and (ended.id, ended.outcome) == (one, "rejected")
     assert progress.unfinished(home.root) is None
     assert home.versions()[ended.candidate].gate == "refused"
     assert (home.aliases, bearers(home)) == (before, named)

@@ -93,8 +93,8 @@ def test_a_process_that_ignores_gentle_signals_is_killed():
     )
     assert process.stdout is not None
     process.stdout.readline()
-    quick = tuple((number, 0.3) for number, _ in processes.ENDING)
+    quick = tuple((number, 0.3) for number, _ in processes.TERMINATION)
 
-    assert processes.end("stubborn", quick) == 1
+    assert processes.terminate_orphans("stubborn", quick) == 1
     assert not psutil.pid_exists(process.pid) or process.wait(timeout=5) == -9
     process.stdout.close()

@@ -15,7 +15,8 @@ import pytest
 
 from flows.common import processes
 from flows.up import __main__ as up
-from flows.up.supervisor import Program, Supervisor, answers, check_ports, last_words
+from flows.up.supervisor import Program, Supervisor, check_ports, last_words
+from stages.common import network
 from stages.common.errors import InputError
 from stages.common.params.loading import load_params
 
@@ -147,7 +148,7 @@ def test_a_program_is_up_when_it_answers_and_not_before(tmp_path):
     url = f"http://127.0.0.1:{port}/"
     with supervised(tmp_path, python("pages", code, page=url, probe=url)) as state:
         wait_until(lambda: state("pages")["state"] == "starting")
-        assert not answers(url)
+        assert not network.is_up(url)
         (tmp_path / "go").touch()
         wait_until(lambda: state("pages")["state"] == "up")
         assert state("pages")["page"] == url
@@ -179,10 +180,10 @@ def test_however_the_supervisor_ends_nothing_is_left(tmp_path, number):
     wait_until(lambda: (tmp_path / "begun").exists())
     [program] = psutil.Process(process.pid).children()[1:]
     run_id = program.environ()[processes.RUN_ID_VARIABLE]
-    assert len(processes.find(run_id)) == 2
+    assert len(processes.find_orphans(run_id)) == 2
     process.send_signal(number)
     assert process.wait(15) == (0 if number == signal.SIGTERM else -signal.SIGKILL)
-    wait_until(lambda: processes.find(run_id) == [], 15)
+    wait_until(lambda: processes.find_orphans(run_id) == [], 15)
 
 
 def test_taken_ports_are_named_with_their_keys_before_anything_starts():

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.common.prefect_api import free_port
 from services.versions.__main__ import ALIASES, Aliases, _write
+from stages.common.network import free_port
 from tests.flows.toy import ROOT
 from tests.monitoring import store
 from tests.services.serving import ask, serving, tiny_files

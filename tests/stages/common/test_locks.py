@@ -3,7 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from stages.common.locks import file_lock
+from stages.common.locks import file_lock, try_file_lock
 
 ROOT = Path(__file__).parents[3]
 # Adds to a number in a file; without turns, what another adds meanwhile is lost.
@@ -65,3 +65,15 @@ def test_a_killed_holder_lets_go(tmp_path):
         holder.communicate()
     with file_lock(tmp_path / "held.lock"):
         assert (tmp_path / "held.lock").read_text() == ""
+
+
+def test_a_lock_that_another_process_holds_is_not_waited_for(tmp_path):
+    holder = start(HOLD, tmp_path)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with try_file_lock(tmp_path / "held.lock") as held:
+            assert not held
+    finally:
+        holder.communicate("")
+    with try_file_lock(tmp_path / "held.lock") as held:
+        assert held
