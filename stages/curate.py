@@ -18,18 +18,19 @@ import json
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from io import BytesIO
+from pathlib import Path
 from typing import Any
 
-from stages.common.artifacts import artifacts, reports, write_bytes, write_json, write_text
+from stages.common.artifacts import artifacts, reports, write_json, write_text
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage
 from stages.common.near_duplicates import SimilarTexts, prompt_text
 from stages.common.params.loading import load_params
 from stages.common.personal_data import holds
 from stages.common.records import Message, Row, canonical_json, make_row, read_rows, write_rows
+from stages.common.svg import draw_figure
 
 log = get_logger("curate")
 
@@ -294,30 +295,20 @@ def rejects_jsonl(dropped: Sequence[tuple[Row, Drop]]) -> str:
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-def picture(kept: int, by_reason: dict[str, int]) -> bytes:
-    """Draw the rows kept and dropped as bars, as SVG with the same bytes for the same numbers."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+def plot_rows(kept: int, by_reason: Mapping[str, int], path: Path) -> None:
+    """Plot the rows kept, and those rejected for each reason."""
     names = ["kept", *sorted(by_reason, key=lambda reason: (-by_reason[reason], reason))]
     counts = [kept, *(by_reason[name] for name in names[1:])]
-    with plt.rc_context({"svg.hashsalt": "perennial", "svg.fonttype": "none"}):
-        figure, axes = plt.subplots(figsize=(7, 1.2 + 0.4 * len(names)))
+    with draw_figure(path, 7, 1.2 + 0.4 * len(names)) as drawing:
+        axes = drawing.subplots()
         bars = axes.barh(names, counts, color=["#2a9d8f"] + ["#e76f51"] * (len(names) - 1))
         axes.bar_label(bars, labels=[f"{count:,}" for count in counts], padding=3)
         axes.invert_yaxis()
-        axes.set_xscale("symlog")  # one dropped row must be seen beside thousands kept
+        axes.set_xscale("symlog")  # one rejected row must be visible next to thousands kept
         axes.set_xlim(0, max(counts) * 4 + 1)
         axes.set_xlabel("rows (logarithmic)")
-        axes.set_title("Rows kept, and dropped by reason")
+        axes.set_title("Rows kept, and rejected by reason")
         axes.spines[["top", "right"]].set_visible(False)
-        figure.tight_layout()
-        buffer = BytesIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-        plt.close(figure)
-    return buffer.getvalue()
 
 
 def main() -> None:
@@ -349,7 +340,7 @@ def main() -> None:
         )
     write_rows(folder / "rows.parquet", kept)
     write_json(reports("curate") / "metrics.json", counts)
-    write_bytes(reports("curate") / "rows.svg", picture(len(kept), counts["dropped_by_reason"]))
+    plot_rows(len(kept), counts["dropped_by_reason"], reports("curate") / "rows.svg")
     log.info("%d rows in, %d kept, %d dropped", len(rows), len(kept), len(dropped))
     for reason, count in counts["dropped_by_reason"].items():
         log.info("dropped %d: %s", count, reason)
