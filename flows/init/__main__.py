@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +154,7 @@ def write_params(text: str, files: Sequence[DataFile]) -> None:
                 sys.stdout.write(f"copied {file.origin} to {file.path}, where DVC sees it change\n")
 
 
-def _pick(section: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+def _pick(section: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
     return {key: section[key] for key in keys}
 
 

@@ -99,8 +99,8 @@ def _to_node(value: Any, is_inline: bool = False) -> Any:
     return value
 
 
-def _fold(text: str) -> FoldedScalarString:
-    folded = FoldedScalarString(text)
+def _fold(text: str) -> Any:
+    folded: Any = FoldedScalarString(text)
     positions, place = [], 0
     for line in textwrap.wrap(text, LINE_CHARS - 4, break_long_words=False, break_on_hyphens=False)[:-1]:
         place += len(line)

@@ -44,7 +44,6 @@ class Dialect:
             csv.Error: quotes are wrong, or do not close.
         """
         csv.field_size_limit(2**31 - 1)  # the default of 131,072 characters is a short document
-        quoting = csv.QUOTE_NONE if self.quote is None else csv.QUOTE_MINIMAL
         reader = csv.reader(
             lines,
             delimiter=self.delimiter,
@@ -52,7 +51,7 @@ class Dialect:
             escapechar=self.escape,
             doublequote=self.escape is None,
             skipinitialspace=self.skips_space,
-            quoting=quoting,
+            quoting=csv.QUOTE_NONE if self.quote is None else csv.QUOTE_MINIMAL,
             strict=True,
         )
         return next(reader, [])

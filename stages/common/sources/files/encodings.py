@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO, cast
 
 from stages.common.errors import InputError
 
@@ -55,7 +55,7 @@ def detect_compression(path: Path) -> str | None:
 
 
 @contextmanager
-def open_decompressed(path: Path) -> Iterator[IO[bytes]]:
+def open_decompressed(path: Path) -> Iterator[BinaryIO]:
     """Open the content of a file, decompressed.
 
     Raises:
@@ -65,7 +65,7 @@ def open_decompressed(path: Path) -> Iterator[IO[bytes]]:
     try:
         if compression == "gzip":
             with gzip.open(path) as content:
-                yield content
+                yield cast(BinaryIO, content)
         elif compression == "zstd":
             import pyarrow as pa  # Python has zstd only from 3.14 on
 

@@ -122,7 +122,7 @@ def _chat_shape(path: Path, records: Sequence[Record], columns: Columns, there: 
             "set `messages_column`, or `prompt_column` and `completion_column`, in its entry of the sources",
         )
     (name,) = found
-    turns = next((record[name] for record in records if is_conversation(record.get(name))), [])
+    turns: Any = next((record[name] for record in records if is_conversation(record.get(name))), [])
     is_sharegpt = any("from" in turn for turn in parse_list(turns))
     return Shape("sharegpt" if is_sharegpt else "chat", messages=name, system=_find_system(columns, there))
 
