@@ -14,6 +14,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import checks.wheels
+from benchmarks.structure import find_circles, fold_graph, import_graph
 from flows.__main__ import COMMANDS
 from stages.common.params.loading import Params, load_params
 
@@ -84,65 +85,14 @@ def test_imports_go_one_way(path):
         assert home(imported) == here or allowed, f"{dotted(path)} imports {imported}"
 
 
-def arrows() -> dict[str, set[str]]:
-    """Which module imports which, all of ours; a package stands for its __init__."""
-    files = [path for package in PACKAGES for path in modules(package)]
-    return {dotted(path): our_imports(path) - {dotted(path)} for path in files}
-
-
-def strongly_connected(graph: dict[str, set[str]]) -> list[list[str]]:
-    """The groups of nodes that reach each other (Tarjan 1972), those of one node left out."""
-    index: dict[str, int] = {}
-    low: dict[str, int] = {}
-    stack: list[str] = []
-    found: list[list[str]] = []
-
-    def visit(node: str) -> None:
-        index[node] = low[node] = len(index)
-        stack.append(node)
-        for other in sorted(graph.get(node, ())):
-            if other not in index:
-                visit(other)
-                low[node] = min(low[node], low[other])
-            elif other in stack:
-                low[node] = min(low[node], index[other])
-        if low[node] == index[node]:
-            group = stack[stack.index(node) :]
-            del stack[stack.index(node) :]
-            found.append(sorted(group))
-
-    for node in sorted(graph):
-        if node not in index:
-            visit(node)
-    return [group for group in found if len(group) > 1]
-
-
-def folder(module: str) -> str:
-    """The folder of a module, two levels deep: what a reader sees as one box."""
-    parts = dotted_folder(module)
-    return ".".join(parts[:2])
-
-
-def dotted_folder(module: str) -> list[str]:
-    place = ROOT / module.replace(".", "/")
-    parts = module.split(".")
-    return parts if place.is_dir() else parts[:-1]
-
-
 def test_no_module_imports_itself_through_others():
-    assert strongly_connected(arrows()) == []
+    assert find_circles(import_graph(ROOT)) == []
 
 
-def test_no_folder_imports_itself_through_others():
-    """Folders of one package; a module that lies directly in the package is a box of its own."""
-    boxes: dict[str, set[str]] = {}
-    for module, imported in arrows().items():
-        here = module if len(dotted_folder(module)) == 1 else folder(module)
-        for other in imported:
-            there = other if len(dotted_folder(other)) == 1 else folder(other)
-            if there != here and there.split(".")[0] == here.split(".")[0]:
-                boxes.setdefault(here, set()).add(there)
-    assert strongly_connected(boxes) == []
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_folder_imports_itself_through_others(package):
+    """A module directly in the package is a room of its own."""
+    assert find_circles(fold_graph(import_graph(ROOT), package)) == []
 
 
 def test_no_module_is_named_in_a_string_to_be_imported():
