@@ -296,7 +296,7 @@ def import_graph(root: Path) -> dict[str, set[str]]:
 
 
 def fold_graph(graph: dict[str, set[str]], package: str) -> dict[str, set[str]]:
-    """Return one package's graph with each folder directly below it as one room, modules there as their own."""
+    """Return one package's graph with each of its folders as one room."""
 
     def room(module: str) -> str:
         return ".".join(module.split(".")[:2])
