@@ -25,7 +25,7 @@ from services.engines.protocol import (
     Step,
     TokenLogprob,
 )
-from services.engines.worker import Outcome, Request, Worker
+from services.engines.worker import Request, StepResult, Worker
 from stages.common.chat import end_of_turn_ids
 from stages.common.errors import InputError
 
@@ -170,16 +170,16 @@ class OpenvinoEngine(Worker):
     def _leave(self, request: Request) -> None:
         request.state.cancel()
 
-    def _advance(self, running: Sequence[Request]) -> list[Outcome]:
+    def _advance(self, running: Sequence[Request]) -> list[StepResult]:
         self._pipeline.step()
-        outcomes: list[Outcome] = []
+        results: list[StepResult] = []
         for request in running:
             handle = request.state
             if handle.can_read():
-                outcomes.append((request, self._read(request)))
+                results.append((request, self._read(request)))
             elif handle.get_status() == self._genai.GenerationStatus.IGNORED:
-                outcomes.append((request, EngineError("the key-value cache has no room for this answer")))
-        return outcomes
+                results.append((request, EngineError("the key-value cache has no room for this answer")))
+        return results
 
     def _read(self, request: Request) -> Step:
         ids: list[int] = []

@@ -1,102 +1,140 @@
-"""From logits to the next token, for engines that compute in this process."""
+"""Sample the next token from logits, for engines that decode in this process."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from services.engines.protocol import Sampling, TokenLogprob
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from services.engines.grammar import Grammar
 
+Logits = NDArray[np.float32]
+MIN_TEMPERATURE = 1e-5  # lower ones would overflow float32, and draw the likeliest token anyway
 
-class Chooser:
-    """Chooses one answer's tokens one after the other.
 
-    Log-probabilities are the model's own: of the logits before temperature, penalties and schema.
+class Sampler:
+    """Samples the tokens of one answer, in order.
+
+    One random number is drawn per token, whatever was speculated, so that a seed gives the same answer with
+    and without speculative tokens. Log-probabilities are the model's own: before temperature, penalties and
+    grammar.
 
     Args:
         end_ids: tokens that end the answer.
-        grammar: what the answer must fit, or None.
+        grammar: constrains the answer; None for any text.
+
+    Attributes:
+        greedy: the token with the highest logit is taken, with no penalty and no grammar.
     """
 
-    __slots__ = ("_counts", "_end_ids", "_grammar", "_random", "_sampling")
+    __slots__ = ("_counts", "_end_ids", "_grammar", "_random", "_sampling", "greedy")
 
     def __init__(self, sampling: Sampling, end_ids: Sequence[int], grammar: Grammar | None) -> None:
-        import numpy as np
-
         self._sampling = sampling
         self._end_ids = list(end_ids)
         self._grammar = grammar
         self._counts: Counter[int] = Counter()
         self._random = np.random.default_rng(sampling.seed)
+        penalised = bool(sampling.frequency_penalty or sampling.presence_penalty)
+        self.greedy = sampling.temperature <= 0 and grammar is None and not penalised
 
     @property
-    def takes_likeliest(self) -> bool:
-        """Return whether the token is the largest logit, and nothing else is wanted."""
-        wanted = self._sampling
-        plain = wanted.temperature <= 0 and wanted.logprobs is None and self._grammar is None
-        return plain and not wanted.frequency_penalty and not wanted.presence_penalty
+    def needs_logits(self) -> bool:
+        """Whether the likeliest token alone is not enough."""
+        return not self.greedy or self._sampling.logprobs is not None
 
-    def choose(self, logits: np.ndarray) -> tuple[int, TokenLogprob | None]:
-        """Return the next token and, if it was asked for, its log-probability.
+    def sample(self, logits: Logits, likeliest: int) -> tuple[int, TokenLogprob | None]:
+        """Return the next token, and its log-probability if that was requested.
 
         Args:
-            logits: float32, shape (vocabulary,).
+            logits: shape (vocabulary,).
+            likeliest: the token with the highest logit, which engines find for a whole batch at once.
 
         Raises:
-            ValueError: the logits are not numbers, or the schema leaves no token.
+            ValueError: the logits are not finite, or the grammar allows no token.
         """
-        import numpy as np
+        token = self._take_greedy(logits, likeliest) if self.greedy else self._sample(logits)
+        count = self._sampling.logprobs
+        return token, None if count is None else compute_logprob(logits, token, count)
 
-        scores = self._penalised(logits)
-        if self._grammar is not None:
-            allowed = self._grammar.allowed()
-            allowed[self._end_ids] = allowed[self._end_ids].any()
-            scores = np.where(allowed, scores, -np.inf)
+    def _take_greedy(self, logits: Logits, likeliest: int) -> int:
+        _check_finite(logits[likeliest])
+        return likeliest
+
+    def _sample(self, logits: Logits) -> int:
+        scores = self._apply_grammar(self._apply_penalties(logits))
         token = int(scores.argmax())
-        if not np.isfinite(scores[token]):
-            raise ValueError("the model's logits leave no token to choose")
+        _check_finite(scores[token])
         if self._sampling.temperature > 0:
-            token = self._draw(scores)
+            temperature = np.float32(max(self._sampling.temperature, MIN_TEMPERATURE))
+            scaled = (scores - scores[token]) / temperature
+            token = draw_token(scaled, self._sampling.top_p, self._random.random())
         self._counts[token] += 1
         if self._grammar is not None and token not in self._end_ids:
             self._grammar.take(token)
-        return token, self._logprob(logits, token)
+        return token
 
-    def _penalised(self, logits: np.ndarray) -> np.ndarray:
-        wanted = self._sampling
-        if not self._counts or not (wanted.frequency_penalty or wanted.presence_penalty):
+    def _apply_penalties(self, logits: Logits) -> Logits:
+        sampling = self._sampling
+        if not self._counts or not (sampling.frequency_penalty or sampling.presence_penalty):
             return logits
         scores = logits.copy()
         for token, count in self._counts.items():
-            scores[token] -= wanted.frequency_penalty * count + wanted.presence_penalty
+            scores[token] -= sampling.frequency_penalty * count + sampling.presence_penalty
         return scores
 
-    def _draw(self, scores: np.ndarray) -> int:
-        """Draw among the likeliest tokens that together reach `top_p`."""
-        import numpy as np
+    def _apply_grammar(self, scores: Logits) -> Logits:
+        if self._grammar is None:
+            return scores
+        allowed = self._grammar.allowed()
+        # The grammar knows one end token; where it allows that, any of them ends the answer.
+        allowed[self._end_ids] = allowed[self._end_ids].any()
+        return np.where(allowed, scores, np.float32(-np.inf))
 
-        weights = np.exp((scores - scores.max()).astype(np.float64) / self._sampling.temperature)
+
+def draw_token(scores: Logits, top_p: float, uniform: float) -> int:
+    """Draw a token from softmax(scores), cut to the likeliest tokens that reach `top_p` together.
+
+    Nucleus sampling (Holtzman et al. 2020).
+
+    Args:
+        uniform: a random number in [0, 1).
+    """
+    weights = np.exp(scores - scores.max(), dtype=np.float64)
+    if top_p >= 1:
+        order, sums = None, np.cumsum(weights)
+    else:
         order = np.argsort(-weights, kind="stable")
-        reached = np.cumsum(weights[order])
-        kept = int(np.searchsorted(reached, self._sampling.top_p * reached[-1])) + 1
-        kept = min(kept, int(np.count_nonzero(weights)))
-        place = np.searchsorted(reached[:kept], self._random.random() * reached[kept - 1], side="right")
-        return int(order[min(int(place), kept - 1)])
+        sums = np.cumsum(weights[order])
+        sums = sums[: int(np.searchsorted(sums, top_p * sums[-1])) + 1]
+    place = int(np.searchsorted(sums, uniform * sums[-1], side="right"))
+    place = min(
+        place, int(np.searchsorted(sums, sums[-1]))
+    )  # rounding may reach past the last possible token
+    return place if order is None else int(order[place])
 
-    def _logprob(self, logits: np.ndarray, token: int) -> TokenLogprob | None:
-        import numpy as np
 
-        count = self._sampling.logprobs
-        if count is None:
-            return None
-        wide = logits.astype(np.float64)
-        nats = wide - (wide.max() + np.log(np.exp(wide - wide.max()).sum()))
-        best = np.argpartition(-nats, min(count, len(nats) - 1))[:count]
-        best = best[np.argsort(-nats[best], kind="stable")]
-        return TokenLogprob(token, float(nats[token]), tuple((int(i), float(nats[i])) for i in best))
+def compute_logprob(logits: Logits, token: int, alternatives: int) -> TokenLogprob:
+    """Return the log-probability of a token under the model, and those of the likeliest tokens."""
+    top = logits.max()
+    shares = logits - top
+    np.exp(shares, out=shares)  # float32, for speed: runs for every token, and the sum is exact to six digits
+    total = float(top) + math.log(float(shares.sum()))
+    own = float(logits[token]) - total
+    if not alternatives:
+        return TokenLogprob(token, own)
+    best = np.argpartition(-logits, min(alternatives, len(logits) - 1))[:alternatives]
+    best = best[np.argsort(-logits[best], kind="stable")]
+    return TokenLogprob(token, own, tuple((int(other), float(logits[other]) - total) for other in best))
+
+
+def _check_finite(score: np.float32) -> None:
+    if not math.isfinite(score):
+        raise ValueError("the logits leave no token to choose")

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from services.engines.grammar import Grammars
 from services.engines.protocol import EngineError, FinishReason, Sampling, Step
-from services.engines.sampling import Chooser
-from services.engines.worker import Outcome, Request, Worker
+from services.engines.sampling import Sampler
+from services.engines.worker import Request, StepResult, Worker
 from stages.common.chat import end_of_turn_ids
 from stages.common.models import load_base, load_tuned, pick_device, pick_dtype
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class _Writing:
     """What is kept of an answer: how it is chosen, its own cache until the prompt is read, what is next."""
 
-    chooser: Chooser
+    sampler: Sampler
     cache: Any = None
     read: int = 0
     written: int = 0
@@ -95,7 +95,7 @@ class TransformersEngine(Worker):
     def _prepare(self, sampling: Sampling) -> _Writing:
         schema = sampling.json_schema
         grammar = None if schema is None else self._grammars.compile(schema)
-        return _Writing(Chooser(sampling, sorted(self._end_ids), grammar))
+        return _Writing(Sampler(sampling, sorted(self._end_ids), grammar))
 
     def _enter(self, request: Request) -> None:
         self._reading.append(request)
@@ -106,27 +106,27 @@ class TransformersEngine(Worker):
         else:
             self._batch.keep([other for other in self._batch.requests if other is not request])
 
-    def _advance(self, running: Sequence[Request]) -> list[Outcome]:
+    def _advance(self, running: Sequence[Request]) -> list[StepResult]:
         import torch
 
         with torch.inference_mode():
-            outcomes = self._decode()
+            results = self._decode()
             if self._reading:
-                outcomes += self._read_piece(self._reading[0])
-        return outcomes
+                results += self._read_piece(self._reading[0])
+        return results
 
-    def _decode(self) -> list[Outcome]:
+    def _decode(self) -> list[StepResult]:
         """Write one token of each answer whose prompt is read."""
         if not self._batch.requests:
             return []
         logits = self._batch.step(self._model, self._device)
-        outcomes = self._write(self._batch.requests, logits)
-        ended = {id(request) for request, item in outcomes if _is_end(item)}
+        results = self._write(self._batch.requests, logits)
+        ended = {id(request) for request, item in results if _is_end(item)}
         if ended:
             self._batch.keep([request for request in self._batch.requests if id(request) not in ended])
-        return outcomes
+        return results
 
-    def _read_piece(self, request: Request) -> list[Outcome]:
+    def _read_piece(self, request: Request) -> list[StepResult]:
         """Read the next piece of a prompt; behind the last one the answer begins."""
         import torch
         from transformers import DynamicCache
@@ -147,28 +147,28 @@ class TransformersEngine(Worker):
         if state.read < len(request.prompt):
             return []
         self._reading.popleft()
-        outcomes = self._write([request], out.logits[:, -1])
-        if not _is_end(outcomes[0][1]):
+        results = self._write([request], out.logits[:, -1])
+        if not _is_end(results[0][1]):
             self._batch.join(request, state.cache)
         state.cache = None
-        return outcomes
+        return results
 
-    def _write(self, requests: Sequence[Request], logits: torch.Tensor) -> list[Outcome]:
+    def _write(self, requests: Sequence[Request], logits: torch.Tensor) -> list[StepResult]:
         likeliest = logits.argmax(dim=-1).tolist()
         rows = None
-        outcomes: list[Outcome] = []
+        results: list[StepResult] = []
         for place, request in enumerate(requests):
-            if request.state.chooser.takes_likeliest:
-                outcomes.append((request, self._step_of(request, likeliest[place], None)))
+            if not request.state.sampler.needs_logits:
+                results.append((request, self._step_of(request, likeliest[place], None)))
                 continue
             rows = logits.float().cpu().numpy() if rows is None else rows
             try:
-                token, logprob = request.state.chooser.choose(rows[place])
+                token, logprob = request.state.sampler.sample(rows[place], likeliest[place])
             except ValueError as error:
-                outcomes.append((request, EngineError(str(error))))
+                results.append((request, EngineError(str(error))))
             else:
-                outcomes.append((request, self._step_of(request, token, logprob)))
-        return outcomes
+                results.append((request, self._step_of(request, token, logprob)))
+        return results
 
     def _step_of(self, request: Request, token: int, logprob: Any) -> Step:
         if token in self._end_ids:

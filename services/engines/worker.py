@@ -43,7 +43,7 @@ class Request:
     ended: bool = False
 
 
-Outcome = tuple[Request, Step | Exception]
+StepResult = tuple[Request, Step | Exception]
 
 
 class Worker(ABC):
@@ -88,7 +88,7 @@ class Worker(ABC):
         """Free what a request holds before its end."""
 
     @abstractmethod
-    def _advance(self, running: Sequence[Request]) -> list[Outcome]:
+    def _advance(self, running: Sequence[Request]) -> list[StepResult]:
         """Compute one step and return what is new."""
 
     def _end(self, left: Sequence[Request]) -> None:
@@ -212,10 +212,10 @@ class Worker(ABC):
             self._deliver(self._advance(list(self._running.values())))
         return True
 
-    def _deliver(self, outcomes: list[Outcome]) -> None:
-        by_loop: dict[asyncio.AbstractEventLoop, list[Outcome]] = {}
+    def _deliver(self, results: list[StepResult]) -> None:
+        by_loop: dict[asyncio.AbstractEventLoop, list[StepResult]] = {}
         with self._wake:
-            for request, item in outcomes:
+            for request, item in results:
                 if isinstance(item, Exception) or item.finish_reason is not None:
                     self._running.pop(id(request), None)
                     request.ended = True
@@ -228,8 +228,8 @@ class Worker(ABC):
                     self._abort(request)
 
 
-def _hand_over(outcomes: list[Outcome]) -> None:
-    for request, item in outcomes:
+def _hand_over(results: list[StepResult]) -> None:
+    for request, item in results:
         request.items.append(item)
         if request.waiter is not None and not request.waiter.done():
             request.waiter.set_result(None)

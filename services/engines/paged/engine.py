@@ -1,4 +1,4 @@
-"""The engine for a CPU that guesses ahead: a Llama on OpenVINO's runtime, scheduled here."""
+"""The CPU engine with speculative decoding: a Llama on OpenVINO's runtime, scheduled here."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from services.engines.grammar import Grammar, Grammars
-from services.engines.paged.drafts import Drafts
 from services.engines.paged.model import PagedModel
-from services.engines.paged.sampling import Chooser
-from services.engines.paged.scheduler import Answer, Scheduler
-from services.engines.worker import Outcome, Request, Worker
+from services.engines.paged.ngram_drafter import NgramDrafter
+from services.engines.paged.scheduler import ActiveSequence, Scheduler
+from services.engines.sampling import Sampler
+from services.engines.worker import Request, StepResult, Worker
 from stages.common.chat import end_of_turn_ids
 
 Example = tuple[Sequence[int], Sequence[int]]
@@ -22,23 +22,23 @@ Example = tuple[Sequence[int], Sequence[int]]
 @dataclass(slots=True)
 class _State:
     grammar: Grammar | None
-    answer: Answer | None = None
+    sequence: ActiveSequence | None = None
 
 
 class PagedEngine(Worker):
-    """Writes answers with a Llama on a CPU, several tokens a step where they can be guessed.
+    """Generate with a Llama on a CPU, with continuous batching and speculative decoding.
 
     Args:
         gguf: the merged model.
-        tokenizer: the one of transformers; prompts come as its ids.
-        examples: token ids of prompts and of their answers, to guess from; served answers are learnt besides.
-        kv_cache_mib: memory for keys and values of all sequences, and of prompts' common beginnings.
-        context_tokens: of prompt and answer together; None for what the model was made for.
-        threads: of the computation; None leaves the number to OpenVINO.
-        batch_tokens: computed in a step, at most. A long prompt is read in pieces of this size, and the
-            others write between two pieces.
-        precision: `auto` computes in what the CPU is fastest in, `float32` exactly.
-        guess: False writes one token a step.
+        tokenizer: of transformers.
+        examples: token ids of prompts and their answers, for the drafter; it also learns from served answers.
+        kv_cache_mib: memory for keys and values, of running sequences and the prefix cache.
+        context_tokens: limit of prompt and answer together; None for the model's own.
+        threads: None lets OpenVINO choose.
+        batch_tokens: token budget of a step. Longer prompts are prefilled in chunks, and other sequences
+            generate in between.
+        precision: `auto` computes in the CPU's fastest type, `float32` exactly.
+        speculate: False decodes one token per step.
 
     Raises:
         InputError: the file cannot be read.
@@ -60,19 +60,18 @@ class PagedEngine(Worker):
         threads: int | None = None,
         batch_tokens: int = 256,
         precision: str = "auto",
-        guess: bool = True,
+        speculate: bool = True,
     ) -> None:
         end_ids = frozenset(end_of_turn_ids(tokenizer))
-        drafts = Drafts() if guess else None
-        with ThreadPoolExecutor(
-            1
-        ) as beside:  # the runtime compiles on its own threads; so nobody waits twice
-            loading = beside.submit(
+        drafter = NgramDrafter() if speculate else None
+        # The runtime compiles on its own threads, while the drafter counts here.
+        with ThreadPoolExecutor(1) as executor:
+            loading = executor.submit(
                 PagedModel, gguf, cache_mib=kv_cache_mib, threads=threads or 0, precision=precision
             )
-            if drafts is not None:
+            if drafter is not None:
                 for prompt, answer in examples:
-                    drafts.learn(prompt, [*answer, min(end_ids)])
+                    drafter.learn(prompt, [*answer, min(end_ids)])
             model = loading.result()
         super().__init__(
             # A sequence must fit into the cache alone, or it could never end.
@@ -86,8 +85,8 @@ class PagedEngine(Worker):
         self._grammars = Grammars(tokenizer, model.shape.vocabulary, min(end_ids))
         step_tokens = max(batch_tokens, max_running)
         model.warm_up(step_tokens)
-        self.scheduler = Scheduler(model, step_tokens=step_tokens, end_ids=end_ids, drafts=drafts)
-        self._requests: dict[int, Request] = {}  # by id of their answer
+        self.scheduler = Scheduler(model, step_tokens=step_tokens, end_ids=end_ids, drafter=drafter)
+        self._requests: dict[int, Request] = {}  # by id of their sequence
         self._start()
 
     def _prepare(self, sampling: Any) -> _State:
@@ -95,19 +94,19 @@ class PagedEngine(Worker):
         return _State(None if schema is None else self._grammars.compile(schema))
 
     def _enter(self, request: Request) -> None:
-        chooser = Chooser(request.sampling, request.state.grammar)
-        answer = self.scheduler.add(request.prompt, len(request.prompt) + request.max_tokens, chooser)
-        request.state.answer = answer
-        self._requests[id(answer)] = request
+        sampler = Sampler(request.sampling, sorted(self._end_ids), request.state.grammar)
+        limit = len(request.prompt) + request.max_tokens
+        request.state.sequence = self.scheduler.add(request.prompt, limit, sampler)
+        self._requests[id(request.state.sequence)] = request
 
     def _leave(self, request: Request) -> None:
-        del self._requests[id(request.state.answer)]
-        self.scheduler.remove(request.state.answer)
+        del self._requests[id(request.state.sequence)]
+        self.scheduler.remove(request.state.sequence)
 
-    def _advance(self, running: Sequence[Request]) -> list[Outcome]:
-        outcomes: list[Outcome] = []
-        for answer, step in self.scheduler.step():
+    def _advance(self, running: Sequence[Request]) -> list[StepResult]:
+        results: list[StepResult] = []
+        for sequence, step in self.scheduler.step():
             end = step.finish_reason is not None
-            request = self._requests.pop(id(answer)) if end else self._requests[id(answer)]
-            outcomes.append((request, step))
-        return outcomes
+            request = self._requests.pop(id(sequence)) if end else self._requests[id(sequence)]
+            results.append((request, step))
+        return results

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from services.engines.paged.weights import Shape, Weights
+from services.engines.paged.weights import LlamaShape, Weights
 
 STEP_INPUTS = ("past_lens", "subsequence_begins", "block_indices", "block_indices_begins")
 
@@ -87,7 +87,7 @@ def _matrix(array: NDArray[Any]) -> Any:
     return node if array.dtype == np.float32 else op.convert(node, ov.Type.f32)
 
 
-def _norm(x: Any, scale: NDArray[Any], shape: Shape) -> Any:
+def _norm(x: Any, scale: NDArray[Any], shape: LlamaShape) -> Any:
     """Root-mean-square normalization (Zhang and Sennrich 2019), in the pattern that the plugin fuses."""
     from openvino import opset13 as op
 
@@ -99,7 +99,7 @@ def _norm(x: Any, scale: NDArray[Any], shape: Shape) -> Any:
     return op.multiply(scaled, op.constant(scale.astype(np.float32).reshape(1, 1, -1)))
 
 
-def _rotations(positions: Any, shape: Shape) -> tuple[Any, Any]:
+def _rotations(positions: Any, shape: LlamaShape) -> tuple[Any, Any]:
     """Return cosine and sine of the rotary embedding (Su et al. 2021), [tokens, 1, 1, head_dim]."""
     import openvino as ov
     from openvino import opset13 as op
@@ -136,7 +136,7 @@ def _split(x: Any, axis: int, lengths: list[int]) -> list[Any]:
 def _attention(
     x: Any,
     block: dict[str, NDArray[Any]],
-    shape: Shape,
+    shape: LlamaShape,
     turns: tuple[Any, Any],
     paging: list[Any],
     longest: Any,
@@ -162,7 +162,7 @@ def _attention(
     )
 
 
-def _paged_attention(inputs: list[Any], longest: Any, shape: Shape) -> Any:
+def _paged_attention(inputs: list[Any], longest: Any, shape: LlamaShape) -> Any:
     """The plugin's attention, whose inputs after `longest` stand for features unused here.
 
     The list is that of OpenVINO 2026.4: `paged_attention_transformation` makes the same of any model.

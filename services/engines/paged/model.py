@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.engines.paged.graph import build_graph
-from services.engines.paged.weights import Shape, read_weights
+from services.engines.paged.weights import LlamaShape, read_weights
 from services.engines.protocol import EngineError
 from stages.common.errors import InputError
 
@@ -21,7 +21,7 @@ WORTH_A_CHANGE = 12  # tokens of padding above which a step of another size is f
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class StepInput:
     """The new tokens of one sequence in a step.
 
     Attributes:
@@ -49,7 +49,7 @@ class PagedModel:
         import openvino as ov
 
         weights = read_weights(path)
-        self.shape: Shape = weights.shape
+        self.shape: LlamaShape = weights.shape
         core = ov.Core()
         native = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         kind = "bf16" if native and precision == "auto" else "f32"
@@ -97,9 +97,9 @@ class PagedModel:
         The others are made when they are met, which takes as long as the step itself.
         """
         for size in (*(n for n in WARM_SIZES if n < tokens), padded(tokens)):
-            self.step([Run([0] * n, 0, [self.blocks], n) for n in _pieces(size, self.block_tokens)])
+            self.step([StepInput([0] * n, 0, [self.blocks], n) for n in _pieces(size, self.block_tokens)])
 
-    def step(self, runs: Sequence[Run]) -> NDArray[np.float32]:
+    def step(self, runs: Sequence[StepInput]) -> NDArray[np.float32]:
         """Compute the runs' tokens; return logits [wanted rows, vocabulary], run after run.
 
         The array is the graph's own memory: it holds until the next step.
@@ -109,7 +109,7 @@ class PagedModel:
         if not 0 <= self._size - count <= WORTH_A_CHANGE:
             self._size = padded(count)
         if padding := self._size - count:
-            runs = [*runs, Run([0] * padding, 0, [self.blocks], 0)]
+            runs = [*runs, StepInput([0] * padding, 0, [self.blocks], 0)]
         lengths = [len(run.token_ids) for run in runs]
         begins = np.cumsum([0, *lengths])
         positions = [np.arange(run.past, run.past + n) for run, n in zip(runs, lengths, strict=True)]

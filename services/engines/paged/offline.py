@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.engines.paged.blocks import BlockPool
-from services.engines.paged.model import PagedModel, Run
+from services.engines.paged.model import PagedModel, StepInput
 
 STEP_TOKENS = 512  # computed in a step, at most
 RUNNING = 128  # sequences decoded together, at most
@@ -59,13 +59,13 @@ class _Sequence:
     def reads(self) -> bool:
         return self.computed < len(self.given)
 
-    def next_run(self, budget: int) -> Run:
+    def next_run(self, budget: int) -> StepInput:
         """Return the next tokens to compute: of what is given, else the last one written."""
         if not self.reads():
-            return Run([self.answer[-1]], self.prompt_tokens + len(self.answer) - 1, self.blocks, 1)
+            return StepInput([self.answer[-1]], self.prompt_tokens + len(self.answer) - 1, self.blocks, 1)
         new = self.given[self.computed : self.computed + budget]
         end = self.computed + len(new)
-        return Run(new, self.computed, self.blocks, min(len(new), max(0, end - self.prompt_tokens + 1)))
+        return StepInput(new, self.computed, self.blocks, min(len(new), max(0, end - self.prompt_tokens + 1)))
 
 
 def answer_offline(
@@ -119,7 +119,7 @@ def _sequence(number: int, prompt: Sequence[int], reference: Sequence[int]) -> _
     return _Sequence(number, [*prompt, *reference[:-1]], len(prompt), reference)
 
 
-def _plan(active: Sequence[_Sequence]) -> Iterator[tuple[_Sequence, Run]]:
+def _plan(active: Sequence[_Sequence]) -> Iterator[tuple[_Sequence, StepInput]]:
     """Yield what a step computes: a token of each answer, and what is given as far as there is room."""
     budget = STEP_TOKENS
     for sequence in sorted(active, key=_Sequence.reads):
@@ -132,7 +132,7 @@ def _plan(active: Sequence[_Sequence]) -> Iterator[tuple[_Sequence, Run]]:
 
 def _take(
     sequence: _Sequence,
-    run: Run,
+    run: StepInput,
     logits: NDArray[np.float32],
     end_ids: Collection[int],
     max_new_tokens: int,
@@ -194,7 +194,7 @@ def _common_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
 def _compute_prefix(model: PagedModel, pool: BlockPool, prefix: Sequence[int]) -> list[int]:
     blocks = [pool.take() for _ in range(_blocks_for(len(prefix), model))]
     for begin in range(0, len(prefix), STEP_TOKENS):
-        model.step([Run(prefix[begin : begin + STEP_TOKENS], begin, blocks, 0)])
+        model.step([StepInput(prefix[begin : begin + STEP_TOKENS], begin, blocks, 0)])
     return blocks
 
 

@@ -1,4 +1,4 @@
-"""Which tokens the next step computes, and what becomes of them."""
+"""Continuous batching: plan the tokens of each step, and process its logits."""
 
 from __future__ import annotations
 
@@ -10,128 +10,137 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.engines.paged.blocks import BlockPool, PrefixCache
-from services.engines.paged.drafts import Drafts, least_chance
-from services.engines.paged.model import PagedModel, Run
-from services.engines.paged.sampling import Chooser
+from services.engines.paged.model import PagedModel, StepInput
+from services.engines.paged.ngram_drafter import NgramDrafter, get_break_even_probability
 from services.engines.protocol import FinishReason, Step, TokenLogprob
+from services.engines.sampling import Sampler
 
-LONGEST_DRAFT = 16
+MAX_DRAFT_TOKENS = 16
 
 
 @dataclass(slots=True, eq=False)
-class Answer:
+class ActiveSequence:
     """A prompt and its answer so far.
 
     Attributes:
-        tokens: of the prompt, then of the answer.
-        limit: tokens at which the answer is cut.
-        computed: tokens whose keys and values `blocks` hold.
-        words: the prompt's, for drafts.
+        tokens: the prompt's, then the answer's.
+        limit: length, with the prompt, at which the answer is cut.
+        keywords: tokens of the prompt that condition the drafter.
+        computed: tokens whose keys and values are in `blocks`.
+        admitted: sequence number of the admission.
     """
 
     tokens: list[int]
     prompt_tokens: int
     limit: int
-    chooser: Chooser
-    words: list[int]
+    sampler: Sampler
+    keywords: list[int]
     blocks: list[int] = field(default_factory=list)
     computed: int = 0
-    admitted: int = 0  # number among the admissions
+    admitted: int = 0
 
 
 @dataclass(slots=True)
 class _Planned:
-    sequence: Answer
-    new: list[int]  # not computed yet
+    """The tokens of one sequence in a step.
+
+    Attributes:
+        new: known tokens that are not computed yet.
+        draft: speculative tokens after them.
+        samples: `new` reaches the end of the known tokens, so the step yields the next token.
+    """
+
+    sequence: ActiveSequence
+    new: list[int]
     draft: list[int]
-    ends: bool  # `new` are all that is known of the sequence, so a token can be chosen behind it
+    samples: bool
 
 
 class Scheduler:
-    """Decodes sequences together, one step at a time.
+    """Decode sequences together, one step at a time.
 
-    Sequences that have begun to answer go first, each with a token and a draft; what is left of the step's
-    tokens reads prompts, in the order they came. If blocks run out, ended sequences are dropped from the
-    prefix cache, then the sequence admitted last waits and is computed anew.
+    Sequences that are generating come first, each with one token and a draft; the rest of the step's token
+    budget prefills prompts, in order of arrival. If blocks run out, finished sequences are evicted from the
+    prefix cache; then the sequence admitted last is preempted and recomputed later.
 
     Args:
-        step_tokens: computed in a step, at most. A long prompt is read in pieces.
-        drafts: None writes a token a step.
+        step_tokens: token budget of a step; long prompts are prefilled in chunks.
+        drafter: proposes speculative tokens; None decodes one token per step.
     """
 
     def __init__(
-        self, model: PagedModel, *, step_tokens: int, end_ids: frozenset[int], drafts: Drafts | None
+        self, model: PagedModel, *, step_tokens: int, end_ids: frozenset[int], drafter: NgramDrafter | None
     ) -> None:
         self._model = model
         self._pool = BlockPool(model.blocks)
         self._prefixes = PrefixCache(self._pool)
-        self._drafts = drafts
+        self._drafter = drafter
         self._step_tokens = step_tokens
         self._end_ids = end_ids
-        self._waiting: deque[Answer] = deque()
-        self._running: list[Answer] = []
+        self._waiting: deque[ActiveSequence] = deque()
+        self._running: list[ActiveSequence] = []
         self._admissions = 0
-        self.drafted = 0  # tokens guessed so far
-        self.accepted = 0  # of them, tokens that came true
-        self.sent_back = 0  # times that a sequence lost its blocks
+        self.drafted = 0  # speculative tokens so far
+        self.accepted = 0  # of them, accepted ones
+        self.preempted = 0  # times that a sequence lost its blocks
 
     @property
     def free_blocks(self) -> int:
-        """Blocks that neither a sequence nor the prefix cache holds."""
+        """Blocks in use by neither a sequence nor the prefix cache."""
         return self._pool.free
 
-    def add(self, prompt: Sequence[int], limit: int, chooser: Chooser) -> Answer:
-        """Take in a prompt whose answer ends at `limit` tokens, prompt included."""
-        words = self._drafts.words(prompt) if self._drafts else []
-        sequence = Answer(list(prompt), len(prompt), limit, chooser, words)
+    def add(self, prompt: Sequence[int], limit: int, sampler: Sampler) -> ActiveSequence:
+        """Queue a prompt whose answer is cut at `limit` tokens, prompt included."""
+        keywords = self._drafter.get_keywords(prompt) if self._drafter else []
+        sequence = ActiveSequence(list(prompt), len(prompt), limit, sampler, keywords)
         self._waiting.append(sequence)
         return sequence
 
-    def remove(self, sequence: Answer) -> None:
-        """Forget a sequence, and keep what it computed for prompts that begin alike."""
+    def remove(self, sequence: ActiveSequence) -> None:
+        """Remove a sequence; its blocks stay in the prefix cache."""
         if sequence in self._waiting:
             self._waiting.remove(sequence)
         else:
             self._running.remove(sequence)
             self._prefixes.keep(sequence.tokens[: sequence.computed], sequence.blocks)
 
-    def step(self) -> list[tuple[Answer, Step]]:
-        """Compute a step; return what is new of each sequence that has something new."""
+    def step(self) -> list[tuple[ActiveSequence, Step]]:
+        """Compute a step; return the sequences that have new tokens, with them."""
         self._admit()
         plan = self._plan()
         if not plan:
             return []
-        logits = self._model.step([_run(planned) for planned in plan])
+        logits = self._model.step([_make_input(planned) for planned in plan])
         best: list[int] = logits.argmax(axis=-1).tolist()
-        written, row = [], 0
+        steps, row = [], 0
         for planned in plan:
-            rows = len(planned.draft) + 1 if planned.ends else 0
+            rows = len(planned.draft) + 1 if planned.samples else 0
             sequence = planned.sequence
             sequence.computed += len(planned.new)
             if rows:
-                step = self._write(planned, logits[row : row + rows], best[row : row + rows])
-                written.append((sequence, step))
+                step = self._verify(planned, logits[row : row + rows], best[row : row + rows])
+                steps.append((sequence, step))
                 row += rows
                 if step.finish_reason is not None:
                     self.remove(sequence)
-        return written
+        return steps
 
     # Admission.
 
     def _admit(self) -> None:
         while self._waiting:
             sequence = self._waiting[0]
-            if not self._find_room(self._blocks_for(len(sequence.tokens) + 1)):
+            if not self._free_blocks(self._count_blocks(len(sequence.tokens) + 1)):
                 return
             self._waiting.popleft()
             sequence.admitted = self._admissions = self._admissions + 1
             self._running.append(sequence)
             self._reuse(sequence)
 
-    def _reuse(self, sequence: Answer) -> None:
-        """Begin with the blocks of an ended sequence: whole ones shared, the last one's rows copied."""
+    def _reuse(self, sequence: ActiveSequence) -> None:
+        """Reuse the blocks of a finished sequence: full ones are shared, rows of the last one are copied."""
         length, blocks = self._prefixes.find(sequence.tokens)
-        length = min(length, len(sequence.tokens) - 1)  # the last token is computed for its logits
+        length = min(length, len(sequence.tokens) - 1)  # the last token is computed anyway, for its logits
         whole, rows = divmod(length, self._model.block_tokens)
         sequence.blocks = blocks[:whole]
         self._pool.share(sequence.blocks)
@@ -142,82 +151,83 @@ class Scheduler:
             sequence.blocks.append(block)
             sequence.computed = length
 
-    def _blocks_for(self, tokens: int) -> int:
+    def _count_blocks(self, tokens: int) -> int:
         return -(-tokens // self._model.block_tokens)
 
-    def _find_room(self, blocks: int) -> bool:
+    def _free_blocks(self, blocks: int) -> bool:
         while self._pool.free < blocks:
             if not self._prefixes.drop_oldest():
                 return False
         return True
 
-    # What is computed next.
+    # Planning.
 
     def _plan(self) -> list[_Planned]:
-        """Choose the step's tokens; sequences in the order of `_running`."""
+        """Choose the tokens of the step, generating sequences first."""
         budget = self._step_tokens
-        answering = sum(1 for s in self._running if s.computed == len(s.tokens) - 1)
+        generating = sum(1 for s in self._running if s.computed == len(s.tokens) - 1)
         plan: dict[int, _Planned] = {}
-        # Those with one token to compute write; the others read.
+        # Sequences with one token to compute generate; the others prefill.
         for sequence in sorted(self._running, key=lambda s: (s.computed < len(s.tokens) - 1, s.admitted)):
             if budget < 1:
                 break
-            planned = self._share(sequence, budget, answering)
-            if self._provide(planned, plan):
+            planned = self._plan_sequence(sequence, budget, generating)
+            if self._allocate(planned, plan):
                 plan[id(sequence)] = planned
                 budget -= len(planned.new) + len(planned.draft)
         return list(plan.values())
 
-    def _share(self, sequence: Answer, budget: int, answering: int) -> _Planned:
+    def _plan_sequence(self, sequence: ActiveSequence, budget: int, generating: int) -> _Planned:
         new = sequence.tokens[sequence.computed : sequence.computed + budget]
-        ends = sequence.computed + len(new) == len(sequence.tokens)
+        samples = sequence.computed + len(new) == len(sequence.tokens)
         draft: list[int] = []
-        if ends and self._drafts is not None:
-            # A place is left for every other sequence that writes.
+        if samples and self._drafter is not None:
+            # One token is left for every other generating sequence.
             room = min(
-                LONGEST_DRAFT, budget - len(new) - answering, sequence.limit - len(sequence.tokens) - 1
+                MAX_DRAFT_TOKENS, budget - len(new) - generating, sequence.limit - len(sequence.tokens) - 1
             )
             answer = sequence.tokens[sequence.prompt_tokens :]
-            draft = self._drafts.guess(sequence.words, answer, room, least_chance(max(answering, 1)))
-        return _Planned(sequence, new, draft, ends)
+            minimum = get_break_even_probability(max(generating, 1))
+            draft = self._drafter.propose(sequence.keywords, answer, room, minimum)
+        return _Planned(sequence, new, draft, samples)
 
-    def _provide(self, planned: _Planned, plan: dict[int, _Planned]) -> bool:
-        """Get the blocks that a share needs, if need be from the sequence admitted last."""
+    def _allocate(self, planned: _Planned, plan: dict[int, _Planned]) -> bool:
+        """Allocate the blocks of a planned sequence, preempting the sequence admitted last if need be."""
         sequence = planned.sequence
-        if sequence not in self._running:  # it lost its blocks to another in this step
+        if sequence not in self._running:  # preempted in this step
             return False
         while True:
             end = sequence.computed + len(planned.new) + len(planned.draft)
-            needed = self._blocks_for(end) - len(sequence.blocks)
-            if self._find_room(needed):
+            needed = self._count_blocks(end) - len(sequence.blocks)
+            if self._free_blocks(needed):
                 sequence.blocks += [self._pool.take() for _ in range(needed)]
                 return True
             if planned.draft:
                 planned.draft = []
                 continue
             youngest = max(self._running, key=lambda s: s.admitted)
-            self._send_back(youngest)
+            self._preempt(youngest)
             plan.pop(id(youngest), None)
             if youngest is sequence:
                 return False
 
-    def _send_back(self, sequence: Answer) -> None:
+    def _preempt(self, sequence: ActiveSequence) -> None:
         self._pool.give_back(sequence.blocks)
         sequence.blocks, sequence.computed = [], 0
         self._running.remove(sequence)
         self._waiting.appendleft(sequence)
-        self.sent_back += 1
+        self.preempted += 1
 
-    # What was computed.
+    # Results.
 
-    def _write(self, planned: _Planned, logits: NDArray[np.float32], best: list[int]) -> Step:
-        """Choose tokens row by row, as long as the draft foretold them."""
-        sequence, chooser = planned.sequence, planned.sequence.chooser
+    def _verify(self, planned: _Planned, logits: NDArray[np.float32], best: list[int]) -> Step:
+        """Sample tokens row by row, for as long as the draft predicted them."""
+        sequence, sampler = planned.sequence, planned.sequence.sampler
         tokens: list[int] = []
         logprobs: list[TokenLogprob] = []
         reason: FinishReason | None = None
         for row, likeliest in enumerate(best):
-            token, logprob = chooser.choose(logits[row], likeliest)
+            token, logprob = sampler.sample(logits[row], likeliest)
             if token in self._end_ids:
                 reason = "stop"
                 break
@@ -231,16 +241,16 @@ class Scheduler:
             if row == len(planned.draft) or token != planned.draft[row]:
                 break
             sequence.computed += 1
-        if reason is not None and self._drafts is not None:
-            written = sequence.tokens[sequence.prompt_tokens :]
+        if reason is not None and self._drafter is not None:
+            answer = sequence.tokens[sequence.prompt_tokens :]
             end = [token] if reason == "stop" else []
-            self._drafts.learn(sequence.tokens[: sequence.prompt_tokens], [*written, *end])
+            self._drafter.learn(sequence.tokens[: sequence.prompt_tokens], [*answer, *end])
         self.drafted += len(planned.draft)
         self.accepted += row
         return Step(tuple(tokens), reason, tuple(logprobs))
 
 
-def _run(planned: _Planned) -> Run:
-    rows = len(planned.draft) + 1 if planned.ends else 0
+def _make_input(planned: _Planned) -> StepInput:
+    rows = len(planned.draft) + 1 if planned.samples else 0
     sequence = planned.sequence
-    return Run([*planned.new, *planned.draft], sequence.computed, sequence.blocks, rows)
+    return StepInput([*planned.new, *planned.draft], sequence.computed, sequence.blocks, rows)

@@ -17,7 +17,7 @@ from stages.common.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class LlamaShape:
     """Sizes of a Llama; `heads` share the keys and values of `kv_heads`."""
 
     layers: int
@@ -39,7 +39,7 @@ class Weights:
     llama.cpp's.
     """
 
-    shape: Shape
+    shape: LlamaShape
     tensors: dict[str, NDArray[Any]]
 
 
@@ -102,7 +102,7 @@ def read_safetensors(folder: Path) -> Weights:
         tensors.pop("output.weight", None)
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     rope = config.get("rope_parameters") or config
-    shape = Shape(
+    shape = LlamaShape(
         layers=config["num_hidden_layers"],
         hidden=hidden,
         heads=heads,
@@ -153,12 +153,12 @@ def _gguf_name(name: str) -> str:
     return f"blk.{layer[1]}.{_GGUF_NAMES.get(layer[2], layer[2])}.weight"
 
 
-def _shape(file: GgufFile) -> Shape:
+def _shape(file: GgufFile) -> LlamaShape:
     if (architecture := file.values.get("general.architecture")) != "llama":
         raise EngineError(f"the paged engine computes Llama models, and this one is of {architecture!r}")
     values = {key.removeprefix("llama."): value for key, value in file.values.items()}
     hidden, heads = values["embedding_length"], values["attention.head_count"]
-    return Shape(
+    return LlamaShape(
         layers=values["block_count"],
         hidden=hidden,
         heads=heads,

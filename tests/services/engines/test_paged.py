@@ -1,14 +1,11 @@
 import asyncio
-from collections import Counter
 
-import numpy as np
 import pytest
 
 from services.engines.paged.blocks import BlockPool, PrefixCache
-from services.engines.paged.drafts import Drafts, least_chance
 from services.engines.paged.engine import PagedEngine
 from services.engines.paged.model import padded
-from services.engines.paged.sampling import draw
+from services.engines.paged.ngram_drafter import NgramDrafter, get_break_even_probability
 from services.engines.protocol import Load, Sampling
 from stages.common.errors import InputError
 from tests.services.engines.makers import tiny
@@ -45,7 +42,7 @@ PROMPTS = ("hello", "what is this?", "a", "x" * 70, "the table")
 
 
 @pytest.mark.parametrize("wrong", [False, True])
-def test_guesses_right_or_wrong_do_not_change_an_answer(make, wrong):
+def test_speculative_tokens_right_or_wrong_do_not_change_an_answer(make, wrong):
     prompts = [ids_of(text) for text in PROMPTS]
     wanted = [expected(prompt, 24) for prompt in prompts]
     examples = [(p, ids[::-1] if wrong else ids) for p, (ids, _) in zip(prompts, wanted, strict=True)]
@@ -54,7 +51,7 @@ def test_guesses_right_or_wrong_do_not_change_an_answer(make, wrong):
     assert (engine.scheduler.accepted > engine.scheduler.drafted / 2) is not wrong
 
 
-def test_an_answer_given_before_is_guessed_the_next_time(make):
+def test_an_answer_given_before_is_proposed_the_next_time(make):
     engine = make()
     first = asyncio.run(answer(engine, ids_of("hello"), Sampling(24)))
     before = engine.scheduler.accepted
@@ -62,14 +59,14 @@ def test_an_answer_given_before_is_guessed_the_next_time(make):
     assert engine.scheduler.accepted > before
 
 
-def test_a_seed_draws_the_same_with_and_without_guesses(make):
+def test_a_seed_draws_the_same_with_and_without_speculation(make):
     prompts = [ids_of(text) for text in PROMPTS]
     sampling = Sampling(24, temperature=0.7, top_p=0.9, seed=5, frequency_penalty=0.5, logprobs=1)
-    plain = ask_all(make(guess=False), prompts, sampling)
+    plain = ask_all(make(speculate=False), prompts, sampling)
     examples = [(prompt, ids) for prompt, (ids, _, _) in zip(prompts, plain, strict=True)]
     engine = make(examples=examples)
-    guessed = ask_all(engine, prompts, sampling)
-    assert [one[:2] for one in guessed] == [one[:2] for one in plain]
+    speculated = ask_all(engine, prompts, sampling)
+    assert [one[:2] for one in speculated] == [one[:2] for one in plain]
     assert engine.scheduler.accepted > 0
 
 
@@ -84,14 +81,14 @@ def test_a_prompt_that_begins_like_another_gets_its_own_answer(make, shared):
 
 def test_blocks_that_run_out_are_taken_from_the_youngest_and_all_answers_come_whole(make):
     # 1 MiB holds 8,192 tokens of this model; 24 answers of 480 take 11,520.
-    engine = make(kv_cache_mib=1, max_running=24, guess=False)
+    engine = make(kv_cache_mib=1, max_running=24, speculate=False)
     count = 480
     prompts = [ids_of(f"question {n}") for n in range(24)]
     endless = '{"type": "array", "items": {"type": "boolean"}, "minItems": 1000}'
     sampling = Sampling(count, temperature=1.0, seed=1, json_schema=endless)
     crowded = ask_all(engine, prompts, sampling)
-    assert engine.scheduler.sent_back > 0
-    assert crowded == ask_all(make(kv_cache_mib=16, max_running=24, guess=False), prompts, sampling)
+    assert engine.scheduler.preempted > 0
+    assert crowded == ask_all(make(kv_cache_mib=16, max_running=24, speculate=False), prompts, sampling)
 
 
 def test_an_aborted_answer_leaves_its_blocks_to_others(make):
@@ -149,42 +146,32 @@ def test_the_prefix_cache_finds_the_longest_beginning_and_drops_the_least_used()
     assert prefixes.find([1, 2, 3]) == (2, [blocks[1]])
 
 
-def test_words_of_the_prompt_decide_between_known_answers():
-    drafts = Drafts()
+def test_keywords_of_the_prompt_decide_between_known_answers():
+    drafter = NgramDrafter()
     for _ in range(5):
-        drafts.learn([1, 50, 2], [10, 11, 0])
-        drafts.learn([1, 60, 2], [10, 12, 0])
-        drafts.learn([1, 70, 2], [10, 13, 0])
+        drafter.learn([1, 50, 2], [10, 11, 0])
+        drafter.learn([1, 60, 2], [10, 12, 0])
+        drafter.learn([1, 70, 2], [10, 13, 0])
     for word, token in ((50, 11), (60, 12), (70, 13)):
-        words = drafts.words([1, word, 2])
-        assert words == [word]
-        assert drafts.guess(words, [], 8, 0.3) == [10, token, 0]
-    assert drafts.guess(drafts.words([1, 50, 2]), [10], 1, 0.3) == [11]
-    assert drafts.guess(drafts.words([1, 50, 2]), [99], 8, 0.3) == []
+        keywords = drafter.get_keywords([1, word, 2])
+        assert keywords == [word]
+        assert drafter.propose(keywords, [], 8, 0.3) == [10, token, 0]
+    assert drafter.propose(drafter.get_keywords([1, 50, 2]), [10], 1, 0.3) == [11]
+    assert drafter.propose(drafter.get_keywords([1, 50, 2]), [99], 8, 0.3) == []
 
 
-def test_what_is_forgotten_is_not_guessed():
-    drafts = Drafts(capacity=1)
-    drafts.learn([1], [10, 11])
-    drafts.learn([1], [20, 21])
-    assert drafts.guess([], [10], 4, 0.1) == []
-    assert drafts.guess([], [20], 4, 0.1) == [21]
+def test_what_is_forgotten_is_not_proposed():
+    drafter = NgramDrafter(capacity=1)
+    drafter.learn([1], [10, 11])
+    drafter.learn([1], [20, 21])
+    assert drafter.propose([], [10], 4, 0.1) == []
+    assert drafter.propose([], [20], 4, 0.1) == [21]
 
 
-def test_more_answers_at_once_ask_for_surer_guesses():
-    chances = [least_chance(running) for running in (1, 8, 32, 128)]
-    assert chances == sorted(chances)
-    assert chances[0] < 0.1 < 0.5 < chances[2]
-
-
-def test_tokens_are_drawn_as_often_as_they_are_likely():
-    scores = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
-    random = np.random.default_rng(0)
-    drawn = Counter(draw(scores, 1.0, random.random()) for _ in range(20_000))
-    assert [round(drawn[token] / 20_000, 1) for token in range(3)] == [0.5, 0.3, 0.1] or drawn[2] > 2_800
-    nucleus = Counter(draw(scores, 0.75, random.random()) for _ in range(20_000))
-    assert set(nucleus) == {0, 1}
-    assert nucleus[0] / 20_000 == pytest.approx(0.5 / 0.8, abs=0.02)
+def test_more_sequences_at_once_need_surer_tokens():
+    minimums = [get_break_even_probability(running) for running in (1, 8, 32, 128)]
+    assert minimums == sorted(minimums)
+    assert minimums[0] < 0.1 < 0.5 < minimums[2]
 
 
 def test_steps_are_padded_little():
