@@ -107,7 +107,7 @@ def init(options: argparse.Namespace) -> int:
         sys.stdout.write("nothing written (--dry-run)\n")
     else:
         write_params(edited, files)
-    sys.stdout.write(report_run(estimate_run(found.survey, after)))
+    sys.stdout.write(report_run(estimate_run(found.survey, after, artifacts("fetch_base"))))
     return 0
 
 

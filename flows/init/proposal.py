@@ -70,8 +70,8 @@ def propose(
         "collect": {"sources": [file.as_entry(license, origin) for file in found.files]},
         "validate": _propose_validate(found.survey, license, params["validate"]),
         "check_bias": {"groups": _propose_groups(tags, params["check_bias"]["groups"])},
-        "evaluate": {
-            "max_new_tokens": _propose_new_tokens(found.survey, params["evaluate"]["max_new_tokens"])
+        "ask_base": {
+            "max_new_tokens": _propose_new_tokens(found.survey, params["ask_base"]["max_new_tokens"])
         },
         "model_card": _propose_card(found, license, params),
     }

@@ -1,0 +1,195 @@
+"""How long training and the answers to the test take on this machine, before either has begun.
+
+The work follows from the tokens and the size of the base model; the speed, from half a second of the matrix
+products that a training step consists of. Off by up to a third: the probe is short, and machines are shared.
+The first updates of a training correct the estimate.
+
+`python -m stages.common.run_estimate` prints it for the rows in `artifacts/split`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.common.artifacts import artifacts
+from stages.common.errors import InputError
+
+# Of the speed of plain matrix products, what a whole step reaches; measured, see docs/benchmarks.md.
+TRAINING_SHARE = {"float32": 0.75, "bfloat16": 0.4}
+ANSWERING_SHARE = {"float32": 0.5, "bfloat16": 0.25}
+TRANSFORMERS_SHARE = 0.05  # of generation by transformers, on any machine
+OVERHEAD_S = 15.0  # a stage that computes: its start, imports, reading the model
+PROBE_S = 0.5
+PROBE_SIZES = (600, 576, 1536)  # tokens of a batch, and a layer of the default base model
+ANSWER_ROOM = 1.25  # the base model mostly writes to the limit
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSize:
+    """Weights that each token is multiplied with: in the layers, and in the output for tokens of answers."""
+
+    layers: int
+    output: int
+
+
+DEFAULT_SIZE = ModelSize(106_168_320, 28_311_552)  # SmolLM2-135M
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a run computes on.
+
+    Attributes:
+        train_tokens, train_answer_tokens: of the training rows, all epochs; the second are part of the first.
+        test_tokens: of prompts and references of the test rows.
+        longest_answer: tokens of the longest reference.
+    """
+
+    train_rows: int
+    train_tokens: int
+    train_answer_tokens: int
+    test_rows: int
+    test_tokens: int
+    longest_answer: int
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Seconds of the stages that compute on all cores."""
+
+    dtype: str
+    ask_base_s: float
+    finetune_s: float
+    evaluate_s: float
+
+    @property
+    def seconds(self) -> float:
+        """Return the sum."""
+        return self.ask_base_s + self.finetune_s + self.evaluate_s
+
+
+def read_model_size(base: Path) -> ModelSize:
+    """Return the size of the model in a folder; that of the default base model where there is none."""
+    path = base / "config.json"
+    if not path.is_file():
+        return DEFAULT_SIZE
+    config = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        head = config.get("head_dim") or hidden // heads
+        kv = config.get("num_key_value_heads") or heads
+        attention = hidden * head * (2 * heads + 2 * kv)
+        feed_forward = 3 * hidden * config["intermediate_size"]
+        layers = config["num_hidden_layers"] * (attention + feed_forward)
+        return ModelSize(layers, hidden * config["vocab_size"])
+    except KeyError:  # an architecture with other names
+        return DEFAULT_SIZE
+
+
+def measure_product_speed(dtype: str, device: str = "cpu", seconds: float = PROBE_S) -> float:
+    """Return the floating-point operations a second of matrix products in a number format."""
+    import torch
+
+    rows, inputs, outputs = PROBE_SIZES
+    kind = getattr(torch, dtype)
+    x = torch.ones(rows, inputs, dtype=kind, device=device)
+    weight = torch.ones(outputs, inputs, dtype=kind, device=device)
+    for _ in range(3):  # the first ones make kernels
+        torch.nn.functional.linear(x, weight)
+    count, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < seconds:
+        for _ in range(10):
+            y = torch.nn.functional.linear(x, weight)
+        float(y[0, 0])  # waits for a GPU
+        count += 10
+    return 2.0 * rows * inputs * outputs * count / elapsed
+
+
+def estimate_run(work: Work, size: ModelSize, dtype: str, speed: float, paged: bool = True) -> Estimate:
+    """Return how long the stages take that train and answer.
+
+    Args:
+        speed: floating-point operations a second, from `measure_product_speed`.
+        paged: whether the service's CPU engine answers; transformers is slower.
+    """
+    # Forward and, for the frozen weights, the gradient of the input: four operations a weight and token.
+    train = 4.0 * (work.train_tokens * size.layers + work.train_answer_tokens * size.output)
+    weights = size.layers + size.output
+    base_tokens = work.test_tokens + work.test_rows * work.longest_answer * ANSWER_ROOM
+    answering = speed * (ANSWERING_SHARE[dtype] if paged else TRANSFORMERS_SHARE)
+    return Estimate(
+        dtype,
+        OVERHEAD_S + 2.0 * weights * base_tokens / answering,
+        OVERHEAD_S + train / (speed * TRAINING_SHARE[dtype]),
+        OVERHEAD_S + 2.0 * weights * work.test_tokens * ANSWER_ROOM / answering,
+    )
+
+
+def read_work(split: Path, base: Path, epochs: int, max_test_rows: int | None) -> Work:
+    """Return what a run computes on, from the rows that `split` wrote.
+
+    Raises:
+        InputError: rows or tokenizer are not there.
+    """
+    from stages.common.chat import encode_example
+    from stages.common.models import load_tokenizer
+    from stages.common.records import read_rows
+
+    tokenizer = load_tokenizer(base)
+    train = [encode_example(tokenizer, row.messages) for row in read_rows(split / "train.parquet")]
+    test = [encode_example(tokenizer, row.messages) for row in read_rows(split / "test.parquet")]
+    asked = min(len(test), max_test_rows or len(test))
+    return Work(
+        train_rows=len(train),
+        train_tokens=epochs * sum(len(e.input_ids) for e in train),
+        train_answer_tokens=epochs * sum(len(e.input_ids) - e.prompt_length for e in train),
+        test_rows=asked,
+        test_tokens=round(sum(len(e.input_ids) for e in test) * asked / max(1, len(test))),
+        longest_answer=max((len(e.input_ids) - e.prompt_length for e in test), default=0),
+    )
+
+
+def format_minutes(seconds: float) -> str:
+    """Return a duration as people say it, to half a minute: the estimate is no better."""
+    half_minutes = max(1, round(seconds / 30))
+    minutes = half_minutes / 2
+    return f"{minutes:g} min"
+
+
+def describe(work: Work, estimate: Estimate) -> str:
+    """Return the estimate as lines for a terminal."""
+    return (
+        f"training and evaluation take about {format_minutes(estimate.seconds)} on this machine\n"
+        f"  {work.train_rows:,} rows ({work.train_tokens:,} tokens) to train on in {estimate.dtype}: "
+        f"about {format_minutes(estimate.finetune_s)}\n"
+        f"  {work.test_rows:,} test rows: the base model about {format_minutes(estimate.ask_base_s)}, "
+        f"the tuned model about {format_minutes(estimate.evaluate_s)}"
+    )
+
+
+def main() -> None:
+    """Print the estimate for the rows in `artifacts/split`."""
+    from stages.common.models import pick_device, pick_dtype
+    from stages.common.params.loading import load_params
+
+    try:
+        params: Any = load_params()
+        base = artifacts("fetch_base")
+        work = read_work(artifacts("split"), base, params.finetune.epochs, params.ask_base.max_rows)
+    except InputError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(error.exit_code)
+    device = pick_device()
+    dtype = str(pick_dtype(device, params.finetune.dtype)).removeprefix("torch.")
+    speed = measure_product_speed(dtype, device.type)
+    paged = device.type == "cpu" and params.export.gguf and params.ask_base.engine != "transformers"
+    sys.stdout.write(describe(work, estimate_run(work, read_model_size(base), dtype, speed, paged)) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+import json
+
+import pytest
+
+from stages.common.records import Message, make_row, write_rows
+from stages.common.run_estimate import (
+    DEFAULT_SIZE,
+    Estimate,
+    ModelSize,
+    Work,
+    describe,
+    estimate_run,
+    format_minutes,
+    measure_product_speed,
+    read_model_size,
+    read_work,
+)
+from tests.tiny import make_model, save_model
+
+WORK = Work(1000, 50_000, 20_000, 100, 5000, 40)
+
+
+def test_the_size_of_a_model_is_that_of_its_matrices(tmp_path):
+    model = make_model(num_key_value_heads=2)
+    model.save_pretrained(tmp_path)
+    matrices = {name: p.numel() for name, p in model.named_parameters() if p.dim() == 2}
+    output = matrices.pop("model.embed_tokens.weight")
+    assert read_model_size(tmp_path) == ModelSize(sum(matrices.values()), output)
+
+
+def test_without_a_known_model_the_size_is_that_of_the_default(tmp_path):
+    assert read_model_size(tmp_path) == DEFAULT_SIZE
+    (tmp_path / "config.json").write_text(json.dumps({"n_embd": 8}))
+    assert read_model_size(tmp_path) == DEFAULT_SIZE
+
+
+def test_twice_the_rows_or_half_the_speed_take_twice_as_long():
+    once = estimate_run(WORK, DEFAULT_SIZE, "float32", 1e11)
+    double = Work(2000, 100_000, 40_000, 100, 5000, 40)
+    extra = estimate_run(double, DEFAULT_SIZE, "float32", 1e11).finetune_s - once.finetune_s
+    assert extra == pytest.approx(4 * (50_000 * DEFAULT_SIZE.layers + 20_000 * DEFAULT_SIZE.output) / 0.75e11)
+    slower = estimate_run(WORK, DEFAULT_SIZE, "float32", 0.5e11)
+    assert slower.finetune_s - once.finetune_s == pytest.approx(extra)
+    assert slower.ask_base_s > once.ask_base_s > once.evaluate_s
+
+
+def test_transformers_answers_more_slowly():
+    fast, slow = (estimate_run(WORK, DEFAULT_SIZE, "float32", 1e11, paged) for paged in (True, False))
+    assert slow.evaluate_s > fast.evaluate_s
+    assert slow.finetune_s == fast.finetune_s
+
+
+def test_the_speed_of_products_is_a_number_of_this_machine():
+    assert 1e8 < measure_product_speed("float32", seconds=0.05) < 1e15
+
+
+def test_work_is_counted_from_the_rows_of_the_split(tmp_path):
+    save_model(tmp_path / "base")
+    rows = [make_row([Message("user", f"q{i}"), Message("assistant", "yes")], "toy", "mit") for i in range(9)]
+    write_rows(tmp_path / "train.parquet", rows)
+    write_rows(tmp_path / "test.parquet", rows[:4])
+    once = read_work(tmp_path, tmp_path / "base", epochs=1, max_test_rows=2)
+    assert (once.train_rows, once.test_rows) == (9, 2)
+    assert once.train_answer_tokens == 9 * 4  # three letters and the end of the turn
+    assert once.longest_answer == 4
+    assert once.test_tokens == round(once.train_tokens / 9 * 2)
+    assert read_work(tmp_path, tmp_path / "base", 3, None).train_tokens == 3 * once.train_tokens
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(4, "0.5 min"), (95, "1.5 min"), (600, "10 min")])
+def test_a_duration_is_rounded_to_what_the_estimate_knows(seconds, text):
+    assert format_minutes(seconds) == text
+
+
+def test_the_text_names_rows_tokens_and_minutes():
+    text = describe(WORK, Estimate("float32", 60, 300, 30))
+    assert "about 6.5 min" in text
+    assert "1,000 rows (50,000 tokens) to train on in float32: about 5 min" in text
