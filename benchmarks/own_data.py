@@ -34,19 +34,18 @@ def main() -> None:
     parser.add_argument("--tldr", type=Path, help="a git clone of tldr-pages/tldr")
     parser.add_argument("--llama-factory", type=Path, help="a git clone of hiyouga/LLaMA-Factory")
     parser.add_argument("--folder", type=Path, help="where to clone to; kept afterwards")
-    parser.add_argument("--only", nargs="+", default=[], help="stems of the files, such as labels")
+    parser.add_argument("--only", nargs="+", default=[], help="anfragen, labels, openai, commands, alpaca")
     arguments = parser.parse_args()
     base = arguments.folder or Path(tempfile.mkdtemp(prefix="perennial-own-data-"))
     base.mkdir(parents=True, exist_ok=True)
     home = base / "home"
     if not home.exists():
         clone(home)
-    sets = write_data_sets(base / "sets", arguments.tldr, arguments.llama_factory)
+    sets = write_data_sets(base / "sets", arguments.tldr, arguments.llama_factory, arguments.only)
     rows = []
     for data in sets:
-        if not arguments.only or data.path.name.split(".")[0] in arguments.only:
-            rows.append(format_row(data, run_data_set(home, data, base)))
-            sys.stderr.write(rows[-1] + "\n")
+        rows.append(format_row(data, run_data_set(home, data, base)))
+        sys.stderr.write(rows[-1] + "\n")
     print(json.dumps(machine()))
     print("\n".join([HEADER, "|" + "---|" * (HEADER.count("|") - 1), *rows]))
 

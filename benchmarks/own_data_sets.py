@@ -14,7 +14,7 @@ import random
 import re
 import subprocess
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,26 +39,36 @@ class DataSet:
     rows: int
 
 
-def write_data_sets(folder: Path, tldr: Path | None, llama_factory: Path | None) -> list[DataSet]:
-    """Write the data sets that there are sources for; the same sources give the same bytes."""
+def write_data_sets(
+    folder: Path, tldr: Path | None, llama_factory: Path | None, only: Sequence[str] = ()
+) -> list[DataSet]:
+    """Write the data sets that there are sources for; the same sources give the same bytes.
+
+    Args:
+        only: names of files without their suffix; empty for all.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    sentences = list(sample_sentences(random.Random(7)))
-    sets = [write_small(folder, sentences), write_labels(folder, sentences), write_chats(folder)]
+    writers: dict[str, Callable[[], DataSet]] = {
+        "anfragen": lambda: write_small(folder),
+        "labels": lambda: write_labels(folder),
+        "openai": lambda: write_chats(folder),
+    }
     if tldr:
-        sets.append(write_commands(folder, tldr))
+        writers["commands"] = lambda: write_commands(folder, tldr)
     if llama_factory:
-        sets.append(write_alpaca(folder, llama_factory))
-    return sets
+        writers["alpaca"] = lambda: write_alpaca(folder, llama_factory)
+    return [write() for name, write in writers.items() if not only or name in only]
 
 
-def sample_sentences(rng: random.Random) -> Iterator[tuple[str, str]]:
+def sample_sentences(languages: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield sentences and their labels, the language and the intent."""
     import home_assistant_intents
     from hassil.parse_expression import parse_sentence
     from hassil.sample import sample_expression
 
+    rng = random.Random(7)
     data = Path(home_assistant_intents.__file__).parent / "data"
-    for language in LANGUAGES:
+    for language in languages:
         package = json.loads((data / f"{language}.json").read_text(encoding="utf-8"))
         rules = {name: parse_sentence(body) for name, body in package["expansion_rules"].items()}
         for intent, body in package["intents"].items():
@@ -80,7 +90,7 @@ def fill_marks(text: str, rng: random.Random) -> str:
     return " ".join(re.sub(r"\{([^}]*)\}", value, text).split())
 
 
-def draw(rows: Sequence[tuple[str, str]], number: int, labels: int, seed: int) -> list[tuple[str, str]]:
+def draw(rows: Iterable[tuple[str, str]], number: int, labels: int, seed: int) -> list[tuple[str, str]]:
     """Return `number` different rows of the `labels` labels with the most, as even as they come."""
     by_label: dict[str, list[str]] = {}
     for text, label in dict.fromkeys(rows):
@@ -95,10 +105,10 @@ def draw(rows: Sequence[tuple[str, str]], number: int, labels: int, seed: int) -
     return drawn[:number]
 
 
-def write_small(folder: Path, sentences: Sequence[tuple[str, str]]) -> DataSet:
+def write_small(folder: Path) -> DataSet:
     """Write 60 German rows as a spreadsheet exports them: semicolons, cp1252, and column names of its own."""
     path = folder / "anfragen.csv"
-    rows = draw([row for row in sentences if row[1].startswith("de_")], SMALL_ROWS, 4, seed=1)
+    rows = draw(sample_sentences(["de"]), SMALL_ROWS, 4, seed=1)
     with path.open("w", encoding="cp1252", errors="replace", newline="") as file:
         writer = csv.writer(file, delimiter=";")
         writer.writerow(("Nr", "Anfrage", "Art"))
@@ -108,10 +118,10 @@ def write_small(folder: Path, sentences: Sequence[tuple[str, str]]) -> DataSet:
     return DataSet("60-row CSV", path, "apache-2.0", len(rows))
 
 
-def write_labels(folder: Path, sentences: Sequence[tuple[str, str]]) -> DataSet:
+def write_labels(folder: Path) -> DataSet:
     """Write 10,000 sentences of 77 labels, gzipped."""
     path = folder / "labels.csv.gz"
-    rows = draw(sentences, LABEL_ROWS, LABELS, seed=2)
+    rows = draw(sample_sentences(LANGUAGES), LABEL_ROWS, LABELS, seed=2)
     with gzip.GzipFile(path, "wb", mtime=0) as raw:
         text = "".join(f"{json.dumps(text, ensure_ascii=False)},{label}\n" for text, label in rows)
         raw.write(f"text,label\n{text}".encode())
