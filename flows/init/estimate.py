@@ -14,7 +14,6 @@ from stages.common.sources.detection.survey import Survey
 
 CHARS_PER_TOKEN = 4.0  # of English in usual tokenizers, where the base model is not there yet
 FIXED_MINUTES = 2.0  # the stages that neither train nor answer
-LONGEST_ANSWER = 2  # of the mean answer
 TEMPLATE_TOKENS = 25  # that a chat template puts around a row
 
 
@@ -48,8 +47,8 @@ def estimate_run(survey: Survey, params: Mapping[str, Any], base: Path) -> RunEs
     train_rows = max(1, usable - test_rows - round(usable * split["validation_fraction"]))
     tokens_per_row = survey.row_tokens.total / survey.rows + TEMPLATE_TOKENS
     train_tokens = round(train_rows * tokens_per_row * finetune["epochs"])
-    kind = pick_device()
-    dtype = str(pick_dtype(kind, finetune["dtype"])).removeprefix("torch.")
+    device = pick_device()
+    dtype = str(pick_dtype(device, finetune["dtype"])).removeprefix("torch.")
     answer_tokens = survey.answer_tokens.total / survey.rows
     asked = min(test_rows, params["ask_base"]["max_rows"] or test_rows)
     work = Work(
@@ -58,8 +57,9 @@ def estimate_run(survey: Survey, params: Mapping[str, Any], base: Path) -> RunEs
         train_answer_tokens=round(train_rows * answer_tokens * finetune["epochs"]),
         test_rows=asked,
         test_tokens=round(asked * tokens_per_row),
-        longest_answer=round(LONGEST_ANSWER * answer_tokens),
+        longest_answer=min(survey.answer_tokens.largest, params["ask_base"]["max_new_tokens"]),
     )
-    speed = measure_product_speed(dtype, kind.type)
-    seconds = run_estimate.estimate_run(work, read_model_size(base), dtype, speed, kind.type == "cpu").seconds
+    speed = measure_product_speed(dtype, device.type)
+    size, is_paged = read_model_size(base), device.type == "cpu"
+    seconds = run_estimate.estimate_run(work, size, dtype, speed, is_paged).seconds
     return RunEstimate(train_rows, test_rows, train_tokens, dtype, FIXED_MINUTES + seconds / 60)
