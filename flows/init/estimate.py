@@ -61,5 +61,5 @@ def estimate_run(survey: Survey, params: Mapping[str, Any], base: Path) -> RunEs
     )
     speed = measure_product_speed(dtype, device.type)
     size, is_paged = read_model_size(base), device.type == "cpu"
-    seconds = run_estimate.estimate_run(work, size, dtype, speed, is_paged).seconds
+    seconds = run_estimate.estimate_run(work, size, dtype, speed, is_paged).sum_of()
     return RunEstimate(train_rows, test_rows, train_tokens, dtype, FIXED_MINUTES + seconds / 60)

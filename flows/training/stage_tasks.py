@@ -10,9 +10,8 @@ import logging
 import re
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
-from threading import Lock
 from typing import Any
 from uuid import UUID
 
@@ -24,6 +23,7 @@ from prefect.futures import PrefectFuture
 from prefect.states import Cancelled, Completed, Failed
 
 from flows.common.prefect_api import literal_name
+from flows.training.all_cores import AllCores
 from flows.training.plan import StagePlan
 from flows.training.prepared_run import PreparedRun
 from flows.training.stage_process import Outcome, Progress, is_chatter, parse_progress
@@ -73,12 +73,13 @@ def run_stages(run: PreparedRun, *, retries: int, retry_delay_s: float) -> Pipel
     """
     ledger = _Ledger()
     stale = run.plan.stale()
-    cores = Lock()
+    running = [stage for stage in run.plan.stages if stage.name in stale or run.force]
+    cores = AllCores(run.root, [stage.name for stage in running if stage.all_cores])
     futures: dict[str, PrefectFuture[State[None]]] = {}
     for stage in run.plan.stages:
         body = _unchanged
-        if stage.name in stale or run.force:
-            body = _stage_body(run, stage.name, cores if stage.all_cores else nullcontext())
+        if stage in running:
+            body = _stage_body(run, stage.name, cores if stage.all_cores else None)
         stage_task = task(
             name=stage.name,
             task_run_name=literal_name(stage.name),
@@ -100,7 +101,7 @@ def _unchanged() -> Outcome:
     return Outcome("unchanged")
 
 
-def _stage_body(run: PreparedRun, stage: str, cores: AbstractContextManager[Any]) -> Callable[[], Outcome]:
+def _stage_body(run: PreparedRun, stage: str, cores: AllCores | None) -> Callable[[], Outcome]:
     def run_stage() -> Outcome:
         lines = _Lines(stage, get_run_logger(), lambda: run.processes.stopped_by is not None)
 
@@ -111,7 +112,7 @@ def _stage_body(run: PreparedRun, stage: str, cores: AbstractContextManager[Any]
             )
             return run.wait
 
-        with cores, run.lock.at_stage(stage):
+        with cores.hold(lines.logger) if cores else nullcontext(), run.lock.at_stage(stage):
             return run.processes.run(stage, lines.take, on_blocked)
 
     return run_stage

@@ -4,7 +4,7 @@ The work follows from the tokens and the size of the base model; the speed, from
 products that a training step consists of. Off by up to a third: the probe is short, and machines are shared.
 The first updates of a training correct the estimate.
 
-`python -m stages.common.run_estimate` prints it for the rows in `artifacts/split`.
+`python -m stages.common.run_estimate [STAGE ...]` prints it for the rows in `artifacts/split`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ OVERHEAD_S = 15.0  # a stage that computes: its start, imports, reading the mode
 PROBE_S = 0.5
 PROBE_SIZES = (600, 576, 1536)  # tokens of a batch, and a layer of the default base model
 ANSWER_ROOM = 1.25  # the base model mostly writes to the limit
+
+
+STAGES = ("ask_base", "finetune", "evaluate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +71,10 @@ class Estimate:
     finetune_s: float
     evaluate_s: float
 
-    @property
-    def seconds(self) -> float:
-        """Return the sum."""
-        return self.ask_base_s + self.finetune_s + self.evaluate_s
+    def sum_of(self, stages: Collection[str] = STAGES) -> float:
+        """Return the seconds of some of the stages together."""
+        seconds = {"ask_base": self.ask_base_s, "finetune": self.finetune_s, "evaluate": self.evaluate_s}
+        return sum(seconds[stage] for stage in stages)
 
 
 def read_model_size(base: Path) -> ModelSize:
@@ -161,19 +165,20 @@ def format_minutes(seconds: float) -> str:
     return f"{minutes:g} min"
 
 
-def describe(work: Work, estimate: Estimate) -> str:
-    """Return the estimate as lines for a terminal."""
-    return (
-        f"training and evaluation take about {format_minutes(estimate.seconds)} on this machine\n"
-        f"  {work.train_rows:,} rows ({work.train_tokens:,} tokens) to train on in {estimate.dtype}: "
-        f"about {format_minutes(estimate.finetune_s)}\n"
-        f"  {work.test_rows:,} test rows: the base model about {format_minutes(estimate.ask_base_s)}, "
-        f"the tuned model about {format_minutes(estimate.evaluate_s)}"
-    )
+def describe(work: Work, estimate: Estimate, stages: Collection[str] = STAGES) -> str:
+    """Return the estimate of some stages as lines for a terminal."""
+    rows = {"ask_base": work.test_rows, "finetune": work.train_rows, "evaluate": work.test_rows}
+    lines = [f"about {format_minutes(estimate.sum_of(stages))} on this machine, in {estimate.dtype}:"]
+    for stage in STAGES:
+        if stage in stages:
+            tokens = f" ({work.train_tokens:,} tokens)" if stage == "finetune" else ""
+            minutes = format_minutes(estimate.sum_of([stage]))
+            lines.append(f"  {stage}: {rows[stage]:,} rows{tokens}, about {minutes}")
+    return "\n".join(lines)
 
 
 def main() -> None:
-    """Print the estimate for the rows in `artifacts/split`."""
+    """Print the estimate of the stages that are named, or all, for the rows in `artifacts/split`."""
     from stages.common.models import pick_device, pick_dtype
     from stages.common.params.loading import load_params
 
@@ -188,7 +193,9 @@ def main() -> None:
     dtype = str(pick_dtype(device, params.finetune.dtype)).removeprefix("torch.")
     speed = measure_product_speed(dtype, device.type)
     paged = device.type == "cpu" and params.export.gguf and params.ask_base.engine != "transformers"
-    sys.stdout.write(describe(work, estimate_run(work, read_model_size(base), dtype, speed, paged)) + "\n")
+    estimate = estimate_run(work, read_model_size(base), dtype, speed, paged)
+    stages = [stage for stage in STAGES if stage in sys.argv[1:]] or STAGES
+    sys.stdout.write(describe(work, estimate, stages) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ from stages.finetune.shared_prefix import Layout, lay_out
 from stages.finetune.speedups import speed_up_training
 
 logger = get_logger("finetune")
+
+ESTIMATED_AFTER_STEPS = 5  # the first is slow: memory and kernels are made
 
 
 class AnswerTrainer(Trainer):
@@ -83,6 +86,14 @@ class TrainingMonitor(TrainerCallback):
         left = int(sum(self.tokens_of_step[state.global_step :]) / speed)
         note = f"loss {logs['loss']:.4f}, {speed:.0f} tokens/s, {left // 60}:{left % 60:02d} left"
         progress(logger, state.global_step, state.max_steps, note)
+        if state.global_step == self.first_step + ESTIMATED_AFTER_STEPS:
+            end = datetime.now().astimezone() + timedelta(seconds=left)
+            logger.info(
+                "measured: %.0f tokens/s, about %.1f min of training left, until %s",
+                speed,
+                left / 60,
+                end.strftime("%H:%M"),
+            )
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Mark the checkpoint that was just written."""

@@ -72,7 +72,11 @@ def test_a_duration_is_rounded_to_what_the_estimate_knows(seconds, text):
     assert format_minutes(seconds) == text
 
 
-def test_the_text_names_rows_tokens_and_minutes():
-    text = describe(WORK, Estimate("float32", 60, 300, 30))
-    assert "about 6.5 min" in text
-    assert "1,000 rows (50,000 tokens) to train on in float32: about 5 min" in text
+def test_the_text_names_the_stages_that_run_with_their_rows_and_minutes():
+    estimate = Estimate("float32", 60, 300, 30)
+    whole = describe(WORK, estimate)
+    assert whole.startswith("about 6.5 min on this machine, in float32")
+    assert "finetune: 1,000 rows (50,000 tokens), about 5 min" in whole
+    part = describe(WORK, estimate, ["finetune", "evaluate"])
+    assert part.startswith("about 5.5 min")
+    assert "ask_base" not in part

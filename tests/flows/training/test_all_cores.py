@@ -1,0 +1,55 @@
+import logging
+import threading
+import time
+from pathlib import Path
+
+import yaml
+
+from flows.training.all_cores import AllCores, estimate_lines
+from stages.common.records import Message, make_row, write_rows
+from tests.tiny import save_model
+
+ROOT = Path(__file__).parents[3]
+logger = logging.getLogger("test")
+
+
+def test_one_stage_at_a_time_has_the_cores(tmp_path):
+    cores, inside, most = AllCores(tmp_path, ()), [], []
+
+    def work():
+        with cores.hold(logger):
+            inside.append(1)
+            time.sleep(0.02)
+            most.append(len(inside))
+            inside.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1, 1, 1]
+
+
+def test_the_estimate_of_the_stages_that_run_is_logged_once(tmp_path, caplog, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    save_model(tmp_path / "artifacts/fetch_base")
+    rows = [make_row([Message("user", f"q{i}"), Message("assistant", "yes")], "toy", "mit") for i in range(9)]
+    for side in ("train", "test"):
+        write_rows(tmp_path / f"artifacts/split/{side}.parquet", rows)
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    cores = AllCores(tmp_path, ["finetune", "evaluate"])
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            with cores.hold(logger):
+                pass
+    lines = [record.message for record in caplog.records]
+    assert len(lines) == 3
+    assert "finetune: 9 rows" in lines[1]
+
+
+def test_without_rows_there_is_no_estimate(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    assert estimate_lines(tmp_path, ["finetune"]) == []
