@@ -90,7 +90,7 @@ lock: $(VENV)/.dev ## re-resolve requirements.lock for every supported Python an
 
 clean: ## remove the environment and everything a run made; data/ and git are kept
 	@rm -rf $(VENV) reports checkpoints .perennial dvc.lock .dvc/cache .dvc/tmp *.egg-info
-	@find artifacts -mindepth 1 -not -path artifacts/start -not -path artifacts/start/README.md -delete
+	@find artifacts -mindepth 1 -not -path artifacts/initial_adapter -not -path artifacts/initial_adapter/README.md -delete
 
 # The stamp is touched last, so an interrupted installation is repeated.
 $(VENV)/.core: pyproject.toml requirements.lock | $(BIN)/python

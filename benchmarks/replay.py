@@ -21,7 +21,7 @@ from benchmarks.machine import machine
 from flows.demo.__main__ import HOME
 from flows.demo.checkout import make_home, run_python, with_overrides
 from monitoring.feedback.rows import HELD_OUT
-from stages.common.adapter import read_start
+from stages.common.adapter import read_initial_adapter
 from stages.common.artifacts import artifacts, read_json, reports, write_text
 from stages.common.errors import InputError
 from stages.common.params.loading import load_params
@@ -43,7 +43,7 @@ def main(words: Sequence[str] | None = None) -> int:
     workspace = prepared(home, home.with_name(f"{home.name}-replay"))
     sys.stdout.write(f"{machine()}\n\n| replay_share | rows | training, s | old test | new, held out |\n")
     sys.stdout.write("|---|---:|---:|---|---|\n")
-    _copy(home / artifacts("start"), workspace / artifacts("finetune"))
+    _copy(home / artifacts("initial_adapter"), workspace / artifacts("finetune"))
     tell("before", "", "", judged(workspace))
     for share in options.shares:
         params = workspace / "params.yaml"
@@ -62,8 +62,8 @@ def prepared(home: Path, folder: Path) -> Path:
     Raises:
         InputError: no retraining has been there.
     """
-    start = read_start(home / artifacts("start"))
-    if start is None or not start.learned() or not (home / HELD_OUT).is_file():
+    start = read_initial_adapter(home / artifacts("initial_adapter"))
+    if start is None or not start.read_trained_ids() or not (home / HELD_OUT).is_file():
         raise InputError(f"{home} has seen no retraining", "run make demo")
     make_home(home, folder, SETTINGS)
     for stage in ("fetch_base", "split", "start"):

@@ -306,7 +306,7 @@ def _forget_yesterday(home: Path) -> None:
     for path in (home / STATE).glob("*"):
         if path.name not in ("home.json", "logs"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for path in (home / "artifacts" / "start").glob("*"):
+    for path in (home / "artifacts" / "initial_adapter").glob("*"):
         if path.name != "README.md":
             path.unlink()
 

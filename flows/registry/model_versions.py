@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from flows.registry.tracking import open_tracking, tracking_address, tracking_errors
-from stages.common.adapter import CONFIG, FOLDER, WEIGHTS, Start, put_start
+from stages.common.adapter import CONFIG, FOLDER, WEIGHTS, InitialAdapter, put_initial_adapter
 from stages.common.errors import InputError
 from stages.common.params.loading import Params
 
@@ -255,11 +255,11 @@ def download_adapter(root: Path, params: Params, tag: str, folder: Path) -> Path
     return found
 
 
-def fetch_adapter(root: Path, params: Params, tag: str, folder: Path = FOLDER) -> Start:
+def fetch_adapter(root: Path, params: Params, tag: str, folder: Path = FOLDER) -> InitialAdapter:
     """Put a version's adapter, as the registry has it, where training goes on from.
 
     Args:
-        folder: artifacts/start, relative to the checkout.
+        folder: artifacts/initial_adapter, relative to the checkout.
 
     Raises:
         InputError: as `download_adapter`; then the folder is as it was.
@@ -268,7 +268,7 @@ def fetch_adapter(root: Path, params: Params, tag: str, folder: Path = FOLDER) -
         tags = _version(client, tag).tags
     with tempfile.TemporaryDirectory(prefix="perennial-adapter-") as beside:
         found = download_adapter(root, params, tag, Path(beside))
-        return put_start(found, tags["serving_version"], tags["base_sha256"], root / folder)
+        return put_initial_adapter(found, tags["serving_version"], tags["base_sha256"], root / folder)
 
 
 _LOST = "record the version again from the pipeline that made it (dvc repro), or choose another version"

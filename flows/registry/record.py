@@ -43,7 +43,7 @@ from flows.registry.tracking import (
     tracking_errors,
     without_password,
 )
-from stages.common.adapter import adapter_files
+from stages.common.adapter import list_adapter_files
 from stages.common.artifacts import STATE, artifacts, missing, read_json, reports
 from stages.common.dvc_lock import LOCK, Lock, dvc_hash, read_lock
 from stages.common.errors import InputError
@@ -71,7 +71,7 @@ TRACED = {
     "dvc.rows": artifacts("collect"),
     "dvc.data": artifacts("split"),
     "dvc.base": artifacts("fetch_base"),
-    "dvc.start": artifacts("start"),
+    "dvc.initial_adapter": artifacts("initial_adapter"),
     "dvc.adapter": artifacts("finetune"),
     "dvc.export": artifacts("export"),
 }
@@ -438,7 +438,7 @@ def _log_files(client: MlflowClient, run: Run, root: Path) -> None:
     if card.is_dir():
         client.log_artifacts(run_id, str(card), "card")
     adapter = root / artifacts("finetune")
-    for name in adapter_files(adapter):
+    for name in list_adapter_files(adapter):
         client.log_artifact(run_id, str(adapter / name), ADAPTER)
 
 

@@ -23,7 +23,7 @@ import yaml
 from flows.common.cli import run_command
 from flows.registry.model_versions import download_adapter, download_file, find_version
 from services.versions.__main__ import add_pipeline_output, stored_tags
-from stages.common.adapter import adapter_files
+from stages.common.adapter import list_adapter_files
 from stages.common.artifacts import STATE, artifacts, missing, read_json, reports, write_text
 from stages.common.errors import InputError
 from stages.common.params.loading import Params, load_params
@@ -84,7 +84,7 @@ def _lay_out(root: Path, params: Params, tag: str, folder: Path) -> None:
     adapter = folder / artifacts("finetune")
     adapter.mkdir(parents=True)
     downloaded = download_adapter(root, params, tag, folder / "downloaded")
-    for name in adapter_files(downloaded):
+    for name in list_adapter_files(downloaded):
         shutil.copyfile(downloaded / name, adapter / name)
     values = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))
     recorded = yaml.safe_load(

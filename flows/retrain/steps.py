@@ -22,7 +22,7 @@ from monitoring.feedback import rows
 from monitoring.feedback.labels import task_of
 from services.versions import __main__ as versions
 from stages.common.adapter import FOLDER as START
-from stages.common.adapter import clear_start, put_start
+from stages.common.adapter import clear_initial_adapter, put_initial_adapter
 from stages.common.artifacts import STATE, artifacts, read_json, reports
 from stages.common.errors import InputError
 from stages.common.params.loading import Params
@@ -80,22 +80,22 @@ def gather(root: Path, params: Params, run: Retraining) -> Retraining:
 
 
 def _lay_start(root: Path, params: Params, champion: str | None) -> None:
-    """Put the champion's adapter where training begins, or nothing, as `flows.retrain.start_from` says."""
+    """Put the adapter that `flows.retrain.warm_start_from` names where training starts from, or none."""
     folder = root / START
-    if champion is None or params.flows.retrain.start_from == "base":
-        clear_start(folder)
+    if champion is None or params.flows.retrain.warm_start_from == "base":
+        clear_initial_adapter(folder)
         return
     _record_if_here(root, params, champion)
     if not any(info.tag == champion for info in model_versions.versions_table(root, params)):
         logger.warning(
             "%s is not in the registry and no longer in artifacts/: a new adapter is trained", champion
         )
-        clear_start(folder)
+        clear_initial_adapter(folder)
         return
     with TemporaryDirectory(dir=root / STATE) as name:
         model_versions.fetch_adapter(root, params, champion, Path(name))
-        about = read_json(Path(name) / "start.json")
-        put_start(Path(name), about["version"], about["base_sha256"], folder)
+        about = read_json(Path(name) / "origin.json")
+        put_initial_adapter(Path(name), about["version"], about["base_sha256"], folder)
 
 
 def _record_if_here(root: Path, params: Params, tag: str) -> None:

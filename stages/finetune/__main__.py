@@ -1,7 +1,7 @@
 """Finetune: train a LoRA adapter on the base model.
 
-In: `artifacts/split/train.parquet`, `validation.parquet`, `artifacts/fetch_base/`; `artifacts/start/`, which
-may hold an adapter to start from.
+In: `artifacts/split/train.parquet`, `validation.parquet`, `artifacts/fetch_base/`;
+`artifacts/initial_adapter/`, which may hold an adapter to start from.
 Out: `artifacts/finetune/` (a peft adapter); `reports/finetune/metrics.json`, `loss.csv`, `loss.svg`.
 Run: `python -m stages.finetune`
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from stages.common.adapter import Start, check_base, read_start
+from stages.common.adapter import InitialAdapter, check_base, read_initial_adapter
 from stages.common.artifacts import artifacts, read_json, reports, write_json
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage
@@ -43,12 +43,12 @@ def read_training_rows() -> list[Row]:
     return rows
 
 
-def read_initial_adapter(folder: str | None) -> Start | None:
+def find_initial_adapter(folder: str | None) -> InitialAdapter | None:
     """Return the adapter to start from, checked against the base model; None for a new one."""
-    start = read_start(Path(folder)) if folder else None
-    if start:
-        check_base(start, read_json(reports("fetch_base") / "metrics.json")["sha256"])
-    return start
+    initial = read_initial_adapter(Path(folder)) if folder else None
+    if initial:
+        check_base(initial, read_json(reports("fetch_base") / "metrics.json")["sha256"])
+    return initial
 
 
 def main() -> None:
@@ -57,9 +57,9 @@ def main() -> None:
     recipe = Recipe(**params.model_dump(include=set(Recipe.__dataclass_fields__)))
     base = artifacts("fetch_base")
     rows = read_training_rows()
-    start = read_initial_adapter(params.start_from)
-    trained_before = start.learned() if start else frozenset()
-    selected = select_rows(rows, start, trained_before, params.replay_share, params.seed)
+    initial = find_initial_adapter(params.warm_start_from)
+    trained_ids = initial.read_trained_ids() if initial else frozenset()
+    selected = select_rows(rows, initial, trained_ids, params.replay_share, params.seed)
     tokenizer = load_tokenizer(base)
     examples, long = encode_rows(tokenizer, selected, params.max_length, params.on_long_row)
     validation, _ = encode_rows(
@@ -74,9 +74,9 @@ def main() -> None:
     from stages.finetune.adapter import build_model, save_adapter
     from stages.finetune.trainer import train
 
-    checkpoints = CHECKPOINTS / compute_fingerprint(recipe, examples, base, start)
+    checkpoints = CHECKPOINTS / compute_fingerprint(recipe, examples, base, initial)
     remove_other_runs(checkpoints)
-    model = build_model(base, recipe, start)
+    model = build_model(base, recipe, initial)
     logger.info("training on %d rows, %s on %s", len(examples), model.dtype, model.device)
     result = train(
         model,
@@ -89,13 +89,13 @@ def main() -> None:
     )
 
     trained_now = {row.id for row in selected} - {row.id for row in long}
-    save_adapter(model, artifacts("finetune"), trained_before | trained_now)
+    save_adapter(model, artifacts("finetune"), trained_ids | trained_now)
     write_loss_csv(result.curve, reports("finetune") / "loss.csv")
     plot_loss(result, reports("finetune") / "loss.svg")
     write_json(
         reports("finetune") / "metrics.json",
         {
-            "started_from": start.version if start else "base",
+            "started_from": initial.version if initial else "base",
             "train_rows": len(examples),
             "dropped_long_rows": len(long),
             "rows_not_replayed": len(rows) - len(selected),

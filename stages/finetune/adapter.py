@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import set_seed
 
-from stages.common.adapter import CONFIG, PAGE, WEIGHTS, Start, write_learned
+from stages.common.adapter import CONFIG, PAGE, WEIGHTS, InitialAdapter, write_trained_ids
 from stages.common.artifacts import atomic_dir, read_json, write_json
 from stages.common.errors import InputError
 from stages.common.logs import get_logger
@@ -28,7 +28,7 @@ from stages.finetune.recipe import Recipe
 logger = get_logger("finetune")
 
 
-def build_model(base: Path, recipe: Recipe, start: Start | None = None) -> PeftModel:
+def build_model(base: Path, recipe: Recipe, initial: InitialAdapter | None = None) -> PeftModel:
     """Load the base model and add an adapter, with the weights of `start` or initialized from the seed.
 
     Raises:
@@ -53,13 +53,13 @@ def build_model(base: Path, recipe: Recipe, start: Start | None = None) -> PeftM
             f"the adapter does not fit the base model: {error}",
             "set finetune.target_modules to all-linear, or to module names that the model has",
         ) from None
-    if start:
-        load_weights(tuned, start)
-        logger.info("starting from the adapter of %s", start.version)
+    if initial:
+        load_weights(tuned, initial)
+        logger.info("starting from the adapter of %s", initial.version)
     return tuned
 
 
-def load_weights(model: PeftModel, start: Start) -> None:
+def load_weights(model: PeftModel, initial: InitialAdapter) -> None:
     """Replace the weights of the new adapter of `model` by those of the adapter in `start`.
 
     peft silently skips tensors that it does not find, which would leave the adapter half random. So the
@@ -69,31 +69,32 @@ def load_weights(model: PeftModel, start: Start) -> None:
         InputError: the two adapters differ in their settings or tensors; the message has both.
     """
     fix = (
-        f"set finetune.rank, alpha and target_modules to what {start.folder} has, or empty {start.folder} "
-        "to train a new adapter"
+        f"set finetune.rank, alpha and target_modules to those of {initial.folder}, "
+        f"or empty {initial.folder} to train a new adapter"
     )
-    _check_settings(model, start, fix)
+    _check_settings(model, initial, fix)
     try:
-        weights = load_file(start.folder / WEIGHTS)
+        weights = load_file(initial.folder / WEIGHTS)
     except (SafetensorError, OSError) as error:
         raise InputError(
-            f"{start.folder / WEIGHTS} cannot be read: {error}", f"write it again, or empty {start.folder}"
+            f"{initial.folder / WEIGHTS} cannot be read: {error}",
+            f"write it again, or empty {initial.folder}",
         ) from None
-    _check_tensors(model, weights, start, fix)
+    _check_tensors(model, weights, initial, fix)
     set_peft_model_state_dict(model, weights)
 
 
-def _check_settings(model: PeftModel, start: Start, fix: str) -> None:
+def _check_settings(model: PeftModel, initial: InitialAdapter, fix: str) -> None:
     """Compare rank, alpha and target modules, in the words of `params.yaml`."""
     config = model.peft_config["default"]
     wanted = _settings(config.r, config.lora_alpha, config.target_modules)
-    saved = read_json(start.folder / CONFIG)
+    saved = read_json(initial.folder / CONFIG)
     found = _settings(saved.get("r"), saved.get("lora_alpha"), saved.get("target_modules"))
     different = [name for name in wanted if wanted[name] != found[name]]
     if different:
         lines = "\n".join(f"  {name}: {wanted[name]} here, {found[name]} there" for name in different)
         raise InputError(
-            f"the adapter in {start.folder} ({start.version}) differs from the one to be trained:\n{lines}",
+            f"the adapter in {initial.folder} ({initial.version}) differs from the recipe:\n{lines}",
             fix,
         )
 
@@ -103,14 +104,14 @@ def _settings(rank: Any, alpha: Any, targets: Any) -> dict[str, Any]:
     return {"rank": rank, "alpha": alpha, "target_modules": modules}
 
 
-def _check_tensors(model: PeftModel, weights: dict[str, Tensor], start: Start, fix: str) -> None:
+def _check_tensors(model: PeftModel, weights: dict[str, Tensor], initial: InitialAdapter, fix: str) -> None:
     """Compare the names and shapes of all tensors."""
     here = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
     there = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if here != there:
         odd = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
         raise InputError(
-            f"the adapter in {start.folder} ({start.version}) has other tensors than the one to be trained, "
+            f"the adapter in {initial.folder} ({initial.version}) has other tensors than the recipe makes, "
             f"{len(odd)} of them: {odd[0]} is {there.get(odd[0])} there and {here.get(odd[0])} here",
             fix,
         )
@@ -127,4 +128,4 @@ def save_adapter(model: PeftModel, folder: Path, trained_ids: Iterable[str]) -> 
             # peft writes a set, in an order that changes from process to process.
             config["target_modules"] = sorted(config["target_modules"])
         write_json(beside / CONFIG, config)
-        write_learned(trained_ids, beside)
+        write_trained_ids(trained_ids, beside)

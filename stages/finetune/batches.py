@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence, Set
 from typing import Any
 
-from stages.common.adapter import Start
+from stages.common.adapter import InitialAdapter
 from stages.common.chat import Encoded, encode_example
 from stages.common.errors import InputError
 from stages.common.logs import get_logger
@@ -20,12 +20,16 @@ BATCHES_SORTED_TOGETHER = 20
 
 
 def select_rows(
-    rows: Sequence[Row], start: Start | None, trained_ids: Set[str], replay_share: float, seed: int
+    rows: Sequence[Row],
+    initial: InitialAdapter | None,
+    trained_ids: Set[str],
+    replay_share: float,
+    seed: int,
 ) -> list[Row]:
-    """Return the rows that are new to the adapter of `start`, and a share of those it was trained on.
+    """Return the rows that are new to the adapter of `initial`, and a share of those it was trained on.
 
-    The share is drawn by a hash of the row ids and differs from start to start, so that over several
-    retrainings every row has its turn. Without a start every row is new.
+    The share is drawn by a hash of the row ids and differs between initial adapters, so that over several
+    retrainings every row has its turn. Without an initial adapter every row is new.
 
     Args:
         trained_ids: ids of the rows that the adapter was trained on.
@@ -33,22 +37,22 @@ def select_rows(
     Raises:
         InputError: no row is left.
     """
-    if start is None:
+    if initial is None:
         return list(rows)
     if replay_share < 1 and not trained_ids:
         logger.warning(
-            "the adapter of %s does not record the rows it was trained on: all rows are used", start.version
+            "the adapter of %s does not record the rows it was trained on: all rows are used", initial.version
         )
 
     def is_drawn(row: Row) -> bool:
-        digest = hashlib.blake2b(f"{seed}/{start.version}/{row.id}".encode(), digest_size=8).digest()
+        digest = hashlib.blake2b(f"{seed}/{initial.version}/{row.id}".encode(), digest_size=8).digest()
         return int.from_bytes(digest) < replay_share * 2**64
 
     chosen = [row for row in rows if row.id not in trained_ids or is_drawn(row)]
     if rows and not chosen:
         raise InputError(
-            f"the adapter of {start.version} was trained on all {len(rows)} training rows already",
-            "raise finetune.replay_share, or set finetune.start_from: null",
+            f"the adapter of {initial.version} was trained on all {len(rows)} training rows already",
+            "raise finetune.replay_share, or set finetune.warm_start_from: null",
         )
     return chosen
 

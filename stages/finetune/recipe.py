@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from stages.common.adapter import Start
+from stages.common.adapter import InitialAdapter
 from stages.common.chat import Encoded
 from stages.common.records import canonical_json
 
@@ -38,7 +38,7 @@ class Recipe:
 
 
 def compute_fingerprint(
-    recipe: Recipe, examples: Sequence[Encoded], base: Path, start: Start | None = None
+    recipe: Recipe, examples: Sequence[Encoded], base: Path, initial: InitialAdapter | None = None
 ) -> str:
     """Return a hash of everything that decides the result: recipe, rows, base, code, library versions.
 
@@ -52,7 +52,7 @@ def compute_fingerprint(
             json.dumps([[e.prompt_length, e.input_ids] for e in examples]).encode()
         ).hexdigest(),
         "base": {p.name: _file_digest(p) for p in sorted(base.iterdir()) if p.is_file()},
-        "start": {p.name: _file_digest(p) for p in start.files} if start else {},
+        "initial": {p.name: _file_digest(p) for p in initial.files} if initial else {},
         "code": {p.name: _file_digest(p) for p in sorted(here.glob("*.py"))},
         "shared_code": {p.name: _file_digest(p) for p in shared},
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},

@@ -36,7 +36,7 @@ def make_output(root, weights=b"weights", exact_match=0.86, **serving):
     write(root / "params.yaml", (REPO / "params.yaml").read_text())
     write(root / "artifacts/finetune/adapter_config.json", '{"r": 16}')
     write(root / "artifacts/finetune/adapter_model.safetensors", weights)
-    write(root / "artifacts/finetune/learned.txt", "0011223344556677\n")
+    write(root / "artifacts/finetune/trained_row_ids.txt", "0011223344556677\n")
     write_json(
         root / "artifacts/export/serving.json",
         {

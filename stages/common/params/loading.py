@@ -264,7 +264,7 @@ class Finetune(Section):
     """How the adapter is trained."""
 
     # One folder only: DVC watches it.
-    start_from: Literal["artifacts/start"] | None = "artifacts/start"
+    warm_start_from: Literal["artifacts/initial_adapter"] | None = "artifacts/initial_adapter"
     replay_share: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
     rank: PositiveCount
     alpha: Positive

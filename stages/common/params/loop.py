@@ -144,7 +144,7 @@ class RetrainFlow(Section):
 
     cron: str | None
     timezone: str = "UTC"
-    start_from: Literal["champion", "base"]
+    warm_start_from: Literal["champion", "base"]
     gate: GateSettings
     canary: CanarySettings
 

@@ -214,7 +214,7 @@ def test_a_run_holds_everything_that_made_the_model(tmp_path):
     assert files == {
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
-        "adapter/learned.txt",
+        "adapter/trained_row_ids.txt",
         "card/README.md",
         "dvc.lock",
         "dvc.yaml",

@@ -10,7 +10,7 @@ import yaml
 
 from flows.registry import model_versions, record
 from flows.registry.verify_adapter import compare
-from stages.common.adapter import read_start
+from stages.common.adapter import read_initial_adapter
 from stages.common.artifacts import read_json, write_json
 from stages.common.errors import InputError
 from tests.flows.pipeline_output import (
@@ -134,14 +134,14 @@ def test_a_pin_has_its_reason_until_it_is_taken_off(checkout):
 @pytest.mark.slow
 def test_the_next_training_starts_from_the_bytes_of_the_champion(checkout):
     root, params, first, second = checkout
-    write(root / "artifacts/start/README.md", "stays")
+    write(root / "artifacts/initial_adapter/README.md", "stays")
     for tag, weights in [(second, b"learned on"), (first, b"weights")]:
         model_versions.fetch_adapter(root, params, tag)
-        start = read_start(root / "artifacts/start")
+        start = read_initial_adapter(root / "artifacts/initial_adapter")
         assert (start.version, start.base_sha256) == (tag.rpartition(":")[2], "b" * 64)
-        assert (root / "artifacts/start/adapter_model.safetensors").read_bytes() == weights
-        assert start.learned() == {"0011223344556677"}
-    assert (root / "artifacts/start/README.md").read_text() == "stays"
+        assert (root / "artifacts/initial_adapter/adapter_model.safetensors").read_bytes() == weights
+        assert start.read_trained_ids() == {"0011223344556677"}
+    assert (root / "artifacts/initial_adapter/README.md").read_text() == "stays"
     assert model_versions.download_adapter(root, params, first, root / "again").is_dir()
 
 
@@ -160,7 +160,7 @@ def test_an_adapter_that_the_registry_has_lost_or_changed_is_not_used(checkout):
     shutil.rmtree(adapter)
     with pytest.raises(InputError, match=r"the adapter of .* cannot be read"):
         model_versions.fetch_adapter(root, params, second)
-    assert read_start(root / "artifacts/start").version == first.rpartition(":")[2]
+    assert read_initial_adapter(root / "artifacts/initial_adapter").version == first.rpartition(":")[2]
 
 
 @pytest.mark.slow
@@ -189,7 +189,7 @@ def test_a_server_behind_a_url_serves_as_the_file_does(tmp_path, monkeypatch):
         (info,) = model_versions.versions_table(root, params)
         assert (info.aliases, info.gate) == (("champion",), "passed")
         model_versions.fetch_adapter(root, params, candidate.tag)
-        assert (root / "artifacts/start/adapter_model.safetensors").read_bytes() == b"weights"
+        assert (root / "artifacts/initial_adapter/adapter_model.safetensors").read_bytes() == b"weights"
         assert not (root / ".perennial/mlflow.db").exists()
     finally:
         server.terminate()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from stages.common.adapter import put_start
+from stages.common.adapter import put_initial_adapter
 from stages.common.records import Message, make_row, write_rows
 from tests.tiny import save_model
 
@@ -50,12 +50,14 @@ def make_project(folder, count=40, **changes):
     return folder
 
 
-def put_own_adapter_as_start(project, version="0123456789ab"):
+def put_own_adapter(project, version="0123456789ab"):
     """What the retraining flow does with the champion's adapter."""
     metrics = project / "reports" / "fetch_base" / "metrics.json"
     metrics.parent.mkdir(parents=True, exist_ok=True)
     metrics.write_text('{"sha256": "of the base"}')
-    put_start(project / "artifacts" / "finetune", version, "of the base", project / "artifacts" / "start")
+    put_initial_adapter(
+        project / "artifacts" / "finetune", version, "of the base", project / "artifacts" / "initial_adapter"
+    )
 
 
 def change_finetune(project, **changes):

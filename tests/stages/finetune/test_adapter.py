@@ -4,13 +4,13 @@ import pytest
 import torch
 import yaml
 
-from stages.common.adapter import read_start
+from stages.common.adapter import read_initial_adapter
 from stages.common.errors import InputError
 from stages.common.params.loading import load_params
 from stages.finetune.__main__ import main
 from stages.finetune.adapter import build_model, load_weights
 from stages.finetune.recipe import Recipe
-from tests.stages.finetune.project import put_own_adapter_as_start
+from tests.stages.finetune.project import put_own_adapter
 
 
 def test_every_tensor_of_the_start_is_taken_over_bit_by_bit(project):
@@ -18,8 +18,8 @@ def test_every_tensor_of_the_start_is_taken_over_bit_by_bit(project):
     from safetensors.torch import load_file
 
     main()
-    put_own_adapter_as_start(project)
-    start = read_start()
+    put_own_adapter(project)
+    start = read_initial_adapter()
     params = load_params().finetune
     recipe = Recipe(**params.model_dump(include=set(Recipe.__dataclass_fields__)))
     model = build_model(project / "artifacts" / "fetch_base", recipe)
@@ -32,8 +32,8 @@ def test_every_tensor_of_the_start_is_taken_over_bit_by_bit(project):
 
 def test_an_adapter_that_does_not_fit_is_refused_with_what_both_are_before_any_training(project):
     main()
-    put_own_adapter_as_start(project)
-    start = project / "artifacts" / "start"
+    put_own_adapter(project)
+    start = project / "artifacts" / "initial_adapter"
     params = yaml.safe_load((project / "params.yaml").read_text())
     params["finetune"] |= {"rank": 8, "target_modules": ["q_proj", "v_proj"]}
     (project / "params.yaml").write_text(yaml.safe_dump(params))
@@ -50,8 +50,8 @@ def test_an_adapter_that_does_not_fit_is_refused_with_what_both_are_before_any_t
     (project / "reports" / "fetch_base" / "metrics.json").write_text('{"sha256": "of another base"}')
     with pytest.raises(InputError, match="was trained on a base model"):
         main()
-    (start / "start.json").unlink()
-    with pytest.raises(InputError, match="half an adapter"):
+    (start / "origin.json").unlink()
+    with pytest.raises(InputError, match="is incomplete"):
         main()
 
 
@@ -59,8 +59,8 @@ def test_an_adapter_without_some_tensors_is_refused_though_its_config_fits(proje
     from safetensors.torch import load_file, save_file
 
     main()
-    put_own_adapter_as_start(project)
-    path = project / "artifacts" / "start" / "adapter_model.safetensors"
+    put_own_adapter(project)
+    path = project / "artifacts" / "initial_adapter" / "adapter_model.safetensors"
     weights = load_file(path)
     lost = sorted(weights)[0]
     save_file({name: tensor for name, tensor in weights.items() if name != lost}, path)

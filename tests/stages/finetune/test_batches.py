@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.common.adapter import Start
+from stages.common.adapter import InitialAdapter
 from stages.common.chat import encode_example
 from stages.common.errors import InputError
 from stages.common.models import load_tokenizer
@@ -17,7 +17,7 @@ def test_each_start_has_another_share_of_the_old_rows_and_all_the_new(caplog):
     old, new = rows(400), rows(5, start=2000)
 
     def chosen(share, version):
-        start = Start(Path("start"), version, "base")
+        start = InitialAdapter(Path("start"), version, "base")
         return {row.id for row in select_rows([*old, *new], start, known, share, seed=7)}
 
     known = {row.id for row in old}
@@ -28,7 +28,7 @@ def test_each_start_has_another_share_of_the_old_rows_and_all_the_new(caplog):
     assert chosen(0.0, "v1") == fresh and len(chosen(1.0, "v1")) == 405
     assert len(select_rows(old, None, set(), 0.0, seed=7)) == 400
     assert not caplog.messages
-    start = Start(Path("start"), "v1", "base")
+    start = InitialAdapter(Path("start"), "v1", "base")
     assert len(select_rows(old, start, set(), 0.25, seed=7)) == 400
     assert "the adapter of v1 does not record the rows it was trained on" in caplog.text
     with pytest.raises(InputError, match="trained on all 400 training rows already") as error:

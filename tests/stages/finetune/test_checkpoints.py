@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from stages.common.adapter import put_start
+from stages.common.adapter import put_initial_adapter
 from stages.common.chat import Encoded
 from stages.common.errors import InputError
 from stages.finetune.checkpoints import check_free_space, find_checkpoint, mark_complete, remove_other_runs
@@ -36,7 +36,9 @@ def test_checkpoints_of_other_parameters_are_not_resumed_and_do_not_pile_up(proj
         compute_fingerprint(recipe, examples, base),
         compute_fingerprint(other, examples, base),
         compute_fingerprint(recipe, [Encoded([0, 1, 3], 1)], base),
-        compute_fingerprint(recipe, examples, base, put_start(start, "v", "b", project / "start")),
+        compute_fingerprint(
+            recipe, examples, base, put_initial_adapter(start, "v", "b", project / "initial")
+        ),
     }
     assert len(names) == 4
     runs = project / "checkpoints" / "finetune"

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-from stages.common.adapter import read_learned
+from stages.common.adapter import read_trained_ids
 from stages.common.errors import InputError
 from stages.common.records import read_rows, write_rows
 from stages.finetune import batches
@@ -23,7 +23,7 @@ from tests.stages.finetune.project import (
     change_finetune,
     evidence,
     make_project,
-    put_own_adapter_as_start,
+    put_own_adapter,
     rows,
 )
 
@@ -52,7 +52,7 @@ def test_training_lowers_the_loss_and_leaves_adapter_evidence_curve_and_picture(
     assert float(curve[-1]["loss"]) < float(curve[0]["loss"])
     assert (project / "reports" / "finetune" / "loss.svg").read_text().startswith("<?xml")
     names = {path.name for path in (project / "artifacts" / "finetune").iterdir()}
-    assert names == {"adapter_model.safetensors", "adapter_config.json", "learned.txt"}
+    assert names == {"adapter_model.safetensors", "adapter_config.json", "trained_row_ids.txt"}
     assert not list((project / "checkpoints" / "finetune").iterdir())
 
 
@@ -97,9 +97,9 @@ def test_a_run_that_went_on_from_an_adapter_and_is_killed_ends_as_an_unbroken_on
     unbroken = make_project(tmp_path / "unbroken", 160, dropout=0.1)
     monkeypatch.chdir(unbroken)
     main()
-    put_own_adapter_as_start(unbroken)
+    put_own_adapter(unbroken)
     killed = make_project(tmp_path / "killed", 160, dropout=0.1)
-    for folder in ("artifacts/start", "reports/fetch_base"):
+    for folder in ("artifacts/initial_adapter", "reports/fetch_base"):
         shutil.copytree(unbroken / folder, killed / folder)
     main()
     stage = start_stage(killed)
@@ -116,11 +116,11 @@ def test_a_run_that_went_on_from_an_adapter_and_is_killed_ends_as_an_unbroken_on
     assert adapter(killed) == adapter(unbroken)
 
 
-def test_training_goes_on_from_the_adapter_in_start_and_says_so(project):
+def test_training_goes_on_from_the_adapter_in_the_folder(project):
     main()
     assert evidence(project)["started_from"] == "base"
     first = evidence(project)["train_loss"]
-    put_own_adapter_as_start(project)
+    put_own_adapter(project)
     main()
     again = evidence(project)
     assert again["started_from"] == "0123456789ab"
@@ -128,15 +128,15 @@ def test_training_goes_on_from_the_adapter_in_start_and_says_so(project):
     learned = adapter(project)
     main()
     assert adapter(project) == learned
-    change_finetune(project, start_from=None)
+    change_finetune(project, warm_start_from=None)
     main()
     assert (evidence(project)["started_from"], evidence(project)["train_loss"]) == ("base", first)
 
 
 def test_of_what_the_start_has_learned_only_a_share_is_gone_over_again(project):
     main()
-    put_own_adapter_as_start(project)
-    known = read_learned(project / "artifacts" / "finetune")
+    put_own_adapter(project)
+    known = read_trained_ids(project / "artifacts" / "finetune")
     assert len(known) == evidence(project)["train_rows"] == 40
     new = rows(10, start=2000)
     old = list(read_rows(project / "artifacts" / "split" / "train.parquet"))
@@ -147,7 +147,7 @@ def test_of_what_the_start_has_learned_only_a_share_is_gone_over_again(project):
     assert 10 < found["train_rows"] < 30
     assert found["train_rows"] + found["rows_not_replayed"] == 50
     # What was not gone over again is no less learned.
-    assert read_learned(project / "artifacts" / "finetune") == known | {row.id for row in new}
+    assert read_trained_ids(project / "artifacts" / "finetune") == known | {row.id for row in new}
 
 
 def test_gradient_accumulation_weighs_every_answer_token_alike(tmp_path, monkeypatch):
