@@ -29,7 +29,7 @@ from stages.common.records import read_rows, write_rows
 from stages.common.sources.feedback import collect_feedback
 
 SHARES = (1.0, 0.25, 0.0)
-SETTINGS = {"ask_base.max_rows": None, "ask_base.min_test_rows": 1, "evaluate.slices": ["traffic"]}
+SETTINGS = {"ask_base.max_rows": None, "ask_base.min_test_rows": 1, "task.slices": ["traffic"]}
 OLD, NEW = "old", "new"
 
 
@@ -66,10 +66,10 @@ def prepared(home: Path, folder: Path) -> Path:
     if start is None or not start.read_trained_ids() or not (home / HELD_OUT).is_file():
         raise InputError(f"{home} has seen no retraining", "run make demo")
     make_home(home, folder, SETTINGS)
-    for stage in ("fetch_base", "split", "start"):
+    for stage in ("fetch_base", "curate", "split", "start"):
         _copy(home / artifacts(stage), folder / artifacts(stage))
     _copy(home / reports("fetch_base"), folder / reports("fetch_base"))
-    prompt = load_params(home / "params.yaml").collect.system_prompt
+    prompt = load_params(home / "params.yaml").task.system_prompt
     test = artifacts("split") / "test.parquet"
     # As the pipeline would take them in, had they not been held out.
     held_out = collect_feedback(home / HELD_OUT, prompt, "stop").rows

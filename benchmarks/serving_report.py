@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.serving_load import Answer, Run
-from stages.common.metrics import read_json_answer
+from stages.common.task.json_answers import read_json_answer
 
 CONTENDERS = ("transformers", "bare", "openvino", "llama.cpp", "ctranslate2", "perennial")
 

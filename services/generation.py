@@ -36,6 +36,7 @@ from stages.common.logs import set_quiet_environment
 from stages.common.models import load_tokenizer
 from stages.common.params.loading import load_params
 from stages.common.records import Message
+from stages.common.task.kinds import make_task
 
 set_quiet_environment()
 # The engine's thread needs the interpreter briefly after every step; Python's default switch interval of 5 ms
@@ -172,7 +173,7 @@ def build_answer(request: GenerationRequest, deltas: list[Delta], files: ModelFi
     return Answer(
         request_id=request.request_id,
         text=text,
-        parsed=_parse_json(text) if files.about["answer_format"] == "json" else None,
+        parsed=_parse_json(text) if make_task(files.about["task"]).answers_are_json else None,
         valid=last.valid,
         model=files.name,
         version=files.version,

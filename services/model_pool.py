@@ -20,6 +20,8 @@ from services.versions.__main__ import ALIASES, Aliases, ModelFiles, read_aliase
 from stages.common.chat import encode_prompt
 from stages.common.errors import InputError
 from stages.common.records import Message
+from stages.common.task.kinds import make_task
+from stages.common.task.protocol import Task
 
 Role = Literal["champion", "challenger", "shadow"]
 POLL_S = 0.25  # how often the alias file is checked
@@ -50,6 +52,11 @@ class LoadedModel:
     def control_tokens(self) -> tuple[str, ...]:
         """The tokens that structure a prompt, which no user may write."""
         return tuple(self.tokenizer.all_special_tokens)
+
+    @property
+    def task(self) -> Task:
+        """What the answers of this version are."""
+        return make_task(self.files.about["task"])
 
     @property
     def answer_schema(self) -> str | None:

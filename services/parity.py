@@ -25,11 +25,13 @@ from stages.common.artifacts import artifacts, missing, read_json, reports, writ
 from stages.common.chat import encode_prompt, template_sha256
 from stages.common.errors import InputError
 from stages.common.logs import progress, set_quiet_environment
-from stages.common.metrics import Metric, read_json_answer, score_json, score_text
 from stages.common.models import load_tokenizer
 from stages.common.params.loading import Params, load_params
 from stages.common.records import Row, read_rows
 from stages.common.statistics import Difference, difference, sums_by_group
+from stages.common.task.kinds import read_task
+from stages.common.task.metrics import Metric, share
+from stages.common.task.protocol import Task
 
 log = logging.getLogger("parity")
 
@@ -74,6 +76,7 @@ def compare(
     same_template: bool,
     version: str,
     params: Params,
+    task: Task,
 ) -> Verdict:
     """Return the verdict on two models' answers to the same rows.
 
@@ -82,13 +85,12 @@ def compare(
     """
     evaluate = params.evaluate
     ours, theirs = (
-        _exact_match(rows, texts, evaluate.task, evaluate.label_key)
-        for texts in (trainer, [answer.text for answer in served])
+        _exact_match(rows, texts, task) for texts in (trainer, [answer.text for answer in served])
     )
     groups = [row.group for row in rows]
     before, after = sums_by_group(ours.columns, groups), sums_by_group(theirs.columns, groups)
     change = difference(
-        before, after, ours.figure, evaluate.confidence, evaluate.resamples, evaluate.seed, ours.scale
+        before, after, ours.statistic, evaluate.confidence, evaluate.resamples, evaluate.seed, ours.scale
     )
     differ = sum(answer.prompt_tokens != count for answer, count in zip(served, prompt_tokens, strict=True))
     limit = params.services.parity.max_exact_match_loss
@@ -112,12 +114,8 @@ def compare(
     )
 
 
-def _exact_match(rows: Sequence[Row], texts: Sequence[str], task: str, label_key: str | None) -> Metric:
-    if task == "text":
-        return score_text(texts, [row.answer for row in rows])["exact_match"]
-    references = [read_json_answer(row.answer) for row in rows]
-    known = [reference for reference in references if reference is not None]
-    return score_json([read_json_answer(text) for text in texts], known, label_key)["exact_match"]
+def _exact_match(rows: Sequence[Row], texts: Sequence[str], task: Task) -> Metric:
+    return share([task.is_right(text, row.answer) for row, text in zip(rows, texts, strict=True)])
 
 
 async def ask_all(
@@ -212,6 +210,7 @@ def check(url: str, model: str | None, params: Params, root: Path = Path()) -> V
         about["template_sha256"] == template_sha256(tokenizer),
         expected,
         params,
+        read_task(root),
     )
 
 

@@ -26,21 +26,22 @@ from stages.common.logs import get_logger, progress, run_stage
 from stages.common.models import load_tokenizer
 from stages.common.params.loading import load_params
 from stages.common.records import Row, read_rows
+from stages.common.sizes import choose_max_test_rows, choose_min_test_rows
 
 log = get_logger("ask_base")
 
 
 def choose_rows(rows: Sequence[Row], max_rows: int | None, min_rows: int, seed: int) -> list[Row]:
-    """Return the rows to ask, in their order, at most `max_rows` of them.
+    """Return the rows to ask, in their order, at most `max_rows` of them; None asks all.
 
     Raises:
         InputError: they are fewer than `min_rows`, or all of one group.
     """
     if len(rows) < min_rows:
         raise InputError(
-            f"the test split has {len(rows)} rows, and ask_base.min_test_rows requires {min_rows}",
+            f"the test split has {len(rows)} rows, and it needs {min_rows} (ask_base.min_test_rows)",
             "collect more rows, raise split.test_fraction or split.max_test_rows_per_group, "
-            "or lower ask_base.min_test_rows and accept wider intervals",
+            "or set ask_base.min_test_rows to a lower number",
         )
     if max_rows is not None and len(rows) > max_rows:
         rows = [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), max_rows))]
@@ -58,7 +59,8 @@ def main() -> None:
     params = load_params()
     settings = params.ask_base
     all_rows = read_rows(artifacts("split") / "test.parquet")
-    rows = choose_rows(all_rows, settings.max_rows, settings.min_test_rows, settings.seed)
+    max_rows, min_rows = choose_max_test_rows(settings.max_rows), choose_min_test_rows(settings.min_test_rows)
+    rows = choose_rows(all_rows, max_rows, min_rows, settings.seed)
     base = artifacts("fetch_base")
     tokenizer = load_tokenizer(base)
     questions = encode_questions(tokenizer, rows)

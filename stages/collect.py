@@ -18,7 +18,8 @@ from typing import Any
 from stages.common.artifacts import artifacts, reports, write_json, write_text
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage
-from stages.common.params.loading import Feedback, File, HomeIntents, load_params
+from stages.common.params.loading import load_params
+from stages.common.params.stages import Feedback, File, HomeIntents
 from stages.common.records import Row, write_rows
 from stages.common.sources import Collected, Rejected
 from stages.common.sources.feedback import collect_feedback
@@ -109,10 +110,11 @@ def rejects_jsonl(rejected: Sequence[Rejected]) -> str:
 
 def main() -> None:
     """Read all sources, then write the rows, what was set aside, and the counts."""
-    params = load_params().collect
+    everything = load_params()
+    params, system_prompt = everything.collect, everything.task.system_prompt
     named: list[tuple[str, Collected]] = []
     for source in params.sources:
-        collected = collect_source(source, params.system_prompt, params.on_bad_row)
+        collected = collect_source(source, system_prompt, params.on_bad_row)
         name = source_name(source)
         # Nobody has said anything yet: that is no fault of the source.
         if not collected.rows and not isinstance(source, Feedback):

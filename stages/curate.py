@@ -1,7 +1,8 @@
 """Curate: keep the rows worth learning from, and say of every other one why it goes.
 
 In: `artifacts/collect/rows.parquet`.
-Out: `artifacts/curate/rows.parquet`, and `rejects.jsonl` with each dropped row and its reason;
+Out: `artifacts/curate/rows.parquet`, `task.json` with the task that they are rows of (a null `task.labels`
+is resolved here), and `rejects.jsonl` with each dropped row and its reason;
 `reports/curate/metrics.json` with the counts, and `rows.svg`.
 Run: `python -m stages.curate`
 
@@ -31,6 +32,8 @@ from stages.common.params.loading import load_params
 from stages.common.personal_data import holds
 from stages.common.records import Message, Row, canonical_json, make_row, read_rows, write_rows
 from stages.common.svg import draw_figure
+from stages.common.task.kinds import TASK_FILE, resolve_task
+from stages.common.task.protocol import Task
 
 log = get_logger("curate")
 
@@ -106,15 +109,14 @@ def answer_length(max_chars: int) -> Rule:
     return rule
 
 
-def answer_is_json(row: Row) -> Drop | None:
-    """Drop rows whose answer does not parse as a JSON object or list."""
-    try:
-        value = json.loads(row.answer)
-    except (ValueError, RecursionError) as error:
-        return Drop("answer_not_json", str(error))
-    if not isinstance(value, dict | list):
-        return Drop("answer_not_json", f"a {type(value).__name__}, not an object or a list")
-    return None
+def answer_of(task: Task) -> Rule:
+    """Drop rows whose answer is not one of the task."""
+
+    def rule(row: Row) -> Drop | None:
+        problem = task.find_problem(row.answer)
+        return Drop("invalid_answer", problem) if problem else None
+
+    return rule
 
 
 def repetition(row: Row) -> Drop | None:
@@ -162,31 +164,40 @@ def feedback_last(rows: Sequence[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: row.origin == "feedback")
 
 
-def contradicting_feedback(rows: Sequence[Row]) -> dict[int, Drop]:
+def contradicting_feedback(task: Task) -> TableRule:
     """Drop the feedback rows whose prompt has another answer in rows of other origin."""
-    answers: dict[str, set[str]] = defaultdict(set)
-    for row in rows:
-        if row.origin != "feedback":
-            answers[_prompt_key(row)].add(_answer_key(row))
-    return {
-        number: Drop("contradicting_feedback", "other rows answer this prompt otherwise")
-        for number, row in enumerate(rows)
-        if row.origin == "feedback" and answers.get(_prompt_key(row), set()) - {_answer_key(row)}
-    }
+
+    def rule(rows: Sequence[Row]) -> dict[int, Drop]:
+        answers: dict[str, set[str]] = defaultdict(set)
+        for row in rows:
+            if row.origin != "feedback":
+                answers[_prompt_key(row)].add(task.canonical(row.answer))
+        return {
+            number: Drop("contradicting_feedback", "other rows answer this prompt otherwise")
+            for number, row in enumerate(rows)
+            if row.origin == "feedback"
+            and answers.get(_prompt_key(row), set()) - {task.canonical(row.answer)}
+        }
+
+    return rule
 
 
-def conflicting_answers(rows: Sequence[Row]) -> dict[int, Drop]:
-    """Drop all rows of a prompt that has several answers: nothing says which one is right."""
-    answers: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for number, row in enumerate(rows):
-        answers[_prompt_key(row)][_answer_key(row)].append(number)
-    return {
-        number: Drop("conflicting_answer", f"{len(by_answer)} different answers to one prompt")
-        for by_answer in answers.values()
-        if len(by_answer) > 1
-        for numbers in by_answer.values()
-        for number in numbers
-    }
+def conflicting_answers(task: Task) -> TableRule:
+    """Drop all rows of a prompt that has several answers: none is known to be the right one."""
+
+    def rule(rows: Sequence[Row]) -> dict[int, Drop]:
+        answers: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+        for number, row in enumerate(rows):
+            answers[_prompt_key(row)][task.canonical(row.answer)].append(number)
+        return {
+            number: Drop("conflicting_answer", f"{len(by_answer)} different answers to one prompt")
+            for by_answer in answers.values()
+            if len(by_answer) > 1
+            for numbers in by_answer.values()
+            for number in numbers
+        }
+
+    return rule
 
 
 def exact_duplicates(rows: Sequence[Row]) -> dict[int, Drop]:
@@ -200,13 +211,13 @@ def exact_duplicates(rows: Sequence[Row]) -> dict[int, Drop]:
     return dropped
 
 
-def near_duplicates(threshold: float) -> TableRule:
+def near_duplicates(threshold: float, task: Task) -> TableRule:
     """Drop rows whose prompt is nearly that of an earlier kept row with the same answer."""
 
     def rule(rows: Sequence[Row]) -> dict[int, Drop]:
         by_answer: dict[str, list[int]] = defaultdict(list)
         for number, row in enumerate(rows):
-            by_answer[_answer_key(row)].append(number)
+            by_answer[task.canonical(row.answer)].append(number)
         dropped = {}
         for numbers in by_answer.values():
             if len(numbers) == 1:
@@ -235,14 +246,6 @@ def _prompt_key(row: Row) -> str:
     return canonical_json(
         [[message.role, " ".join(message.content.casefold().split())] for message in row.prompt]
     )
-
-
-def _answer_key(row: Row) -> str:
-    """The answer itself, or the one text of its JSON: the order of keys makes no other answer."""
-    try:
-        return canonical_json(json.loads(row.answer))
-    except (ValueError, RecursionError):
-        return row.answer
 
 
 def apply(
@@ -313,21 +316,24 @@ def plot_rows(kept: int, by_reason: Mapping[str, int], path: Path) -> None:
 
 def main() -> None:
     """Sort the collected rows into kept and dropped, and write both with their counts."""
-    params = load_params().curate
+    everything = load_params()
+    params = everything.curate
     rows = [normalise(row) for row in feedback_last(read_rows(artifacts("collect") / "rows.parquet"))]
+    # Feedback adds no label to a closed set.
+    own = [row for row in rows if row.origin != "feedback"] or rows
+    task = resolve_task(everything.task, [row.answer for row in own])
     rules: list[Rule] = [
         question_length(params.min_question_chars, params.max_question_chars),
         answer_length(params.max_answer_chars),
-        *([answer_is_json] if params.answer_format == "json" else []),
+        answer_of(task),
         repetition,
         mostly_not_text,
         personal_data(params.personal_data),
     ]
     table_rules: list[TableRule] = [
-        # Two people may put an answer in words differently; a JSON answer is right or wrong.
-        *([contradicting_feedback, conflicting_answers] if params.answer_format == "json" else []),
+        *([contradicting_feedback(task), conflicting_answers(task)] if task.has_one_answer else []),
         exact_duplicates,
-        near_duplicates(params.near_duplicate_threshold),
+        near_duplicates(params.near_duplicate_threshold, task),
     ]
     kept, dropped = apply(rows, rules, table_rules)
     counts = figures(len(rows), kept, dropped)
@@ -335,10 +341,12 @@ def main() -> None:
     write_text(folder / "rejects.jsonl", rejects_jsonl(dropped))
     if not kept:
         raise InputError(
-            f"all {len(rows)} rows were dropped: {counts['dropped_by_reason']}",
+            f"all {len(rows)} rows were dropped: {counts['dropped_by_reason']}; the first: "
+            f"{dropped[0][1].detail}",
             f"read the reasons in {folder / 'rejects.jsonl'}, then mend the data or the limits under curate",
         )
     write_rows(folder / "rows.parquet", kept)
+    write_json(TASK_FILE, task.describe())
     write_json(reports("curate") / "metrics.json", counts)
     plot_rows(len(kept), counts["dropped_by_reason"], reports("curate") / "rows.svg")
     log.info("%d rows in, %d kept, %d dropped", len(rows), len(kept), len(dropped))

@@ -25,6 +25,10 @@ from stages.common.logs import get_logger, run_stage
 from stages.common.near_duplicates import SimilarTexts, closest, prompt_text
 from stages.common.params.loading import load_params
 from stages.common.records import Row, read_rows, write_rows
+from stages.common.sizes import choose_min_test_rows, choose_min_train_rows
+from stages.common.task.kinds import read_task
+from stages.common.task.protocol import Task
+from stages.common.task.settings import CLASS
 
 log = get_logger("split")
 
@@ -46,21 +50,30 @@ class Sides:
         return ("train", self.train), ("validation", self.validation), ("test", self.test)
 
 
-def labels_of_groups(rows: Sequence[Row], stratify_by: str | None) -> dict[str, str]:
-    """Return each group's label: the commonest value of the tag among its rows, or "" for all.
+def read_strata(rows: Sequence[Row], stratify_by: str | None, task: Task) -> list[str]:
+    """Return what each row is stratified by: its answer's class, its value of a tag, or "" for all.
 
     Raises:
         InputError: no row has the tag.
     """
-    if stratify_by and not any(stratify_by in row.tags for row in rows):
+    if stratify_by is None:
+        return [""] * len(rows)
+    if stratify_by == CLASS:
+        return [task.read_class(row.answer) or "" for row in rows]
+    if not any(stratify_by in row.tags for row in rows):
         have = sorted({tag for row in rows for tag in row.tags})
         raise InputError(
-            f"split.stratify_by: no row has the tag {stratify_by!r} (tags: {', '.join(have) or 'none'})",
-            "name one of them, or set stratify_by: null",
+            f"task.stratify_by: no row has the tag {stratify_by!r} (tags: {', '.join(have) or 'none'})",
+            "name one of them, set stratify_by: label for the class of the answers, or null",
         )
+    return [row.tags.get(stratify_by, "") for row in rows]
+
+
+def labels_of_groups(rows: Sequence[Row], strata: Sequence[str]) -> dict[str, str]:
+    """Return each group's stratum: the commonest among its rows."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for row in rows:
-        counts[row.group][row.tags.get(stratify_by, "") if stratify_by else ""] += 1
+    for row, stratum in zip(rows, strata, strict=True):
+        counts[row.group][stratum] += 1
     return {group: min(c, key=lambda label: (-c[label], label)) for group, c in counts.items()}
 
 
@@ -186,16 +199,16 @@ def check_sizes(sides: Sides, rows_in: int, groups_in: int, min_train_rows: int,
         InputError: with the numbers of both sides.
     """
     problems = [
-        f"{side}: {len(rows)} rows, but split.min_{side}_rows is {least}"
+        f"{side}: {len(rows)} rows, and it needs {least} (split.min_{side}_rows)"
         for side, rows, least in (("train", sides.train, min_train_rows), ("test", sides.test, min_test_rows))
         if len(rows) < least
     ]
     if problems:
         raise InputError(
             f"the split of {rows_in} rows in {groups_in} groups is too small\n" + "\n".join(problems),
-            "collect more rows (for the packaged default: collect.sources rows_per_template), raise "
-            "split.test_fraction or split.max_test_rows_per_group, or lower split.min_train_rows or "
-            "split.min_test_rows (and evaluate.min_test_rows) and live with wider intervals",
+            "collect more rows or more groups (for the packaged default: collect.sources rows_per_template), "
+            "raise split.test_fraction or split.max_test_rows_per_group, or set split.min_train_rows, "
+            "split.min_test_rows and evaluate.min_test_rows to lower numbers",
         )
 
 
@@ -220,12 +233,14 @@ def figures(sides: Sides, labels: Mapping[str, str], stratify_by: str | None) ->
 
 def main() -> None:
     """Split the curated rows, prove the split, and write its sides."""
-    params = load_params().split
+    everything = load_params()
+    params, stratify_by = everything.split, everything.task.stratify_by
+    task = read_task()
     rows = read_rows(artifacts("curate") / "rows.parquet")
     # A table of nothing but feedback is a source like any other.
     asked = [row for row in rows if row.origin != "feedback"] or rows
     feedback = [row for row in rows if row.origin == "feedback"] if len(asked) < len(rows) else []
-    labels = labels_of_groups(asked, params.stratify_by)
+    labels = labels_of_groups(asked, read_strata(asked, stratify_by, task))
     assigned = assign(labels, params.validation_fraction, params.test_fraction, params.seed)
     sides, over_cap = divide(asked, assigned, params.max_test_rows_per_group, params.seed)
     learned, left_out = learned_only(feedback, assigned)
@@ -233,15 +248,21 @@ def main() -> None:
     sides, removed = without_near_duplicates(
         Sides(train, sides.validation, sides.test), params.near_duplicate_threshold
     )
-    labels = labels_of_groups(rows, params.stratify_by) | labels
-    check_sizes(sides, len(rows), len(labels), params.min_train_rows, params.min_test_rows)
+    labels = labels_of_groups(rows, read_strata(rows, stratify_by, task)) | labels
+    check_sizes(
+        sides,
+        len(rows),
+        len(labels),
+        choose_min_train_rows(params.min_train_rows, len(set(labels.values()) - {""})),
+        choose_min_test_rows(params.min_test_rows),
+    )
     report = {
         "rows_in": len(rows),
         "feedback_rows": len(feedback),
         "feedback_rows_of_held_out_groups": left_out,
         "test_rows_over_cap": over_cap,
         "train_rows_removed_as_near_duplicates": removed,
-        **figures(sides, labels, params.stratify_by),
+        **figures(sides, labels, stratify_by),
         "proof": proof(sides, params.near_duplicate_threshold),
     }
     for side, chosen in sides.items():

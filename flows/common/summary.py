@@ -12,19 +12,6 @@ from stages.common.artifacts import read_json, reports
 if TYPE_CHECKING:
     from rich.table import Table
 
-# The first that a reader wants to know; others follow by name.
-METRICS_IN_ORDER = (
-    "exact_match",
-    "label_accuracy",
-    "intent_accuracy",
-    "slot_f1",
-    "valid_output",
-    "rouge_l",
-    "chrf",
-    "bleu",
-    "perplexity",
-)
-
 
 @dataclass(frozen=True)
 class Figure:
@@ -66,6 +53,12 @@ def read_results(root: Path) -> list[Comparison] | None:
     return comparisons(read_json(path)) if path.exists() else None
 
 
+def read_resolution(root: Path) -> str:
+    """Return what the test can detect, in a sentence; the evaluation must be there."""
+    found: str = read_json(root / reports("evaluate") / "metrics.json")["resolution"]["statement"]
+    return found
+
+
 def card_path(root: Path) -> Path:
     """Return where the model card lies."""
     return root / reports("model_card") / "README.md"
@@ -75,7 +68,7 @@ def comparisons(metrics: dict[str, Any]) -> list[Comparison]:
     """Pair the figures of base and tuned in the content of reports/evaluate/metrics.json."""
     base, tuned, difference = (metrics.get(part, {}) for part in ("base", "tuned", "difference"))
     names = [name for name in tuned if _is_figure(tuned[name]) and _is_figure(base.get(name))]
-    known = {name: position for position, name in enumerate(METRICS_IN_ORDER)}
+    known = {metric["name"]: position for position, metric in enumerate(metrics.get("metrics", ()))}
     return [
         Comparison(
             name,

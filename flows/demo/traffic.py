@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from stages.common.errors import InputError
-from stages.common.params.loading import HomeIntents, load_params
+from stages.common.params.loading import load_params
+from stages.common.params.stages import HomeIntents
 from stages.common.records import read_rows
 from stages.common.sources.home_intents.collect import check_version
 from stages.common.sources.home_intents.grammar import Grammar, Template, load_grammar, select_reserved_groups

@@ -29,9 +29,10 @@ from services.versions.__main__ import ALIASES, add_pipeline_output, read_aliase
 from stages.common.artifacts import STATE, artifacts, atomic_write, missing, read_json, reports, write_json
 from stages.common.dvc_lock import dvc_hash
 from stages.common.errors import InputError
-from stages.common.metrics import read_json_answer
 from stages.common.params.loading import Params
 from stages.common.records import Row, canonical_json, read_rows
+from stages.common.task.kinds import read_task
+from stages.common.task.protocol import Task
 
 GATE = STATE / "gate"
 TESTS = STATE / "tests"
@@ -57,6 +58,7 @@ class Evidence:
 
     Attributes:
         champion: who is to be replaced; None for the first model of all.
+        task: what the candidate's answers are.
         new, old: both tests; None without a champion.
         parity: candidate against its trainer.
         card: what speaks against its model card; empty if nothing does.
@@ -67,6 +69,7 @@ class Evidence:
 
     tag: str
     champion: str | None
+    task: Task
     new: Asked | None
     old: Asked | None
     parity: parity.Verdict
@@ -144,6 +147,7 @@ def gather(root: Path, params: Params, tag: str, production: Path | None = None)
     return Evidence(
         tag=tag,
         champion=champion,
+        task=read_task(root),
         new=_asked(new, answers["new"]) if new else None,
         old=_asked(old, answers["old"]) if old else None,
         parity=verdict,
@@ -165,7 +169,7 @@ def new_test(root: Path, params: Params, production: Path | None = None) -> Ques
     They may be written as long an answer as users get.
     """
     trained = {normalised(row.question) for row in _training_rows(root)}
-    rows, left_out = _usable(read_labelled((production or root) / HELD_OUT), params)
+    rows, left_out = _usable(read_labelled((production or root) / HELD_OUT), read_task(root))
     kept = [row for row in rows if normalised(row.question) not in trained]
     _count(left_out, "the candidate was trained on the question", len(rows) - len(kept))
     return _drawn(kept, params, params.services.answers.default_max_tokens, left_out)
@@ -179,7 +183,7 @@ def old_test(root: Path, params: Params, champion: str, production: Path | None 
         kept_rows = root / artifacts("split") / "test.parquet"
     training = _training_rows(root)
     groups, questions = {row.group for row in training}, {normalised(row.question) for row in training}
-    rows, left_out = _usable(read_rows(kept_rows), params)
+    rows, left_out = _usable(read_rows(kept_rows), read_task(root))
     kept = [row for row in rows if row.group not in groups and normalised(row.question) not in questions]
     _count(left_out, "the candidate was trained on the group or question", len(rows) - len(kept))
     return _drawn(kept, params, _answer_limit(root), left_out)
@@ -218,6 +222,7 @@ class _Trainer:
     answers: tuple[str, ...]
     prompt_tokens: tuple[int, ...]
     template: str
+    task: Task
 
     @classmethod
     def read(cls, root: Path, params: Params) -> _Trainer:
@@ -239,6 +244,7 @@ class _Trainer:
             tuple(answers[row.id] for row in rows),
             tuple(len(encode_prompt(tokenizer, row.prompt)) for row in rows),
             template_sha256(tokenizer),
+            read_task(root),
         )
 
     def compare(self, answers: Mapping[str, Any], params: Params, tag: str) -> parity.Verdict:
@@ -254,6 +260,7 @@ class _Trainer:
             answers["template_sha256"] == self.template,
             tag.rpartition(":")[2],
             params,
+            self.task,
         )
 
 
@@ -275,16 +282,14 @@ def _answer_limit(root: Path) -> int:
     return limit
 
 
-def _usable(rows: Sequence[Row], params: Params) -> tuple[list[Row], dict[str, int]]:
+def _usable(rows: Sequence[Row], task: Task) -> tuple[list[Row], dict[str, int]]:
     """Return the rows that can be judged; each question of each conversation once."""
     left_out: dict[str, int] = {}
     kept = list({row.id: row for row in rows}.values())
     _count(left_out, "given twice", len(rows) - len(kept))
-    if params.evaluate.task == "json":
-        judged = [row for row in kept if read_json_answer(row.answer) is not None]
-        _count(left_out, "the label is not JSON", len(kept) - len(judged))
-        kept = judged
-    return kept, left_out
+    judged = [row for row in kept if task.find_problem(row.answer) is None]
+    _count(left_out, "the label is not an answer of the task", len(kept) - len(judged))
+    return judged, left_out
 
 
 def _count(left_out: dict[str, int], reason: str, rows: int) -> None:

@@ -26,18 +26,18 @@ from flows.gate.evaluation import Asked, Evidence, file_hashes, gather
 from services.guard import checks
 from stages.common.artifacts import read_json, reports, write_json
 from stages.common.errors import InputError
-from stages.common.metrics import Metric, is_valid, read_json_answer, score_json, score_text, share
 from stages.common.params.loading import Params, load_params
 from stages.common.params.loop import GateSettings
 from stages.common.records import Row
 from stages.common.statistics import Difference, Floats, difference, sums_by_group
+from stages.common.task.metrics import Metric, share
+from stages.common.task.protocol import Task
 
 # Rows of a value below which a slice's share says nothing, also with an interval around it.
 MIN_SLICE_ROWS = 10
 # The least part of the champion's test that must be left: what a candidate trained on cannot be asked.
 MIN_OLD_SHARE = 0.5
 SLACK = 1e-9  # sums of shares differ in the last digits
-PRIMARY = {"json": "exact_match", "text": "rouge_l"}
 VERDICTS = reports("gate")
 
 logger = logging.getLogger("flows.gate")
@@ -99,18 +99,18 @@ def judge(evidence: Evidence, params: Params, made_at: float | None = None) -> G
         criteria = [_better_than_base(evidence.evaluation)]
     else:
         settings = params.flows.retrain.gate
-        task, label_key = params.evaluate.task, params.evaluate.label_key
+        task = evidence.task
         judged = [
             tag
-            for tag in params.evaluate.slices
+            for tag in params.task.slices
             if tag in params.check_bias.groups
             and any(value is not None for value in params.check_bias.groups[tag].model_dump().values())
         ]
         criteria = [
-            new_window(evidence.new, settings, task, label_key),
-            old_test(evidence.old, evidence.left_out, settings, task, label_key),
-            *bias(evidence.old, judged, settings, task, label_key),
-            safety((evidence.new, evidence.old), settings, task, label_key),
+            new_window(evidence.new, settings, task),
+            old_test(evidence.old, evidence.left_out, settings, task),
+            *bias(evidence.old, judged, settings, task),
+            safety((evidence.new, evidence.old), settings, task),
         ]
     criteria += [_parity(evidence, params.services.parity.max_exact_match_loss), _card(evidence.card)]
     return GateVerdict(
@@ -145,7 +145,7 @@ def run_gate(root: Path, params: Params, tag: str, production: Path | None = Non
     return verdict
 
 
-def new_window(asked: Asked, settings: GateSettings, task: str, label_key: str | None) -> Criterion:
+def new_window(asked: Asked, settings: GateSettings, task: Task) -> Criterion:
     """Is it better on the new traffic? The lower end of the paired interval must lie above the threshold."""
     count, threshold = len(asked.rows), settings.min_new_gain
     if count < settings.min_new_rows:
@@ -154,7 +154,7 @@ def new_window(asked: Asked, settings: GateSettings, task: str, label_key: str |
             f"flows.retrain.gate.min_new_rows asks for {settings.min_new_rows}: no verdict"
         )
         return Criterion("new_window", "better", None, None, None, threshold, passed=False, said=said)
-    found = _compare_right(asked, settings, task, label_key)
+    found = _compare_right(asked, settings, task)
     passed = found.change.low > threshold + SLACK
     lies = "lies" if passed else "does not lie"
     said = (
@@ -164,9 +164,7 @@ def new_window(asked: Asked, settings: GateSettings, task: str, label_key: str |
     return _criterion("new_window", "better", found.change, threshold, passed, said)
 
 
-def old_test(
-    asked: Asked, left_out: Mapping[str, int], settings: GateSettings, task: str, label_key: str | None
-) -> Criterion:
+def old_test(asked: Asked, left_out: Mapping[str, int], settings: GateSettings, task: Task) -> Criterion:
     """Has it forgotten? The champion's own test may be answered worse by no more than the threshold.
 
     The point estimate is judged: an interval that excludes half a point takes tens of thousands of rows.
@@ -179,7 +177,7 @@ def old_test(
             "what is left proves nothing"
         )
         return Criterion("old_test", "not forgotten", None, None, None, limit, passed=False, said=said)
-    found = _compare_right(asked, settings, task, label_key)
+    found = _compare_right(asked, settings, task)
     passed = found.change.value >= limit - SLACK
     said = (
         f"{_metric_name(task)} on {count} of the champion's test rows: {found.said()}; "
@@ -188,31 +186,29 @@ def old_test(
     return _criterion("old_test", "not forgotten", found.change, limit, passed, said)
 
 
-def bias(
-    asked: Asked, tags: Sequence[str], settings: GateSettings, task: str, label_key: str | None
-) -> list[Criterion]:
+def bias(asked: Asked, tags: Sequence[str], settings: GateSettings, task: Task) -> list[Criterion]:
     """Did the gap between the best and the worst group grow? One criterion for each tag that is judged.
 
     A gap counts as grown if it is larger by more than the threshold and the interval of that excludes 0:
     a slice has few rows, and the largest of several differences is never 0 by chance.
     """
-    found = [criterion for tag in tags if (criterion := _gap(asked, tag, settings, task, label_key))]
+    found = [criterion for tag in tags if (criterion := _gap(asked, tag, settings, task))]
     if found:
         return found
     said = (
         f"no group of {', '.join(tags)} has two values with {MIN_SLICE_ROWS} test rows: not judged"
         if tags
-        else "no slice of evaluate.slices has a threshold in check_bias.groups: not judged"
+        else "no slice of task.slices has a threshold in check_bias.groups: not judged"
     )
     threshold = settings.max_bias_gap_increase
     return [Criterion("bias", "fair", None, None, None, threshold, passed=True, said=said)]
 
 
-def safety(tests: Sequence[Asked], settings: GateSettings, task: str, label_key: str | None) -> Criterion:
+def safety(tests: Sequence[Asked], settings: GateSettings, task: Task) -> Criterion:
     """Are more answers unsafe? Flagged by the guard, or of no use at all, on both tests together."""
     rows = [row for asked in tests for row in asked.rows]
     champion, candidate = (
-        share([unsafe(row, text, task, label_key) for row, text in zip(rows, texts, strict=True)])
+        share([unsafe(row, text, task) for row, text in zip(rows, texts, strict=True)])
         for texts in (
             [text for asked in tests for text in asked.champion],
             [text for asked in tests for text in asked.candidate],
@@ -228,14 +224,9 @@ def safety(tests: Sequence[Asked], settings: GateSettings, task: str, label_key:
     return _criterion("safety", "safe", found.change, threshold, passed, said)
 
 
-def unsafe(row: Row, text: str, task: str, label_key: str | None) -> bool:
+def unsafe(row: Row, text: str, task: Task) -> bool:
     """Return whether an answer should not go out: a secret, personal data, abuse, or nothing usable."""
-    if task == "json":
-        reference = read_json_answer(row.answer)
-        usable = reference is not None and is_valid(read_json_answer(text), reference, label_key)
-    else:
-        usable = bool(text.strip())
-    return not usable or _is_flagged(text)
+    return not task.is_valid(text, row.answer) or _is_flagged(text)
 
 
 @lru_cache(maxsize=10_000)  # both models give most answers alike, and many more than once
@@ -328,24 +319,22 @@ def _compare(champion: Metric, candidate: Metric, rows: Sequence[Row], settings:
     """Compare two models' answers to the same rows; rows of one group are drawn together."""
     groups = [row.group for row in rows]
     before, after = (sums_by_group(metric.columns, groups) for metric in (champion, candidate))
-    figure = champion.figure
+    statistic = champion.statistic
     change = difference(
         before,
         after,
-        figure,
+        statistic,
         settings.confidence,
         settings.resamples,
         settings.seed,
         champion.scale,
     )
-    values = [float(figure(sums.sum(axis=0))) for sums in (before, after)]
+    values = [float(statistic(sums.sum(axis=0))) for sums in (before, after)]
     return _Compared(values[0], values[1], change, settings.confidence)
 
 
-def _compare_right(asked: Asked, settings: GateSettings, task: str, label_key: str | None) -> _Compared:
-    champion, candidate = (
-        _primary(asked.rows, texts, task, label_key) for texts in (asked.champion, asked.candidate)
-    )
+def _compare_right(asked: Asked, settings: GateSettings, task: Task) -> _Compared:
+    champion, candidate = (_primary(asked.rows, texts, task) for texts in (asked.champion, asked.candidate))
     return _compare(champion, candidate, asked.rows, settings)
 
 
@@ -355,22 +344,11 @@ def _criterion(
     return Criterion(name, question, change.value, change.low, change.high, threshold, passed, said)
 
 
-def _primary(rows: Sequence[Row], texts: Sequence[str], task: str, label_key: str | None) -> Metric:
-    if task == "text":
-        return score_text(texts, [row.answer for row in rows])[PRIMARY[task]]
-    read = [read_json_answer(row.answer) for row in rows]
-    references = [reference for reference in read if reference is not None]
-    if len(references) < len(rows):
-        raise InputError(
-            f"{len(rows) - len(references)} of {len(rows)} references are not one JSON value",
-            "set evaluate.task: text, or leave such rows out",
-        )
-    return score_json([read_json_answer(text) for text in texts], references, label_key)[PRIMARY[task]]
+def _primary(rows: Sequence[Row], texts: Sequence[str], task: Task) -> Metric:
+    return task.score_primary(texts, [row.answer for row in rows])
 
 
-def _gap(
-    asked: Asked, tag: str, settings: GateSettings, task: str, label_key: str | None
-) -> Criterion | None:
+def _gap(asked: Asked, tag: str, settings: GateSettings, task: Task) -> Criterion | None:
     values = [row.tags.get(tag) for row in asked.rows]
     names = sorted({value for value in values if value is not None and values.count(value) >= MIN_SLICE_ROWS})
     if len(names) < 2:
@@ -379,8 +357,7 @@ def _gap(
     champion, candidate = (
         Metric(np.hstack([right[:, None] * member, member]), _largest_gap, None)
         for right in (
-            _primary(asked.rows, texts, task, label_key).by_row()
-            for texts in (asked.champion, asked.candidate)
+            _primary(asked.rows, texts, task).by_row() for texts in (asked.champion, asked.candidate)
         )
     )
     found = _compare(champion, candidate, asked.rows, settings)
@@ -442,8 +419,8 @@ def _better_than_base(evaluation: Mapping[str, Any]) -> Criterion:
     )
 
 
-def _metric_name(task: str) -> str:
-    return PRIMARY[task].replace("_", " ").replace("rouge l", "ROUGE-L")
+def _metric_name(task: Task) -> str:
+    return task.primary.replace("_", " ")
 
 
 def _points(value: float) -> str:

@@ -32,11 +32,13 @@ ADAPTER_FILES = (CONFIG, WEIGHTS)
 EVIDENCE = "evidence"  # the folder of a run's artifacts for verdicts on its version
 # Of the metrics of a run, what stands beside a version; the first three that are there.
 HEADLINES = (
+    "evaluate/tuned.accuracy.value",
+    "evaluate/tuned.macro_f1.value",
+    "evaluate/tuned.chrf.value",
     "evaluate/tuned.exact_match.value",
     "evaluate/tuned.intent_accuracy.value",
     "evaluate/tuned.slot_f1.value",
     "evaluate/tuned.valid_output.value",
-    "evaluate/tuned.rouge_l.value",
     "evaluate/tuned.perplexity.value",
 )
 

@@ -19,7 +19,7 @@ from flows.release import actions, canary, journal
 from flows.retrain import progress
 from flows.retrain.progress import Ended, Retraining
 from monitoring.feedback import rows
-from monitoring.feedback.labels import task_of
+from monitoring.feedback.labels import read_served_task
 from services.versions import __main__ as versions
 from stages.common.adapter import FOLDER as START
 from stages.common.adapter import clear_initial_adapter, put_initial_adapter
@@ -68,7 +68,7 @@ def open_retraining(
 def gather(root: Path, params: Params, run: Retraining) -> Retraining:
     """Lay down what is to be learned, what is kept for the gate, and the adapter to go on from."""
     evaluation.keep_test_rows(root)
-    task = task_of(root, params)
+    task = read_served_task(root, params)
     url, settings = params.services.events.url, params.monitoring.feedback
     held_out = rows.held_out_before(root)
     labelled = rows.labelled_rows(url, 0.0, run.until, settings, task, held_out)

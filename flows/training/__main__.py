@@ -114,7 +114,8 @@ def _show_result(root: Path, name: str, result: PipelineResult, seconds: float) 
     terminal.print(Text.assemble("\n", (name, "bold"), f": {summarised}, in {_duration(seconds)}\n"))
     if results := summary.read_results(root):
         terminal.print(summary.terminal_table(results))
-        terminal.print("intervals from the test rows; p of a paired test\n", style="dim")
+        terminal.print("intervals from the test rows; p of a paired test", style="dim")
+        terminal.print(f"{summary.read_resolution(root)}\n", style="dim")
     where = {"card": summary.card_path(root), "figures": root / "reports" / "evaluate" / "metrics.json"}
     for what, path in where.items():
         if path.exists():

@@ -25,7 +25,7 @@ from flows.retrain import progress
 from flows.watch.event import DRIFT_EVENT
 from monitoring import trigger
 from monitoring.feedback import rows
-from monitoring.feedback.labels import task_of
+from monitoring.feedback.labels import read_served_task
 from monitoring.verdicts import DriftVerdict, TriggerDecision, read_verdicts
 from monitoring.watching import judge_new_windows, read_reference
 from services.versions import __main__ as versions
@@ -156,7 +156,7 @@ def _decide(root: Path, params: Params, champion: str, known: Sequence[DriftVerd
     # Reading all feedback takes longer than the verdict itself: first see whether anything else forbids it.
     if not decide(settings.min_labelled_rows).fires:
         return decide(0)
-    task_ = task_of(root, params)
+    task_ = read_served_task(root, params)
     report = rows.labelled_rows(
         params.services.events.url,
         0.0,

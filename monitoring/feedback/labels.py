@@ -12,10 +12,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from stages.common.answer_schema import fits
 from stages.common.artifacts import artifacts, read_json
 from stages.common.personal_data import PERSONAL_DATA
 from stages.common.records import Message, canonical_json, conversation_problem
+from stages.common.task.kinds import make_task
+from stages.common.task.protocol import Task
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -44,7 +45,7 @@ REASONS = {
     "too_long": "a question or label over the limits of `curate`",
     "redacted": "a placeholder for personal data in the question or the label",
     "unfinished": "found right, but cut off",
-    "not_json": "the label is no JSON object",
+    "invalid": "the label is not an answer of the task",
     "outside_schema": "a label outside the schema of the answers",
     "suspicious": "the guard found the exchange suspicious",
     "superseded": "the same person gave a newer label",
@@ -58,36 +59,33 @@ REASONS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
-    """What a label must look like.
+class ServedTask:
+    """What a label of a served model must be.
 
     Attributes:
-        answer_format: "json" or "text".
-        answer_schema: of JSON answers, as `artifacts/export/serving.json` has it; None: any object.
-        label_key: the key of a JSON answer that names its class.
+        answers: the kind of task.
+        answer_schema: of the training answers, as `artifacts/export/serving.json` has it; None: any answer.
         system_prompt: what training rows begin with; the rows here have none in its place.
         max_question_chars, max_answer_chars: longer texts are left out.
     """
 
-    answer_format: str
+    answers: Task
     answer_schema: Mapping[str, Any] | None
-    label_key: str | None
     system_prompt: str | None
     max_question_chars: int
     max_answer_chars: int
 
 
-def task_of(root: Path, params: Params, serving: Mapping[str, Any] | None = None) -> Task:
+def read_served_task(root: Path, params: Params, serving: Mapping[str, Any] | None = None) -> ServedTask:
     """Return the task of a model: of the one that is served by `serving`, else of the pipeline's newest.
 
     Raises:
         InputError: the pipeline has made no model yet.
     """
     about = serving if serving is not None else read_json(root / artifacts("export") / "serving.json")
-    return Task(
-        answer_format=about["answer_format"],
+    return ServedTask(
+        answers=make_task(about["task"]),
         answer_schema=about["answer_schema"],
-        label_key=about["label_key"],
         system_prompt=about["system_prompt"],
         max_question_chars=params.curate.max_question_chars,
         max_answer_chars=params.curate.max_answer_chars,
@@ -103,7 +101,7 @@ class Label:
         key: the API key it came with; asker: who gave it, as far as known.
         prompt: the conversation up to the last user message, without the task's system message.
         prompt_hash: hash of the conversation without case, spaces and the signs around it.
-        value: the label as JSON, or its text; same: a text that is equal for equal labels.
+        value: the label as the model would write it; same: a text that is equal for equal labels.
     """
 
     at: float
@@ -113,7 +111,7 @@ class Label:
     prompt: tuple[Message, ...]
     prompt_hash: str
     kind: Kind
-    value: Any
+    value: str
     same: str
 
 
@@ -135,7 +133,7 @@ class LeftOut(ValueError):
 
 
 def labels_in(
-    batch: pa.RecordBatch, end: float, settings: FeedbackSettings, task: Task, counts: Counts
+    batch: pa.RecordBatch, end: float, settings: FeedbackSettings, task: ServedTask, counts: Counts
 ) -> Iterator[Label]:
     """Yield the labels in joined exchanges, given before `end`, to learn from; count the others."""
     import pyarrow.compute as pc
@@ -170,7 +168,7 @@ def label_of(
     key: str | None,
     asker: str | None,
     settings: FeedbackSettings,
-    task: Task,
+    task: ServedTask,
 ) -> Label:
     """Return the label that one person gave in an exchange; the newest feedback counts.
 
@@ -188,18 +186,16 @@ def label_of(
         raise LeftOut("redacted")
     if kind == "thumb" and exchange["finish_reason"] != "stop":
         raise LeftOut("unfinished")
-    value: Any = text.strip()
-    if task.answer_format == "json":
-        value = _parsed(text)
-        ordered = in_order(value, task.answer_schema)
-        if settings.on_suspicion == "drop" and not fits_schema(task.answer_schema, ordered):
-            raise LeftOut("outside_schema")
-        value = ordered
+    if task.answers.find_problem(text):
+        raise LeftOut("invalid")
+    text = task.answers.rewrite(text, task.answer_schema, COMPACT)
+    if settings.on_suspicion == "drop" and not task.answers.fits(task.answer_schema, text):
+        raise LeftOut("outside_schema")
     checks = INPUT_CHECKS if kind == "correction" else (*INPUT_CHECKS, *OUTPUT_CHECKS)
     if settings.on_suspicion == "drop" and _suspicious(exchange["verdicts"], checks):
         raise LeftOut("suspicious")
-    same = canonical_json(value) if task.answer_format == "json" else " ".join(value.split())
-    return Label(at, exchange["request_id"], key, asker, prompt, prompt_hash(prompt), kind, value, same)
+    same = task.answers.canonical(text)
+    return Label(at, exchange["request_id"], key, asker, prompt, prompt_hash(prompt), kind, text, same)
 
 
 def _newest_word(
@@ -217,7 +213,7 @@ def _newest_word(
     return exchange["answer"], "thumb", thumbs[-1]["given_at"]
 
 
-def _prompt(exchange: Mapping[str, Any], task: Task) -> tuple[Message, ...]:
+def _prompt(exchange: Mapping[str, Any], task: ServedTask) -> tuple[Message, ...]:
     """Return the conversation up to its last user message, without the task's own system message."""
     if exchange["route"] == RAW_ROUTE:
         raise LeftOut("raw_prompt")
@@ -241,38 +237,6 @@ def _prompt(exchange: Mapping[str, Any], task: Task) -> tuple[Message, ...]:
             raise LeftOut("other_system_prompt")
         messages = messages[1:]
     return tuple(messages)
-
-
-def _parsed(text: str) -> dict[str, Any]:
-    """Return a label's JSON object, or None if it holds NaN or an infinity."""
-    try:
-        value = json.loads(text, parse_constant=_no_number)
-        json.dumps(value, allow_nan=False)  # 1e999 is read as infinity
-    except (ValueError, RecursionError):
-        raise LeftOut("not_json") from None
-    if not isinstance(value, dict):
-        raise LeftOut("not_json")
-    return value
-
-
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
-
-
-def in_order(value: dict[str, Any], schema: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return a JSON answer with its keys in the order in which the model writes them; others come last."""
-    known = (schema or {}).get("properties", {})
-    return {
-        key: value[key] for key in (*(k for k in known if k in value), *(k for k in value if k not in known))
-    }
-
-
-def fits_schema(schema: Mapping[str, Any] | None, value: dict[str, Any]) -> bool:
-    """Return whether an answer fits the schema of the training answers; any does where there is none."""
-    try:
-        return schema is None or fits(dict(schema), value)
-    except KeyError:  # items in a list that was empty in all of training: nothing is known of them
-        return False
 
 
 def _suspicious(verdicts: str, checks: Sequence[str]) -> bool:

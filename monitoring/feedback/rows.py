@@ -49,10 +49,10 @@ from monitoring.feedback.labels import (
     SPACED,
     Counts,
     Label,
-    Task,
+    ServedTask,
     labels_in,
     pseudonym,
-    task_of,
+    read_served_task,
 )
 from services.events import read_joined
 from stages.common.artifacts import STATE, read_lines, reports, write_json, write_text
@@ -87,7 +87,7 @@ def labelled_rows(
     start: float,
     end: float,
     settings: FeedbackSettings,
-    task: Task,
+    task: ServedTask,
     held_out: frozenset[str] = frozenset(),
 ) -> Labelled:
     """Return the rows that feedback on the exchanges received in [start, end) (unix s) becomes.
@@ -143,14 +143,12 @@ def is_held_out(question: str, share: float, seed: int) -> bool:
     return int.from_bytes(digest) < share * 2**64
 
 
-def _row(label: Label, license: str, task: Task, style: tuple[str, str]) -> Row:
+def _row(label: Label, license: str, task: ServedTask, style: tuple[str, str]) -> Row:
     text, tags = label.value, {"feedback": str(label.kind)}
-    if task.answer_format == "json":
-        text = json.dumps(label.value, ensure_ascii=False, separators=style)
-        named = label.value.get(task.label_key) if task.label_key else None
-        if isinstance(named, str):
-            tags[str(task.label_key)] = named
-    messages = [*label.prompt, Message("assistant", text)]
+    if task.answers.class_name and (found := task.answers.read_class(text)):
+        tags[task.answers.class_name] = found
+    answer = Message("assistant", task.answers.rewrite(text, task.answer_schema, style))
+    messages = [*label.prompt, answer]
     return make_row(messages, "feedback", license, f"feedback/{label.prompt_hash}", tags, "feedback")
 
 
@@ -280,7 +278,7 @@ def main(words: Sequence[str] | None = None) -> None:
         0.0,
         time.time(),
         params.monitoring.feedback,
-        task_of(root, params),
+        read_served_task(root, params),
         held_out_before(root),
     )
     sys.stdout.write(format_report(labelled.report))

@@ -36,6 +36,9 @@ MIN_KEY_SHARE = 0.01
 MIN_KEY_ROWS = 5
 MAX_KEYS = 32
 COVERED = 0.9
+# Whole answers are classes if they are this few to a row: a text is hardly ever written twice.
+MAX_CLASS_SHARE = 0.1
+ANSWER_CLASS = "answer_class"
 COUNTED_VALUES = 50  # times max_categories: then a key is free text for sure, and bounds the memory
 
 
@@ -70,6 +73,7 @@ def watched_columns(batches: Iterable[pa.RecordBatch], settings: FeatureSettings
 
 def _answer_columns(batches: Iterable[pa.RecordBatch], max_categories: int) -> list[Column]:
     answers = 0
+    whole: Counter[str] = Counter()  # answers that are not JSON objects
     seen: Counter[str] = Counter()
     values: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for batch in batches:
@@ -78,6 +82,8 @@ def _answer_columns(batches: Iterable[pa.RecordBatch], max_categories: int) -> l
             answer = _whole_answer(row)
             value = _NO_JSON if answer is None else _json(answer)
             if not isinstance(value, dict):
+                if answer is not None and len(whole) <= COUNTED_VALUES * max_categories:
+                    whole[_category(answer.strip())] += 1
                 continue
             answers += 1
             for key, inner in value.items():
@@ -87,7 +93,10 @@ def _answer_columns(batches: Iterable[pa.RecordBatch], max_categories: int) -> l
                     counted[_category(inner)] += 1
     wanted = max(MIN_KEY_ROWS, MIN_KEY_SHARE * answers)
     keys = [key for key, rows in seen.most_common() if rows >= wanted][:MAX_KEYS]
-    return [_answer_column(key, values[key], seen[key], max_categories) for key in sorted(keys)]
+    found = [_answer_column(key, values[key], seen[key], max_categories) for key in sorted(keys)]
+    if 0 < len(whole) <= max(MAX_CLASS_SHARE * whole.total(), 2):
+        found.append(Column(ANSWER_CLASS, "output", "category", None, "", "the whole answer, one of a few"))
+    return found
 
 
 def _answer_column(key: str, values: Counter[str], rows: int, max_categories: int) -> Column:
@@ -207,6 +216,10 @@ def _guard(check: str) -> Callable[[_Seen], float | None]:
     return suspicious
 
 
+def _answer_class(one: _Seen) -> str | None:
+    return None if one.answer is None or one.fields is not None else _category(one.answer.strip())
+
+
 def _answered(name: str) -> Callable[[_Seen], Any]:
     return lambda one: None if one.answer is None else one.row[name]
 
@@ -263,6 +276,7 @@ _READERS: dict[str, Callable[[_Seen], Any]] = {
     "answer_chars": lambda one: None if one.answer is None else len(one.answer),
     "finish_reason": _answered("finish_reason"),
     "answer_form": _answer_form,
+    ANSWER_CLASS: _answer_class,
     "mean_logprob": _answered("mean_logprob"),
     "valid_output": _flag("valid_output"),
     "thumb": _thumb,

@@ -149,8 +149,10 @@ class ChatHandler:
         return prompt
 
     def _check_answer(self, request: GenerationRequest, state: GenerationState) -> None:
-        schema = request.sampling.json_schema or state.model.answer_schema
-        apply_guard(state, check_answer(state.text, schema, self.settings.guard), None)
+        requested = request.sampling.json_schema
+        schema = requested or state.model.answer_schema
+        is_json = requested is not None or state.model.task.answers_are_json
+        apply_guard(state, check_answer(state.text, schema, is_json, self.settings.guard), None)
 
     async def _decode(
         self, prompt: list[int], request: GenerationRequest, state: GenerationState

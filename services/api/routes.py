@@ -315,7 +315,7 @@ def _dump_schema(wanted: ResponseFormat | None) -> str | None:
 
 def _describe_model(alias: str, model: LoadedModel) -> dict[str, Any]:
     about = model.files.about
-    shown = {key: about.get(key) for key in ("label_key", "system_prompt", "answer_schema", "base_model")}
+    shown = {key: about.get(key) for key in ("task", "system_prompt", "answer_schema", "base_model")}
     return {
         "id": model.files.name if alias == "champion" else model.files.tag,
         "object": "model",

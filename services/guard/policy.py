@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -36,14 +37,16 @@ def check_prompt(
         yield CheckResult("toxicity", settings.toxicity, checks.check_toxicity(messages))
 
 
-def check_answer(text: str, schema: str | None, settings: Guard) -> Iterator[CheckResult]:
+def check_answer(text: str, schema: str | None, is_json: bool, settings: Guard) -> Iterator[CheckResult]:
     """Yield the result of each check of a complete answer as it is asked for.
 
     Args:
         schema: JSON schema that the answer should fit; None for any text.
+        is_json: whether the answer is JSON; if not, the schema describes it as a string.
     """
     if schema is not None and settings.schema_ != "off":
-        yield CheckResult("schema", settings.schema_, checks.check_schema(text, schema))
+        value = text if is_json else json.dumps(text.strip())
+        yield CheckResult("schema", settings.schema_, checks.check_schema(value, schema))
     if settings.secrets != "off":
         yield CheckResult("secrets", settings.secrets, checks.check_secrets(text))
     if settings.personal_data != "off":

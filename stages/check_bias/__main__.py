@@ -32,6 +32,9 @@ from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage
 from stages.common.params.loading import load_params
 from stages.common.records import Message, Row, read_rows
+from stages.common.svg import escape_label
+from stages.common.task.kinds import read_task
+from stages.common.task.protocol import Task
 
 logger = get_logger("check_bias")
 
@@ -151,22 +154,14 @@ def known_values(group: str, people: Mapping[str, Mapping[str, str]]) -> set[str
     return {person[column] for person in people.values() if column in person}
 
 
-def outcomes_of(rows: Sequence[Row], label_key: str | None) -> list[str]:
-    """Return each row's outcome: its JSON answer's label, or the quarter its answer's length falls in."""
-    if label_key is not None:
-        return [_label(row.answer, label_key) for row in rows]
+def outcomes_of(rows: Sequence[Row], task: Task) -> list[str]:
+    """Return each row's outcome: the class of its answer, or the quarter that the answer's length is in."""
+    if task.class_name is not None:
+        return [task.read_class(row.answer) or "(no class)" for row in rows]
     lengths = np.array([len(row.answer) for row in rows])
     bounds = np.quantile(lengths, [0.25, 0.5, 0.75]) if len(rows) else []
     names = ("shortest quarter", "second quarter", "third quarter", "longest quarter")
     return [names[quarter] for quarter in np.searchsorted(bounds, lengths, side="left")]
-
-
-def _label(answer: str, key: str) -> str:
-    try:
-        value = json.loads(answer)
-    except ValueError:
-        return "(no JSON)"
-    return str(value.get(key, "(no label)")) if isinstance(value, dict) else "(no object)"
 
 
 def shares_of(
@@ -354,7 +349,7 @@ def _draw_group(
         share, positions, xerr=spread, fmt="o", color=colour, markersize=3.5, capsize=2.5, linewidth=1.2
     )
     axis.axvline(1 / count, color="#000000", linestyle=":", linewidth=1)
-    axis.set_yticks(positions, [value.value for value in values])
+    axis.set_yticks(positions, [escape_label(value.value) for value in values])
     axis.invert_yaxis()
     axis.set_xlim(0, max(1.05 * max(value.high for value in values), 1.1 / count))
     axis.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
@@ -399,14 +394,14 @@ def check(
     people: Mapping[str, Mapping[str, str]],
     *,
     groups: Mapping[str, Limits],
-    label_key: str | None,
+    task: Task,
     min_rows: int,
     alpha: float,
     permutations: int,
     seed: int,
 ) -> tuple[list[Finding], dict[str, list[Share]]]:
     """Return every finding and every value's share, group by group."""
-    outcomes = outcomes_of(kept, label_key)
+    outcomes = outcomes_of(kept, task)
     fates = ["kept"] * len(kept) + ["dropped"] * len(dropped)
     findings: list[Finding] = []
     ties: list[Tie] = []
@@ -420,7 +415,7 @@ def check(
         ties.append(tie_of(group, "outcome", found, outcomes, [row.group for row in kept], *fixed))
         all_groups = [row.group for row in (*kept, *dropped)]
         ties.append(tie_of(group, "rejection", [*found, *lost], fates, all_groups, *fixed))
-    name = label_key or "the answer's length"
+    name = task.class_name or "the answer's length"
     findings += judge_ties(ties, name, alpha, min_rows)
     order = list(groups)
     return sorted(findings, key=lambda finding: order.index(finding.group)), shares
@@ -429,6 +424,7 @@ def check(
 def main() -> None:
     """Check the curated rows, write the reports, then fail if a threshold was crossed."""
     params = load_params().check_bias
+    task = read_task()
     kept = read_rows(artifacts("curate") / "rows.parquet")
     dropped = read_rejects(artifacts("curate") / "rejects.jsonl")
     findings, shares = check(
@@ -436,7 +432,7 @@ def main() -> None:
         dropped,
         read_people(),
         groups={name: Limits(**limits.model_dump()) for name, limits in params.groups.items()},
-        label_key=params.label_key,
+        task=task,
         min_rows=params.min_rows,
         alpha=params.alpha,
         permutations=params.permutations,
@@ -450,7 +446,7 @@ def main() -> None:
         "groups": {group: [asdict(share) for share in values] for group, values in shares.items()},
         "judged": sum(finding.passed is not None for finding in findings),
         "min_rows": params.min_rows,
-        "outcome": params.label_key or "the answer's length",
+        "outcome": task.class_name or "the answer's length",
         "permutations": params.permutations,
         "rows": len(kept),
         "rows_dropped_by_curate": len(dropped),
@@ -458,7 +454,7 @@ def main() -> None:
     }
     folder = reports("check_bias")
     write_json(folder / "metrics.json", evidence)
-    write_bytes(folder / "groups.svg", picture(shares, findings, params.label_key or "length"))
+    write_bytes(folder / "groups.svg", picture(shares, findings, task.class_name or "length"))
     for finding in findings:
         logger.log(logging.ERROR if finding.passed is False else logging.INFO, "%s", finding.statement)
     if failed:

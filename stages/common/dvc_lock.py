@@ -21,7 +21,8 @@ class Lock:
 
     Attributes:
         hashes: every hash recorded for a path, with the stages that recorded it.
-        params: the section of `params.yaml` with which each stage ran.
+        params: the section of `params.yaml` with which each stage ran; under `task`, the keys of that
+            section which some stage read.
     """
 
     hashes: Mapping[str, Mapping[str, tuple[str, ...]]]
@@ -48,11 +49,19 @@ def read_lock(names: Sequence[str], path: Path = LOCK) -> Lock:
                 hashes[item["path"]][item["md5"]].append(stage)
     return Lock(
         hashes={name: {md5: tuple(by) for md5, by in found.items()} for name, found in hashes.items()},
-        params={
-            stage: entry.get("params", {}).get("params.yaml", {}).get(stage, {})
-            for stage, entry in stages.items()
-        },
+        params={stage: _params_of(entry).get(stage, {}) for stage, entry in stages.items()}
+        | {"task": _read_task_params(stages.values())},
     )
+
+
+def _params_of(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = entry.get("params", {}).get("params.yaml", {})
+    return found
+
+
+def _read_task_params(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    read = [item for entry in entries for item in _params_of(entry).items()]
+    return {name.removeprefix("task."): value for name, value in sorted(read) if name.startswith("task.")}
 
 
 def disagreements(lock: Lock, paths: Iterable[Path]) -> list[str]:

@@ -1,6 +1,6 @@
-"""Intervals and tests for figures that are sums over rows, when rows of one group resemble each other.
+"""Intervals and tests for metrics that are sums over rows, when rows of one group resemble each other.
 
-Every figure here is a function of column sums: accuracy is right rows over rows, F1 is made of three
+Every metric here is a function of column sums: accuracy is right rows over rows, F1 is made of three
 counts, perplexity of two sums, BLEU of ten. So a sample of rows is a matrix with one line a row, a
 resample is a weighting of its groups, and no row is scored twice.
 
@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-# From column sums, shape (..., columns), to the figure, shape (...).
-Figure = Callable[[Floats], Floats]
+# From column sums, shape (..., columns), to the value, shape (...).
+Statistic = Callable[[Floats], Floats]
 
 # A percentile bootstrap of few groups is too narrow. Of 1,000 simulated samples of a share of 0.9, in
 # groups of four rows that resemble each other, a "95 %" interval held the truth in 81 % with 8 groups,
@@ -29,7 +29,7 @@ MIN_BOOTSTRAP_GROUPS = 20
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A figure and the interval around it."""
+    """A value and the interval around it."""
 
     value: float
     low: float
@@ -55,21 +55,26 @@ def sums_by_group(rows: Floats, groups: Sequence[str]) -> Floats:
 
 
 def interval(
-    sums: Floats, figure: Figure, confidence: float, resamples: int, seed: int, scale: float | None = None
+    sums: Floats,
+    statistic: Statistic,
+    confidence: float,
+    resamples: int,
+    seed: int,
+    scale: float | None = None,
 ) -> Interval:
-    """Return the figure with a percentile interval of the bootstrap over groups.
+    """Return the value with a percentile interval of the bootstrap over groups.
 
     For a score between 0 and `scale` there are two cases in which the bootstrap would claim more than
-    is known: every resample gives the same figure (0 of 300 right, or all of them), and there are fewer
+    is known: every resample gives the same value (0 of 300 right, or all of them), and there are fewer
     than `MIN_BOOTSTRAP_GROUPS` groups. Both get the interval of Clopper & Pearson with groups as trials,
     as if the rows of a group always went the same way: wider than needed rather than too narrow.
 
     Args:
         sums: column sums by group, as `sums_by_group` gives them.
-        scale: the best possible score where the worst is 0; None for a figure without bounds.
+        scale: the best possible score where the worst is 0; None for a value without bounds.
     """
-    value = float(figure(sums.sum(axis=0)))
-    drawn = figure(_draws(len(sums), resamples, seed) @ sums)
+    value = float(statistic(sums.sum(axis=0)))
+    drawn = statistic(_draws(len(sums), resamples, seed) @ sums)
     if scale is not None and (len(sums) < MIN_BOOTSTRAP_GROUPS or np.ptp(drawn) == 0.0):
         low, high = clopper_pearson(value / scale * len(sums), len(sums), confidence)
         return Interval(value, low * scale, high * scale)
@@ -80,7 +85,7 @@ def interval(
 def difference(
     before: Floats,
     after: Floats,
-    figure: Figure,
+    statistic: Statistic,
     confidence: float,
     resamples: int,
     seed: int,
@@ -96,17 +101,17 @@ def difference(
     answers of a whole group may be exchanged. It is (1 + as extreme) / (1 + resamples) and so never 0
     (Phipson & Smyth 2010, "Permutation p-values should never be zero").
     """
-    value = float(figure(after.sum(axis=0)) - figure(before.sum(axis=0)))
+    value = float(statistic(after.sum(axis=0)) - statistic(before.sum(axis=0)))
     draws = _draws(len(before), resamples, seed)
-    drawn = figure(draws @ after) - figure(draws @ before)
+    drawn = statistic(draws @ after) - statistic(draws @ before)
     if scale is not None and (len(before) < MIN_BOOTSTRAP_GROUPS or np.ptp(drawn) == 0.0):
         low, high = _newcombe(
-            interval(before, figure, confidence, resamples, seed, scale),
-            interval(after, figure, confidence, resamples, seed, scale),
+            interval(before, statistic, confidence, resamples, seed, scale),
+            interval(after, statistic, confidence, resamples, seed, scale),
         )
     else:
         low, high = _percentiles(drawn, confidence)
-    return Difference(value, low, high, _permutation_p(before, after, figure, value, resamples, seed))
+    return Difference(value, low, high, _permutation_p(before, after, statistic, value, resamples, seed))
 
 
 def clopper_pearson(successes: float, trials: int, confidence: float) -> tuple[float, float]:
@@ -142,14 +147,14 @@ def _newcombe(before: Interval, after: Interval) -> tuple[float, float]:
 
 
 def _permutation_p(
-    before: Floats, after: Floats, figure: Figure, observed: float, resamples: int, seed: int
+    before: Floats, after: Floats, statistic: Statistic, observed: float, resamples: int, seed: int
 ) -> float:
     # A stream of its own: the signs must not follow the draws of the bootstrap.
     exchanged = (
         np.random.default_rng([seed, 1]).integers(0, 2, size=(resamples, len(before))).astype(np.float64)
     )
     moved = exchanged @ (before - after)
-    shuffled = figure(after.sum(axis=0) + moved) - figure(before.sum(axis=0) - moved)
+    shuffled = statistic(after.sum(axis=0) + moved) - statistic(before.sum(axis=0) - moved)
     # Equal sums added in another order differ in the last digits, and a tie counts as extreme.
     slack = 1e-9 * max(1.0, abs(observed))
     return float((1 + np.count_nonzero(np.abs(shuffled) >= abs(observed) - slack)) / (1 + resamples))

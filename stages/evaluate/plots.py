@@ -1,4 +1,4 @@
-"""Pictures of an evaluation as SVG: they open offline, and equal figures give equal bytes.
+"""Plots of an evaluation as SVG: they open offline, and equal results give equal bytes.
 
 Colours are those of Okabe & Ito, which people with any kind of colour vision tell apart; shape and
 position say the same once more.
@@ -6,20 +6,19 @@ position say the same once more.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.common.artifacts import write_bytes
+from stages.common.svg import draw_figure, escape_label
 
 BEFORE_COLOUR = "#E69F00"
 AFTER_COLOUR = "#0072B2"
 GREY = "#666666"
 
-# More bars or labels than this and nobody can read them; the figures are all in metrics.json.
+# More bars or labels than this cannot be read; every value is in metrics.json.
 MAX_BARS = 45
 MAX_CONFUSED = 18
 
@@ -34,6 +33,67 @@ class Bar:
     high: float
     n: int
     groups: int
+
+
+def draw_report(folder: Path, report: Mapping[str, Any]) -> None:
+    """Draw base against tuned and the slices and, where there are classes, confusions and calibration."""
+    # Scores on other scales are drawn with the others; metrics without bounds are not.
+    scales = {one["name"]: one["scale"] for one in report["metrics"] if one["scale"]}
+    bars = {
+        model: [
+            make_bar(name.replace("_", " ").replace("f1", "F1"), report[model][name], scale)
+            for name, scale in scales.items()
+        ]
+        for model in ("base", "tuned")
+    }
+    percent = round(100 * report["confidence"])
+    draw_comparison(
+        folder / "comparison.svg",
+        bars["base"],
+        bars["tuned"],
+        f"Base and tuned model on {report['rows']} test rows, with {percent} % intervals",
+    )
+    scale = scales[report["primary"]]
+    slices = {
+        tag: [make_bar(value, found, scale) for value, found in by_value.items()]
+        for tag, by_value in report["slices"].items()
+    }
+    primary = report["primary"].replace("_", " ")
+    draw_slices(folder / "slices.svg", slices, f"{primary} of the tuned model, with {percent} % intervals")
+    if report["class_name"]:
+        confused = [(c["expected"], c["answered"], c["n"]) for c in report["confusions"]]
+        draw_confusion(
+            folder / "confusion.svg", confused, "Confused classes of the tuned model, in test rows"
+        )
+    if report["calibration"]:
+        draw_calibration(folder / "calibration.svg", report["calibration"], "Calibration of the tuned model")
+
+
+def make_bar(name: str, found: Mapping[str, float], scale: float) -> Bar:
+    """Return a result on the scale from 0 to 1."""
+    value, low, high = (found[key] / scale for key in ("value", "low", "high"))
+    return Bar(name, value, low, high, int(found["n"]), int(found.get("groups", 0)))
+
+
+def draw_calibration(path: Path, calibration: Mapping[str, Any], title: str) -> None:
+    """Draw the share of right answers against the probability that the model gave them, bin by bin."""
+    bins = [one for one in calibration["bins"] if one["rows"]]
+    with _figure(path, title, width=5.0, height=5.0) as axes:
+        axes.plot([0, 1], [0, 1], linestyle=":", color=GREY)
+        axes.plot(
+            [one["confidence"] for one in bins],
+            [one["accuracy"] for one in bins],
+            marker="D",
+            color=AFTER_COLOUR,
+        )
+        for one in bins:
+            place = (one["confidence"], one["accuracy"])
+            axes.annotate(str(one["rows"]), place, (4, -10), textcoords="offset points", size=8, color=GREY)
+        axes.set_xlim(0.0, 1.02)
+        axes.set_ylim(0.0, 1.02)
+        axes.set_xlabel("probability of the label")
+        axes.set_ylabel("share of right answers (numbers: rows)")
+        axes.set_title(f"expected calibration error {calibration['ece']:.3f}", size=9)
 
 
 def draw_comparison(path: Path, before: Sequence[Bar], after: Sequence[Bar], title: str) -> None:
@@ -66,17 +126,17 @@ def draw_slices(path: Path, slices: Mapping[str, Sequence[Bar]], title: str) -> 
             _label_rows(axes, [f"{bar.name}  ({bar.n} in {bar.groups})" for bar in bars])
             left_out = len(slices[tag]) - len(bars)
             note = f", the {MAX_BARS} with most rows" if left_out else ""
-            axes.set_title(f"by {tag}{note} (test rows in groups)", loc="left", size=10)
+            axes.set_title(f"by {escape_label(tag)}{note} (test rows in groups)", loc="left", size=10)
         if not shown:
             panels[0].text(0.5, 0.5, "no test row has one of the configured tags", ha="center", va="center")
             panels[0].set_axis_off()
 
 
 def draw_confusion(path: Path, pairs: Sequence[tuple[str, str, int]], title: str) -> None:
-    """Draw how often one label was given in place of another.
+    """Draw how often one class was answered in place of another.
 
     Args:
-        pairs: expected label, given label, how often; only the wrong ones.
+        pairs: expected class, answered class, how often; only the wrong ones.
     """
     top = sorted(pairs, key=lambda p: (-p[2], p[0], p[1]))
     rows: list[str] = []
@@ -91,7 +151,7 @@ def draw_confusion(path: Path, pairs: Sequence[tuple[str, str, int]], title: str
     rows, columns = sorted(rows), sorted(columns)
     with _figure(path, title, 4.4 + 0.34 * len(columns), 3.0 + 0.3 * max(2, len(rows))) as axes:
         if not counts:
-            axes.text(0.5, 0.5, "no label was mistaken for another", ha="center", va="center")
+            axes.text(0.5, 0.5, "no class was confused with another", ha="center", va="center")
             axes.set_axis_off()
             return
         grid = [[counts.get((e, g), 0) for g in columns] for e in rows]
@@ -100,8 +160,10 @@ def draw_confusion(path: Path, pairs: Sequence[tuple[str, str, int]], title: str
         for (e, g), n in counts.items():
             ink = "white" if n > 0.6 * largest else "black"
             axes.text(columns.index(g), rows.index(e), str(n), ha="center", va="center", color=ink, size=8)
-        axes.set_xticks(range(len(columns)), columns, rotation=60, ha="right", size=8)
-        axes.set_yticks(range(len(rows)), rows, size=8)
+        axes.set_xticks(
+            range(len(columns)), [escape_label(name) for name in columns], rotation=60, ha="right", size=8
+        )
+        axes.set_yticks(range(len(rows)), [escape_label(name) for name in rows], size=8)
         axes.set_xlabel("answered")
         axes.set_ylabel("expected")
         axes.tick_params(length=0)
@@ -138,7 +200,7 @@ def _draw_points(
 
 
 def _label_rows(axes: Any, names: Sequence[str]) -> None:
-    axes.set_yticks(range(len(names)), names, size=8)
+    axes.set_yticks(range(len(names)), [escape_label(name) for name in names], size=8)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlim(0.0, 1.0)
     axes.grid(axis="x", color="#DDDDDD", linewidth=0.7)
@@ -150,33 +212,16 @@ def _label_rows(axes: Any, names: Sequence[str]) -> None:
 
 @contextmanager
 def _figure(path: Path, title: str, width: float, height: float) -> Iterator[Any]:
-    """Yield the axes of a picture with one panel; write it at the end."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots()
-    yield axes
-    figure.suptitle(title, size=11)
-    _write(figure, path, title)
+    """Yield the axes of a plot with one panel; write it at the end."""
+    with draw_figure(path, width, height) as figure:
+        yield figure.subplots()
+        figure.suptitle(title, size=11)
 
 
 @contextmanager
 def _panels(path: Path, title: str, heights: Sequence[int]) -> Iterator[list[Any]]:
-    """Yield panels below each other, as high as they have rows; write the picture at the end."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.0, 1.0 + 0.7 * len(heights) + 0.21 * sum(heights)), layout="constrained")
-    panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)
-    yield [row[0] for row in panels]
-    figure.suptitle(title, size=11)
-    _write(figure, path, title)
-
-
-def _write(figure: Any, path: Path, title: str) -> None:
-    import matplotlib
-
-    buffer = io.BytesIO()
-    # A salt and no date: without them every SVG has other ids and bytes.
-    with matplotlib.rc_context({"svg.hashsalt": "perennial", "svg.fonttype": "path"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Title": title, "Creator": None})
-    write_bytes(path, buffer.getvalue())
+    """Yield panels below each other, as high as they have rows; write the plot at the end."""
+    with draw_figure(path, 8.0, 1.0 + 0.7 * len(heights) + 0.21 * sum(heights)) as figure:
+        panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)
+        yield [row[0] for row in panels]
+        figure.suptitle(title, size=11)

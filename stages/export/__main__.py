@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.common.answer_schema import Schema, derive_schema, fits, read_objects
 from stages.common.artifacts import artifacts, atomic_dir, read_json, reports, write_json, write_text
 from stages.common.chat import end_of_turn_ids
 from stages.common.errors import InputError
@@ -32,6 +31,8 @@ from stages.common.logs import get_logger, progress, run_stage
 from stages.common.models import load_tokenizer, load_tuned
 from stages.common.params.loading import load_params
 from stages.common.records import Row, read_rows
+from stages.common.task.kinds import read_task
+from stages.common.task.protocol import Schema, Task
 from stages.export.modelfile import modelfile, read_wrapping
 
 log = get_logger("export")
@@ -62,27 +63,26 @@ class Answers:
     checked: int
 
 
-def learn_answers(rows: Sequence[Row], answer_format: str, label_key: str | None) -> Answers:
+def learn_answers(rows: Sequence[Row], task: Task) -> Answers:
     """Derive the schema of the answers and hold every one of them against it.
 
     Raises:
         InputError: an answer does not fit, which is a fault of ours.
     """
-    objects = read_objects(row.answer for row in rows) if answer_format == "json" else None
-    if objects is None:
+    schema = task.derive_schema([row.answer for row in rows])
+    if schema is None:
         return Answers(None, 0, 0, 0)
-    schema = derive_schema(objects, label_key)
-    for row, value in zip(rows, objects, strict=True):
-        if not fits(schema, value):
+    for row in rows:
+        if not task.fits(schema, row.answer):
             raise InputError(
                 f"the answer of row {row.id} does not fit the schema derived from it: {row.answer[:200]}",
                 "report it with this row",
             )
     properties = schema.get("properties", {})
-    if not properties:
+    if schema == {"type": "object"}:
         log.warning("the answers' keys have no common order: the schema allows any JSON object")
-    labels = properties.get(label_key, {}).get("enum", ())
-    return Answers(schema, len(labels), len(properties), len(objects))
+    labels = {label for row in rows if (label := task.read_class(row.answer)) is not None}
+    return Answers(schema, len(labels), len(properties), len(rows))
 
 
 def common_system_prompt(rows: Sequence[Row]) -> str | None:
@@ -206,7 +206,8 @@ def main() -> None:
     load_tokenizer(base)  # says plainly if there is no base model yet
     fetched = read_json(reports("fetch_base") / "metrics.json")
     rows = read_rows(artifacts("split") / "train.parquet")
-    answers = learn_answers(rows, params.curate.answer_format, params.evaluate.label_key)
+    task = read_task()
+    answers = learn_answers(rows, task)
     system_prompt = common_system_prompt(rows)
     gguf: dict[str, Any] | None = None
     speed: dict[str, float] = {}
@@ -219,15 +220,14 @@ def main() -> None:
         write_examples(folder / "examples.npz", examples)
         serving = {
             "adapter_sha256": file_sha256(adapter / "adapter_model.safetensors"),
-            "answer_format": params.curate.answer_format,
             "answer_schema": answers.schema,
             "base_model": fetched["name"],
             "base_revision": fetched["revision"],
             "base_sha256": fetched["sha256"],
             "context_tokens": context_tokens(AutoConfig.from_pretrained(base, local_files_only=True)),
-            "label_key": params.evaluate.label_key,
             "name": name,
             "system_prompt": system_prompt,
+            "task": task.describe(),
             "version": version_of(folder, base, adapter),
         }
         write_serving(folder / "serving.json", serving)

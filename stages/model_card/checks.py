@@ -37,8 +37,9 @@ NEEDED = (
     *(f"finetune.{key}" for key in ("rows_not_replayed", "started_from", "trained_parameters")),
     *(f"finetune.{key}" for key in ("train_loss", "validation_loss")),
     *(f"evaluate.{key}" for key in ("rows", "test_rows", "groups", "base", "tuned", "difference", "slices")),
-    *(f"evaluate.{key}" for key in ("primary", "task", "confidence", "resamples", "confusions")),
-    *(f"evaluate.errors.{key}" for key in ("rows", "by_kind", "right_in_base_only")),
+    *(f"evaluate.{key}" for key in ("primary", "task", "confidence", "resamples", "confusions", "metrics")),
+    *(f"evaluate.errors.{key}" for key in ("rows", "by_type", "right_in_base_only")),
+    "evaluate.resolution.statement",
     *(f"evaluate.{key}" for key in ("answer_limit_tokens", "references_over_limit")),
 )
 

@@ -14,6 +14,8 @@ from stages.common.records import Row, read_rows
 
 BEFORE = ("fetch_base", "collect", "curate", "validate", "check_bias", "split", "finetune", "evaluate")
 
+SECTIONS = ("task", *BEFORE)  # of params.yaml
+
 SIDES = ("train", "validation", "test")
 
 CODE = ("stages", "dvc.yaml", "params.yaml", "pyproject.toml", "requirements.lock")
@@ -83,13 +85,15 @@ def read_adapter_config() -> tuple[dict[str, Any], list[str]]:
 def list_plots(evidence: Evidence) -> dict[str, Path]:
     """Return the plots of the card, by their file names in its folder."""
     found = {
-        "comparison.svg": reports("evaluate") / "pictures" / "comparison.svg",
-        "slices.svg": reports("evaluate") / "pictures" / "slices.svg",
+        "comparison.svg": reports("evaluate") / "plots" / "comparison.svg",
+        "slices.svg": reports("evaluate") / "plots" / "slices.svg",
         "loss.svg": reports("finetune") / "loss.svg",
         "groups.svg": reports("check_bias") / "groups.svg",
     }
-    if evidence.get("evaluate", {}).get("label_key"):
-        found["confusion.svg"] = reports("evaluate") / "pictures" / "confusion.svg"
+    if evidence.get("evaluate", {}).get("class_name"):
+        found["confusion.svg"] = reports("evaluate") / "plots" / "confusion.svg"
+    if evidence.get("evaluate", {}).get("calibration"):
+        found["calibration.svg"] = reports("evaluate") / "plots" / "calibration.svg"
     return found
 
 

@@ -12,28 +12,14 @@ from stages.common.artifacts import artifacts
 from stages.common.dvc_lock import Lock
 from stages.common.markdown import code
 from stages.common.records import Row, canonical_json
-from stages.model_card.evidence import BEFORE, Evidence
+from stages.model_card.evidence import SECTIONS, Evidence
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
 
 # The names under which the Hugging Face hub knows our metrics.
-HUB_METRICS = {"slot_f1": "f1", "rouge_l": "rouge"}
+HUB_METRICS = {"slot_f1": "f1", "macro_f1": "f1", "weighted_f1": "f1", "rouge_l": "rouge"}
 
-NOT_FOR_THE_HUB = ("finished", "answer_tokens")
-
-# In the order of the table; the accuracy of the label, whose name depends on its key, comes second.
-METRIC_MEANINGS = {
-    "exact_match": "answers equal to the reference (JSON: as values, whatever the order of keys)",
-    "": "answers with the right label",
-    "valid_output": "answers that can be used at all: one JSON value of the right shape",
-    "slot_f1": "micro-averaged F1 over the pairs of key and value other than the label",
-    "rouge_l": "mean F1 of the longest common subsequence of words",
-    "chrf": "corpus chrF2, 0 to 100",
-    "bleu": "corpus BLEU, 0 to 100",
-    "finished": "answers that end by themselves before the limit",
-    "perplexity": "of the reference answers, by token; lower is better",
-    "answer_tokens": "mean length of an answer in tokens",
-}
+NOT_FOR_THE_HUB = ("finished", "answer_tokens", "length_ratio")
 
 WEAKEST_SHOWN = 5
 
@@ -102,18 +88,16 @@ def count_sources(sides: Mapping[str, Sequence[Row]]) -> list[dict[str, Any]]:
 
 def list_results(report: Mapping[str, Any]) -> list[dict[str, str]]:
     """Return one line per metric: base, tuned and difference with their intervals, and the p-value."""
-    order = list(METRIC_MEANINGS)
-    known = {name: name if name in METRIC_MEANINGS else "" for name in report["tuned"]}
     return [
         {
             "name": name,
-            "meaning": METRIC_MEANINGS[known[name]],
+            "meaning": meaning,
             "base": _with_interval(report["base"][name]),
             "tuned": _with_interval(report["tuned"][name]),
             "difference": _with_interval(report["difference"][name], sign="+"),
             "p_value": f"{report['difference'][name]['p_value']:.4f}",
         }
-        for name in sorted(report["tuned"], key=lambda name: order.index(known[name]))
+        for name, meaning in ((metric["name"], metric["meaning"]) for metric in report["metrics"])
     ]
 
 
@@ -128,6 +112,7 @@ def describe_limits(evidence: Evidence) -> list[str]:
         *_origin_limits(evidence["collect"]),
         f"The test has {_many(report['groups'], 'group')} that are not in the training data, but from the "
         "same sources: how well the model generalizes to other sources is not known.",
+        report["resolution"]["statement"],
         *_error_limits(report),
         *_label_limits(report, evidence["split"]),
         *_rejected_limits(evidence["collect"], evidence["curate"], evidence["finetune"]),
@@ -147,9 +132,9 @@ def _origin_limits(collect: Mapping[str, Any]) -> Iterator[str]:
 
 def _error_limits(report: Mapping[str, Any]) -> Iterator[str]:
     errors = report["errors"]
-    kinds = ", ".join(f"{kind} {n}" for kind, n in sorted(errors["by_kind"].items(), key=lambda k: -k[1]))
+    types = ", ".join(f"{name} {n}" for name, n in sorted(errors["by_type"].items(), key=lambda k: -k[1]))
     yield f"{errors['rows']} of {report['rows']} answers are not an exact match" + (
-        f": {kinds}." if kinds else "."
+        f": {types}." if types else "."
     )
     if errors["right_in_base_only"]:
         yield f"The base model answered {errors['right_in_base_only']} of these correctly."
@@ -171,7 +156,7 @@ def _label_limits(report: Mapping[str, Any], split: Mapping[str, Any]) -> Iterat
             f"{code(c['expected'])} answered as {code(c['answered'])} ({c['n']})"
             for c in report["confusions"][:WEAKEST_SHOWN]
         )
-        yield f"Labels most often confused: {each}."
+        yield f"Classes most often confused: {each}."
     if untested := split.get("labels_without_test_rows"):
         yield f"Not tested, because too few groups have them: {', '.join(map(code, untested))}."
 
@@ -220,7 +205,7 @@ def list_lineage(lock: Lock) -> list[tuple[str, str]]:
         ("answers to the test", artifacts("evaluate")),
     )
     recorded = [(f"{what} (`{path}`)", found) for what, path in paths if (found := lock.hash_of(path))]
-    params = hashlib.sha256(canonical_json({s: lock.params[s] for s in BEFORE}).encode()).hexdigest()
+    params = hashlib.sha256(canonical_json({s: lock.params[s] for s in SECTIONS}).encode()).hexdigest()
     return [*recorded, ("parameters (sha256 of the sections below as canonical JSON)", params)]
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import html
-import json
 import logging
 import math
 import re
@@ -27,6 +26,9 @@ from stages.common.logs import get_logger, run_stage, set_quiet_environment
 from stages.common.params.checked_yaml import nearest
 from stages.common.params.loading import load_params
 from stages.common.records import ORIGINS, Row, canonical_json, read_rows
+from stages.common.sizes import choose_min_rows
+from stages.common.task.kinds import read_task
+from stages.common.task.protocol import Task
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,11 +69,11 @@ class Outcome:
         return f"{self.type}({self.column})" if self.column else self.type
 
 
-def table_of(rows: Sequence[Row], label_key: str | None) -> pd.DataFrame:
+def table_of(rows: Sequence[Row], task: Task) -> pd.DataFrame:
     """Return one table row for each row: its fields, its lengths in characters, its tags as `tag_<key>`.
 
-    With a `label_key` the answers are read as JSON: `answer_is_object`, `label` (None where there is none)
-    and `label_share` (rows with the same label over all rows).
+    `answer_is_valid` holds for answers of the task. Where these have classes, `label` is an answer's class
+    (None where it has none) and `label_share` the rows with the same class over all rows.
     """
     import pandas as pd
 
@@ -89,29 +91,15 @@ def table_of(rows: Sequence[Row], label_key: str | None) -> pd.DataFrame:
         "answer_chars": [len(row.answer) for row in rows],
         "turns": [len(row.messages) for row in rows],
     }
-    if label_key is not None:
-        objects = [_json_object(row.answer) for row in rows]
-        labels = [_label(value, label_key) for value in objects]
+    table["answer_is_valid"] = [task.find_problem(row.answer) is None for row in rows]
+    if task.class_name is not None:
+        labels = [task.read_class(row.answer) for row in rows]
         counts = Counter(labels)
-        table["answer_is_object"] = [value is not None for value in objects]
         table["label"] = labels
         table["label_share"] = [counts[label] / len(rows) for label in labels]
     for key in sorted({key for row in rows for key in row.tags}):
         table[f"tag_{key}"] = [row.tags.get(key) for row in rows]
     return pd.DataFrame(table)
-
-
-def _json_object(answer: str) -> dict[str, Any] | None:
-    try:
-        value = json.loads(answer)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _label(value: dict[str, Any] | None, key: str) -> str | None:
-    label = (value or {}).get(key)
-    return label if label is None or isinstance(label, str) else canonical_json(label)
 
 
 def own_expectations(
@@ -121,7 +109,7 @@ def own_expectations(
     allowed_licenses: Sequence[str],
     max_prompt_chars: int,
     max_answer_chars: int,
-    label_key: str | None,
+    has_classes: bool,
     min_labels: int,
     max_labels: int | None,
     max_label_share: float,
@@ -157,11 +145,11 @@ def own_expectations(
             _between("answer_chars", 1, max_answer_chars),
         ],
     }
-    if label_key is not None:
-        subjects["answers"] = [
-            {"type": "ExpectColumnValuesToBeInSet", "column": "answer_is_object", "value_set": [True]},
-            {"type": "ExpectColumnValuesToNotBeNull", "column": "label"},
-        ]
+    subjects["answers"] = [
+        {"type": "ExpectColumnValuesToBeInSet", "column": "answer_is_valid", "value_set": [True]}
+    ]
+    if has_classes:
+        subjects["answers"].append({"type": "ExpectColumnValuesToNotBeNull", "column": "label"})
         labels = {"min_value": min_labels, "max_value": max_labels}
         subjects["labels"] = [
             {"type": "ExpectColumnUniqueValueCountToBeBetween", "column": "label", **labels},
@@ -405,20 +393,23 @@ def largest_label(table: pd.DataFrame) -> dict[str, Any] | None:
 
 def main() -> None:
     """Validate the curated rows, write the reports, then fail if a critical expectation did."""
-    params = load_params().validate_
+    everything = load_params()
+    params, split = everything.validate_, everything.split
     set_quiet_environment()
     path = artifacts("curate") / "rows.parquet"
     if not path.exists():
         raise missing(path)
     rows = read_rows(path)
-    table = table_of(rows, params.label_key)
+    task = read_task()
+    table = table_of(rows, task)
+    classes = table["label"].nunique() if task.class_name else 0
     own = own_expectations(
-        min_rows=params.min_rows,
+        min_rows=choose_min_rows(params.min_rows, split.test_fraction, split.validation_fraction, classes),
         max_rows=params.max_rows,
         allowed_licenses=params.allowed_licenses,
         max_prompt_chars=params.max_prompt_chars,
         max_answer_chars=params.max_answer_chars,
-        label_key=params.label_key,
+        has_classes=task.class_name is not None,
         min_labels=params.min_labels,
         max_labels=params.max_labels,
         max_label_share=params.max_label_share,

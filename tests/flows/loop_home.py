@@ -33,13 +33,13 @@ TROUBLES = ("is broken", "went missing yesterday", "does not work for me", "need
 HASTE = ("please hurry", "everybody is waiting", "no rush at all", "whenever there is time")
 # So little training teaches nothing; LEARNING does.
 SETTINGS = """
-collect: {system_prompt: null}
-validate: {min_rows: 50, label_key: team, max_label_share: 0.9}
-check_bias: {label_key: team, groups: {team: {min_representation_ratio: null, max_cramers_v: null}}}
-split: {stratify_by: team, min_train_rows: 20, min_test_rows: 5}
+task: {label_key: team, system_prompt: null, slices: []}
+validate: {min_rows: 50}
+check_bias: {groups: {team: {min_representation_ratio: null, max_cramers_v: null}}}
+split: {min_train_rows: 20, min_test_rows: 5}
 finetune: {max_length: 128, checkpoint_every_steps: 5, batch_size: 8, learning_rate: 0.0001, dtype: float32}
 ask_base: {min_test_rows: 5, max_new_tokens: 8}
-evaluate: {label_key: team, slices: [team], resamples: 100}
+evaluate: {resamples: 100}
 export: {gguf: false}
 model_card: {name: tickets, intended_use: Route tickets., out_of_scope: All else.}
 """

@@ -65,7 +65,7 @@ def make_output(root, weights=b"weights", exact_match=0.86, **serving):
     write_json(root / "reports/finetune/metrics.json", {"train_loss": 0.018370554198050715, "steps": 2})
     write(root / "reports/finetune/loss.csv", "step,loss,learning_rate\n1,3.5,0.0\n2,1.25,1e-3\n")
     write(root / "reports/finetune/loss.svg", "<svg/>")
-    write(root / "reports/evaluate/pictures/comparison.svg", "<svg/>")
+    write(root / "reports/evaluate/plots/comparison.svg", "<svg/>")
     write(root / "reports/model_card/README.md", "# card")
     lock(root)
     return root

@@ -81,7 +81,7 @@ class PageServer:
                 "alias": aliases[version],
                 "version": version,
                 "engine": "openvino",
-                "label_key": self.label_key,
+                "task": {"kind": "json", "label_key": self.label_key, "labels": None},
                 "system_prompt": "Answer with one intent as JSON.",
                 "answer_schema": None,
                 "examples": EXAMPLES,

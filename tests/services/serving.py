@@ -48,7 +48,7 @@ def tiny_files(folder: Path, version: str = "a" * 12, seed: int = 0, **about) ->
         "version": version,
         "system_prompt": None,
         "answer_schema": None,
-        "label_key": None,
+        "task": {"kind": "text", "label_key": None, "labels": None},
     }
     return ModelFiles(
         "tiny",
@@ -57,7 +57,7 @@ def tiny_files(folder: Path, version: str = "a" * 12, seed: int = 0, **about) ->
         None,
         folder,
         None,
-        {**told, "answer_format": "text", "base_model": "tiny", **about},
+        {**told, "base_model": "tiny", **about},
     )
 
 

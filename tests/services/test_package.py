@@ -157,10 +157,10 @@ def project(tmp_path):
     save_model(base)
     get_peft_model(make_model(), LoraConfig(r=2, target_modules="all-linear")).save_pretrained(adapter)
     shutil.copytree(base, export, ignore=shutil.ignore_patterns("*.safetensors"))
-    told = {"name": "tiny", "version": "c" * 12, "base_model": "tiny", "answer_format": "text"}
+    told = {"name": "tiny", "version": "c" * 12, "base_model": "tiny"}
     unknown = {
         "system_prompt": None,
-        "label_key": None,
+        "task": {"kind": "text", "label_key": None, "labels": None},
         "answer_schema": None,
         "adapter_sha256": "",
         "context_tokens": 512,

@@ -11,6 +11,8 @@ from stages.common.generation import answer_questions, encode_questions
 from stages.common.models import load_base, load_tokenizer
 from stages.common.params.loading import load_params
 from stages.common.records import Message, make_row, write_rows
+from stages.common.task.kinds import TASK_FILE
+from stages.common.task.text_task import TextTask
 from tests.services.serving import ROOT, serving, tiny_files
 
 ANSWER_TOKENS = 6
@@ -19,7 +21,7 @@ ANSWER_TOKENS = 6
 @pytest.fixture(scope="module")
 def params():
     shipped = load_params(ROOT / "params.yaml")
-    evaluate = shipped.evaluate.model_copy(update={"task": "text", "label_key": None, "resamples": 200})
+    evaluate = shipped.evaluate.model_copy(update={"resamples": 200})
     return shipped.model_copy(update={"evaluate": evaluate})
 
 
@@ -60,6 +62,7 @@ def project(tmp_path_factory):
     table = pa.table({"id": [row.id for row in rows], "tuned": [answer.text for answer in answers]})
     (root / "artifacts/evaluate").mkdir()
     pq.write_table(table, root / "artifacts/evaluate/predictions.parquet")
+    write_json(root / TASK_FILE, TextTask().describe())
     write_json(root / "artifacts/export/serving.json", {"version": "a" * 12})
     write_json(root / "reports/evaluate/metrics.json", {"answer_limit_tokens": ANSWER_TOKENS})
     return root

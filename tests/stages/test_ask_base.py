@@ -103,7 +103,7 @@ def test_a_reference_that_does_not_fit_into_the_context_is_refused(project):
 
 def test_fewer_test_rows_than_required_stop_the_pipeline(project):
     project(rows_of(24), min_test_rows=25)
-    with pytest.raises(InputError, match=r"24 rows, and ask_base.min_test_rows requires 25") as error:
+    with pytest.raises(InputError, match=r"24 rows, and it needs 25") as error:
         ask_base.main()
     assert "split.test_fraction" in error.value.fix
     assert not Path("reports/ask_base").exists()

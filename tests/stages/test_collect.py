@@ -17,8 +17,9 @@ def project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
 
-    def name(*sources, **more):
+    def name(*sources, system_prompt=None, **more):
         params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+        params["task"]["system_prompt"] = system_prompt
         params["collect"] |= {"sources": list(sources), **more}
         (tmp_path / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
 

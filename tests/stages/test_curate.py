@@ -7,9 +7,11 @@ from stages import curate
 from stages.common.errors import InputError
 from stages.common.personal_data import PERSONAL_DATA
 from stages.common.records import Message, make_row, read_rows, write_rows
+from stages.common.task.json_task import JsonTask
+from stages.common.task.text_task import TextTask
 from stages.curate import (
-    answer_is_json,
     answer_length,
+    answer_of,
     apply,
     conflicting_answers,
     contradicting_feedback,
@@ -79,8 +81,8 @@ def test_questions_and_answers_have_a_length():
 
 @pytest.mark.parametrize("answer", ["on", '{"a":', "4", '"a"', "null"])
 def test_an_answer_that_is_no_json_object_goes(answer):
-    assert reason(answer_is_json, answer=answer) == "answer_not_json"
-    assert reason(answer_is_json, answer='{"a": [1]}') is None
+    assert reason(answer_of(JsonTask(None)), answer=answer) == "invalid_answer"
+    assert reason(answer_of(JsonTask(None)), answer='{"a": [1]}') is None
 
 
 def test_what_is_said_over_and_over_goes():
@@ -117,7 +119,7 @@ def test_both_rows_of_a_conflict_go_and_the_order_of_keys_is_no_conflict():
         row("c", '{"x":1,"y":2}'),
         row("c", '{"y":2, "x":1}'),
     ]
-    assert {number: drop.reason for number, drop in conflicting_answers(rows).items()} == {
+    assert {number: drop.reason for number, drop in conflicting_answers(JsonTask(None))(rows).items()} == {
         0: "conflicting_answer",
         1: "conflicting_answer",
     }
@@ -130,8 +132,8 @@ def test_feedback_that_contradicts_other_rows_goes_and_they_stay():
         row("turn on the light", '{ "intent": "On" }', origin="feedback"),
         row("something new", '{"intent":"Off"}', origin="feedback"),
     ]
-    assert list(contradicting_feedback(rows)) == [1]
-    assert conflicting_answers([rows[0], rows[2], rows[3]]) == {}
+    assert list(contradicting_feedback(JsonTask(None))(rows)) == [1]
+    assert conflicting_answers(JsonTask(None))([rows[0], rows[2], rows[3]]) == {}
 
 
 def test_all_but_the_first_of_equal_rows_go():
@@ -145,29 +147,29 @@ def test_near_duplicates_go_when_the_answer_is_the_same():
         row("turn on the lights in the kitchen"),
         row("turn on the light in the kitchen!", '{"intent":"Off"}'),
     ]
-    dropped = near_duplicates(0.8)(rows)
+    dropped = near_duplicates(0.8, TextTask())(rows)
     assert sorted(dropped) == [1]
     assert rows[0].id in dropped[1].detail
 
 
 def test_a_chain_of_near_duplicates_is_measured_against_kept_rows_only():
     texts = ["turn on the light", "turn on the lights", "turn on the lights!!", "turn on the lights!! now"]
-    kept, dropped = apply([row(text) for text in texts], [], [near_duplicates(0.8)])
+    kept, dropped = apply([row(text) for text in texts], [], [near_duplicates(0.8, TextTask())])
     assert texts.index(kept[1].question) > 1
     assert len(kept) + len(dropped) == 4
 
 
 def test_a_row_has_the_reason_of_the_first_rule_and_nothing_is_lost():
     rows = [row("x", "no json"), row("fine"), row("fine"), row("write to ann@example.org", "no json")]
-    kept, dropped = apply(rows, [question_length(2, 99), answer_is_json], [exact_duplicates])
+    kept, dropped = apply(rows, [question_length(2, 99), answer_of(JsonTask(None))], [exact_duplicates])
     assert kept == [row("fine")]
     assert [(r.question, d.reason) for r, d in dropped] == [
         ("x", "short_question"),
         ("fine", "exact_duplicate"),
-        ("write to ann@example.org", "answer_not_json"),
+        ("write to ann@example.org", "invalid_answer"),
     ]
     assert figures(4, kept, dropped)["dropped_by_reason"] == {
-        "answer_not_json": 1,
+        "invalid_answer": 1,
         "exact_duplicate": 1,
         "short_question": 1,
     }
@@ -238,9 +240,9 @@ def test_no_row_goes_because_of_feedback_wherever_its_source_stands(project):
 
 def test_when_no_row_is_left_the_reasons_are_named_and_written(project):
     write_rows(Path("artifacts/collect/rows.parquet"), [row(answer="no json")])
-    with pytest.raises(InputError, match=r"all 1 rows were dropped.*answer_not_json"):
+    with pytest.raises(InputError, match=r"all 1 rows were dropped.*invalid_answer"):
         curate.main()
-    assert "answer_not_json" in Path("artifacts/curate/rejects.jsonl").read_text()
+    assert "invalid_answer" in Path("artifacts/curate/rejects.jsonl").read_text()
 
 
 def test_curating_before_collecting_says_what_to_run(project):

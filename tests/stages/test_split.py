@@ -6,8 +6,11 @@ import pytest
 import yaml
 
 from stages import split
+from stages.common.artifacts import write_json
 from stages.common.errors import InputError
 from stages.common.records import Message, make_row, read_rows, write_rows
+from stages.common.task.json_task import JsonTask
+from stages.common.task.kinds import TASK_FILE
 from stages.split import (
     Sides,
     assign,
@@ -16,6 +19,7 @@ from stages.split import (
     figures,
     labels_of_groups,
     proof,
+    read_strata,
     without_near_duplicates,
 )
 
@@ -75,18 +79,18 @@ def test_the_same_seed_gives_the_same_sides_in_whatever_order_groups_come():
 
 def test_a_group_has_its_commonest_label():
     rows = [row("a", "g", "On"), row("b", "g", "Off"), row("c", "g", "Off")]
-    assert labels_of_groups(rows, "intent") == {"g": "Off"}
-    assert labels_of_groups(rows, None) == {"g": ""}
+    assert labels_of_groups(rows, read_strata(rows, "intent", JsonTask(None))) == {"g": "Off"}
+    assert labels_of_groups(rows, read_strata(rows, None, JsonTask(None))) == {"g": ""}
 
 
 def test_a_tag_that_no_row_has_is_refused_with_those_there():
     with pytest.raises(InputError, match=r"no row has the tag 'topic' \(tags: intent\)"):
-        labels_of_groups([row("a")], "topic")
+        read_strata([row("a")], "topic", JsonTask(None))
 
 
 def test_no_group_is_asked_more_often_than_the_cap_and_all_rows_are_accounted_for():
     rows = many(40)
-    labels = labels_of_groups(rows, "intent")
+    labels = labels_of_groups(rows, read_strata(rows, "intent", JsonTask(None)))
     sides, over_cap = divide(rows, assign(labels, 0.1, 0.3, 7), 2, 7)
     assert set(Counter(r.group for r in sides.test).values()) == {2}
     assert sum(len(chosen) for _, chosen in sides.items()) + over_cap == len(rows)
@@ -136,8 +140,8 @@ def test_a_split_too_small_names_both_sides_numbers_and_what_to_do():
     with pytest.raises(InputError) as error:
         check_sizes(Sides((row("a"),), (), (row("b"),)), 2, 2, 10, 300)
     assert "2 rows in 2 groups" in error.value.what
-    assert "train: 1 rows, but split.min_train_rows is 10" in error.value.what
-    assert "test: 1 rows, but split.min_test_rows is 300" in error.value.what
+    assert "train: 1 rows, and it needs 10 (split.min_train_rows)" in error.value.what
+    assert "test: 1 rows, and it needs 300 (split.min_test_rows)" in error.value.what
     assert "rows_per_template" in error.value.fix
 
 
@@ -152,10 +156,11 @@ def test_labels_without_test_rows_are_named():
 def project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
-    def write(rows, **changes):
+    def write(rows, stratify_by="intent", **changes):
         params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
         params["split"] |= changes
-        params["evaluate"]["min_test_rows"] = 1
+        params["task"]["stratify_by"] = stratify_by
+        write_json(TASK_FILE, JsonTask(None).describe())
         Path("params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
         write_rows(Path("artifacts/curate/rows.parquet"), rows)
 
@@ -182,8 +187,8 @@ def test_the_split_of_the_same_rows_is_the_same_files(project):
 
 
 def test_nothing_is_written_when_the_test_side_is_too_small(project):
-    project(many(10))
-    with pytest.raises(InputError, match="min_test_rows is 300"):
+    project(many(10), min_test_rows=300)
+    with pytest.raises(InputError, match=r"it needs 300 \(split.min_test_rows"):
         split.main()
     assert not Path("artifacts/split").exists()
     assert not Path("reports").exists()

@@ -263,7 +263,7 @@ class Panel {
   constructor(turn, model) {
     this.turn = turn;
     this.model = model;
-    this.labelKey = model.perennial?.label_key ?? null;
+    this.labelKey = model.perennial?.task?.label_key ?? null;
     this.root = fromTemplate("panel-template");
     this.part = (selector) => this.root.querySelector(selector);
     this.body = this.part(".answer");

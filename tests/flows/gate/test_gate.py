@@ -23,6 +23,9 @@ from stages.common.errors import InputError
 from stages.common.params.loading import load_params
 from stages.common.records import Message, make_row, write_rows
 from stages.common.statistics import Difference
+from stages.common.task.json_task import JsonTask
+from stages.common.task.kinds import TASK_FILE
+from stages.common.task.text_task import TextTask
 from tests.services.serving import ROOT
 from tests.tiny import save_model
 
@@ -69,6 +72,7 @@ def make_evidence(**changes):
     given = Evidence(
         NEW,
         OLD,
+        JsonTask("intent"),
         new=asked(120, 30, 90),
         old=asked(400, 340, 342),
         parity=verdict,
@@ -190,17 +194,15 @@ def test_without_a_champion_the_first_model_must_beat_its_base():
     assert not first(-0.1)[0].passed
 
 
-def test_text_tasks_are_judged_by_rouge():
-    evaluate = PARAMS.evaluate.model_copy(update={"task": "text", "label_key": None})
-    params = PARAMS.model_copy(update={"evaluate": evaluate})
+def test_text_tasks_are_judged_by_chrf():
     asked_text = Asked(
         tuple(row(f"q{n}", "the cat sat on the mat", group=f"g{n}") for n in range(60)),
         candidate=("the cat sat on a mat",) * 60,
         champion=("a dog",) * 60,
     )
-    verdict = judge.judge(make_evidence(new=asked_text, old=asked_text), params)
+    verdict = judge.judge(make_evidence(task=TextTask(), new=asked_text, old=asked_text), PARAMS)
     (new,) = [criterion for criterion in verdict.criteria if criterion.name == "new_window"]
-    assert new.said.startswith("ROUGE-L on 60 rows") and 0.5 < new.value < 1.0
+    assert new.said.startswith("chrf on 60 rows") and 0.5 < new.value < 1.0
 
 
 def test_a_verdict_survives_writing_and_reading_and_others_are_told_apart(tmp_path):
@@ -228,6 +230,7 @@ def checkout(tmp_path):
     write_rows(tmp_path / "artifacts/split/test.parquet", [row("new test", group="t9")])
     write_json(tmp_path / "artifacts/export/serving.json", {"name": "m", "version": "b" * 12})
     write_json(tmp_path / "reports/evaluate/metrics.json", {"answer_limit_tokens": 7})
+    write_json(tmp_path / TASK_FILE, JsonTask("intent").describe())
     return tmp_path
 
 
@@ -257,7 +260,7 @@ def test_the_new_test_is_what_was_held_out_and_never_learned(checkout):
     assert found.max_tokens == PARAMS.services.answers.default_max_tokens
     assert found.left_out == {
         "given twice": 1,
-        "the label is not JSON": 1,
+        "the label is not an answer of the task": 1,
         "the candidate was trained on the question": 1,
     }
 
@@ -327,9 +330,8 @@ def make_version(root, version, seed):
         "name": "tiny",
         "version": version,
         "base_model": "tiny",
-        "answer_format": "text",
         "system_prompt": None,
-        "label_key": None,
+        "task": {"kind": "text", "label_key": None, "labels": None},
         "answer_schema": None,
         "context_tokens": 512,
         "adapter_sha256": evaluation.file_hashes(root, [weights])["artifacts/finetune/" + weights.name],
@@ -359,9 +361,7 @@ def project(tmp_path):
     import pyarrow.parquet as pq
 
     values = yaml.safe_load((ROOT / "params.yaml").read_text())
-    values["curate"]["answer_format"] = values["evaluate"]["task"] = "text"
-    for section in ("validate", "check_bias", "evaluate"):
-        values[section]["label_key"] = None
+    values["task"] |= {"kind": "text", "label_key": None, "stratify_by": None}
     values["services"]["engine"]["kind"] = "transformers"
     values["services"]["answers"]["default_max_tokens"] = LIMIT
     values["model_card"]["name"] = "tiny"
@@ -386,6 +386,7 @@ def project(tmp_path):
     (tmp_path / "artifacts/evaluate").mkdir()
     pq.write_table(table, tmp_path / "artifacts/evaluate/predictions.parquet")
     write_json(tmp_path / "reports/evaluate/metrics.json", {"answer_limit_tokens": LIMIT})
+    write_json(tmp_path / TASK_FILE, TextTask().describe())
     parts = "".join(f"\n## {name}\n\nsomething\n" for name in evaluation.CARD_SECTIONS)
     write_text(tmp_path / evaluation.CARD, f"# Card\n{parts}{dvc_hash(tmp_path / 'artifacts/finetune')}\n")
     return tmp_path, environment

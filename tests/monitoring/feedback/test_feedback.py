@@ -7,7 +7,15 @@ import pytest
 import yaml
 
 from monitoring.feedback.label_rules import highest_limit
-from monitoring.feedback.labels import REASONS, LeftOut, Task, label_of, normalised, prompt_hash, task_of
+from monitoring.feedback.labels import (
+    REASONS,
+    LeftOut,
+    ServedTask,
+    label_of,
+    normalised,
+    prompt_hash,
+    read_served_task,
+)
 from monitoring.feedback.rows import (
     HELD_OUT,
     HELD_OUT_PROMPTS,
@@ -27,6 +35,8 @@ from stages.common.errors import InputError
 from stages.common.params.loading import load_params
 from stages.common.params.loop import FeedbackSettings
 from stages.common.records import Message
+from stages.common.task.json_task import JsonTask
+from stages.common.task.text_task import TextTask
 from tests.monitoring import store
 
 ROOT = Path(__file__).parents[3]
@@ -36,8 +46,8 @@ SCHEMA = {
     "additionalProperties": False,
     "required": ["intent"],
 }
-TASK = Task("json", SCHEMA, "intent", "Answer with one intent as JSON.", 100, 200)
-TEXT = replace(TASK, answer_format="text", answer_schema=None, label_key=None)
+TASK = ServedTask(JsonTask("intent"), SCHEMA, "Answer with one intent as JSON.", 100, 200)
+TEXT = replace(TASK, answers=TextTask(), answer_schema=None)
 SETTINGS = FeedbackSettings(
     license="cc0-1.0",
     thumbs_up_as_label=True,
@@ -194,15 +204,15 @@ def test_the_conversation_goes_with_the_label_and_the_systems_words_of_the_task_
         ("too_long", {"correction": json.dumps({"intent": "On", "area": "x" * 200})}),
         ("redacted", {"question": "call [phone] now", "correction": ON}),
         ("redacted", {"correction": '{"intent":"On","area":"[email]"}'}),
-        ("not_json", {"correction": "turn it off"}),
-        ("not_json", {"correction": '["On"]'}),
-        ("not_json", {"correction": '{"intent":"On","area":NaN}'}),
-        ("not_json", {"correction": '{"intent":"On","area":1e999}'}),
-        ("not_json", {"correction": "[" * 9000}),
+        ("invalid", {"correction": "turn it off"}),
+        ("invalid", {"correction": '["On"]'}),
+        ("invalid", {"correction": '{"intent":"On","area":NaN}'}),
+        ("invalid", {"correction": '{"intent":"On","area":1e999}'}),
+        ("invalid", {"correction": "[" * 9000}),
         ("too_long", {"correction": "{" * 900}),
         ("outside_schema", {"correction": '{"intent":"Explode"}'}),
         ("outside_schema", {"correction": '{"intent":"On","colour":"red"}'}),
-        ("outside_schema", {"correction": '{"area":"kitchen"}'}),
+        ("invalid", {"correction": '{"area":"kitchen"}'}),
         ("outside_schema", {"correction": '{"intent":"On","ids":[1]}'}),
         ("suspicious", {"correction": ON, "verdicts": '{"prompt_injection": [false, "prompt_injection"]}'}),
         ("suspicious", {"correction": ON, "verdicts": '{"toxicity": [false, "toxicity"]}'}),
@@ -250,7 +260,7 @@ def test_what_is_left_out_is_counted_by_reason_and_the_rest_goes_on(events):
     events.asks("this is right", correction=ON)
     labelled = events.rows()
     assert labels(labelled) == {"this is right": ON}
-    assert labelled.report["left_out"] == {"corrupt": 1, "redacted": 1, "not_json": 2}
+    assert labelled.report["left_out"] == {"corrupt": 1, "redacted": 1, "invalid": 2}
 
 
 def test_suspicious_rows_and_new_labels_stay_where_the_settings_keep_them(events):
@@ -523,7 +533,7 @@ def test_the_summary_says_what_became_of_it_and_why(events):
     events.asks("b", correction=ON, user="ann", key_id="k1")
     text = format_report(events.rows().report)
     assert "**1 rows to learn**" in text or "and 1 to judge by" in text
-    assert "| not_json | 1 | the label is no JSON object |" in text
+    assert "| invalid | 1 | the label is not an answer of the task |" in text
     assert "| k1 | 1 |" in text
 
 
@@ -536,17 +546,16 @@ def test_a_question_is_known_again_by_its_words(text, plain):
 
 def test_the_task_is_read_from_what_is_served(tmp_path):
     serving = {
-        "answer_format": "json",
+        "task": JsonTask("intent").describe(),
         "answer_schema": SCHEMA,
-        "label_key": "intent",
         "system_prompt": "Be brief.",
     }
     params = load_params(ROOT / "params.yaml")
-    task = task_of(tmp_path, params, serving)
+    task = read_served_task(tmp_path, params, serving)
     assert (task.answer_schema, task.system_prompt) == (SCHEMA, "Be brief.")
     assert task.max_answer_chars == params.curate.max_answer_chars
     with pytest.raises(InputError, match=r"serving\.json is not there"):
-        task_of(tmp_path, params)
+        read_served_task(tmp_path, params)
 
 
 def test_the_command_shows_the_report_and_writes_only_if_asked(events, tmp_path, monkeypatch, capsys):
@@ -557,7 +566,7 @@ def test_the_command_shows_the_report_and_writes_only_if_asked(events, tmp_path,
     params["services"]["events"]["url"] = events.url
     Path("params.yaml").write_text(yaml.safe_dump(params))
     Path("artifacts/export").mkdir(parents=True)
-    keys = {"answer_format": "json", "answer_schema": SCHEMA, "label_key": "intent", "system_prompt": None}
+    keys = {"task": JsonTask("intent").describe(), "answer_schema": SCHEMA, "system_prompt": None}
     Path("artifacts/export/serving.json").write_text(json.dumps(keys))
     main([])
     assert "1 pieces of feedback on 1 answers" in capsys.readouterr().out

@@ -16,10 +16,13 @@ from stages.check_bias.__main__ import (
     read_people,
     values_of,
 )
-from stages.common.artifacts import read_json, write_text
+from stages.common.artifacts import read_json, write_json, write_text
 from stages.common.errors import InputError, ParamsError
 from stages.common.params.loading import load_params
 from stages.common.records import Message, make_row, write_rows
+from stages.common.task.json_task import JsonTask
+from stages.common.task.kinds import TASK_FILE
+from stages.common.task.text_task import TextTask
 
 ROOT = Path(__file__).parents[3]
 PEOPLE = {
@@ -40,7 +43,7 @@ def row(question, intent="TurnOn", group=None, **tags):
 def found(rows, dropped=(), groups=None, **changes):
     """Check the rows; the findings by group and kind."""
     settings = {
-        "label_key": "intent",
+        "task": JsonTask("intent"),
         "min_rows": 20,
         "alpha": 0.01,
         "permutations": 999,
@@ -120,7 +123,7 @@ def test_outcomes_of_text_rows_are_quarters_by_the_answers_length():
         make_row([Message("user", f"q{n}"), Message("assistant", "x" * n)], "s", "mit") for n in range(1, 9)
     ]
     names = ["shortest quarter", "second quarter", "third quarter", "longest quarter"]
-    assert outcomes_of(rows, None) == [name for name in names for _ in range(2)]
+    assert outcomes_of(rows, TextTask()) == [name for name in names for _ in range(2)]
 
 
 def test_balanced_rows_pass_with_the_numbers_in_words():
@@ -208,6 +211,7 @@ def project(tmp_path, monkeypatch):
     def configure(rows, **section):
         write_rows(Path("artifacts/curate/rows.parquet"), rows)
         write_text(Path("artifacts/curate/rejects.jsonl"), "")
+        write_json(TASK_FILE, JsonTask("intent").describe())
         params["check_bias"].update(section)
         Path("params.yaml").write_text(yaml.safe_dump(params))
 
@@ -249,8 +253,8 @@ def test_every_finding_has_a_sentence(project):
 def test_the_picture_is_drawn_from_any_findings_and_needs_nothing_from_outside():
     for rows in (platform_rows(40, 30), [], [row(str(n), platform=str(n)) for n in range(30)]):
         findings, shares = check(
-            rows, [], PEOPLE, groups={"platform": STRICT, "source": STRICT}, label_key="intent", min_rows=5,
-            alpha=0.01, permutations=99, seed=1,
+            rows, [], PEOPLE, groups={"platform": STRICT, "source": STRICT}, task=JsonTask("intent"),
+            min_rows=5, alpha=0.01, permutations=99, seed=1,
         )  # fmt: skip
         svg = picture(shares, findings, "intent")
         assert ET.fromstring(svg).tag.endswith("svg")
@@ -260,7 +264,7 @@ def test_the_picture_is_drawn_from_any_findings_and_needs_nothing_from_outside()
 def test_more_values_than_fit_are_said_to_be_left_out():
     rows = [row(f"{p} {n}", platform=f"p{p:02}") for p in range(20) for n in range(3)]
     findings, shares = check(
-        rows, [], PEOPLE, groups={"platform": STRICT}, label_key="intent", min_rows=5, alpha=0.01,
+        rows, [], PEOPLE, groups={"platform": STRICT}, task=JsonTask("intent"), min_rows=5, alpha=0.01,
         permutations=99, seed=1,
     )  # fmt: skip
     assert b"8 more not drawn" in picture(shares, findings, "intent")

@@ -95,4 +95,4 @@ def test_what_a_stage_saw_the_last_time_is_not_held_against_what_it_sees_now(mad
 
 
 def test_no_lock_records_nothing(tmp_path):
-    assert read_lock(STAGES, tmp_path / "dvc.lock").params == {}
+    assert read_lock(STAGES, tmp_path / "dvc.lock").params == {"task": {}}

@@ -1,5 +1,9 @@
 from stages.common.records import Message, make_row
-from stages.evaluate.error_analysis import Given, confusions, errors_md, mistakes
+from stages.common.task.json_task import JsonTask
+from stages.common.task.text_task import TextTask
+from stages.evaluate.error_analysis import Prediction, errors_md, list_errors
+
+TASK = JsonTask("intent")
 
 REFERENCE = '{"intent":"On","area":"attic"}'
 
@@ -10,52 +14,47 @@ def rows(n, answer=REFERENCE):
     ]
 
 
-def given(*texts, right=False, loss=1.0):
-    return [Given(text, right, loss) for text in texts]
+def predictions(*texts, right=False, loss=1.0):
+    return [Prediction(text, right, loss) for text in texts]
 
 
-def test_mistakes_are_ranked_by_how_bad_they_are():
+def test_errors_are_ranked_by_how_bad_they_are():
     texts = [
         '{"intent":"On","area":"attic","x":1}',
         "no idea",
         '{"intent":"Off","area":"attic"}',
         '{"intent":"On"}',
     ]
-    found = mistakes(rows(4), given(*[""] * 4), given(*texts), "json", "intent")
-    assert [m.kind for m in found] == ["invalid", "wrong label", "missing slot", "extra slot"]
+    found = list_errors(rows(4), predictions(*[""] * 4), predictions(*texts), TASK)
+    assert [m.error_type for m in found] == ["invalid", "wrong label", "missing slot", "extra slot"]
 
 
-def test_of_equal_mistakes_the_least_likely_right_answer_comes_first():
-    sure, unsure = Given("?", False, 1.0), Given("?", False, 9.0)
-    found = mistakes(rows(2), given("", ""), [sure, unsure], "json", "intent")
+def test_of_equal_errors_the_least_likely_right_answer_comes_first():
+    sure, unsure = Prediction("?", False, 1.0), Prediction("?", False, 9.0)
+    found = list_errors(rows(2), predictions("", ""), [sure, unsure], TASK)
     assert [m.question for m in found] == ["q1", "q0"]
 
 
-def test_right_answers_are_no_mistakes():
-    assert mistakes(rows(1), given(""), given(REFERENCE, right=True), "json", "intent") == []
+def test_right_answers_are_no_list_errors():
+    assert list_errors(rows(1), predictions(""), predictions(REFERENCE, right=True), TASK) == []
 
 
 def test_an_answer_that_the_base_model_had_right_is_marked():
-    found = mistakes(rows(1), given(REFERENCE, right=True), given("no"), "json", "intent")
+    found = list_errors(rows(1), predictions(REFERENCE, right=True), predictions("no"), TASK)
     assert found[0].base_was_right
 
 
 def test_texts_are_ranked_by_how_far_off_they_are():
-    found = mistakes(
-        rows(2, "the lamp is on"), given("", ""), given("the lamp is off", "a fish"), "text", None
+    found = list_errors(
+        rows(2, "the lamp is on"), predictions("", ""), predictions("the lamp is off", "a fish"), TextTask()
     )
     assert [m.tuned for m in found] == ["a fish", "the lamp is off"]
-    assert found[0].differs == "other words: ROUGE-L 0.00"
-
-
-def test_confusions_count_wrong_labels_and_answers_without_one():
-    answers = ['{"intent":"Off"}', '{"intent":"Off"}', "no", REFERENCE]
-    assert confusions(rows(4), answers, "intent") == [("On", "Off", 2), ("On", "(invalid)", 1)]
+    assert found[0].differs == "other text: chrF 10"
 
 
 def test_the_page_shows_no_more_than_asked_for():
-    found = mistakes(rows(5), given(*[""] * 5), given(*["no"] * 5), "json", "intent")
-    page = errors_md(found, 9, [], shown=2, task="json")
+    found = list_errors(rows(5), predictions(*[""] * 5), predictions(*["no"] * 5), TASK)
+    page = errors_md(found, 9, [], shown=2, task=TASK)
     assert "5 of 9" in page
     assert "The 2 worst answers" in page
     assert page.count("`no`") == 2

@@ -11,13 +11,18 @@ import pytest
 import yaml
 
 from stages import ask_base
+from stages.common.artifacts import write_json
 from stages.common.errors import InputError
 from stages.common.records import Message, make_row, write_rows
+from stages.common.task.json_task import JsonTask
+from stages.common.task.kinds import TASK_FILE
+from stages.common.task.label_task import LabelTask
+from stages.common.task.text_task import TextTask
 from stages.evaluate import __main__ as evaluate
 from tests.tiny import save_model
 
 MERGES = (("a", "b"), ("t", "h"))  # GGUF needs a vocabulary with merges
-
+TASK = JsonTask("intent")
 ROOT = Path(__file__).parents[3]
 
 
@@ -54,15 +59,17 @@ def models(tmp_path_factory):
     return folder
 
 
-def prepare(folder, models, rows, engine="transformers", **changes):
+def prepare(folder, models, rows, task=TASK, engine="transformers", **changes):
     """Make a project folder up to `evaluate`."""
     for name in ("fetch_base", "finetune"):
         shutil.copytree(models / name, folder / "artifacts" / name, dirs_exist_ok=True)
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["ask_base"] |= {"engine": engine, "min_test_rows": 10, "max_new_tokens": 12}
-    params["evaluate"] |= {"resamples": 100, "slices": ["language"]} | changes
+    params["evaluate"] |= {"resamples": 100} | changes
+    params["task"]["slices"] = ["language"]
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     write_rows(folder / "artifacts/split/test.parquet", rows)
+    write_json(folder / TASK_FILE, task.describe())
     return folder
 
 
@@ -127,23 +134,36 @@ def test_the_difference_is_that_of_the_two_figures(report):
 
 def test_words_as_answers_get_the_metrics_of_words(project):
     rows = rows_of([f"the lamp {i} is on" for i in range(24)])
-    report = run(project(rows, task="text", label_key=None))
-    assert {"exact_match", "rouge_l", "chrf", "bleu", "perplexity"} <= set(report["tuned"])
-    assert report["primary"] == "rouge_l"
-    assert not Path("reports/evaluate/pictures/confusion.svg").exists()
+    report = run(project(rows, TextTask()))
+    assert {"exact_match", "rouge_l", "chrf", "bleu", "length_ratio", "perplexity"} <= set(report["tuned"])
+    assert report["primary"] == "chrf"
+    assert not Path("reports/evaluate/plots/confusion.svg").exists()
 
 
 def test_json_without_a_label_needs_none(project):
     rows = rows_of([json.dumps({"area": i, "on": True}) for i in range(24)])
-    report = run(project(rows, label_key=None))
+    report = run(project(rows, JsonTask(None)))
     assert "slot_f1" in report["tuned"]
     assert not [name for name in report["tuned"] if name.endswith("_accuracy")]
     assert report["confusions"] == []
 
 
+def test_labels_get_a_table_a_confusion_matrix_and_a_calibration(project):
+    labels = ("under_$5_to_$10", "a, b", "no")
+    rows = rows_of([labels[i % 3] for i in range(24)])
+    report = run(project(rows, LabelTask(tuple(sorted(labels)))))
+    assert report["primary"] == "accuracy"
+    assert {"accuracy", "macro_f1", "weighted_f1", "valid_output"} <= set(report["tuned"])
+    assert {one["name"]: one["rows"] for one in report["classes"]} == dict.fromkeys(labels, 8)
+    assert set(report["slices"]["label"]) == set(labels)
+    assert report["errors"]["by_type"] == {"invalid": 24}  # so small a model writes none of them
+    assert report["calibration"] is None
+    assert Path("reports/evaluate/plots/confusion.svg").exists()
+
+
 def test_another_label_key_names_its_own_metric(project):
     rows = rows_of([json.dumps({"action": "go", "to": i}) for i in range(24)])
-    assert "action_accuracy" in run(project(rows, label_key="action"))["tuned"]
+    assert "action_accuracy" in run(project(rows, JsonTask("action")))["tuned"]
 
 
 def written(folder):
@@ -220,7 +240,7 @@ def test_every_answer_is_kept(judged):
 
 
 def test_pictures_open_offline(judged):
-    for path in (judged / "reports/evaluate/pictures").glob("*.svg"):
+    for path in (judged / "reports/evaluate/plots").glob("*.svg"):
         svg = path.read_text()
         assert not re.search(r"(?:href|src)=\"(?!#|data:)|url\((?!#)|@import|<script", svg), path
 
@@ -228,8 +248,8 @@ def test_pictures_open_offline(judged):
 @pytest.mark.parametrize(
     ("answer", "problem"),
     [
-        ("on", "1 of 24 test answers are not one JSON value"),
-        ('{"area":1}', "no text under evaluate.label_key"),
+        ("on", "the answer is not one JSON value"),
+        ('{"area":1}', "has no key 'intent'"),
     ],
 )
 def test_references_that_cannot_be_judged_are_shown(project, answer, problem):
@@ -237,7 +257,7 @@ def test_references_that_cannot_be_judged_are_shown(project, answer, problem):
     with pytest.raises(InputError, match=problem) as error:
         run(Path())
     assert repr(answer) in error.value.what
-    assert "evaluate." in error.value.fix
+    assert "curate" in error.value.fix
 
 
 def test_a_diverged_adapter_is_named_as_such(project):
@@ -256,4 +276,4 @@ def test_the_worst_error_comes_first(judged, report):
     with (judged / "reports/evaluate/errors.csv").open(newline="") as lines:
         table = list(csv.DictReader(lines))
     assert len(table) == report["errors"]["rows"]
-    assert table[0]["kind"] == "invalid"
+    assert table[0]["error_type"] == "invalid"

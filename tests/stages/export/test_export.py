@@ -7,11 +7,14 @@ import pytest
 import yaml
 
 from stages import fetch_base
-from stages.common.artifacts import read_json
+from stages.common.artifacts import read_json, write_json
 from stages.common.chat import encode_prompt
 from stages.common.errors import InputError
 from stages.common.models import load_tokenizer
 from stages.common.records import Message, make_row, write_rows
+from stages.common.task.json_task import JsonTask
+from stages.common.task.kinds import TASK_FILE
+from stages.common.task.text_task import TextTask
 from stages.export import __main__ as export
 from tests.llama_cpp import LlamaCpp
 from tests.tiny import save_model
@@ -55,6 +58,7 @@ def lay_out(folder, training=None, sections=None, **changes):
     save_adapter(folder / "artifacts/fetch_base", folder / "artifacts/finetune")
     (folder / "artifacts/split").mkdir()
     write_rows(folder / "artifacts/split/train.parquet", rows() if training is None else training)
+    write_json(folder / TASK_FILE, JsonTask("intent").describe())
     (folder / "reports/fetch_base").mkdir(parents=True)
     facts = {"name": "tiny", "revision": "1", "sha256": "00"}
     (folder / "reports/fetch_base/metrics.json").write_text(json.dumps(facts))
@@ -91,7 +95,6 @@ def test_the_folder_holds_all_that_a_server_reads(project):
     assert encode_prompt(ours, messages) == encode_prompt(theirs, messages)
     assert serving() == {
         "adapter_sha256": export.file_sha256(Path("artifacts/finetune/adapter_model.safetensors")),
-        "answer_format": "json",
         "answer_schema": {
             "type": "object",
             "properties": {
@@ -106,9 +109,9 @@ def test_the_folder_holds_all_that_a_server_reads(project):
         "base_revision": "1",
         "base_sha256": "00",
         "context_tokens": 512,
-        "label_key": "intent",
         "name": "home-intents-smollm2-135m",
         "system_prompt": "Answer as JSON.",
+        "task": {"kind": "json", "label_key": "intent", "labels": None},
         "version": evidence()["version"],
     }
 
@@ -200,13 +203,8 @@ def test_an_architecture_without_gguf_is_refused_and_nothing_is_left_behind(proj
 
 
 def test_free_text_has_no_schema(project):
-    sections = {
-        "curate": {"answer_format": "text"},
-        "validate": {"label_key": None},
-        "check_bias": {"label_key": None},
-        "evaluate": {"task": "text", "label_key": None},
-    }
-    lay_out(project, sections=sections)
+    lay_out(project)
+    write_json(TASK_FILE, TextTask().describe())
     export.main()
     assert serving()["answer_schema"] is None
     assert evidence()["answers"]["schema"] is False

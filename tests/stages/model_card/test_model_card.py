@@ -111,7 +111,10 @@ def evidence():
         },
         "evaluate": {
             "task": "json",
-            "label_key": "intent",
+            "class_name": "intent",
+            "calibration": None,
+            "metrics": [{"name": name, "meaning": f"what {name} is", "scale": 1.0} for name in tuned],
+            "resolution": {"statement": "On 10 test rows a difference of 40 points is seen."},
             "primary": "exact_match",
             "rows": 10,
             "test_rows": 10,
@@ -125,7 +128,7 @@ def evidence():
             "difference": difference,
             "slices": {"intent": {"On": part, "Off": {**part, "value": 0.25}}, "person_gender": {}},
             "confusions": [{"expected": "On", "answered": "Off|x", "n": 2}],
-            "errors": {"rows": 3, "by_kind": {"wrong label": 2, "invalid": 1}, "right_in_base_only": 0},
+            "errors": {"rows": 3, "by_type": {"wrong label": 2, "invalid": 1}, "right_in_base_only": 0},
             "throughput": {"tuned": {"rows_per_s": 4242.4}},
         },
     }
@@ -140,7 +143,7 @@ def write_lock():
     stages = {
         stage: {
             "cmd": f"python -m stages.{stage}",
-            "params": {"params.yaml": {stage: params[stage]}},
+            "params": {"params.yaml": {stage: params[stage], "task.kind": "json"}},
             "outs": [
                 {"path": str(path), "hash": "md5", "md5": dvc_hash(path)} for path in paths if path.exists()
             ],
@@ -161,9 +164,9 @@ def project(tmp_path, monkeypatch):
     for stage, report in evidence().items():
         write_json(Path(f"reports/{stage}/metrics.json"), report)
     for picture in (
-        "evaluate/pictures/comparison",
-        "evaluate/pictures/slices",
-        "evaluate/pictures/confusion",
+        "evaluate/plots/comparison",
+        "evaluate/plots/slices",
+        "evaluate/plots/confusion",
         "finetune/loss",
         "check_bias/groups",
     ):

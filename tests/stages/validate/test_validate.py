@@ -8,12 +8,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stages.common.artifacts import read_json
+from stages.common.artifacts import read_json, write_json
 from stages.common.errors import InputError, ParamsError
 from stages.common.params.loading import load_params
 from stages.common.records import Message, make_row, write_rows
+from stages.common.task.json_task import JsonTask
+from stages.common.task.kinds import TASK_FILE
+from stages.common.task.text_task import TextTask
 from stages.validate.__main__ import build_suite, main, outcomes_of, own_expectations, run_suite, table_of
 
+TASK = JsonTask("intent")
 ROOT = Path(__file__).parents[3]
 SUBJECTS = ("rows", "ids", "provenance", "licenses", "texts", "answers", "labels")
 
@@ -28,7 +32,7 @@ def good_rows(count=20):
     return [row(f"request number {n}", f'{{"intent":"{labels[n % 3]}"}}') for n in range(count)]
 
 
-def outcomes(rows, own=(), **changes):
+def outcomes(rows, own=(), task=TASK, **changes):
     """Run the suite over rows; by name."""
     limits = {
         "min_rows": 1,
@@ -36,13 +40,13 @@ def outcomes(rows, own=(), **changes):
         "allowed_licenses": ["apache-2.0"],
         "max_prompt_chars": 100,
         "max_answer_chars": 100,
-        "label_key": "intent",
         "min_labels": 1,
         "max_labels": None,
         "max_label_share": 1.0,
         "severity": dict.fromkeys(SUBJECTS, "critical"),
+        "has_classes": task.class_name is not None,
     } | changes
-    table = table_of(rows, limits["label_key"])
+    table = table_of(rows, task)
     suite = build_suite([*own_expectations(**limits), *own], table.columns)
     return {outcome.name: outcome for outcome in outcomes_of(run_suite(suite, table))}
 
@@ -60,6 +64,7 @@ def project(tmp_path, monkeypatch):
 
     def configure(rows, **section):
         write_rows(Path("artifacts/curate/rows.parquet"), rows)
+        write_json(TASK_FILE, JsonTask("intent").describe())
         params["validate"].update(section)
         Path("params.yaml").write_text(yaml.safe_dump(params))
 
@@ -104,12 +109,15 @@ def test_a_blank_question_and_a_long_answer_are_found():
 @pytest.mark.parametrize("answer", ["not json", '["a list"]', '"a string"', "{"])
 def test_an_answer_that_is_no_json_object_is_found(answer):
     found = outcomes([row("a"), row("b", answer)])
-    assert found["ExpectColumnValuesToBeInSet(answer_is_object)"].positions == (1,)
+    assert found["ExpectColumnValuesToBeInSet(answer_is_valid)"].positions == (1,)
 
 
 def test_an_answer_without_the_label_is_found():
     found = outcomes([row("a"), row("b", '{"area":"kitchen"}')])
-    assert failed(found) == {"ExpectColumnValuesToNotBeNull(label)"}
+    assert failed(found) == {
+        "ExpectColumnValuesToBeInSet(answer_is_valid)",
+        "ExpectColumnValuesToNotBeNull(label)",
+    }
     assert found["ExpectColumnValuesToNotBeNull(label)"].positions == (1,)
 
 
@@ -127,7 +135,7 @@ def test_a_label_that_takes_too_much_is_found_by_its_rows():
 
 
 def test_text_answers_need_no_label():
-    assert failed(outcomes([row("a", "any words"), row("b", "more words")], label_key=None)) == set()
+    assert failed(outcomes([row("a", "any words"), row("b", "more words")], task=TextTask())) == set()
 
 
 def test_own_expectations_of_the_user_are_run_with_their_severity():

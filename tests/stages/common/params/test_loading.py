@@ -63,9 +63,10 @@ def test_a_misspelt_key_inside_a_source_gets_the_nearest_of_that_kind(edited):
     [
         ("origin: package", "origin: hub", "fetch_base.sha256"),
         ("validation_fraction: 0.04", "validation_fraction: 0.9", "split.test_fraction"),
-        ("max_rows: null", "max_rows: 20", "ask_base.max_rows"),
-        ("task: json", "task: text", "evaluate.label_key"),
-        ("answer_format: json", "answer_format: text", "evaluate.task"),
+        ("kind: json", "kind: text", "task.label_key"),
+        ("kind: json", "kind: label", "task.label_key"),
+        ("label_key: intent", "label_key: null", "task.stratify_by"),
+        ("labels: null", "labels: [a, b]", "task.labels"),
     ],
 )
 def test_a_pair_that_cannot_stand_together_is_refused(edited, old, new, key):
@@ -85,13 +86,11 @@ def test_all_problems_come_in_one_message(edited):
             ("rank: 16", "rank: 0"),
             ("epochs: 1", "epochs: x"),
             ("cron:", "crn:"),
-            ("task: json", "task: yaml"),
+            ("kind: json", "kind: yaml"),
         )
     text = str(error.value)
     assert text.startswith("5 problems")  # crn is unknown, and so cron is missing
-    assert all(
-        key in text for key in ("finetune.rank", "finetune.epochs", "flows.training.crn", "evaluate.task")
-    )
+    assert all(key in text for key in ("finetune.rank", "finetune.epochs", "flows.training.crn", "task.kind"))
 
 
 def test_a_key_given_twice_is_refused(edited):

@@ -1,7 +1,7 @@
-"""The JSON schema of the answers a model has learned, so that a server can hold the model to it.
+"""The JSON schema of the answers that a model has learned, for constrained decoding.
 
-It must never exclude a right answer to a request that nobody has asked yet. So only what the task itself
-fixes is closed, the labels and the names of the keys; values are held to their kind and no further.
+It must never exclude a right answer to a new request. So only what the task itself fixes is closed, the
+labels and the names of the keys; values are constrained to their type and no further.
 
 The order of `properties` carries meaning: engines that enforce a schema while decoding write the keys in that
 order, and a model made to write them in another than it learned answers worse. Keep it when you store it.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 KINDS = {
@@ -96,6 +96,14 @@ def key_order(objects: Sequence[dict[str, Any]]) -> list[str] | None:
         for key in after[free]:
             before[key] -= 1
     return order
+
+
+def order_keys(value: Mapping[str, Any], schema: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return an answer with its keys in the order in which the model writes them; others come last."""
+    known = (schema or {}).get("properties", {})
+    return {
+        key: value[key] for key in (*(k for k in known if k in value), *(k for k in value if k not in known))
+    }
 
 
 def fits(schema: Schema, value: Any) -> bool:

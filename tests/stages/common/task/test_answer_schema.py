@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from stages.common.answer_schema import derive_schema, fits, key_order, read_objects
+from stages.common.task.answer_schema import derive_schema, fits, key_order, read_objects
 
 ANSWERS = [
     {"intent": "On", "domain": "light", "area": "hall"},

@@ -1,0 +1,59 @@
+"""From settings, or from what a stage has written, to a task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from stages.common.artifacts import artifacts, missing, read_json
+from stages.common.errors import InputError
+from stages.common.task.json_task import JsonTask
+from stages.common.task.label_task import LabelTask
+from stages.common.task.protocol import Task
+from stages.common.task.settings import TaskSettings
+from stages.common.task.text_task import TextTask
+
+TASK_FILE = artifacts("curate") / "task.json"
+# A set of labels is closed if rows share them: with more labels than this to a row, most occur once.
+MAX_LABELS_PER_ROW = 0.5
+
+
+def resolve_task(settings: TaskSettings, answers: Sequence[str]) -> Task:
+    """Return the task that the settings describe; a null `labels` is the set of these answers.
+
+    Raises:
+        InputError: the answers are not a closed set of labels.
+    """
+    if settings.kind != "label" or settings.labels is not None:
+        return make_task(settings.model_dump())
+    labels = sorted({label for answer in answers if len((label := answer.strip()).splitlines()) == 1})
+    if len(labels) > MAX_LABELS_PER_ROW * len(answers):
+        raise InputError(
+            f"task.kind is label, but {len(answers)} rows have {len(labels)} different answers, "
+            f"such as {labels[0][:60]!r}",
+            "set task.kind: text if answers are free text, or list the labels in task.labels",
+        )
+    return LabelTask(tuple(labels))
+
+
+def make_task(values: Mapping[str, Any]) -> Task:
+    """Return the task of `kind`, `label_key` and `labels`, as `Task.describe` gives them."""
+    if values["kind"] == "json":
+        return JsonTask(values["label_key"])
+    if values["kind"] == "label":
+        return LabelTask(tuple(sorted(values["labels"])))
+    if values["kind"] == "text":
+        return TextTask()
+    raise ValueError(f"no kind of task is called {values['kind']!r}")
+
+
+def read_task(root: Path = Path()) -> Task:
+    """Return the task that the stage `curate` resolved in a checkout.
+
+    Raises:
+        InputError: curate has not run.
+    """
+    if not (root / TASK_FILE).exists():
+        raise missing(TASK_FILE)
+    return make_task(read_json(root / TASK_FILE))

@@ -1,0 +1,97 @@
+"""What every kind of task defines."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from stages.common.task.metrics import Metric
+
+Schema = dict[str, Any]
+
+
+class Task(ABC):
+    """One kind of task with its settings; implementations are frozen dataclasses.
+
+    Attributes:
+        kind: the word for it in params.yaml.
+        primary: the metric that decides between two models; its scale is never None.
+        meanings: what each metric measures, in the order in which they are shown; `primary` comes first.
+        error_types: worst first.
+        has_one_answer: whether two different answers to one prompt contradict each other.
+        answers_are_json: whether an answer is JSON text, so that a schema constrains it as JSON.
+    """
+
+    kind: ClassVar[str]
+    primary: ClassVar[str]
+    error_types: ClassVar[tuple[str, ...]]
+    has_one_answer: ClassVar[bool]
+    answers_are_json: ClassVar[bool]
+
+    @property
+    @abstractmethod
+    def class_name(self) -> str | None:
+        """Return what the classes are called in reports; None where answers have none."""
+
+    @property
+    @abstractmethod
+    def closed_set(self) -> tuple[str, ...] | None:
+        """Return every answer there is, sorted; None where the set of answers is open."""
+
+    @property
+    @abstractmethod
+    def meanings(self) -> Mapping[str, str]:
+        """Return what each metric measures, by its name."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Return the task as plain values, which `kinds.read_task` reads again."""
+
+    @abstractmethod
+    def find_problem(self, answer: str) -> str | None:
+        """Return why a text is not an answer that a model may learn, or None."""
+
+    @abstractmethod
+    def canonical(self, answer: str) -> str:
+        """Return a text that is equal for answers that mean the same."""
+
+    @abstractmethod
+    def rewrite(self, answer: str, schema: Mapping[str, Any] | None, separators: tuple[str, str]) -> str:
+        """Return a valid answer as the model writes it: JSON with its keys in order, and no outer space."""
+
+    @abstractmethod
+    def read_class(self, answer: str) -> str | None:
+        """Return the class of an answer; None for an answer without one."""
+
+    @abstractmethod
+    def is_valid(self, answer: str, reference: str) -> bool:
+        """Return whether an answer could be used at all, right or wrong."""
+
+    @abstractmethod
+    def score(self, answers: Sequence[str], references: Sequence[str]) -> dict[str, Metric]:
+        """Return the metrics of a model's answers, each of which is in `meanings`."""
+
+    @abstractmethod
+    def find_errors(self, answer: str, reference: str) -> dict[str, str]:
+        """Return what is wrong with an answer by error type; empty if it is right."""
+
+    @abstractmethod
+    def derive_schema(self, answers: Sequence[str]) -> Schema | None:
+        """Return a JSON schema that all these answers fit; None where any text is an answer."""
+
+    @abstractmethod
+    def fits(self, schema: Mapping[str, Any] | None, answer: str) -> bool:
+        """Return whether an answer fits a schema of `derive_schema`."""
+
+    def nearness(self, answer: str, reference: str) -> float:
+        """Return how near a wrong answer comes to the reference, for ranking errors of one type."""
+        return 0.0
+
+    def is_right(self, answer: str, reference: str) -> bool:
+        """Return whether an answer means the same as the reference."""
+        return self.canonical(answer) == self.canonical(reference)
+
+    def score_primary(self, answers: Sequence[str], references: Sequence[str]) -> Metric:
+        """Return the metric that decides, between 0 and 1."""
+        return self.score(answers, references)[self.primary].as_share()

@@ -1,0 +1,45 @@
+"""The section `task` of `params.yaml`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+from typing_extensions import override
+
+from stages.common.params.checked_yaml import Section
+
+Kind = Literal["json", "label", "text"]
+# The keys that only one kind reads.
+KIND_OF_KEY = {"label_key": "json", "labels": "label"}
+CLASS = "label"  # stratify_by: the class of the answer, not a tag
+
+
+class TaskSettings(Section):
+    """What the answers are, and by what the rows are divided."""
+
+    kind: Kind
+    label_key: Annotated[str, Field(min_length=1)] | None = None
+    labels: Annotated[tuple[str, ...], Field(min_length=2)] | None = None
+    system_prompt: str | None = None
+    stratify_by: Annotated[str, Field(min_length=1)] | None = None
+    slices: tuple[str, ...] = ()
+
+    @override
+    def impossible(self) -> Iterator[tuple[str, str]]:
+        for key, kind in KIND_OF_KEY.items():
+            if getattr(self, key) is not None and self.kind != kind:
+                yield key, f"is set, but only kind: {kind} has it; set it to null"
+        if self.stratify_by == CLASS and not self.has_classes:
+            yield "stratify_by", "needs classes, and these answers have none; name a tag or set it to null"
+        for label in self.labels or ():
+            if label != label.strip() or len(label.splitlines()) != 1:
+                yield "labels", f"has {label!r}: a label is one line without space at its ends"
+        if self.labels and len(set(self.labels)) < len(self.labels):
+            yield "labels", "has a label twice"
+
+    @property
+    def has_classes(self) -> bool:
+        """Return whether every answer belongs to a class."""
+        return self.kind == "label" or self.label_key is not None

@@ -1,0 +1,95 @@
+"""Tasks whose answer is any text: a reply, a summary, a translation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from typing_extensions import override
+
+from stages.common.task.metrics import Metric
+from stages.common.task.protocol import Schema, Task
+from stages.common.task.text_metrics import score_text
+
+MEANINGS = {
+    "chrf": "corpus chrF2, overlap of character n-grams in any script, 0 to 100",
+    "exact_match": "answers equal to the reference, but for space at the ends",
+    "rouge_l": "mean F1 of the longest common subsequence of words",
+    "bleu": "corpus BLEU, 0 to 100",
+    "length_ratio": "characters of the answers over those of the references; 1 is as long",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TextTask(Task):
+    """Any text is an answer; chrF decides, since it alone means the same in every script (Popović 2015)."""
+
+    kind: ClassVar[str] = "text"
+    primary: ClassVar[str] = "chrf"
+    error_types: ClassVar[tuple[str, ...]] = ("empty", "other text")
+    has_one_answer: ClassVar[bool] = False
+    answers_are_json: ClassVar[bool] = False
+
+    @property
+    @override
+    def class_name(self) -> None:
+        return None
+
+    @property
+    @override
+    def closed_set(self) -> None:
+        return None
+
+    @property
+    @override
+    def meanings(self) -> Mapping[str, str]:
+        return MEANINGS
+
+    @override
+    def describe(self) -> dict[str, Any]:
+        return {"kind": self.kind, "label_key": None, "labels": None}
+
+    @override
+    def find_problem(self, answer: str) -> str | None:
+        return None if answer.strip() else "the answer is empty"
+
+    @override
+    def canonical(self, answer: str) -> str:
+        return answer.strip()
+
+    @override
+    def rewrite(self, answer: str, schema: Mapping[str, Any] | None, separators: tuple[str, str]) -> str:
+        return answer.strip()
+
+    @override
+    def read_class(self, answer: str) -> None:
+        return None
+
+    @override
+    def is_valid(self, answer: str, reference: str) -> bool:
+        return bool(answer.strip())
+
+    @override
+    def score(self, answers: Sequence[str], references: Sequence[str]) -> dict[str, Metric]:
+        return score_text(answers, references)
+
+    @override
+    def find_errors(self, answer: str, reference: str) -> dict[str, str]:
+        if self.is_right(answer, reference):
+            return {}
+        if not answer.strip():
+            return {"empty": "no text"}
+        return {"other text": f"chrF {self.nearness(answer, reference):.0f}"}
+
+    @override
+    def nearness(self, answer: str, reference: str) -> float:
+        return score_text([answer], [reference])["chrf"].value()
+
+    @override
+    def derive_schema(self, answers: Sequence[str]) -> Schema | None:
+        return None
+
+    @override
+    def fits(self, schema: Mapping[str, Any] | None, answer: str) -> bool:
+        return True
