@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine
-from flows.demo.__main__ import HOME
-from flows.demo.checkout import make_home, run_python, with_overrides
+from flows.demo.__main__ import CHECKOUT
+from flows.demo.checkout import make_checkout, override_params, run_python
 from monitoring.feedback.rows import HELD_OUT
 from stages.common.adapter import read_initial_adapter
-from stages.common.artifacts import artifacts, read_json, reports, write_text
+from stages.common.artifacts import artifacts, read_json, reports
 from stages.common.errors import InputError
 from stages.common.params.loading import load_params
 from stages.common.records import read_rows, write_rows
@@ -36,7 +36,7 @@ OLD, NEW = "old", "new"
 def main(words: Sequence[str] | None = None) -> int:
     """Train and judge once for each share; print a table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.replay", description=__doc__)
-    parser.add_argument("--home", type=Path, default=HOME, help="where a retraining has been")
+    parser.add_argument("--home", type=Path, default=CHECKOUT, help="where a retraining has been")
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
     options = parser.parse_args(words)
     home = options.home.resolve()
@@ -46,9 +46,7 @@ def main(words: Sequence[str] | None = None) -> int:
     _copy(home / artifacts("initial_adapter"), workspace / artifacts("finetune"))
     tell("before", "", "", judged(workspace))
     for share in options.shares:
-        params = workspace / "params.yaml"
-        text = with_overrides(params.read_text(encoding="utf-8"), {"finetune.replay_share": share})
-        write_text(params, text)
+        override_params(workspace / "params.yaml", {"finetune.replay_share": share})
         run(workspace, "finetune")
         trained = read_json(workspace / reports("finetune") / "metrics.json")
         seconds = f"{trained['throughput']['seconds']:.0f}"
@@ -65,8 +63,8 @@ def prepared(home: Path, folder: Path) -> Path:
     start = read_initial_adapter(home / artifacts("initial_adapter"))
     if start is None or not start.read_trained_ids() or not (home / HELD_OUT).is_file():
         raise InputError(f"{home} has seen no retraining", "run make demo")
-    make_home(home, folder, SETTINGS)
-    for stage in ("fetch_base", "curate", "split", "start"):
+    make_checkout(home, folder, SETTINGS)
+    for stage in ("fetch_base", "curate", "split", "initial_adapter"):
         _copy(home / artifacts(stage), folder / artifacts(stage))
     _copy(home / reports("fetch_base"), folder / reports("fetch_base"))
     prompt = load_params(home / "params.yaml").task.system_prompt

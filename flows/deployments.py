@@ -145,7 +145,7 @@ def _deployment(timetable: Timetable, pool: str | None) -> RunnerDeployment:
     flow: Flow[Any, Any] = {flow.name: flow for flow in (training, watch, retrain, release)}[timetable.flow]
     triggers: list[DeploymentTriggerTypes | TriggerTypes] = []
     if timetable.on_event:
-        payload = {key: f"{{{{ event.payload.{key} }}}}" for key in ("why", "verdict", "since")}
+        payload = {key: f"{{{{ event.payload.{key} }}}}" for key in ("reason", "verdict", "since")}
         triggers = [
             DeploymentEventTrigger(
                 name=f"{timetable.flow} on drift", expect={timetable.on_event}, parameters=payload

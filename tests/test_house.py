@@ -113,8 +113,6 @@ WIDE_FOLDERS = {
 MAX_LINES = 400
 # Modules with more lines, and why they have no seam.
 LONG_MODULES: dict[str, str] = {
-    "flows.demo.__main__": "to be split",
-    "flows.demo.traffic": "to be split",
     "flows.gate.judge": "to be split",
     "flows.registry.record": "to be split",
     "flows.release.actions": "to be split",

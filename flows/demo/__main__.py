@@ -1,19 +1,18 @@
-"""A day in the life of a model, compressed into minutes: `make demo`.
+"""Run the whole loop on generated traffic, in minutes: drift, retraining, gate, canary, promotion.
 
-In a home of its own (`.perennial/demo`; the checkout's files are left alone) a model is trained and served.
-People ask what it knows; then they ask otherwise: in phrasings it never saw, about a new wing of the house,
-in German. The drift is noticed, their corrections are learned, the candidate is held to the gate, shown to
-some, and takes over; a poisoned one is refused. Nothing is played: it is the service, the flows and the pages
-of `make up`.
+In a checkout of its own (`.perennial/demo`; the project's files stay as they are) a model is trained and
+served. Users ask what it was trained on; then the traffic changes: phrasings it never saw, a new wing of the
+house, German. Drift is detected, the users' corrections become training rows, and the candidate passes the
+gate and a canary before it is promoted; a poisoned one is rejected. It is the service, the flows and the
+pages of `make up`; nothing is simulated but the users.
 
-    perennial demo                 # the whole day
-    perennial demo --show          # the pages of the last day again, until Ctrl-C
+    perennial demo           # the whole demo
+    perennial demo --show    # the pages of the last demo again, until Ctrl-C
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import shutil
@@ -23,32 +22,35 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from flows.common import processes
 from flows.common.cli import run_command
-from flows.demo.checkout import home_environment, make_home, poison, run_python
-from flows.demo.traffic import Kind, ReplayResult, World, read_world, replay, traffic
+from flows.demo.checkout import checkout_environment, make_checkout, run_python
+from flows.demo.poison import train_poisoned
+from flows.demo.replay import ReplayResult, replay
+from flows.demo.report import REPORT, Accuracy, DemoResult, Step, format_share, write_report
+from flows.demo.traffic import Kind, TrafficModel, is_english_default, read_traffic_model, write_traffic
 from flows.gate import judge
 from flows.retrain import progress, steps
 from monitoring.verdicts import DriftVerdict, read_verdicts
 from services.versions import __main__ as versions
 from stages.common import network
-from stages.common.artifacts import STATE, write_json, write_text
+from stages.common.adapter import FOLDER as ADAPTER
+from stages.common.adapter import clear_initial_adapter
+from stages.common.artifacts import STATE
 from stages.common.errors import InputError
 from stages.common.params.loading import Params, load_params
 
-HOME = STATE / "demo"
-STORY = Path("reports") / "demo"
+CHECKOUT = STATE / "demo"
 NEW: Mapping[Kind, float] = {"phrasing": 0.35, "wing": 0.35, "german": 0.3}
 OLD: Mapping[Kind, float] = {"known": 1.0}
 
-# What is smaller than in production, so that a day takes minutes; everything else is as shipped.
+# What is smaller than in production, so that the demo takes minutes; everything else is as shipped.
+SOURCE = {"reserved_share": 0.15, "rows_per_template": 5}
 SETTINGS: dict[str, Any] = {
-    "collect.sources.0.reserved_share": 0.15,
-    "collect.sources.0.rows_per_template": 5,
     "finetune.replay_share": 0.25,
     "ask_base.max_rows": 300,
     "flows.training.cron": None,
@@ -63,179 +65,175 @@ SETTINGS: dict[str, Any] = {
     "flows.retrain.canary.min_requests": 100,
     "flows.retrain.canary.max_minutes": 5,
 }
+PAGES = ("dashboard", "prefect", "mlflow", "evidently")
 READY_WITHIN_S = 240.0
+STOP_PATIENCE_S = 60.0
 POLL_S = 0.5
 TRICKLE_S = 30.0  # between two visits while the machine trains: it has the same two cores
 OLD_REQUESTS, FIRST_REQUESTS, NEW_REQUESTS, JUDGED_REQUESTS = 800, 400, 1_000, 400
 
-log = logging.getLogger("flows.demo")
-
-
-@dataclass(frozen=True, slots=True)
-class Scene:
-    """A part of the day.
-
-    Attributes:
-        at_s, took_s: since the day began.
-        asked, failed: requests.
-        said: what happened.
-    """
-
-    name: str
-    at_s: float
-    took_s: float
-    asked: int
-    failed: int
-    said: str
+logger = logging.getLogger("flows.demo")
 
 
 @dataclass(slots=True)
-class Day:
-    """What happened so far."""
+class DemoRun:
+    """The demo under way: where it runs, and the steps so far."""
 
-    home: Path
+    checkout: Path
     url: str
-    world: World
+    model: TrafficModel
     began: float = field(default_factory=time.monotonic)
-    scenes: list[Scene] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
     seed: int = 0
 
     @contextmanager
-    def scene(self, name: str) -> Iterator[list[ReplayResult | str]]:
-        """Note what the block adds: replays, and the words that say what happened."""
+    def step(self, name: str) -> Iterator[list[ReplayResult | str]]:
+        """Record a step from what the block appends: replays, and text for the step's result."""
         at = time.monotonic() - self.began
-        log.info("%s …", name)
-        noted: list[ReplayResult | str] = []
-        yield noted
-        replays = [one for one in noted if isinstance(one, ReplayResult)]
-        said = "; ".join(one for one in noted if isinstance(one, str))
-        scene = Scene(
+        logger.info("%s …", name)
+        recorded: list[ReplayResult | str] = []
+        yield recorded
+        replays = [one for one in recorded if isinstance(one, ReplayResult)]
+        step = Step(
             name,
             at,
             time.monotonic() - self.began - at,
             sum(one.asked for one in replays),
             sum(one.failed for one in replays),
-            said,
+            "; ".join(one for one in recorded if isinstance(one, str)),
         )
-        self.scenes.append(scene)
-        log.info("%s: %s (%.0f s)", name, scene.said or f"{scene.asked} requests", scene.took_s)
+        self.steps.append(step)
+        logger.info("%s: %s (%.0f s)", name, step.result or f"{step.asked} requests", step.took_s)
 
     def ask(self, mix: Mapping[Kind, float], count: int, concurrency: int = 8) -> ReplayResult:
-        """Have people ask `count` requests that nobody has asked in these words before."""
+        """Send `count` requests that were not sent before."""
         self.seed += 1
-        requests = traffic(self.world, mix, count, self.seed)
+        requests = write_traffic(self.model, mix, count, self.seed)
         return replay(self.url, requests, seed=self.seed, concurrency=concurrency)
 
 
-@dataclass(frozen=True, slots=True)
-class Accuracy:
-    """Shares of right answers, of the former champion and of the new one."""
-
-    old_before: float
-    new_before: float
-    old_after: float
-    new_after: float
-
-    @property
-    def recovered(self) -> float:
-        """Return how much of what the new traffic had lost came back, as a share."""
-        lost = self.old_before - self.new_before
-        return (self.new_after - self.new_before) / lost if lost > 0 else 1.0
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the demo, or show the pages of the last one; return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="perennial demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--show", action="store_true", help="show the pages of the last demo, until Ctrl-C")
+    options = parser.parse_args(arguments)
+    return run_command(lambda: show(Path.cwd()) if options.show else run(Path.cwd()))
 
 
-def live(root: Path) -> int:
-    """Live through the day; return the exit code. Whatever was started ends with this process."""
+def run(root: Path) -> int:
+    """Run the demo; return the exit code. Whatever it starts ends with this process."""
     run_id = uuid.uuid4().hex
     with processes.watchdog(run_id), processes.set_variable(processes.RUN_ID_VARIABLE, run_id):
-        _live(root)
+        _run(root)
     return 0
 
 
-def _live(root: Path) -> None:
-    home = make_home(root, root / HOME, SETTINGS | _ports())
-    params = load_params(home / "params.yaml")
-    url = f"http://{params.services.host}:{params.services.port}"
-    day = Day(home, url, read_world(home))
-    _forget_yesterday(home)
-    with day.scene("the model learns its task") as noted:
-        run_python(home, "-m", "flows.training", log=_log(home, "training"))
-        noted.append(_learned(home))
-    day.world = read_world(home)
-    with everything_up(home, url):
-        accuracy, drift_said = _live_on(day, params)
-    poisoned = _poisoned_is_refused(day)
-    _tell(root, day, accuracy, drift_said, poisoned)
+def show(root: Path) -> int:
+    """Start the pages of the last demo, until Ctrl-C.
+
+    Raises:
+        InputError: the demo has not run yet.
+    """
+    checkout = root / CHECKOUT
+    if not (checkout / REPORT / "report.json").exists():
+        raise InputError("the demo has not run yet", "make demo")
+    os.chdir(checkout)
+    os.execve(sys.executable, [sys.executable, "-m", "flows.up"], checkout_environment(checkout))
 
 
-def _live_on(day: Day, params: Params) -> tuple[Accuracy, str]:
-    home = day.home
-    with day.scene("people ask what it knows") as noted:
-        before = day.ask(OLD, OLD_REQUESTS)
-        noted.append(before)
-        _watch(home, "--no-retrain")
-        noted.append(f"{_percent(before.accuracy())} right, {_verdicts(read_verdicts(home))}")
-    quiet = len(read_verdicts(home))
-    with day.scene("people ask otherwise") as noted:
-        first = day.ask(NEW, FIRST_REQUESTS)
-        noted.append(first)
-        _watch(home, "--no-retrain")
-        drift_said = _first_drift(read_verdicts(home)[quiet:], params.monitoring.window.rows)
-        noted.append(f"{_percent(first.accuracy())} right; {drift_said}")
-    with day.scene("they go on, and correct it") as noted:
-        more = day.ask(NEW, NEW_REQUESTS)
-        noted += [more, f"{more.corrections} corrections, {more.thumbs_up} thumbs up"]
-    former = versions.read_aliases(home / versions.ALIASES).champion
-    with day.scene("it retrains by itself") as noted:
-        noted += _retrain(day)
-        ended = progress.history(home)[-1]
-        noted.append(f"{ended.outcome}: {ended.said}")
-    champion = versions.read_aliases(home / versions.ALIASES).champion
-    with day.scene("people ask again") as noted:
-        old, new = day.ask(OLD, JUDGED_REQUESTS), day.ask(NEW, JUDGED_REQUESTS)
-        noted += [
-            old,
-            new,
-            f"{_percent(old.accuracy())} right on the old, {_percent(new.accuracy())} on the new",
-        ]
-    log.info("%s answered in the morning, %s does now", former, champion)
-    accuracy = Accuracy(
-        *(one if one is not None else 0.0 for one in (before.accuracy(), _both(first, more))),
-        *(one if one is not None else 0.0 for one in (old.accuracy(), new.accuracy())),
+def make_overrides(params: Params) -> dict[str, Any]:
+    """Return the demo's values of params.yaml: its own sizes, free ports, and the packaged source alone."""
+    sources = [
+        source.model_dump(mode="json", by_alias=True) | (SOURCE if is_english_default(source) else {})
+        for source in params.collect.sources
+        if is_english_default(source) or source.kind == "feedback"
+    ]
+    ports: set[int] = set()
+    while len(ports) <= len(PAGES):
+        ports.add(network.free_port())
+    keys = ("services.port", *(f"flows.pages.{page}" for page in PAGES))
+    return SETTINGS | {"collect.sources": sources} | dict(zip(keys, sorted(ports), strict=True))
+
+
+def _run(root: Path) -> None:
+    read_traffic_model(root)  # the packaged source is there: before anything is made
+    overrides = make_overrides(load_params(root / "params.yaml"))
+    checkout = make_checkout(root, root / CHECKOUT, overrides)
+    params = load_params(checkout / "params.yaml")
+    demo = DemoRun(
+        checkout, f"http://{params.services.host}:{params.services.port}", read_traffic_model(checkout)
     )
-    return accuracy, drift_said
+    _reset(checkout)
+    with demo.step("the model is trained") as recorded:
+        run_python(checkout, "-m", "flows.training", log=_log(checkout, "training"))
+        recorded.append(_training_result(checkout))
+    demo.model = read_traffic_model(checkout)
+    with _everything_up(checkout, demo.url):
+        accuracy, drift = _run_loop(demo, params)
+    poisoned = _reject_poisoned(demo)
+    minutes = (time.monotonic() - demo.began) / 60
+    retraining = progress.read_history(checkout)[-1]
+    text = write_report(checkout, DemoResult(demo.steps, accuracy, drift, retraining, poisoned, minutes))
+    report = (checkout / REPORT).relative_to(root)
+    sys.stdout.write(f"\n{text}\nreport  {report}\npages   perennial demo --show\n")
 
 
-def _retrain(day: Day) -> list[ReplayResult | str]:
-    """Have the watch flow call for the retraining, while people go on asking; return what they got."""
+def _run_loop(demo: DemoRun, params: Params) -> tuple[Accuracy, str]:
+    """Run the loop from the first requests to the promotion; return the accuracy and when drift was found."""
+    checkout = demo.checkout
+    with demo.step("users ask what it was trained on") as recorded:
+        before = demo.ask(OLD, OLD_REQUESTS)
+        recorded.append(before)
+        _watch(checkout, "--no-retrain")
+        recorded.append(f"{format_share(before.accuracy())} right, {_count_drift(read_verdicts(checkout))}")
+    quiet = len(read_verdicts(checkout))
+    with demo.step("the traffic changes: new phrasings, a new wing, German") as recorded:
+        first = demo.ask(NEW, FIRST_REQUESTS)
+        recorded.append(first)
+        _watch(checkout, "--no-retrain")
+        drift = _find_drift(read_verdicts(checkout)[quiet:], params.monitoring.window.rows)
+        recorded.append(f"{format_share(first.accuracy())} right; {drift}")
+    with demo.step("users correct wrong answers") as recorded:
+        more = demo.ask(NEW, NEW_REQUESTS)
+        recorded += [more, f"{more.corrections} corrections, {more.thumbs_up} thumbs up"]
+    former = _champion(checkout)
+    with demo.step("it retrains, passes the gate and a canary") as recorded:
+        recorded += _retrain(demo)
+        retraining = progress.read_history(checkout)[-1]
+        recorded.append(f"{retraining.outcome}: {retraining.summary}")
+    with demo.step("users ask again") as recorded:
+        old, new = demo.ask(OLD, JUDGED_REQUESTS), demo.ask(NEW, JUDGED_REQUESTS)
+        recorded += [old, new]
+        recorded.append(
+            f"{format_share(old.accuracy())} right on the old, {format_share(new.accuracy())} on the new"
+        )
+    logger.info("champion before: %s, after: %s", former, _champion(checkout))
+    shares = (before.accuracy(), _merge(first, more).accuracy(), old.accuracy(), new.accuracy())
+    return Accuracy(*(share or 0.0 for share in shares)), drift
+
+
+def _retrain(demo: DemoRun) -> list[ReplayResult | str]:
+    """Have the watch flow trigger the retraining while requests continue; return their replays."""
     replays: list[ReplayResult | str] = []
-    with _log(day.home, "retrain").open("ab") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "flows.watch"],
-            cwd=day.home,
-            env=home_environment(day.home),
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            said = None
-            while process.poll() is None:
-                run = progress.unfinished(day.home)
-                if run is not None and run.step != said:
-                    said = run.step
-                    log.info("retraining: %s", said)
-                on_trial = run is not None and run.on_trial_since is not None
-                replays.append(day.ask(NEW, 100) if on_trial else day.ask(NEW, 3, concurrency=1))
-                if not on_trial:
-                    _wait(process, TRICKLE_S)
-        finally:
-            if process.poll() is None:
-                process.terminate()
-            process.wait()
+    log = _log(demo.checkout, "retrain")
+    process = _start(demo.checkout, "flows.watch", log)
+    try:
+        reported = None
+        while process.poll() is None:
+            state = progress.read_state(demo.checkout)
+            if state is not None and state.step != reported:
+                reported = state.step
+                logger.info("retraining: %s", reported)
+            in_canary = state is not None and state.canary_since is not None
+            replays.append(demo.ask(NEW, 100) if in_canary else demo.ask(NEW, 3, concurrency=1))
+            if not in_canary:
+                _wait(process, TRICKLE_S)
+    finally:
+        processes.stop(process)
     if process.returncode:
-        raise InputError(
-            f"perennial watch ended with exit code {process.returncode}",
-            f"see {_log(day.home, 'retrain')}",
-        )
+        raise InputError(f"perennial watch ended with exit code {process.returncode}", f"see {log}")
     return replays
 
 
@@ -245,194 +243,90 @@ def _wait(process: subprocess.Popen[bytes], seconds: float) -> None:
         time.sleep(POLL_S)
 
 
-def _poisoned_is_refused(day: Day) -> judge.GateVerdict:
-    """Train a candidate on shuffled answers, hold it to the gate, and see it refused.
+def _reject_poisoned(demo: DemoRun) -> judge.GateVerdict:
+    """Train a candidate on shuffled answers, and have the gate reject it.
 
     Raises:
-        InputError: the gate let it through.
+        InputError: the gate passed it.
     """
-    with day.scene("somebody trains on shuffled answers") as noted:
-        workspace = poison(day.home, rows=250)
-        tag = str(steps.pipeline_tag(workspace))
-        verdict = judge.run_gate(workspace, load_params(workspace / "params.yaml"), tag, production=day.home)
+    with demo.step("a candidate is trained on shuffled answers") as recorded:
+        checkout = train_poisoned(demo.checkout, rows=250)
+        tag = str(steps.pipeline_tag(checkout))
+        params = load_params(checkout / "params.yaml")
+        verdict = judge.run_gate(checkout, params, tag, production=demo.checkout)
         failed = [one.name for one in verdict.criteria if not one.passed]
-        noted.append(f"{'let through' if verdict.passed else 'refused'} ({', '.join(failed)})")
+        recorded.append(f"{'passed' if verdict.passed else 'rejected'} by the gate ({', '.join(failed)})")
     if verdict.passed:
-        raise InputError(f"the gate let the poisoned {verdict.tag} through", "see reports/gate")
+        raise InputError(f"the gate passed the poisoned candidate {verdict.tag}", "see reports/gate")
     return verdict
 
 
 @contextmanager
-def everything_up(home: Path, url: str) -> Iterator[None]:
-    """Run `make up` in the home for the block, and wait until the service answers.
+def _everything_up(checkout: Path, url: str) -> Iterator[None]:
+    """Run `make up` in the checkout for the block, once the service answers.
 
     Raises:
         InputError: it does not in time.
     """
-    with _log(home, "up").open("ab") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "flows.up"],
-            cwd=home,
-            env=home_environment(home),
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            _wait_until_ready(url, process, home)
-            yield
-        finally:
-            processes.stop(process, patience_s=60.0)
+    process = _start(checkout, "flows.up", _log(checkout, "up"))
+    try:
+        ready = f"{url}/readyz"
+        if reason := processes.wait_until_up(lambda: network.is_up(ready), process, READY_WITHIN_S):
+            raise InputError(f"the service at {url} {reason}", f"see {checkout / STATE / 'logs'}")
+        yield
+    finally:
+        processes.stop(process, patience_s=STOP_PATIENCE_S)
 
 
-def _wait_until_ready(url: str, process: subprocess.Popen[bytes], home: Path) -> None:
-    import httpx
-
-    deadline = time.monotonic() + READY_WITHIN_S
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
-            if httpx.get(f"{url}/readyz", timeout=5.0).status_code == 200:
-                return
-        except httpx.HTTPError:
-            pass
-        time.sleep(POLL_S)
-    raise InputError(f"the service at {url} did not get ready", f"see {home / STATE / 'logs'}")
+def _start(checkout: Path, module: str, log: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", module]
+    return processes.start(command, log, folder=checkout, environment=checkout_environment(checkout))
 
 
-def _forget_yesterday(home: Path) -> None:
-    """Begin anew: the model learns its task again only if what it learns from has changed."""
+def _reset(checkout: Path) -> None:
+    """Remove the state of the last demo; what its pipeline made stays, and is used where it still holds."""
     for name in ("reports/watch", "reports/gate", "reports/canary", "data/feedback"):
-        shutil.rmtree(home / name, ignore_errors=True)
-    for path in (home / STATE).glob("*"):
-        if path.name not in ("home.json", "logs"):
+        shutil.rmtree(checkout / name, ignore_errors=True)
+    for path in (checkout / STATE).glob("*"):
+        if path.name != "logs":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for path in (home / "artifacts" / "initial_adapter").glob("*"):
-        if path.name != "README.md":
-            path.unlink()
+    clear_initial_adapter(checkout / ADAPTER)
 
 
-def _ports() -> dict[str, int]:
-    taken: set[int] = set()
-    while len(taken) < 5:
-        taken.add(network.free_port())
-    pages = ("dashboard", "prefect", "mlflow", "evidently")
-    ports = sorted(taken)
-    return {"services.port": ports[0]} | {
-        f"flows.pages.{page}": port for page, port in zip(pages, ports[1:], strict=True)
-    }
+def _watch(checkout: Path, *arguments: str) -> None:
+    time.sleep(load_params(checkout / "params.yaml").monitoring.window.settle_s + POLL_S)
+    run_python(checkout, "-m", "flows.watch", *arguments, log=_log(checkout, "watch"))
 
 
-def _watch(home: Path, *arguments: str) -> None:
-    time.sleep(load_params(home / "params.yaml").monitoring.window.settle_s + 0.5)
-    run_python(home, "-m", "flows.watch", *arguments, log=_log(home, "watch"))
+def _log(checkout: Path, name: str) -> Path:
+    return checkout / STATE / "logs" / f"demo-{name}.log"
 
 
-def _log(home: Path, name: str) -> Path:
-    path = home / STATE / "logs" / f"demo-{name}.log"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+def _champion(checkout: Path) -> str | None:
+    return versions.read_aliases(checkout / versions.ALIASES).champion
 
 
-def _learned(home: Path) -> str:
+def _training_result(checkout: Path) -> str:
     from flows.common import summary
 
-    results = summary.read_results(home) or []
+    results = summary.read_results(checkout) or []
     return "; ".join(f"{one.metric} {one.base} → {one.tuned}" for one in results[:1])
 
 
-def _verdicts(verdicts: Sequence[DriftVerdict]) -> str:
+def _count_drift(verdicts: Sequence[DriftVerdict]) -> str:
     return f"{sum(one.drifted for one in verdicts)} of {len(verdicts)} windows drifted"
 
 
-def _first_drift(verdicts: Sequence[DriftVerdict], rows: int) -> str:
+def _find_drift(verdicts: Sequence[DriftVerdict], rows: int) -> str:
     for number, verdict in enumerate(verdicts, 1):
         if verdict.drifted:
             requests = number * rows
             return f"drift in window {number}, {requests} requests after the change: {verdict.summary}"
-    return "no drift was called"
+    return "no drift was detected"
 
 
-def _both(*results: ReplayResult) -> float | None:
-    whole = replace(results[0], scores=tuple(score for result in results for score in result.scores))
-    return whole.accuracy()
-
-
-def _percent(share: float | None) -> str:
-    return "none" if share is None else f"{share * 100:.1f} %"
-
-
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table that reads well on a terminal too."""
-    widths = [max(len(line[column]) for line in (head, *lines)) for column in range(len(head))]
-    padded = [
-        [cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in (head, *lines)
-    ]
-    padded.insert(1, ["-" * width for width in widths])
-    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
-
-
-def _tell(root: Path, day: Day, accuracy: Accuracy, drift_said: str, poisoned: judge.GateVerdict) -> None:
-    ended = progress.history(day.home)[-1]
-    scenes = [
-        [f"{scene.at_s / 60:.1f}", scene.name, str(scene.asked or ""), scene.said.split(": ")[0]]
-        for scene in day.scenes
-    ]
-    asked, failed = (sum(getattr(scene, name) for scene in day.scenes) for name in ("asked", "failed"))
-    figures = [
-        ["old traffic", _percent(accuracy.old_before), _percent(accuracy.old_after)],
-        ["new traffic", _percent(accuracy.new_before), _percent(accuracy.new_after)],
-    ]
-    told = "\n".join(
-        [
-            _table(["minute", "what happened", "requests", "what came of it"], scenes),
-            "",
-            _table(["right answers", "before", "after"], figures),
-            "",
-            f"- of what the new traffic had lost, {accuracy.recovered * 100:.0f} % came back",
-            f"- {drift_said}",
-            f"- {ended.outcome}: {ended.said}",
-            f"- the poisoned candidate {poisoned.tag} was refused",
-            f"- {asked} requests, {failed} failed; {(time.monotonic() - day.began) / 60:.1f} minutes",
-            "",
-        ]
-    )
-    write_text(day.home / STORY / "story.md", told)
-    write_json(
-        day.home / STORY / "story.json",
-        {
-            "accuracy": asdict(accuracy) | {"recovered": accuracy.recovered},
-            "scenes": [asdict(scene) for scene in day.scenes],
-            "retraining": asdict(ended),
-            "requests": asked,
-            "failed": failed,
-            "minutes": (time.monotonic() - day.began) / 60,
-            "poisoned": json.loads(json.dumps(asdict(poisoned))),
-        },
-    )
-    sys.stdout.write(
-        f"\n{told}\nthe story  {(day.home / STORY).relative_to(root)}\nthe pages  perennial demo --show\n"
-    )
-
-
-def show(root: Path) -> int:
-    """Bring the pages of the last day up again, until Ctrl-C.
-
-    Raises:
-        InputError: there was no such day yet.
-    """
-    home = root / HOME
-    if not (home / STORY / "story.json").exists():
-        raise InputError("the demo has not run yet", "make demo")
-    os.chdir(home)
-    os.execve(sys.executable, [sys.executable, "-m", "flows.up"], home_environment(home))
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Live through the day, or show the last one; return the exit code."""
-    parser = argparse.ArgumentParser(prog="perennial demo", description=__doc__)
-    parser.add_argument("--show", action="store_true", help="the pages of the last day, until Ctrl-C")
-    options = parser.parse_args(arguments)
-    return run_command(lambda: show(Path.cwd()) if options.show else live(Path.cwd()))
+def _merge(*results: ReplayResult) -> ReplayResult:
+    return replace(results[0], scores=tuple(score for result in results for score in result.scores))
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ from stages.common.adapter import list_adapter_files
 from stages.common.artifacts import STATE, artifacts, missing, read_json, reports
 from stages.common.dvc_lock import LOCK, Lock, dvc_hash, read_lock
 from stages.common.errors import InputError
+from stages.common.git import read_git
 from stages.common.locks import file_lock
 from stages.common.params.loading import Params, load_params
 
@@ -259,24 +260,14 @@ def git_tags(root: Path) -> dict[str, str]:
 
     dvc.lock does not count: every run writes it.
     """
-    revision = _git(root, "rev-parse", "HEAD")
+    revision = read_git(root, "rev-parse", "HEAD")
     if revision is None:
         return {"git.revision": "none", "git.dirty": "unknown"}
-    changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)dvc.lock")
+    changed = read_git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)dvc.lock")
     tags = {"git.revision": revision, "git.dirty": str(bool(changed)).lower()}
     if changed:
         tags["git.changed"] = " ".join(line[2:].strip() for line in changed.splitlines())[:TAG_CHARS]
     return {**tags, "mlflow.source.git.commit": revision}
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False, timeout=60
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.rstrip() if done.returncode == 0 else None
 
 
 def read_metrics(root: Path) -> dict[str, float]:

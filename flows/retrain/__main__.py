@@ -1,7 +1,7 @@
-"""Retrain by hand: `perennial retrain --why "a new product line"`.
+"""Retrain by hand: `perennial retrain --reason "a new product line"`.
 
-Gathers what production taught, trains a candidate, holds it to the gate, shows it to some users, and
-promotes or refuses it. One that was killed is taken up where it stood.
+Gathers feedback from production, trains a candidate, evaluates it in the gate and in a canary, and promotes
+or rejects it. A retraining that was killed is continued.
 """
 
 from __future__ import annotations
@@ -19,39 +19,43 @@ from stages.common.params.loading import load_params
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State
 
-    from flows.retrain.progress import Ended
+    from flows.retrain.progress import RetrainResult
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Retrain; return the exit code."""
     parser = argparse.ArgumentParser(prog="perennial retrain", description=__doc__)
-    parser.add_argument("--why", default="by hand", help="for the record")
+    parser.add_argument("--reason", default="by hand", help="why, for the record")
     options = parser.parse_args(arguments)
-    return run_command(lambda: _retrain(Path.cwd(), options.why))
+    return run_command(lambda: _retrain(Path.cwd(), options.reason))
 
 
-def _retrain(root: Path, why: str) -> int:
+def _retrain(root: Path, reason: str) -> int:
     load_params(root / "params.yaml")
-    say(retrain_now(root, why))
+    print_result(retrain_now(root, reason))
     return 0
 
 
-def retrain_now(root: Path, why: str, verdict: str | None = None, since: float | None = None) -> Ended | None:
-    """Run the retraining flow in this process; return how it ended, None if another one is at work."""
+def retrain_now(
+    root: Path, reason: str, verdict: str | None = None, since: float | None = None
+) -> RetrainResult | None:
+    """Run the retraining flow in this process; return its result, None if another one is running."""
 
     def start() -> State[Any]:
         from flows.retrain.flow import retrain
 
-        return retrain(why=why, verdict=verdict, since=since, return_state=True)
+        return retrain(reason=reason, verdict=verdict, since=since, return_state=True)
 
-    ended: Ended | None = run_flow(root, start)
-    return ended
+    result: RetrainResult | None = run_flow(root, start)
+    return result
 
 
-def say(ended: Ended | None) -> None:
-    """Say on stdout how a retraining ended."""
-    said = "another process retrains already" if ended is None else f"{ended.outcome}: {ended.said}"
-    sys.stdout.write(said + "\n")
+def print_result(result: RetrainResult | None) -> None:
+    """Print how a retraining ended."""
+    text = (
+        "another process is retraining already" if result is None else f"{result.outcome}: {result.summary}"
+    )
+    sys.stdout.write(text + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The retraining flow: from a reason to a promotion or a refusal, step by step.
+"""The retraining flow: train a candidate, evaluate it, and promote or reject it, step by step.
 
-`perennial retrain` runs it by hand; its deployment runs it when drift calls for it, or on a schedule.
+`perennial retrain` runs it by hand; its deployment runs it when drift triggers it, or on a schedule.
 """
 
 from __future__ import annotations
@@ -16,85 +16,81 @@ from flows.common.notifications import notify
 from flows.common.prefect_api import run_as_task
 from flows.gate import judge
 from flows.retrain import progress, steps
-from flows.retrain.progress import Ended, Retraining
+from flows.retrain.progress import RetrainResult, RetrainState
 from flows.training.flow import training
 from flows.training.stage_tasks import PipelineResult
 from stages.common.params.loading import Params, load_params
 
-NAMES = {
-    "promoted": "Promoted",
-    "rejected": "Rejected",
-    "unchanged": "Unchanged",
-    "abandoned": "Abandoned",
-}
-
 
 @flow(name="retrain")
 def retrain(
-    why: str = "by hand", verdict: str | None = None, since: float | None = None
-) -> State[Ended | None]:
-    """Train a candidate on what production taught, and let it replace the champion if it is better.
+    reason: str = "by hand", verdict: str | None = None, since: float | None = None
+) -> State[RetrainResult | None]:
+    """Train a candidate on feedback from production, and promote it if it is better than the champion.
 
-    A retraining that was killed is taken up where it stood. If one is at work already this one ends at once.
+    A retraining that was killed is continued at its step. If one is running already this one ends at once.
 
     Args:
-        why: in words, for the record.
-        verdict: the drift verdict that calls for it.
+        reason: free text, for the record.
+        verdict: the drift verdict that triggered it.
         since: unix s, where the new traffic begins; None: since the champion took over.
     """
     root = Path.cwd()
     params = load_params(root / "params.yaml")
-    with progress.lock(root) as mine:
-        if not mine:
-            return Completed(name="AlreadyRunning", message="another process retrains already")
+    with progress.lock(root) as held:
+        if not held:
+            return Completed(name="AlreadyRunning", message="another process is retraining already")
         try:
-            return _go_on(root, params, steps.open_retraining(root, params, why, verdict, since))
+            return _run_steps(root, params, steps.resume_or_start(root, params, reason, verdict, since))
         except Exception as error:
-            notify(params.flows.notify, "failed", "the retraining failed", f"{error}\nThe next one goes on.")
+            notify(
+                params.flows.notify, "failed", "the retraining failed", f"{error}\nThe next one continues it."
+            )
             raise
 
 
-def _go_on(root: Path, params: Params, run: Retraining) -> State[Ended | None]:
+def _run_steps(root: Path, params: Params, state: RetrainState) -> State[RetrainResult | None]:
     while True:
-        moved = _train(root, run) if run.step == "train" else _step(root, params, run)
-        if isinstance(moved, Retraining):
-            run = moved
-        elif isinstance(moved, Ended):
-            _show(root, params, moved)
-            return Completed(name=NAMES[moved.outcome], message=moved.said, data=moved)
+        result = _train(root, state) if state.step == "train" else _run_step(root, params, state)
+        if isinstance(result, RetrainState):
+            state = result
+        elif isinstance(result, RetrainResult):
+            _report(root, params, result)
+            return Completed(name=result.outcome.capitalize(), message=result.summary, data=result)
         else:
-            return moved
+            return result
 
 
-def _step(root: Path, params: Params, run: Retraining) -> Retraining | Ended:
-    work = steps.STEPS[run.step]
-    return run_as_task(run.step, lambda: work(root, params, run))
+def _run_step(root: Path, params: Params, state: RetrainState) -> RetrainState | RetrainResult:
+    work = steps.STEPS[state.step]
+    return run_as_task(state.step, lambda: work(root, params, state))
 
 
-def _train(root: Path, run: Retraining) -> Retraining | State[Ended | None]:
-    """Run the training flow; a failed stage ends the retraining, a stopped one leaves it to be taken up."""
-    state = training(trigger=run.verdict or run.why, return_state=True)
-    result = state.result(raise_on_failure=False)
+def _train(root: Path, state: RetrainState) -> RetrainState | State[RetrainResult | None]:
+    """Run the training flow; a failed stage ends the retraining, a stopped one leaves it to be continued."""
+    ended = training(trigger=state.verdict or state.reason, return_state=True)
+    result = ended.result(raise_on_failure=False)
     if isinstance(result, PipelineResult) and result.failures:
-        said = "; ".join(f"{failure.stage}: {failure.message}" for failure in result.failures)
-        ended = progress.finish(root, run, "abandoned", said)
-        return Failed(message=f"training failed: {said}", data=ended)
-    if not state.is_completed():
-        return Cancelled(message=f"training ended {state.name}; the next retraining goes on with it")
-    return progress.advance(root, run)
+        message = "; ".join(f"{failure.stage}: {failure.message}" for failure in result.failures)
+        abandoned = progress.finish(root, state, "abandoned", message)
+        return Failed(message=f"training failed: {message}", data=abandoned)
+    if not ended.is_completed():
+        return Cancelled(message=f"training ended {ended.name}; the next retraining continues it")
+    return progress.advance(root, state)
 
 
-def _show(root: Path, params: Params, ended: Ended) -> None:
-    if ended.outcome == "promoted" or ended.outcome == "rejected":
-        notify(params.flows.notify, ended.outcome, f"{ended.candidate} was {ended.outcome}", ended.said)
-    verdict = judge.read_verdict(root, ended.candidate) if ended.candidate else None
+def _report(root: Path, params: Params, result: RetrainResult) -> None:
+    if result.outcome == "promoted" or result.outcome == "rejected":
+        subject = f"{result.candidate} was {result.outcome}"
+        notify(params.flows.notify, result.outcome, subject, result.summary)
+    verdict = judge.read_verdict(root, result.candidate) if result.candidate else None
     if verdict is not None:
         create_table_artifact(
             [
                 {
                     "criterion": criterion.name,
-                    "": "passed" if criterion.passed else "REFUSED",
-                    "said": criterion.said,
+                    "": "passed" if criterion.passed else "FAILED",
+                    "result": criterion.said,
                 }
                 for criterion in verdict.criteria
             ],

@@ -1,9 +1,9 @@
-"""The one retraining that is under way: what it is for, how far it came, and who works on it.
+"""The state of the retraining under way, the lock on it, and the results of earlier ones.
 
-`.perennial/retrain.lock` is locked by the kernel for as long as a process works on it.
-`.perennial/retrain.json` says what is done already; it is removed at the end, so that a record without a
-lock is the mark of a retraining that was killed, and the next one goes on with it.
-`.perennial/retrainings.jsonl` keeps how each ended.
+`.perennial/retrain.lock` is locked by the kernel as long as a process works on a retraining.
+`.perennial/retrain.json` is its state after each step; it is removed at the end, so a state without a
+lock belongs to a retraining that was killed, and the next one continues it.
+`.perennial/retrainings.jsonl` has a result a line.
 """
 
 from __future__ import annotations
@@ -28,39 +28,39 @@ STEPS: tuple[Step, ...] = ("gather", "train", "record", "gate", "canary")
 
 
 @dataclass(frozen=True, slots=True)
-class Retraining:
+class RetrainState:
     """A retraining that has not ended.
 
     Attributes:
-        id: when it began, as YYYYMMDDThhmmss in UTC.
-        why: in words; verdict: the drift verdict that triggered it, if one did.
-        champion: tag of the version that is to be replaced; None for the first version of all.
+        id: its start, as YYYYMMDDThhmmss in UTC.
+        reason: free text; verdict: the drift verdict that triggered it, if one did.
+        champion: tag of the version to replace; None for the first version ever.
         since: unix s; traffic from then on is the new traffic.
         until: unix s; feedback given later belongs to the next retraining.
-        step: what is to be done next.
+        step: the next step.
         candidate: tag of the new version, once it is recorded.
-        on_trial_since: unix s, once users see it.
+        canary_since: unix s, once users get it.
     """
 
     id: str
-    why: str
+    reason: str
     verdict: str | None
     champion: str | None
     since: float
     until: float
     step: Step = "gather"
     candidate: str | None = None
-    on_trial_since: float | None = None
+    canary_since: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class RetrainResult:
     """How a retraining ended, `at` in unix s."""
 
     id: str
     at: float
     outcome: Outcome
-    said: str
+    summary: str
     champion: str | None
     candidate: str | None
 
@@ -73,70 +73,70 @@ def lock(root: Path) -> Iterator[bool]:
 
 
 def is_running(root: Path) -> bool:
-    """Tell whether some process works on a retraining now."""
+    """Return whether a process works on a retraining now."""
     with lock(root) as free:
         return not free
 
 
-def begin(
-    root: Path, why: str, verdict: str | None, champion: str | None, since: float, now: float | None = None
-) -> Retraining:
-    """Set down a new retraining; call while `working`."""
+def start(
+    root: Path, reason: str, verdict: str | None, champion: str | None, since: float, now: float | None = None
+) -> RetrainState:
+    """Save the state of a new retraining; call with the lock held."""
     now = time.time() if now is None else now
     name = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now))
-    return save(root, Retraining(name, why, verdict, champion, since, now))
+    return save_state(root, RetrainState(name, reason, verdict, champion, since, now))
 
 
-def save(root: Path, retraining: Retraining) -> Retraining:
-    """Set down how far it came."""
-    write_json(root / RECORD, asdict(retraining))
-    return retraining
+def save_state(root: Path, state: RetrainState) -> RetrainState:
+    """Write the state of the retraining; return it."""
+    write_json(root / RECORD, asdict(state))
+    return state
 
 
-def advance(root: Path, retraining: Retraining, **changes: object) -> Retraining:
-    """Set down that the present step is done, and what came of it; the last step stays."""
-    position = STEPS.index(retraining.step) + 1
-    return save(
-        root,
-        replace(retraining, step=STEPS[min(position, len(STEPS) - 1)], **changes),  # type: ignore[arg-type]
-    )
+def advance(root: Path, state: RetrainState, **changes: object) -> RetrainState:
+    """Save that the current step is done, with its results; after the last step the step stays."""
+    position = STEPS.index(state.step) + 1
+    step = STEPS[min(position, len(STEPS) - 1)]
+    return save_state(root, replace(state, step=step, **changes))  # type: ignore[arg-type]
 
 
-def unfinished(root: Path) -> Retraining | None:
-    """Return the retraining that is under way or was killed; None if there is none.
+def read_state(root: Path) -> RetrainState | None:
+    """Return the state of the retraining that runs or was killed; None if there is none.
 
     Raises:
-        InputError: the record cannot be read.
+        InputError: the file cannot be read.
     """
     path = root / RECORD
     if not path.exists():
         return None
     try:
-        return Retraining(**read_json(path))
+        return RetrainState(**read_json(path))
     except TypeError as error:
-        raise InputError(f"{path} is no record of a retraining ({error})", "remove it") from None
+        raise InputError(f"{path} is not the state of a retraining ({error})", "remove it") from None
 
 
-def finish(root: Path, retraining: Retraining, outcome: Outcome, said: str) -> Ended:
-    """Set down how a retraining ended; it is under way no more."""
-    ended = Ended(retraining.id, time.time(), outcome, said, retraining.champion, retraining.candidate)
-    before = history(root)
-    if not any(one.id == ended.id for one in before):  # killed between the two files
-        lines = [json.dumps(asdict(one), sort_keys=True) + "\n" for one in (*before, ended)]
+def finish(root: Path, state: RetrainState, outcome: Outcome, summary: str) -> RetrainResult:
+    """Append the result of a retraining to the history and remove its state."""
+    result = RetrainResult(state.id, time.time(), outcome, summary, state.champion, state.candidate)
+    before = read_history(root)
+    if not any(one.id == result.id for one in before):  # killed between the two files
+        lines = [json.dumps(asdict(one), sort_keys=True) + "\n" for one in (*before, result)]
         write_text(root / HISTORY, "".join(lines))
     (root / RECORD).unlink(missing_ok=True)
-    return ended
+    return result
 
 
-def history(root: Path) -> list[Ended]:
-    """Return how the retrainings ended, the oldest first.
+def read_history(root: Path) -> list[RetrainResult]:
+    """Return the results of all retrainings, the oldest first.
 
     Raises:
-        InputError: a line of the record cannot be read.
+        InputError: a line cannot be read.
     """
     path = root / HISTORY
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     try:
-        return [Ended(**json.loads(line)) for line in lines]
+        return [RetrainResult(**json.loads(line)) for line in lines]
     except (ValueError, TypeError) as error:
-        raise InputError(f"{path} is no record of retrainings ({error})", "remove the broken line") from None
+        raise InputError(
+            f"{path} is not a history of retrainings ({error})", "remove the broken line"
+        ) from None

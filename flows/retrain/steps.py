@@ -1,7 +1,7 @@
-"""The steps of a retraining, each of which can be killed and begun again.
+"""The steps of a retraining; each can be killed and run again.
 
-A step takes the record of the retraining, does its work, and returns the record moved on, or how the
-retraining ended. `flows.retrain.flow` runs them as Prefect tasks; `train` is the training flow itself.
+A step takes the state of the retraining, does its work, and returns the next state or the result.
+`flows.retrain.flow` runs them as Prefect tasks; `train` is the training flow itself.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from flows.gate import evaluation, judge
 from flows.registry import model_versions, record
 from flows.release import actions, canary, journal
 from flows.retrain import progress
-from flows.retrain.progress import Ended, Retraining
+from flows.retrain.progress import RetrainResult, RetrainState
 from monitoring.feedback import rows
 from monitoring.feedback.labels import read_served_task
 from services.versions import __main__ as versions
@@ -27,21 +27,21 @@ from stages.common.artifacts import STATE, artifacts, read_json, reports
 from stages.common.errors import InputError
 from stages.common.params.loading import Params
 
-POLL_S = 5.0  # between two looks at a challenger on trial
-SAY_S = 60.0  # between two lines about it
+POLL_S = 5.0  # between two checks of a canary
+LOG_S = 60.0  # between two log lines about it
 
 logger = logging.getLogger("flows.retrain.steps")
 
-StepFunction = Callable[[Path, Params, Retraining], Retraining | Ended]
+StepFunction = Callable[[Path, Params, RetrainState], RetrainState | RetrainResult]
 
 
-def open_retraining(
-    root: Path, params: Params, why: str, verdict: str | None, since: float | None
-) -> Retraining:
-    """Return the retraining to go on with, or a new one; call while `progress.lock`.
+def resume_or_start(
+    root: Path, params: Params, reason: str, verdict: str | None, since: float | None
+) -> RetrainState:
+    """Return the state of the retraining to continue, or of a new one; call with `progress.lock` held.
 
-    One that was killed is given up if another version has become champion meanwhile: what it would be
-    judged against is no longer what is served.
+    One that was killed is abandoned if another version has become champion meanwhile: the candidate
+    would be compared with a model that is no longer served.
 
     Args:
         since: unix s, where the new traffic begins; None: since the champion took over.
@@ -51,22 +51,22 @@ def open_retraining(
     """
     actions.recover(root, params)
     actions.adopt(root, params)  # before the pipeline makes another: a service that restarts would follow it
-    if (reason := model_versions.pinned(root, params)) is not None:
-        raise InputError(f"the champion is pinned: {reason}", "perennial release unpin --why TEXT")
+    if (pin := model_versions.pinned(root, params)) is not None:
+        raise InputError(f"the champion is pinned: {pin}", "perennial release unpin --why TEXT")
     champion = versions.read_aliases(root / versions.ALIASES).champion
-    left = progress.unfinished(root)
+    left = progress.read_state(root)
     if left is not None:
         if left.champion == champion or (left.step == "canary" and left.candidate == champion):
-            logger.info("going on with the retraining %s (%s), at %s", left.id, left.why, left.step)
+            logger.info("continuing the retraining %s (%s) at step %s", left.id, left.reason, left.step)
             return left
         progress.finish(root, left, "abandoned", f"{champion} became champion meanwhile")
     if since is None:
         since = model_versions.champion_since(root, params) or 0.0
-    return progress.begin(root, why, verdict, champion, since)
+    return progress.start(root, reason, verdict, champion, since)
 
 
-def gather(root: Path, params: Params, run: Retraining) -> Retraining:
-    """Lay down what is to be learned, what is kept for the gate, and the adapter to go on from."""
+def gather(root: Path, params: Params, run: RetrainState) -> RetrainState:
+    """Write the rows to learn, the rows held out for the gate, and the adapter to start from."""
     evaluation.keep_test_rows(root)
     task = read_served_task(root, params)
     url, settings = params.services.events.url, params.monitoring.feedback
@@ -75,12 +75,12 @@ def gather(root: Path, params: Params, run: Retraining) -> Retraining:
     recent = rows.labelled_rows(url, run.since, run.until, settings, task, held_out)
     rows.write_labelled(root, replace(labelled, holdout=recent.holdout))
     logger.info("%s", rows.format_report(labelled.report))
-    _lay_start(root, params, run.champion)
+    _put_start(root, params, run.champion)
     return progress.advance(root, run)
 
 
-def _lay_start(root: Path, params: Params, champion: str | None) -> None:
-    """Put the adapter that `flows.retrain.warm_start_from` names where training starts from, or none."""
+def _put_start(root: Path, params: Params, champion: str | None) -> None:
+    """Put the champion's adapter where training starts, or none, according to `flows.retrain.warm_start_from`."""
     folder = root / START
     if champion is None or params.flows.retrain.warm_start_from == "base":
         clear_initial_adapter(folder)
@@ -99,13 +99,13 @@ def _lay_start(root: Path, params: Params, champion: str | None) -> None:
 
 
 def _record_if_here(root: Path, params: Params, tag: str) -> None:
-    """Record a version that was served before anything was recorded, while its files are still here."""
+    """Record a version that was served before MLflow was set up, while its files still exist."""
     if pipeline_tag(root) == tag:
         record.record_training(root, params)
 
 
 def pipeline_tag(root: Path) -> str | None:
-    """Return the tag of the version that the pipeline has made last; None if it has made none."""
+    """Return the tag of the newest version of the pipeline; None if there is none."""
     path = root / artifacts("export") / "serving.json"
     if not path.exists():
         return None
@@ -113,19 +113,19 @@ def pipeline_tag(root: Path) -> str | None:
     return f"{about['name']}:{about['version']}"
 
 
-def record_candidate(root: Path, params: Params, run: Retraining) -> Retraining | Ended:
-    """Record what was trained, look whether it comes back as it went in, and put it into the store."""
+def record_candidate(root: Path, params: Params, run: RetrainState) -> RetrainState | RetrainResult:
+    """Record the trained version, verify that it reloads unchanged, and add it to the store."""
     if pipeline_tag(root) == run.champion:
         return progress.finish(root, run, "unchanged", "training gave the champion again")
-    candidate = record.record_training(root, params, trigger=run.verdict or run.why)
+    candidate = record.record_training(root, params, trigger=run.verdict or run.reason)
     record.check_reload(candidate, root, params)
     tag = versions.add_pipeline_output(root)
     logger.info("%s is recorded, and in the store", tag)
     return progress.advance(root, run, candidate=tag)
 
 
-def pass_gate(root: Path, params: Params, run: Retraining) -> Retraining | Ended:
-    """Hold the candidate to the gate."""
+def judge_candidate(root: Path, params: Params, run: RetrainState) -> RetrainState | RetrainResult:
+    """Evaluate the candidate in the gate; a rejected one ends the retraining."""
     tag = _candidate(run)
     verdict = judge.read_verdict(root, tag)
     if verdict is None or verdict.champion != run.champion:
@@ -139,7 +139,7 @@ def pass_gate(root: Path, params: Params, run: Retraining) -> Retraining | Ended
         gate="passed" if verdict.passed else "refused",
     )
     for criterion in verdict.criteria:
-        logger.info("%s %s", "passed " if criterion.passed else "REFUSED", criterion.said)
+        logger.info("%s %s", "passed " if criterion.passed else "FAILED ", criterion.said)
     if not verdict.passed:
         failed = "; ".join(criterion.said for criterion in verdict.criteria if not criterion.passed)
         return progress.finish(root, run, "rejected", f"by the gate: {failed}")
@@ -151,17 +151,17 @@ def gate_path(tag: str) -> Path:
     return reports("gate") / f"{tag.partition(':')[2]}.json"
 
 
-def show_to_some(root: Path, params: Params, run: Retraining, *, poll_s: float = POLL_S) -> Ended:
-    """Show the candidate to some users, wait for what they say, and promote it or take it back."""
+def run_canary(root: Path, params: Params, run: RetrainState, *, poll_s: float = POLL_S) -> RetrainResult:
+    """Serve the candidate to a share of users, compare their feedback, and promote or reject it."""
     tag = _candidate(run)
     if run.champion is not None and versions.read_aliases(root / versions.ALIASES).champion != tag:
-        if run.on_trial_since is None:
-            actions.release(root, params, "try", tag, "retrain", run.why)
-            run = progress.save(root, replace(run, on_trial_since=time.time()))
-        said_at = float("-inf")
+        if run.canary_since is None:
+            actions.release(root, params, "try", tag, "retrain", run.reason)
+            run = progress.save_state(root, replace(run, canary_since=time.time()))
+        logged_at = float("-inf")
         while (verdict := _judge_trial(root, params, tag)) is not None and verdict.state == "wait":
-            if time.monotonic() - said_at > SAY_S:
-                said_at = time.monotonic()
+            if time.monotonic() - logged_at > LOG_S:
+                logged_at = time.monotonic()
                 logger.info("%s", verdict.said)
             time.sleep(poll_s)
         if verdict is None:
@@ -170,37 +170,37 @@ def show_to_some(root: Path, params: Params, run: Retraining, *, poll_s: float =
         model_versions.evidence(root, params, tag, reports("canary") / gate_path(tag).name)
         if verdict.state == "bad":
             actions.release(root, params, "refuse", tag, "canary", verdict.said)
-            return progress.finish(root, run, "rejected", f"on trial: {verdict.said}")
-    actions.release(root, params, "promote", tag, "retrain", run.why)
+            return progress.finish(root, run, "rejected", f"in the canary: {verdict.said}")
+    actions.release(root, params, "promote", tag, "retrain", run.reason)
     return _promoted(root, run, tag)
 
 
 def _judge_trial(root: Path, params: Params, tag: str) -> canary.CanaryVerdict | None:
-    """Judge a version on trial; None if it is on trial no more."""
+    """Judge the canary; None if the version is no longer the challenger."""
     challenger = versions.read_aliases(root / versions.ALIASES).challenger
     return canary.judge_trial(root, params) if challenger is not None and challenger.tag == tag else None
 
 
-def _trial_ended(root: Path, run: Retraining, tag: str) -> Ended:
-    """Set down what another release made of a trial: one by hand, or one before this was killed."""
+def _trial_ended(root: Path, run: RetrainState, tag: str) -> RetrainResult:
+    """Finish after another release ended the canary: one by hand, or one before this was killed."""
     if versions.read_aliases(root / versions.ALIASES).champion == tag:
         return _promoted(root, run, tag)
     releases = journal.done_releases(root)
     begun = max(place for place, one in enumerate(releases) if one.action == "try" and one.tag == tag)
     ended = next(one for one in releases[begun:] if one.challenger != tag)
-    said = f"its trial was ended ({ended.action} by {ended.by}): {ended.why}"
-    return progress.finish(root, run, "rejected", said)
+    summary = f"its canary was ended ({ended.action} by {ended.by}): {ended.why}"
+    return progress.finish(root, run, "rejected", summary)
 
 
-def _promoted(root: Path, run: Retraining, tag: str) -> Ended:
-    return progress.finish(root, run, "promoted", f"{tag} took over from {run.champion or 'nobody'}")
+def _promoted(root: Path, run: RetrainState, tag: str) -> RetrainResult:
+    return progress.finish(root, run, "promoted", f"{tag} took over from {run.champion or 'no model'}")
 
 
-def _candidate(run: Retraining) -> str:
+def _candidate(run: RetrainState) -> str:
     if run.candidate is None:
         raise InputError(
             f"the retraining {run.id} is at {run.step}, but names no candidate",
-            f"remove {progress.RECORD} and begin anew",
+            f"remove {progress.RECORD} and start again",
         )
     return run.candidate
 
@@ -208,6 +208,6 @@ def _candidate(run: Retraining) -> str:
 STEPS: dict[str, StepFunction] = {
     "gather": gather,
     "record": record_candidate,
-    "gate": pass_gate,
-    "canary": show_to_some,
+    "gate": judge_candidate,
+    "canary": run_canary,
 }

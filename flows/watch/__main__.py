@@ -1,7 +1,7 @@
-"""Look at production by hand: `perennial watch`.
+"""Check production by hand: `perennial watch`.
 
-Judges the windows that have closed since the last look. If they call for a retraining, it follows in this
-process, unless `--no-retrain` or `flows.watch.retrain: false` says otherwise.
+Tests the windows that have closed since the last check for drift. If they trigger a retraining, it runs in
+this process, unless `--no-retrain` or `flows.watch.retrain: false` is set.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 from flows.common.cli import run_command
 from flows.common.prefect_api import run_flow
-from flows.retrain.__main__ import retrain_now, say
+from flows.retrain.__main__ import print_result, retrain_now
 from stages.common.params.loading import load_params
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State
 
-    from flows.watch.flow import Watched
+    from flows.watch.flow import WatchResult
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Look once; return the exit code."""
+    """Check once; return the exit code."""
     parser = argparse.ArgumentParser(prog="perennial watch", description=__doc__)
-    parser.add_argument("--no-retrain", action="store_true", help="only say what was found")
+    parser.add_argument("--no-retrain", action="store_true", help="report drift, do not retrain")
     options = parser.parse_args(arguments)
     return run_command(lambda: _watch(Path.cwd(), retrain=not options.no_retrain))
 
@@ -39,12 +39,12 @@ def _watch(root: Path, retrain: bool) -> int:
 
         return watch(return_state=True)
 
-    watched: Watched = run_flow(root, start)
-    for verdict in watched.verdicts:
+    result: WatchResult = run_flow(root, start)
+    for verdict in result.verdicts:
         sys.stdout.write(f"{verdict.id}  {verdict.summary}\n")
-    sys.stdout.write(watched.summary + "\n")
-    if retrain and watched.calls_for_retraining is not None:
-        say(retrain_now(root, watched.summary, watched.calls_for_retraining, watched.since))
+    sys.stdout.write(result.summary + "\n")
+    if retrain and result.retrain_verdict is not None:
+        print_result(retrain_now(root, result.summary, result.retrain_verdict, result.since))
     return 0
 
 

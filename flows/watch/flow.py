@@ -1,7 +1,7 @@
-"""The watching flow: windows of production, a verdict on each, and what follows from it.
+"""The watch flow: test new windows of production for drift, and trigger a retraining or a rollback.
 
-`perennial watch` runs it by hand; its deployment runs it on a schedule. Then a verdict that calls for a
-retraining is an event on the Prefect server, which starts the retraining's deployment.
+`perennial watch` runs it by hand; its deployment runs it on a schedule. Then the trigger of a retraining is
+an event on the Prefect server, which starts the deployment of the retraining flow.
 """
 
 from __future__ import annotations
@@ -34,59 +34,59 @@ from stages.common.params.loading import Params, load_params
 
 
 @dataclass(frozen=True, slots=True)
-class Watched:
-    """What a look at production found.
+class WatchResult:
+    """The result of a check of production.
 
     Attributes:
-        summary: in one line.
-        verdicts: of the windows that were new.
-        calls_for_retraining: the verdict that does; None if none does, or a retraining is not to follow.
-        since: unix s, where the new traffic begins, if a retraining is called for.
-        rolled_back: the version that was taken back, because it did worse than the former one.
+        summary: one line.
+        verdicts: of the new windows.
+        retrain_verdict: the verdict that triggers a retraining; None if none does, or retraining is off.
+        since: unix s, where the new traffic begins, if a retraining is triggered.
+        rolled_back: the version that was rolled regression, because it did worse than the former champion.
     """
 
     summary: str
     verdicts: tuple[DriftVerdict, ...] = ()
-    calls_for_retraining: str | None = None
+    retrain_verdict: str | None = None
     since: float | None = None
     rolled_back: str | None = None
 
 
 @flow(name="watch")
-def watch() -> State[Watched]:
-    """Look at production: go back if the new champion does worse, call for a retraining if traffic drifts."""
+def watch() -> State[WatchResult]:
+    """Check production: roll back a champion that does worse, trigger a retraining if traffic drifts."""
     root = Path.cwd()
     params = load_params(root / "params.yaml")
     try:
-        watched = _watch(root, params)
+        result = _watch(root, params)
     except Exception as error:
-        notify(params.flows.notify, "failed", "production could not be watched", str(error))
+        notify(params.flows.notify, "failed", "production could not be checked", str(error))
         raise
-    if watched.calls_for_retraining is not None:
-        notify(params.flows.notify, "drift", watched.summary, watched.verdicts[-1].summary)
+    if result.retrain_verdict is not None:
+        notify(params.flows.notify, "drift", result.summary, result.verdicts[-1].summary)
         if runtime.deployment.id:
-            _call_for_retraining(watched)
-    return Completed(message=watched.summary, data=watched)
+            _emit_drift(result)
+    return Completed(message=result.summary, data=result)
 
 
-def _watch(root: Path, params: Params) -> Watched:
+def _watch(root: Path, params: Params) -> WatchResult:
     logger = get_run_logger()
     actions.recover(root, params)
     champion = _champion(root, params)
-    back = run_as_task("probation", lambda: _end_probation(root, params))
-    if back is not None:
-        return Watched(f"{champion} was taken back: {back}", rolled_back=champion)
-    usual = run_as_task(
+    regression = run_as_task("probation", lambda: _end_probation(root, params))
+    if regression is not None:
+        return WatchResult(f"{champion} was rolled regression: {regression}", rolled_back=champion)
+    reference = run_as_task(
         "read_reference", lambda: read_reference(params.services.events.url, champion, params.monitoring)
     )
-    if usual is None:
+    if reference is None:
         wanted = params.monitoring.reference.rows
-        return Watched(f"{champion} has not answered {wanted} requests yet: nothing to compare with")
+        return WatchResult(f"{champion} has not answered {wanted} requests yet: nothing to compare with")
     verdicts = []
     for verdict in judge_new_windows(
         root,
         params.services.events.url,
-        usual,
+        reference,
         params.monitoring,
         lambda known: _decide(root, params, champion, known),
         now=time.time(),
@@ -95,7 +95,7 @@ def _watch(root: Path, params: Params) -> Watched:
         logger.info("%s %s", verdict.id, verdict.summary)
         verdicts.append(verdict)
     if not verdicts:
-        return Watched("no window has closed since the last look")
+        return WatchResult("no window has closed since the last check")
     _show(verdicts)
     last = verdicts[-1]
     summary = (
@@ -103,16 +103,16 @@ def _watch(root: Path, params: Params) -> Watched:
     )
     logger.info("%s", summary)
     if not (last.trigger.fires and params.flows.watch.retrain):
-        return Watched(summary, tuple(verdicts))
-    since = trigger.drift_began(verdicts_of(root, champion), params.monitoring.trigger)
-    return Watched(summary, tuple(verdicts), last.id, since)
+        return WatchResult(summary, tuple(verdicts))
+    since = trigger.drift_began(read_verdicts_of(root, champion), params.monitoring.trigger)
+    return WatchResult(summary, tuple(verdicts), last.id, since)
 
 
 def _champion(root: Path, params: Params) -> str:
-    """Return who is served.
+    """Return the tag of the champion.
 
     Raises:
-        InputError: nobody is, or the registry cannot be reached or says otherwise.
+        InputError: there is none, or the registry cannot be reached or names another one.
     """
     aliases = versions.read_aliases(root / versions.ALIASES)
     if aliases.champion is None:
@@ -127,19 +127,19 @@ def _champion(root: Path, params: Params) -> str:
 
 
 def _end_probation(root: Path, params: Params) -> str | None:
-    """Go back to the former champion if the new one does worse; return why, or None."""
+    """Roll back to the former champion if the new one does worse; return the reason, or None."""
     verdict = canary.judge_probation(root, params)
     if verdict is None or verdict.state != "bad":
         return None
     actions.release(root, params, "roll_back", verdict.tag, "probation", verdict.said)
-    notify(params.flows.notify, "rolled_back", f"{verdict.tag} was taken back", verdict.said)
+    notify(params.flows.notify, "rolled_back", f"{verdict.tag} was rolled back", verdict.said)
     return verdict.said
 
 
 def _decide(root: Path, params: Params, champion: str, known: Sequence[DriftVerdict]) -> TriggerDecision:
-    """Decide whether the last verdict calls for a retraining; labelled rows are counted only where it may."""
+    """Decide whether the last verdict triggers a retraining; count labelled rows only if it may."""
     settings = params.monitoring.trigger
-    ended = progress.history(root)
+    ended = progress.read_history(root)
 
     def decide(labelled_rows: int, left_out: str = "") -> TriggerDecision:
         return trigger.decide(
@@ -153,7 +153,7 @@ def _decide(root: Path, params: Params, champion: str, known: Sequence[DriftVerd
             left_out=left_out,
         )
 
-    # Reading all feedback takes longer than the verdict itself: first see whether anything else forbids it.
+    # Reading all feedback takes longer than the verdict itself.
     if not decide(settings.min_labelled_rows).fires:
         return decide(0)
     task_ = read_served_task(root, params)
@@ -168,12 +168,12 @@ def _decide(root: Path, params: Params, champion: str, known: Sequence[DriftVerd
     return decide(report["labelled_rows"], rows.summarise_exclusions(report))
 
 
-def _call_for_retraining(watched: Watched) -> None:
-    last = watched.verdicts[-1]
+def _emit_drift(result: WatchResult) -> None:
+    last = result.verdicts[-1]
     emit_event(
         DRIFT_EVENT,
         resource={"prefect.resource.id": f"perennial.model.{last.model}"},
-        payload={"why": watched.summary, "verdict": last.id, "since": watched.since},
+        payload={"reason": result.summary, "verdict": last.id, "since": result.since},
     )
 
 
@@ -184,13 +184,13 @@ def _show(verdicts: Sequence[DriftVerdict]) -> None:
             "rows": verdict.window.rows,
             "verdict": verdict.summary,
             "late": verdict.late_rows,
-            "set aside": sum(verdict.quarantined.values()),
+            "quarantined": sum(verdict.quarantined.values()),
         }
         for verdict in verdicts
     ]
-    create_table_artifact(rows, key="windows", description="what was found in production")
+    create_table_artifact(rows, key="windows", description="drift verdicts on new windows")
 
 
-def verdicts_of(root: Path, tag: str) -> list[DriftVerdict]:
+def read_verdicts_of(root: Path, tag: str) -> list[DriftVerdict]:
     """Return the verdicts on a version's windows, the oldest first."""
     return [verdict for verdict in read_verdicts(root) if verdict.tag == tag]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stages.common.artifacts import artifacts, reports
 from stages.common.errors import InputError
+from stages.common.git import read_git
 from stages.common.records import Row, read_rows
 
 BEFORE = ("fetch_base", "collect", "curate", "validate", "check_bias", "split", "finetune", "evaluate")
@@ -99,16 +99,8 @@ def list_plots(evidence: Evidence) -> dict[str, Path]:
 
 def read_revision() -> Revision:
     """Return the git commit of the code, and which of its files differ from it."""
-    commit = _git("rev-parse", "HEAD")
+    commit = read_git(Path(), "rev-parse", "HEAD")
     if commit is None:
         return Revision(None)
-    status = _git("status", "--porcelain", "--untracked-files=all", "--", *CODE) or ""
-    return Revision(commit.strip(), tuple(sorted(line[3:].strip('"') for line in status.splitlines())))
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout
+    status = read_git(Path(), "status", "--porcelain", "--untracked-files=all", "--", *CODE) or ""
+    return Revision(commit, tuple(sorted(line[3:].strip('"') for line in status.splitlines())))

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import yaml
 
-from flows.demo.checkout import home_environment, make_home, with_overrides
+from flows.demo.checkout import checkout_environment, make_checkout, override_params
 from flows.registry.model_versions import versions_table
 from monitoring.feedback.rows import HELD_OUT, read_labelled
 from services.versions.__main__ import ALIASES, read_aliases
@@ -87,18 +87,17 @@ class LoopHome:
 
     def change(self, overrides):
         """Give parameters other values, by dotted key."""
-        path = self.root / "params.yaml"
-        write_text(path, with_overrides(path.read_text(encoding="utf-8"), overrides))
+        override_params(self.root / "params.yaml", overrides)
 
     def retrain(self, why):
-        return self.run("-m", "flows.retrain", "--why", why, check=False)
+        return self.run("-m", "flows.retrain", "--reason", why, check=False)
 
     def kill_retraining(self, why, is_time):
         """Start a retraining, and kill it and its process group as soon as it is time."""
         log = self.root / ".perennial/killed.log"
         with log.open("w") as file:
             process = subprocess.Popen(
-                self.command("-m", "flows.retrain", "--why", why),
+                self.command("-m", "flows.retrain", "--reason", why),
                 cwd=self.root, env=self.environment, stdout=file, stderr=file, start_new_session=True,
             )  # fmt: skip
         deadline = time.monotonic() + START_WITHIN_S
@@ -136,7 +135,7 @@ class LoopHome:
 
 def make_loop_home(folder: Path) -> LoopHome:
     """Train a tiny model on the tickets, make it champion, and give it corrections."""
-    root = make_home(ROOT, folder / "home")
+    root = make_checkout(ROOT, folder / "home")
     # A cache of its own: what is trained here is nobody else's.
     write_text(root / ".dvc/config.local", f"[cache]\n    dir = {folder / 'cache'}\n")
     (root / "dvc.lock").unlink(missing_ok=True)
@@ -145,7 +144,7 @@ def make_loop_home(folder: Path) -> LoopHome:
         {"prompt": ask, "completion": json.dumps(said), "team": said["team"]} for ask, said in tickets()[::2]
     )
     write_text(root / "data/tickets.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    environment = home_environment(
+    environment = checkout_environment(
         root,
         {
             "BENTOML_HOME": str(folder / "bentoml"),

@@ -1,17 +1,16 @@
 import os
 import shutil
 import subprocess
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import yaml
+from dvc.repo import Repo
 
-from flows.demo.checkout import make_home, poison, run_python, shuffled_answers, with_overrides
-from stages.common.artifacts import read_json, write_json
+from flows.demo.__main__ import make_overrides
+from flows.demo.checkout import make_checkout, override_params, run_python
 from stages.common.errors import InputError, ParamsError
 from stages.common.params.loading import load_params
-from stages.common.records import Message, make_row, read_rows, write_rows
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -30,9 +29,10 @@ def git(folder, *arguments):
     return done.stdout
 
 
-@pytest.fixture
-def checkout(tmp_path):
-    root = tmp_path / "checkout"
+@pytest.fixture(params=["git", "tarball"])
+def project(request, tmp_path):
+    """A small project, with a repository and without one."""
+    root = tmp_path / "100% {mine}"
     (root / "stages").mkdir(parents=True)
     (root / "stages" / "collect.py").write_text("rows = 1\n")
     (root / "stages" / "old.py").write_text("# goes away\n")
@@ -44,222 +44,138 @@ def checkout(tmp_path):
     (root / ".dvc" / "config").write_text("[core]\n    analytics = false\n")
     (root / ".dvc" / ".gitignore").write_text("/config.local\n/tmp\n/cache\n")
     shutil.copy(ROOT / "params.yaml", root / "params.yaml")
-    git(root, "init", "-q", ".")
-    git(root, "add", "--all")
-    git(root, "commit", "-qm", "first")
+    if request.param == "git":
+        git(root, "init", "-q", ".")
+        git(root, "add", "--all")
+        git(root, "commit", "-qm", "first")
     (root / "artifacts").mkdir()
-    (root / "artifacts" / "model").write_text("of the checkout")
-    (root / "notes.txt").write_text("not tracked")
+    (root / "artifacts" / "model").write_text("of the project")
     return root
 
 
-def written(folder):
-    """When each file was last written, git's own aside."""
-    return {
-        path: path.stat().st_mtime_ns
-        for path in folder.rglob("*")
-        if path.is_file() and ".git" not in path.relative_to(folder).parts
-    }
+def test_a_checkout_has_the_files_that_git_does_not_ignore_and_its_own_parameters(project):
+    (project / "stages" / "new.py").write_text("not committed\n")
+    before = git(project, "status", "--porcelain") if (project / ".git").exists() else None
+
+    checkout = make_checkout(project, project / ".perennial" / "demo", {"services.port": 4321})
+
+    assert (checkout / "stages" / "collect.py").read_text() == "rows = 1\n"
+    assert (checkout / "stages" / "new.py").exists()
+    assert os.access(checkout / "run", os.X_OK)
+    assert not (checkout / "artifacts").exists()
+    assert load_params(checkout / "params.yaml").services.port == 4321
+    assert load_params(project / "params.yaml").services.port == 3000
+    if before is not None:
+        assert git(project, "status", "--porcelain") == before
+        assert git(project, "worktree", "list").count("\n") == 1, (
+            "the project's repository knows nothing of it"
+        )
 
 
-def test_a_home_has_the_tracked_files_its_own_parameters_and_one_commit(checkout):
-    home = make_home(
-        checkout,
-        checkout / ".perennial" / "demo",
-        {"services.port": 4321, "collect.sources.0.reserved_share": 0.15},
-    )
-    assert (home / "stages" / "collect.py").read_text() == "rows = 1\n"
-    assert os.access(home / "run", os.X_OK)
-    assert not (home / "artifacts").exists()
-    assert not (home / "notes.txt").exists()
-    params = load_params(home / "params.yaml")
-    assert params.services.port == 4321
-    assert params.collect.sources[0].reserved_share == 0.15
-    assert git(home, "rev-list", "--count", "HEAD") == "1\n"
-    assert git(home, "status", "--porcelain") == ""
-    assert load_params(checkout / "params.yaml").services.port == 3000
-    assert git(checkout, "status", "--porcelain") == "?? notes.txt\n"
+def test_dvc_works_in_a_checkout_with_the_cache_of_the_project_wherever_that_is(project):
+    checkout = make_checkout(project, project / ".perennial" / "demo")
+    with Repo(str(checkout)) as repo:
+        assert Path(repo.cache.local_cache_dir) == project / ".dvc" / "cache"
+    (project / ".dvc" / "config.local").write_text("[cache]\n    dir = ../../elsewhere\n")
+    make_checkout(project, checkout)
+    second = make_checkout(checkout, checkout.with_name("second"))
+    for folder in (checkout, second):
+        with Repo(str(folder)) as repo:
+            assert Path(repo.cache.local_cache_dir) == project.parent / "elsewhere"
 
 
-def test_a_home_uses_the_cache_of_the_checkout_wherever_that_is(checkout):
-    home = make_home(checkout, checkout / ".perennial" / "demo")
-    assert str(checkout / ".dvc" / "cache") in (home / ".dvc" / "config.local").read_text()
-    (checkout / ".dvc" / "config.local").write_text("[cache]\n    dir = ../../elsewhere\n")
-    make_home(checkout, home)
-    assert str(checkout.parent / "elsewhere") in (home / ".dvc" / "config.local").read_text()
-    of_home = make_home(home, home.with_name("second"))
-    assert str(checkout.parent / "elsewhere") in (of_home / ".dvc" / "config.local").read_text()
-
-
-def test_a_second_call_writes_nothing_where_nothing_has_changed(checkout):
-    overrides = {"services.port": 4321}
-    home = make_home(checkout, checkout / ".perennial" / "demo", overrides)
-    before = written(home)
-    assert make_home(checkout, home, overrides) == home
-    assert written(home) == before
-    assert git(home, "rev-list", "--count", "HEAD") == "1\n"
-
-
-def test_changed_code_is_copied_again_and_what_the_home_has_made_stays(checkout):
-    home = make_home(checkout, checkout / ".perennial" / "demo")
-    (home / "artifacts").mkdir()
-    (home / "artifacts" / "model").write_text("of the home")
-    (home / "dvc.lock").write_text("of: the home\n")
-    (checkout / "stages" / "collect.py").write_text("rows = 2\n")  # not even committed
-    (checkout / "stages" / "old.py").unlink()
+def test_an_update_replaces_changed_code_and_keeps_what_the_checkout_made(project):
+    checkout = make_checkout(project, project / ".perennial" / "demo", {"services.port": 4321})
+    (checkout / "artifacts").mkdir()
+    (checkout / "artifacts" / "model").write_text("of the checkout")
     (checkout / "dvc.lock").write_text("of: the checkout\n")
-    make_home(checkout, home, {"services.port": 4322})
-    assert (home / "stages" / "collect.py").read_text() == "rows = 2\n"
-    assert not (home / "stages" / "old.py").exists()
-    assert (home / "artifacts" / "model").read_text() == "of the home"
-    assert (home / "dvc.lock").read_text() == "of: the home\n"
-    assert load_params(home / "params.yaml").services.port == 4322
-    assert git(home, "status", "--porcelain") == ""
+    unchanged = (checkout / "run").stat().st_mtime_ns
+    (project / "stages" / "collect.py").write_text("rows = 2\n")
+    (project / "stages" / "old.py").unlink()
+    (project / "dvc.lock").write_text("of: the project\n")
+
+    make_checkout(project, checkout, {"services.port": 4322})
+
+    assert (checkout / "stages" / "collect.py").read_text() == "rows = 2\n"
+    assert not (checkout / "stages" / "old.py").exists()
+    assert (checkout / "run").stat().st_mtime_ns == unchanged
+    assert (checkout / "artifacts" / "model").read_text() == "of the checkout"
+    assert (checkout / "dvc.lock").read_text() == "of: the checkout\n"
+    assert load_params(checkout / "params.yaml").services.port == 4322
 
 
-def test_the_first_copy_takes_over_what_the_checkout_has_computed(checkout):
-    (checkout / "dvc.lock").write_text("of: the checkout\n")
-    home = make_home(checkout, checkout / ".perennial" / "demo")
-    assert (home / "dvc.lock").read_text() == "of: the checkout\n"
+def test_equal_files_are_an_equal_commit(project):
+    folder = project / ".perennial" / "demo"
+    first = git(make_checkout(project, folder), "rev-parse", "HEAD")
+    assert git(make_checkout(project, folder), "rev-parse", "HEAD") == first
+    (project / "run").write_text("#!/bin/bash\n")
+    assert git(make_checkout(project, folder), "rev-parse", "HEAD") != first
 
 
-def test_a_home_half_made_is_finished(checkout):
-    folder = checkout / ".perennial" / "demo"
+def test_a_checkout_that_was_removed_or_failed_is_made_again(project):
+    folder = project / ".perennial" / "demo"
     with pytest.raises(InputError, match=r"no key services\.prot"):
-        make_home(checkout, folder, {"services.prot": 1})
-    with pytest.raises(ParamsError, match="port"):
-        make_home(checkout, folder, {"services.port": "a door"})
-    home = make_home(checkout, folder)
-    assert load_params(home / "params.yaml").services.port == 3000
-    assert git(home, "rev-list", "--count", "HEAD") == "1\n"
+        make_checkout(project, folder, {"services.prot": 1})
+    with pytest.raises(ParamsError, match=r"services\.port"):
+        make_checkout(project, folder, {"services.port": "a door"})
+    assert load_params(make_checkout(project, folder) / "params.yaml").services.port == 3000
+    shutil.rmtree(folder)
+    assert (make_checkout(project, folder) / "run").exists()
 
 
-def test_a_folder_with_something_else_in_it_is_left_alone(checkout, tmp_path):
+def test_a_folder_with_something_else_in_it_is_left_alone(project, tmp_path):
     other = tmp_path / "letters"
     other.mkdir()
-    (other / "letter.txt").write_text("dear")
-    with pytest.raises(InputError, match="no home"):
-        make_home(checkout, other)
-    assert [path.name for path in other.iterdir()] == ["letter.txt"]
-    with pytest.raises(InputError, match="the checkout itself"):
-        make_home(checkout, checkout)
-    with pytest.raises(InputError, match="git ls-files fails"):
-        make_home(tmp_path / "letters", tmp_path / "home")
+    (other / "to_mother.txt").write_text("Dear mother")
+    with pytest.raises(InputError, match="is not empty"):
+        make_checkout(project, other)
+    assert [path.name for path in other.iterdir()] == ["to_mother.txt"]
+    with pytest.raises(InputError, match="the project's own folder"):
+        make_checkout(project, project)
+    with pytest.raises(InputError, match=r"has no params\.yaml"):
+        make_checkout(other, tmp_path / "checkout")
 
 
-def test_other_values_leave_the_comments_and_all_other_keys_as_they_are():
-    text = (ROOT / "params.yaml").read_text()
-    changed = with_overrides(
-        text,
-        {
-            "services.port": 4000,
-            "monitoring.window.rows": 120,
-            "collect.sources.0.reserved_share": 0.15,
-            "flows.watch.cron": None,
-            "curate.personal_data": ["email"],
-            "monitoring.features.embeddings": "none",
-        },
-    )
-    before, after = yaml.safe_load(text), yaml.safe_load(changed)
-    assert after["services"]["port"] == 4000
-    assert after["monitoring"]["window"]["rows"] == 120
-    assert after["collect"]["sources"][0]["reserved_share"] == 0.15
-    assert after["flows"]["watch"]["cron"] is None
-    assert after["curate"]["personal_data"] == ["email"]
-    assert after["monitoring"]["features"]["embeddings"] == "none"
-    lines = zip(text.splitlines(), changed.splitlines(), strict=True)
-    different = [(old, new) for old, new in lines if old != new]
-    assert len(different) == 6
-    assert all(old.partition("#")[2] == new.partition("#")[2] for old, new in different)
-    assert before["evaluate"] == after["evaluate"]
+def test_values_are_set_by_dotted_key_and_all_others_stay(tmp_path):
+    path = tmp_path / "params.yaml"
+    shutil.copy(ROOT / "params.yaml", path)
+    before = yaml.safe_load(path.read_text())
+
+    override_params(path, {"services.port": 4000, "collect.sources.0.seed": 9, "flows.watch.cron": None})
+
+    after = yaml.safe_load(path.read_text())
+    assert after["services"].pop("port") == 4000 and before["services"].pop("port")
+    assert after["collect"]["sources"][0].pop("seed") == 9 and before["collect"]["sources"][0].pop("seed")
+    assert after["flows"]["watch"].pop("cron") is None and before["flows"]["watch"].pop("cron")
+    assert after == before
 
 
-@pytest.mark.parametrize("key", ["services.prot", "collect.sources.9.seed", "services.port.x", "collect"])
-def test_a_key_that_is_not_there_or_not_one_value_is_named(key):
+@pytest.mark.parametrize("key", ["services.prot", "collect.sources.9.seed", "services.port.x", "nothing"])
+def test_a_key_that_is_unknown_is_named(tmp_path, key):
+    path = tmp_path / "params.yaml"
+    shutil.copy(ROOT / "params.yaml", path)
     with pytest.raises(InputError, match=key):
-        with_overrides((ROOT / "params.yaml").read_text(), {key: 1})
+        override_params(path, {key: 1})
+    assert path.read_text() == (ROOT / "params.yaml").read_text()
 
 
-def rows(count, answers):
-    return [
-        make_row(
-            [
-                Message("system", "Answer."),
-                Message("user", f"question {n}"),
-                Message("assistant", answers(n)),
-            ],
-            "toy",
-            "cc0-1.0",
-            group=f"g{n % 3}",
-            tags={"intent": "a"},
-        )
-        for n in range(count)
-    ]
+def test_the_demo_runs_on_the_packaged_source_whatever_else_is_collected(tmp_path):
+    path = tmp_path / "params.yaml"
+    values = yaml.safe_load((ROOT / "params.yaml").read_text())
+    own = {"kind": "file", "path": "data/mine.csv", "license": "mit"}
+    values["collect"]["sources"] = [own, *values["collect"]["sources"]]
+    path.write_text(yaml.safe_dump(values))
+
+    override_params(path, make_overrides(load_params(path)))
+
+    sources = load_params(path).collect.sources
+    assert [source.kind for source in sources] == ["home_intents", "feedback"]
+    assert sources[0].reserved_share > 0
 
 
-def test_shuffled_answers_are_the_same_answers_to_other_questions():
-    taught = rows(60, lambda n: f'{{"n":{n % 7}}}')
-    wrong = shuffled_answers(taught, seed=7)
-    right = {row.question: row.answer for row in taught}
-    assert sorted(row.question for row in wrong) == sorted(right)
-    assert all(right[row.question] != row.answer for row in wrong)
-    assert Counter(row.answer for row in wrong) == Counter(right.values())
-    assert {(row.source, row.license, row.messages[0].content) for row in wrong} == {
-        ("toy", "cc0-1.0", "Answer.")
-    }
-    assert wrong == shuffled_answers(taught, seed=7) != shuffled_answers(taught, seed=8)
-
-
-def test_rows_that_nearly_all_have_one_answer_cannot_be_shuffled():
-    with pytest.raises(InputError, match="one and the same answer"):
-        shuffled_answers(rows(10, lambda n: "yes" if n else "no"), seed=7)
-
-
-def test_a_command_that_fails_in_a_home_says_its_last_words(tmp_path):
+def test_a_command_that_fails_shows_the_end_of_its_output(tmp_path):
     (tmp_path / "here.py").write_text("import os\nprint('in', os.getcwd())\n")
     run_python(tmp_path, "-m", "here", log=tmp_path / "log")
     assert (tmp_path / "log").read_text() == f"in {tmp_path}\n"
     with pytest.raises(InputError, match=r"exit code 3 in .*\nno good"):
         run_python(tmp_path, "-c", "print('no good'); raise SystemExit(3)")
-
-
-@pytest.mark.slow
-def test_a_poisoned_model_is_trained_on_wrong_answers_and_exported_once(tmp_path, monkeypatch):
-    from tests.tiny import save_model
-
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # faster for a model this small
-
-    home = make_home(
-        ROOT,
-        tmp_path / "home",
-        {
-            "finetune.rank": 4,
-            "finetune.max_length": 200,
-            "finetune.dtype": "float32",
-            "export.gguf": False,
-            "export.examples": 5,
-        },
-    )
-    save_model(home / "artifacts" / "fetch_base")
-    split = home / "artifacts" / "split"
-    split.mkdir()
-    for name in ("train", "validation", "test"):
-        write_rows(split / f"{name}.parquet", rows(40, lambda n: f'{{"intent":"i{n % 5}"}}'))
-    write_json(
-        home / "reports" / "fetch_base" / "metrics.json",
-        {"name": "tiny", "revision": "1", "sha256": "0" * 64},
-    )
-    poisoned = poison(home, rows=24)
-    assert poisoned == home.with_name("home-poisoned")
-    right = {row.question: row.answer for row in read_rows(split / "train.parquet")}
-    taught = read_rows(poisoned / "artifacts" / "split" / "train.parquet")
-    assert len(taught) == 24
-    assert all(right[row.question] != row.answer for row in taught)
-    about = read_json(poisoned / "artifacts" / "export" / "serving.json")
-    assert about["version"]
-    assert (poisoned / "artifacts" / "finetune" / "adapter_model.safetensors").is_file()
-    assert not (home / "artifacts" / "export").exists()
-    before = written(poisoned)
-    assert poison(home, rows=24) == poisoned
-    changed = {path for path, when in written(poisoned).items() if before.get(path) != when}
-    assert {path.name for path in changed} <= {"train.parquet"}

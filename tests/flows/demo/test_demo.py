@@ -1,4 +1,4 @@
-"""The demo as a process; what it lives through is measured by `make demo` itself."""
+"""The demo as a process; its results are measured by `make demo` itself."""
 
 import subprocess
 import sys
@@ -7,23 +7,23 @@ import time
 import psutil
 
 LONG = "import time; time.sleep(600)"
-# A day on which only one thing happens: something long is started, in a session of its own.
-DAY = f"""
+# A demo that does only one thing: it starts something long, in a session of its own.
+DEMO = f"""
 import pathlib, subprocess, sys
 from flows.demo import __main__ as demo
-from flows.demo.checkout import home_environment
+from flows.demo.checkout import checkout_environment
 
 def one_thing(root):
     long = [sys.executable, "-c", {LONG!r}]
-    subprocess.run(long, env=home_environment(root), start_new_session=True)
+    subprocess.run(long, env=checkout_environment(root), start_new_session=True)
 
-demo._live = one_thing
-demo.live(pathlib.Path("."))
+demo._run = one_thing
+demo.run(pathlib.Path("."))
 """
 
 
 def test_what_a_killed_demo_started_ends_with_it():
-    demo = subprocess.Popen([sys.executable, "-c", DAY])
+    demo = subprocess.Popen([sys.executable, "-c", DEMO])
     started = []
     try:
         deadline = time.monotonic() + 60

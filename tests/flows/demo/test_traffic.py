@@ -13,18 +13,15 @@ from statistics import mean
 
 import pytest
 
+from flows.demo.replay import Habits, is_right, make_visits, replay
 from flows.demo.traffic import (
     KINDS,
-    Habits,
     Request,
-    World,
-    is_right,
-    read_world,
-    replay,
-    templates_of,
-    traffic,
-    visits,
+    TrafficModel,
+    read_traffic_model,
+    select_templates,
     wing_lexicon,
+    write_traffic,
 )
 from stages.common.errors import InputError
 from stages.common.params.loading import load_params
@@ -33,13 +30,13 @@ from stages.common.sources.home_intents.grammar import load_grammar, select_rese
 from stages.common.sources.home_intents.lexicon import read_lexicon
 
 VERSION = load_params().collect.sources[0].version
-WORLD = World(VERSION, 7, 0.15)
+WORLD = TrafficModel(VERSION, 7, 0.15)
 
 
 @cache
 def some(kind, seed=1):
     """Twenty requests of one kind, from five templates."""
-    return traffic(WORLD, {kind: 1.0}, 20, seed, templates=5)
+    return write_traffic(WORLD, {kind: 1.0}, 20, seed, templates=5)
 
 
 @cache
@@ -67,10 +64,10 @@ def test_new_phrasings_are_of_reserved_templates_and_known_ones_are_not():
 
 
 def test_known_requests_are_of_the_templates_that_were_trained_on():
-    taught = frozenset(sorted({t.group for t in templates_of(WORLD, "known")})[::9])
-    world = World(VERSION, 7, 0.15, taught)
-    assert {t.group for t in templates_of(world, "known")} == taught
-    assert {t.group for t in templates_of(world, "wing")} < taught
+    taught = frozenset(sorted({t.group for t in select_templates(WORLD, "known")})[::9])
+    world = TrafficModel(VERSION, 7, 0.15, taught)
+    assert {t.group for t in select_templates(world, "known")} == taught
+    assert {t.group for t in select_templates(world, "wing")} < taught
 
 
 def test_every_request_of_the_new_wing_names_something_that_training_never_saw():
@@ -90,7 +87,11 @@ def test_no_name_of_the_wing_holds_a_room_of_the_old_house():
 
 
 def test_another_seed_gives_other_sentences_of_the_same_phrasings():
-    first, again, other = some("known"), traffic(WORLD, {"known": 3}, 20, 1, templates=5), some("known", 2)
+    first, again, other = (
+        some("known"),
+        write_traffic(WORLD, {"known": 3}, 20, 1, templates=5),
+        some("known", 2),
+    )
     assert first == again
     groups = Counter(request.group for request in (*first, *other))
     assert len(groups) <= 5
@@ -98,7 +99,7 @@ def test_another_seed_gives_other_sentences_of_the_same_phrasings():
 
 
 def test_the_kinds_come_in_the_proportions_of_the_mix_and_mixed():
-    requests = traffic(WORLD, {"known": 3.0, "phrasing": 1.0}, 60, 5, templates=3)
+    requests = write_traffic(WORLD, {"known": 3.0, "phrasing": 1.0}, 60, 5, templates=3)
     counts = Counter(request.kind for request in requests)
     assert counts.total() == 60
     assert 6 <= counts["phrasing"] <= 26
@@ -107,24 +108,24 @@ def test_the_kinds_come_in_the_proportions_of_the_mix_and_mixed():
 
 def test_what_cannot_be_asked_is_said_with_a_remedy():
     with pytest.raises(InputError, match="phrasing") as error:
-        traffic(World(VERSION, 7, 0.0), {"phrasing": 1.0}, 5, 1)
+        write_traffic(TrafficModel(VERSION, 7, 0.0), {"phrasing": 1.0}, 5, 1)
     assert "reserved_share" in error.value.fix
     with pytest.raises(InputError, match="no share above 0"):
-        traffic(WORLD, {}, 5, 1)
+        write_traffic(WORLD, {}, 5, 1)
     with pytest.raises(InputError, match=r"version 2020\.1\.1"):
-        traffic(World("2020.1.1", 7, 0.0), {"known": 1.0}, 5, 1)
+        write_traffic(TrafficModel("2020.1.1", 7, 0.0), {"known": 1.0}, 5, 1)
 
 
 def test_a_home_is_read_with_what_it_trained_on(tmp_path):
     text = Path("params.yaml").read_text()
     (tmp_path / "params.yaml").write_text(text)
-    assert read_world(tmp_path) == World(VERSION, 7, 0.0, None)
+    assert read_traffic_model(tmp_path) == TrafficModel(VERSION, 7, 0.0, None)
     rows = [make_row([Message("user", "a"), Message("assistant", "b")], "toy", "cc0-1.0", group="HassX/y/z")]
     write_rows(tmp_path / "artifacts" / "split" / "train.parquet", rows)
-    assert read_world(tmp_path).taught == {"HassX/y/z"}
+    assert read_traffic_model(tmp_path).trained_groups == {"HassX/y/z"}
     (tmp_path / "params.yaml").write_text(text.replace("language: en # of", "language: de # of"))
-    with pytest.raises(InputError, match="home_intents in English"):
-        read_world(tmp_path)
+    with pytest.raises(InputError, match="no home_intents source in English"):
+        read_traffic_model(tmp_path)
 
 
 def toy(count, kind="known"):
@@ -136,7 +137,7 @@ def toy(count, kind="known"):
 
 def test_every_request_is_in_one_visit_and_its_visit_is_of_one_kind():
     requests = [*toy(150), *toy(50, "german")]
-    dealt = visits(requests, users=20, seed=3)
+    dealt = make_visits(requests, users=20, seed=3)
     assert Counter(r for visit in dealt for r in visit.requests) == Counter(requests)
     assert all(len({r.kind for r in visit.requests}) == 1 for visit in dealt)
     assert all(visit.user.startswith("de-") == (visit.requests[0].kind == "german") for visit in dealt)
@@ -145,12 +146,12 @@ def test_every_request_is_in_one_visit_and_its_visit_is_of_one_kind():
     assert min(sizes) >= 1
     assert max(sizes) <= 8
     assert 4 <= 200 / len(dealt) <= 7
-    assert dealt == visits(requests, users=20, seed=3)
+    assert dealt == make_visits(requests, users=20, seed=3)
 
 
 def test_requests_of_a_visit_are_alike_and_people_keep_their_habits():
     requests = [request for n in range(60) for request in toy(5)]
-    dealt = visits(requests, users=30, seed=3)
+    dealt = make_visits(requests, users=30, seed=3)
     alike = sum(a.intent == b.intent for visit in dealt for a, b in pairwise(visit.requests))
     pairs = sum(len(visit.requests) - 1 for visit in dealt)
     assert alike / pairs > 0.6  # 0.2 if they were dealt by chance
@@ -161,7 +162,7 @@ def test_requests_of_a_visit_are_alike_and_people_keep_their_habits():
 
 
 def test_a_change_of_the_traffic_keeps_its_place_in_time():
-    dealt = visits([*toy(100), *toy(100, "german")], users=20, seed=3)
+    dealt = make_visits([*toy(100), *toy(100, "german")], users=20, seed=3)
     kinds = [visit.requests[0].kind for visit in dealt]
     assert kinds == sorted(kinds, key=["known", "german"].index)
 
@@ -271,7 +272,7 @@ def test_each_person_waits_for_the_answer_and_so_many_ask_at_once():
     asked = [(body["user"], body["session"]) for _, body, _ in seen]
     assert len(set(asked)) == len({session for _, session in asked})
     in_order = [body["messages"][0]["content"] for _, body, _ in seen]
-    for visit in visits(toy(30), Habits().users, 7):
+    for visit in make_visits(toy(30), Habits().users, 7):
         places = [in_order.index(request.text) for request in visit.requests]
         assert places == sorted(places)
 
@@ -320,7 +321,7 @@ def test_a_replay_reaches_a_real_service_with_its_feedback_in_the_store(tmp_path
     assert result.accuracy(["wing"]) == 0.0
     assert len(exchanges) == 11
     assert len({row["session"] for row in exchanges if row["session"]}) == len(
-        visits(requests, Habits().users, 7)
+        make_visits(requests, Habits().users, 7)
     )
     assert Counter(row["thumb"] for row in feedback) == {-1: 9, 1: 1}
     assert {row["correction"] for row in feedback if row["thumb"] == -1} == {

@@ -12,33 +12,33 @@ from stages.common.errors import InputError
 def test_a_retraining_is_set_down_step_by_step_and_ends_in_the_history(tmp_path):
     with progress.lock(tmp_path) as mine:
         assert mine
-        run = progress.begin(tmp_path, "drift", "w1", "m:1", since=10.0, now=1_800_000_000.0)
+        run = progress.start(tmp_path, "drift", "w1", "m:1", since=10.0, now=1_800_000_000.0)
         assert (run.id, run.step, run.until) == ("20270115T080000", "gather", 1_800_000_000.0)
         steps = [run.step]
         while run.step != "canary":
             run = progress.advance(tmp_path, run)
             steps.append(run.step)
-            assert progress.unfinished(tmp_path) == run
+            assert progress.read_state(tmp_path) == run
         assert tuple(steps) == progress.STEPS
         ended = progress.finish(tmp_path, run, "promoted", "better")
-    assert progress.unfinished(tmp_path) is None
-    assert progress.history(tmp_path) == [ended]
-    assert (ended.outcome, ended.said, ended.champion) == ("promoted", "better", "m:1")
+    assert progress.read_state(tmp_path) is None
+    assert progress.read_history(tmp_path) == [ended]
+    assert (ended.outcome, ended.summary, ended.champion) == ("promoted", "better", "m:1")
 
 
 def test_what_a_step_found_goes_with_the_record(tmp_path):
-    run = progress.begin(tmp_path, "drift", None, "m:1", since=0.0)
+    run = progress.start(tmp_path, "drift", None, "m:1", since=0.0)
     progress.advance(tmp_path, run, candidate="m:2")
-    assert progress.unfinished(tmp_path).candidate == "m:2"
+    assert progress.read_state(tmp_path).candidate == "m:2"
 
 
 def test_killed_between_its_last_two_files_it_ends_once(tmp_path):
-    run = progress.begin(tmp_path, "drift", None, "m:1", since=0.0)
+    run = progress.start(tmp_path, "drift", None, "m:1", since=0.0)
     ended = progress.finish(tmp_path, run, "rejected", "worse")
-    progress.save(tmp_path, run)  # as if the record had outlived the kill
+    progress.save_state(tmp_path, run)  # as if the record had outlived the kill
     progress.finish(tmp_path, run, "rejected", "worse")
-    assert progress.history(tmp_path) == [ended]
-    assert progress.unfinished(tmp_path) is None
+    assert progress.read_history(tmp_path) == [ended]
+    assert progress.read_state(tmp_path) is None
 
 
 def test_only_one_process_works_on_a_retraining_and_a_killed_one_gives_way(tmp_path):
@@ -65,6 +65,6 @@ def test_only_one_process_works_on_a_retraining_and_a_killed_one_gives_way(tmp_p
 def test_a_record_of_something_else_is_named_with_its_remedy(tmp_path, name):
     (tmp_path / ".perennial").mkdir()
     (tmp_path / ".perennial" / name).write_text('{"id": "x"}\n')
-    read = {"retrain.json": progress.unfinished, "retrainings.jsonl": progress.history}[name]
-    with pytest.raises(InputError, match=rf"{name} is no record .*\n  fix: remove"):
+    read = {"retrain.json": progress.read_state, "retrainings.jsonl": progress.read_history}[name]
+    with pytest.raises(InputError, match=rf"{name} is not .*\n  fix: remove"):
         read(tmp_path)

@@ -37,7 +37,7 @@ def wait_until_none_is_left(home):
 
 def test_two_triggers_at_once_are_one_retraining_and_the_gate_refuses_what_learned_nothing(home):
     before, named = home.aliases, bearers(home)
-    command = home.command("-m", "flows.retrain", "--why", "more tickets")
+    command = home.command("-m", "flows.retrain", "--reason", "more tickets")
     both = [
         subprocess.Popen(
             command, cwd=home.root, env=home.environment, text=True,
@@ -52,11 +52,13 @@ def test_two_triggers_at_once_are_one_retraining_and_the_gate_refuses_what_learn
             process.kill()
             process.wait()
     assert [process.returncode for process in both] == [0, 0]
-    assert said[0] == "another process retrains already" and said[1].startswith("rejected: by the gate"), said
+    assert said[0] == "another process is retraining already" and said[1].startswith(
+        "rejected: by the gate"
+    ), said
 
-    (ended,) = progress.history(home.root)
+    (ended,) = progress.read_history(home.root)
     assert (ended.outcome, ended.champion) == ("rejected", before.champion)
-    assert progress.unfinished(home.root) is None
+    assert progress.read_state(home.root) is None
     assert not judge.read_verdict(home.root, ended.candidate).passed
     assert home.versions()[ended.candidate].gate == "refused"
     assert (home.aliases, bearers(home)) == (before, named)
@@ -67,12 +69,12 @@ def test_two_triggers_at_once_are_one_retraining_and_the_gate_refuses_what_learn
 
 
 def test_killed_at_every_step_before_users_see_it_the_same_retraining_goes_on_and_moves_no_alias(home):
-    before, named, known = home.aliases, bearers(home), progress.history(home.root)
+    before, named, known = home.aliases, bearers(home), progress.read_history(home.root)
     home.change({"finetune.seed": 8})
     folder = home.root / STATE
 
     def at(step):
-        left = progress.unfinished(home.root)
+        left = progress.read_state(home.root)
         return left is not None and left.step == step
 
     def in_a_stage():
@@ -85,7 +87,7 @@ def test_killed_at_every_step_before_users_see_it_the_same_retraining_goes_on_an
     ids = set()
     for is_time in (lambda: at("gather"), in_a_stage, lambda: at("record"), asking):
         home.kill_retraining("killed", is_time)
-        ids.add(progress.unfinished(home.root).id)
+        ids.add(progress.read_state(home.root).id)
         assert (home.aliases, bearers(home)) == (before, named)
     (one,) = ids
 
@@ -93,20 +95,20 @@ def test_killed_at_every_step_before_users_see_it_the_same_retraining_goes_on_an
     assert done.returncode == 0, done.stderr
     assert f"going on with the retraining {one} (killed), at gate" in done.stderr
     assert done.stdout.startswith("rejected: by the gate"), done.stdout
-    *earlier, ended = progress.history(home.root)
+    *earlier, ended = progress.read_history(home.root)
     assert earlier == known and (ended.id, ended.outcome) == (one, "rejected")
-    assert progress.unfinished(home.root) is None
+    assert progress.read_state(home.root) is None
     assert home.versions()[ended.candidate].gate == "refused"
     assert (home.aliases, bearers(home)) == (before, named)
     wait_until_none_is_left(home)
 
 
 def test_killed_while_some_users_see_it_the_trial_goes_on_and_ends_in_one_promotion(home):
-    before, known = home.aliases, progress.history(home.root)
+    before, known = home.aliases, progress.read_history(home.root)
     silence = {"max_minutes": 0.05, "on_silence": "promote"}
     home.change(LEARNING | {f"flows.retrain.canary.{name}": value for name, value in silence.items()})
     home.kill_retraining("better training", lambda: home.aliases.challenger is not None)
-    left = progress.unfinished(home.root)
+    left = progress.read_state(home.root)
     assert left.step == "canary" and left.candidate == home.aliases.challenger.tag
     assert judge.read_verdict(home.root, left.candidate).passed
     assert home.versions()[left.candidate].gate == "passed"
@@ -117,7 +119,7 @@ def test_killed_while_some_users_see_it_the_trial_goes_on_and_ends_in_one_promot
     assert done.returncode == 0, done.stderr
     assert f"going on with the retraining {left.id} (better training), at canary" in done.stderr
     assert done.stdout.startswith(f"promoted: {left.candidate}"), done.stdout
-    *earlier, ended = progress.history(home.root)
+    *earlier, ended = progress.read_history(home.root)
     assert earlier == known and (ended.id, ended.outcome) == (left.id, "promoted")
     assert (home.aliases.champion, home.aliases.challenger) == (left.candidate, None)
     assert bearers(home) == {"champion": left.candidate}
