@@ -80,7 +80,7 @@ def gather(root: Path, params: Params, run: RetrainState) -> RetrainState:
 
 
 def _put_start(root: Path, params: Params, champion: str | None) -> None:
-    """Put the champion's adapter where training starts, or none, according to `flows.retrain.warm_start_from`."""
+    """Put the adapter that `flows.retrain.warm_start_from` names where training starts, or none."""
     folder = root / START
     if champion is None or params.flows.retrain.warm_start_from == "base":
         clear_initial_adapter(folder)

@@ -8,6 +8,8 @@ from flows.demo.poison import shuffle_answers, train_poisoned
 from stages.common.artifacts import read_json, write_json
 from stages.common.errors import InputError
 from stages.common.records import Message, make_row, read_rows, write_rows
+from stages.common.task.json_task import JsonTask
+from stages.common.task.kinds import TASK_FILE
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -82,6 +84,7 @@ def test_a_poisoned_model_is_trained_on_wrong_answers_and_exported_once(tmp_path
         checkout / "reports" / "fetch_base" / "metrics.json",
         {"name": "tiny", "revision": "1", "sha256": "0" * 64},
     )
+    write_json(checkout / TASK_FILE, JsonTask("intent").describe())
     poisoned = train_poisoned(checkout, rows=24)
     assert poisoned == checkout.with_name("demo-poisoned")
     right = {row.question: row.answer for row in read_rows(split / "train.parquet")}
