@@ -1,8 +1,8 @@
-"""Pack the champion into a Bento: the service, its model and exact requirements, as one thing to carry away.
+"""Package the champion as a Bento: the service, its model and pinned requirements.
 
     perennial package [--engine auto|paged|openvino|transformers|vllm] [--output perennial.tar]
 
-The Bento starts on a machine that has neither this repository nor its history: `bentoml serve perennial`.
+The Bento runs on machines without this repository: `bentoml serve perennial`.
 """
 
 from __future__ import annotations
@@ -32,30 +32,28 @@ if TYPE_CHECKING:
     from bentoml.images import Image
 
 ENGINES = ("auto", "paged", "openvino", "transformers", "vllm")
-ON_CPU = ("paged", "openvino")  # computed from the GGUF alone
+CPU_ENGINES = ("paged", "openvino")  # need the GGUF only
 SERVICE = "services.generation:Generation"
 PYTHON = "3.11"
-UV = "0.13.8"  # installs the packages in the image; BentoML would take the newest
-# The code of the service, without what stays at home: how it is deployed, and texts that train the guard.
-LEFT_OUT = shutil.ignore_patterns("__pycache__", "deploy", "train_*.csv", "heldout_*.csv")
+UV = "0.13.8"  # installs the packages in the image; BentoML would use the newest
+# Not part of the Bento: deployment files, and the training texts of the guard.
+EXCLUDED = shutil.ignore_patterns("__pycache__", "deploy", "train_*.csv", "heldout_*.csv")
 REQUIREMENTS = "requirements.txt"
 BENTOFILE = "bentofile.yaml"  # JSON is YAML
-# Run in the staged folder, by a Python that sees no other `services`: what is missing there shows here.
+# Runs in the folder of staged files, where no other `services` is importable, so that missing files show.
 BUILD = "import sys; from services.package import build_staged; build_staged(sys.argv[1])"
 PORT = 3000
 READY = f"import urllib.request as u; u.urlopen('http://127.0.0.1:{PORT}/readyz', timeout=4)"
 
-log = logging.getLogger("package")
-
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What the Bento is made of, beside the staged files.
+class BentoSpec:
+    """The contents of a Bento, apart from the staged files.
 
     Attributes:
-        engine: `auto`, or the one engine that it will run.
-        models: tags of the model store that go with it.
-        labels: what `bentoml get` shows of it.
+        engine: the engine it runs, or `auto`.
+        models: tags of the models that it includes.
+        labels: metadata that `bentoml get` shows.
     """
 
     engine: str
@@ -64,66 +62,65 @@ class Plan:
     description: str
 
 
-def package(root: Path, engine: str | None = None) -> str:
-    """Build a Bento of the champion into BentoML's store; return its tag.
+def build_bento(root: Path, engine: str | None = None) -> str:
+    """Build a Bento of the champion in BentoML's store; return its tag.
 
     Args:
         root: the repository.
-        engine: what the Bento will run; None: what params.yaml says.
+        engine: the engine that the Bento runs; None for the one in params.yaml.
 
     Raises:
-        InputError: there is no model, the lock lacks a package, or BentoML refused.
+        InputError: there is no model, requirements.lock lacks a package, or BentoML failed.
     """
     settings = load_params(root / "params.yaml").services
     engine = engine or settings.engine.kind
     champion = newest_as_champion(settings.versions.follow_pipeline)
-    plan = Plan(
-        engine, _models(champion, engine), _labels(root, champion, engine), _describe(champion, engine)
+    spec = BentoSpec(
+        engine,
+        _list_models(champion, engine),
+        _make_labels(root, champion, engine),
+        _describe(champion, engine),
     )
     with tempfile.TemporaryDirectory(prefix="perennial-bento-") as name:
-        stage(root, Path(name), champion, engine)
-        return _build(Path(name), plan)
+        stage_files(root, Path(name), champion, engine)
+        return _run_build(Path(name), spec)
 
 
-def stage(root: Path, folder: Path, champion: str, engine: str) -> None:
-    """Copy into `folder` what the service needs beside its model.
+def stage_files(root: Path, folder: Path, champion: str, engine: str) -> None:
+    """Copy the code, parameters and requirements of the service into `folder`.
 
     Raises:
-        InputError: the lock lacks a package that the service needs.
+        InputError: requirements.lock lacks a package that the service needs.
     """
-    shutil.copytree(root / "services", folder / "services", ignore=LEFT_OUT)
-    shutil.copytree(root / "stages" / "common", folder / "stages" / "common", ignore=LEFT_OUT)
+    shutil.copytree(root / "services", folder / "services", ignore=EXCLUDED)
+    shutil.copytree(root / "stages" / "common", folder / "stages" / "common", ignore=EXCLUDED)
     shutil.copy2(root / "stages" / "__init__.py", folder / "stages")
     write_json(folder / ALIASES, asdict(Aliases(champion)))
-    params = with_engine((root / "params.yaml").read_text(encoding="utf-8"), engine)
+    params = set_engine((root / "params.yaml").read_text(encoding="utf-8"), engine)
     write_text(folder / "params.yaml", params)
     load_params(folder / "params.yaml")
-    write_text(folder / REQUIREMENTS, "".join(f"{line}\n" for line in requirements(root, engine)))
+    write_text(folder / REQUIREMENTS, "".join(f"{line}\n" for line in resolve_requirements(root, engine)))
 
 
-def requirements(root: Path, engine: str) -> list[str]:
-    """Return what pip shall install beside BentoML: exact versions, as they were tested.
+def resolve_requirements(root: Path, engine: str) -> list[str]:
+    """Return the requirements that are installed next to BentoML, pinned to the tested versions.
 
-    vLLM's pins exclude those of the lock, and it has an environment of its own: there pyproject.toml's
-    ranges hold, and vLLM's pins within them.
+    vLLM's own pins conflict with requirements.lock, so for vLLM the ranges of pyproject.toml are used.
 
     Raises:
-        InputError: the lock lacks a package.
+        InputError: requirements.lock lacks a package.
     """
     from packaging.requirements import Requirement
 
-    asked = asked_for((root / "pyproject.toml").read_text(encoding="utf-8"), engine)
+    wanted = read_requirements((root / "pyproject.toml").read_text(encoding="utf-8"), engine)
     if engine == "vllm":
-        return [line for line in asked if Requirement(line).name != "bentoml"]
+        return [line for line in wanted if Requirement(line).name != "bentoml"]
     lock = (root / "requirements.lock").read_text(encoding="utf-8")
-    return closure(lock, [Requirement(line).name for line in asked])
+    return resolve_pins(lock, [Requirement(line).name for line in wanted])
 
 
-def with_engine(params: str, engine: str) -> str:
-    """Return the text of params.yaml with `services.engine.kind` changed; vLLM also gets a GPU.
-
-    Comments stay: who deploys the Bento reads them.
-    """
+def set_engine(params: str, engine: str) -> str:
+    """Return the text of params.yaml with `services.engine.kind` set, and a GPU for vLLM; comments stay."""
     head, section, rest = re.split(r"(?m)(^services:\n(?:[ #\n].*\n?)*)", params, maxsplit=1)
     section = re.sub(r"(?m)^(    kind: )\w+", rf"\g<1>{engine}", section, count=1)
     if engine == "vllm":
@@ -131,8 +128,8 @@ def with_engine(params: str, engine: str) -> str:
     return head + section + rest
 
 
-def asked_for(pyproject: str, engine: str) -> list[str]:
-    """Return the lines of pyproject.toml that say what serving with this engine needs."""
+def read_requirements(pyproject: str, engine: str) -> list[str]:
+    """Return the requirements in pyproject.toml for serving with this engine."""
     import tomllib
 
     project = tomllib.loads(pyproject)["project"]
@@ -143,11 +140,10 @@ def asked_for(pyproject: str, engine: str) -> list[str]:
     ]
 
 
-def closure(lock: str, roots: Iterable[str]) -> list[str]:
-    """Return the pins of the lock that `roots` need, themselves included, sorted.
+def resolve_pins(lock: str, roots: Iterable[str]) -> list[str]:
+    """Return the pins of `roots` and all their dependencies, sorted; without BentoML, which pins itself.
 
-    The lock says for each package what it is there for (`# via`): that is the graph, read backwards.
-    BentoML adds its own pin.
+    The dependency graph comes from the `# via` comments of the lock.
 
     Raises:
         InputError: a root is not locked.
@@ -157,7 +153,7 @@ def closure(lock: str, roots: Iterable[str]) -> list[str]:
     pins, needs = read_lock(lock)
     wanted = {str(canonicalize_name(name)) for name in roots}
     if missing := sorted(wanted - pins.keys()):
-        raise InputError(f"requirements.lock has no {', '.join(missing)}", "lock them: make lock")
+        raise InputError(f"requirements.lock has no {', '.join(missing)}", "add them: make lock")
     found: set[str] = set()
     while wanted:
         name = wanted.pop()
@@ -167,7 +163,7 @@ def closure(lock: str, roots: Iterable[str]) -> list[str]:
 
 
 def read_lock(lock: str) -> tuple[dict[str, str], dict[str, set[str]]]:
-    """Return the pins by package, and what each package brings along."""
+    """Return the pins by package, and the dependencies of each package."""
     pins: dict[str, str] = {}
     needs: dict[str, set[str]] = defaultdict(set)
     name = ""
@@ -180,32 +176,32 @@ def read_lock(lock: str) -> tuple[dict[str, str], dict[str, set[str]]]:
     return pins, needs
 
 
-def _models(champion: str, engine: str) -> tuple[str, ...]:
-    """Return the tags to take along: the model, and its base where an engine may read it."""
+def _list_models(champion: str, engine: str) -> tuple[str, ...]:
+    """Return the tags of the models to include: the champion, and its base if the engine may need it."""
     import bentoml
 
-    if engine in ON_CPU and stored(champion).gguf is None:
+    if engine in CPU_ENGINES and stored(champion).gguf is None:
         raise InputError(
-            f"{champion} has no GGUF, which OpenVINO reads", "set export.gguf: true, or take another engine"
+            f"{champion} has no GGUF, which OpenVINO needs", "set export.gguf: true, or use another engine"
         )
     base = bentoml.models.get(champion).info.metadata.get("base")
-    return (champion,) if engine in ON_CPU or not base else (champion, str(base))
+    return (champion,) if engine in CPU_ENGINES or not base else (champion, str(base))
 
 
-def _labels(root: Path, champion: str, engine: str) -> dict[str, str]:
-    """Return what the Bento says of itself. A label is at most 63 letters, digits and `-_.`."""
+def _make_labels(root: Path, champion: str, engine: str) -> dict[str, str]:
+    """Return the labels; a value may have at most 63 letters, digits and `-_.`."""
     name, _, version = champion.partition(":")
     return {
         "engine": engine,
-        "git_revision": revision(root),
+        "git_revision": read_revision(root),
         "made-by": "perennial",
         "model": name,
         "version": version,
     }
 
 
-def revision(root: Path) -> str:
-    """Return the commit of the code, with `-changed` where files differ from it; `unknown` without git."""
+def read_revision(root: Path) -> str:
+    """Return the commit of the code, with `-changed` if files differ from it; `unknown` without git."""
     command = [
         "git",
         "-C",
@@ -226,58 +222,60 @@ def _describe(champion: str, engine: str) -> str:
     about = stored(champion).about
     return (
         f"# {champion}\n\n"
-        f"Tuned from `{about['base_model']}`. Engine: {engine}.\n\n"
-        "Start it with `bentoml serve`: an OpenAI-compatible API under `/v1`, a page for trying at `/`, "
-        "probes at `/livez` and `/readyz`, figures at `/metrics`.\n\n"
-        "Events go where `PERENNIAL_EVENTS_URL` says, keys are read from `PERENNIAL_KEYS_FILE`; without them "
-        "`params.yaml` beside the code decides.\n"
+        f"Fine-tuned from `{about['base_model']}`. Engine: {engine}.\n\n"
+        "Start it with `bentoml serve`: an OpenAI-compatible API under `/v1`, a playground at `/`, "
+        "probes at `/livez` and `/readyz`, metrics at `/metrics`.\n\n"
+        "`PERENNIAL_EVENTS_URL` sets the event store and `PERENNIAL_KEYS_FILE` the file of API keys; the "
+        "defaults are in `params.yaml`, next to the code.\n"
     )
 
 
-def _build(folder: Path, plan: Plan) -> str:
+def _run_build(folder: Path, spec: BentoSpec) -> str:
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    command = [sys.executable, "-c", BUILD, json.dumps(asdict(plan))]
+    command = [sys.executable, "-c", BUILD, json.dumps(asdict(spec))]
     built = subprocess.run(command, cwd=folder, env=clean, stdout=subprocess.PIPE, text=True)
     if built.returncode:
-        raise InputError("BentoML built no Bento; its reasons are above", "mend them, and pack again")
+        raise InputError(
+            "BentoML could not build the Bento; see its output above", "fix the cause, and package again"
+        )
     return built.stdout.split()[-1]
 
 
-def build_staged(plan_json: str) -> None:
-    """Build the Bento out of the working directory, and write its tag to standard output."""
+def build_staged(spec_json: str) -> None:
+    """Build the Bento from the working directory, and print its tag."""
     set_quiet_environment()
     import bentoml
 
     from services.generation import Generation
 
-    plan = Plan(**json.loads(plan_json))
+    spec = BentoSpec(**json.loads(spec_json))
     service: Any = Generation
-    service.image = image(plan.engine, REQUIREMENTS)
-    write_json(Path(BENTOFILE), bentofile(plan))
+    service.image = make_image(spec.engine, REQUIREMENTS)
+    write_json(Path(BENTOFILE), make_bentofile(spec))
     bento = bentoml.bentos.build_bentofile(BENTOFILE, build_ctx=".")
     sys.stdout.write(f"\n{bento.tag}\n")
 
 
-def bentofile(plan: Plan) -> dict[str, Any]:
+def make_bentofile(spec: BentoSpec) -> dict[str, Any]:
     """Return BentoML's build options."""
     return {
         "service": SERVICE,
-        "labels": plan.labels,
-        "description": plan.description,
-        "models": list(plan.models),
-        "python": {"lock_packages": False},  # they are pinned by our lock, to what the tests ran with
-        "envs": [{"name": name, "value": value} for name, value in environment(plan.engine).items()],
+        "labels": spec.labels,
+        "description": spec.description,
+        "models": list(spec.models),
+        "python": {"lock_packages": False},  # pinned already, to the tested versions
+        "envs": [{"name": name, "value": value} for name, value in make_environment(spec.engine).items()],
     }
 
 
-def image(engine: str, requirements: str) -> Image:
-    """Return how `bentoml containerize` makes an image: slim Debian, BentoML's own user, a health check.
+def make_image(engine: str, requirements: str) -> Image:
+    """Return the image that `bentoml containerize` builds: slim Debian, BentoML's user, a health check.
+
+    Not one of BentoML's distributions: its Debian installs compilers and git, which only vLLM needs (Triton
+    compiles at start).
 
     Args:
-        requirements: a path below the working directory; BentoML takes no other.
-
-    BentoML's list of distributions is gone round: its Debian installs compilers and git, which only the
-    GPU engines need (Triton compiles when it starts).
+        requirements: a path below the working directory; BentoML accepts no other.
     """
     from bentoml.images import Image
 
@@ -291,38 +289,40 @@ def image(engine: str, requirements: str) -> Image:
     if engine == "vllm":
         packages = "apt-get install -q -y --no-install-recommends gcc libc6-dev"
         slim.run(f"apt-get update && {packages} && rm -rf /var/lib/apt/lists/*")
-    # BentoML has no word for a health check: this one ends its RUN and begins an instruction of its own.
+    # BentoML has no option for a health check: this ends its RUN and starts an instruction of our own.
     check = "HEALTHCHECK --interval=15s --timeout=5s --start-period=300s --retries=3 CMD"
     slim.run(f'true\n\n{check} ["/app/.venv/bin/python", "-c", "{READY}"]')
     return slim.requirements_file(requirements)
 
 
-def environment(engine: str) -> dict[str, str]:
-    """Return the variables of the image; they do not matter where no image is made of the Bento."""
-    # A container's loopback is its own. The port is what the image exposes, and its health check asks.
+def make_environment(engine: str) -> dict[str, str]:
+    """Return the environment variables of the image."""
+    # Loopback is not reachable from outside a container; the port is the one that the image exposes.
     values = {"BENTOML_DO_NOT_TRACK": "True", "BENTOML_HOST": "0.0.0.0", "BENTOML_PORT": str(PORT)}
-    if engine in ON_CPU:
-        values["UV_TORCH_BACKEND"] = "cpu"  # the other builds bring several GB of CUDA
+    if engine in CPU_ENGINES:
+        values["UV_TORCH_BACKEND"] = "cpu"  # the other builds include several GB of CUDA
     if engine == "vllm":
         values["NVIDIA_DRIVER_CAPABILITIES"] = "compute,utility"
     return values
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Pack the champion; return the exit code."""
+    """Package the champion; return the exit code."""
     set_quiet_environment()
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
-    parser = argparse.ArgumentParser(prog="perennial package", description="Pack the champion into a Bento.")
-    parser.add_argument("--engine", choices=ENGINES, help="what it will run; services.engine.kind without")
+    parser = argparse.ArgumentParser(prog="perennial package", description="Package the champion as a Bento.")
+    parser.add_argument("--engine", choices=ENGINES, help="engine to run (default: services.engine.kind)")
     parser.add_argument(
-        "--output", type=Path, help="also write it to this file, to be carried to another machine"
+        "--output", type=Path, help="also export it to this file, to copy it to another machine"
     )
     options = parser.parse_args(arguments)
     try:
-        tag = package(Path(), options.engine)
-        lines = [f"{tag} is in the store: bentoml serve {tag}"]
+        tag = build_bento(Path(), options.engine)
+        lines = [f"{tag} is in BentoML's store: bentoml serve {tag}"]
         if options.output is not None:
-            lines.append(f"and in {export(tag, options.output)}: bentoml import it, where it shall run")
+            lines.append(
+                f"exported to {export_bento(tag, options.output)}: run bentoml import on the other machine"
+            )
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
@@ -330,8 +330,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def export(tag: str, path: Path) -> str:
-    """Write a Bento with its models to a file; return where it is."""
+def export_bento(tag: str, path: Path) -> str:
+    """Export a Bento with its models to a file; return its path."""
     import bentoml
 
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,15 @@ import httpx
 import pytest
 import yaml
 
-from services.package import closure, environment, image, read_lock, requirements, revision, with_engine
+from services.package import (
+    make_environment,
+    make_image,
+    read_lock,
+    read_revision,
+    resolve_pins,
+    resolve_requirements,
+    set_engine,
+)
 from stages.common.errors import InputError
 from stages.common.params.loading import load_params
 from tests.tiny import make_model, save_model
@@ -45,12 +53,12 @@ INSTRUCTIONS = ("FROM", "ENV", "ARG", "RUN", "WORKDIR", "COPY", "EXPOSE", "HEALT
 
 
 def test_requirements_are_what_the_roots_bring_along_and_nothing_else():
-    assert closure(LOCK, ["BentoML"]) == ["anyio==4.1", "httpx==0.28", "starlette==1.0"]
+    assert resolve_pins(LOCK, ["BentoML"]) == ["anyio==4.1", "httpx==0.28", "starlette==1.0"]
 
 
 def test_a_root_that_is_not_locked_is_named():
     with pytest.raises(InputError, match=r"requirements.lock has no openvino, torch"):
-        closure(LOCK, ["bentoml", "torch", "openvino"])
+        resolve_pins(LOCK, ["bentoml", "torch", "openvino"])
 
 
 def test_the_lock_says_what_brings_what():
@@ -60,7 +68,7 @@ def test_the_lock_says_what_brings_what():
 
 
 def test_a_bento_has_exact_versions_of_what_serving_needs_and_leaves_training_at_home():
-    pins = requirements(ROOT, "openvino")
+    pins = resolve_requirements(ROOT, "openvino")
     names = {pin.partition("==")[0] for pin in pins}
     assert all("==" in pin for pin in pins)
     assert {"torch", "transformers", "fastapi", "pydantic", "jinja2", "psycopg-binary"} <= names
@@ -68,7 +76,7 @@ def test_a_bento_has_exact_versions_of_what_serving_needs_and_leaves_training_at
 
 
 def test_a_bento_for_vllm_leaves_the_choice_of_versions_to_vllm():
-    lines = requirements(ROOT, "vllm")
+    lines = resolve_requirements(ROOT, "vllm")
     assert any(line.startswith("vllm==") for line in lines)
     assert any(line.startswith("torch==") for line in lines)
 
@@ -77,7 +85,7 @@ def test_a_bento_for_vllm_leaves_the_choice_of_versions_to_vllm():
 def test_the_parameters_of_a_bento_differ_in_the_engine_only(tmp_path, engine):
     text = (ROOT / "params.yaml").read_text()
     changed = tmp_path / "params.yaml"
-    changed.write_text(with_engine(text, engine))
+    changed.write_text(set_engine(text, engine))
     settings = load_params(changed).services
     assert settings.engine.kind == engine
     assert settings.engine.gpus == (1 if engine == "vllm" else 0)
@@ -91,8 +99,8 @@ def test_the_parameters_of_a_bento_differ_in_the_engine_only(tmp_path, engine):
 
 
 def test_the_label_names_the_commit(tmp_path):
-    assert len(revision(ROOT).removesuffix("-changed")) == 40
-    assert revision(tmp_path) == "unknown"
+    assert len(read_revision(ROOT).removesuffix("-changed")) == 40
+    assert read_revision(tmp_path) == "unknown"
 
 
 def dockerfile(folder: Path, engine: str) -> list[str]:
@@ -100,11 +108,11 @@ def dockerfile(folder: Path, engine: str) -> list[str]:
     from bentoml._internal.bento.build_config import BentoEnvSchema
 
     (folder / "requirements.txt").write_text("httpx==0.28\n")
-    variables = [BentoEnvSchema(name=name, value=value) for name, value in environment(engine).items()]
+    variables = [BentoEnvSchema(name=name, value=value) for name, value in make_environment(engine).items()]
     before = Path.cwd()
     os.chdir(folder)  # BentoML reads paths below the working directory only
     try:
-        image(engine, "requirements.txt").freeze(folder, variables)
+        make_image(engine, "requirements.txt").freeze(folder, variables)
     finally:
         os.chdir(before)
     text = (folder / "env/docker/Dockerfile").read_text().replace("\\\n", " ")
