@@ -279,13 +279,13 @@ def _instant(text: str | None) -> float | None:
 
 def _traffic(root: Path, params: Params, cache: StatusCache, problems: list[str]) -> dict[str, Any] | None:
     """Return counts of the last days of traffic in bins of one length; None without any."""
-    from services.events import count_traffic, time_span
+    from services.events import count_traffic, read_time_span
 
     url = _store(root, params.services.events.url)
     if url is None:
         return None
     try:
-        span = time_span(url)
+        span = read_time_span(url)
         if span is None:
             return None
         edges, step_s = cut_bins(*span)

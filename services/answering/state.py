@@ -11,7 +11,7 @@ from typing import Any
 from services.answering.request import GenerationRequest
 from services.engines.protocol import Step
 from services.events import Exchange
-from services.events.redaction import pseudonym
+from services.events.redaction import pseudonymise
 from services.guard.checks import GuardDecision
 from services.model_pool import LoadedModel, Route
 
@@ -108,8 +108,8 @@ def build_exchange(
         received_at=request.received_at,
         route=request.route,
         key_id=request.caller.key,
-        user=pseudonym(request.user, redact),
-        session=pseudonym(request.session, redact),
+        user=pseudonymise(request.user, redact),
+        session=pseudonymise(request.session, redact),
         role=state.route.role,
         shadow_of=request.shadow_of,
         model=state.model.files.name,

@@ -1,7 +1,7 @@
-"""The event store: every request with its answer, and what people said of it, kept for good.
+"""The event store: every request with its answer, and the feedback on it.
 
-An event counts as recorded when its transaction is on the disk. One thread writes; events that
-arrive together share a commit. Other processes read at the same time.
+An event is recorded once its transaction is on disk. One thread writes; events that arrive together share a
+commit. Other processes can read at the same time.
 
 Run: `perennial events export --from 2026-01-01T00:00 --to 2026-02-01T00:00 --out january.parquet`,
 `perennial events prune --older-than-days 90` or `perennial events migrate`
@@ -13,12 +13,12 @@ from services.events.reading import (
     count_exchanges,
     count_traffic,
     export_window,
-    joined_schema,
+    get_joined_schema,
     read_exchanges,
     read_feedback,
     read_joined,
+    read_time_span,
     read_times,
-    time_span,
 )
 from services.events.schema import (
     CLIENT_GONE,
@@ -47,12 +47,12 @@ __all__ = [
     "count_exchanges",
     "count_traffic",
     "export_window",
-    "joined_schema",
+    "get_joined_schema",
     "open_store",
     "prune",
     "read_exchanges",
     "read_feedback",
     "read_joined",
+    "read_time_span",
     "read_times",
-    "time_span",
 ]

@@ -11,23 +11,23 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn
 
-from services.events.database import check_url, shown
-from services.events.opening import migrate_store, reached
+from services.events.database import check_url, mask_password
+from services.events.opening import migrate_store, translate_errors
 from services.events.pruning import prune
 from services.events.reading import export_window
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage
 
-log = get_logger("events")
+logger = get_logger("events")
 
 
-class _OneLine(argparse.ArgumentParser):
+class _OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
 def _arguments(words: Sequence[str]) -> argparse.Namespace:
-    parser = _OneLine(prog="perennial events", description="The event store.")
+    parser = _OneLineParser(prog="perennial events", description="The event store.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="export | prune | migrate")
     export = commands.add_parser("export", help="write exchanges and feedback as Parquet")
     export.add_argument("--from", dest="start", type=_instant, required=True, help="2026-01-01T00:00, UTC")
@@ -35,9 +35,9 @@ def _arguments(words: Sequence[str]) -> argparse.Namespace:
     export.add_argument("--out", type=Path, required=True, help="the file to write")
     older = commands.add_parser("prune", help="delete old exchanges and their feedback")
     older.add_argument("--older-than-days", type=_days, required=True)
-    commands.add_parser("migrate", help="make the store, or bring its schema up to date")
+    commands.add_parser("migrate", help="create the store, or upgrade its schema")
     for command in commands.choices.values():
-        command.add_argument("--url", help="of the store; params.yaml services.events.url if not given")
+        command.add_argument("--url", help="URL of the store (default: services.events.url in params.yaml)")
     arguments = parser.parse_args(words)
     if arguments.command == "export" and arguments.start >= arguments.end:
         parser.error("--from is not before --to")
@@ -48,7 +48,7 @@ def _instant(word: str) -> float:
     try:
         instant = datetime.fromisoformat(word)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{word!r} is no time like 2026-01-01T00:00") from None
+        raise argparse.ArgumentTypeError(f"{word!r} is not a time like 2026-01-01T00:00") from None
     return (instant if instant.tzinfo else instant.replace(tzinfo=UTC)).timestamp()
 
 
@@ -58,25 +58,25 @@ def _days(word: str) -> float:
     except ValueError:
         days = math.nan
     if not 0 <= days < math.inf:
-        raise argparse.ArgumentTypeError(f"{word!r} is no number of days")
+        raise argparse.ArgumentTypeError(f"{word!r} is not a number of days")
     return days
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Export, prune or migrate, as the arguments say."""
+    """Run the command of the arguments."""
     arguments = _arguments(sys.argv[1:] if words is None else words)
     url = arguments.url or _url_of_params()
     if arguments.command == "export":
         rows = export_window(url, arguments.start, arguments.end, arguments.out)
-        log.info("%d exchanges written to %s", rows, arguments.out)
+        logger.info("wrote %d exchanges to %s", rows, arguments.out)
     elif arguments.command == "prune":
         pruned = prune(url, time.time() - arguments.older_than_days * 86_400)
-        log.info("deleted %d exchanges, %d feedback", pruned.exchanges, pruned.feedback)
+        logger.info("deleted %d exchanges, %d feedback", pruned.exchanges, pruned.feedback)
     else:
         parsed = check_url(url)
-        with reached(parsed, InputError):
+        with translate_errors(parsed, InputError):
             changed = migrate_store(parsed)
-        log.info("%s %s", shown(parsed), "is up to date now" if changed else "was up to date")
+        logger.info("%s %s", mask_password(parsed), "has been upgraded" if changed else "is up to date")
 
 
 def _url_of_params() -> str:

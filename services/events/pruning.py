@@ -8,13 +8,13 @@ from typing import Any
 
 from sqlalchemy import Engine, delete, exists, select
 
-from services.events.opening import opened
+from services.events.opening import open_database
 from services.events.schema import exchanges, feedback
 from stages.common.logs import get_logger
 
-log = get_logger("events")
+logger = get_logger("events")
 
-PAGE_ROWS = 1000  # deleted with one transaction
+PAGE_ROWS = 1000  # deleted in one transaction
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +26,10 @@ class Pruned:
 
 
 def prune(url: str, before: float) -> Pruned:
-    """Delete exchanges received before `before` (unix s) with the feedback on them, and return the counts.
+    """Delete exchanges received before `before` (unix s) and their feedback; return the counts.
 
-    Feedback whose exchange is gone goes by its own time. Deletes in short transactions, between
-    which the service can write; SQLite gives the freed pages back to the disk.
+    Feedback without an exchange is deleted by its own time. Deletes in short transactions, so that the
+    service can write in between; SQLite's file shrinks afterwards.
 
     Raises:
         InputError: as `read_exchanges`.
@@ -37,13 +37,13 @@ def prune(url: str, before: float) -> Pruned:
     old_exchanges = select(exchanges.c.request_id).where(exchanges.c.received_at < before)
     orphan = ~exists().where(exchanges.c.request_id == feedback.c.request_id)
     old_feedback = select(feedback.c.feedback_id).where(feedback.c.given_at < before, orphan)
-    with opened(url) as engine:
+    with open_database(url) as engine:
         counts = [0, 0]
         for number, wanted in enumerate((old_exchanges, old_feedback)):
             while ids := _prune_some(engine, wanted, counts, bool(number)):
-                log.debug("pruned %d", ids)
-                time.sleep(0.005)  # SQLite's lock is not fair: a writer that waits for it needs a gap
-        _give_back_pages(engine)
+                logger.debug("pruned %d", ids)
+                time.sleep(0.005)  # SQLite's lock is not fair: give other writers a chance
+        _release_pages(engine)
     return Pruned(*counts)
 
 
@@ -59,15 +59,15 @@ def _prune_some(engine: Engine, wanted: Any, counts: list[int], only_feedback: b
     return len(ids)
 
 
-def _give_back_pages(engine: Engine) -> None:
-    """Shorten SQLite's file by its free pages, some at a time; PostgreSQL uses the space again itself."""
+def _release_pages(engine: Engine) -> None:
+    """Truncate the free pages of SQLite's file in batches; PostgreSQL reuses space by itself."""
     if engine.dialect.name != "sqlite":
         return
     with engine.connect() as connection:
         driver: Any = connection.connection.driver_connection
         free, before = _free_pages(driver), None
-        while free and free != before:  # a file that was made without it does not shrink
-            driver.execute("PRAGMA incremental_vacuum(1000)").fetchall()  # a page is freed with each row
+        while free and free != before:  # a file created without auto_vacuum does not shrink
+            driver.execute("PRAGMA incremental_vacuum(1000)").fetchall()  # frees one page per row
             free, before = _free_pages(driver), free
 
 

@@ -1,4 +1,4 @@
-"""Read a store that others may write to meanwhile: what was asked and answered, how much, and when."""
+"""Read exchanges, feedback and counts from a store, also while others write to it."""
 
 from __future__ import annotations
 
@@ -22,48 +22,48 @@ from sqlalchemy import (
     tuple_,
 )
 
-from services.events.opening import opened
+from services.events.opening import open_database
 from services.events.schema import EVENT_FIELDS, TABLES, Event, Exchange, Feedback, exchanges, feedback
 from stages.common.artifacts import atomic_write
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-PAGE_ROWS = 1000  # read with one query
-PAGE_TIMES = 20_000  # read with one query where only times are
-PAGE_CHARS = 16_000_000  # a page of long texts ends here
+PAGE_ROWS = 1000  # read by one query
+PAGE_TIMES = 20_000  # read by one query of times only
+PAGE_CHARS = 16_000_000  # limit of a page's texts
 
 
 def read_exchanges(url: str, start: float, end: float) -> Iterator[pa.RecordBatch]:
     """Yield the exchanges received in [start, end) (unix s), ordered by time; memory is bounded.
 
     Raises:
-        InputError: there is no store at `url`, it is of another version, or cannot be read.
+        InputError: there is no store at `url`, it has another version, or cannot be read.
     """
     yield from _read(url, Exchange, start, end, with_feedback=False)
 
 
 def read_feedback(url: str, start: float, end: float) -> Iterator[pa.RecordBatch]:
-    """Yield the feedback given in [start, end) (unix s), ordered by time; else as `read_exchanges`."""
+    """Yield the feedback given in [start, end) (unix s), ordered by time; see `read_exchanges`."""
     yield from _read(url, Feedback, start, end, with_feedback=False)
 
 
 def read_joined(url: str, start: float, end: float) -> Iterator[pa.RecordBatch]:
-    """Yield exchanges as `read_exchanges`, with a column `feedback`: the list of all given on each."""
+    """Yield exchanges as `read_exchanges`, with a column `feedback`: the list of all feedback on each."""
     yield from _read(url, Exchange, start, end, with_feedback=True)
 
 
 def read_times(url: str, start: float, end: float, version: str, role: str) -> Iterator[float]:
-    """Yield when the exchanges of one version in one role were received, in [start, end), in order; no texts.
+    """Yield the times at which a version received exchanges in a role, in [start, end), in order.
 
     Raises:
         InputError: as `read_exchanges`.
     """
     key, at = exchanges.c.request_id, exchanges.c.received_at
-    wanted = select(at, key).where(at >= start, at < end, *_answered_by(version, role))
+    wanted = select(at, key).where(at >= start, at < end, *_match_model(version, role))
     wanted = wanted.order_by(at, key).limit(PAGE_TIMES)
     after: tuple[float, str] | None = None
-    with opened(url) as engine:
+    with open_database(url) as engine:
         while True:
             page = wanted
             if after is not None:
@@ -77,26 +77,26 @@ def read_times(url: str, start: float, end: float, version: str, role: str) -> I
 
 
 def count_exchanges(url: str, start: float, end: float, version: str, role: str) -> int:
-    """Return how many exchanges `read_times` would yield.
+    """Return the number of exchanges that `read_times` would yield.
 
     Raises:
         InputError: as `read_exchanges`.
     """
     at = exchanges.c.received_at
-    wanted = select(func.count()).where(at >= start, at < end, *_answered_by(version, role))
-    with opened(url) as engine, engine.connect() as connection:
+    wanted = select(func.count()).where(at >= start, at < end, *_match_model(version, role))
+    with open_database(url) as engine, engine.connect() as connection:
         return int(connection.execute(wanted).scalar_one())
 
 
-def time_span(url: str) -> tuple[float, float] | None:
-    """Return when the first and the last exchange were received (unix s); None for an empty store.
+def read_time_span(url: str) -> tuple[float, float] | None:
+    """Return the times of the first and the last exchange (unix s); None for an empty store.
 
     Raises:
         InputError: as `read_exchanges`.
     """
     at = exchanges.c.received_at
-    with opened(url) as engine, engine.connect() as connection:
-        # Two queries: each is one step in the index, and both ends in one query would read all of it.
+    with open_database(url) as engine, engine.connect() as connection:
+        # Two queries, each of one step in the index: one query for both ends would scan it.
         first, last = (
             connection.execute(select(at).order_by(order).limit(1)).scalar_one_or_none()
             for order in (at.asc(), at.desc())
@@ -106,12 +106,14 @@ def time_span(url: str) -> tuple[float, float] | None:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """What was asked, and what people said, in [start, end) (unix s); shadows do not count.
+    """Counts of exchanges and feedback in [start, end) (unix s), without shadows.
 
     Attributes:
-        refused: answered with 4xx; failed: with 5xx.
-        checked: answers whose form was checked; valid: those that kept to it.
-        versions: version -> exchanges.
+        refused: exchanges with status 4xx.
+        failed: exchanges with status 5xx.
+        checked: answers whose schema was checked.
+        valid: checked answers that fit the schema.
+        versions: exchanges by version.
     """
 
     start: float
@@ -128,7 +130,7 @@ class Traffic:
 
 
 def count_traffic(url: str, spans: Iterable[tuple[float, float]]) -> Iterator[Traffic]:
-    """Yield the counts of each [start, end) (unix s), as it is asked for; no texts are read.
+    """Yield the counts of each [start, end) (unix s), lazily; no texts are read.
 
     Raises:
         InputError: as `read_exchanges`.
@@ -144,36 +146,36 @@ def count_traffic(url: str, spans: Iterable[tuple[float, float]]) -> Iterator[Tr
     wanted = select(exchanges.c.version, *sums).where(exchanges.c.role != "shadow")
     wanted = wanted.group_by(exchanges.c.version)
     thumb, given = feedback.c.thumb, feedback.c.given_at
-    said = select(
+    feedback_sums = select(
         func.sum(case((thumb == 1, 1), else_=0)),
         func.sum(case((thumb == -1, 1), else_=0)),
         func.count(feedback.c.correction),
     )
-    with opened(url) as engine, engine.connect() as connection:
+    with open_database(url) as engine, engine.connect() as connection:
         for start, end in spans:
             rows = connection.execute(wanted.where(at >= start, at < end)).all()
-            told = connection.execute(said.where(given >= start, given < end)).one()
-            connection.rollback()  # a long transaction would keep SQLite's log from being used again
+            feedback_row = connection.execute(feedback_sums.where(given >= start, given < end)).one()
+            connection.rollback()  # a long transaction would block SQLite's checkpoints
             requests, refused, failed, checked, valid_ones = (
                 sum(int(row[place]) for row in rows) for place in range(1, 6)
             )
-            up, down, corrections = (int(value or 0) for value in told)
+            up, down, corrections = (int(value or 0) for value in feedback_row)
             versions = {str(row[0]): int(row[1]) for row in rows}
             yield Traffic(
                 start, end, requests, refused, failed, checked, valid_ones, up, down, corrections, versions
             )
 
 
-def _answered_by(version: str, role: str) -> tuple[Any, Any]:
+def _match_model(version: str, role: str) -> tuple[Any, Any]:
     return exchanges.c.version == version, exchanges.c.role == role
 
 
-def joined_schema() -> pa.Schema:
+def get_joined_schema() -> pa.Schema:
     """Return the columns of `read_joined`."""
     import pyarrow as pa
 
-    told = pa.struct([field for field in _schema(feedback) if field.name != "request_id"])
-    return _schema(exchanges).append(pa.field("feedback", pa.list_(told), nullable=False))
+    entry = pa.struct([field for field in _schema(feedback) if field.name != "request_id"])
+    return _schema(exchanges).append(pa.field("feedback", pa.list_(entry), nullable=False))
 
 
 def _schema(table: Table) -> pa.Schema:
@@ -190,20 +192,22 @@ def _read(
 ) -> Iterator[pa.RecordBatch]:
     import pyarrow as pa
 
-    schema = joined_schema() if with_feedback else _schema(TABLES[kind])
-    with opened(url) as engine:
+    schema = get_joined_schema() if with_feedback else _schema(TABLES[kind])
+    with open_database(url) as engine:
         after: tuple[float, str] | None = None
         while True:
-            # Each page is a transaction of its own: a long one would keep SQLite's log from being used again.
+            # One transaction per page: a long one would block SQLite's checkpoints.
             with engine.connect() as connection:
                 rows = _page(connection, kind, start, end, after)
-                told = _feedback_on(connection, [row[0] for row in rows]) if with_feedback and rows else {}
+                given = (
+                    _read_feedback_on(connection, [row[0] for row in rows]) if with_feedback and rows else {}
+                )
             if not rows:
                 return
             columns: list[Any] = list(zip(*rows, strict=True))
             after = columns[_time_column(kind)][-1], columns[0][-1]
             if with_feedback:
-                columns.append([told.get(row[0], []) for row in rows])
+                columns.append([given.get(row[0], []) for row in rows])
             arrays = [pa.array(values, field.type) for values, field in zip(columns, schema, strict=True)]
             yield pa.RecordBatch.from_arrays(arrays, schema=schema)
 
@@ -231,7 +235,7 @@ def _page(
     return rows
 
 
-def _feedback_on(connection: Connection, request_ids: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+def _read_feedback_on(connection: Connection, request_ids: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     wanted = select(feedback).where(feedback.c.request_id.in_(request_ids))
     found: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in connection.execute(wanted.order_by(feedback.c.given_at, feedback.c.feedback_id)).mappings():
@@ -240,7 +244,7 @@ def _feedback_on(connection: Connection, request_ids: Sequence[str]) -> dict[str
 
 
 def export_window(url: str, start: float, end: float, path: Path) -> int:
-    """Write what `read_joined` yields as Parquet, all or nothing; return the number of exchanges.
+    """Write the rows of `read_joined` to a Parquet file; return the number of exchanges.
 
     Raises:
         InputError: as `read_exchanges`.
@@ -249,8 +253,8 @@ def export_window(url: str, start: float, end: float, path: Path) -> int:
 
     rows = 0
     with (
-        atomic_write(path) as beside,
-        pq.ParquetWriter(beside, joined_schema(), compression="zstd") as writer,
+        atomic_write(path) as temporary,
+        pq.ParquetWriter(temporary, get_joined_schema(), compression="zstd") as writer,
     ):
         for batch in read_joined(url, start, end):
             writer.write_batch(batch)

@@ -1,4 +1,4 @@
-"""Write over personal data before anything is stored."""
+"""Redact personal data before anything is stored."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 from stages.common.personal_data import PERSONAL_DATA
 
 MAY_HOLD = re.compile(r"[@\d]")  # every kind of personal data has a digit or an @
-# What is written over may have hidden something: a number that began right behind it. Texts of
-# people need two passes; one built to need more gets its digits masked after this many.
+# A replacement can expose another match, such as a number directly after it. Real texts need two passes; one
+# built to need more has all its digits masked.
 MAX_PASSES = 5
 
 
 def redact(text: str, kinds: Sequence[str] = tuple(PERSONAL_DATA)) -> str:
     """Replace personal data of `kinds` (keys of `PERSONAL_DATA`) by `[email]`, `[phone]`, ....
 
-    Linear in the text; redacting twice changes nothing more.
+    Linear in the text, and idempotent.
     """
     if not MAY_HOLD.search(text):
         return text
@@ -30,10 +30,10 @@ def redact(text: str, kinds: Sequence[str] = tuple(PERSONAL_DATA)) -> str:
     return MAY_HOLD.sub("#", text)
 
 
-def pseudonym(name: str | None, kinds: Sequence[str] = tuple(PERSONAL_DATA)) -> str | None:
-    """Return a name as it is, or a hash in its place where it is personal data.
+def pseudonymise(name: str | None, kinds: Sequence[str] = tuple(PERSONAL_DATA)) -> str | None:
+    """Return a hash of a name that is personal data, such as an e-mail address; other names stay.
 
-    An e-mail address as the name of a user is not kept, and the requests of one user still belong together.
+    Requests of one user can still be grouped by the hash.
     """
     if name is None or redact(name, kinds) == name:
         return name
@@ -41,7 +41,7 @@ def pseudonym(name: str | None, kinds: Sequence[str] = tuple(PERSONAL_DATA)) -> 
 
 
 def _replace(text: str, kinds: Sequence[str]) -> str:
-    """Replace what one look finds; of spans that overlap, the first and longest names all."""
+    """Replace all matches once; overlapping ones become one, of the kind of the first and longest."""
     found = ((start, -end, kind) for kind in kinds for start, end in PERSONAL_DATA[kind](text))
     spans = [(start, -minus_end, kind) for start, minus_end, kind in sorted(found)]
     if not spans:
@@ -56,9 +56,9 @@ def _replace(text: str, kinds: Sequence[str]) -> str:
 
 
 def redact_json(text: str, redact_text: Callable[[str], str]) -> str:
-    """Redact the strings and numbers inside of a JSON text, which stays JSON; keys stay as they are.
+    """Redact the strings and numbers in a JSON text, which stays valid JSON; keys do not change.
 
-    A text in which nothing is found comes back byte for byte. A text that is no JSON is redacted as
+    Without a match the text is returned unchanged, byte for byte. A text that is not JSON is redacted as
     plain text.
     """
     if not MAY_HOLD.search(text):
@@ -80,7 +80,7 @@ def _redact_value(value: Any, redact_text: Callable[[str], str]) -> Any:
         case list():
             return [_redact_value(inner, redact_text) for inner in value]
         case int() | float() if not isinstance(value, bool):
-            plain = str(value)  # a card's number may stand there as a number
+            plain = str(value)  # a card number may be a JSON number
             redacted = redact_text(plain)
             return value if redacted == plain else redacted
     return value

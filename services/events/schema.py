@@ -1,4 +1,4 @@
-"""What an event is, and the tables that hold events."""
+"""Events, and the tables that store them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ from sqlalchemy import (
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """One request and its answer, or its refusal.
+    """One request and its answer, or its rejection.
 
     Attributes:
         received_at: unix time, s.
-        role: "champion", "challenger" or "shadow" (answered, not shown).
-        shadow_of: request_id of the answer that was shown instead.
-        messages: JSON, parameters: JSON, verdicts: JSON {check: [allow, reason]}.
-        status: of HTTP; reason: code of the refusal or error.
+        role: "champion", "challenger" or "shadow" (not shown).
+        shadow_of: request_id of the shown answer that a shadow repeats.
+        messages, parameters: JSON.
+        verdicts: JSON {check: [allow, reason]} of the guard's decisions.
+        status: HTTP status.
+        reason: code of the rejection or error.
     """
 
     request_id: str
@@ -60,7 +62,7 @@ class Exchange:
 
 @dataclass(frozen=True, slots=True)
 class Feedback:
-    """What somebody said of an answer; `given_at` is unix time in s, `thumb` is 1 or -1."""
+    """Feedback on an answer; `given_at` is unix time in s, `thumb` is 1 or -1."""
 
     feedback_id: str
     request_id: str
@@ -83,7 +85,7 @@ COLUMN_TYPES = {"str": Text, "float": Double, "int": Integer, "bool": Boolean}
 
 
 def _columns(kind: type[Event]) -> list[Column[Any]]:
-    """Return a column for each field, the first as the key; the migrations say the same, a test holds it."""
+    """Return a column for each field, the first as primary key; a test compares them with the migrations."""
     columns: list[Column[Any]] = []
     for number, field in enumerate(fields(kind)):
         name, _, optional = str(field.type).partition(" | ")
@@ -109,11 +111,11 @@ INSERTS = {kind: insert(table) for kind, table in TABLES.items()}
 
 
 class StoreUnavailable(Exception):
-    """The event was not recorded, because of the store and not of the event; the text says why.
+    """The store could not record the event; the message has the reason.
 
-    After a timeout or a lost connection it may have been recorded all the same.
+    After a timeout or a lost connection the event may have been recorded nevertheless.
     """
 
 
 class BadEvent(ValueError):
-    """The store refuses this event for good: its id is there already, or a value is none for its column."""
+    """The store rejects this event permanently: its id exists, or a value does not fit its column."""

@@ -1,4 +1,4 @@
-"""The store at work in a service: one thread writes; events that arrive together share a commit."""
+"""Write events: one thread writes, and events that arrive together share a commit."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from sqlalchemy import URL, Connection, Engine, delete, exists, select
 from services.events.database import (
     FileIds,
     check_url,
-    file_ids,
+    describe_error,
+    get_file_ids,
     is_store_failure,
     make_engine,
-    reason_of,
-    shown,
+    mask_password,
 )
-from services.events.migrations import problem
-from services.events.opening import migrate_store, reached
+from services.events.migrations import find_version_problem
+from services.events.opening import migrate_store, translate_errors
 from services.events.redaction import redact, redact_json
 from services.events.schema import (
     EVENT_FIELDS,
@@ -41,14 +41,14 @@ from services.events.schema import (
 )
 from stages.common.logs import get_logger
 
-log = get_logger("events")
+logger = get_logger("events")
 
-RETRY_S = 2.0  # how long a healthy store tries a group again before its callers are told
-PROBE_S = 1.0  # how often a broken store without events looks whether it can write again
-STALLED_S = 10.0  # a group that is written for longer is a broken store
-COMMIT_WITHIN_S = 30.0  # a caller waits no longer
+RETRY_S = 2.0  # how long a healthy store retries a group before its callers get an error
+PROBE_S = 1.0  # how often a failed store without events checks whether it can write again
+STALLED_S = 10.0  # writing a group for longer than this counts as a failure
+COMMIT_WITHIN_S = 30.0  # how long a caller waits
 
-Waiting = tuple[Event, asyncio.AbstractEventLoop, "asyncio.Future[None]"]
+Pending = tuple[Event, asyncio.AbstractEventLoop, "asyncio.Future[None]"]
 Row = tuple[type[Event], dict[str, Any]]
 
 
@@ -61,27 +61,27 @@ def open_store(
     redact: Callable[[str], str] = redact,
     retry_s: float = RETRY_S,
 ) -> EventStore:
-    """Open the store at `url`, bring its schema up to date, and start its writer.
+    """Open the store at `url`, upgrade its schema, and start its writer.
 
     Args:
-        queue_size: events that may wait; more are refused.
-        group_rows: written with one commit at most.
-        group_wait_s: how long a group waits for company after its first event.
-        redact: replaces personal data in a text; used inside of JSON too.
-        retry_s: how long a group is tried again before its callers are told.
+        queue_size: events that may wait; more are rejected.
+        group_rows: most events per commit.
+        group_wait_s: how long a commit waits for further events after its first.
+        redact: replaces personal data in a text; also applied inside JSON.
+        retry_s: how long a group is retried before its callers get an error.
 
     Raises:
-        InputError: the URL is wrong, or the database is newer than the code.
+        InputError: the URL is not valid, or the database is newer than the code.
         StoreUnavailable: the database cannot be reached or written.
     """
     parsed = check_url(url)
-    with reached(parsed, StoreUnavailable):
+    with translate_errors(parsed, StoreUnavailable):
         migrate_store(parsed)
     return EventStore(parsed, queue_size, group_rows, group_wait_s, redact, retry_s)
 
 
 class EventStore:
-    """A store at work: `record` events, check it with `find_problem`, `close` it. Made by `open_store`."""
+    """A running store, made by `open_store`: `record` events, `find_problem`, `close`."""
 
     def __init__(
         self,
@@ -94,10 +94,10 @@ class EventStore:
     ) -> None:
         self._engine = make_engine(url)
         self._writer = _Writer(self._engine, url)
-        self._queue: queue.SimpleQueue[Waiting | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Pending | None] = queue.SimpleQueue()
         self._queue_size, self._group_rows, self._group_wait_s = queue_size, group_rows, group_wait_s
         self._redact, self._retry_s = redact, retry_s
-        self._lock = threading.Lock()  # nothing enters the queue behind the None that ends it
+        self._lock = threading.Lock()  # so that nothing is queued after the None that ends the queue
         self._closed = False
         self._problem: str | None = None
         self._writing_since: float | None = None
@@ -109,7 +109,7 @@ class EventStore:
 
         Raises:
             StoreUnavailable: the queue is full, or the database cannot be written.
-            BadEvent: the id is stored already, or a value does not fit.
+            BadEvent: the id exists already, or a value does not fit its column.
         """
         loop = asyncio.get_running_loop()
         future = loop.create_future()
@@ -117,7 +117,7 @@ class EventStore:
             if self._closed:
                 raise StoreUnavailable("the event store is closed")
             if self._queue.qsize() >= self._queue_size:
-                raise StoreUnavailable(f"{self._queue_size} events wait to be written already")
+                raise StoreUnavailable(f"{self._queue_size} events are waiting to be written")
             self._queue.put((event, loop, future))
         try:
             async with asyncio.timeout(COMMIT_WITHIN_S):
@@ -126,16 +126,16 @@ class EventStore:
             raise StoreUnavailable(f"the event was not committed within {COMMIT_WITHIN_S:g} s") from None
 
     def find_problem(self) -> str | None:
-        """Return None when the store is healthy, else the reason."""
+        """Return why events cannot be stored, or None."""
         if self._closed:
             return "the event store is closed"
         since = self._writing_since
         if since is not None and (seconds := time.monotonic() - since) > STALLED_S:
-            return f"the database has not answered for {seconds:.0f} s"
+            return f"the database has not responded for {seconds:.0f} s"
         return self._problem
 
     async def answer_exists(self, request_id: str) -> bool:
-        """Return whether an answer to this request is stored.
+        """Return whether the store has an answer to this request.
 
         Raises:
             StoreUnavailable: the database cannot be read.
@@ -148,10 +148,10 @@ class EventStore:
                 wanted = (exchanges.c.request_id == _storable(request_id)) & exchanges.c.answer.is_not(None)
                 return bool(connection.execute(select(exists().where(wanted))).scalar())
         except Exception as error:
-            raise StoreUnavailable(reason_of(error)) from error
+            raise StoreUnavailable(describe_error(error)) from error
 
     def close(self) -> None:
-        """Write what waits, and end the writer."""
+        """Write the waiting events, and stop the writer."""
         with self._lock:
             if not self._closed:
                 self._closed = True
@@ -163,30 +163,30 @@ class EventStore:
         while not ending:
             group, ending = self._next_group()
             if group:
-                _wake(group, self._outcomes(group))
+                _notify(group, self._store_group(group))
             elif not ending:
                 self._probe()
         self._writer.disconnect()
 
-    def _next_group(self) -> tuple[list[Waiting], bool]:
-        """Wait for events; return them, and whether the store ends. No events: time to probe."""
-        group: list[Waiting] = []
+    def _next_group(self) -> tuple[list[Pending], bool]:
+        """Wait for events; return them (none: time to probe), and whether the store is closing."""
+        group: list[Pending] = []
         try:
-            waiting = self._queue.get(timeout=PROBE_S if self._problem else None)
-            # One sleep, and not a wait for each event: every wake-up takes the interpreter from the loop.
-            if waiting is not None and self._queue.qsize() < self._group_rows - 1:
+            pending = self._queue.get(timeout=PROBE_S if self._problem else None)
+            # One sleep instead of a wait per event: every wake-up takes the GIL from the event loop.
+            if pending is not None and self._queue.qsize() < self._group_rows - 1:
                 time.sleep(self._group_wait_s)
-            while waiting is not None:
-                group.append(waiting)
+            while pending is not None:
+                group.append(pending)
                 if len(group) == self._group_rows:
                     return group, False
-                waiting = self._queue.get_nowait()
+                pending = self._queue.get_nowait()
         except queue.Empty:
             return group, False
         return group, True
 
-    def _outcomes(self, group: Sequence[Waiting]) -> list[Exception | None]:
-        """Write a group; return an error for each event that is not stored."""
+    def _store_group(self, group: Sequence[Pending]) -> list[Exception | None]:
+        """Write a group; return an error, or None, for each event."""
         self._writing_since = time.monotonic()
         try:
             outcomes: dict[int, Exception | None] = {}
@@ -196,73 +196,71 @@ class EventStore:
                     rows[number] = type(event), _row(event, self._redact)
                 except Exception as error:
                     outcomes[number] = BadEvent(f"the event cannot be stored: {error!r}")
-            stored = self._write_stubbornly(list(rows.values())) if rows else []
+            stored = self._write_with_retries(list(rows.values())) if rows else []
             outcomes.update(zip(rows, stored, strict=True))
             return [outcomes[number] for number in range(len(group))]
-        except (
-            Exception
-        ) as error:  # a mistake of ours must not end the only writer, nor leave callers waiting
-            log.exception("the event writer failed")
+        except Exception as error:  # a bug must not end the only writer, nor leave callers waiting
+            logger.exception("the event writer failed")
             self._writer.disconnect()
             return [StoreUnavailable(repr(error)) for _ in group]
         finally:
             self._writing_since = None
 
-    def _write_stubbornly(self, rows: Sequence[Row]) -> list[Exception | None]:
-        """Write rows; try again for a while if the store fails, but not if it failed before already."""
+    def _write_with_retries(self, rows: Sequence[Row]) -> list[Exception | None]:
+        """Write rows; retry if the store fails, unless it had failed before."""
         until = time.monotonic() + (0.0 if self._problem else self._retry_s)
-        pause, again = 0.05, False
+        pause, retrying = 0.05, False
         while True:
             try:
-                outcomes = self._writer.write(rows, again)
+                outcomes = self._writer.write(rows, retrying)
             except Exception as error:
                 self._writer.disconnect()
                 if time.monotonic() + pause > until:
-                    self._broken(error)
+                    self._mark_failed(error)
                     return [StoreUnavailable(self._problem) for _ in rows]
             else:
-                self._mended()
+                self._mark_healthy()
                 return outcomes
             time.sleep(pause)
-            pause, again = min(2 * pause, 0.5), True
+            pause, retrying = min(2 * pause, 0.5), True
 
     def _probe(self) -> None:
         try:
             self._writer.probe()
         except Exception as error:
             self._writer.disconnect()
-            self._broken(error)
+            self._mark_failed(error)
         else:
-            self._mended()
+            self._mark_healthy()
 
-    def _broken(self, error: Exception) -> None:
+    def _mark_failed(self, error: Exception) -> None:
         if self._problem is None:
-            log.error("the event store cannot write: %s", reason_of(error))
-        self._problem = reason_of(error)
+            logger.error("the event store cannot write: %s", describe_error(error))
+        self._problem = describe_error(error)
 
-    def _mended(self) -> None:
+    def _mark_healthy(self) -> None:
         if self._problem is not None:
-            log.info("the event store can write again")
+            logger.info("the event store can write again")
         self._problem = None
 
 
 class _Writer:
-    """The one connection that writes, used by the writer's thread alone."""
+    """The writing connection, used by the writer's thread only."""
 
     def __init__(self, engine: Engine, url: URL) -> None:
         self._engine, self._url = engine, url
         self._connection: Connection | None = None
         self._files: FileIds = ()
 
-    def write(self, rows: Sequence[Row], again: bool) -> list[Exception | None]:
-        """Commit rows; return an error for each that the database refused.
+    def write(self, rows: Sequence[Row], retrying: bool) -> list[Exception | None]:
+        """Commit rows; return an error for each row that the database rejected.
 
         Args:
-            again: an earlier try failed and may have been committed nevertheless: a row that is
-                there already, as it is, is then no duplicate but this very one.
+            retrying: an earlier attempt failed but may have been committed, so an equal row that exists
+                already is not a duplicate.
 
         Raises:
-            Exception: the database failed; nothing counts as stored.
+            Exception: the database failed; no row counts as stored.
         """
         connection = self._connected()
         try:
@@ -274,12 +272,12 @@ class _Writer:
             if is_store_failure(error):
                 raise
             with connection.begin():
-                outcomes = [_write_one(connection, *row, again) for row in rows]
+                outcomes = [_write_one(connection, *row, retrying) for row in rows]
         self._check_files()
         return outcomes
 
     def probe(self) -> None:
-        """Commit something that nobody will see.
+        """Insert and delete a row, in one transaction.
 
         Raises:
             Exception: the database cannot be written.
@@ -293,12 +291,12 @@ class _Writer:
         self._check_files()
 
     def disconnect(self) -> None:
-        """Let go of all connections; the next write makes a new one."""
+        """Close all connections; the next write opens a new one."""
         if self._connection is not None:
             try:
                 self._connection.close()
             except Exception as error:
-                log.debug("closing: %s", error)
+                logger.debug("closing: %s", error)
                 self._connection.invalidate()
             self._connection = None
         self._engine.dispose()
@@ -308,10 +306,10 @@ class _Writer:
             connection = self._engine.connect().execution_options(writes=True)
             try:
                 with connection.begin():
-                    older = problem(connection, shown(self._url))
-                    self._files = file_ids(self._url)
+                    older = find_version_problem(connection, mask_password(self._url))
+                    self._files = get_file_ids(self._url)
                 if older or None in self._files:
-                    raise OSError(older or f"the file of {shown(self._url)} is gone")
+                    raise OSError(older or f"the file of {mask_password(self._url)} is missing")
             except Exception:
                 connection.close()
                 raise
@@ -319,8 +317,8 @@ class _Writer:
         return self._connection
 
     def _check_files(self) -> None:
-        if file_ids(self._url) != self._files:
-            raise OSError(f"the file of {shown(self._url)} was deleted or replaced")
+        if get_file_ids(self._url) != self._files:
+            raise OSError(f"the file of {mask_password(self._url)} was deleted or replaced")
 
 
 def _kind(row: Row) -> bool:
@@ -332,9 +330,9 @@ def _kind_of(row: Row) -> type[Event]:
 
 
 def _write_one(
-    connection: Connection, kind: type[Event], row: dict[str, Any], again: bool
+    connection: Connection, kind: type[Event], row: dict[str, Any], retrying: bool
 ) -> Exception | None:
-    """Insert one row inside of a transaction that goes on if the row is refused."""
+    """Insert one row in a savepoint, so that the transaction survives a rejected row."""
     try:
         with connection.begin_nested():
             connection.execute(INSERTS[kind], row)
@@ -342,50 +340,50 @@ def _write_one(
     except Exception as error:
         if is_store_failure(error):
             raise
-        refusal = error
+        rejection = error
     table, key = TABLES[kind], EVENT_FIELDS[kind][0]
-    there = None
+    existing = None
     if isinstance(row[key], str):
-        there = connection.execute(select(table).where(table.c[key] == row[key])).mappings().first()
-    if there is None:
-        return BadEvent(f"the event {row[key]!r} cannot be stored: {reason_of(refusal)}")
-    if again and dict(there) == row:
+        existing = connection.execute(select(table).where(table.c[key] == row[key])).mappings().first()
+    if existing is None:
+        return BadEvent(f"the event {row[key]!r} cannot be stored: {describe_error(rejection)}")
+    if retrying and dict(existing) == row:
         return None
-    return BadEvent(f"{key} {row[key]!r} is stored already")
+    return BadEvent(f"{key} {row[key]!r} exists already")
 
 
 def _row(event: Event, redact: Callable[[str], str]) -> dict[str, Any]:
-    """Return an event as what is stored of it."""
+    """Return the row of an event: redacted, and with storable values."""
     kind = type(event)
     row = dict(zip(EVENT_FIELDS[kind], EVENT_VALUES[kind](event), strict=True))
     for name in REDACTED:
         text = row.get(name)
-        if text:  # an answer may be JSON, and has to stay so
+        if text:  # an answer may be JSON, and must stay valid JSON
             row[name] = redact_json(text, redact) if text.lstrip()[:1] in ("{", "[") else redact(text)
     for name, value in row.items():
         if type(value) is str:
             if not value.isascii() or "\0" in value:
                 row[name] = _storable(value)
         elif type(value) is float and math.isnan(value):
-            row[name] = None  # SQLite makes it so; PostgreSQL would keep a number that no mean survives
+            row[name] = None  # as SQLite does; PostgreSQL would store NaN, which spoils every mean
     return row
 
 
 def _storable(text: str) -> str:
-    """Return text without what PostgreSQL or UTF-8 cannot hold: NUL, and halves of surrogate pairs."""
+    """Replace what PostgreSQL or UTF-8 cannot store: NUL and lone surrogates."""
     return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode("utf-8")
 
 
-def _wake(group: Sequence[Waiting], outcomes: Sequence[Exception | None]) -> None:
-    """Tell all callers of a group, with one wake-up a loop."""
+def _notify(group: Sequence[Pending], outcomes: Sequence[Exception | None]) -> None:
+    """Notify all callers of a group, with one wake-up per event loop."""
     by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[None], Exception | None]]] = {}
     for (_, loop, future), outcome in zip(group, outcomes, strict=True):
         by_loop.setdefault(loop, []).append((future, outcome))
     for loop, settled in by_loop.items():
         try:
             loop.call_soon_threadsafe(_settle, settled)
-        except RuntimeError:  # the loop is closed: nobody waits
-            log.debug("%d callers are gone", len(settled))
+        except RuntimeError:  # the loop is closed, so no caller waits
+            logger.debug("%d callers have gone", len(settled))
 
 
 def _settle(settled: Sequence[tuple[asyncio.Future[None], Exception | None]]) -> None:

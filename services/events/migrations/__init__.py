@@ -1,4 +1,4 @@
-"""The event store's schema, version by version; brought up to date as the store is opened."""
+"""Migrations of the event store's schema, applied when the store is opened."""
 
 from __future__ import annotations
 
@@ -14,32 +14,31 @@ if TYPE_CHECKING:
     from alembic.config import Config
 
 FOLDER = Path(__file__).parent
-ADVISORY_LOCK = 7235419806  # any number that is this store's alone in a PostgreSQL database
-_one_at_a_time = threading.Lock()  # Alembic keeps its context in a global
+ADVISORY_LOCK = 7235419806  # an arbitrary number, unique to this store in a PostgreSQL database
+_alembic_lock = threading.Lock()  # Alembic keeps its context in a global
 
 
 def migrate(engine: Engine, name: str) -> bool:
-    """Bring the database up to this code's version; return whether anything was changed.
+    """Upgrade the database to the current schema version; return whether anything changed.
 
-    Processes that open a store together wait for each other: the second finds nothing to do. All
-    steps are one transaction.
+    Concurrent processes wait for each other. All steps run in one transaction.
 
     Args:
-        name: of the store, for the error.
+        name: of the store, for error messages.
 
     Raises:
-        InputError: the database is newer than the code, or cannot hold every text.
+        InputError: the database is newer than the code, or its encoding is not UTF-8.
     """
     from alembic import command
 
     with engine.connect() as connection:
         _check_encoding(connection, name)
-        if problem(connection, name) is None:
+        if find_version_problem(connection, name) is None:
             return False
-    with _one_at_a_time, engine.execution_options(writes=True).begin() as connection:
+    with _alembic_lock, engine.execution_options(writes=True).begin() as connection:
         if connection.dialect.name == "postgresql":
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": ADVISORY_LOCK})
-        if problem(connection, name) is None:
+        if find_version_problem(connection, name) is None:
             return False
         config = _config()
         config.attributes["connection"] = connection
@@ -53,13 +52,13 @@ def _check_encoding(connection: Connection, name: str) -> None:
     encoding = connection.execute(text("SHOW server_encoding")).scalar()
     if encoding != "UTF8":
         raise InputError(
-            f"the event store {name} has the encoding {encoding}, which cannot hold every text",
-            "make it with CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE template0",
+            f"the event store {name} has the encoding {encoding}, which cannot store every text",
+            "create it with CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE template0",
         )
 
 
-def problem(connection: Connection, name: str) -> str | None:
-    """Return None if the database has this code's version, else that it is older.
+def find_version_problem(connection: Connection, name: str) -> str | None:
+    """Return None if the database has the current schema version, or a message if it is older.
 
     Raises:
         InputError: it is newer.
@@ -74,10 +73,10 @@ def problem(connection: Connection, name: str) -> str | None:
     if found is not None and found not in {step.revision for step in script.walk_revisions()}:
         raise InputError(
             f"the event store {name} has version {found}, which is newer than this code "
-            f"(it knows up to {script.get_current_head()})",
-            "install the newer Perennial again, or give another services.events.url",
+            f"(which supports up to {script.get_current_head()})",
+            "install the newer Perennial again, or set another services.events.url",
         )
-    return f"the event store {name} has version {found}, this code wants {script.get_current_head()}"
+    return f"the event store {name} has version {found}, and this code needs {script.get_current_head()}"
 
 
 def _config() -> Config:

@@ -1,10 +1,10 @@
-"""What Alembic runs: the steps, on the connection and in the transaction that `migrate` opened."""
+"""Alembic's entry point: run the steps on the connection, and in the transaction, of `migrate`."""
 
 from __future__ import annotations
 
 from alembic import context
 
-# Alembic takes SQLite's tables for outside of transactions; they are not.
+# Alembic assumes that SQLite has no transactional DDL; it does.
 context.configure(connection=context.config.attributes["connection"], transactional_ddl=True)
 with context.begin_transaction():
     context.run_migrations()

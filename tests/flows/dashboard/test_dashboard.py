@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 
 from flows.dashboard.app import format_duration, format_number, make_app
 from flows.dashboard.status import MAX_BINS, StatusCache, cut_bins, read_status
-from services.events import count_traffic, time_span
+from services.events import count_traffic, read_time_span
 from stages.common.artifacts import write_json
 from stages.common.params.loading import load_params
 from tests.monitoring import loop_traces
@@ -158,7 +158,7 @@ def test_traffic_is_counted_by_what_became_of_it(tmp_path):
     assert (one.thumbs_up, one.thumbs_down, one.corrections) == (1, 1, 0)
     assert one.versions == {"4b5c6d7e8f90": 3, "other": 1}
     assert (other.requests, other.thumbs_up) == (1, 0)
-    assert time_span(url) == (10.0, 20.0)
+    assert read_time_span(url) == (10.0, 20.0)
 
 
 @pytest.mark.parametrize("span_s", [0.0, 5.0, 700.0, 26 * 3600.0, 40 * 86_400.0])

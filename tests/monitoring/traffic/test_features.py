@@ -13,7 +13,7 @@ from monitoring.traffic.features import (
 )
 from monitoring.traffic.service_metrics import ServiceSums, cost_per_1000, tap_service_sums
 from monitoring.traffic.windows import Window, read_window
-from services.events import joined_schema
+from services.events import get_joined_schema
 from stages.common.params.loop import FeatureSettings
 from tests.monitoring.store import VERSION, exchange, feedback, stored
 
@@ -43,7 +43,7 @@ def batch(*events, given=()):
     for row in rows:
         for given in row["feedback"]:
             del given["request_id"]
-    return pa.RecordBatch.from_pylist(rows, schema=joined_schema())
+    return pa.RecordBatch.from_pylist(rows, schema=get_joined_schema())
 
 
 def answers(*texts):

@@ -405,7 +405,7 @@ def test_a_full_queue_refuses_and_the_waiting_events_are_stored(sqlite_url):
         outcomes = record(store, *(exchange(n) for n in range(20)))
     refused = [n for n, outcome in enumerate(outcomes) if isinstance(outcome, StoreUnavailable)]
     assert refused
-    assert "5 events wait" in str(outcomes[refused[0]])
+    assert "5 events are waiting" in str(outcomes[refused[0]])
     assert set(ids(sqlite_url)) == {f"r{n}" for n in range(20) if n not in refused}
 
 
@@ -603,7 +603,7 @@ def test_a_database_that_hangs_is_reported_and_keeps_nobody_waiting(postgresql, 
             (outcome,) = record(store, exchange(2))
             assert isinstance(outcome, StoreUnavailable)
             assert "within 1 s" in str(outcome)
-            assert "not answered" in store.find_problem()
+            assert "not responded" in store.find_problem()
         finally:
             for pid in halted:
                 os.kill(pid, signal.SIGCONT)
