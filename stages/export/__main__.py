@@ -25,15 +25,15 @@ from stages.common.artifacts import artifacts, atomic_dir, read_json, reports, w
 from stages.common.chat import end_of_turn_ids
 from stages.common.errors import InputError
 from stages.common.examples import encode_examples, write_examples
-from stages.common.gguf.model import architecture_of, check_tensors, context_tokens, write_gguf
-from stages.common.gguf.vocabulary import count_equal, read_vocabulary, vocabulary_in
+from stages.common.gguf.model import check_tensors, count_context_tokens, find_architecture, write_gguf
+from stages.common.gguf.vocabulary import count_equal, read_gguf_vocabulary, read_vocabulary
 from stages.common.logs import get_logger, progress, run_stage
 from stages.common.models import load_tokenizer, load_tuned
 from stages.common.params.loading import load_params
 from stages.common.records import Row, read_rows
 from stages.common.task.kinds import read_task
 from stages.common.task.protocol import Schema, Task
-from stages.export.modelfile import modelfile, read_wrapping
+from stages.export.modelfile import format_modelfile, read_chat_format
 
 log = get_logger("export")
 
@@ -112,7 +112,7 @@ def export_gguf(
 
     logging.getLogger("gguf").setLevel(logging.WARNING)  # else: the byte order, and a name that soon changes
     # Before the weights are read: a refusal should come at once.
-    architecture = architecture_of(AutoConfig.from_pretrained(base, local_files_only=True))
+    architecture = find_architecture(AutoConfig.from_pretrained(base, local_files_only=True))
     tokenizer = load_tokenizer(base)
     # On the CPU and in float32: the sum of base and adapter is rounded once, into the file's own type.
     model = load_tuned(base, adapter, torch.float32, torch.device("cpu"))
@@ -129,7 +129,7 @@ def export_gguf(
     written_s = time.perf_counter() - start
     reader = GGUFReader(path)
     tensors = check_tensors(reader, model, path)
-    found = vocabulary_in(reader)
+    found = read_gguf_vocabulary(reader)
     if found != vocabulary:
         raise InputError(f"{path} holds another vocabulary than was written", "run again: dvc repro export")
     texts = [conversation_text(tokenizer, row) for row in rows]
@@ -165,12 +165,12 @@ def conversation_text(tokenizer: Any, row: Row) -> str:
 def write_modelfile(folder: Path, system_prompt: str | None) -> bool:
     """Write the Modelfile; return whether it holds the chat template, too."""
     tokenizer = load_tokenizer(folder)
-    wrapping = read_wrapping(tokenizer)
-    if wrapping is None:
+    chat_format = read_chat_format(tokenizer)
+    if chat_format is None:
         log.warning("the chat template cannot be written for Ollama, which will guess one: see its answers")
     stops = tokenizer.convert_ids_to_tokens(end_of_turn_ids(tokenizer))
-    write_text(folder / "Modelfile", modelfile(GGUF, system_prompt, wrapping, stops))
-    return wrapping is not None
+    write_text(folder / "Modelfile", format_modelfile(GGUF, system_prompt, chat_format, stops))
+    return chat_format is not None
 
 
 def version_of(folder: Path, base: Path, adapter: Path) -> str:
@@ -224,7 +224,7 @@ def main() -> None:
             "base_model": fetched["name"],
             "base_revision": fetched["revision"],
             "base_sha256": fetched["sha256"],
-            "context_tokens": context_tokens(AutoConfig.from_pretrained(base, local_files_only=True)),
+            "context_tokens": count_context_tokens(AutoConfig.from_pretrained(base, local_files_only=True)),
             "name": name,
             "system_prompt": system_prompt,
             "task": task.describe(),

@@ -1,8 +1,8 @@
-"""An Ollama Modelfile for a GGUF file: which prompt, which end, which sampling.
+"""The Ollama Modelfile of a GGUF file: template, system prompt, stop tokens, sampling.
 
-Ollama does not run the chat template inside a GGUF: it guesses one of its own from it. So the template is
-written out in Ollama's language, from how the tokenizer renders short conversations, and only if a longer one
-then comes out the same.
+Ollama does not run the chat template in a GGUF file, but guesses a similar one of its own. So the template
+is translated to Ollama's language, from how the tokenizer renders short conversations, and used only if it
+renders a longer one identically.
 """
 
 from __future__ import annotations
@@ -11,31 +11,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# Stand-ins for contents, which no template contains.
+# Placeholders for message contents; no template contains them.
 SYSTEM, QUESTION, ANSWER, NEXT = "⟦system⟧", "⟦question⟧", "⟦answer⟧", "⟦next⟧"
 
 Turns = Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
-    """What a template writes before and after the content of a role."""
+class TurnFormat:
+    """The text before and after the content of a turn."""
 
     before: str
     after: str
 
 
 @dataclass(frozen=True, slots=True)
-class Wrapping:
+class ChatFormat:
     """A chat template that puts fixed text around each turn.
 
     Attributes:
-        without_system: what comes first in a conversation that has no system message.
+        without_system: the text at the start of a conversation without a system message.
     """
 
-    system: Turn
-    user: Turn
-    assistant: Turn
+    system: TurnFormat
+    user: TurnFormat
+    assistant: TurnFormat
     without_system: str
 
     def render(self, turns: Turns) -> str:
@@ -45,8 +45,8 @@ class Wrapping:
         body = "".join(around[role].before + content + around[role].after for role, content in turns)
         return start + body + self.assistant.before
 
-    def in_go(self) -> str:
-        """Return the same as a template of Ollama."""
+    def to_ollama(self) -> str:
+        """Return the format as an Ollama template."""
         start = f"{{{{ if not .System }}}}{self.without_system}{{{{ end }}}}" if self.without_system else ""
         roles = [("system", self.system), ("user", self.user), ("assistant", self.assistant)]
         branches = [
@@ -56,8 +56,8 @@ class Wrapping:
         return f"{start}{{{{ range .Messages }}}}{cases}{{{{ end }}}}{self.assistant.before}"
 
 
-def read_wrapping(tokenizer: Any) -> Wrapping | None:
-    """Return how the tokenizer's chat template wraps turns, or None if it does more than that."""
+def read_chat_format(tokenizer: Any) -> ChatFormat | None:
+    """Return the format of a tokenizer's chat template, or None if it is more than text around each turn."""
     from jinja2 import TemplateError
 
     def render(turns: Turns, prompt: bool = True) -> str:
@@ -84,25 +84,27 @@ def read_wrapping(tokenizer: Any) -> Wrapping | None:
     except (TemplateError, TypeError, ValueError):
         return None
     before_user = answer_to_user.removeprefix(after_answer)
-    wrapping = Wrapping(
-        Turn(head, system_to_user.removesuffix(before_user)),
-        Turn(before_user, after_user),
-        Turn(before_answer.removeprefix(after_user), after_answer),
+    chat_format = ChatFormat(
+        TurnFormat(head, system_to_user.removesuffix(before_user)),
+        TurnFormat(before_user, after_user),
+        TurnFormat(before_answer.removeprefix(after_user), after_answer),
         bare.partition(QUESTION)[0].removesuffix(before_user),
     )
     same = (
-        wrapping.render([system, question, answer, next_]) == long
-        and wrapping.render([question, answer, next_]) == bare_long
-        and wrapping.render([question]) == bare
+        chat_format.render([system, question, answer, next_]) == long
+        and chat_format.render([question, answer, next_]) == bare_long
+        and chat_format.render([question]) == bare
     )
-    return wrapping if same else None
+    return chat_format if same else None
 
 
-def modelfile(gguf: str, system_prompt: str | None, wrapping: Wrapping | None, stops: Sequence[str]) -> str:
-    """Return the text of the Modelfile; without a wrapping Ollama guesses the template."""
+def format_modelfile(
+    gguf: str, system_prompt: str | None, chat_format: ChatFormat | None, stops: Sequence[str]
+) -> str:
+    """Return the text of the Modelfile; without a chat format Ollama guesses the template."""
     lines = [f"FROM ./{gguf}"]
-    if wrapping is not None and '"""' not in wrapping.in_go():
-        lines.append(f'TEMPLATE """{wrapping.in_go()}"""')
+    if chat_format is not None and '"""' not in chat_format.to_ollama():
+        lines.append(f'TEMPLATE """{chat_format.to_ollama()}"""')
     if system_prompt is not None and '"""' not in system_prompt:
         lines.append(f'SYSTEM """{system_prompt}"""')
     lines.append("PARAMETER temperature 0")

@@ -1,7 +1,7 @@
-"""A model of transformers as one GGUF file, the format of llama.cpp, Ollama and OpenVINO.
+"""Write a transformers model as one GGUF file, the format of llama.cpp, Ollama and OpenVINO.
 
-GGUF describes a model by a few figures and names each tensor in its own way; the arithmetic is built into
-who reads it. So only architectures are written here whose arithmetic is known to be the same.
+A GGUF file has a few settings and the tensors under GGUF's names; the arithmetic is in the program that reads
+it. So only architectures are supported whose arithmetic there is known to be the same.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 # model_type of transformers → architecture of GGUF.
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 
-# Error of a tensor: the norm of what rounding changed over the norm of the tensor. The limits are about four
-# times what these types cost a normal distribution, so that only a broken tensor crosses them.
+# Error of a tensor: the norm of the rounding error over the norm of the tensor. The limits are about four
+# times the error of a normal distribution in these types, so that only a broken tensor exceeds them.
 LARGEST_ERROR = {"F32": 0.0, "F16": 1e-3, "BF16": 8e-3, "Q8_0": 0.03, "Q4_0": 0.35}
 
 Array = Any  # numpy.ndarray, which is imported only where it is needed
@@ -33,7 +33,7 @@ Array = Any  # numpy.ndarray, which is imported only where it is needed
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One tensor under its name in GGUF; `values` gives it as float32, computed when it is asked for."""
+    """One tensor with its name in GGUF; `values` computes it as float32."""
 
     name: str
     shape: tuple[int, ...]
@@ -41,11 +41,11 @@ class Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
-    """What a GGUF file holds, as read back from it.
+class TensorReport:
+    """The tensors of a GGUF file, compared with the model.
 
     Attributes:
-        types: how many tensors have which type.
+        types: number of tensors by type.
         errors: the largest error of the tensors of each type; see `LARGEST_ERROR`.
     """
 
@@ -53,11 +53,11 @@ class Written:
     errors: dict[str, float]
 
 
-def architecture_of(config: Any) -> str:
-    """Return the GGUF architecture that computes as a model of this configuration does.
+def find_architecture(config: Any) -> str:
+    """Return the GGUF architecture for a model of this configuration.
 
     Raises:
-        InputError: none is known to.
+        InputError: no architecture is known to compute the same.
     """
     kind = config.model_type
     if kind not in ARCHITECTURES:
@@ -78,17 +78,17 @@ def architecture_of(config: Any) -> str:
     return ARCHITECTURES[kind]
 
 
-def context_tokens(config: Any) -> int:
-    """Return how many tokens the model reads, prompt and answer together.
+def count_context_tokens(config: Any) -> int:
+    """Return the length of the context in tokens, prompt and answer together.
 
-    A sliding window counts as the end: within it, engines with and without windows agree.
+    A sliding window counts as the whole context: within it, engines with and without windows agree.
     """
     whole = int(config.max_position_embeddings)
     window = getattr(config, "sliding_window", None)
     return min(whole, int(window)) if window else whole
 
 
-def tensors_of(model: Any) -> Iterator[Tensor]:
+def list_tensors(model: Any) -> Iterator[Tensor]:
     """Yield the tensors of a model under their names in GGUF.
 
     Raises:
@@ -97,7 +97,7 @@ def tensors_of(model: Any) -> Iterator[Tensor]:
     import gguf
 
     config = model.config
-    architecture = architecture_of(config)
+    architecture = find_architecture(config)
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(numbers[architecture], config.num_hidden_layers)
     state = model.state_dict()
@@ -105,11 +105,11 @@ def tensors_of(model: Any) -> Iterator[Tensor]:
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for key, tensor in state.items():
         if key == "lm_head.weight" and tensor.data_ptr() == embedding:
-            continue  # tied: GGUF takes the embedding where there is no output layer
+            continue  # tied: without an output layer GGUF uses the embedding
         name = names.get_name(key, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise InputError(f"the base model's tensor {key} has no name in GGUF's {architecture}", FIX)
-        # GGUF's llama rotates neighbouring values, transformers the two halves of a head; qwen keeps halves.
+        # GGUF's llama rotates adjacent values, transformers the two halves of a head; qwen keeps halves.
         halves = next((heads[h] for h in heads if f".{h}." in key), None) if architecture == "llama" else None
         yield Tensor(name, tuple(tensor.shape), partial(_values, tensor, halves))
     if config.rope_parameters.get("rope_type", "default") == "llama3":
@@ -128,7 +128,7 @@ def _values(tensor: Any, halves_of_heads: int | None) -> Array:
 
 
 def _position_divisors(model: Any) -> Array:
-    """Return by what each frequency of the rotation is divided; shape (head size / 2)."""
+    """Return the divisor of each rotary frequency; shape (head size / 2)."""
     import numpy as np
 
     config, size = model.config, _head_size(model.config)
@@ -141,12 +141,12 @@ def _head_size(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def type_of(tensor: Tensor, quantization: str) -> GGMLQuantizationType:
-    """Return the type in which a tensor is written.
+def choose_type(tensor: Tensor, quantization: str) -> GGMLQuantizationType:
+    """Return the type to write a tensor in.
 
-    Norms and biases stay float32: they are small, and llama.cpp wants them so. With q4_0, embedding and
-    output layer take 8 bits: four would cost far more answers there than the bytes are worth. Rows that are
-    no multiple of a block stay float16.
+    Norms and biases stay float32: they are small, and llama.cpp requires it. With q4_0, embedding and output
+    layer have 8 bits: with four, far more answers would change than the size is worth. Tensors whose rows are
+    not a multiple of a block stay float16.
     """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -166,24 +166,24 @@ def write_gguf(
     name: str,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Write the model with its vocabulary, one tensor in memory at a time beside the model itself.
+    """Write the model with its vocabulary, with one tensor at a time in memory in addition to the model.
 
     Args:
         quantization: `f16`, `bf16`, `q8_0` or `q4_0`.
-        name: what the file calls the model.
-        on_progress: called with the number of tensors written, and of all.
+        name: the name of the model in the file.
+        on_progress: called with the number of tensors written, and the number of all.
     """
     import numpy as np
     from gguf import GGML_QUANT_SIZES, GGUFWriter
     from gguf.quants import quantize
 
-    tensors = list(tensors_of(model))
-    writer = GGUFWriter(path, architecture_of(model.config))
+    tensors = list(list_tensors(model))
+    writer = GGUFWriter(path, find_architecture(model.config))
     try:
-        _add_figures(writer, model.config, vocabulary, quantization, name)
+        _add_settings(writer, model.config, vocabulary, quantization, name)
         add_vocabulary(writer, vocabulary)
         for tensor in tensors:
-            kind = type_of(tensor, quantization)
+            kind = choose_type(tensor, quantization)
             block, block_bytes = GGML_QUANT_SIZES[kind]
             size = math.prod(tensor.shape) // block * block_bytes
             writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, raw_dtype=kind)
@@ -192,14 +192,14 @@ def write_gguf(
         writer.write_ti_data_to_file()
         for done, tensor in enumerate(tensors, 1):
             writer.write_tensor_data(
-                np.ascontiguousarray(quantize(tensor.values(), type_of(tensor, quantization)))
+                np.ascontiguousarray(quantize(tensor.values(), choose_type(tensor, quantization)))
             )
             on_progress(done, len(tensors))
     finally:
         writer.close()
 
 
-def _add_figures(
+def _add_settings(
     writer: GGUFWriter, config: Any, vocabulary: Vocabulary, quantization: str, name: str
 ) -> None:
     import gguf
@@ -209,7 +209,7 @@ def _add_figures(
     writer.add_file_type(gguf.LlamaFileType[kinds[quantization]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(len(vocabulary.tokens))
-    writer.add_context_length(context_tokens(config))
+    writer.add_context_length(count_context_tokens(config))
     writer.add_block_count(config.num_hidden_layers)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -222,32 +222,35 @@ def _add_figures(
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
 
 
-def check_tensors(reader: GGUFReader, model: Any, file: Path) -> Written:
-    """Compare every tensor of a GGUF file with the model's, and return how near they are.
+def check_tensors(reader: GGUFReader, model: Any, file: Path) -> TensorReport:
+    """Compare every tensor of a GGUF file with the model's, and return the largest errors.
 
     Raises:
-        InputError: one is missing, has another shape, or is further off than its type rounds.
+        InputError: one is missing, has another shape, or differs by more than the rounding of its type.
     """
     written = {tensor.name: tensor for tensor in reader.tensors}
     types: Counter[str] = Counter()
     errors: dict[str, float] = {}
-    for tensor in tensors_of(model):
+    for tensor in list_tensors(model):
         found = written.pop(tensor.name, None)
         if found is None:
             raise InputError(f"{file} lacks the tensor {tensor.name}", "run again: dvc repro export")
         kind = found.tensor_type.name
         error = _error(tensor.values(), found.data, found.tensor_type)
-        if not error <= LARGEST_ERROR[kind]:  # also where it is no number
+        if not error <= LARGEST_ERROR[kind]:  # also if it is not a number
             raise InputError(
-                f"{file}: {tensor.name} as {kind} is {error:.2g} off the model, more than "
-                f"{LARGEST_ERROR[kind]:g}, which rounding can explain",
+                f"{file}: {tensor.name} as {kind} has an error of {error:.2g}, more than the "
+                f"{LARGEST_ERROR[kind]:g} that rounding can explain",
                 "set export.quantization: bf16, which has the range of the model's own numbers",
             )
         types[kind] += 1
         errors[kind] = max(errors.get(kind, 0.0), error)
     if written:
-        raise InputError(f"{file} has tensors of no model: {sorted(written)}", "run again: dvc repro export")
-    return Written(dict(sorted(types.items())), dict(sorted(errors.items())))
+        raise InputError(
+            f"{file} has tensors unknown to the model: {sorted(written)}",
+            "run again: dvc repro export",
+        )
+    return TensorReport(dict(sorted(types.items())), dict(sorted(errors.items())))
 
 
 def _error(values: Array, data: np.ndarray[Any, Any], kind: GGMLQuantizationType) -> float:

@@ -1,8 +1,8 @@
-"""The tokenizer as GGUF knows it: a list of tokens, merges, and the name of a way to split text.
+"""The tokenizer in a GGUF file: a list of tokens, merges, and the name of a pre-tokenizer.
 
-llama.cpp has the ways to split built in, each under a name, and a GGUF file carries only that name. A wrong
-name still loads and still answers, with other tokens than the model learned. So the name is taken from how
-the tokenizer really splits, never from the name of the model, and what was written is read back and compared.
+llama.cpp has its pre-tokenizers built in, and a GGUF file contains only the name of one. A wrong name loads
+and answers without an error, with other tokens than the model was trained on. So the name is derived from the
+tokenizer's own pre-tokenizer, never from the name of the model, and the written file is read and compared.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from gguf import GGUFReader, GGUFWriter
 
 FIX = (
-    "set export.gguf: false, and the transformers or vLLM engine serves base model and adapter; "
-    "or choose a base model that GGUF can carry"
+    "set export.gguf: false to serve base model and adapter with the transformers or vLLM engine, "
+    "or choose a base model that GGUF supports"
 )
 
-# As tokenizer.json writes them; llama.cpp has each under the name in WAYS.
+# As in tokenizer.json; PRE_TOKENIZERS has their names in llama.cpp.
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _PUNCTUATION_AND_SPACE = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 ONE_DIGIT = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _PUNCTUATION_AND_SPACE
@@ -37,13 +37,14 @@ BY_CASE = (
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
-    """A way to split text before the merges, under its name in llama.cpp.
+class PreTokenizer:
+    """How text is split before the merges.
 
     Attributes:
-        steps: what the tokenizer does, in order: `words` is GPT-2's own split into words and bytes, `bytes`
-            the bytes alone, `digits` takes digits one by one, and all else is a regular expression.
-        ignore_merges: whether a word that is a token is taken whole, whatever the merges say.
+        pre: its name in llama.cpp.
+        steps: in order: `words` is GPT-2's split into words and bytes, `bytes` the bytes alone, `digits`
+            splits digits one by one, and anything else is a regular expression.
+        ignore_merges: whether a word that is a token is never split, regardless of the merges.
     """
 
     pre: str
@@ -51,24 +52,24 @@ class Way:
     ignore_merges: bool = False
 
 
-WAYS = (
-    Way("gpt-2", ("words",)),
-    Way("smollm", ("digits", "words")),
-    Way("qwen2", (ONE_DIGIT, "bytes")),
-    Way("smaug-bpe", (THREE_DIGITS, "bytes")),
-    Way("llama-bpe", (THREE_DIGITS, "bytes"), ignore_merges=True),
-    Way("tekken", (BY_CASE, "bytes"), ignore_merges=True),
+PRE_TOKENIZERS = (
+    PreTokenizer("gpt-2", ("words",)),
+    PreTokenizer("smollm", ("digits", "words")),
+    PreTokenizer("qwen2", (ONE_DIGIT, "bytes")),
+    PreTokenizer("smaug-bpe", (THREE_DIGITS, "bytes")),
+    PreTokenizer("llama-bpe", (THREE_DIGITS, "bytes"), ignore_merges=True),
+    PreTokenizer("tekken", (BY_CASE, "bytes"), ignore_merges=True),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What a GGUF file holds of a tokenizer.
+    """The tokenizer in a GGUF file.
 
     Attributes:
         tokens: by id, one for each row of the embedding.
         types: of each token, as `gguf.TokenType`.
-        merges: pairs of tokens with a space between, the first merged first.
+        merges: pairs of tokens with a space between, in the order in which they are merged.
         ends: ids that end an answer: the end of turn first, then others.
     """
 
@@ -83,10 +84,10 @@ class Vocabulary:
 
 
 def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
-    """Return the vocabulary of a loaded tokenizer, filled up to `size` tokens, the rows of the embedding.
+    """Return the vocabulary of a loaded tokenizer, padded to `size` tokens, the rows of the embedding.
 
     Raises:
-        InputError: GGUF or llama.cpp has no equal of this tokenizer.
+        InputError: GGUF or llama.cpp does not support this tokenizer.
     """
     from gguf import TokenType
 
@@ -94,7 +95,7 @@ def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
     if backend is None:
         raise InputError("the base model's tokenizer is not a fast one (tokenizer.json)", FIX)
     described = json.loads(backend.to_str())
-    way = way_of(described)
+    pre_tokenizer = find_pre_tokenizer(described)
     by_id = {index: token for token, index in tokenizer.get_vocab().items()}
     if max(by_id) >= size:
         raise InputError(
@@ -115,7 +116,7 @@ def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
     merges = [m if isinstance(m, str) else " ".join(m) for m in described["model"]["merges"]]
     ends = end_of_turn_ids(tokenizer)
     return Vocabulary(
-        pre=way.pre,
+        pre=pre_tokenizer.pre,
         tokens=tuple(tokens),
         types=tuple(int(kind) for kind in types),
         merges=tuple(merges),
@@ -127,11 +128,11 @@ def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
     )
 
 
-def way_of(described: dict[str, Any]) -> Way:
-    """Return the way in which a tokenizer.json splits text.
+def find_pre_tokenizer(described: dict[str, Any]) -> PreTokenizer:
+    """Return the pre-tokenizer of llama.cpp that splits text as a tokenizer.json does.
 
     Raises:
-        InputError: it is no byte-level BPE, or llama.cpp does not know its way.
+        InputError: it is not byte-level BPE, or llama.cpp has no equal pre-tokenizer.
     """
     model = described["model"]
     if model.get("type") != "BPE" or model.get("byte_fallback"):
@@ -147,11 +148,11 @@ def way_of(described: dict[str, Any]) -> Way:
         )
     steps = tuple(_step(part) for part in _flat(described.get("pre_tokenizer"), "pretokenizers"))
     ignore_merges = bool(model.get("ignore_merges"))
-    for way in WAYS:
-        if way.steps == steps and way.ignore_merges == ignore_merges:
-            return way
+    for pre_tokenizer in PRE_TOKENIZERS:
+        if pre_tokenizer.steps == steps and pre_tokenizer.ignore_merges == ignore_merges:
+            return pre_tokenizer
     raise InputError(
-        f"the base model's tokenizer splits text in a way that llama.cpp is not known to have: {steps}, "
+        f"the base model's pre-tokenizer has no known equal in llama.cpp: {steps}, "
         f"ignore_merges {ignore_merges}",
         FIX,
     )
@@ -164,7 +165,7 @@ def _flat(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
 
 
 def _step(part: dict[str, Any]) -> str:
-    """Return the step of `Way.steps` that this part of a pre-tokenizer is, or its JSON if it is none."""
+    """Return the step for one part of a tokenizer.json's pre-tokenizer, or its JSON if there is none."""
     if part["type"] == "ByteLevel" and not part["add_prefix_space"]:
         return "words" if part["use_regex"] else "bytes"
     if part["type"] == "Digits" and part["individual_digits"]:
@@ -175,7 +176,7 @@ def _step(part: dict[str, Any]) -> str:
 
 
 def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
-    """Put the vocabulary into the head of a GGUF file."""
+    """Write the vocabulary into the metadata of a GGUF file."""
     writer.add_tokenizer_model("gpt2")  # GGUF's word for any byte-level BPE
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(list(vocabulary.tokens))
@@ -188,13 +189,13 @@ def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
     writer.add_eos_token_id(vocabulary.ends[0])
     if len(vocabulary.ends) > 1:
         writer.add_eot_token_id(vocabulary.ends[1])
-    # The model learned text as its chat template renders it, with nothing put before it.
+    # The model was trained on text as its chat template renders it, with nothing before it.
     writer.add_add_bos_token(False)
     writer.add_chat_template(vocabulary.chat_template)
 
 
-def vocabulary_in(reader: GGUFReader) -> Vocabulary:
-    """Return the vocabulary that a GGUF file holds."""
+def read_gguf_vocabulary(reader: GGUFReader) -> Vocabulary:
+    """Return the vocabulary of a GGUF file."""
 
     def value(key: str) -> Any:
         field = reader.fields.get(f"tokenizer.{key}")
@@ -213,16 +214,18 @@ def vocabulary_in(reader: GGUFReader) -> Vocabulary:
     )
 
 
-def tokenizer_of(vocabulary: Vocabulary) -> Any:
-    """Return a tokenizer built from nothing but the vocabulary, as llama.cpp builds its own."""
+def build_tokenizer(vocabulary: Vocabulary) -> Any:
+    """Build a tokenizer from the vocabulary alone, as llama.cpp does."""
     from gguf import TokenType
     from tokenizers import AddedToken, Tokenizer, models
 
-    way = next(way for way in WAYS if way.pre == vocabulary.pre)
+    pre_tokenizer = next(
+        pre_tokenizer for pre_tokenizer in PRE_TOKENIZERS if pre_tokenizer.pre == vocabulary.pre
+    )
     ids = {token: index for index, token in enumerate(vocabulary.tokens)}
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in vocabulary.merges)]
-    built = Tokenizer(models.BPE(vocab=ids, merges=pairs, ignore_merges=way.ignore_merges))
-    built.pre_tokenizer = _pre_tokenizer(way)
+    built = Tokenizer(models.BPE(vocab=ids, merges=pairs, ignore_merges=pre_tokenizer.ignore_merges))
+    built.pre_tokenizer = _build_pre_tokenizer(pre_tokenizer)
     marks = [
         AddedToken(token, normalized=False, special=kind == TokenType.CONTROL)
         for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
@@ -232,11 +235,11 @@ def tokenizer_of(vocabulary: Vocabulary) -> Any:
     return built
 
 
-def _pre_tokenizer(way: Way) -> Any:
+def _build_pre_tokenizer(pre_tokenizer: PreTokenizer) -> Any:
     from tokenizers import Regex, pre_tokenizers
 
     parts: list[Any] = []
-    for step in way.steps:
+    for step in pre_tokenizer.steps:
         if step in ("words", "bytes"):
             parts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=step == "words"))
         elif step == "digits":
@@ -249,12 +252,12 @@ def _pre_tokenizer(way: Way) -> Any:
 def count_equal(vocabulary: Vocabulary, tokenizer: Any, texts: Sequence[str], file: Path) -> int:
     """Return how many texts have the same token ids in the vocabulary as in the tokenizer.
 
-    They may differ only where the tokenizer normalises the text first (NFC), which llama.cpp does not.
+    They may differ only where the tokenizer normalizes the text first (NFC), which llama.cpp does not do.
 
     Raises:
-        InputError: another text has other ids, the first of which is named.
+        InputError: the ids of any other text differ; the message has the first such text.
     """
-    built = tokenizer_of(vocabulary)
+    built = build_tokenizer(vocabulary)
     normalizer = tokenizer.backend_tokenizer.normalizer
     equal = 0
     for text in texts:

@@ -1,4 +1,4 @@
-from stages.export.modelfile import modelfile, read_wrapping
+from stages.export.modelfile import format_modelfile, read_chat_format
 from tests.tiny import make_tokenizer
 
 # A default system message, as SmolLM2 and Qwen2 have; and a mark at the start, as Llama 3 has.
@@ -11,15 +11,15 @@ NUMBERED = "{% for m in messages %}{{ loop.index }} {{ m['content'] }}\n{% endfo
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}x"
 
 
-def wrapping_of(template):
+def format_of(template):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
-    return read_wrapping(tokenizer)
+    return read_chat_format(tokenizer)
 
 
 def test_the_template_is_written_in_the_language_of_ollama():
-    wrapping = read_wrapping(make_tokenizer())
-    assert wrapping.in_go() == (
+    chat_format = read_chat_format(make_tokenizer())
+    assert chat_format.to_ollama() == (
         "{{ range .Messages }}"
         '{{ if eq .Role "system" }}<|im_start|>system\n{{ .Content }}<|im_end|>\n'
         '{{ else if eq .Role "user" }}<|im_start|>user\n{{ .Content }}<|im_end|>\n'
@@ -29,26 +29,28 @@ def test_the_template_is_written_in_the_language_of_ollama():
 
 
 def test_what_stands_only_in_conversations_without_a_system_message_is_kept():
-    wrapping = wrapping_of(DEFAULT_SYSTEM)
-    assert wrapping.in_go().startswith(
+    chat_format = format_of(DEFAULT_SYSTEM)
+    assert chat_format.to_ollama().startswith(
         "{{ if not .System }}<|im_start|>system\nBe kind.<|im_end|>\n{{ end }}{{ range .Messages }}"
     )
-    assert wrapping.render([("user", "Hi")]) == (
+    assert chat_format.render([("user", "Hi")]) == (
         "<|im_start|>system\nBe kind.<|im_end|>\n[user] Hi<|im_end|>\n[assistant] "
     )
-    assert wrapping.render([("system", "S"), ("user", "Hi")]) == (
+    assert chat_format.render([("system", "S"), ("user", "Hi")]) == (
         "<|im_start|>[system] S<|im_end|>\n[user] Hi<|im_end|>\n[assistant] "
     )
 
 
 def test_a_template_that_does_more_than_wrap_is_left_to_ollama():
-    assert wrapping_of(NUMBERED) is None
-    assert wrapping_of(NO_SYSTEM) is None
-    assert "TEMPLATE" not in modelfile("model.gguf", None, None, [])
+    assert format_of(NUMBERED) is None
+    assert format_of(NO_SYSTEM) is None
+    assert "TEMPLATE" not in format_modelfile("model.gguf", None, None, [])
 
 
 def test_the_modelfile_names_file_prompt_and_ends():
-    text = modelfile("model.gguf", "Answer in JSON.", read_wrapping(make_tokenizer()), ["<|im_end|>"])
+    text = format_modelfile(
+        "model.gguf", "Answer in JSON.", read_chat_format(make_tokenizer()), ["<|im_end|>"]
+    )
     assert text.startswith('FROM ./model.gguf\nTEMPLATE """{{ range .Messages }}')
     assert text.endswith(
         '"""\nSYSTEM """Answer in JSON."""\nPARAMETER temperature 0\nPARAMETER stop "<|im_end|>"\n'

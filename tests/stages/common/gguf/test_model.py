@@ -3,7 +3,7 @@ import torch
 from gguf import GGUFReader
 
 from stages.common.errors import InputError
-from stages.common.gguf.model import architecture_of, check_tensors, tensors_of, write_gguf
+from stages.common.gguf.model import check_tensors, find_architecture, list_tensors, write_gguf
 from stages.common.gguf.vocabulary import read_vocabulary
 from tests.llama_cpp import LlamaCpp
 from tests.tiny import make_model, make_tokenizer
@@ -116,7 +116,7 @@ def test_rows_that_are_no_whole_block_stay_float16(tmp_path):
 
 def test_a_file_of_another_model_is_refused(tmp_path):
     path = write(tmp_path / "model.gguf", small(0))
-    with pytest.raises(InputError, match=r"token_embd\.weight as F16 is .* off the model"):
+    with pytest.raises(InputError, match=r"token_embd\.weight as F16 has an error of"):
         check_tensors(GGUFReader(path), small(1), path)
 
 
@@ -138,7 +138,7 @@ def test_equal_models_are_equal_bytes(tmp_path):
 
 def test_an_architecture_that_is_not_known_is_named_with_the_way_out():
     with pytest.raises(InputError, match=r"(?s)'gpt_neox' has no GGUF export.*export\.gguf: false"):
-        architecture_of(small(0, "gpt_neox").config)
+        find_architecture(small(0, "gpt_neox").config)
 
 
 @pytest.mark.parametrize(
@@ -150,11 +150,11 @@ def test_an_architecture_that_is_not_known_is_named_with_the_way_out():
 )
 def test_arithmetic_that_gguf_does_not_have_is_refused(changes, message):
     with pytest.raises(InputError, match=message):
-        architecture_of(small(0, **changes).config)
+        find_architecture(small(0, **changes).config)
 
 
 def test_a_tensor_without_a_name_in_gguf_is_refused():
     model = small(0)
     model.model.layers[0].register_parameter("extra", torch.nn.Parameter(torch.ones(4)))
     with pytest.raises(InputError, match=r"layers\.0\.extra has no name in GGUF's llama"):
-        list(tensors_of(model))
+        list(list_tensors(model))

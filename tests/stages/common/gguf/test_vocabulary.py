@@ -11,9 +11,9 @@ from stages.common.gguf.vocabulary import (
     ONE_DIGIT,
     THREE_DIGITS,
     count_equal,
+    find_pre_tokenizer,
+    read_gguf_vocabulary,
     read_vocabulary,
-    vocabulary_in,
-    way_of,
 )
 from tests.llama_cpp import LlamaCpp
 from tests.tiny import make_model, make_tokenizer
@@ -53,7 +53,7 @@ def digits():
     return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words()])
 
 
-WAYS = {
+PRE_TOKENIZERS = {
     "gpt-2": (words, False),
     "smollm": (digits, False),
     "qwen2": (lambda: split(ONE_DIGIT), False),
@@ -65,7 +65,7 @@ WAYS = {
 
 def learned(pre):
     """Return a tokenizer with merges learned under this way of splitting, and one token that is no mark."""
-    make_pre_tokenizer, ignore_merges = WAYS[pre]
+    make_pre_tokenizer, ignore_merges = PRE_TOKENIZERS[pre]
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = make_pre_tokenizer()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -82,7 +82,7 @@ def write(path, tokenizer, rows=450):
     return vocabulary
 
 
-@pytest.mark.parametrize("pre", WAYS)
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
 def test_llama_cpp_splits_text_into_the_tokens_of_the_tokenizer(pre, tmp_path):
     tokenizer = learned(pre)
     assert write(tmp_path / "model.gguf", tokenizer).pre == pre
@@ -91,11 +91,11 @@ def test_llama_cpp_splits_text_into_the_tokens_of_the_tokenizer(pre, tmp_path):
         assert llama_cpp.tokens(text) == tokenizer(text, add_special_tokens=False)["input_ids"], text
 
 
-@pytest.mark.parametrize("pre", WAYS)
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
 def test_the_vocabulary_read_back_gives_the_tokens_of_the_tokenizer(pre, tmp_path):
     tokenizer = learned(pre)
     written = write(tmp_path / "model.gguf", tokenizer)
-    found = vocabulary_in(GGUFReader(tmp_path / "model.gguf"))
+    found = read_gguf_vocabulary(GGUFReader(tmp_path / "model.gguf"))
     assert found == written
     assert count_equal(found, tokenizer, TRICKY, tmp_path / "model.gguf") == len(TRICKY)
 
@@ -120,7 +120,7 @@ def test_an_end_of_turn_that_is_not_the_end_of_sequence_is_kept_beside_it(tmp_pa
     tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
     vocabulary = write(tmp_path / "model.gguf", tokenizer)
     assert vocabulary.ends == (tokenizer.eos_token_id, 1)
-    assert vocabulary_in(GGUFReader(tmp_path / "model.gguf")).ends == vocabulary.ends
+    assert read_gguf_vocabulary(GGUFReader(tmp_path / "model.gguf")).ends == vocabulary.ends
 
 
 def test_text_that_the_tokenizer_normalises_may_differ_and_is_counted(tmp_path):
@@ -140,13 +140,13 @@ def described(**changes):
         ({"model": {"type": "Unigram"}}, "is Unigram, not byte-level BPE"),
         ({"model": {"type": "BPE", "byte_fallback": True}}, "SentencePiece"),
         ({"normalizer": {"type": "Lowercase"}}, "changes its text .Lowercase."),
-        ({"pre_tokenizer": {"type": "Whitespace"}}, "splits text in a way"),
-        ({"pre_tokenizer": None}, "splits text in a way"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "no known equal in llama.cpp"),
+        ({"pre_tokenizer": None}, "no known equal in llama.cpp"),
     ],
 )
 def test_a_tokenizer_that_llama_cpp_does_not_have_is_refused_with_the_way_out(changes, message):
     with pytest.raises(InputError, match=rf"(?s){message}.*export\.gguf: false"):
-        way_of(described(**changes))
+        find_pre_tokenizer(described(**changes))
 
 
 def test_more_tokens_than_rows_of_the_embedding_are_refused():
