@@ -10,6 +10,7 @@ from typing import Any
 from stages.common import run_estimate
 from stages.common.models import pick_device, pick_dtype
 from stages.common.run_estimate import Work, measure_product_speed, read_model_size
+from stages.common.sizes import choose_max_test_rows
 from stages.common.sources.detection.survey import Survey
 
 CHARS_PER_TOKEN = 4.0  # of English in usual tokenizers, where the base model is not there yet
@@ -50,7 +51,7 @@ def estimate_run(survey: Survey, params: Mapping[str, Any], base: Path) -> RunEs
     device = pick_device()
     dtype = str(pick_dtype(device, finetune["dtype"])).removeprefix("torch.")
     answer_tokens = survey.answer_tokens.total / survey.rows
-    asked = min(test_rows, params["ask_base"]["max_rows"] or test_rows)
+    asked = min(test_rows, choose_max_test_rows(params["ask_base"]["max_rows"]) or test_rows)
     work = Work(
         train_rows=train_rows,
         train_tokens=train_tokens,
