@@ -1,7 +1,7 @@
-"""How often the canary and the probation send a good version back, and how soon they find a bad one.
+"""How often the canary and the bake period send a good version back, and how soon they find a bad one.
 
 Outcomes are drawn: users with habits of their own ask several times each, half of them ever give feedback,
-and it comes late. Verdicts are polled in time, at all looks. Parameters are the shipped ones.
+and it comes late. Verdicts are polled in time, at all analyses. Parameters are the shipped ones.
 
 Run: `python -m benchmarks.canary` (minutes on two cores) or `python -m benchmarks.canary --quick`
 """
@@ -23,13 +23,14 @@ from numpy.typing import NDArray
 from scipy.stats import beta
 
 from benchmarks.machine import machine
-from flows.release.canary import LOOKS, Kind, Outcome, judge_canary
+from flows.release.canary import ANALYSES, Kind, Trial, analyse
+from flows.release.outcomes import RequestOutcome
 from stages.common.params.loading import load_params
 from stages.common.statistics import clopper_pearson
 
 PARAMS = load_params()
 SETTLE_S = PARAMS.monitoring.window.settle_s
-# Nothing is decided by silence here: that is a setting, and no statistic.
+# No timeout: its decision is a setting, not a statistic.
 SETTINGS = PARAMS.flows.retrain.canary.model_copy(update={"max_minutes": 1e9})
 USERS = 125
 STEP_S = 10.0  # between two requests, on average
@@ -52,8 +53,8 @@ class Scenario:
 
 GOOD = (
     Scenario("trial", "canary"),
-    Scenario("probation, new users", "probation"),
-    Scenario("probation, the same users before and after", "probation", same_users=True),
+    Scenario("bake period, new users", "bake"),
+    Scenario("bake period, the same users before and after", "bake", same_users=True),
 )
 WORSE = {
     "failures 0 → 5 %": (0.05, 0.03, 0.05, 0.10),
@@ -64,7 +65,7 @@ WORSE = {
 BAD = (
     *(Scenario(f"trial: {name}", "canary", rates) for name, rates in WORSE.items()),
     *(
-        Scenario(f"probation, the same users: {name}", "probation", rates, same_users=True)
+        Scenario(f"bake period, the same users: {name}", "bake", rates, same_users=True)
         for name, rates in WORSE.items()
     ),
 )
@@ -117,7 +118,7 @@ def _found(pool: ProcessPoolExecutor, scenario: Scenario, trials: int) -> list[i
 
 
 def _needed(scenario: Scenario) -> int:
-    return SETTINGS.min_requests if scenario.kind == "canary" else SETTINGS.probation_requests
+    return SETTINGS.min_requests if scenario.kind == "canary" else SETTINGS.bake_requests
 
 
 def trial(scenario: Scenario, seed: int) -> int | None:
@@ -134,25 +135,14 @@ def trial(scenario: Scenario, seed: int) -> int | None:
         old = [replace(one, at=min(one.at, 0.0)) for one in old]
         others = users if scenario.same_users else rng.random(users.shape)
         new = _drawn(rng, others, scenario.rates, "u" if scenario.same_users else "n", needed, 0.0)
-    looks = 0
-    for share in LOOKS:
+    done, comparison = 0, Trial(scenario.kind, "m:new", "m:old", 0.0, needed, SETTLE_S)
+    for share in ANALYSES:
         now = new[math.ceil(share * needed) - 1].at + SETTLE_S
-        verdict = judge_canary(
-            scenario.kind,
-            "m:new",
-            "m:old",
-            [one for one in new if one.at < now],
-            [one for one in old if one.at < now],
-            SETTINGS,
-            needed=needed,
-            since=0.0,
-            now=now,
-            settle_s=SETTLE_S,
-            looks=looks,
-        )
+        ours, theirs = ([one for one in side if one.at < now] for side in (new, old))
+        verdict = analyse(comparison, ours, theirs, SETTINGS, now, done)
         if verdict.state == "bad":
-            return math.ceil(LOOKS[verdict.looks - 1] * needed)
-        looks = verdict.looks
+            return math.ceil(ANALYSES[verdict.analyses - 1] * needed)
+        done = verdict.analyses
     return None
 
 
@@ -163,7 +153,7 @@ def _drawn(
     prefix: str,
     count: int,
     start: float,
-) -> list[Outcome]:
+) -> list[RequestOutcome]:
     """Return `count` outcomes in the order of time, from `start`.
 
     Args:
@@ -175,13 +165,13 @@ def _drawn(
     usual = np.where(rate > 0, beta.ppf(users[:, 1:], HABIT * rate, HABIT * (1 - rate)), 0.0)
     usual[users[:, 0] >= SPEAKERS, FEEDBACK:] = 0.0
     at = start + np.cumsum(rng.exponential(STEP_S * USERS / len(users), size=count))
-    asker = rng.integers(len(users), size=count)
-    hit = rng.random((count, len(CRITERIA))) < usual[asker]
+    user = rng.integers(len(users), size=count)
+    hit = rng.random((count, len(CRITERIA))) < usual[user]
     late = rng.exponential(SETTLE_S, size=(count, 2))
     return [
-        Outcome(
+        RequestOutcome(
             at=float(at[n]),
-            asker=f"{prefix}{asker[n]}",
+            assignment_key=f"{prefix}{user[n]}",
             failed=bool(hit[n, 0]),
             valid=None if hit[n, 0] else not hit[n, 1],
             thumb_down_at=float(at[n] + late[n, 0]) if hit[n, 2] and not hit[n, 0] else None,

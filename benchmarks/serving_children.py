@@ -153,10 +153,10 @@ def run_engine(options: argparse.Namespace) -> None:
 async def _run_engine(kind: str) -> None:
     from services.engines.protocol import Sampling, Step
     from services.engines.select import load_engine
-    from services.versions.__main__ import add_pipeline_output, stored
+    from services.versions.store import add_pipeline_output, get_version
 
     wire = own_wire()
-    files = stored(add_pipeline_output())
+    files = get_version(add_pipeline_output())
     settings = load_params().services.engine
     tokenizer = load_tokenizer(files.tokenizer)
     chosen = settings if kind == "auto" else settings.model_copy(update={"kind": kind})
@@ -246,7 +246,7 @@ def quantize(options: argparse.Namespace) -> None:
 
 def second_version(options: argparse.Namespace) -> None:
     """Store the pipeline's model once more under another version, and print both tags."""
-    from services.versions.__main__ import add_pipeline_output
+    from services.versions.store import add_pipeline_output
 
     first = add_pipeline_output()
     root = options.work / "second"

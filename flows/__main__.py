@@ -79,16 +79,16 @@ COMMANDS = {
         Command("gate", "flows.gate", "Judge a candidate against the champion.", ("core", "serve")),
         Command(
             *("release", "flows.release", "Show or change which versions are served.", ("core", "serve")),
-            subcommands=("status", "try", "promote", "refuse", "rollback", "pin", "unpin"),
+            subcommands=("status", "canary", "promote", "reject", "rollback", "pin", "unpin"),
         ),
         Command(
             *("versions", "services.versions", "List or add stored versions.", ("serve",)),
-            subcommands=("list", "add", "champion", "challenger", "rollback"),
+            subcommands=("list", "add", "show"),
         ),
         Command(
-            *("registry", "flows.registry", "Record the newest run in MLflow, or restore a version."),
+            *("registry", "flows.registry", "Register the newest run in MLflow, or restore a version."),
             extras=("core", "monitor"),
-            subcommands=("record", "restore"),
+            subcommands=("register", "restore"),
         ),
         Command("schedule", "flows.deployments", "Register the flows and their schedules.", ("core",)),
         Command(

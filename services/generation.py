@@ -30,7 +30,7 @@ from services.events import StoreUnavailable
 from services.keys.access import Caller
 from services.model_pool import LoadedModel
 from services.startup import RunningService, start, stop
-from services.versions.__main__ import ModelFiles, newest_as_champion, stored
+from services.versions.store import ModelFiles, find_served, get_version
 from stages.common.errors import InputError
 from stages.common.logs import set_quiet_environment
 from stages.common.models import load_tokenizer
@@ -42,7 +42,8 @@ set_quiet_environment()
 # The engine's thread needs the interpreter briefly after every step; Python's default switch interval of 5 ms
 # is a third of a step.
 sys.setswitchinterval(0.0005)
-SETTINGS = load_params().services
+PARAMS = load_params()
+SETTINGS = PARAMS.services
 
 logger = logging.getLogger("services.generation")
 
@@ -59,7 +60,7 @@ _process = _Process()
 
 def load_model(tag: str) -> LoadedModel:
     """Load a stored version: its tokenizer, and the engine for this machine."""
-    files = stored(tag)
+    files = get_version(tag)
     tokenizer = load_tokenizer(files.tokenizer)
     return LoadedModel(files, tokenizer, load_engine(files, tokenizer, SETTINGS.engine))
 
@@ -112,13 +113,15 @@ class Generation:
         """Start loading the champion: the process is live at once, and ready once the model answers."""
         try:
             check_gpus(SETTINGS.engine)
-            champion = await asyncio.to_thread(newest_as_champion, SETTINGS.versions.follow_pipeline)
-            _process.running = await start(SETTINGS, load_model, listens_beyond_loopback())
+            served = await asyncio.to_thread(
+                find_served, PARAMS.model_card.name, SETTINGS.versions.follow_pipeline
+            )
+            _process.running = await start(SETTINGS, load_model, listens_beyond_loopback(), initial=served)
         except (InputError, StoreUnavailable) as error:
             logger.error("the service cannot start\n%s", error)
             terminate_server()
             return
-        logger.info("the champion is %s", champion)
+        logger.info("serving %s", served)
 
     @bentoml.on_shutdown
     async def stop(self) -> None:

@@ -9,14 +9,15 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from services import errors
 from services.engines.protocol import Engine, EngineError, Sampling
 from services.metrics import get_metrics
-from services.versions.__main__ import ALIASES, Aliases, ModelFiles, read_aliases
+from services.versions.aliases import ALIASES, Aliases, read_aliases
+from services.versions.store import ModelFiles
 from stages.common.chat import encode_prompt
 from stages.common.errors import InputError
 from stages.common.records import Message
@@ -24,6 +25,7 @@ from stages.common.task.kinds import make_task
 from stages.common.task.protocol import Task
 
 Role = Literal["champion", "challenger", "shadow"]
+UNREAD = (0, 0)  # in place of the alias file's stamp before the first sync; None: there is no file
 POLL_S = 0.25  # how often the alias file is checked
 WARM_UP = Sampling(max_tokens=8)
 
@@ -93,15 +95,17 @@ class ModelPool:
         load: loads the version of a tag; blocks, so it runs in a thread.
         keep_loaded: versions that stay in memory, so that a rollback needs no loading.
         path: the alias file.
+        initial: tag of the version to serve while the file names no champion.
     """
 
     load: Loader
     keep_loaded: int = 2
     path: Path = ALIASES
+    initial: str | None = None
     aliases: Aliases = field(default_factory=Aliases)
     problem: str | None = "the model is loading"
     _loaded: dict[str, LoadedModel] = field(default_factory=dict)  # by tag, least recently wanted first
-    _stamp: tuple[int, int] | None = None
+    _stamp: tuple[int, int] | None = UNREAD
     _retired: list[LoadedModel] = field(default_factory=list)
     _published: set[tuple[str, str]] = field(default_factory=set)  # versions and roles known to Prometheus
 
@@ -121,6 +125,8 @@ class ModelPool:
         started = time.monotonic()
         try:
             aliases = read_aliases(self.path)
+            if aliases.champion is None:
+                aliases = replace(aliases, champion=self.initial)
             await self._load_aliases(aliases)
         except (InputError, EngineError, OSError) as error:
             if self.aliases.champion is None or self._is_broken(self.aliases.champion):
@@ -128,7 +134,8 @@ class ModelPool:
             if self._stamp != stamp:
                 logger.error("the changed %s is ignored: %s", self.path, error)
         else:
-            if self._stamp is not None and self.aliases != aliases:
+            before, after = ((one.champion, one.challenger) for one in (self.aliases, aliases))
+            if self._stamp != UNREAD and before != after:
                 get_metrics().switch_s.observe(time.monotonic() - started)
             self.aliases, self.problem = aliases, None
             self._publish_roles()
@@ -136,7 +143,7 @@ class ModelPool:
 
     async def _load_aliases(self, aliases: Aliases) -> None:
         if aliases.champion is None:
-            raise InputError("no model is champion", "set one: perennial versions champion TAG")
+            raise InputError("no version is champion", "perennial release promote TAG --first --reason TEXT")
         challengers = [aliases.challenger.tag] if aliases.challenger else []
         for tag in [*challengers, aliases.champion]:
             model = self._loaded.get(tag)

@@ -22,11 +22,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from services.versions.__main__ import ALIASES, Aliases, newest_as_champion, stored
+from services.versions.aliases import ALIASES, Aliases, write_aliases
+from services.versions.store import find_served, get_version
 from stages.common.artifacts import write_json, write_text
 from stages.common.errors import InputError
+from stages.common.git import read_git
 from stages.common.logs import set_quiet_environment
 from stages.common.params.loading import load_params
+from stages.common.tag import Tag
 
 if TYPE_CHECKING:
     from bentoml.images import Image
@@ -72,9 +75,10 @@ def build_bento(root: Path, engine: str | None = None) -> str:
     Raises:
         InputError: there is no model, requirements.lock lacks a package, or BentoML failed.
     """
-    settings = load_params(root / "params.yaml").services
+    params = load_params(root / "params.yaml")
+    settings = params.services
     engine = engine or settings.engine.kind
-    champion = newest_as_champion(settings.versions.follow_pipeline)
+    champion = find_served(params.model_card.name, settings.versions.follow_pipeline)
     spec = BentoSpec(
         engine,
         _list_models(champion, engine),
@@ -95,7 +99,7 @@ def stage_files(root: Path, folder: Path, champion: str, engine: str) -> None:
     shutil.copytree(root / "services", folder / "services", ignore=EXCLUDED)
     shutil.copytree(root / "stages" / "common", folder / "stages" / "common", ignore=EXCLUDED)
     shutil.copy2(root / "stages" / "__init__.py", folder / "stages")
-    write_json(folder / ALIASES, asdict(Aliases(champion)))
+    write_aliases(folder / ALIASES, Aliases(champion))
     params = set_engine((root / "params.yaml").read_text(encoding="utf-8"), engine)
     write_text(folder / "params.yaml", params)
     load_params(folder / "params.yaml")
@@ -180,7 +184,7 @@ def _list_models(champion: str, engine: str) -> tuple[str, ...]:
     """Return the tags of the models to include: the champion, and its base if the engine may need it."""
     import bentoml
 
-    if engine in CPU_ENGINES and stored(champion).gguf is None:
+    if engine in CPU_ENGINES and get_version(champion).gguf is None:
         raise InputError(
             f"{champion} has no GGUF, which OpenVINO needs", "set export.gguf: true, or use another engine"
         )
@@ -190,36 +194,24 @@ def _list_models(champion: str, engine: str) -> tuple[str, ...]:
 
 def _make_labels(root: Path, champion: str, engine: str) -> dict[str, str]:
     """Return the labels; a value may have at most 63 letters, digits and `-_.`."""
-    name, _, version = champion.partition(":")
+    tag = Tag.parse(champion)
     return {
         "engine": engine,
         "git_revision": read_revision(root),
         "made-by": "perennial",
-        "model": name,
-        "version": version,
+        "model": tag.name,
+        "version": tag.version,
     }
 
 
 def read_revision(root: Path) -> str:
     """Return the commit of the code, with `-changed` if files differ from it; `unknown` without git."""
-    command = [
-        "git",
-        "-C",
-        str(root),
-        "describe",
-        "--always",
-        "--abbrev=40",
-        "--exclude=*",
-        "--dirty=-changed",
-    ]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    form = ("--always", "--abbrev=40", "--exclude=*", "--dirty=-changed")
+    return read_git(root, "describe", *form) or "unknown"
 
 
 def _describe(champion: str, engine: str) -> str:
-    about = stored(champion).about
+    about = get_version(champion).about
     return (
         f"# {champion}\n\n"
         f"Fine-tuned from `{about['base_model']}`. Engine: {engine}.\n\n"

@@ -16,7 +16,7 @@ from services.guard import checks
 from services.keys.access import Access
 from services.keys.key_file import KeyFile
 from services.model_pool import Loader, ModelPool
-from services.versions.__main__ import ALIASES
+from services.versions.aliases import ALIASES
 from stages.common.params.services import Access as AccessSettings
 from stages.common.params.services import Events, Services
 
@@ -33,13 +33,18 @@ class RunningService:
 
 
 async def start(
-    settings: Services, load: Loader, keys_required: bool, aliases: Path = ALIASES
+    settings: Services,
+    load: Loader,
+    keys_required: bool,
+    aliases: Path = ALIASES,
+    initial: str | None = None,
 ) -> RunningService:
     """Open the event store, and start loading the versions that the alias file names.
 
     Args:
         load: loads the version of a tag.
         keys_required: reject requests without an API key.
+        initial: tag of the version to serve while the alias file names no champion.
 
     Raises:
         StoreUnavailable, InputError: the store cannot be opened.
@@ -53,7 +58,7 @@ async def start(
         group_wait_s=settings.events.group_wait_ms / 1000,
         redact=lambda text: redact(text, settings.events.redact),
     )
-    pool = ModelPool(load, settings.versions.keep_loaded, aliases)
+    pool = ModelPool(load, settings.versions.keep_loaded, aliases, initial)
     handler = ChatHandler(settings, pool, store, make_access(settings.access, keys_required))
     tasks = [asyncio.create_task(run_forever(pool.follow))]
     if settings.events.retention_days is not None:

@@ -12,8 +12,6 @@ from html import escape
 from itertools import pairwise
 from typing import Any
 
-from flows.dashboard.status import changed_to, is_change
-
 HEIGHT = 150  # of a plot, px
 MARKS = 26  # of the row of verdicts, px
 LEAST_THUMBS = 3  # fewer in a bin say nothing
@@ -55,9 +53,8 @@ def _champion_changes(
     releases: Sequence[dict[str, Any]], start: float, end: float
 ) -> Iterator[tuple[float, str]]:
     for release in releases:
-        at = release.get("at")
-        if is_change(release) and at is not None and start <= at <= end:
-            yield float(at), str(changed_to(release) or "another version")
+        if release["champion"] != release["former"] and start <= release["at"] <= end:
+            yield release["at"], release["champion"]
 
 
 def _marks(

@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from monitoring.verdicts import DriftVerdict, read_verdict
+from services.versions.aliases import ALIASES, Aliases, read_aliases
+from services.versions.releases import Release, read_releases
+from services.versions.store import SERVING, read_pipeline_tag
 from stages.common import network
 from stages.common.artifacts import STATE, read_json
 from stages.common.errors import InputError
@@ -58,17 +61,16 @@ def read_status(root: Path, params: Params, cache: StatusCache, now: float | Non
     now = time.time() if now is None else now
     problems: list[str] = []
     verdicts = _verdicts(root, cache, problems)
-    releases = _lines(root / STATE / "releases.jsonl", problems)
     canaries = _folder(root / CANARY, problems)
     status: dict[str, Any] = {
         "now": now,
-        "model": _model(root, verdicts, releases, problems),
+        "model": _model(root, verdicts, problems),
         "verdict": _whole(root, verdicts[-1]) if verdicts else None,
         "verdicts": [_short(verdict) for verdict in verdicts[-MAX_WINDOWS:]],
         "flows": _flows(root, params),
         "retraining": _retraining(root, problems),
         "gates": _gates(root, canaries, problems),
-        "releases": releases[::-1][:MAX_RELEASES],
+        "releases": _releases(root, problems),
         "feedback": _json(root / "reports" / "feedback.json", problems),
         "traffic": _traffic(root, params, cache, problems),
         "programs": _programs(root, params, problems),
@@ -76,55 +78,38 @@ def read_status(root: Path, params: Params, cache: StatusCache, now: float | Non
     return status | {"problems": problems}
 
 
-def _model(
-    root: Path, verdicts: Sequence[DriftVerdict], releases: Sequence[dict[str, Any]], problems: list[str]
-) -> dict[str, Any]:
-    aliases = _json(root / STATE / "aliases.json", problems) or {}
-    champion = aliases.get("champion")
-    since = next(
-        (
-            release.get("at")
-            for release in reversed(releases)
-            if is_change(release) and changed_to(release) == champion
-        ),
-        None,
-    )
-    made = None
-    exported = _json(root / "artifacts" / "export" / "serving.json", problems)
-    if exported and f"{exported.get('name')}:{exported.get('version')}" == champion:
-        made = (root / "artifacts" / "export" / "serving.json").stat().st_mtime
-    pin = next((one for one in reversed(releases) if _action(one) in ("pin", "unpin")), None)
-    pinned = pin.get("why") or "no reason given" if pin and _action(pin) == "pin" else None
+def _model(root: Path, verdicts: Sequence[DriftVerdict], problems: list[str]) -> dict[str, Any]:
+    """Return the aliases; before the first release, the model that the service serves."""
+    aliases, exported = Aliases(), None
+    with _reporting(problems):
+        aliases = read_aliases(root / ALIASES)
+    with _reporting(problems):
+        exported = read_pipeline_tag(root)
+    champion, since = aliases.champion or exported, aliases.champion_since
     if champion and since is None:
-        # Before any release: the first of its windows or references that is known.
         starts = [
             verdict.reference.start if verdict.reference else verdict.window.start
             for verdict in verdicts
             if verdict.tag == champion
         ]
-        since = min(starts, default=made)
+        since = min(starts, default=(root / SERVING).stat().st_mtime if exported == champion else None)
     return {
         "champion": champion,
+        "released": aliases.champion is not None,
         "since": since,
-        "challenger": aliases.get("challenger"),
-        "former": (aliases.get("history") or [None])[-1],
-        "pinned": pinned,
-        "exported": f"{exported['name']}:{exported['version']}" if exported else None,
+        "challenger": asdict(aliases.challenger) if aliases.challenger else None,
+        "former": aliases.history[-1] if aliases.history else None,
+        "pinned": aliases.pinned,
+        "exported": exported,
     }
 
 
-def _action(release: dict[str, Any]) -> str:
-    return str(release.get("action", ""))
-
-
-def is_change(release: dict[str, Any]) -> bool:
-    """Return whether a release changed the champion and was not undone."""
-    return _action(release) in ("promote", "roll_back") and release.get("outcome", "done") == "done"
-
-
-def changed_to(release: dict[str, Any]) -> str | None:
-    """Return the champion after a release."""
-    return release.get("champion") or release.get("tag")
+def _releases(root: Path, problems: list[str]) -> list[dict[str, Any]]:
+    """Return the last releases, newest first."""
+    found: list[Release] = []
+    with _reporting(problems):
+        found = read_releases(root)
+    return [asdict(release) for release in found[: -MAX_RELEASES - 1 : -1]]
 
 
 def _verdicts(root: Path, cache: StatusCache, problems: list[str]) -> list[DriftVerdict]:
@@ -168,7 +153,7 @@ def _gates(
 
     def trials(name: str) -> list[Any]:
         found = canaries.get(name, (0.0, {}))[1]
-        return [found[kind] for kind in ("canary", "probation") if found.get(kind)]
+        return [found[kind] for kind in ("canary", "bake") if found.get(kind)]
 
     found = [
         value | {"made_at": value.get("made_at", changed), "trials": trials(name)}
@@ -204,7 +189,7 @@ def _programs(root: Path, params: Params, problems: list[str]) -> list[dict[str,
         if _lives(kept.get("pid"))
     ]
     pages = params.flows.pages
-    tracking = params.flows.record.tracking_url
+    tracking = params.flows.tracking.tracking_url
     known = {
         "service": f"http://{network.reachable_host(params.services.host)}:{params.services.port}/",
         "prefect": f"http://127.0.0.1:{pages.prefect}/",

@@ -33,10 +33,12 @@ from flows.demo.poison import train_poisoned
 from flows.demo.replay import ReplayResult, replay
 from flows.demo.report import REPORT, Accuracy, DemoResult, Step, format_share, write_report
 from flows.demo.traffic import Kind, TrafficModel, is_english_default, read_traffic_model, write_traffic
-from flows.gate import judge
-from flows.retrain import progress, steps
+from flows.gate.judge import run_gate
+from flows.gate.verdict import GateVerdict
+from flows.retrain import progress
 from monitoring.verdicts import DriftVerdict, read_verdicts
-from services.versions import __main__ as versions
+from services.versions.aliases import ALIASES, read_aliases
+from services.versions.store import read_pipeline_tag
 from stages.common import network
 from stages.common.adapter import FOLDER as ADAPTER
 from stages.common.adapter import clear_initial_adapter
@@ -243,7 +245,7 @@ def _wait(process: subprocess.Popen[bytes], seconds: float) -> None:
         time.sleep(POLL_S)
 
 
-def _reject_poisoned(demo: DemoRun) -> judge.GateVerdict:
+def _reject_poisoned(demo: DemoRun) -> GateVerdict:
     """Train a candidate on shuffled answers, and have the gate reject it.
 
     Raises:
@@ -251,9 +253,9 @@ def _reject_poisoned(demo: DemoRun) -> judge.GateVerdict:
     """
     with demo.step("a candidate is trained on shuffled answers") as recorded:
         checkout = train_poisoned(demo.checkout, rows=250)
-        tag = str(steps.pipeline_tag(checkout))
+        tag = str(read_pipeline_tag(checkout))
         params = load_params(checkout / "params.yaml")
-        verdict = judge.run_gate(checkout, params, tag, production=demo.checkout)
+        verdict = run_gate(checkout, params, tag, production=demo.checkout)
         failed = [one.name for one in verdict.criteria if not one.passed]
         recorded.append(f"{'passed' if verdict.passed else 'rejected'} by the gate ({', '.join(failed)})")
     if verdict.passed:
@@ -303,7 +305,7 @@ def _log(checkout: Path, name: str) -> Path:
 
 
 def _champion(checkout: Path) -> str | None:
-    return versions.read_aliases(checkout / versions.ALIASES).champion
+    return read_aliases(checkout / ALIASES).champion or read_pipeline_tag(checkout)
 
 
 def _training_result(checkout: Path) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from flows.gate.judge import GateVerdict
+from flows.gate.verdict import GateVerdict
 from flows.retrain.progress import RetrainResult
 from stages.common.artifacts import write_json, write_text
 

@@ -1,12 +1,11 @@
-"""What the gate judges by: candidate and champion asked the same rows, parity, and the card.
+"""Evaluate a candidate for the gate: paired answers of candidate and champion, parity, and the model card.
 
-Two tests. The *new* one is what users said was right: labelled rows of the new traffic that were held out
-of every training (`.perennial/holdout/rows.jsonl`). The *old* one is the champion's own test split, kept
-when its pipeline made it, without what the candidate has trained on since.
+Two tests. *new*: labelled rows of the new traffic that were held out of every training
+(`.perennial/holdout/rows.jsonl`). *old*: the champion's own test split, kept when its pipeline made it,
+without rows that the candidate has trained on since.
 
-Both models are asked by HTTP, greedily, with the same limits, by a service of the gate's own. Everything
-that was asked and answered lies in `.perennial/gate/VERSION/`, and a gate that was killed after the asking
-does not ask again.
+Both models answer greedily over HTTP, with the same limits, from the gate's private server. All prompts and
+answers are kept in `.perennial/gate/VERSION/`; a gate that was killed after that step reads them from there.
 """
 
 from __future__ import annotations
@@ -22,30 +21,39 @@ from pathlib import Path
 from typing import Any
 
 from flows.gate import private_server
+from flows.gate.card import CARD, find_card_problems
+from flows.gate.verdict import hash_files
 from monitoring.feedback.labels import normalised
 from monitoring.feedback.rows import HELD_OUT, read_labelled
 from services import parity
-from services.versions.__main__ import ALIASES, add_pipeline_output, read_aliases, stored
-from stages.common.artifacts import STATE, artifacts, atomic_write, missing, read_json, reports, write_json
-from stages.common.dvc_lock import dvc_hash
+from services.versions.aliases import ALIASES, read_aliases
+from services.versions.store import add_pipeline_output, get_version
+from stages.common.artifacts import (
+    STATE,
+    artifacts,
+    atomic_write,
+    missing,
+    read_json,
+    reports,
+    write_json,
+)
 from stages.common.errors import InputError
 from stages.common.params.loading import Params
+from stages.common.params.loop import GateSettings
 from stages.common.records import Row, canonical_json, read_rows
+from stages.common.tag import Tag
 from stages.common.task.kinds import read_task
 from stages.common.task.protocol import Task
 
 GATE = STATE / "gate"
 TESTS = STATE / "tests"
-CARD = reports("model_card") / "README.md"
-# The card's parts that come from evidence; each must be there and say something.
-CARD_SECTIONS = ("Use", "Results", "Limits", "Data", "Bias", "Training", "Lineage")
 
 logger = logging.getLogger("flows.gate.evaluation")
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """Rows, and what both models answered to each."""
+class PairedAnswers:
+    """The rows of a test, with the answers of both models."""
 
     rows: tuple[Row, ...]
     candidate: tuple[str, ...]
@@ -54,47 +62,47 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """All that the gate looks at.
+    """Everything the gate judges a candidate by.
 
     Attributes:
-        champion: who is to be replaced; None for the first model of all.
+        champion: the version to be replaced; None for the first model.
         task: what the candidate's answers are.
         new, old: both tests; None without a champion.
-        parity: candidate against its trainer.
-        card: what speaks against its model card; empty if nothing does.
+        parity: the candidate's server against its trainer.
+        card: problems of its model card.
         evaluation: the candidate's reports/evaluate/metrics.json.
-        left_out: rows that were not asked, by reason.
-        files: SHA-256 of each file of the evidence, by its path from the checkout's root.
+        excluded: test rows that were not used, by reason.
+        files: SHA-256 of each file of the evidence, by path from the checkout's root.
     """
 
     tag: str
     champion: str | None
     task: Task
-    new: Asked | None
-    old: Asked | None
+    new: PairedAnswers | None
+    old: PairedAnswers | None
     parity: parity.Verdict
     card: tuple[str, ...]
     evaluation: Mapping[str, Any]
-    left_out: Mapping[str, int]
+    excluded: Mapping[str, int]
     files: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
-class Questions:
-    """Rows to ask, after how many tokens an answer is cut, and what was left out, by reason."""
+class EvalSet:
+    """Rows to answer, the limit of an answer in tokens, and the number of rows excluded, by reason."""
 
     rows: tuple[Row, ...]
     max_tokens: int
-    left_out: Mapping[str, int]
+    excluded: Mapping[str, int]
 
 
 def keep_test_rows(root: Path, production: Path | None = None) -> str | None:
-    """Keep the test split under the version that the pipeline made with it; return the version.
+    """Keep the test split of the pipeline's newest model; return the version, or None without a model.
 
-    Call it before the pipeline runs again and writes another one. None: there is no model yet.
+    Call it before the next pipeline run, which overwrites the split.
 
     Args:
-        production: the checkout that keeps it; `root` where none is given.
+        production: the checkout that keeps it; by default `root`.
     """
     serving, test = root / artifacts("export") / "serving.json", root / artifacts("split") / "test.parquet"
     if not serving.exists() or not test.exists():
@@ -107,16 +115,17 @@ def keep_test_rows(root: Path, production: Path | None = None) -> str | None:
     return version
 
 
-def gather(root: Path, params: Params, tag: str, production: Path | None = None) -> Evidence:
-    """Ask candidate and champion, compare the candidate with its trainer, and look at its card.
+def evaluate_candidate(root: Path, params: Params, tag: str, production: Path | None = None) -> Evidence:
+    """Have candidate and champion answer both tests, compare the candidate with its trainer, check its card.
+
+    Writes reports/parity/VERSION.json and `.perennial/gate/VERSION/`. The aliases do not move.
 
     Args:
         root: the checkout whose pipeline made the candidate.
-        tag: the candidate: what the pipeline made last.
-        production: the checkout whose champion is to be replaced, and where what is found is written;
-            `root` where none is given.
-
-    Writes reports/parity/VERSION.json and `.perennial/gate/VERSION/`. The aliases do not move.
+        params: also those of the private server, which gets all of them.
+        tag: the candidate: the pipeline's newest model.
+        production: the checkout whose champion is to be replaced, and where the evidence is written; by
+            default `root`.
 
     Raises:
         InputError: the pipeline's output is another version, or incomplete; the candidate is the champion;
@@ -126,97 +135,77 @@ def gather(root: Path, params: Params, tag: str, production: Path | None = None)
     production = production or root
     champion = read_aliases(production / ALIASES).champion
     if champion == tag:
-        raise InputError(f"{tag} is the champion already", "there is nothing to judge")
+        raise InputError(f"{tag} is the champion already", "judge another version")
     keep_test_rows(root, production)
     if champion is not None:
-        stored(champion)
-    folder = production / GATE / tag.rpartition(":")[2]
-    trainer = _Trainer.read(root, params)
-    new = new_test(root, params, production) if champion else None
-    old = old_test(root, params, champion, production) if champion else None
-    asked = {"parity": Questions(trainer.rows, _answer_limit(root), {})}
-    asked |= {name: test for name, test in (("new", new), ("old", old)) if test}
-    answers = _answers(production, params, tag, champion, asked, folder / "answers.json")
+        get_version(champion)
+    folder = production / GATE / Tag.parse(tag).version
+    trainer, task = _Trainer.read(root, params.services.parity.max_rows), read_task(root)
+    gate = params.flows.retrain.gate
+    longest = params.services.answers.default_max_tokens
+    new = read_new_test(root, production, task, gate, longest) if champion else None
+    old = read_old_test(root, production, champion, task, gate) if champion else None
+    tests = {"parity": EvalSet(trainer.rows, _read_answer_limit(root), {})}
+    tests |= {name: test for name, test in (("new", new), ("old", old)) if test}
+    answers = _answers(production, params, tag, champion, tests, folder / "answers.json")
     verdict = trainer.compare(answers, params, tag)
     write_json(production / reports("parity") / f"{verdict.version}.json", asdict(verdict))
     write_json(folder / "parity.json", asdict(verdict))
-    card = card_problems(root)
+    card = find_card_problems(root)
     if (root / CARD).exists():
         with atomic_write(folder / "model_card.md") as beside:
             shutil.copyfile(root / CARD, beside)
     return Evidence(
         tag=tag,
         champion=champion,
-        task=read_task(root),
-        new=_asked(new, answers["new"]) if new else None,
-        old=_asked(old, answers["old"]) if old else None,
+        task=task,
+        new=_pair(new, answers["new"]) if new else None,
+        old=_pair(old, answers["old"]) if old else None,
         parity=verdict,
         card=tuple(card),
         evaluation=read_json(root / reports("evaluate") / "metrics.json"),
-        left_out={
+        excluded={
             f"{name}: {reason}": count
             for name, test in (("new", new), ("old", old))
             if test
-            for reason, count in test.left_out.items()
+            for reason, count in test.excluded.items()
         },
-        files=file_hashes(production, sorted(folder.iterdir())),
+        files=hash_files(production, sorted(folder.iterdir())),
     )
 
 
-def new_test(root: Path, params: Params, production: Path | None = None) -> Questions:
-    """Return the held-out labelled rows of the new traffic that no training row asks.
+def read_new_test(
+    root: Path, production: Path, task: Task, settings: GateSettings, max_tokens: int
+) -> EvalSet:
+    """Return the held-out labelled rows of the new traffic, without questions the candidate trained on.
 
-    They may be written as long an answer as users get.
+    Args:
+        max_tokens: of an answer: as many as users get.
     """
     trained = {normalised(row.question) for row in _training_rows(root)}
-    rows, left_out = _usable(read_labelled((production or root) / HELD_OUT), read_task(root))
+    rows, excluded = _select_usable(read_labelled(production / HELD_OUT), task)
     kept = [row for row in rows if normalised(row.question) not in trained]
-    _count(left_out, "the candidate was trained on the question", len(rows) - len(kept))
-    return _drawn(kept, params, params.services.answers.default_max_tokens, left_out)
+    _count(excluded, "the candidate was trained on the question", len(rows) - len(kept))
+    return _sample(kept, settings, max_tokens, excluded)
 
 
-def old_test(root: Path, params: Params, champion: str, production: Path | None = None) -> Questions:
+def read_old_test(root: Path, production: Path, champion: str, task: Task, settings: GateSettings) -> EvalSet:
     """Return the champion's test rows, without those whose group or question the candidate trained on."""
-    kept_rows = (production or root) / TESTS / f"{champion.rpartition(':')[2]}.parquet"
+    kept_rows = production / TESTS / f"{Tag.parse(champion).version}.parquet"
     if not kept_rows.exists():
-        logger.warning("the test rows of %s were not kept: it is asked those of the candidate", champion)
+        logger.warning("the test rows of %s were not kept: those of the candidate are used", champion)
         kept_rows = root / artifacts("split") / "test.parquet"
     training = _training_rows(root)
     groups, questions = {row.group for row in training}, {normalised(row.question) for row in training}
-    rows, left_out = _usable(read_rows(kept_rows), read_task(root))
+    rows, excluded = _select_usable(read_rows(kept_rows), task)
     kept = [row for row in rows if row.group not in groups and normalised(row.question) not in questions]
-    _count(left_out, "the candidate was trained on the group or question", len(rows) - len(kept))
-    return _drawn(kept, params, _answer_limit(root), left_out)
-
-
-def card_problems(root: Path) -> list[str]:
-    """Return what speaks against the model card: that it is not there, another adapter's, or incomplete."""
-    path = root / CARD
-    if not path.exists():
-        return [f"{CARD} is not there"]
-    text = path.read_text(encoding="utf-8")
-    adapter = root / artifacts("finetune")
-    problems = []
-    if dvc_hash(adapter) not in text:
-        problems.append(f"{CARD} does not name the hash of {artifacts('finetune')}: it is another adapter's")
-    weights = adapter / "adapter_model.safetensors"
-    exported = read_json(root / artifacts("export") / "serving.json").get("adapter_sha256")
-    if not weights.exists() or _sha256(weights) != exported:
-        problems.append(f"{artifacts('export')} was not made from the adapter in {artifacts('finetune')}")
-    parts = _sections(text)
-    problems += [f"{CARD} has no section {name}" for name in CARD_SECTIONS if name not in parts]
-    problems += [f"section {name} of {CARD} is empty" for name in CARD_SECTIONS if parts.get(name) == ""]
-    return problems
-
-
-def file_hashes(root: Path, paths: Sequence[Path]) -> dict[str, str]:
-    """Return the SHA-256 of each file, by its path from the root."""
-    return {path.relative_to(root).as_posix(): _sha256(path) for path in paths if path.is_file()}
+    _count(excluded, "the candidate was trained on the group or question", len(rows) - len(kept))
+    return _sample(kept, settings, _read_answer_limit(root), excluded)
 
 
 @dataclass(frozen=True, slots=True)
 class _Trainer:
-    """The trainer's side of the comparison with the server: its rows, answers and prompts."""
+    """The trainer's side of the comparison with the server: rows, answers, prompt lengths."""
 
     rows: tuple[Row, ...]
     answers: tuple[str, ...]
@@ -225,7 +214,7 @@ class _Trainer:
     task: Task
 
     @classmethod
-    def read(cls, root: Path, params: Params) -> _Trainer:
+    def read(cls, root: Path, max_rows: int | None) -> _Trainer:
         import pyarrow.parquet as pq
 
         from stages.common.chat import encode_prompt, template_sha256
@@ -237,7 +226,7 @@ class _Trainer:
         table = pq.read_table(root / kept, columns=["id", "tuned"]).to_pydict()
         answers = dict(zip(table["id"], table["tuned"], strict=True))
         rows = [row for row in read_rows(root / artifacts("split") / "test.parquet") if row.id in answers]
-        rows = rows[: params.services.parity.max_rows]
+        rows = rows[:max_rows]
         tokenizer = load_tokenizer(root / artifacts("fetch_base"))
         return cls(
             tuple(rows),
@@ -258,7 +247,7 @@ class _Trainer:
             served,
             self.prompt_tokens,
             answers["template_sha256"] == self.template,
-            tag.rpartition(":")[2],
+            Tag.parse(tag).version,
             params,
             self.task,
         )
@@ -268,8 +257,8 @@ def _check_candidate(root: Path, tag: str) -> None:
     made = add_pipeline_output(root)
     if made != tag:
         raise InputError(
-            f"the pipeline's output is {made}, not {tag}",
-            "judge what it made last, or bring the other's parameters and data back and run it again",
+            f"the pipeline's newest model is {made}, not {tag}",
+            "judge that one, or restore the parameters and data of the other and run the pipeline again",
         )
 
 
@@ -277,33 +266,35 @@ def _training_rows(root: Path) -> list[Row]:
     return read_rows(root / artifacts("split") / "train.parquet")
 
 
-def _answer_limit(root: Path) -> int:
+def _read_answer_limit(root: Path) -> int:
     limit: int = read_json(root / reports("evaluate") / "metrics.json")["answer_limit_tokens"]
     return limit
 
 
-def _usable(rows: Sequence[Row], task: Task) -> tuple[list[Row], dict[str, int]]:
-    """Return the rows that can be judged; each question of each conversation once."""
-    left_out: dict[str, int] = {}
+def _select_usable(rows: Sequence[Row], task: Task) -> tuple[list[Row], dict[str, int]]:
+    """Return the rows that can be scored, without duplicates, and the number excluded, by reason."""
+    excluded: dict[str, int] = {}
     kept = list({row.id: row for row in rows}.values())
-    _count(left_out, "given twice", len(rows) - len(kept))
+    _count(excluded, "duplicate", len(rows) - len(kept))
     judged = [row for row in kept if task.find_problem(row.answer) is None]
-    _count(left_out, "the label is not an answer of the task", len(kept) - len(judged))
-    return judged, left_out
+    _count(excluded, "the label is not an answer of the task", len(kept) - len(judged))
+    return judged, excluded
 
 
-def _count(left_out: dict[str, int], reason: str, rows: int) -> None:
+def _count(excluded: dict[str, int], reason: str, rows: int) -> None:
     if rows:
-        left_out[reason] = rows
+        excluded[reason] = rows
 
 
-def _drawn(rows: Sequence[Row], params: Params, max_tokens: int, left_out: dict[str, int]) -> Questions:
-    gate = params.flows.retrain.gate
-    if gate.max_rows is not None and len(rows) > gate.max_rows:
-        _count(left_out, "more than flows.retrain.gate.max_rows", len(rows) - gate.max_rows)
-        chosen = sorted(random.Random(gate.seed).sample(range(len(rows)), gate.max_rows))
+def _sample(
+    rows: Sequence[Row], settings: GateSettings, max_tokens: int, excluded: dict[str, int]
+) -> EvalSet:
+    limit = settings.max_rows
+    if limit is not None and len(rows) > limit:
+        _count(excluded, "more than flows.retrain.gate.max_rows", len(rows) - limit)
+        chosen = sorted(random.Random(settings.seed).sample(range(len(rows)), limit))
         rows = [rows[index] for index in chosen]
-    return Questions(tuple(rows), max_tokens, left_out)
+    return EvalSet(tuple(rows), max_tokens, excluded)
 
 
 def _answers(
@@ -311,85 +302,73 @@ def _answers(
     params: Params,
     tag: str,
     champion: str | None,
-    asked: Mapping[str, Questions],
+    tests: Mapping[str, EvalSet],
     path: Path,
 ) -> dict[str, Any]:
-    """Return all answers: those that lie there, if they are to the same questions, else asked now."""
-    key = _key(tag, champion, asked)
+    """Return all answers: from `path` if it holds those of the same models and tests, else generated now."""
+    key = _key(tag, champion, tests)
     if path.exists():
         known: dict[str, Any] = read_json(path)
         if known.get("key") == key:
-            logger.info("both were asked before: their answers are in %s", path)
+            logger.info("the answers of both models are read from %s", path)
             return known
-    with private_server.serving(production, params, tag, champion) as service:
-        found = asyncio.run(_ask(service.url, params, tag, champion, asked))
+    engine = params.services.engine
+    at_once = min(params.flows.retrain.gate.concurrency, engine.max_running + engine.max_waiting)
+    with private_server.serve(production, params, tag, champion) as service:
+        found = asyncio.run(_ask(service.url, at_once, tag, champion, tests))
     write_json(path, {"key": key, "tag": tag, "champion": champion, **found})
     return dict(read_json(path))
 
 
-def _key(tag: str, champion: str | None, asked: Mapping[str, Questions]) -> str:
-    """Return what tells one asking from another: who is asked what, and when an answer is cut."""
-    said = [tag, champion]
-    questions = {
-        name: [test.max_tokens, [[row.id, row.answer] for row in test.rows]] for name, test in asked.items()
+def _key(tag: str, champion: str | None, tests: Mapping[str, EvalSet]) -> str:
+    """Return a hash of the models, the rows and the limits of the answers."""
+    rows = {
+        name: [test.max_tokens, [[row.id, row.answer] for row in test.rows]] for name, test in tests.items()
     }
-    return hashlib.sha256(canonical_json([said, questions]).encode()).hexdigest()
+    return hashlib.sha256(canonical_json([[tag, champion], rows]).encode()).hexdigest()
 
 
 async def _ask(
-    url: str, params: Params, tag: str, champion: str | None, asked: Mapping[str, Questions]
+    url: str, at_once: int, tag: str, champion: str | None, tests: Mapping[str, EvalSet]
 ) -> dict[str, Any]:
-    """Ask the candidate every row of every test, and the champion those of its own tests."""
-    engine = params.services.engine
-    at_once = min(params.flows.retrain.gate.concurrency, engine.max_running + engine.max_waiting)
+    """Have the candidate answer every row of every test, and the champion all but those of parity."""
     about = await parity.served_model(url, tag, None)
-    candidate = await _ask_one(url, tag, list(asked.values()), at_once)
-    tests = {name: test for name, test in asked.items() if name != "parity"}
-    former = await _ask_one(url, champion, list(tests.values()), at_once) if champion else {}
+    candidate = await _ask_one(url, tag, list(tests.values()), at_once)
+    shared = [test for name, test in tests.items() if name != "parity"]
+    former = await _ask_one(url, champion, shared, at_once) if champion else {}
     found: dict[str, Any] = {"template_sha256": about["template_sha256"]}
-    for name, test in asked.items():
+    for name, test in tests.items():
         found[name] = {}
         for row in test.rows:
             answer = candidate[row.id, test.max_tokens]
-            said = {"question": row.question, "reference": row.answer, **_said("candidate", answer)}
+            kept = {"question": row.question, "reference": row.answer, **_kept("candidate", answer)}
             if name != "parity":
-                said |= _said("champion", former[row.id, test.max_tokens])
-            found[name][row.id] = said
+                kept |= _kept("champion", former[row.id, test.max_tokens])
+            found[name][row.id] = kept
     return found
 
 
-def _said(who: str, answer: parity.Served) -> dict[str, Any]:
+def _kept(who: str, answer: parity.Served) -> dict[str, Any]:
     tokens = {"prompt_tokens": answer.prompt_tokens} if who == "candidate" else {}
     return {who: answer.text, **tokens}
 
 
 async def _ask_one(
-    url: str, tag: str, tests: Sequence[Questions], at_once: int
+    url: str, tag: str, tests: Sequence[EvalSet], at_once: int
 ) -> dict[tuple[str, int], parity.Served]:
-    """Ask one model the rows of several tests, those that several have only once."""
+    """Have one model answer the rows of several tests; a row in several of them is answered once."""
     answers: dict[tuple[str, int], parity.Served] = {}
     for limit in sorted({test.max_tokens for test in tests}):
         rows = list({row.id: row for test in tests if test.max_tokens == limit for row in test.rows}.values())
-        logger.info("asking %s %d questions", tag, len(rows))
+        logger.info("%s answers %d rows", tag, len(rows))
         served = await parity.ask_all(url, tag, rows, limit, at_once, None)
         answers |= {(row.id, limit): answer for row, answer in zip(rows, served, strict=True)}
     return answers
 
 
-def _asked(test: Questions, answers: Mapping[str, Any]) -> Asked:
-    return Asked(
+def _pair(test: EvalSet, answers: Mapping[str, Any]) -> PairedAnswers:
+    return PairedAnswers(
         test.rows,
         tuple(answers[row.id]["candidate"] for row in test.rows),
         tuple(answers[row.id]["champion"] for row in test.rows),
     )
-
-
-def _sections(text: str) -> dict[str, str]:
-    """Return what stands under each heading of the second rank."""
-    parts = [part.partition("\n") for part in f"\n{text}".split("\n## ")[1:]]
-    return {heading.strip(): body.strip() for heading, _, body in parts}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,6 +1,7 @@
-"""The way to MLflow: sqlite beside the checkout, or any server by its URL, asked first whether it is there.
+"""Connect to MLflow: a sqlite file in the checkout, or any server by its URL.
 
-MLflow itself tries for minutes to reach a server or a database that is not there, and then shows a traceback.
+Whether it answers is checked first: MLflow itself retries for minutes to reach a server or a database that is
+down, and then shows a traceback.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import socket
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,13 +25,14 @@ from stages.common.artifacts import STATE, atomic_write
 from stages.common.errors import InputError
 from stages.common.locks import file_lock
 from stages.common.logs import set_quiet_environment
+from stages.common.params.loading import Params
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 ARTIFACTS = STATE / "mlflow-artifacts"  # of runs whose record is a sqlite file
 REACH_TIMEOUT_S = 5.0
-FIX = "start it (make up), or mend flows.record.tracking_url in params.yaml"
+FIX = "start it (make up), or mend flows.tracking.tracking_url in params.yaml"
 SQLITE = "sqlite:///"
 POSTGRESQL_PORT = 5432
 # Set before MLflow is imported, unless the user has.
@@ -41,6 +44,34 @@ ENVIRONMENT = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Registry:
+    """Where the runs and versions of a checkout's model are recorded.
+
+    Attributes:
+        root: the checkout.
+        model: the model's name; a version's tag is `model:VERSION`.
+        tracking_url: of MLflow; a sqlite file's path is relative to the checkout.
+        experiment: MLflow's experiment for the runs.
+    """
+
+    root: Path
+    model: str
+    tracking_url: str
+    experiment: str
+
+    @classmethod
+    def of(cls, root: Path, params: Params) -> Registry:
+        """Return the registry that params.yaml names."""
+        tracking = params.flows.tracking
+        return cls(root, params.model_card.name, tracking.tracking_url, tracking.experiment)
+
+    @property
+    def address(self) -> str:
+        """The tracking URL with an absolute path."""
+        return tracking_address(self.root, self.tracking_url)
 
 
 def tracking_address(root: Path, url: str) -> str:
@@ -141,5 +172,5 @@ def _open_file(path: Path) -> None:
     except (sqlite3.Error, OSError) as error:
         raise InputError(
             f"{path} cannot be opened as MLflow's database: {error}",
-            "move away what is there, or mend flows.record.tracking_url in params.yaml",
+            "move away what is there, or mend flows.tracking.tracking_url in params.yaml",
         ) from None

@@ -1,7 +1,104 @@
-"""Release a version by hand, or show the aliases: `python -m flows.release`."""
+"""Release a version by hand, or show the aliases: `perennial release`.
 
+perennial release status
+perennial release canary TAG --reason TEXT      # some users get its answers
+perennial release promote TAG --reason TEXT     # all users do
+perennial release reject TAG --reason TEXT      # its canary ends
+perennial release rollback [TAG] --reason TEXT  # back to the former champion, from TAG
+perennial release pin --reason TEXT             # nothing replaces the champion until unpin
+perennial release unpin --reason TEXT
+"""
+
+from __future__ import annotations
+
+import argparse
+import getpass
 import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
 
-from flows.release.actions import main
+from flows.common.cli import run_command
+from flows.registry.tracking import Registry
+from flows.release.actions import Order, release
+from services.versions.aliases import ALIASES, read_aliases
+from services.versions.releases import read_releases
+from stages.common.params.loading import load_params
 
-sys.exit(main())
+MAX_RELEASES = 10  # shown by `status`
+HELP = {
+    "canary": "give some users its answers, and compare",
+    "promote": "make it the champion: all users get its answers",
+    "reject": "end its canary",
+    "rollback": "make the former champion the champion again",
+    "pin": "let nothing replace the champion",
+    "unpin": "let releases replace the champion again",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Make a release by hand, or show the aliases; return the exit code."""
+    options = _parser().parse_args(arguments)
+    root = Path.cwd()
+
+    def act() -> int:
+        if options.action == "status":
+            sys.stdout.write(format_status(root))
+            return 0
+        params = load_params(root / "params.yaml")
+        share, first = params.flows.retrain.canary.share, getattr(options, "first", False)
+        order = Order(options.action, options.tag, options.by, options.reason, share, first)
+        made = release(Registry.of(root, params), order)
+        canary = f", {made.challenger} is in canary" if made.challenger else ""
+        sys.stdout.write(f"{made.action}: the champion is {made.champion or 'none'}{canary}\n")
+        return 0
+
+    return run_command(act)
+
+
+def format_status(root: Path) -> str:
+    """Return the aliases, the pin and the last releases as lines."""
+    aliases = read_aliases(root / ALIASES)
+    challenger = aliases.challenger
+    lines = [
+        f"champion    {_with_time(aliases.champion, aliases.champion_since)}",
+        f"challenger  {_with_time(challenger.tag, challenger.since) if challenger else 'none'}"
+        + (f" ({challenger.mode}, {challenger.share:.0%} of the users)" if challenger else ""),
+        f"pinned      {aliases.pinned or 'no'}",
+    ]
+    for one in reversed(read_releases(root)[-MAX_RELEASES:]):
+        lines.append(f"{_format_time(one.at)}  {one.action} {one.tag} by {one.by}: {one.reason}")
+    return "\n".join(lines) + "\n"
+
+
+def _with_time(tag: str | None, since: float | None) -> str:
+    return f"{tag or 'none'}{f' since {_format_time(since)}' if since is not None else ''}"
+
+
+def _format_time(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="perennial release",
+        description="Show or move the aliases; the gate's verdicts decide what may be released.",
+    )
+    commands = parser.add_subparsers(dest="action", required=True)
+    commands.add_parser("status", help="the aliases, and the last releases")
+    for action, meaning in HELP.items():
+        command = commands.add_parser(action, help=meaning)
+        command.set_defaults(tag=None)
+        if action not in ("pin", "unpin"):
+            command.add_argument("tag", nargs="?" if action == "rollback" else None, help="NAME:VERSION")
+        if action == "promote":
+            command.add_argument(
+                "--first", action="store_true", help="without the gate's verdict, while there is no champion"
+            )
+        command.add_argument("--reason", required=True, help="for the journal")
+        command.add_argument("--by", default=getpass.getuser(), help="name for the journal")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The release flow: a release made by hand, from Prefect's page or by its API."""
+"""The release flow: a release by hand, from Prefect's page or by its API."""
 
 from __future__ import annotations
 
@@ -6,21 +6,24 @@ from pathlib import Path
 
 from prefect import flow
 
-from flows.release.actions import Action
+from flows.registry.tracking import Registry
+from flows.release.actions import Order
 from flows.release.actions import release as make_release
-from flows.release.journal import ReleaseRecord
+from services.versions.releases import Action, Release
 from stages.common.params.loading import load_params
 
 
 @flow(name="release")
-def release(action: Action, why: str, tag: str | None = None, by: str = "prefect") -> ReleaseRecord:
-    """Move the aliases as `python -m flows.release` does, and with the same refusals.
+def release(action: Action, reason: str, tag: str | None = None, by: str = "prefect") -> Release:
+    """Move the aliases as `perennial release` does, with the same checks.
 
     Args:
-        action: promote, try, refuse, roll_back, pin or unpin.
-        why: the reason, kept for good.
-        tag: the version, NAME:VERSION; not needed to roll back, pin and unpin.
-        by: who asks for it.
+        action: promote, canary, reject, rollback, pin or unpin.
+        reason: kept in the journal.
+        tag: the version, NAME:VERSION; not needed for rollback, pin and unpin.
+        by: name for the journal.
     """
     root = Path.cwd()
-    return make_release(root, load_params(root / "params.yaml"), action, tag, by, why)
+    params = load_params(root / "params.yaml")
+    share = params.flows.retrain.canary.share
+    return make_release(Registry.of(root, params), Order(action, tag, by, reason, share))

@@ -14,7 +14,7 @@ from prefect.states import Cancelled, Completed, Failed
 
 from flows.common.notifications import notify
 from flows.common.prefect_api import run_as_task
-from flows.gate import judge
+from flows.gate.verdict import read_verdict
 from flows.retrain import progress, steps
 from flows.retrain.progress import RetrainResult, RetrainState
 from flows.training.flow import training
@@ -83,14 +83,14 @@ def _report(root: Path, params: Params, result: RetrainResult) -> None:
     if result.outcome == "promoted" or result.outcome == "rejected":
         subject = f"{result.candidate} was {result.outcome}"
         notify(params.flows.notify, result.outcome, subject, result.summary)
-    verdict = judge.read_verdict(root, result.candidate) if result.candidate else None
+    verdict = read_verdict(root, result.candidate) if result.candidate else None
     if verdict is not None:
         create_table_artifact(
             [
                 {
                     "criterion": criterion.name,
                     "": "passed" if criterion.passed else "FAILED",
-                    "result": criterion.said,
+                    "result": criterion.summary,
                 }
                 for criterion in verdict.criteria
             ],

@@ -13,19 +13,27 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from flows.gate import evaluation, judge
-from flows.registry import model_versions, record
-from flows.release import actions, canary, journal
+from flows.gate.evaluation import keep_test_rows
+from flows.gate.judge import run_gate
+from flows.gate.verdict import read_verdict
+from flows.registry.model_versions import attach_evidence, fetch_adapter, list_recorded
+from flows.registry.runs import register_candidate, verify_candidate
+from flows.registry.tracking import Registry
+from flows.release.actions import Order, promote_first, release, settle
+from flows.release.canary import CanaryVerdict, judge_canary
 from flows.retrain import progress
 from flows.retrain.progress import RetrainResult, RetrainState
 from monitoring.feedback import rows
 from monitoring.feedback.labels import read_served_task
-from services.versions import __main__ as versions
+from services.versions.aliases import ALIASES, read_aliases
+from services.versions.releases import read_releases
+from services.versions.store import add_pipeline_output, read_pipeline_tag
 from stages.common.adapter import FOLDER as START
 from stages.common.adapter import clear_initial_adapter, put_initial_adapter
-from stages.common.artifacts import STATE, artifacts, read_json, reports
+from stages.common.artifacts import STATE, read_json
 from stages.common.errors import InputError
 from stages.common.params.loading import Params
+from stages.common.tag import Tag
 
 POLL_S = 5.0  # between two checks of a canary
 LOG_S = 60.0  # between two log lines about it
@@ -47,27 +55,30 @@ def resume_or_start(
         since: unix s, where the new traffic begins; None: since the champion took over.
 
     Raises:
-        InputError: the champion is pinned, or the registry cannot be reached.
+        InputError: the champion is pinned.
     """
-    actions.recover(root, params)
-    actions.adopt(root, params)  # before the pipeline makes another: a service that restarts would follow it
-    if (pin := model_versions.pinned(root, params)) is not None:
-        raise InputError(f"the champion is pinned: {pin}", "perennial release unpin --why TEXT")
-    champion = versions.read_aliases(root / versions.ALIASES).champion
-    left = progress.read_state(root)
+    registry, left = Registry.of(root, params), progress.read_state(root)
+    settle(registry)
+    if left is None and read_pipeline_tag(root) is not None:
+        # Before the pipeline makes another model, which has not passed the gate.
+        promote_first(registry, params.services.versions.follow_pipeline, "retrain")
+    aliases = read_aliases(root / ALIASES)
+    if aliases.pinned is not None:
+        raise InputError(f"the champion is pinned: {aliases.pinned}", "perennial release unpin --reason TEXT")
+    champion = aliases.champion
     if left is not None:
         if left.champion == champion or (left.step == "canary" and left.candidate == champion):
             logger.info("continuing the retraining %s (%s) at step %s", left.id, left.reason, left.step)
             return left
         progress.finish(root, left, "abandoned", f"{champion} became champion meanwhile")
     if since is None:
-        since = model_versions.champion_since(root, params) or 0.0
+        since = aliases.champion_since or 0.0
     return progress.start(root, reason, verdict, champion, since)
 
 
 def gather(root: Path, params: Params, run: RetrainState) -> RetrainState:
     """Write the rows to learn, the rows held out for the gate, and the adapter to start from."""
-    evaluation.keep_test_rows(root)
+    keep_test_rows(root)
     task = read_served_task(root, params)
     url, settings = params.services.events.url, params.monitoring.feedback
     held_out = rows.held_out_before(root)
@@ -85,110 +96,102 @@ def _put_start(root: Path, params: Params, champion: str | None) -> None:
     if champion is None or params.flows.retrain.warm_start_from == "base":
         clear_initial_adapter(folder)
         return
-    _record_if_here(root, params, champion)
-    if not any(info.tag == champion for info in model_versions.versions_table(root, params)):
+    registry = Registry.of(root, params)
+    if read_pipeline_tag(root) == champion:  # MLflow may have been down when it was trained
+        register_candidate(registry, params)
+    if not any(info.tag == champion for info in list_recorded(registry)):
         logger.warning(
             "%s is not in the registry and no longer in artifacts/: a new adapter is trained", champion
         )
         clear_initial_adapter(folder)
         return
     with TemporaryDirectory(dir=root / STATE) as name:
-        model_versions.fetch_adapter(root, params, champion, Path(name))
+        fetch_adapter(registry, champion, Path(name))
         about = read_json(Path(name) / "origin.json")
         put_initial_adapter(Path(name), about["version"], about["base_sha256"], folder)
 
 
-def _record_if_here(root: Path, params: Params, tag: str) -> None:
-    """Record a version that was served before MLflow was set up, while its files still exist."""
-    if pipeline_tag(root) == tag:
-        record.record_training(root, params)
-
-
-def pipeline_tag(root: Path) -> str | None:
-    """Return the tag of the newest version of the pipeline; None if there is none."""
-    path = root / artifacts("export") / "serving.json"
-    if not path.exists():
-        return None
-    about = read_json(path)
-    return f"{about['name']}:{about['version']}"
-
-
 def record_candidate(root: Path, params: Params, run: RetrainState) -> RetrainState | RetrainResult:
-    """Record the trained version, verify that it reloads unchanged, and add it to the store."""
-    if pipeline_tag(root) == run.champion:
+    """Register the trained version, verify the registry's copy, and add it to the store."""
+    if read_pipeline_tag(root) == run.champion:
         return progress.finish(root, run, "unchanged", "training gave the champion again")
-    candidate = record.record_training(root, params, trigger=run.verdict or run.reason)
-    record.check_reload(candidate, root, params)
-    tag = versions.add_pipeline_output(root)
-    logger.info("%s is recorded, and in the store", tag)
+    registry = Registry.of(root, params)
+    candidate = register_candidate(registry, params, trigger=run.verdict or run.reason)
+    verify_candidate(registry, candidate)
+    tag = add_pipeline_output(root)
+    logger.info("%s is registered, and in the store", tag)
     return progress.advance(root, run, candidate=tag)
 
 
 def judge_candidate(root: Path, params: Params, run: RetrainState) -> RetrainState | RetrainResult:
     """Evaluate the candidate in the gate; a rejected one ends the retraining."""
     tag = _candidate(run)
-    verdict = judge.read_verdict(root, tag)
+    verdict = read_verdict(root, tag)
     if verdict is None or verdict.champion != run.champion:
-        verdict = judge.run_gate(root, params, tag)
-    paths = [gate_path(tag), reports("parity") / gate_path(tag).name]
-    model_versions.evidence(
-        root,
-        params,
+        verdict = run_gate(root, params, tag)
+    paths = [Tag.parse(tag).report(folder) for folder in ("gate", "parity")]
+    attach_evidence(
+        Registry.of(root, params),
         tag,
         *(path for path in paths if (root / path).exists()),
-        gate="passed" if verdict.passed else "refused",
+        gate="passed" if verdict.passed else "rejected",
     )
-    for criterion in verdict.criteria:
-        logger.info("%s %s", "passed " if criterion.passed else "FAILED ", criterion.said)
     if not verdict.passed:
-        failed = "; ".join(criterion.said for criterion in verdict.criteria if not criterion.passed)
+        failed = "; ".join(criterion.summary for criterion in verdict.failures)
         return progress.finish(root, run, "rejected", f"by the gate: {failed}")
     return progress.advance(root, run)
 
 
-def gate_path(tag: str) -> Path:
-    """Return where the gate's verdict on a version lies."""
-    return reports("gate") / f"{tag.partition(':')[2]}.json"
-
-
 def run_canary(root: Path, params: Params, run: RetrainState, *, poll_s: float = POLL_S) -> RetrainResult:
     """Serve the candidate to a share of users, compare their feedback, and promote or reject it."""
-    tag = _candidate(run)
-    if run.champion is not None and versions.read_aliases(root / versions.ALIASES).champion != tag:
+    tag, registry = _candidate(run), Registry.of(root, params)
+    if run.champion is not None and read_aliases(root / ALIASES).champion != tag:
         if run.canary_since is None:
-            actions.release(root, params, "try", tag, "retrain", run.reason)
+            share = params.flows.retrain.canary.share
+            release(registry, Order("canary", tag, "retrain", run.reason, share))
             run = progress.save_state(root, replace(run, canary_since=time.time()))
         logged_at = float("-inf")
-        while (verdict := _judge_trial(root, params, tag)) is not None and verdict.state == "wait":
+        while (verdict := _judge_canary(root, params, tag)) is not None and verdict.state == "wait":
             if time.monotonic() - logged_at > LOG_S:
                 logged_at = time.monotonic()
-                logger.info("%s", verdict.said)
+                logger.info("%s", verdict.summary)
             time.sleep(poll_s)
         if verdict is None:
-            return _trial_ended(root, run, tag)
-        logger.info("%s", verdict.said)
-        model_versions.evidence(root, params, tag, reports("canary") / gate_path(tag).name)
+            return _finish_after_release(root, run, tag)
+        logger.info("%s", verdict.summary)
+        _attach_canary_report(registry, tag)
         if verdict.state == "bad":
-            actions.release(root, params, "refuse", tag, "canary", verdict.said)
-            return progress.finish(root, run, "rejected", f"in the canary: {verdict.said}")
-    actions.release(root, params, "promote", tag, "retrain", run.reason)
+            release(registry, Order("reject", tag, "canary", verdict.summary))
+            return progress.finish(root, run, "rejected", f"in the canary: {verdict.summary}")
+    release(registry, Order("promote", tag, "retrain", run.reason))
     return _promoted(root, run, tag)
 
 
-def _judge_trial(root: Path, params: Params, tag: str) -> canary.CanaryVerdict | None:
+def _judge_canary(root: Path, params: Params, tag: str) -> CanaryVerdict | None:
     """Judge the canary; None if the version is no longer the challenger."""
-    challenger = versions.read_aliases(root / versions.ALIASES).challenger
-    return canary.judge_trial(root, params) if challenger is not None and challenger.tag == tag else None
+    challenger = read_aliases(root / ALIASES).challenger
+    if challenger is None or challenger.tag != tag:
+        return None
+    settle_s = params.monitoring.window.settle_s
+    return judge_canary(root, params.services.events.url, params.flows.retrain.canary, settle_s)
 
 
-def _trial_ended(root: Path, run: RetrainState, tag: str) -> RetrainResult:
+def _attach_canary_report(registry: Registry, tag: str) -> None:
+    """Attach the canary's report in MLflow; a registry that is down does not hold up the decision."""
+    try:
+        attach_evidence(registry, tag, Tag.parse(tag).report("canary"))
+    except InputError as error:
+        logger.warning("the canary's report on %s is not in MLflow: %s", tag, error)
+
+
+def _finish_after_release(root: Path, run: RetrainState, tag: str) -> RetrainResult:
     """Finish after another release ended the canary: one by hand, or one before this was killed."""
-    if versions.read_aliases(root / versions.ALIASES).champion == tag:
+    if read_aliases(root / ALIASES).champion == tag:
         return _promoted(root, run, tag)
-    releases = journal.done_releases(root)
-    begun = max(place for place, one in enumerate(releases) if one.action == "try" and one.tag == tag)
-    ended = next(one for one in releases[begun:] if one.challenger != tag)
-    summary = f"its canary was ended ({ended.action} by {ended.by}): {ended.why}"
+    releases = read_releases(root)
+    start = max(place for place, one in enumerate(releases) if one.action == "canary" and one.tag == tag)
+    ended = next(one for one in releases[start:] if one.challenger != tag)
+    summary = f"its canary was ended ({ended.action} by {ended.by}): {ended.reason}"
     return progress.finish(root, run, "rejected", summary)
 
 

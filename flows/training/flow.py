@@ -66,12 +66,13 @@ def _record(root: Path, params: Params, trigger: str) -> None:
     if find_spec("mlflow") is None:
         logger.info("not recorded: MLflow is not installed (pip install 'perennial[monitor]')")
         return
-    from flows.registry.record import record_training
+    from flows.registry.runs import register_candidate
+    from flows.registry.tracking import Registry
 
     try:
-        record_training(root, params, trigger)
+        register_candidate(Registry.of(root, params), params, trigger)
     except InputError as error:
-        logger.warning("not recorded: %s\n  later: perennial registry record", error)
+        logger.warning("not registered in MLflow: %s\n  later: perennial registry register", error)
 
 
 def _final_state(run: PreparedRun, result: PipelineResult) -> State[PipelineResult]:

@@ -176,7 +176,7 @@ def _mlflow(root: Path, params: Params) -> Program:
         probe=f"{url}health",
         environment={
             # Not an argument: the URL of a database holds a password, and arguments are for all to see.
-            "MLFLOW_BACKEND_STORE_URI": params.flows.record.tracking_url,
+            "MLFLOW_BACKEND_STORE_URI": params.flows.tracking.tracking_url,
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # else eight processes more
         },
         missing=_needs("mlflow", "monitor"),
@@ -228,7 +228,7 @@ def _no_model(root: Path) -> str | None:
 
 
 def _mlflow_is_ours(params: Params) -> bool:
-    return not params.flows.record.tracking_url.startswith(("http://", "https://"))
+    return not params.flows.tracking.tracking_url.startswith(("http://", "https://"))
 
 
 def _prefect_address(params: Params) -> tuple[str, int]:

@@ -19,8 +19,9 @@ from prefect.states import Completed
 
 from flows.common.notifications import notify
 from flows.common.prefect_api import run_as_task
-from flows.registry import model_versions
-from flows.release import actions, canary
+from flows.registry.tracking import Registry
+from flows.release.actions import Order, release, settle
+from flows.release.canary import judge_bake
 from flows.retrain import progress
 from flows.watch.event import DRIFT_EVENT
 from monitoring import trigger
@@ -28,8 +29,8 @@ from monitoring.feedback import rows
 from monitoring.feedback.labels import read_served_task
 from monitoring.verdicts import DriftVerdict, TriggerDecision, read_verdicts
 from monitoring.watching import judge_new_windows, read_reference
-from services.versions import __main__ as versions
-from stages.common.errors import InputError
+from services.versions.aliases import ALIASES, read_aliases
+from services.versions.store import find_served
 from stages.common.params.loading import Params, load_params
 
 
@@ -42,7 +43,7 @@ class WatchResult:
         verdicts: of the new windows.
         retrain_verdict: the verdict that triggers a retraining; None if none does, or retraining is off.
         since: unix s, where the new traffic begins, if a retraining is triggered.
-        rolled_back: the version that was rolled regression, because it did worse than the former champion.
+        rolled_back: the version that was worse than the former champion in its bake period.
     """
 
     summary: str
@@ -71,11 +72,13 @@ def watch() -> State[WatchResult]:
 
 def _watch(root: Path, params: Params) -> WatchResult:
     logger = get_run_logger()
-    actions.recover(root, params)
-    champion = _champion(root, params)
-    regression = run_as_task("probation", lambda: _end_probation(root, params))
+    settle(Registry.of(root, params))
+    champion = read_aliases(root / ALIASES).champion or find_served(
+        params.model_card.name, params.services.versions.follow_pipeline, root
+    )
+    regression = run_as_task("bake", lambda: _check_bake(root, params))
     if regression is not None:
-        return WatchResult(f"{champion} was rolled regression: {regression}", rolled_back=champion)
+        return WatchResult(f"{champion} was rolled back: {regression}", rolled_back=champion)
     reference = run_as_task(
         "read_reference", lambda: read_reference(params.services.events.url, champion, params.monitoring)
     )
@@ -108,32 +111,19 @@ def _watch(root: Path, params: Params) -> WatchResult:
     return WatchResult(summary, tuple(verdicts), last.id, since)
 
 
-def _champion(root: Path, params: Params) -> str:
-    """Return the tag of the champion.
-
-    Raises:
-        InputError: there is none, or the registry cannot be reached or names another one.
-    """
-    aliases = versions.read_aliases(root / versions.ALIASES)
-    if aliases.champion is None:
-        raise InputError("no model is champion: nothing is served", "make run, then make serve")
-    recorded = model_versions.alias_of(root, params, "champion")
-    if recorded is not None and recorded != aliases.champion:
-        raise InputError(
-            f"the registry says that {recorded} is champion, and the service serves {aliases.champion}",
-            "say which: perennial release promote TAG --why TEXT",
-        )
-    return aliases.champion
-
-
-def _end_probation(root: Path, params: Params) -> str | None:
-    """Roll back to the former champion if the new one does worse; return the reason, or None."""
-    verdict = canary.judge_probation(root, params)
+def _check_bake(root: Path, params: Params) -> str | None:
+    """Roll back a champion that is worse in its bake period; return the reason, or None."""
+    verdict = judge_bake(
+        root,
+        params.services.events.url,
+        params.flows.retrain.canary,
+        params.monitoring.window.settle_s,
+    )
     if verdict is None or verdict.state != "bad":
         return None
-    actions.release(root, params, "roll_back", verdict.tag, "probation", verdict.said)
-    notify(params.flows.notify, "rolled_back", f"{verdict.tag} was rolled back", verdict.said)
-    return verdict.said
+    release(Registry.of(root, params), Order("rollback", verdict.tag, "bake", verdict.summary))
+    notify(params.flows.notify, "rolled_back", f"{verdict.tag} was rolled back", verdict.summary)
+    return verdict.summary
 
 
 def _decide(root: Path, params: Params, champion: str, known: Sequence[DriftVerdict]) -> TriggerDecision:
@@ -147,7 +137,7 @@ def _decide(root: Path, params: Params, champion: str, known: Sequence[DriftVerd
             labelled_rows=labelled_rows,
             last_retraining_at=ended[-1].at if ended else None,
             running=progress.is_running(root),
-            pinned=model_versions.pinned(root, params),
+            pinned=read_aliases(root / ALIASES).pinned,
             settings=settings,
             now=time.time(),
             left_out=left_out,

@@ -1,1 +1,1 @@
-"""Model versions: the store and its aliases."""
+"""Model versions: the store that keeps them, the aliases that name them, and the journal of releases."""

@@ -27,11 +27,12 @@ from typing import Any
 import numpy as np
 
 from stages.common.artifacts import artifacts, missing, read_lines, reports, write_bytes, write_json
-from stages.common.association import codes_of, cramers_v, holm, permutation_p, wilson
+from stages.common.association import codes_of, cramers_v, holm, permutation_p
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage
 from stages.common.params.loading import load_params
 from stages.common.records import Message, Row, read_rows
+from stages.common.statistics import wilson
 from stages.common.svg import escape_label
 from stages.common.task.kinds import read_task
 from stages.common.task.protocol import Task

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -65,6 +66,12 @@ def read_json(path: Path) -> Any:
 def read_lines(path: Path) -> list[str]:
     """Return the lines of a JSON Lines file; only "\\n" ends one, U+2028 and U+0085 may be in its texts."""
     return path.read_text(encoding="utf-8").removesuffix("\n").split("\n") if path.stat().st_size else []
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file in hex, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def missing(path: Path) -> InputError:

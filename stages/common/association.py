@@ -8,23 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-Z_95 = 1.959964  # two-sided 95 % of the normal distribution, for Wilson's interval
-# A permutation test that sees this many values as large as the observed one has its answer: the p-value is
-# then known to about a fifth, and far from any threshold that matters (Besag & Clifford 1991, Biometrika 78).
+from stages.common.statistics import Floats, sequential_p_values
+
+# With this many exceedances the p-value is known to about a fifth, and far above any threshold.
 ENOUGH_EXCEEDANCES = 30
-
-
-def wilson(successes: int, trials: int) -> tuple[float, float]:
-    """Return the 95 % score interval of a share (Wilson 1927, JASA 22).
-
-    Rows are taken as independent trials; templates repeat their words, so the truth is somewhat wider.
-    """
-    if trials == 0:
-        return 0.0, 1.0
-    share, z2 = successes / trials, Z_95**2
-    centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
-    half = Z_95 / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def cramers_v(table: NDArray[np.int64]) -> float:
@@ -71,15 +58,21 @@ def permutation_p(
     observed = tie(outcome_codes) - 1e-9
     rng = np.random.default_rng(seed)
     shuffled = outcome_codes.copy()
-    exceeding = 0
-    for drawn in range(1, permutations + 1):
-        for block in blocks:
-            exchanged = outcome_codes[block[rng.permutation(len(block))]]
-            shuffled[block] = rng.permuted(exchanged, axis=1)
-        exceeding += tie(shuffled) >= observed
-        if exceeding == ENOUGH_EXCEEDANCES:
-            return exceeding / drawn
-    return (1 + exceeding) / (1 + permutations)
+
+    def count_exceedances(rows: int) -> Floats:
+        exceeding = 0.0
+        for _ in range(rows):
+            for block in blocks:
+                exchanged = outcome_codes[block[rng.permutation(len(block))]]
+                shuffled[block] = rng.permuted(exchanged, axis=1)
+            exceeding += tie(shuffled) >= observed
+        return np.array([exceeding])
+
+    return float(
+        sequential_p_values(
+            count_exceedances, permutations, enough=ENOUGH_EXCEEDANCES, first=ENOUGH_EXCEEDANCES
+        )[0]
+    )
 
 
 def codes_of(names: Sequence[str]) -> NDArray[np.int64]:

@@ -127,6 +127,47 @@ def clopper_pearson(successes: float, trials: int, confidence: float) -> tuple[f
     return low, high
 
 
+def wilson(successes: int, trials: int) -> tuple[float, float]:
+    """Return the 95 % score interval of a proportion (Wilson 1927, JASA 22); without trials, 0 to 1."""
+    from scipy.stats import binomtest
+
+    if trials == 0:
+        return 0.0, 1.0
+    found = binomtest(successes, trials).proportion_ci(confidence_level=0.95, method="wilson")
+    return float(found.low), float(found.high)
+
+
+def sequential_p_values(
+    count_exceedances: Callable[[int], Floats],
+    permutations: int,
+    enough: float,
+    first: int,
+    at_once: int | None = None,
+) -> Floats:
+    """Return permutation p-values, and stop early where more permutations would change no decision.
+
+    Most hypotheses are true, and a few permutations show it: once each has `enough` exceedances, drawing ends
+    (sequential Monte Carlo p-values: Besag & Clifford 1991, Biometrika 78). A p-value is
+    (1 + exceedances) / (1 + drawn) and so never 0 (Phipson & Smyth 2010).
+
+    Args:
+        count_exceedances: draws so many permutations, and returns for each hypothesis how many of them
+            were as extreme as the data: shape (hypotheses,).
+        permutations: the most to draw.
+        enough: exceedances of a hypothesis that is not to be rejected.
+        first: permutations of the first batch; each further batch doubles their number.
+        at_once: largest batch, to bound memory.
+    """
+    batch = min(first, permutations, at_once or permutations)
+    exceedances, drawn = count_exceedances(batch), batch
+    while drawn < permutations and exceedances.min() < enough:
+        batch = min(permutations - drawn, drawn, at_once or permutations)
+        exceedances = exceedances + count_exceedances(batch)
+        drawn += batch
+    found: Floats = (1.0 + exceedances) / (1.0 + drawn)
+    return found
+
+
 def _draws(groups: int, resamples: int, seed: int) -> Floats:
     """Return how often each group is drawn in each resample: shape (resamples, groups)."""
     rng = np.random.default_rng(seed)

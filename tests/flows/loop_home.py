@@ -15,9 +15,11 @@ import psutil
 import yaml
 
 from flows.demo.checkout import checkout_environment, make_checkout, override_params
-from flows.registry.model_versions import versions_table
+from flows.registry.model_versions import list_recorded
+from flows.registry.tracking import Registry
 from monitoring.feedback.rows import HELD_OUT, read_labelled
-from services.versions.__main__ import ALIASES, read_aliases
+from services.versions.aliases import ALIASES, read_aliases
+from services.versions.store import read_pipeline_tag
 from stages.common.artifacts import write_text
 from stages.common.params.loading import load_params
 from stages.common.records import read_rows
@@ -129,8 +131,8 @@ class LoopHome:
         return load_params(self.root / "params.yaml")
 
     def versions(self):
-        """Return what MLflow says of each version, by tag."""
-        return {info.tag: info for info in versions_table(self.root, self.params())}
+        """Return MLflow's versions, by tag."""
+        return {info.tag: info for info in list_recorded(Registry.of(self.root, self.params()))}
 
 
 def make_loop_home(folder: Path) -> LoopHome:
@@ -155,14 +157,9 @@ def make_loop_home(folder: Path) -> LoopHome:
     )
     home = LoopHome(root, environment)
     home.run("-m", "flows.training")
-    adopt = (
-        "from pathlib import Path; from flows.release import actions\n"
-        "from services.versions import __main__ as versions\n"
-        "from stages.common.params.loading import load_params\n"
-        "versions.newest_as_champion(True)\n"
-        "actions.adopt(Path.cwd(), load_params())"
-    )
-    home.run("-c", adopt)
+    home.run("-m", "services.versions", "add")
+    tag = read_pipeline_tag(root)
+    home.run("-m", "flows.release", "promote", tag, "--first", "--reason", "the first model")
     correct(home)
     return home
 

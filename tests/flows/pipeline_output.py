@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from flows.registry.tracking import open_tracking
+from flows.registry.tracking import Registry, open_tracking
 from stages.common.artifacts import write_json
 from stages.common.dvc_lock import dvc_hash
 from stages.common.params.loading import load_params
@@ -94,6 +94,10 @@ def tag_of(root):
 
 def params_of(root):
     return load_params(root / "params.yaml")
+
+
+def registry_of(root):
+    return Registry.of(root, params_of(root))
 
 
 @cache

@@ -111,22 +111,21 @@ def gate(tag, at, *, passed):
             criterion("card", "The model card is complete."),
         ],
         "files": {},
-        "left_out": {},
+        "excluded": {},
     }
 
 
-def release(at, action, tag, champion, why, outcome="done"):
+def release(at, action, tag, champion, reason):
     return {
         "id": str(at),
         "at": at,
         "action": action,
         "tag": tag,
         "by": "retrain",
-        "why": why,
+        "reason": reason,
         "champion": champion,
         "challenger": None,
         "former": FORMER,
-        "outcome": outcome,
     }
 
 
@@ -190,9 +189,12 @@ def leave_traces(root, now, *, traffic=True):
         private / "aliases.json",
         {
             "champion": CHAMPION,
-            "challenger": {"tag": CHALLENGER, "share": 0.2, "mode": "canary"},
+            "challenger": {"tag": CHALLENGER, "share": 0.2, "mode": "canary", "since": began + 20 * hour},
             "history": [FORMER],
-            "managed": True,
+            "champion_since": began + 18.8 * hour,
+            "replaced": FORMER,
+            "pinned": None,
+            "release": None,
         },
     )
     for number in range(12):
@@ -220,12 +222,12 @@ def leave_traces(root, now, *, traffic=True):
                 "criteria": [],
                 "summary": "No sign of harm in 214 answers.",
             },
-            "probation": None,
+            "bake": None,
         },
     )
     releases = [
-        release(began, "adopt", FORMER, FORMER, "the first model"),
-        release(began + 16.1 * hour, "refuse", POISONED, FORMER, "the gate refused it"),
+        release(began, "promote", FORMER, FORMER, "the first model"),
+        release(began + 16.1 * hour, "reject", POISONED, FORMER, "the gate rejected it"),
         release(began + 18.8 * hour, "promote", CHAMPION, CHAMPION, "2 of the last 3 windows drifted"),
     ]
     (private / "releases.jsonl").write_text("".join(json.dumps(one) + "\n" for one in releases))

@@ -15,7 +15,8 @@ from services.api.routes import make_app
 from services.engines.transformers import TransformersEngine
 from services.model_pool import LoadedModel
 from services.startup import start, stop
-from services.versions.__main__ import Aliases, ModelFiles, _write
+from services.versions.aliases import Aliases, write_aliases
+from services.versions.store import ModelFiles
 from stages.common.models import load_tokenizer
 from stages.common.params.loading import load_params
 from tests.tiny import save_model
@@ -93,7 +94,7 @@ def serving(folder: Path, *versions: ModelFiles, load=load_tiny, keys_required=F
     by_tag = {files.tag: files for files in versions}
     chosen = settings(folder, **changes)
     aliases = folder / "aliases.json"
-    _write(aliases, Aliases(versions[0].tag))
+    write_aliases(aliases, Aliases(versions[0].tag))
     ready, over, state = threading.Event(), threading.Event(), {}
 
     async def run() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from services.events import read_exchanges
 from services.model_pool import is_in_treatment
-from services.versions.__main__ import Aliases, Challenger, _write
+from services.versions.aliases import Aliases, Challenger, write_aliases
 from tests.services.serving import ask, load_tiny, serving, tiny_files
 
 
@@ -54,9 +54,9 @@ def test_versions_change_under_load_and_back_with_no_failed_request(tmp_path, ve
         for thread in threads:
             thread.start()
         wait_until(lambda: len(answers) > 8)
-        _write(server.aliases, Aliases(second.tag, history=(first.tag,)))
+        write_aliases(server.aliases, Aliases(second.tag, history=(first.tag,)))
         wait_until(lambda: version_of(answers[-1]) == second.version)
-        _write(server.aliases, Aliases(first.tag))
+        write_aliases(server.aliases, Aliases(first.tag))
         wait_until(lambda: version_of(answers[-1]) == first.version)
         over.set()
         for thread in threads:
@@ -68,7 +68,7 @@ def test_versions_change_under_load_and_back_with_no_failed_request(tmp_path, ve
 def test_a_canary_answers_its_share_of_users_always_the_same(tmp_path, versions):
     first, second = versions
     with serving(tmp_path, first, second) as server, server.client() as client:
-        _write(server.aliases, Aliases(first.tag, Challenger(second.tag, 0.5, "canary")))
+        write_aliases(server.aliases, Aliases(first.tag, Challenger(second.tag, 0.5, "canary")))
         wait_until(lambda: len(client.get("/v1/models").json()["data"]) == 2)
         seen = {}
         for _ in range(3):
@@ -84,7 +84,7 @@ def test_a_canary_answers_its_share_of_users_always_the_same(tmp_path, versions)
 def test_a_shadow_is_asked_the_same_kept_and_not_shown(tmp_path, versions):
     first, second = versions
     with serving(tmp_path, first, second) as server, server.client() as client:
-        _write(server.aliases, Aliases(first.tag, Challenger(second.tag, 1.0, "shadow")))
+        write_aliases(server.aliases, Aliases(first.tag, Challenger(second.tag, 1.0, "shadow")))
         wait_until(lambda: len(client.get("/v1/models").json()["data"]) == 2)
         shown = ask(client, "what do you say", max_tokens=4)
         assert version_of(shown) == first.version
@@ -126,7 +126,7 @@ def test_an_engine_that_broke_is_told_in_readiness_and_started_anew(tmp_path, ve
 def test_a_challenger_that_broke_is_started_anew_and_the_champion_goes_on(tmp_path, versions):
     first, second = versions
     with serving(tmp_path, first, second) as server, server.client() as client:
-        _write(server.aliases, Aliases(first.tag, Challenger(second.tag, 0.0, "canary")))
+        write_aliases(server.aliases, Aliases(first.tag, Challenger(second.tag, 0.0, "canary")))
         wait_until(lambda: len(client.get("/v1/models").json()["data"]) == 2)
         engine = server.handler.pool.get_models()["challenger"].engine
 
@@ -151,7 +151,7 @@ def test_old_versions_are_let_go_when_nobody_uses_them(tmp_path, versions):
         return served
 
     with serving(tmp_path, first, second, load=load, versions={"keep_loaded": 1}) as server:
-        _write(server.aliases, Aliases(second.tag, history=(first.tag,)))
+        write_aliases(server.aliases, Aliases(second.tag, history=(first.tag,)))
         wait_until(lambda: closed == [first.version])
         with server.client() as client:
             assert version_of(ask(client, max_tokens=1)) == second.version

@@ -134,8 +134,8 @@ class CanarySettings(Section):
     share: Annotated[float, Field(gt=0.0, le=0.5)]
     min_requests: Annotated[int, Field(ge=20)]
     max_minutes: Positive
-    on_silence: Literal["promote", "refuse"]
-    probation_requests: Count
+    on_timeout: Literal["promote", "reject"]
+    bake_requests: Count
     alpha: Chance
 
 
@@ -149,7 +149,7 @@ class RetrainFlow(Section):
     canary: CanarySettings
 
 
-class Record(Section):
+class Tracking(Section):
     """Where experiments and versions are kept."""
 
     tracking_url: Annotated[str, Field(pattern=r"^(sqlite:///|https?://|postgresql)")]
@@ -179,6 +179,6 @@ class Flows(Section):
     training: TrainingFlow
     watch: WatchFlow
     retrain: RetrainFlow
-    record: Record
+    tracking: Tracking
     notify: Notify
     pages: Pages

@@ -43,8 +43,6 @@ class Versions(Section):
     """Which models are served."""
 
     follow_pipeline: bool
-    challenger_share: Share
-    challenger_mode: Literal["canary", "shadow"]
     keep_loaded: PositiveCount
 
 

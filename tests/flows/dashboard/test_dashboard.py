@@ -5,6 +5,7 @@ import shutil
 import socket
 import threading
 import time
+from dataclasses import replace
 from urllib.parse import urlsplit
 
 import pytest
@@ -13,6 +14,7 @@ from starlette.testclient import TestClient
 from flows.dashboard.app import format_duration, format_number, make_app
 from flows.dashboard.status import MAX_BINS, StatusCache, cut_bins, read_status
 from services.events import count_traffic, read_time_span
+from services.versions.aliases import ALIASES, read_aliases, write_aliases
 from stages.common.artifacts import write_json
 from stages.common.params.loading import load_params
 from tests.monitoring import loop_traces
@@ -81,26 +83,18 @@ def test_what_the_loop_left_is_seen(tmp_path, params):
     json.dumps(status, allow_nan=False)
 
 
-def test_a_release_that_was_undone_changed_no_champion(tmp_path, params):
-    now = time.time()
-    leave_traces(tmp_path, now, traffic=False)
-    undone = loop_traces.release(now - 60, "roll_back", FORMER, CHAMPION, "by hand", outcome="undone")
-    with (tmp_path / ".perennial/releases.jsonl").open("a") as file:
-        file.write(json.dumps(undone) + "\n")
-    assert read_status(tmp_path, params, StatusCache(), now)["model"]["since"] == pytest.approx(
-        now - 7.2 * 3600
-    )
-
-
-@pytest.mark.parametrize(("last", "pinned"), [("pin", "before the holidays"), ("unpin", None)])
-def test_a_pin_holds_until_it_is_taken_out(tmp_path, params, last, pinned):
+def test_the_pin_of_the_alias_file_is_shown(tmp_path, params):
     leave_traces(tmp_path, time.time(), traffic=False)
-    with (tmp_path / ".perennial/releases.jsonl").open("a") as file:
-        for action in dict.fromkeys(("pin", last)):
-            file.write(
-                json.dumps(loop_traces.release(1.0, action, None, CHAMPION, "before the holidays")) + "\n"
-            )
-    assert read_status(tmp_path, params, StatusCache())["model"]["pinned"] == pinned
+    aliases = replace(read_aliases(tmp_path / ALIASES), pinned="before the holidays")
+    write_aliases(tmp_path / ALIASES, aliases)
+    assert read_status(tmp_path, params, StatusCache())["model"]["pinned"] == "before the holidays"
+
+
+def test_before_the_first_release_the_pipelines_model_is_shown_as_served(tmp_path, params):
+    write_json(tmp_path / "artifacts/export/serving.json", {"name": "m", "version": "1"})
+    model = read_status(tmp_path, params, StatusCache())["model"]
+    assert (model["champion"], model["released"]) == ("m:1", False)
+    assert model["since"] is not None
 
 
 def test_broken_files_are_told_and_hide_nothing_else(tmp_path, params):
@@ -110,11 +104,12 @@ def test_broken_files_are_told_and_hide_nothing_else(tmp_path, params):
     newest = sorted((tmp_path / "reports/watch").iterdir())[-1]
     (newest / "verdict.json").write_text("[]")
     with (tmp_path / ".perennial/releases.jsonl").open("a") as file:
-        file.write("half a li")
+        file.write('{"at": 1}\n')
     status = read_status(tmp_path, params, StatusCache(), now)
     assert len(status["problems"]) == 3
+    assert "releases.jsonl, line 4 is not a release" in "".join(status["problems"])
     assert "4b5c6d7e8f90.json is not JSON" in "".join(status["problems"])
-    assert len(status["gates"]) == 1 and len(status["verdicts"]) == 11 and len(status["releases"]) == 3
+    assert len(status["gates"]) == 1 and len(status["verdicts"]) == 11 and status["releases"] == []
 
 
 def test_a_file_that_is_no_store_is_told(tmp_path, params):
@@ -231,7 +226,7 @@ def test_the_page_shows_what_the_loop_left_and_escapes_it(checkout):
     with TestClient(make_app(checkout)) as client:
         text = client.get("/").text
     assert "<script>alert" not in text and "&lt;script&gt;alert" in text
-    for words in ("4b5c6d7e8f90", "refused", "31 points better", "No sign of harm", "canary, 20 % of users"):
+    for words in ("4b5c6d7e8f90", "rejected", "31 points better", "No sign of harm", "canary, 20 % of users"):
         assert words in text
     assert text.count('class="change"') >= 3 and text.count('class="drift"') == 4
 

@@ -1,4 +1,4 @@
-"""The gate's criteria on made-up answers; and, slow, both versions asked by a private service."""
+"""The gate's criteria on made-up answers; and, slow, both versions on a private server."""
 
 import json
 import os
@@ -13,11 +13,14 @@ import pytest
 import yaml
 
 from flows.common import processes
-from flows.gate import evaluation, judge, private_server
-from flows.gate.evaluation import Asked, Evidence, card_problems, keep_test_rows, new_test, old_test
+from flows.gate import private_server
+from flows.gate.card import CARD, CARD_SECTIONS, find_card_problems
+from flows.gate.evaluation import Evidence, PairedAnswers, keep_test_rows, read_new_test, read_old_test
+from flows.gate.judge import judge, select_bias_tags
+from flows.gate.verdict import find_changed_files, format_verdict, read_verdict, write_verdict
 from services import parity
-from services.versions.__main__ import ALIASES, Aliases, Challenger, _write, read_aliases
-from stages.common.artifacts import read_json, write_json, write_text
+from services.versions.aliases import ALIASES, Aliases, Challenger, read_aliases, write_aliases
+from stages.common.artifacts import read_json, sha256_of, write_json, write_text
 from stages.common.dvc_lock import dvc_hash
 from stages.common.errors import InputError
 from stages.common.params.loading import load_params
@@ -32,14 +35,8 @@ from tests.tiny import save_model
 SHIPPED = load_params(ROOT / "params.yaml")
 
 
-def with_gate(params, **changes):
-    """Return parameters with other settings of the gate."""
-    settings = params.flows.retrain.gate.model_copy(update=changes)
-    retrain = params.flows.retrain.model_copy(update={"gate": settings})
-    return params.model_copy(update={"flows": params.flows.model_copy(update={"retrain": retrain})})
-
-
-PARAMS = with_gate(SHIPPED, resamples=300)  # of the bootstrap: enough for gains as clear as these
+# 300 resamples are enough for gains as clear as these.
+SETTINGS = SHIPPED.flows.retrain.gate.model_copy(update={"resamples": 300})
 OLD, NEW = f"m:{'a' * 12}", f"m:{'b' * 12}"
 RIGHT = '{"intent":"on"}'
 
@@ -58,8 +55,8 @@ def answers(count, right, wrong='{"intent":"off"}'):
     return tuple(RIGHT if n < right else wrong for n in range(count))
 
 
-def asked(count, champion, candidate, **more):
-    return Asked(
+def paired(count, champion, candidate, **more):
+    return PairedAnswers(
         rows(count),
         candidate=answers(count, candidate, **more),
         champion=answers(count, champion, **more),
@@ -73,12 +70,12 @@ def make_evidence(**changes):
         NEW,
         OLD,
         JsonTask("intent"),
-        new=asked(120, 30, 90),
-        old=asked(400, 340, 342),
+        new=paired(120, 30, 90),
+        old=paired(400, 340, 342),
         parity=verdict,
         card=(),
         evaluation={},
-        left_out={},
+        excluded={},
         files={},
     )
     return replace(given, **changes)
@@ -86,7 +83,9 @@ def make_evidence(**changes):
 
 def judged(**changes):
     """Return the verdict, and its criteria by name."""
-    verdict = judge.judge(make_evidence(**changes), PARAMS, made_at=5.0)
+    tags = select_bias_tags(SHIPPED)
+    limit = SHIPPED.services.parity.max_exact_match_loss
+    verdict = judge(make_evidence(**changes), SETTINGS, tags, limit, made_at=5.0)
     return verdict, {criterion.name: criterion for criterion in verdict.criteria}
 
 
@@ -97,34 +96,34 @@ def test_a_candidate_that_is_better_on_the_new_and_as_good_on_the_old_passes_wit
     new = by_name["new_window"]
     assert (new.value, new.threshold) == (pytest.approx(0.5), 0.0)
     assert 0.4 < new.low < 0.5 < new.high < 0.6
-    assert "exact match on 120 rows of the new traffic: 25.0% -> 75.0%, +50.0 points" in new.said
+    assert "exact match on 120 rows of the new traffic: 25.0% -> 75.0%, +50.0 points" in new.summary
 
 
 def test_a_gain_within_chance_does_not_pass():
-    verdict, by_name = judged(new=asked(60, 30, 31))
+    verdict, by_name = judged(new=paired(60, 30, 31))
     assert not verdict.passed and [failed.name for failed in verdict.failures] == ["new_window"]
     assert by_name["new_window"].value > 0.0 >= by_name["new_window"].low
 
 
 def test_too_few_new_rows_are_no_verdict():
-    _, by_name = judged(new=asked(PARAMS.flows.retrain.gate.min_new_rows - 1, 0, 49))
+    _, by_name = judged(new=paired(SETTINGS.min_new_rows - 1, 0, 49))
     assert not by_name["new_window"].passed and by_name["new_window"].value is None
-    assert "49 held-out labelled rows" in by_name["new_window"].said
+    assert "49 held-out labelled rows" in by_name["new_window"].summary
 
 
 @pytest.mark.parametrize(("lost", "passes"), [(0, True), (2, True), (3, False)])
 def test_half_a_point_of_the_old_test_may_be_lost_and_no_more(lost, passes):
-    _, by_name = judged(old=asked(400, 340, 340 - lost))
+    _, by_name = judged(old=paired(400, 340, 340 - lost))
     assert by_name["old_test"].passed is passes
     assert by_name["old_test"].value == pytest.approx(-lost / 400)
 
 
 def test_a_candidate_that_trained_on_the_champions_test_proves_nothing_by_it():
     _, by_name = judged(
-        old=asked(100, 50, 100), left_out={"old: the candidate was trained on the group or question": 101}
+        old=paired(100, 50, 100), excluded={"old: the candidate was trained on the group or question": 101}
     )
     assert not by_name["old_test"].passed
-    assert "trained on 101 of the champion's 201 test rows" in by_name["old_test"].said
+    assert "trained on 101 of the champion's 201 test rows" in by_name["old_test"].summary
 
 
 def of_groups(champion, candidate, count=60):
@@ -139,7 +138,7 @@ def of_groups(champion, candidate, count=60):
         tuple(text for right in (side["female"], side["male"]) for text in answers(count, right))
         for side in (candidate, champion)
     ]
-    return Asked(tuple(both), *sides)
+    return PairedAnswers(tuple(both), *sides)
 
 
 @pytest.mark.parametrize(
@@ -155,17 +154,17 @@ def test_a_gap_between_groups_may_not_grow_beyond_chance(candidate, passes):
     found = by_name["bias_person_gender"]
     assert found.passed is passes
     assert found.value == pytest.approx((candidate["male"] - candidate["female"]) / 60)
-    assert "female 60, male 60 rows" in found.said
+    assert "female 60, male 60 rows" in found.summary
 
 
-def test_groups_with_few_rows_are_said_to_be_not_judged():
+def test_groups_with_few_rows_are_reported_as_not_tested():
     _, by_name = judged(old=of_groups({"female": 5, "male": 5}, {"female": 0, "male": 5}, count=5))
-    assert by_name["bias"].passed and "not judged" in by_name["bias"].said
+    assert by_name["bias"].passed and "not tested" in by_name["bias"].summary
 
 
 @pytest.mark.parametrize("bad", ["I am not JSON", '{"intent":"on","note":"AKIAIOSFODNN7ABCDEFG"}'])
 def test_answers_that_should_not_go_out_are_counted(bad):
-    old = asked(400, 340, 340, wrong='{"intent":"off"}')
+    old = paired(400, 340, 340, wrong='{"intent":"off"}')
     worse = replace(old, candidate=answers(400, 340, wrong=bad))
     _, by_name = judged(old=worse)
     assert not by_name["safety"].passed
@@ -176,7 +175,7 @@ def test_answers_that_should_not_go_out_are_counted(bad):
 def test_a_candidate_that_is_served_otherwise_than_trained_is_refused():
     found = make_evidence().parity
     _, by_name = judged(parity=replace(found, agrees=False, reasons=("another chat template",)))
-    assert not by_name["parity"].passed and by_name["parity"].said == "another chat template"
+    assert not by_name["parity"].passed and by_name["parity"].summary == "another chat template"
 
 
 def test_without_a_champion_the_first_model_must_beat_its_base():
@@ -195,30 +194,28 @@ def test_without_a_champion_the_first_model_must_beat_its_base():
 
 
 def test_text_tasks_are_judged_by_chrf():
-    asked_text = Asked(
+    text = PairedAnswers(
         tuple(row(f"q{n}", "the cat sat on the mat", group=f"g{n}") for n in range(60)),
         candidate=("the cat sat on a mat",) * 60,
         champion=("a dog",) * 60,
     )
-    verdict = judge.judge(make_evidence(task=TextTask(), new=asked_text, old=asked_text), PARAMS)
-    (new,) = [criterion for criterion in verdict.criteria if criterion.name == "new_window"]
-    assert new.said.startswith("chrf on 60 rows") and 0.5 < new.value < 1.0
+    new = judged(task=TextTask(), new=text, old=text)[1]["new_window"]
+    assert new.summary.startswith("chrf on 60 rows") and 0.5 < new.value < 1.0
 
 
 def test_a_verdict_survives_writing_and_reading_and_others_are_told_apart(tmp_path):
-    verdict, _ = judged(card=("the card is not there",), files={"x": "y"})
-    path = judge.write_verdict(tmp_path, verdict)
+    verdict, _ = judged(card=("the card is missing",), files={"x": "y"})
+    path = write_verdict(tmp_path, verdict)
     assert path == tmp_path / f"reports/gate/{'b' * 12}.json"
-    assert judge.read_verdict(tmp_path, NEW) == verdict
-    assert judge.read_verdicts(tmp_path) == [verdict]
-    assert judge.changed_files(tmp_path, verdict) == ["x"]
-    assert judge.read_verdict(tmp_path, OLD) is None
-    with pytest.raises(InputError, match=f"judges {NEW}, not other:b"):
-        judge.read_verdict(tmp_path, f"other:{'b' * 12}")
-    assert "FAILED  card" in judge.described(verdict)
+    assert read_verdict(tmp_path, NEW) == verdict
+    assert find_changed_files(tmp_path, verdict) == ["x"]
+    assert read_verdict(tmp_path, OLD) is None
+    with pytest.raises(InputError, match=f"is the verdict on {NEW}, not on other:b"):
+        read_verdict(tmp_path, f"other:{'b' * 12}")
+    assert "FAILED  card" in format_verdict(verdict)
     write_json(path, {"tag": NEW})
-    with pytest.raises(InputError, match="is no verdict of the gate"):
-        judge.read_verdict(tmp_path, NEW)
+    with pytest.raises(InputError, match="is not a valid verdict"):
+        read_verdict(tmp_path, NEW)
 
 
 @pytest.fixture
@@ -237,56 +234,59 @@ def checkout(tmp_path):
 def test_the_champion_is_asked_its_own_test_without_what_the_candidate_learned(checkout):
     former = [row("turn  it on?", group="x"), row("other", group="t2"), row("kept", group="y")]
     write_rows(checkout / f".perennial/tests/{'a' * 12}.parquet", former)
-    found = old_test(checkout, PARAMS, OLD)
+    found = read_old_test(checkout, checkout, OLD, JsonTask("intent"), SETTINGS)
     assert [one.question for one in found.rows] == ["kept"]
     assert found.max_tokens == 7
-    assert found.left_out == {"the candidate was trained on the group or question": 2}
+    assert found.excluded == {"the candidate was trained on the group or question": 2}
 
 
 def test_a_test_split_is_kept_before_the_pipeline_writes_another(checkout):
     assert keep_test_rows(checkout) == "b" * 12
     write_rows(checkout / "artifacts/split/test.parquet", [row("later test", group="t9")])
     assert keep_test_rows(checkout) == "b" * 12
-    assert [one.question for one in old_test(checkout, PARAMS, NEW).rows] == ["new test"]
-    assert [one.question for one in old_test(checkout, PARAMS, OLD).rows] == ["later test"], "none was kept"
+    kept, current = (
+        read_old_test(checkout, checkout, tag, JsonTask("intent"), SETTINGS).rows for tag in (NEW, OLD)
+    )
+    assert [one.question for one in kept] == ["new test"]
+    assert [one.question for one in current] == ["later test"], "none was kept"
 
 
 def test_the_new_test_is_what_was_held_out_and_never_learned(checkout):
     held = [row("turn it on"), row("lights off"), row("no json", answer="what?"), row("lights off")]
     lines = "".join(json.dumps({**asdict(one), "tags": dict(one.tags)}) + "\n" for one in held)
     write_text(checkout / ".perennial/holdout/rows.jsonl", lines)
-    found = new_test(checkout, PARAMS)
+    found = read_new_test(checkout, checkout, JsonTask("intent"), SETTINGS, max_tokens=256)
     assert [one.question for one in found.rows] == ["lights off"]
-    assert found.max_tokens == PARAMS.services.answers.default_max_tokens
-    assert found.left_out == {
-        "given twice": 1,
+    assert found.max_tokens == 256
+    assert found.excluded == {
+        "duplicate": 1,
         "the label is not an answer of the task": 1,
         "the candidate was trained on the question": 1,
     }
 
 
 def test_a_card_must_be_there_whole_and_this_adapters(checkout):
-    assert card_problems(checkout) == ["reports/model_card/README.md is not there"]
+    assert find_card_problems(checkout) == ["reports/model_card/README.md does not exist"]
     adapter = checkout / "artifacts/finetune/adapter_model.safetensors"
     write_text(adapter, "weights")
-    sha = evaluation.file_hashes(checkout, [adapter])["artifacts/finetune/adapter_model.safetensors"]
+    sha = sha256_of(adapter)
     serving = {"name": "m", "version": "b" * 12, "adapter_sha256": sha}
     write_json(checkout / "artifacts/export/serving.json", serving)
-    parts = "".join(f"\n## {name}\n\nsomething\n" for name in evaluation.CARD_SECTIONS[:-1])
+    parts = "".join(f"\n## {name}\n\nsomething\n" for name in CARD_SECTIONS[:-1])
     lineage = f"\n## Lineage\n\nadapter {dvc_hash(adapter.parent)}\n"
-    write_text(checkout / evaluation.CARD, f"# Card\n{parts}{lineage}")
-    assert card_problems(checkout) == []
-    write_text(checkout / evaluation.CARD, f"# Card\n{parts.replace('something', '', 1)}")
-    assert [problem.split(" of ")[0].split(" README")[0] for problem in card_problems(checkout)] == [
-        "reports/model_card/README.md does not name the hash",
+    write_text(checkout / CARD, f"# Card\n{parts}{lineage}")
+    assert find_card_problems(checkout) == []
+    write_text(checkout / CARD, f"# Card\n{parts.replace('something', '', 1)}")
+    assert [problem.split(" of ")[0].split(" README")[0] for problem in find_card_problems(checkout)] == [
+        "reports/model_card/README.md does not contain the hash",
         "reports/model_card/README.md has no section Lineage",
         "section Use",
     ]
     write_text(adapter, "others")
-    assert any("was not made from the adapter" in problem for problem in card_problems(checkout))
+    assert any("was not made from the adapter" in problem for problem in find_card_problems(checkout))
 
 
-def test_the_private_service_has_files_of_its_own_and_no_limits_of_users(tmp_path):
+def test_the_private_server_has_files_of_its_own_and_no_user_limits(tmp_path):
     access = SHIPPED.services.access.model_copy(update={"keys": "always", "requests_per_minute": 1})
     limits = SHIPPED.services.guard.model_copy(update={"secrets": "enforce", "toxicity": "off"})
     finetune = SHIPPED.finetune.model_copy(update={"learning_rate": 1e-5})  # which YAML would read as a word
@@ -294,7 +294,7 @@ def test_the_private_service_has_files_of_its_own_and_no_limits_of_users(tmp_pat
     params = SHIPPED.model_copy(update={"services": services, "finetune": finetune})
     folder = private_server.make_folder(tmp_path, params, NEW, OLD, "id")
     found = load_params(folder / "params.yaml")
-    assert read_aliases(folder / ALIASES) == Aliases(NEW, Challenger(OLD, 0.0, "canary"), (), managed=True)
+    assert read_aliases(folder / ALIASES) == Aliases(NEW, Challenger(OLD, 0.0, "canary"))
     assert not (tmp_path / ALIASES).exists()
     assert found.services.events.url == f"sqlite:///{folder}/events.db"
     assert (found.services.access.keys, found.services.access.requests_per_minute) == ("auto", None)
@@ -334,7 +334,7 @@ def make_version(root, version, seed):
         "task": {"kind": "text", "label_key": None, "labels": None},
         "answer_schema": None,
         "context_tokens": 512,
-        "adapter_sha256": evaluation.file_hashes(root, [weights])["artifacts/finetune/" + weights.name],
+        "adapter_sha256": sha256_of(weights),
     }
     write_json(export / "serving.json", about)
 
@@ -371,7 +371,7 @@ def project(tmp_path):
     make_version(tmp_path, "a" * 12, seed=1)
     add = [sys.executable, "-m", "services.versions", "add"]
     subprocess.run(add, cwd=tmp_path, env=environment, check=True, capture_output=True)
-    _write(tmp_path / ALIASES, Aliases(f"tiny:{'a' * 12}"))
+    write_aliases(tmp_path / ALIASES, Aliases(f"tiny:{'a' * 12}"))
 
     make_version(tmp_path, "b" * 12, seed=2)
     test = [row(f"old question {n}", "something else", group=f"o{n}") for n in range(24)]
@@ -387,23 +387,23 @@ def project(tmp_path):
     pq.write_table(table, tmp_path / "artifacts/evaluate/predictions.parquet")
     write_json(tmp_path / "reports/evaluate/metrics.json", {"answer_limit_tokens": LIMIT})
     write_json(tmp_path / TASK_FILE, TextTask().describe())
-    parts = "".join(f"\n## {name}\n\nsomething\n" for name in evaluation.CARD_SECTIONS)
-    write_text(tmp_path / evaluation.CARD, f"# Card\n{parts}{dvc_hash(tmp_path / 'artifacts/finetune')}\n")
+    parts = "".join(f"\n## {name}\n\nsomething\n" for name in CARD_SECTIONS)
+    write_text(tmp_path / CARD, f"# Card\n{parts}{dvc_hash(tmp_path / 'artifacts/finetune')}\n")
     return tmp_path, environment
 
 
 @pytest.mark.slow
-def test_candidate_and_champion_are_asked_by_a_service_that_nobody_else_sees(project):
+def test_candidate_and_champion_answer_on_a_private_server(project):
     root, environment = project
     before = (root / ALIASES).read_bytes()
     command = [sys.executable, "-m", "flows.gate", f"tiny:{'b' * 12}"]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
-    verdict = judge.read_verdict(root, f"tiny:{'b' * 12}")
+    verdict = read_verdict(root, f"tiny:{'b' * 12}")
     by_name = {criterion.name: criterion for criterion in verdict.criteria}
     assert verdict.passed and verdict.champion == f"tiny:{'a' * 12}"
-    assert by_name["new_window"].low > 0.0, by_name["new_window"].said
-    assert judge.changed_files(root, verdict) == [] and len(verdict.files) == 3
+    assert by_name["new_window"].low > 0.0, by_name["new_window"].summary
+    assert find_changed_files(root, verdict) == [] and len(verdict.files) == 3
     assert read_json(root / f"reports/parity/{'b' * 12}.json")["agrees"]
     kept = read_json(root / f".perennial/gate/{'b' * 12}/answers.json")
     assert len(kept["old"]) == len(kept["parity"]) == 24
@@ -413,23 +413,23 @@ def test_candidate_and_champion_are_asked_by_a_service_that_nobody_else_sees(pro
     assert list((root / ".perennial").glob("gate-service-*")) == []
 
     again = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
-    assert again.returncode == 0 and "both were asked before" in again.stderr
-    assert judge.read_verdict(root, f"tiny:{'b' * 12}").criteria == verdict.criteria
+    assert again.returncode == 0 and "the answers of both models are read from" in again.stderr
+    assert read_verdict(root, f"tiny:{'b' * 12}").criteria == verdict.criteria
 
 
 KILLED = """
 import time
 from pathlib import Path
-from flows import candidate_service
+from flows.gate import private_server
 from stages.common.params.loading import load_params
-with candidate_service.serving(Path.cwd(), load_params(), "tiny:{a}", None) as service:
-    print(service.pid, flush=True)
+with private_server.serve(Path.cwd(), load_params(), "tiny:{a}", None) as server:
+    print(server.pid, flush=True)
     time.sleep(600)
 """
 
 
 @pytest.mark.slow
-def test_a_killed_gate_leaves_no_service_behind(project):
+def test_a_killed_gate_leaves_no_server_running(project):
     root, environment = project
     script = KILLED.format(a="a" * 12)
     with subprocess.Popen(

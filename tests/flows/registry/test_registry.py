@@ -8,11 +8,23 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows.registry import model_versions, record
+from flows.registry.model_versions import (
+    attach_evidence,
+    download_adapter,
+    fetch_adapter,
+    find_version,
+    list_recorded,
+    push_aliases,
+    registered_name,
+)
+from flows.registry.restore import restore
+from flows.registry.runs import register_candidate, verify_candidate
+from flows.registry.tracking import open_tracking
 from flows.registry.verify_adapter import compare
 from stages.common.adapter import read_initial_adapter
 from stages.common.artifacts import read_json, write_json
 from stages.common.errors import InputError
+from stages.common.tag import Tag
 from tests.flows.pipeline_output import (
     NAME,
     REPO,
@@ -22,6 +34,7 @@ from tests.flows.pipeline_output import (
     make_output,
     make_recordable,
     params_of,
+    registry_of,
     tag_of,
     write,
 )
@@ -34,138 +47,105 @@ PROMPTS = [[0, 40, 41, 42], [0, 50, 51]]
     [(NAME, NAME), ("team/model:1", "team-model-1"), ("Modell für zu Hause", "Modell-für-zu-Hause")],
 )
 def test_a_registered_name_has_neither_slash_nor_colon(name, registered):
-    assert model_versions.registered_name(name) == registered
+    assert registered_name(name) == registered
 
 
 @pytest.fixture
 def checkout(tmp_path):
-    """Two versions, recorded one after the other."""
-    first = recorded(make_recordable(tmp_path))
-    second = recorded(make_output(tmp_path, weights=b"learned on"))
-    return tmp_path, params_of(tmp_path), first.tag, second.tag
+    """Two versions, registered one after the other."""
+    first = registered(make_recordable(tmp_path))
+    second = registered(make_output(tmp_path, weights=b"learned on"))
+    return registry_of(tmp_path), first.tag, second.tag
 
 
-def recorded(root):
-    return record.record_training(root, params_of(root))
+def registered(root):
+    return register_candidate(registry_of(root), params_of(root))
+
+
+def aliases_of(registry):
+    return {info.tag: info.aliases for info in list_recorded(registry)}
 
 
 @pytest.mark.slow
-def test_without_a_recorded_version_nobody_bears_an_alias(tmp_path):
+def test_without_a_registered_version_there_is_nothing_to_list_and_no_alias_to_push(tmp_path):
     make_recordable(tmp_path)
-    params = params_of(tmp_path)
-    assert model_versions.alias_of(tmp_path, params, "champion") is None
-    assert model_versions.champion_since(tmp_path, params) is None
-    assert model_versions.pinned(tmp_path, params) is None
-    assert model_versions.versions_table(tmp_path, params) == []
-    model_versions.set_alias(tmp_path, params, "challenger", None)
-    with pytest.raises(InputError, match="no version of"):
-        model_versions.set_pinned(tmp_path, params, "why")
+    registry = registry_of(tmp_path)
+    assert list_recorded(registry) == []
+    push_aliases(registry, {"champion": f"{NAME}:000000000000", "challenger": None})
+    assert list_recorded(registry) == []
 
 
 @pytest.mark.slow
-def test_an_alias_moves_to_a_version_and_away_from_the_former(checkout):
-    root, params, first, second = checkout
-    model_versions.set_alias(root, params, "champion", first)
-    model_versions.set_alias(root, params, "challenger", second)
-    assert model_versions.alias_of(root, params, "champion") == first
-    assert model_versions.alias_of(root, params, "challenger") == second
-    model_versions.set_alias(root, params, "champion", second)
-    model_versions.set_alias(root, params, "challenger", None)
-    assert model_versions.alias_of(root, params, "champion") == second
-    assert model_versions.alias_of(root, params, "challenger") is None
-    assert [(info.tag, info.aliases) for info in model_versions.versions_table(root, params)] == [
-        (second, ("champion",)),
-        (first, ()),
-    ]
-    assert [info.tag for info in model_versions.candidates(root, params)] == [first]
+def test_pushed_aliases_point_to_their_versions_and_away_from_the_former_ones(checkout):
+    registry, first, second = checkout
+    for _ in range(2):
+        push_aliases(registry, {"champion": first, "challenger": second})
+        assert aliases_of(registry) == {second: ("challenger",), first: ("champion",)}
+    push_aliases(registry, {"champion": second, "challenger": None})
+    assert aliases_of(registry) == {second: ("champion",), first: ()}
+    assert find_version(registry, second).aliases == ("champion",)
 
 
 @pytest.mark.slow
-def test_naming_the_champion_again_does_not_make_it_younger_and_going_back_does(checkout):
-    root, params, first, second = checkout
-    model_versions.set_alias(root, params, "champion", first)
-    began = model_versions.champion_since(root, params)
-    model_versions.set_alias(root, params, "champion", first)
-    assert model_versions.champion_since(root, params) == began
-    model_versions.set_alias(root, params, "champion", second)
-    second_began = model_versions.champion_since(root, params)
-    model_versions.set_alias(root, params, "champion", first)
-    assert began < second_began < model_versions.champion_since(root, params)
+@pytest.mark.parametrize(
+    "tag", [f"{NAME}:000000000000", "another:000000000000", f"{NAME}:latest", "x' or name != 'x:000000000000"]
+)
+def test_an_alias_of_a_version_that_mlflow_lacks_points_to_none(checkout, tag, caplog):
+    registry, first, _ = checkout
+    push_aliases(registry, {"champion": first})
+    push_aliases(registry, {"champion": tag})
+    assert set(aliases_of(registry).values()) == {()}
+    assert f"MLflow has no version {tag}" in caplog.text
+    with pytest.raises(InputError, match=r"is not in MLflow's registry|is not a valid tag"):
+        find_version(registry, tag)
 
 
 @pytest.mark.slow
-def test_an_alias_is_never_set_to_what_was_not_recorded(checkout):
-    root, params, first, _ = checkout
-    model_versions.set_alias(root, params, "champion", first)
-    for tag, why in [
-        (f"{NAME}:000000000000", "is not in MLflow's registry"),
-        ("another:000000000000", "is not in MLflow's registry"),
-        (f"{NAME}:latest", "is no tag"),
-        ("x' or name != 'x:000000000000", "is no tag"),
-    ]:
-        with pytest.raises(InputError, match=why):
-            model_versions.set_alias(root, params, "champion", tag)
-    assert model_versions.alias_of(root, params, "champion") == first
-
-
-@pytest.mark.slow
-def test_an_alias_that_was_given_by_hand_to_something_else_is_said(checkout):
-    from flows.registry.tracking import open_tracking
-
-    root, params, *_ = checkout
-    client = open_tracking(root, SQLITE)
-    foreign = client.create_model_version(NAME, source=str(root))
+def test_an_alias_that_was_moved_on_mlflows_page_is_put_back(checkout):
+    registry, first, second = checkout
+    client = open_tracking(registry.root, SQLITE)
+    foreign = client.create_model_version(NAME, source=str(registry.root))
     client.set_registered_model_alias(NAME, "champion", foreign.version)
-    with pytest.raises(InputError, match="which nobody recorded"):
-        model_versions.alias_of(root, params, "champion")
-    assert len(model_versions.versions_table(root, params)) == 2
-
-
-@pytest.mark.slow
-def test_a_pin_has_its_reason_until_it_is_taken_off(checkout):
-    root, params, *_ = checkout
-    model_versions.set_pinned(root, params, "an audit is running")
-    assert model_versions.pinned(root, params) == "an audit is running"
-    model_versions.set_pinned(root, params, None)
-    model_versions.set_pinned(root, params, None)
-    assert model_versions.pinned(root, params) is None
+    push_aliases(registry, {"champion": first, "challenger": None})
+    assert aliases_of(registry) == {second: (), first: ("champion",)}
 
 
 @pytest.mark.slow
 def test_the_next_training_starts_from_the_bytes_of_the_champion(checkout):
-    root, params, first, second = checkout
+    registry, first, second = checkout
+    root = registry.root
     write(root / "artifacts/initial_adapter/README.md", "stays")
     for tag, weights in [(second, b"learned on"), (first, b"weights")]:
-        model_versions.fetch_adapter(root, params, tag)
+        fetch_adapter(registry, tag)
         start = read_initial_adapter(root / "artifacts/initial_adapter")
-        assert (start.version, start.base_sha256) == (tag.rpartition(":")[2], "b" * 64)
+        assert (start.version, start.base_sha256) == (Tag.parse(tag).version, "b" * 64)
         assert (root / "artifacts/initial_adapter/adapter_model.safetensors").read_bytes() == weights
         assert start.read_trained_ids() == {"0011223344556677"}
     assert (root / "artifacts/initial_adapter/README.md").read_text() == "stays"
-    assert model_versions.download_adapter(root, params, first, root / "again").is_dir()
+    assert download_adapter(registry, first, root / "again").is_dir()
 
 
 @pytest.mark.slow
 def test_an_adapter_that_the_registry_has_lost_or_changed_is_not_used(checkout):
-    root, params, first, second = checkout
-    model_versions.fetch_adapter(root, params, first)
+    registry, first, second = checkout
+    root = registry.root
+    fetch_adapter(registry, first)
     kept = root / ".perennial/mlflow-artifacts"
-    adapter = kept / model_versions.find_version(root, params, second).run_id / "artifacts/adapter"
+    adapter = kept / find_version(registry, second).run_id / "artifacts/adapter"
     (adapter / "adapter_model.safetensors").write_bytes(b"flipped bits")
     with pytest.raises(InputError, match="has the hash"):
-        model_versions.fetch_adapter(root, params, second)
+        fetch_adapter(registry, second)
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(InputError, match="lacks adapter_model"):
-        model_versions.fetch_adapter(root, params, second)
+        fetch_adapter(registry, second)
     shutil.rmtree(adapter)
     with pytest.raises(InputError, match=r"the adapter of .* cannot be read"):
-        model_versions.fetch_adapter(root, params, second)
-    assert read_initial_adapter(root / "artifacts/initial_adapter").version == first.rpartition(":")[2]
+        fetch_adapter(registry, second)
+    assert read_initial_adapter(root / "artifacts/initial_adapter").version == Tag.parse(first).version
 
 
 @pytest.mark.slow
 def test_a_server_behind_a_url_serves_as_the_file_does(tmp_path, monkeypatch):
-    from flows.registry.tracking import open_tracking
     from stages.common.network import free_port
 
     write(tmp_path / "server.db", empty_database())
@@ -176,26 +156,26 @@ def test_a_server_behind_a_url_serves_as_the_file_does(tmp_path, monkeypatch):
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     monkeypatch.setenv("PERENNIAL_TRACKING_URL", f"http://127.0.0.1:{port}")
     root = make_output(tmp_path / "checkout")
-    params = params_of(root)
+    registry = registry_of(root)
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
-        wait_for(lambda: open_tracking(root, params.flows.record.tracking_url))
-        candidate = recorded(root)
-        assert recorded(root) == candidate
-        model_versions.set_alias(root, params, "champion", candidate.tag)
+        wait_for(lambda: open_tracking(root, registry.tracking_url))
+        candidate = registered(root)
+        assert registered(root) == candidate
+        push_aliases(registry, {"champion": candidate.tag})
         write_json(root / "reports/gate/x.json", {"passed": True})
-        model_versions.evidence(root, params, candidate.tag, Path("reports/gate/x.json"), gate="passed")
-        (info,) = model_versions.versions_table(root, params)
+        attach_evidence(registry, candidate.tag, Path("reports/gate/x.json"), gate="passed")
+        (info,) = list_recorded(registry)
         assert (info.aliases, info.gate) == (("champion",), "passed")
-        model_versions.fetch_adapter(root, params, candidate.tag)
+        fetch_adapter(registry, candidate.tag)
         assert (root / "artifacts/initial_adapter/adapter_model.safetensors").read_bytes() == b"weights"
         assert not (root / ".perennial/mlflow.db").exists()
     finally:
         server.terminate()
         server.wait(30)
     with pytest.raises(InputError, match=f"does not answer at http://127.0.0.1:{port}"):
-        model_versions.alias_of(root, params, "champion")
+        list_recorded(registry)
 
 
 def wait_for(ready, seconds=60):
@@ -269,14 +249,12 @@ def test_adapters_that_compute_the_same_are_equal_and_a_forgotten_one_is_found(t
 
 @pytest.mark.slow
 def test_a_version_comes_back_as_it_was_trained_and_is_restored_to_the_store(tiny, tmp_path, monkeypatch):
-    from flows.registry.restore import restore
-
     monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "bento"))
     root = shutil.copytree(tiny, tmp_path / "checkout")
     write(root / ".perennial/mlflow.db", empty_database())
-    params, tag = params_of(root), tag_of(root)
-    candidate = recorded(root)
-    record.check_reload(candidate, root, params)
+    registry, tag = registry_of(root), tag_of(root)
+    candidate = registered(root)
+    verify_candidate(registry, candidate)
 
     served = read_json(root / "artifacts/export/serving.json")
     shutil.rmtree(root / "artifacts/export")
@@ -295,7 +273,7 @@ def test_a_version_comes_back_as_it_was_trained_and_is_restored_to_the_store(tin
     write_json(root / "reports/fetch_base/metrics.json", {"name": "tiny", "revision": "1", "sha256": "11"})
     monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "empty"))
     with pytest.raises(InputError, match="belongs to the base model 00"):
-        restore(root, params, f"{NAME}:{served['version']}")
+        restore(registry, f"{NAME}:{served['version']}")
 
 
 # In a process of its own: BentoML reads where its store is when it is imported.
@@ -303,8 +281,9 @@ RESTORED = """
 import json, sys
 from pathlib import Path
 from flows.registry.restore import restore
-from services.versions.__main__ import stored
+from flows.registry.tracking import Registry
+from services.versions.store import get_version
 from stages.common.params.loading import load_params
-files = stored(restore(Path(), load_params(), sys.argv[1]))
+files = get_version(restore(Registry.of(Path(), load_params()), sys.argv[1]))
 print(json.dumps({"about": files.about, "version": files.version}))
 """

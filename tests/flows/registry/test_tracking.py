@@ -30,7 +30,7 @@ def test_a_server_that_is_not_there_is_named():
         url = f"http://127.0.0.1:{unused.getsockname()[1]}"
     with pytest.raises(InputError, match=url) as caught:
         open_tracking(None, url)
-    assert "flows.record.tracking_url" in caught.value.fix
+    assert "flows.tracking.tracking_url" in caught.value.fix
 
 
 def test_a_server_that_accepts_and_never_answers_is_given_up(monkeypatch):

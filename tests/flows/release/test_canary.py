@@ -1,4 +1,4 @@
-"""A challenger that is as good, one that is worse, and what is counted; read from a real event store."""
+"""The canary and the bake period: as good, worse, and which requests count; read from a real event store."""
 
 import asyncio
 import json
@@ -7,19 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from flows.release import canary
-from flows.release.canary import (
-    LOOKS,
-    Outcome,
-    judge_canary,
-    judge_probation,
-    judge_trial,
-    outcomes,
-    store_url,
-)
-from flows.release.journal import RELEASES
+from flows.release import comparison
+from flows.release.canary import ANALYSES, Trial, analyse, judge_bake, judge_canary
+from flows.release.outcomes import RequestOutcome, read_outcomes
 from services.events import Exchange, Feedback, open_store
-from services.versions.__main__ import ALIASES, Aliases, Challenger, _write
+from services.versions.aliases import ALIASES, Aliases, Challenger, write_aliases
 from stages.common.artifacts import read_json
 from stages.common.errors import InputError
 from stages.common.params.loading import load_params
@@ -39,7 +31,7 @@ def traffic(count, *, users, start=0.0, step=1.0, bad=0.0, prefix="u", seed=0, f
         user, at = int(rng.integers(users)), start + n * step
         hit = rng.random() < habit[user]
         found.append(
-            Outcome(
+            RequestOutcome(
                 at,
                 f"{prefix}{user}",
                 failed=hit and field == "failed",
@@ -51,15 +43,13 @@ def traffic(count, *, users, start=0.0, step=1.0, bad=0.0, prefix="u", seed=0, f
     return found
 
 
-def judged(new, old, *, kind="canary", needed=100, now=6000.0, since=0.0, settings=SETTINGS, **more):
-    return judge_canary(
-        kind, NEW, OLD, new, old, settings, needed=needed, since=since, now=now, settle_s=5.0, **more
-    )
+def judged(new, old, *, kind="canary", needed=100, now=6000.0, since=0.0, settings=SETTINGS):
+    return analyse(Trial(kind, NEW, OLD, since, needed, settle_s=5.0), new, old, settings, now)
 
 
 def test_a_challenger_as_good_as_the_champion_is_good_once_enough_have_asked():
     verdict = judged(traffic(100, users=12, bad=0.1), traffic(400, users=48, bad=0.1, prefix="o", seed=1))
-    assert (verdict.state, verdict.requests, verdict.looks) == ("good", 100, len(LOOKS))
+    assert (verdict.state, verdict.requests, verdict.analyses) == ("good", 100, len(ANALYSES))
     assert {criterion.name for criterion in verdict.criteria} == {
         "failed",
         "invalid",
@@ -76,13 +66,13 @@ def test_a_challenger_that_is_much_worse_is_bad_whatever_is_worse(field):
     assert verdict.state == "bad"
     (criterion,) = [criterion for criterion in verdict.criteria if not criterion.passed]
     assert criterion.name == {"valid": "invalid"}.get(field, field)
-    assert criterion.value > criterion.other and criterion.said in verdict.said
+    assert criterion.value > criterion.baseline and criterion.summary in verdict.summary
 
 
-def test_a_disaster_ends_at_the_first_look():
+def test_a_disaster_ends_at_the_first_analysis():
     failing = [replace(one, failed=True) for one in traffic(25, users=10)]
     verdict = judged(failing, traffic(100, users=40, prefix="o", step=0.2))
-    assert (verdict.state, verdict.looks) == ("bad", 1)
+    assert (verdict.state, verdict.analyses) == ("bad", 1)
 
 
 def test_a_better_challenger_is_never_bad():
@@ -97,7 +87,7 @@ def test_two_users_are_too_few_to_deal_and_their_failing_requests_still_count():
 
 def test_too_few_requests_are_waited_for_and_feedback_has_time_to_come():
     some, others = traffic(20, users=5), traffic(100, users=40, prefix="o", step=0.2)
-    assert judged(some, others).said == "20 of 100 requests"
+    assert judged(some, others).summary == "20 of 100 requests"
     full = traffic(100, users=12)
     assert judged(full, others, now=full[-1].at + 4).state == "wait"
     assert judged(full, others, now=full[-1].at + 6).state == "good"
@@ -109,27 +99,27 @@ def test_without_the_champions_traffic_there_is_nothing_to_compare_with():
     assert judged(new, traffic(30, users=5, prefix="o", start=101.0), now=200.0).state == "good"
 
 
-def test_what_a_look_sees_does_not_depend_on_when_it_is_asked():
+def test_the_data_of_an_analysis_does_not_depend_on_when_it_is_run():
     new, old = traffic(100, users=12, bad=0.2), traffic(400, users=48, prefix="o", bad=0.1, seed=1, step=0.25)
-    late = [replace(one, thumb_down_at=5000.0) for one in new]  # said long after the last look
+    late = [replace(one, thumb_down_at=5000.0) for one in new]  # given long after the last analysis
     assert judged(new, old).criteria == judged(late, old).criteria
 
 
-@pytest.mark.parametrize(("on_silence", "state"), [("promote", "good"), ("refuse", "bad")])
-def test_users_who_do_not_come_are_not_waited_for_for_ever(on_silence, state):
-    settings = SETTINGS.model_copy(update={"on_silence": on_silence, "max_minutes": 10.0})
+@pytest.mark.parametrize(("on_timeout", "state"), [("promote", "good"), ("reject", "bad")])
+def test_a_canary_with_too_few_users_ends_at_its_timeout(on_timeout, state):
+    settings = SETTINGS.model_copy(update={"on_timeout": on_timeout, "max_minutes": 10.0})
     few = traffic(5, users=5)
     assert judged(few, [], now=599.0, settings=settings).state == "wait"
     verdict = judged(few, [], now=601.0, settings=settings)
-    assert (verdict.state, verdict.silent) == (state, True)
-    assert f"on_silence is {on_silence}" in verdict.said
+    assert (verdict.state, verdict.timed_out) == (state, True)
+    assert f"on_timeout is {on_timeout}" in verdict.summary
 
 
-def test_those_who_came_before_the_silence_can_still_speak_against_it():
-    settings = SETTINGS.model_copy(update={"on_silence": "promote", "max_minutes": 10.0})
+def test_the_requests_before_the_timeout_can_still_reject_it():
+    settings = SETTINGS.model_copy(update={"on_timeout": "promote", "max_minutes": 10.0})
     failing = [replace(one, failed=True) for one in traffic(20, users=10)]
     verdict = judged(failing, traffic(100, users=40, prefix="o"), now=700.0, settings=settings)
-    assert (verdict.state, verdict.silent) == ("bad", False)
+    assert (verdict.state, verdict.timed_out) == ("bad", False)
 
 
 def test_feedback_that_had_longer_to_come_does_not_make_the_former_champion_worse():
@@ -139,9 +129,9 @@ def test_feedback_that_had_longer_to_come_does_not_make_the_former_champion_wors
         replace(one, corrected_at=one.at + 86_400.0 if n % 2 else None)
         for n, one in enumerate(traffic(100, users=20))
     ]
-    verdict = judged(new, slow, kind="probation", now=100_200.0, since=100_000.0)
+    verdict = judged(new, slow, kind="bake", now=100_200.0, since=100_000.0)
     (corrected,) = [criterion for criterion in verdict.criteria if criterion.name == "corrected"]
-    assert (verdict.state, corrected.other) == ("good", 0.0)
+    assert (verdict.state, corrected.baseline) == ("good", 0.0)
 
 
 def test_a_good_one_is_sent_back_as_rarely_as_alpha_says():
@@ -159,27 +149,29 @@ def test_a_good_one_is_sent_back_as_rarely_as_alpha_says():
 def test_permutations_that_end_early_decide_as_all_of_them(bad, monkeypatch):
     new, old = traffic(100, users=15, bad=bad), traffic(400, users=60, bad=0.1, prefix="o", seed=1, step=0.2)
     early = judged(new, old)
-    monkeypatch.setattr(canary, "FIRST_PERMUTATIONS", canary.MAX_PERMUTATIONS)
+    monkeypatch.setattr(comparison, "FIRST_PERMUTATIONS", comparison.MAX_PERMUTATIONS)
     every = judged(new, old)
-    assert (early.state, early.looks) == (every.state, every.looks)
+    assert (early.state, early.analyses) == (every.state, every.analyses)
     assert [one.passed for one in early.criteria] == [one.passed for one in every.criteria]
 
 
-@pytest.fixture
-def store(tmp_path):
-    """Return a checkout's root with parameters, and a function that records exchanges with feedback."""
-    events = PARAMS.services.events.model_copy(update={"url": "sqlite:///events.db"})
-    params = PARAMS.model_copy(update={"services": PARAMS.services.model_copy(update={"events": events})})
+URL = "sqlite:///events.db"
 
-    def record(rows):
-        url = f"sqlite:///{tmp_path / 'events.db'}"
-        kept = open_store(url, queue_size=1000, group_rows=256, group_wait_s=0.0)
+
+@pytest.fixture
+def record(tmp_path):
+    """Return a function that records exchanges with feedback in the store of a checkout at `tmp_path`."""
+
+    def add(rows):
+        kept = open_store(
+            f"sqlite:///{tmp_path / 'events.db'}", queue_size=1000, group_rows=256, group_wait_s=0.0
+        )
         try:
             asyncio.run(_record(kept, rows))
         finally:
             kept.close()
 
-    return tmp_path, params, record
+    return add
 
 
 async def _record(kept, rows):
@@ -216,22 +208,13 @@ def exchange(n, at, tag, role, status=200, user=None, answer="on"):
     )
 
 
-def released(root, *records):
-    path = root / RELEASES
-    path.parent.mkdir(exist_ok=True)
-    common = {"by": "t", "why": "t", "champion": OLD, "challenger": None, "former": None, "outcome": "done"}
-    lines = [json.dumps({"id": str(n)} | common | record) for n, record in enumerate(records)]
-    path.write_text("".join(f"{line}\n" for line in lines))
-
-
-def test_outcomes_are_read_with_what_users_said_and_without_refusals_and_shadows(store):
-    root, params, record = store
-    said = Feedback("f1", "r00001", 50.0, None, -1, None, None)
+def test_outcomes_are_read_with_feedback_and_without_rejected_requests_and_shadows(tmp_path, record):
+    thumb = Feedback("f1", "r00001", 50.0, None, -1, None, None)
     same = Feedback("f2", "r00002", 51.0, None, None, "on", None)  # a correction that corrects nothing
     other = Feedback("f3", "r00002", 52.0, None, None, "off", None)
     record(
         [
-            (exchange(1, 10.0, NEW, "challenger"), [said]),
+            (exchange(1, 10.0, NEW, "challenger"), [thumb]),
             (exchange(2, 11.0, NEW, "challenger"), [same, other]),
             (exchange(3, 12.0, NEW, "challenger", status=500), []),
             (exchange(4, 13.0, NEW, "challenger", status=429), []),
@@ -239,7 +222,7 @@ def test_outcomes_are_read_with_what_users_said_and_without_refusals_and_shadows
             (exchange(6, 15.0, OLD, "champion"), []),
         ]
     )
-    found = list(outcomes(store_url(root, params), 0.0, 100.0, NEW, "challenger"))
+    found = list(read_outcomes(f"sqlite:///{tmp_path / 'events.db'}", 0.0, 100.0, NEW, "challenger"))
     assert [(one.at, one.failed, one.valid, one.thumb_down_at, one.corrected_at) for one in found] == [
         (10.0, False, True, 50.0, None),
         (11.0, False, True, None, 52.0),
@@ -247,48 +230,64 @@ def test_outcomes_are_read_with_what_users_said_and_without_refusals_and_shadows
     ]
 
 
-def test_a_trial_is_judged_from_the_store_and_its_report_is_written(store):
-    root, params, record = store
-    with pytest.raises(InputError, match="no version is on trial"):
-        judge_trial(root, params)
-    released(root, {"at": 100.0, "action": "try", "tag": NEW, "challenger": NEW})
-    _write(root / ALIASES, Aliases(OLD, Challenger(NEW, 0.2, "canary"), (), managed=True))
+def test_a_canary_is_judged_from_the_store_and_its_report_is_written(tmp_path, record):
+    with pytest.raises(InputError, match="no version is in canary"):
+        judge_canary(tmp_path, URL, SETTINGS, 30.0)
+    write_aliases(tmp_path / ALIASES, Aliases(OLD, Challenger(NEW, 0.2, "canary", since=100.0)))
     rows = [(exchange(n, 50.0 + n, NEW, "challenger", 500, f"c{n % 10}"), []) for n in range(100)]
     rows += [(exchange(1000 + n, 50.25 + n, OLD, "champion", 200, f"o{n % 30}"), []) for n in range(100)]
     record(rows)
-    verdict = judge_trial(root, params, now=1000.0)
-    # 50 of each came before the trial began.
-    assert (verdict.state, verdict.requests, verdict.other_requests) == ("bad", 50, 50)
-    report = read_json(root / "reports/canary" / f"{'b' * 12}.json")
-    assert report["tag"] == NEW and report["probation"] is None
+    verdict = judge_canary(tmp_path, URL, SETTINGS, 30.0, now=1000.0)
+    # 50 of each came before the canary began.
+    assert (verdict.state, verdict.requests, verdict.baseline_requests) == ("bad", 50, 50)
+    report = read_json(tmp_path / "reports/canary" / f"{'b' * 12}.json")
+    assert report["tag"] == NEW and report["bake"] is None
     assert (report["canary"]["state"], report["canary"]["since"]) == ("bad", 100.0)
 
 
-def test_probation_compares_with_the_former_champions_last_requests_and_ends(store):
-    root, params, record = store
-    settings = SETTINGS.model_copy(update={"probation_requests": 40})
-    retrain = params.flows.retrain.model_copy(update={"canary": settings})
-    params = params.model_copy(update={"flows": params.flows.model_copy(update={"retrain": retrain})})
-    released(root, {"at": 1000.0, "action": "promote", "tag": NEW, "champion": NEW, "former": OLD})
-    _write(root / ALIASES, Aliases(NEW, None, (OLD,), managed=True))
+PROMOTED = Aliases(NEW, None, (OLD,), champion_since=1000.0, replaced=OLD)
+
+
+def test_the_bake_period_compares_with_the_former_champions_last_requests_and_ends(tmp_path, record):
+    settings = SETTINGS.model_copy(update={"bake_requests": 40})
+    write_aliases(tmp_path / ALIASES, PROMOTED)
     record([(exchange(n, 900.0 + n, OLD, "champion"), []) for n in range(60)])
-    waiting = judge_probation(root, params, now=1001.0)
+    waiting = judge_bake(tmp_path, URL, settings, 30.0, now=1001.0)
     assert (waiting.state, waiting.requests) == ("wait", 0)
     record([(exchange(100 + n, 1001.0 + n, NEW, "champion"), []) for n in range(60)])
-    verdict = judge_probation(root, params, now=2000.0)
-    assert (verdict.state, verdict.requests, verdict.other_requests) == ("good", 40, 40)
-    assert judge_probation(root, params, now=2001.0) is None, "it is over"
-    _write(root / ALIASES, Aliases(OLD, None, (), managed=True))
-    assert judge_probation(root, params, now=2002.0) is None, "somebody else is champion"
+    verdict = judge_bake(tmp_path, URL, settings, 30.0, now=2000.0)
+    assert (verdict.state, verdict.requests, verdict.baseline_requests) == ("good", 40, 40)
+    assert judge_bake(tmp_path, URL, settings, 30.0, now=2001.0) is None, "it is over"
 
 
-def test_a_champion_that_fails_on_probation_is_bad_until_somebody_goes_back(store):
-    root, params, record = store
-    released(root, {"at": 1000.0, "action": "promote", "tag": NEW, "champion": NEW, "former": OLD})
-    _write(root / ALIASES, Aliases(NEW, None, (OLD,), managed=True))
+@pytest.mark.parametrize(
+    "aliases",
+    [
+        Aliases(),
+        Aliases(NEW, champion_since=1000.0),
+        Aliases(OLD, None, (), champion_since=1000.0),
+    ],
+    ids=["no champion", "the first", "after a rollback"],
+)
+def test_only_a_champion_that_replaced_another_has_a_bake_period(tmp_path, aliases):
+    write_aliases(tmp_path / ALIASES, aliases)
+    assert judge_bake(tmp_path, URL, SETTINGS, 30.0) is None
+
+
+def test_a_pin_neither_ends_nor_restarts_a_bake_period(tmp_path, record):
+    settings = SETTINGS.model_copy(update={"bake_requests": 40})
+    write_aliases(tmp_path / ALIASES, replace(PROMOTED, pinned="audit"))
+    record([(exchange(n, 900.0 + n, OLD, "champion"), []) for n in range(60)])
+    record([(exchange(100 + n, 1001.0 + n, NEW, "champion"), []) for n in range(20)])
+    verdict = judge_bake(tmp_path, URL, settings, 30.0, now=2000.0)
+    assert (verdict.since, verdict.state, verdict.analyses) == (1000.0, "wait", 2)
+
+
+def test_a_champion_that_fails_in_its_bake_period_stays_bad_until_a_rollback(tmp_path, record):
+    write_aliases(tmp_path / ALIASES, PROMOTED)
     record([(exchange(n, 500.0 + n, OLD, "champion"), []) for n in range(150)])
     record([(exchange(200 + n, 1001.0 + n, NEW, "champion", 503), []) for n in range(130)])
-    verdict = judge_probation(root, params, now=3000.0)
-    assert (verdict.state, verdict.looks) == ("bad", 1)
-    assert "failed: 100.0% of its requests, 0.0% of the other's" in verdict.said
-    assert judge_probation(root, params, now=3001.0).state == "bad"
+    verdict = judge_bake(tmp_path, URL, SETTINGS, 30.0, now=3000.0)
+    assert (verdict.state, verdict.analyses) == ("bad", 1)
+    assert "failed: 100.0% of its requests, 0.0% of the baseline's" in verdict.summary
+    assert judge_bake(tmp_path, URL, SETTINGS, 30.0, now=3001.0).state == "bad"

@@ -1,6 +1,6 @@
-"""Releases: what moves, what is refused, and that a kill at any step leaves nothing half-way.
+"""Releases: what moves, what is rejected, and that a kill at any step leaves one consistent state.
 
-MLflow takes nine seconds to begin with: all but one of the tests have a registry in a JSON file in its place.
+MLflow takes seconds to start: all but the slow tests mirror the aliases into a JSON file in its place.
 """
 
 import json
@@ -12,166 +12,167 @@ from pathlib import Path
 
 import pytest
 
-from flows.gate import judge
-from flows.gate.judge import Criterion, GateVerdict
-from flows.registry import model_versions
+from flows.gate.verdict import Criterion, GateVerdict, hash_files, write_verdict
+from flows.registry.model_versions import list_recorded, registered_name
+from flows.registry.tracking import Registry
 from flows.release import actions
-from flows.release.actions import adopt, main, pin_reason, recover, status
-from flows.release.journal import INTENT, RELEASES, done_releases, read_releases
+from flows.release.__main__ import format_status, main
+from flows.release.actions import Order, promote_first, release, settle
 from flows.retrain import progress, steps
-from services.versions.__main__ import (
-    ALIASES,
-    Aliases,
-    Challenger,
-    _write,
-    newest_as_champion,
-    read_aliases,
-    set_champion,
-)
+from services.versions import store
+from services.versions.aliases import ALIASES, Challenger, read_aliases
+from services.versions.releases import RELEASES, read_releases
 from stages.common.artifacts import read_json, write_json, write_text
 from stages.common.errors import InputError
 from stages.common.params.loading import load_params
+from stages.common.tag import Tag
 from tests.services.serving import ROOT
 
 PARAMS = load_params(ROOT / "params.yaml")
 A, B, C = (f"m:{letter * 12}" for letter in "abc")
-STEPS = 6  # of a promotion: two aliases in the registry, the served ones, the pin, the record, the intent
+STORED_AT = 1000.0
+# What a release does after it was allowed; a kill can come before each, and after the last.
+STEPS = ("write_aliases", "append_release", "push_aliases")
 
 
-class Registry:
-    """MLflow's registry, as far as releases use it, in a file."""
+class Mirror:
+    """MLflow's aliases, in a file."""
 
     def __init__(self, path):
         self.path = path
-        self.tags = {A, B, C}
         self.down = False
 
     def read(self):
-        known = {"champion": None, "challenger": None, "pinned": None}
+        known = {"champion": None, "challenger": None}
         return known | (read_json(self.path) if self.path.exists() else {})
 
-    def _change(self, **values):
+    def push_aliases(self, registry, aliases):
         if self.down:
             raise InputError("MLflow at sqlite:///x cannot be reached", "start it")
-        write_json(self.path, self.read() | values)
-
-    def set_alias(self, root, params, alias, tag):
-        if tag is not None and tag not in self.tags:
-            raise InputError(f"{tag} is not in MLflow's registry", "record it")
-        self._change(**{alias: tag})
-
-    def set_pinned(self, root, params, why):
-        self._change(pinned=why)
-
-    def versions_table(self, root, params):
-        self._change()
-        return [model_versions.VersionInfo(tag, 1, "", 0.0, (), "passed") for tag in self.tags]
+        write_json(self.path, aliases)
 
 
 @pytest.fixture
-def known(tmp_path, monkeypatch):
-    """Return the registry of a checkout at `tmp_path`, in whose model store every version lies."""
-    found = Registry(tmp_path / "registry.json")
-    monkeypatch.setattr("services.versions.__main__.stored", lambda tag: None)
-    for name in ("set_alias", "set_pinned", "versions_table"):
-        monkeypatch.setattr(model_versions, name, getattr(found, name))
+def mirror(tmp_path, monkeypatch):
+    """Return MLflow's side of a checkout at `tmp_path`, whose model store has every version."""
+    found = Mirror(tmp_path / "mlflow.json")
+    monkeypatch.setattr(store, "get_version", lambda tag: None)
+    monkeypatch.setattr(store, "read_stored_at", lambda tag: STORED_AT)
+    monkeypatch.setattr(actions, "push_aliases", found.push_aliases)
     return found
 
 
 def judged(root: Path, tag: str, champion: str | None, *, passed: bool = True) -> None:
     """Write a verdict of the gate with a file of evidence."""
-    evidence = root / f".perennial/gate/{tag.partition(':')[2]}/answers.json"
+    evidence = root / f".perennial/gate/{Tag.parse(tag).version}/answers.json"
     write_text(evidence, f"answers of {tag}")
     criterion = Criterion("old_test", "not forgotten", 0.0, -0.1, 0.1, -0.005, passed, "it forgot 3 points")
-    judge.write_verdict(
-        root,
-        GateVerdict(
-            tag, champion, 1.0, passed, "champion", (criterion,), judge.file_hashes(root, [evidence]), {}
-        ),
-    )
+    files = hash_files(root, [evidence])
+    write_verdict(root, GateVerdict(tag, champion, 1.0, passed, "champion", (criterion,), files, {}))
 
 
-def made(root, action, tag=None, why="because"):
-    return actions.release(root, PARAMS, action, tag, "tester", why)
+def registry_of(root):
+    return Registry(root, "m", PARAMS.flows.tracking.tracking_url, "perennial")
+
+
+def made(root, action, tag=None, reason="because", **more):
+    share = PARAMS.flows.retrain.canary.share
+    return release(registry_of(root), Order(action, tag, "tester", reason, share, **more))
+
+
+def promoted(root, *tags):
+    """Promote one version after the other."""
+    for tag in tags:
+        judged(root, tag, served(root).champion)
+        made(root, "promote", tag)
 
 
 def served(root):
     return read_aliases(root / ALIASES)
 
 
-def agree(root, known):
-    """Return the champion and challenger of which both stores say the same."""
-    aliases, recorded = served(root), known.read()
-    trial = aliases.challenger.tag if aliases.challenger else None
-    assert (aliases.champion, trial) == (recorded["champion"], recorded["challenger"])
-    return aliases.champion, trial
+def agreed(root, mirror):
+    """Return champion and challenger; the file, its journal and MLflow must agree on them."""
+    aliases, mirrored = served(root), mirror.read()
+    challenger = aliases.challenger.tag if aliases.challenger else None
+    assert (aliases.champion, challenger) == (mirrored["champion"], mirrored["challenger"])
+    last = read_releases(root)[-1]
+    assert last == aliases.release
+    assert (last.champion, last.challenger) == (aliases.champion, challenger)
+    return aliases.champion, challenger
 
 
-def test_a_model_is_promoted_tried_replaced_and_gone_back_to(tmp_path, known):
+def actions_of(root):
+    return [(one.action, one.tag) for one in read_releases(root)]
+
+
+def test_a_version_is_promoted_goes_into_canary_replaces_the_champion_and_is_rolled_back(tmp_path, mirror):
     judged(tmp_path, A, None)
-    made(tmp_path, "promote", A)
-    assert agree(tmp_path, known) == (A, None)
+    first = made(tmp_path, "promote", A)
+    assert agreed(tmp_path, mirror) == (A, None)
+    assert (served(tmp_path).champion_since, served(tmp_path).replaced) == (first.at, None)
     judged(tmp_path, B, A)
-    assert made(tmp_path, "try", B).challenger == B
-    assert served(tmp_path).challenger == Challenger(B, PARAMS.flows.retrain.canary.share, "canary")
-    assert agree(tmp_path, known) == (A, B)
-    assert made(tmp_path, "promote", B).former == A
-    assert served(tmp_path) == Aliases(B, None, (A,), managed=True)
-    assert agree(tmp_path, known) == (B, None)
-    back = made(tmp_path, "roll_back", B, why="it fails")
-    assert (back.champion, back.former, back.tag, back.why) == (A, B, B, "it fails")
-    assert agree(tmp_path, known) == (A, None)
-    assert [record.action for record in read_releases(tmp_path)] == ["promote", "try", "promote", "roll_back"]
-    with pytest.raises(InputError, match=f"no version was champion before {A}"):
-        made(tmp_path, "roll_back")
+    canary = made(tmp_path, "canary", B)
+    share = PARAMS.flows.retrain.canary.share
+    assert served(tmp_path).challenger == Challenger(B, share, "canary", canary.at)
+    assert served(tmp_path).champion_since == first.at
+    assert agreed(tmp_path, mirror) == (A, B)
+    second = made(tmp_path, "promote", B)
+    assert (second.former, served(tmp_path).history) == (A, (A,))
+    assert (served(tmp_path).champion_since, served(tmp_path).replaced) == (second.at, A)
+    assert agreed(tmp_path, mirror) == (B, None)
+    back = made(tmp_path, "rollback", B, reason="it fails")
+    assert (back.champion, back.former, back.tag, back.reason) == (A, B, B, "it fails")
+    assert (served(tmp_path).champion_since, served(tmp_path).replaced) == (back.at, None)
+    assert agreed(tmp_path, mirror) == (A, None)
+    assert actions_of(tmp_path) == [("promote", A), ("canary", B), ("promote", B), ("rollback", B)]
+    with pytest.raises(InputError, match=f"no former champion to replace {A}"):
+        made(tmp_path, "rollback")
 
 
-def test_a_trial_can_be_refused_and_the_champion_stays(tmp_path, known):
-    judged(tmp_path, A, None)
-    made(tmp_path, "promote", A)
+def test_a_canary_can_be_rejected_and_the_champion_stays(tmp_path, mirror):
+    promoted(tmp_path, A)
     judged(tmp_path, B, A)
-    made(tmp_path, "try", B)
-    made(tmp_path, "refuse", B)
-    assert agree(tmp_path, known) == (A, None)
+    made(tmp_path, "canary", B)
+    made(tmp_path, "reject", B)
+    assert agreed(tmp_path, mirror) == (A, None)
     with pytest.raises(InputError, match=f"{A} is the champion"):
-        made(tmp_path, "refuse", A)
+        made(tmp_path, "reject", A)
 
 
 @pytest.mark.parametrize(
-    ("by_hand", "outcome", "said"),
+    ("by_hand", "outcome", "message"),
     [
-        ("refuse", "refused", "its trial was ended (refuse by tester): too slow"),
+        ("reject", "rejected", "its canary was ended (reject by tester): too slow"),
         ("promote", "promoted", f"{B} took over from {A}"),
     ],
 )
-def test_a_retraining_whose_trial_was_ended_by_hand_ends_as_that_says(
-    tmp_path, known, by_hand, outcome, said
+def test_a_retraining_whose_canary_was_ended_by_hand_ends_accordingly(
+    tmp_path, mirror, by_hand, outcome, message
 ):
-    judged(tmp_path, A, None)
-    made(tmp_path, "promote", A)
+    promoted(tmp_path, A)
     judged(tmp_path, B, A)
-    made(tmp_path, "try", B)
-    with progress.working(tmp_path):
-        begun = progress.begin(tmp_path, "drift", None, champion=A, since=0.0)
-        killed = progress.save(
-            tmp_path, replace(begun, step="canary", candidate=B, on_trial_since=begun.until)
+    made(tmp_path, "canary", B)
+    with progress.lock(tmp_path):
+        begun = progress.start(tmp_path, "drift", None, champion=A, since=0.0)
+        killed = progress.save_state(
+            tmp_path, replace(begun, step="canary", candidate=B, canary_since=begun.until)
         )
-        made(tmp_path, by_hand, B, why="too slow")
-        made(tmp_path, "pin", why="an audit")  # what came later did not end the trial
-        ended = steps.show_to_some(tmp_path, PARAMS, killed)
-    assert (ended.outcome, ended.said) == (outcome, said)
-    assert progress.history(tmp_path) == [ended]
-    assert progress.unfinished(tmp_path) is None
+        made(tmp_path, by_hand, B, reason="too slow")
+        made(tmp_path, "pin", reason="an audit")  # a later release did not end the canary
+        ended = steps.run_canary(tmp_path, PARAMS, killed)
+    assert (ended.outcome, ended.summary) == (outcome, message)
+    assert progress.read_history(tmp_path) == [ended]
+    assert progress.read_state(tmp_path) is None
 
 
-@pytest.mark.parametrize("action", ["promote", "try"])
-def test_what_the_gate_did_not_let_through_moves_nothing(tmp_path, known, action):
-    judged(tmp_path, A, None)
-    made(tmp_path, "promote", A)
-    with pytest.raises(InputError, match=f"{B} was never judged"):
+@pytest.mark.parametrize("action", ["promote", "canary"])
+def test_what_the_gate_did_not_pass_moves_nothing(tmp_path, mirror, action):
+    promoted(tmp_path, A)
+    with pytest.raises(InputError, match=f"the gate has not judged {B}"):
         made(tmp_path, action, B)
     judged(tmp_path, B, A, passed=False)
-    with pytest.raises(InputError, match=r"the gate refused m:b+\n  old_test: it forgot 3 points"):
+    with pytest.raises(InputError, match=r"the gate rejected m:b+\n  old_test: it forgot 3 points"):
         made(tmp_path, action, B)
     judged(tmp_path, B, C)
     with pytest.raises(InputError, match=f"{B} was judged against {C}, and the champion is {A}"):
@@ -179,165 +180,152 @@ def test_what_the_gate_did_not_let_through_moves_nothing(tmp_path, known, action
     judged(tmp_path, B, A)
     write_text(tmp_path / f".perennial/gate/{'b' * 12}/answers.json", "other answers")
     with pytest.raises(
-        InputError, match=r"evidence of the verdict on m:b+ is not what it was: .*answers.json"
+        InputError, match=r"evidence of the verdict on m:b+ has changed since: .*answers.json"
     ):
         made(tmp_path, action, B)
-    assert agree(tmp_path, known) == (A, None)
+    with pytest.raises(InputError, match=f"{A} is the champion: {B} would not be the first"):
+        made(tmp_path, "promote", B, first=True)
+    assert agreed(tmp_path, mirror) == (A, None)
     assert len(read_releases(tmp_path)) == 1
 
 
-def test_a_verdict_that_was_changed_by_hand_is_not_believed(tmp_path, known):
+def test_a_verdict_that_was_edited_is_not_accepted(tmp_path, mirror):
     judged(tmp_path, A, None, passed=False)
-    path = tmp_path / judge.verdict_path(A)
+    path = tmp_path / Tag.parse(A).report("gate")
     write_json(path, read_json(path) | {"passed": True})
-    with pytest.raises(InputError, match="says passed: True, and its criteria say otherwise"):
+    with pytest.raises(InputError, match="has passed: True, which its criteria contradict"):
         made(tmp_path, "promote", A)
 
 
-def test_what_was_worse_on_trial_is_not_promoted_until_it_is_tried_anew(tmp_path, known):
-    judged(tmp_path, A, None)
-    made(tmp_path, "promote", A)
+def test_what_was_worse_in_its_canary_is_not_promoted_until_another_canary(tmp_path, mirror):
+    promoted(tmp_path, A)
     judged(tmp_path, B, A)
-    begun = made(tmp_path, "try", B)
-    report = {"tag": B, "canary": {"state": "bad", "since": begun.at, "said": "it fails"}, "probation": None}
-    write_json(tmp_path / f"reports/canary/{'b' * 12}.json", report)
-    with pytest.raises(InputError, match=f"{B} was worse on trial: it fails"):
+    begun = made(tmp_path, "canary", B)
+    report = {"tag": B, "canary": {"state": "bad", "since": begun.at, "summary": "it fails"}, "bake": None}
+    write_json(tmp_path / Tag.parse(B).report("canary"), report)
+    with pytest.raises(InputError, match=f"{B} was worse in its canary: it fails"):
         made(tmp_path, "promote", B)
-    made(tmp_path, "refuse", B)
-    made(tmp_path, "try", B)
+    made(tmp_path, "reject", B)
+    with pytest.raises(InputError, match=f"{B} was worse in its canary: it fails"):
+        made(tmp_path, "promote", B)
+    made(tmp_path, "canary", B)
     assert made(tmp_path, "promote", B).champion == B
 
 
-def test_nothing_takes_the_place_of_a_pinned_champion(tmp_path, known):
-    judged(tmp_path, A, None)
-    made(tmp_path, "promote", A)
+def test_nothing_replaces_a_pinned_champion(tmp_path, mirror):
+    promoted(tmp_path, A)
     judged(tmp_path, B, A)
-    made(tmp_path, "pin", why="audit until Friday")
-    assert pin_reason(tmp_path) == known.read()["pinned"] == "audit until Friday"
-    for action in ("promote", "try", "roll_back"):
+    made(tmp_path, "pin", reason="audit until Friday")
+    assert served(tmp_path).pinned == "audit until Friday"
+    for action in ("promote", "canary", "rollback"):
         with pytest.raises(InputError, match=f"the champion {A} is pinned: audit until Friday"):
-            made(tmp_path, action, B if action != "roll_back" else A)
+            made(tmp_path, action, B if action != "rollback" else A)
     made(tmp_path, "unpin")
-    assert pin_reason(tmp_path) is known.read()["pinned"] is None
+    assert served(tmp_path).pinned is None
     assert made(tmp_path, "promote", B).champion == B
 
 
-def test_a_second_call_of_a_killed_caller_changes_nothing(tmp_path, known):
+def test_a_second_call_of_a_killed_caller_changes_nothing(tmp_path, mirror):
     judged(tmp_path, A, None)
     first = made(tmp_path, "promote", A)
     judged(tmp_path, B, A)
-    tried = made(tmp_path, "try", B)
-    assert made(tmp_path, "try", B) == tried
-    promoted = made(tmp_path, "promote", B)
-    assert made(tmp_path, "promote", B) == promoted
-    back = made(tmp_path, "roll_back", B)
-    assert made(tmp_path, "roll_back", B) == back
+    canary = made(tmp_path, "canary", B)
+    assert made(tmp_path, "canary", B) == canary
+    second = made(tmp_path, "promote", B)
+    assert made(tmp_path, "promote", B) == second
+    back = made(tmp_path, "rollback", B)
+    assert made(tmp_path, "rollback", B) == back
     assert made(tmp_path, "promote", A) == first
     assert len(read_releases(tmp_path)) == 4
 
 
-def killed_at(step: int, root: Path, action: str, tag: str) -> None:
-    """Begin a release in another process, and kill it before that step."""
+def killed_before(step: str | None, root: Path, action: str, tag: str) -> None:
+    """Make a release in another process, and kill it before a step; None: after the last."""
+    before = served(root).release
     child = os.fork()
     if child == 0:
-        steps = actions._steps
 
-        def until_killed(*arguments):
-            for number, work in enumerate(steps(*arguments)):
-                if number == step:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                yield work
+        def die(*_):
+            # The journal is completed from the last release first: that is not the step.
+            if step != "append_release" or served(root).release != before:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-        actions._steps = until_killed
         try:
+            if step is not None:
+                setattr(actions, step, die)
             made(root, action, tag)
+            die()
         finally:
             os._exit(1)
-    _, how = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(how), "it was not killed"
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status), "it was not killed"
 
 
-@pytest.mark.parametrize("step", range(STEPS))
-def test_a_promotion_killed_at_any_step_is_finished_by_the_next(tmp_path, known, step):
-    judged(tmp_path, A, None)
-    made(tmp_path, "promote", A)
+@pytest.mark.parametrize("step", [*STEPS, None])
+@pytest.mark.parametrize("repair", ["the same call", "the next watch", "another release"])
+def test_after_a_kill_at_any_step_the_next_call_leaves_one_consistent_state(tmp_path, mirror, step, repair):
+    promoted(tmp_path, A)
     judged(tmp_path, B, A)
-    killed_at(step, tmp_path, "promote", B)
-    assert "broken off" in status(tmp_path)
-    assert recover(tmp_path, PARAMS).outcome == "done"
-    assert agree(tmp_path, known) == (B, None)
-    assert served(tmp_path).history == (A,)
-    assert [record.tag for record in read_releases(tmp_path)] == [A, B], "once, however often it was noted"
-    assert recover(tmp_path, PARAMS) is None
+    killed_before(step, tmp_path, "promote", B)
+    happened = step != "write_aliases"
+    assert served(tmp_path).champion == (B if happened else A), "the rename is the release"
+    if repair == "the same call":
+        assert made(tmp_path, "promote", B).champion == B
+        happened = True
+    elif repair == "the next watch":
+        settle(registry_of(tmp_path))
+    else:
+        made(tmp_path, "pin")
+    assert agreed(tmp_path, mirror) == (B if happened else A, None)
+    assert served(tmp_path).history == ((A,) if happened else ())
+    promotions = [("promote", A), *([("promote", B)] if happened else [])]
+    assert [one for one in actions_of(tmp_path) if one[0] == "promote"] == promotions, "once each"
 
 
-@pytest.mark.parametrize("step", range(STEPS))
-def test_a_promotion_whose_verdict_is_gone_is_taken_back(tmp_path, known, step):
-    judged(tmp_path, A, None)
-    made(tmp_path, "promote", A)
+@pytest.mark.parametrize("step", [*STEPS, None])
+def test_a_killed_promotion_whose_verdict_is_gone_is_not_repeated(tmp_path, mirror, step):
+    promoted(tmp_path, A)
     judged(tmp_path, B, A)
-    killed_at(step, tmp_path, "promote", B)
+    killed_before(step, tmp_path, "promote", B)
     judged(tmp_path, B, A, passed=False)
-    recover(tmp_path, PARAMS)
-    assert agree(tmp_path, known) == (A, None)
-    assert served(tmp_path) == Aliases(A, None, (), managed=True)
-    assert not (tmp_path / INTENT).exists()
-    assert [record.tag for record in done_releases(tmp_path)] == [A]
-
-
-@pytest.mark.parametrize("step", range(STEPS))
-def test_a_roll_back_killed_at_any_step_is_finished_by_the_next(tmp_path, known, step):
-    judged(tmp_path, A, None)
-    made(tmp_path, "promote", A)
-    judged(tmp_path, B, A)
-    made(tmp_path, "promote", B)
-    killed_at(step, tmp_path, "roll_back", B)
-    assert made(tmp_path, "roll_back", B).champion == A, "who asks again is told it was done"
-    assert agree(tmp_path, known) == (A, None)
-    assert [record.action for record in read_releases(tmp_path)] == ["promote", "promote", "roll_back"]
-
-
-def test_a_registry_that_cannot_be_reached_stops_a_promotion_and_nothing_has_moved(tmp_path, known):
-    judged(tmp_path, A, None)
-    made(tmp_path, "promote", A)
-    judged(tmp_path, B, A)
-    known.down = True
-    with pytest.raises(InputError, match="cannot be reached"):
+    if step == "write_aliases":
+        with pytest.raises(InputError, match=f"the gate rejected {B}"):
+            made(tmp_path, "promote", B)
+        settle(registry_of(tmp_path))
+        assert agreed(tmp_path, mirror) == (A, None)
+    else:  # it was the champion before the verdict went
         made(tmp_path, "promote", B)
-    assert served(tmp_path).champion == A
-    known.down = False
-    recover(tmp_path, PARAMS)
-    assert agree(tmp_path, known) == (A, None)
-    assert read_releases(tmp_path)[-1].outcome == "undone"
+        assert agreed(tmp_path, mirror) == (B, None)
 
 
-def test_the_first_promotion_of_all_is_taken_back_to_nothing(tmp_path, known):
-    judged(tmp_path, A, None)
-    known.down = True
-    with pytest.raises(InputError, match="cannot be reached"):
-        made(tmp_path, "promote", A)
-    known.down = False
-    recover(tmp_path, PARAMS)
-    assert served(tmp_path) == Aliases(), "not managed: the service may still follow the pipeline"
+@pytest.mark.parametrize("step", [*STEPS, None])
+def test_a_rollback_killed_at_any_step_is_done_once_by_the_next_call(tmp_path, mirror, step):
+    promoted(tmp_path, A, B)
+    killed_before(step, tmp_path, "rollback", B)
+    assert made(tmp_path, "rollback", B).champion == A
+    assert agreed(tmp_path, mirror) == (A, None)
+    assert actions_of(tmp_path) == [("promote", A), ("promote", B), ("rollback", B)]
 
 
-def test_a_bad_champion_goes_though_the_registry_cannot_be_reached(tmp_path, known):
-    judged(tmp_path, A, None)
-    made(tmp_path, "promote", A)
-    judged(tmp_path, B, A)
-    made(tmp_path, "promote", B)
-    known.down = True
-    assert made(tmp_path, "roll_back", B).champion == A
-    assert served(tmp_path).champion == A
-    known.down = False
-    recover(tmp_path, PARAMS)
-    assert agree(tmp_path, known) == (A, None)
-    assert read_releases(tmp_path)[-1].action == "roll_back"
+@pytest.mark.parametrize(("action", "champion"), [("promote", C), ("rollback", A)])
+def test_aliases_move_while_mlflow_is_down_and_it_follows_once_it_is_up(
+    tmp_path, mirror, action, champion, caplog
+):
+    promoted(tmp_path, A, B)
+    judged(tmp_path, C, B)
+    mirror.down = True
+    made(tmp_path, action, C if action == "promote" else B)
+    assert served(tmp_path).champion == champion
+    assert mirror.read()["champion"] == B
+    settle(registry_of(tmp_path))
+    assert "MLflow's aliases are out of date" in caplog.text
+    mirror.down = False
+    settle(registry_of(tmp_path))
+    assert agreed(tmp_path, mirror) == (champion, None)
 
 
-def test_releases_side_by_side_take_turns(tmp_path, known):
-    judged(tmp_path, A, None)
-    made(tmp_path, "promote", A)
+def test_releases_side_by_side_take_turns(tmp_path, mirror):
+    promoted(tmp_path, A)
     judged(tmp_path, B, A)
     judged(tmp_path, C, A)
     outcomes = []
@@ -353,94 +341,165 @@ def test_releases_side_by_side_take_turns(tmp_path, known):
         thread.start()
     for thread in threads:
         thread.join()
-    (winner,) = [said for said in outcomes if said in (B, C)]
-    assert any("was judged against" in said for said in outcomes), "the second was judged against the former"
-    assert agree(tmp_path, known) == (winner, None)
+    (winner,) = [one for one in outcomes if one in (B, C)]
+    assert any("was judged against" in one for one in outcomes), "the second was judged against the former"
+    assert agreed(tmp_path, mirror) == (winner, None)
 
 
-def test_the_champion_of_before_is_taken_over_and_can_be_gone_back_to(tmp_path, known):
-    known.tags = {B}  # nobody recorded the old one
-    _write(tmp_path / ALIASES, Aliases(A, Challenger(C, 0.5, "canary")))
-    assert adopt(tmp_path, PARAMS).champion == A
-    assert served(tmp_path) == Aliases(A, None, (), managed=True), "a trial that nobody judged ends"
-    assert known.read()["champion"] is None
-    assert adopt(tmp_path, PARAMS) is None
-    judged(tmp_path, B, A)
-    made(tmp_path, "promote", B)
-    assert made(tmp_path, "roll_back").champion == A
+@pytest.fixture
+def pipeline(tmp_path, monkeypatch):
+    """Return a function that lets the pipeline make a version."""
+
+    def make(tag):
+        name, version = tag.split(":")
+        write_json(tmp_path / "artifacts/export/serving.json", {"name": name, "version": version})
+
+    monkeypatch.setattr(store, "add_pipeline_output", store.read_pipeline_tag)
+    return make
 
 
-def test_a_former_champion_that_was_never_judged_is_not_gone_back_to(tmp_path, known):
-    _write(tmp_path / ALIASES, Aliases(A, None, (C,)))
-    with pytest.raises(InputError, match=f"no version was champion before {A} that the gate let through"):
-        made(tmp_path, "roll_back")
-
-
-def test_by_hand_nothing_moves_any_more_and_the_service_does_not_follow_the_pipeline(
-    tmp_path, known, monkeypatch
+def test_the_first_model_is_promoted_as_it_was_served_and_the_gate_decides_from_then_on(
+    tmp_path, mirror, pipeline
 ):
-    judged(tmp_path, A, None)
-    made(tmp_path, "promote", A)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=r"managed by releases[\s\S]*python -m flows.release"):
-        set_champion(B)
-    write_json(Path("artifacts/export/serving.json"), {"name": "m", "version": "b" * 12})
-    assert newest_as_champion(follow_pipeline=True) == A
+    pipeline(A)
+    promote_first(registry_of(tmp_path), True, "retrain")
+    assert (served(tmp_path).champion, served(tmp_path).champion_since) == (A, STORED_AT)
+    assert agreed(tmp_path, mirror) == (A, None)
+    pipeline(B)
+    promote_first(registry_of(tmp_path), True, "retrain")
+    assert store.find_served("m", True, tmp_path) == served(tmp_path).champion == A
+    promoted(tmp_path, B)
+    assert made(tmp_path, "rollback").champion == A
 
 
-def test_a_line_cut_off_by_a_kill_is_not_read_and_not_kept(tmp_path, known):
-    judged(tmp_path, A, None)
-    made(tmp_path, "promote", A)
+@pytest.mark.parametrize("step", ["gather", "train", "record", "gate"])
+def test_a_killed_first_retraining_promotes_its_candidate_only_through_the_gate(
+    tmp_path, mirror, pipeline, step
+):
+    with progress.lock(tmp_path):
+        begun = steps.resume_or_start(tmp_path, PARAMS, "the first", None, None)
+        progress.save_state(tmp_path, replace(begun, step=step))
+        pipeline(A)
+        again = steps.resume_or_start(tmp_path, PARAMS, "once more", None, None)
+    assert (again.id, again.champion) == (begun.id, None)
+    assert served(tmp_path).champion is None
+
+
+def test_a_line_cut_off_by_a_kill_is_not_read_and_not_kept(tmp_path, mirror):
+    promoted(tmp_path, A)
     with (tmp_path / RELEASES).open("a") as file:
         file.write('{"id": "half')
     assert len(read_releases(tmp_path)) == 1
     made(tmp_path, "pin")
-    assert [record.action for record in read_releases(tmp_path)] == ["promote", "pin"]
+    assert [one.action for one in read_releases(tmp_path)] == ["promote", "pin"]
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "said"),
+    ("words", "code", "message"),
     [
-        (["status"], 0, "champion    nobody"),
-        (["promote", A, "--why", "it is better", "--by", "me"], 0, f"promote: {A} is champion"),
-        (["promote", B, "--why", "x"], 1, f"error: {B} was never judged"),
-        (["rollback", "--why", "x"], 1, "error: no version was champion before None"),
-        (["pin", "--why", " "], 1, "error: no reason is given for pin"),
+        (["status"], 0, "champion    none"),
+        (["promote", A, "--reason", "it is better", "--by", "me"], 0, f"promote: the champion is {A}"),
+        (["promote", B, "--reason", "x"], 1, f"error: the gate has not judged {B}"),
+        (["promote", B, "--first", "--reason", "x"], 0, f"promote: the champion is {B}"),
+        (["rollback", "--reason", "x"], 1, "error: there is no former champion to replace None"),
+        (["pin", "--reason", " "], 1, "error: pin needs a reason"),
     ],
 )
-def test_the_command_releases_or_says_why_not(tmp_path, known, monkeypatch, capsys, words, code, said):
+def test_the_command_releases_or_names_the_problem(
+    tmp_path, mirror, monkeypatch, capsys, words, code, message
+):
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
     monkeypatch.chdir(tmp_path)
     judged(tmp_path, A, None)
     assert main(words) == code
     output = capsys.readouterr()
-    assert said in output.out + output.err
+    assert message in output.out + output.err
+
+
+def test_the_status_has_the_aliases_their_times_and_the_last_releases(tmp_path, mirror):
+    promoted(tmp_path, A)
+    judged(tmp_path, B, A)
+    made(tmp_path, "canary", B)
+    made(tmp_path, "pin", reason="audit")
+    lines = format_status(tmp_path).splitlines()
+    assert lines[0].startswith(f"champion    {A} since 20")
+    assert lines[1].startswith(f"challenger  {B} since 20") and lines[1].endswith(
+        "(canary, 20% of the users)"
+    )
+    assert lines[2] == "pinned      audit"
+    assert [line.split("  ")[1] for line in lines[3:]] == [
+        f"pin {A} by tester: audit",
+        f"canary {B} by tester: because",
+        f"promote {A} by tester: because",
+    ]
+
+
+@pytest.fixture
+def recorded(tmp_path, monkeypatch):
+    """Return a registry in MLflow that has two versions, and their tags."""
+    from flows.registry.tracking import open_tracking
+
+    monkeypatch.setattr(store, "get_version", lambda tag: None)
+    registry = registry_of(tmp_path)
+    client = open_tracking(tmp_path, registry.tracking_url)
+    name = registered_name("m")
+    client.create_registered_model(name)
+    for tag in (A, B):
+        run = client.create_run(client.create_experiment(tag))
+        tags = {"tag": tag, "serving_version": Tag.parse(tag).version}
+        client.create_model_version(name, str(tmp_path), run.info.run_id, tags=tags)
+    judged(tmp_path, A, None)
+    judged(tmp_path, B, A)
+    return registry
+
+
+def mlflow_aliases(registry):
+    return {alias: info.tag for info in list_recorded(registry) for alias in info.aliases}
 
 
 @pytest.mark.slow
-def test_mlflow_and_the_service_agree_after_each_release(tmp_path, monkeypatch):
-    from flows.registry.tracking import open_tracking
-
-    monkeypatch.setattr("services.versions.__main__.stored", lambda tag: None)
-    client = open_tracking(tmp_path, PARAMS.flows.record.tracking_url)
-    name = model_versions.registered_name(PARAMS.model_card.name)
-    old, new = (f"{PARAMS.model_card.name}:{letter * 12}" for letter in "ab")
-    client.create_registered_model(name)
-    for tag in (old, new):
-        run = client.create_run(client.create_experiment(tag))
-        tags = {"tag": tag, "serving_version": tag.rpartition(":")[2]}
-        client.create_model_version(name, str(tmp_path), run.info.run_id, tags=tags)
-    judged(tmp_path, old, None)
-    judged(tmp_path, new, old)
-    for action, tag, champion, challenger in (
-        ("promote", old, old, None),
-        ("try", new, old, new),
-        ("promote", new, new, None),
-        ("roll_back", None, old, None),
+def test_mlflow_mirrors_the_aliases_after_each_release(tmp_path, recorded):
+    for action, tag, aliases in (
+        ("promote", A, {"champion": A}),
+        ("canary", B, {"champion": A, "challenger": B}),
+        ("promote", B, {"champion": B}),
+        ("rollback", None, {"champion": A}),
     ):
         made(tmp_path, action, tag)
-        assert model_versions.alias_of(tmp_path, PARAMS, "champion") == served(tmp_path).champion == champion
-        assert model_versions.alias_of(tmp_path, PARAMS, "challenger") == challenger
-    made(tmp_path, "pin", why="audit")
-    assert model_versions.pinned(tmp_path, PARAMS) == "audit"
+        assert mlflow_aliases(recorded) == aliases
+        assert served(tmp_path).champion == aliases["champion"]
+    made(tmp_path, "pin", reason="audit")
     assert json.loads((tmp_path / RELEASES).read_text().splitlines()[-1])["action"] == "pin"
+
+
+@pytest.mark.slow
+def test_killed_between_the_file_and_mlflow_the_next_watch_brings_mlflow_up_to_date(tmp_path, recorded):
+    made(tmp_path, "promote", A)
+    killed_before("push_aliases", tmp_path, "promote", B)
+    assert served(tmp_path).champion == B
+    assert mlflow_aliases(recorded) == {"champion": A}
+    settle(recorded)
+    assert mlflow_aliases(recorded) == {"champion": B}
+
+
+@pytest.mark.slow
+def test_a_move_while_mlflows_database_is_away_is_mirrored_once_it_is_back(tmp_path, recorded):
+    made(tmp_path, "promote", A)
+    database, away = tmp_path / ".perennial/mlflow.db", tmp_path / "away.db"
+    database.rename(away)
+    database.mkdir()  # no database can be opened there
+    made(tmp_path, "promote", B)
+    assert served(tmp_path).champion == B
+    database.rmdir()
+    away.rename(database)
+    assert mlflow_aliases(recorded) == {"champion": A}
+    settle(recorded)
+    assert mlflow_aliases(recorded) == {"champion": B}
+
+
+@pytest.mark.slow
+def test_a_version_that_mlflow_does_not_have_leaves_its_alias_without_one(tmp_path, recorded):
+    made(tmp_path, "promote", A)
+    promoted(tmp_path, C)
+    assert served(tmp_path).champion == C
+    assert mlflow_aliases(recorded) == {}

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from flows.gate import judge
+from flows.gate.verdict import read_verdict
 from flows.retrain import progress
 from flows.training import run_lock
 from stages.common.artifacts import STATE
@@ -59,8 +59,8 @@ def test_two_triggers_at_once_are_one_retraining_and_the_gate_refuses_what_learn
     (ended,) = progress.read_history(home.root)
     assert (ended.outcome, ended.champion) == ("rejected", before.champion)
     assert progress.read_state(home.root) is None
-    assert not judge.read_verdict(home.root, ended.candidate).passed
-    assert home.versions()[ended.candidate].gate == "refused"
+    assert not read_verdict(home.root, ended.candidate).passed
+    assert home.versions()[ended.candidate].gate == "rejected"
     assert (home.aliases, bearers(home)) == (before, named)
 
     kept, trained = held_out(home), learned(home)
@@ -98,19 +98,19 @@ def test_killed_at_every_step_before_users_see_it_the_same_retraining_goes_on_an
     *earlier, ended = progress.read_history(home.root)
     assert earlier == known and (ended.id, ended.outcome) == (one, "rejected")
     assert progress.read_state(home.root) is None
-    assert home.versions()[ended.candidate].gate == "refused"
+    assert home.versions()[ended.candidate].gate == "rejected"
     assert (home.aliases, bearers(home)) == (before, named)
     wait_until_none_is_left(home)
 
 
 def test_killed_while_some_users_see_it_the_trial_goes_on_and_ends_in_one_promotion(home):
     before, known = home.aliases, progress.read_history(home.root)
-    silence = {"max_minutes": 0.05, "on_silence": "promote"}
+    silence = {"max_minutes": 0.05, "on_timeout": "promote"}
     home.change(LEARNING | {f"flows.retrain.canary.{name}": value for name, value in silence.items()})
     home.kill_retraining("better training", lambda: home.aliases.challenger is not None)
     left = progress.read_state(home.root)
     assert left.step == "canary" and left.candidate == home.aliases.challenger.tag
-    assert judge.read_verdict(home.root, left.candidate).passed
+    assert read_verdict(home.root, left.candidate).passed
     assert home.versions()[left.candidate].gate == "passed"
     assert home.aliases.champion == before.champion
     assert bearers(home) == {"champion": before.champion, "challenger": left.candidate}

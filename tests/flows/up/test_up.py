@@ -201,8 +201,8 @@ def params():
 
 
 def with_tracking(params, url):
-    record = params.flows.record.model_copy(update={"tracking_url": url})
-    return params.model_copy(update={"flows": params.flows.model_copy(update={"record": record})})
+    tracking = params.flows.tracking.model_copy(update={"tracking_url": url})
+    return params.model_copy(update={"flows": params.flows.model_copy(update={"tracking": tracking})})
 
 
 def test_mlflow_elsewhere_is_not_started_here(params, tmp_path):

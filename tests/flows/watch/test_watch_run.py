@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from services.versions.__main__ import ALIASES, Aliases, _write
+from services.versions.aliases import ALIASES, Aliases, write_aliases
 from stages.common.network import free_port
 from tests.flows.toy import ROOT
 from tests.monitoring import store
@@ -67,7 +67,7 @@ def watched(tmp_path_factory, clean_environment, api):
     production = Production(root, {**clean_environment, "PREFECT_API_URL": api.url})
     production.change("rows: 4000 ", "rows: 60 ")
     production.change("rows: 500 ", "rows: 20 ")
-    _write(root / ALIASES, Aliases(CHAMPION, history=("toy:ffffffffffff",)))
+    write_aliases(root / ALIASES, Aliases(CHAMPION, history=("toy:ffffffffffff",)))
     store.stored(f"sqlite:///{root}/.perennial/events.db", *(store.exchange(n) for n in range(80)))
     done = production.watch()
     assert done.returncode == 0, done.stderr

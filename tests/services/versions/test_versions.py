@@ -1,29 +1,26 @@
-"""Aliases and the model store. The store's folder is the process's, so each test has a process of its own."""
+"""The store of versions, its command, the alias file and the journal.
+
+BentoML's store belongs to a process, so commands run in processes of their own.
+"""
 
 import json
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 
-from services.versions.__main__ import (
-    Aliases,
-    Challenger,
-    _write,
-    read_aliases,
-    roll_back,
-    set_challenger,
-    set_champion,
-    take_over,
-)
+from services.versions.aliases import ALIASES, Aliases, Challenger, read_aliases, write_aliases
+from services.versions.releases import RELEASES, Release, append_release, read_releases
+from services.versions.store import check_parity
 from stages.common.artifacts import write_json
 from stages.common.errors import InputError
 from tests.tiny import save_model
 
 ROOT = Path(__file__).resolve().parents[3]
+NAME = "tiny"
+A, B = (f"{NAME}:{letter * 12}" for letter in "ab")
 
 
 def make_output(root: Path, version: str) -> None:
@@ -34,17 +31,19 @@ def make_output(root: Path, version: str) -> None:
     (adapter / "adapter_config.json").write_text("{}")
     export.mkdir(exist_ok=True)
     (export / "model.gguf").write_bytes(version.encode())
-    (export / "serving.json").write_text(json.dumps({"name": "tiny", "version": version}))
+    (export / "serving.json").write_text(json.dumps({"name": NAME, "version": version}))
 
 
 @pytest.fixture
 def project(tmp_path):
-    """Return a folder with the parameters, and a function that runs a command of services.versions in it."""
-    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    """Return a folder with the parameters, and a function that runs Python in it with a store of its own."""
+    text = (ROOT / "params.yaml").read_text()
+    assert "name: home-intents-smollm2-135m" in text
+    (tmp_path / "params.yaml").write_text(text.replace("name: home-intents-smollm2-135m", f"name: {NAME}"))
 
     def run(*arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(
-            [sys.executable, "-m", "services.versions", *arguments],
+            [sys.executable, *arguments],
             cwd=tmp_path,
             env={**os.environ, "BENTOML_HOME": str(tmp_path / "bentoml"), "PYTHONPATH": str(ROOT)},
             capture_output=True,
@@ -55,105 +54,120 @@ def project(tmp_path):
     return tmp_path, run
 
 
-def test_a_version_is_stored_served_replaced_and_gone_back_to(project):
+def served(run, follow_pipeline=True):
+    """Return what a service would serve that starts now, or the error."""
+    code = f"from services.versions.store import find_served; print(find_served({NAME!r}, {follow_pipeline}))"
+    done = run("-c", code)
+    return done.stdout.strip() or done.stderr.strip().splitlines()[-1]
+
+
+def test_versions_are_added_listed_and_shown_and_the_store_keeps_its_own_copies(project):
     folder, run = project
     make_output(folder, "a" * 12)
-    assert run("add").stdout == f"tiny:{'a' * 12} is in the store\n"
-    assert run("champion", f"tiny:{'a' * 12}").returncode == 0
-    make_output(folder, "b" * 12)  # the pipeline writes anew over what it wrote before
-    run("add")
-    assert run("champion", f"tiny:{'b' * 12}").returncode == 0
-    assert run("rollback").stdout == f"tiny:{'a' * 12} is champion again\n"
-    assert read_aliases(folder / ".perennial/aliases.json") == Aliases(f"tiny:{'a' * 12}")
+    assert run("-m", "services.versions", "add").stdout == f"{A} is in the store\n"
+    make_output(folder, "b" * 12)  # the pipeline overwrites its output
+    run("-m", "services.versions", "add")
+    write_aliases(folder / ALIASES, Aliases(A, Challenger(B, 0.1, "canary", 1.0)))
+    listed = run("-m", "services.versions", "list").stdout
+    assert listed == f"{A} champion\n{B} challenger (canary, 10%)\n"
     stored = folder / "bentoml/models/tiny" / ("a" * 12)
-    assert (stored / "export/model.gguf").read_bytes() == b"a" * 12, "the store holds its own copy"
+    assert (stored / "export/model.gguf").read_bytes() == b"a" * 12
+    shown = run("-m", "services.versions", "show", A).stdout
+    assert f"version  {'a' * 12}" in shown and str(stored / "export") in shown
 
 
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (("champion", "tiny:nothing"), "the model store has no tiny:nothing"),
-        (("rollback",), "no version was champion before"),
+        (("show", "tiny:nothing"), "the model store has no tiny:nothing"),
         (("add",), "artifacts/export/serving.json is not there"),
-        (("challenger", "tiny:x", "--share", "1.5"), "a share of 1.5 is not between 0 and 1"),
     ],
 )
-def test_a_wrong_change_is_refused_and_changes_nothing(project, arguments, problem):
-    folder, run = project
-    done = run(*arguments)
+def test_a_command_that_fails_names_the_problem(project, arguments, problem):
+    _, run = project
+    done = run("-m", "services.versions", *arguments)
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: {problem}"), done.stderr
-    assert not (folder / ".perennial/aliases.json").exists()
+
+
+def test_before_the_first_release_the_pipelines_newest_model_is_served_and_then_the_champion(project):
+    folder, run = project
+    make_output(folder, "a" * 12)
+    assert served(run) == A
+    make_output(folder, "b" * 12)
+    assert served(run) == B
+    assert not (folder / ALIASES).exists(), "reading moves no alias"
+    (folder / "artifacts/export/serving.json").unlink()  # the pipeline writes its next model
+    assert served(run) == B
+    write_aliases(folder / ALIASES, Aliases(A))
+    assert served(run) == A
+
+
+def test_without_follow_pipeline_only_a_champion_is_served(project):
+    folder, run = project
+    make_output(folder, "a" * 12)
+    assert "no version is champion" in run("-c", FIND_WITHOUT_FOLLOWING).stderr
+    run("-m", "services.versions", "add")
+    write_aliases(folder / ALIASES, Aliases(A))
+    assert served(run, follow_pipeline=False) == A
+
+
+FIND_WITHOUT_FOLLOWING = "from services.versions.store import find_served; find_served('tiny', False)"
+
+
+def test_a_version_that_parity_rejected_is_named_with_the_reasons(tmp_path):
+    write_json(
+        tmp_path / "reports/parity/2.json", {"agrees": False, "reasons": ["exact match falls by 0.02"]}
+    )
+    write_json(tmp_path / "reports/parity/3.json", {"agrees": True, "reasons": []})
+    with pytest.raises(InputError, match="m:2 does not answer as it was trained to: exact match falls"):
+        check_parity("m:2", tmp_path)
+    check_parity("m:3", tmp_path)
+    check_parity("m:4", tmp_path)
+
+
+def made(**changes) -> Release:
+    values = {"id": "1", "at": 5.0, "action": "promote", "tag": "m:2", "by": "me", "reason": "ü"}
+    return Release(**values | {"champion": "m:2", "challenger": "m:3", "former": "m:1"} | changes)
 
 
 def test_aliases_survive_writing_and_reading(tmp_path):
-    aliases = Aliases("m:2", Challenger("m:3", 0.1, "shadow"), ("m:1",))
-    path = tmp_path / "aliases.json"
-    _write(path, aliases)
+    path = tmp_path / ALIASES
+    assert read_aliases(path) == Aliases()
+    aliases = Aliases(
+        "m:2",
+        Challenger("m:3", 0.1, "shadow", 7.0),
+        ("m:1",),
+        champion_since=5.0,
+        replaced="m:1",
+        pinned="audit",
+        release=made(),
+    )
+    write_aliases(path, aliases)
     assert read_aliases(path) == aliases
 
 
-def test_an_alias_file_of_before_there_were_releases_is_read_as_moved_by_hand(tmp_path):
+@pytest.mark.parametrize("text", ['{"champion": "m:1"}', '{"who": "m:1", "challenger": null, "history": []}'])
+def test_a_broken_alias_file_is_named_with_the_fix(tmp_path, text):
     path = tmp_path / "aliases.json"
-    path.write_text('{"champion": "m:1", "challenger": null, "history": []}')
-    assert read_aliases(path) == Aliases("m:1", managed=False)
-    take_over(Aliases("m:1", managed=True), path)
-    assert read_aliases(path).managed
-
-
-def test_once_releases_manage_the_file_no_command_moves_an_alias(project):
-    folder, run = project
-    make_output(folder, "a" * 12)
-    run("add")
-    aliases, tag = folder / ".perennial/aliases.json", f"tiny:{'a' * 12}"
-    take_over(Aliases("tiny:old", None, ("tiny:older",), managed=True), aliases)
-    before = aliases.read_bytes()
-    for words in (("champion", tag), ("challenger", tag), ("challenger", "--none")):
-        done = run(*words)
-        assert done.returncode == 1 and "python -m flows.release" in done.stderr, words
-    with pytest.raises(InputError, match="is managed by releases"):
-        roll_back(aliases)
-    assert aliases.read_bytes() == before
-
-
-def test_a_broken_alias_file_is_named_with_a_remedy(tmp_path):
-    path = tmp_path / "aliases.json"
-    path.write_text('{"champion": "m:1"}')
-    with pytest.raises(InputError, match=r"is no alias file.*history|is no alias file.*challenger"):
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"is not a valid alias file[\s\S]*perennial release promote"):
         read_aliases(path)
 
 
-def test_changes_side_by_side_do_not_lose_each_other(tmp_path, monkeypatch):
-    monkeypatch.setattr("services.versions.__main__.stored", lambda tag: None)
-    path = tmp_path / "aliases.json"
-    threads = [threading.Thread(target=set_champion, args=(f"m:{n}", path)) for n in range(10)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    aliases = read_aliases(path)
-    assert sorted((*aliases.history, aliases.champion)) == [f"m:{n}" for n in range(10)]
+def test_the_journal_keeps_a_release_once_and_drops_a_line_cut_off_by_a_kill(tmp_path):
+    append_release(tmp_path, made())
+    append_release(tmp_path, made())
+    with (tmp_path / RELEASES).open("a") as file:
+        file.write('{"id": "half')
+    assert read_releases(tmp_path) == [made()]
+    append_release(tmp_path, made(id="2"))
+    assert read_releases(tmp_path) == [made(), made(id="2")]
 
 
-def test_a_champion_cannot_challenge_itself_and_a_crowned_challenger_is_none_any_more(tmp_path, monkeypatch):
-    monkeypatch.setattr("services.versions.__main__.stored", lambda tag: None)
-    path = tmp_path / "aliases.json"
-    set_champion("m:1", path)
-    with pytest.raises(InputError, match="m:1 is the champion"):
-        set_challenger("m:1", 0.5, "canary", path)
-    set_challenger("m:2", 0.5, "canary", path)
-    assert set_champion("m:2", path) == Aliases("m:2", None, ("m:1",))
-    assert roll_back(path).champion == "m:1"
-
-
-def test_a_version_that_parity_refused_does_not_become_champion(tmp_path, monkeypatch):
-    monkeypatch.setattr("services.versions.__main__.stored", lambda tag: None)
-    monkeypatch.chdir(tmp_path)
-    write_json(Path("reports/parity/2.json"), {"agrees": False, "reasons": ["exact match falls by 0.02"]})
-    write_json(Path("reports/parity/3.json"), {"agrees": True, "reasons": []})
-    path = tmp_path / "aliases.json"
-    set_champion("m:1", path)
-    with pytest.raises(InputError, match="m:2 does not answer as it was trained to: exact match falls"):
-        set_champion("m:2", path)
-    assert read_aliases(path).champion == "m:1"
-    assert set_champion("m:3", path).champion == "m:3"
+def test_a_line_that_is_not_a_release_is_named(tmp_path):
+    append_release(tmp_path, made())
+    with (tmp_path / RELEASES).open("a") as file:
+        file.write('{"id": "2"}\n')
+    with pytest.raises(InputError, match=r"releases.jsonl, line 2 is not a release"):
+        read_releases(tmp_path)

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from stages.common.association import cramers_v, holm, permutation_p, wilson
+from stages.common.association import cramers_v, holm, permutation_p
+from stages.common.statistics import wilson
 
 
 @pytest.mark.parametrize(

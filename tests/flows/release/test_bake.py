@@ -1,4 +1,4 @@
-"""A new champion on probation, in whole runs of `flows.watch`: it stays, or the former one is back."""
+"""The bake period of a new champion, in whole runs of `flows.watch`: it stays, or is rolled back."""
 
 import shutil
 import subprocess
@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from flows.gate import judge
-from flows.gate.judge import Criterion, GateVerdict
-from flows.registry import model_versions
-from flows.registry.tracking import open_tracking
-from flows.release.journal import read_releases
-from services.versions.__main__ import ALIASES, read_aliases
+from flows.gate.verdict import Criterion, GateVerdict, hash_files, write_verdict
+from flows.registry.model_versions import list_recorded, registered_name
+from flows.registry.tracking import Registry, open_tracking
+from services.versions.aliases import ALIASES, read_aliases
+from services.versions.releases import read_releases
 from stages.common.artifacts import read_json, write_json, write_text
 from stages.common.params.loading import load_params
 from tests.monitoring import store
@@ -22,7 +21,7 @@ from tests.services.serving import ROOT
 
 NAME = load_params(ROOT / "params.yaml").model_card.name
 OLD, NEW = (f"{NAME}:{letter * 12}" for letter in "ab")
-REQUESTS = 40  # of the probation
+REQUESTS = 40  # of the bake period
 
 pytestmark = pytest.mark.slow
 
@@ -52,9 +51,10 @@ class Production:
 
     @property
     def champions(self):
-        """Return who is champion: as the service reads it, and as MLflow says."""
+        """Return the champion of the alias file, and MLflow's."""
         served = read_aliases(self.root / ALIASES).champion
-        return served, model_versions.alias_of(self.root, self.params, "champion")
+        registry = Registry.of(self.root, self.params)
+        return served, next(info.tag for info in list_recorded(registry) if "champion" in info.aliases)
 
     def ask(self, first, at, tag, **changes):
         """Record `REQUESTS` requests that a version answered, one every ten milliseconds."""
@@ -72,7 +72,10 @@ def promoted(tmp_path_factory, clean_environment, api):
     """Both versions are in both stores, the gate let both through, and the former champion was asked."""
     root = tmp_path_factory.mktemp("promoted")
     text = (ROOT / "params.yaml").read_text()
-    for old, new in (("settle_s: 30 ", "settle_s: 0 "), ("requests: 500 ", f"requests: {REQUESTS} ")):
+    for old, new in (
+        ("settle_s: 30 ", "settle_s: 0 "),
+        ("bake_requests: 500 ", f"bake_requests: {REQUESTS} "),
+    ):
         assert text.count(old) == 1
         text = text.replace(old, new)
     write_text(root / "params.yaml", text)
@@ -82,25 +85,23 @@ def promoted(tmp_path_factory, clean_environment, api):
     )
     write_json(root / "artifacts/fetch_base/config.json", {})
     write_json(root / "artifacts/finetune/adapter_config.json", {})
-    client = open_tracking(root, production.params.flows.record.tracking_url)
-    client.create_registered_model(model_versions.registered_name(NAME))
+    client = open_tracking(root, production.params.flows.tracking.tracking_url)
+    client.create_registered_model(registered_name(NAME))
     for tag, champion in ((OLD, None), (NEW, OLD)):
         version = tag.partition(":")[2]
         write_json(root / "artifacts/export/serving.json", {"name": NAME, "version": version})
         production.run("services.versions", "add")
         run = client.create_run(client.create_experiment(version))
         tags = {"tag": tag, "serving_version": version}
-        client.create_model_version(
-            model_versions.registered_name(NAME), str(root), run.info.run_id, tags=tags
-        )
+        client.create_model_version(registered_name(NAME), str(root), run.info.run_id, tags=tags)
         evidence = root / f".perennial/gate/{version}/answers.json"
         write_json(evidence, {})
         passed = Criterion("old_test", "not forgotten", 0.0, -0.1, 0.1, -0.5, True, "nothing is forgotten")
-        files = judge.file_hashes(root, [evidence])
-        judge.write_verdict(root, GateVerdict(tag, champion, 1.0, True, "champion", (passed,), files, {}))
+        files = hash_files(root, [evidence])
+        write_verdict(root, GateVerdict(tag, champion, 1.0, True, "champion", (passed,), files, {}))
         if champion is not None:
             production.ask(0, time.time() - 60.0, champion)
-        production.run("flows.release", "promote", tag, "--why", "the gate let it through")
+        production.run("flows.release", "promote", tag, "--reason", "the gate passed it")
     assert production.champions == (NEW, NEW)
     return production
 
@@ -117,20 +118,20 @@ def promoted_at(production):
     return read_releases(production.root)[-1].at
 
 
-def test_a_new_champion_that_fails_is_taken_back_everywhere_and_it_is_said_why(production):
+def test_a_new_champion_that_fails_is_rolled_back_everywhere_with_the_reason(production):
     production.ask(1000, promoted_at(production), NEW, status=503, valid_output=None)
 
     done = production.run("flows.watch", "--no-retrain")
 
-    assert f"{NEW} was taken back: after" in done.stdout
+    assert f"{NEW} was rolled back: after" in done.stdout
     assert production.champions == (OLD, OLD)
     moves = read_releases(production.root)
-    assert [record.action for record in moves] == ["promote", "promote", "roll_back"]
+    assert [record.action for record in moves] == ["promote", "promote", "rollback"]
     back = moves[-1]
-    assert (back.tag, back.champion, back.by, back.outcome) == (NEW, OLD, "probation", "done")
-    assert "failed: 100.0% of its requests, 0.0% of the other's" in back.why
+    assert (back.tag, back.champion, back.by) == (NEW, OLD, "bake")
+    assert "failed: 100.0% of its requests, 0.0% of the baseline's" in back.reason
     report = read_json(production.root / "reports/canary" / f"{'b' * 12}.json")
-    assert report["probation"]["state"] == "bad" and report["probation"]["said"] == back.why
+    assert report["bake"]["state"] == "bad" and report["bake"]["summary"] == back.reason
 
     production.run("flows.watch", "--no-retrain")
     assert read_releases(production.root) == moves, "once is enough"
@@ -142,8 +143,8 @@ def test_a_new_champion_as_good_as_the_former_one_stays(production):
 
     done = production.run("flows.watch", "--no-retrain")
 
-    assert "taken back" not in done.stdout
+    assert "rolled back" not in done.stdout
     assert production.champions == (NEW, NEW)
     assert read_releases(production.root) == before
     report = read_json(production.root / "reports/canary" / f"{'b' * 12}.json")
-    assert report["probation"]["state"] == "good"
+    assert report["bake"]["state"] == "good"

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from flows.registry import record
-from flows.registry.model_versions import evidence, find_version, versions_table
-from flows.registry.record import flat_params, git_tags, metric_key, read_curve, read_metrics, read_output
+from flows.registry.model_versions import attach_evidence, find_version, list_recorded
+from flows.registry.output import flatten_params, git_tags, make_key, read_curve, read_metrics, read_output
+from flows.registry.runs import format_note, register_candidate
 from flows.registry.tracking import open_tracking
 from stages.common.artifacts import write_json
 from stages.common.dvc_lock import dvc_hash
 from stages.common.errors import InputError
 from stages.common.params.loading import Params
+from stages.common.tag import Tag
 from tests.flows.pipeline_output import (
     NAME,
     REPO,
@@ -24,6 +25,7 @@ from tests.flows.pipeline_output import (
     make_output,
     make_recordable,
     params_of,
+    registry_of,
     tag_of,
     write,
 )
@@ -62,7 +64,7 @@ def test_a_metrics_file_that_dvc_does_not_know_is_left_out(tmp_path):
 
 @pytest.mark.parametrize("name", ["evaluate/tuned.exact_match.value", "collect/by_source.a/2026.10", "s/ü"])
 def test_a_name_that_mlflow_takes_is_kept(name):
-    assert metric_key(name) == name
+    assert make_key(name) == name
 
 
 def test_names_that_mlflow_refuses_are_changed_and_stay_different():
@@ -77,17 +79,17 @@ def test_names_that_mlflow_refuses_are_changed_and_stay_different():
         "s/" + "n" * 300,
         "s/" + "n" * 301,
     ]
-    keys = [metric_key(name) for name in names]
+    keys = [make_key(name) for name in names]
     assert len(set(keys)) == len(names)
     assert all(len(key) <= 250 and "//" not in key and ".." not in key.split("/") for key in keys)
 
 
 def test_every_parameter_has_its_dotted_name_and_no_password():
     params = params_of(REPO)
-    found = flat_params(params)
+    found = flatten_params(params)
     assert found["finetune.rank"] == "16"
     assert found["collect.sources.0.kind"] == "home_intents"
-    assert json.loads(found["monitoring.trigger.questions"]) == ["input", "output", "quality"]
+    assert json.loads(found["monitoring.trigger.drift_types"]) == ["input", "output", "quality"]
     assert found["flows.retrain.gate.max_old_loss"] == "0.005"
     sections = {field.alias or name for name, field in Params.model_fields.items()}
     assert {name.partition(".")[0] for name in found} == sections
@@ -95,7 +97,7 @@ def test_every_parameter_has_its_dotted_name_and_no_password():
     services = params.services.model_copy(
         update={"events": params.services.events.model_copy(update={"url": "postgresql://me:secret@host/db"})}
     )
-    masked = flat_params(params.model_copy(update={"services": services}))
+    masked = flatten_params(params.model_copy(update={"services": services}))
     assert masked["services.events.url"] == "postgresql://…@host/db"
 
 
@@ -160,7 +162,7 @@ def test_one_output_has_one_key_and_another_run_of_dvc_another(tmp_path):
 def test_the_export_of_another_adapter_is_not_recorded(tmp_path):
     make_output(tmp_path)
     write(tmp_path / "artifacts/finetune/adapter_model.safetensors", b"trained since")
-    with pytest.raises(InputError, match="is of the adapter") as caught:
+    with pytest.raises(InputError, match="was made from the adapter") as caught:
         read_output(tmp_path, "hand")
     assert "dvc repro" in caught.value.fix
 
@@ -183,12 +185,12 @@ def test_a_run_says_which_version_it_learned_on_from(tmp_path):
 def test_the_note_of_a_run_says_where_it_came_from_and_what_was_learned(tmp_path):
     make_output(tmp_path)
     output = read_output(tmp_path, "20261121T101500-500")
-    assert record.note_of(tmp_path, output) == (
+    assert format_note(tmp_path, output) == (
         f"{tag_of(tmp_path)}: a new adapter; started by 20261121T101500-500."
     )
     figures = {"base": {"exact_match": {"value": 0.0}}, "tuned": {"exact_match": {"value": 0.86}}}
     write_json(tmp_path / "reports/evaluate/metrics.json", figures)
-    assert record.note_of(tmp_path, output).splitlines()[2:] == [
+    assert format_note(tmp_path, output).splitlines()[2:] == [
         "| metric | base | tuned | difference |",
         "| --- | --- | --- | --- |",
         "| exact match | 0.00 | 0.86 | +0.86 |",
@@ -198,12 +200,12 @@ def test_the_note_of_a_run_says_where_it_came_from_and_what_was_learned(tmp_path
 @pytest.mark.slow
 def test_a_run_holds_everything_that_made_the_model(tmp_path):
     make_recordable(tmp_path)
-    candidate = record.record_training(tmp_path, params_of(tmp_path), "20261121T101500-500")
+    candidate = register_candidate(registry_of(tmp_path), params_of(tmp_path), "20261121T101500-500")
     assert (candidate.tag, candidate.model_version) == (tag_of(tmp_path), "1")
     client = open_tracking(tmp_path, SQLITE)
     run = client.get_run(candidate.run_id)
     assert run.info.status == "FINISHED"
-    assert run.data.params == flat_params(params_of(tmp_path))
+    assert run.data.params == flatten_params(params_of(tmp_path))
     assert run.data.tags["trigger"] == "20261121T101500-500"
     assert run.data.tags["champion"] == "none"
     assert run.data.tags["model_version"] == "1"
@@ -226,7 +228,7 @@ def test_a_run_holds_everything_that_made_the_model(tmp_path):
         "reports/finetune/metrics.json",
         "serving.json",
     }
-    (info,) = versions_table(tmp_path, params_of(tmp_path))
+    (info,) = list_recorded(registry_of(tmp_path))
     assert (info.tag, info.gate, info.run_id, info.aliases) == (candidate.tag, "none", candidate.run_id, ())
     assert info.headline == {"exact_match": 0.86, "valid_output": 1.0}
     assert info.tags["base_sha256"] == "b" * 64
@@ -235,14 +237,14 @@ def test_a_run_holds_everything_that_made_the_model(tmp_path):
 @pytest.mark.slow
 def test_recorded_again_it_is_the_same_run_and_a_new_run_of_one_version_keeps_the_version(tmp_path):
     make_recordable(tmp_path)
-    first = record.record_training(tmp_path, params_of(tmp_path))
-    assert record.record_training(tmp_path, params_of(tmp_path), "schedule") == first
+    first = register_candidate(registry_of(tmp_path), params_of(tmp_path))
+    assert register_candidate(registry_of(tmp_path), params_of(tmp_path), "schedule") == first
     lock(tmp_path, evaluate={"params": {"params.yaml": {"evaluate": {"seed": 8}}}})
-    judged_anew = record.record_training(tmp_path, params_of(tmp_path))
+    judged_anew = register_candidate(registry_of(tmp_path), params_of(tmp_path))
     assert judged_anew.run_id != first.run_id
     assert judged_anew.model_version == first.model_version
     make_output(tmp_path, weights=b"others")
-    assert record.record_training(tmp_path, params_of(tmp_path)).model_version == "2"
+    assert register_candidate(registry_of(tmp_path), params_of(tmp_path)).model_version == "2"
 
 
 @pytest.mark.slow
@@ -254,13 +256,15 @@ def test_mlflow_and_dvc_say_the_same_of_every_metric_and_of_what_changed(tmp_pat
     git(tmp_path, "add", "-A")
     git(tmp_path, "commit", "-qm", "first")
     client = open_tracking(tmp_path, SQLITE)
-    before = client.get_run(record.record_training(tmp_path, params_of(tmp_path)).run_id).data.metrics
+    before = client.get_run(
+        register_candidate(registry_of(tmp_path), params_of(tmp_path)).run_id
+    ).data.metrics
 
     make_output(tmp_path, weights=b"learned on", exact_match=0.875)
-    after = client.get_run(record.record_training(tmp_path, params_of(tmp_path)).run_id).data.metrics
+    after = client.get_run(register_candidate(registry_of(tmp_path), params_of(tmp_path)).run_id).data.metrics
     shown = json.loads(dvc(tmp_path, "metrics", "show", "--json"))[""]["data"]
     expected = {
-        metric_key(f"{Path(path).parent.name}/{name}"): value
+        make_key(f"{Path(path).parent.name}/{name}"): value
         for path, file in shown.items()
         for name, value in flat(file["data"])
     }
@@ -290,7 +294,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import mlflow
-from flows import record
+from flows.registry.runs import register_candidate
+from flows.registry.tracking import Registry
 from stages.common.params.loading import load_params
 what, when = sys.argv[1], int(sys.argv[2])
 original = getattr(mlflow.MlflowClient, what)
@@ -301,7 +306,7 @@ def dying(*arguments, **named):
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*arguments, **named)
 setattr(mlflow.MlflowClient, what, dying)
-record.record_training(Path(), load_params())
+register_candidate(Registry.of(Path(), load_params()), load_params())
 """
 
 
@@ -325,13 +330,13 @@ def test_a_record_that_was_killed_goes_on_and_is_one_run_with_one_version(tmp_pa
         process = start(tmp_path, "-c", KILLED, what, str(when))
         process.communicate(timeout=100)
         assert process.returncode == -signal.SIGKILL
-    candidate = record.record_training(tmp_path, params_of(tmp_path))
+    candidate = register_candidate(registry_of(tmp_path), params_of(tmp_path))
     client = open_tracking(tmp_path, SQLITE)
     experiment = client.get_experiment_by_name("perennial")
     (run,) = client.search_runs([experiment.experiment_id])
     assert (run.info.run_id, run.info.status) == (candidate.run_id, "FINISHED")
     assert len(client.get_metric_history(run.info.run_id, "curve/loss")) == 2
-    assert [info.number for info in versions_table(tmp_path, params_of(tmp_path))] == [1]
+    assert [info.number for info in list_recorded(registry_of(tmp_path))] == [1]
 
 
 @pytest.mark.slow
@@ -343,34 +348,34 @@ def test_two_that_record_at_once_into_a_new_database_make_one_run(tmp_path):
     client = open_tracking(tmp_path, SQLITE)
     experiment = client.get_experiment_by_name("perennial")
     assert len(client.search_runs([experiment.experiment_id])) == 1
-    assert [info.number for info in versions_table(tmp_path, params_of(tmp_path))] == [1]
+    assert [info.number for info in list_recorded(registry_of(tmp_path))] == [1]
 
 
 @pytest.mark.slow
-def test_an_experiment_deleted_by_hand_is_said(tmp_path):
+def test_an_experiment_deleted_by_hand_is_an_error(tmp_path):
     make_recordable(tmp_path)
     client = open_tracking(tmp_path, SQLITE)
     client.delete_experiment(client.create_experiment("perennial"))
     with pytest.raises(InputError, match="was deleted in MLflow"):
-        record.record_training(tmp_path, params_of(tmp_path))
+        register_candidate(registry_of(tmp_path), params_of(tmp_path))
 
 
 @pytest.mark.slow
-def test_evidence_hangs_on_the_run_where_it_lay_under_reports(tmp_path):
+def test_evidence_is_attached_to_the_run_under_its_path_below_reports(tmp_path):
     make_recordable(tmp_path)
-    params = params_of(tmp_path)
-    candidate = record.record_training(tmp_path, params)
-    version = candidate.version
+    registry = registry_of(tmp_path)
+    candidate = register_candidate(registry, params_of(tmp_path))
+    version = Tag.parse(candidate.tag).version
     write_json(tmp_path / f"reports/gate/{version}.json", {"passed": False})
     write(tmp_path / "reports/watch/20261121T101500-500/verdict.json", "{}")
     for _ in range(2):
         paths = Path(f"reports/gate/{version}.json"), Path("reports/watch/20261121T101500-500")
-        evidence(tmp_path, params, candidate.tag, *paths, gate="refused")
-    assert find_version(tmp_path, params, candidate.tag).gate == "refused"
+        attach_evidence(registry, candidate.tag, *paths, gate="rejected")
+    assert find_version(registry, candidate.tag).gate == "rejected"
     folder = tmp_path / ".perennial/mlflow-artifacts" / candidate.run_id / "artifacts/evidence"
     found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.json"))
     assert found == [f"gate/{version}.json", "watch/20261121T101500-500/verdict.json"]
-    with pytest.raises(InputError, match="is not there"):
-        evidence(tmp_path, params, candidate.tag, Path("reports/canary/none.json"), gate="passed")
-    assert find_version(tmp_path, params, candidate.tag).gate == "refused"
+    with pytest.raises(InputError, match="does not exist"):
+        attach_evidence(registry, candidate.tag, Path("reports/canary/none.json"), gate="passed")
+    assert find_version(registry, candidate.tag).gate == "rejected"
     assert NAME in candidate.tag
