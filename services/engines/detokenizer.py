@@ -1,4 +1,4 @@
-"""Token ids into text while they come: whole characters only, and nothing from a stop string on."""
+"""Incremental detokenization with stop strings."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 
 
 class IncrementalDetokenizer:
-    """The text of one answer, built as its tokens arrive.
+    """Decodes the tokens of one answer as they arrive, in whole characters, up to the first stop string.
 
-    All that `push` and `finish` return, put together, is what `stages.common.generation` makes of the same
-    ids at once, up to the first stop string. Which one is first depends on the text alone, not on how it was
-    cut into steps: it is the one that is complete first, and of two that end together the longer.
+    The texts that `push` and `finish` return, concatenated, equal decoding all ids at once and cutting at the
+    first stop string. The first stop string is the one that is complete first, the longest if several end
+    together, however the ids are split into steps.
 
     Args:
         tokenizer: the fast tokenizer of transformers.
-        stops: strings that end the answer and do not belong to it.
+        stops: strings that end the answer and are not part of it.
     """
 
-    __slots__ = ("_given", "_held", "_ids", "_stops", "_stream", "_tokenizer", "stopped")
+    __slots__ = ("_decoded", "_held", "_ids", "_stops", "_stream", "_tokenizer", "stopped")
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
         from tokenizers.decoders import DecodeStream
@@ -27,40 +27,40 @@ class IncrementalDetokenizer:
         self._stream = DecodeStream(skip_special_tokens=True)
         self._stops = tuple(stop for stop in stops if stop)
         self._ids: list[int] = []
-        self._given = 0  # characters that the stream has given so far
-        self._held = ""  # the end of them, which may be the beginning of a stop string
-        self.stopped = False  # a stop string came: what follows is not part of the answer
+        self._decoded = 0  # characters decoded so far
+        self._held = ""  # the end of them, held back as it may begin a stop string
+        self.stopped = False  # a stop string was found
 
     def push(self, token_ids: Sequence[int]) -> str:
-        """Return the text that is certain after these tokens and was not before."""
+        """Add tokens; return the new text that is final."""
         if self.stopped:
             return ""
         backend = self._tokenizer._tokenizer
         pieces = []
         for token in token_ids:
             self._ids.append(token)
-            # The stream keeps the bytes of an unfinished character to itself.
+            # The stream holds back the bytes of incomplete characters.
             if piece := self._stream.step(backend, token):
                 pieces.append(piece)
         text = "".join(pieces)
-        self._given += len(text)
+        self._decoded += len(text)
         return self._until_stop(text) if self._stops else text
 
     def finish(self) -> str:
-        """Return what was held back: there is no next token."""
+        """Return the text held back; call after the last token."""
         if self.stopped:
             return ""
         whole: str = self._tokenizer.decode(
             self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        text = self._until_stop(whole[self._given :])
+        text = self._until_stop(whole[self._decoded :])
         if self.stopped:
             return text
         held, self._held = self._held, ""
         return text + held
 
     def _until_stop(self, text: str) -> str:
-        """Return the text up to a stop string, without an end that may become one."""
+        """Return the text up to a stop string, holding back an end that may begin one."""
         text = self._held + text
         found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
@@ -73,7 +73,7 @@ class IncrementalDetokenizer:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Return how many characters at the end of a text are the beginning of a stop string."""
+    """Return the length of the longest end of a text that begins a stop string."""
     for size in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:size]):
             return size

@@ -1,7 +1,6 @@
-"""JSON that fits a schema, held while it is written: which tokens may come next.
+"""Constrained decoding: which tokens may come next, so that the answer fits a JSON schema.
 
-llguidance is exact where others approximate: a schema that no answer satisfies, or a keyword that it does not
-hold, is an error before the first token.
+llguidance is exact: an unsatisfiable schema, or an unsupported keyword, is an error before the first token.
 """
 
 from __future__ import annotations
@@ -15,16 +14,16 @@ from services.engines.protocol import SchemaUnsupported
 if TYPE_CHECKING:
     import numpy as np
 
-# White space between elements: as much as `json.dumps` writes, and no endless run of it, to which a small
-# model under a grammar is prone.
+# White space between elements, as `json.dumps` writes it. Small models under a grammar tend to generate
+# endless white space, so no more than that.
 WHITESPACE = "[ ]?"
 
 
 class Grammars:
-    """Makes a grammar of each schema; holds what depends on the tokenizer alone.
+    """Compiles schemas for one tokenizer.
 
     Args:
-        vocab_size: logits a step, which may be more than the tokenizer has tokens.
+        vocab_size: number of logits, which may exceed the number of tokens in the tokenizer.
         end_id: the token that ends an answer.
     """
 
@@ -35,14 +34,14 @@ class Grammars:
 
     @cached_property
     def _tokens(self) -> Any:
-        """The vocabulary as llguidance reads it: made for the first schema, since it takes half a second."""
+        """The vocabulary in llguidance's form; built for the first schema, since it takes half a second."""
         from llguidance.hf import from_tokenizer
 
         size = max(self.vocab_size, len(self._tokenizer))
         return from_tokenizer(self._tokenizer, n_vocab=size, eos_token=self._end_id)
 
     def compile(self, schema: str) -> Grammar:
-        """Return the grammar of a JSON schema; raise SchemaUnsupported if there is none."""
+        """Compile a JSON schema; raise SchemaUnsupported if that is not possible."""
         from llguidance import LLMatcher
 
         try:
@@ -50,7 +49,7 @@ class Grammars:
             if parsed is True:
                 parsed = {}
             if not isinstance(parsed, dict):
-                raise SchemaUnsupported("a JSON schema is an object; false allows no answer")
+                raise SchemaUnsupported("the JSON schema must be an object; false allows no answer")
             grammar = LLMatcher.grammar_from_json_schema(
                 json.dumps(parsed), overrides={"whitespace_pattern": WHITESPACE}
             )
@@ -58,14 +57,14 @@ class Grammars:
         except SchemaUnsupported:
             raise
         except ValueError as error:
-            raise SchemaUnsupported(f"the JSON schema cannot be held: {error}") from error
+            raise SchemaUnsupported(f"the JSON schema cannot be compiled: {error}") from error
         if matcher.is_error():
-            raise SchemaUnsupported(f"the JSON schema cannot be held: {matcher.get_error()}")
+            raise SchemaUnsupported(f"the JSON schema cannot be compiled: {matcher.get_error()}")
         return Grammar(matcher, self.vocab_size)
 
 
 class Grammar:
-    """Which tokens may come next in one answer."""
+    """The state of constrained decoding in one answer."""
 
     __slots__ = ("_mask", "_matcher", "_vocab_size")
 
@@ -86,6 +85,6 @@ class Grammar:
         return bits[: self._vocab_size].astype(bool)
 
     def take(self, token: int) -> None:
-        """Go on behind a token; raise EngineError's cause if it does not fit."""
+        """Advance by one token; raise ValueError if it does not fit the schema."""
         if not self._matcher.consume_token(token):
             raise ValueError(f"token {token} does not fit the schema: {self._matcher.get_error()}")

@@ -1,14 +1,13 @@
-"""The engine for a CPU: OpenVINO's continuous batching over a GGUF file.
+"""The CPU engine for other architectures: OpenVINO GenAI's continuous batching over a GGUF file.
 
-Nothing is converted on disk: OpenVINO reads the GGUF and compiles it when the server starts. Its pipeline has
-paged attention, prefix caching and chunked prompts; what is here feeds it and reads it in one thread.
+OpenVINO reads and compiles the GGUF when the server starts. Its pipeline has paged attention, prefix caching
+and chunked prefill.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -29,14 +28,12 @@ from services.engines.worker import Request, StepResult, Worker
 from stages.common.chat import end_of_turn_ids
 from stages.common.errors import InputError
 
-log = logging.getLogger(__name__)
-
-# OpenVINO's paged attention on a CPU; checked against what the pipeline reports in the tests.
+# Block size of OpenVINO's paged attention on a CPU; a test compares it with the pipeline's own.
 BLOCK_TOKENS = 32
 
-# Keywords of JSON schema that the pipeline's own grammar holds. It compiles a schema in the middle of a step,
-# and what it cannot compile breaks the pipeline, so anything else is refused before. Lengths of strings are
-# left out because it lets control characters into such strings, which JSON forbids.
+# JSON schema keywords that the pipeline supports. It compiles a schema in the middle of a step and fails as a
+# whole on any other keyword, so those are rejected before. String lengths are excluded because the pipeline
+# then allows control characters, which JSON forbids.
 SCHEMA_KEYWORDS = frozenset(
     (
         *("type", "enum", "const", "anyOf", "$ref", "$defs", "definitions"),
@@ -48,18 +45,18 @@ SCHEMA_KEYWORDS = frozenset(
 
 
 class OpenvinoEngine(Worker):
-    """Writes answers with OpenVINO GenAI's continuous batching pipeline.
+    """Generate with OpenVINO GenAI's continuous batching pipeline.
 
     Args:
         gguf: the merged model.
-        config: the model's `config.json`, for the size of its key-value cache.
-        tokenizer: the one of transformers; prompts come as its ids.
-        kv_cache_mib: memory for keys and values of all sequences, and of prompts' common beginnings.
-        context_tokens: of prompt and answer together at most; None for all that the model reads.
-        threads: of the computation; None for all cores.
-        batch_tokens: read at once in a step. A long prompt is read in pieces of this size, and the others
-            write a token between two pieces.
-        precision: `auto` computes in what the CPU is fastest in, `float32` exactly.
+        config: the model's `config.json`, for the size of the key-value cache.
+        tokenizer: of transformers.
+        kv_cache_mib: memory for keys and values, of running sequences and the prefix cache.
+        context_tokens: limit of prompt and answer together; None for the model's own.
+        threads: None uses all cores.
+        batch_tokens: token budget of a step. Longer prompts are prefilled in chunks, and other sequences
+            generate in between.
+        precision: `auto` computes in the CPU's fastest type, `float32` exactly.
 
     Raises:
         InputError: the wheel is missing, or the file cannot be read.
@@ -87,11 +84,11 @@ class OpenvinoEngine(Worker):
         blocks = kv_cache_mib * 2**20 // block
         if blocks < 1:
             raise InputError(
-                f"a key-value cache of {kv_cache_mib} MiB holds no {BLOCK_TOKENS} tokens ({block} bytes)",
+                f"a key-value cache of {kv_cache_mib} MiB has no room for {BLOCK_TOKENS} tokens",
                 "raise services.engine.kv_cache_mib in params.yaml",
             )
         super().__init__(
-            # A sequence must fit into the cache alone, or it could never end.
+            # A single sequence must fit into the cache, or it could never finish.
             context_tokens=min(context_tokens or length, length, blocks * BLOCK_TOKENS),
             max_running=max_running,
             max_waiting=max_waiting,
@@ -116,12 +113,12 @@ class OpenvinoEngine(Worker):
         if precision == "float32":
             properties |= {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
         try:
-            with _writeable(gguf) as path:
+            with _make_writable(gguf) as path:
                 return self._genai.ContinuousBatchingPipeline(str(path), scheduler, "CPU", properties)
         except RuntimeError as error:
             raise InputError(
                 f"OpenVINO cannot read {gguf}: {error}",
-                "make it anew (dvc repro export), or choose another engine (services.engine.kind)",
+                "make it again (dvc repro export), or use another engine (services.engine.kind)",
             ) from error
 
     def _prepare(self, sampling: Sampling) -> Any:
@@ -132,7 +129,7 @@ class OpenvinoEngine(Worker):
         try:
             config.validate()
         except RuntimeError as error:
-            raise EngineError(f"OpenVINO refuses the parameters: {error}") from error
+            raise EngineError(f"OpenVINO rejects the parameters: {error}") from error
         return config
 
     def _config(self, sampling: Sampling) -> Any:
@@ -151,7 +148,7 @@ class OpenvinoEngine(Worker):
                 int.from_bytes(os.urandom(4)) if sampling.seed is None else sampling.seed % 2**63
             )
         if sampling.logprobs is not None:
-            config.logprobs = 1  # it reports the written token only, whatever the number
+            config.logprobs = 1  # it reports the sampled token only, whatever the number
         if sampling.json_schema is not None:
             structured = self._genai.StructuredOutputConfig()
             structured.json_schema = sampling.json_schema
@@ -199,7 +196,7 @@ class OpenvinoEngine(Worker):
         return Step(tuple(ids), reason, logprobs)
 
     def _end(self, left: Sequence[Request]) -> None:
-        with contextlib.suppress(RuntimeError):  # a broken pipeline has nothing in order
+        with contextlib.suppress(RuntimeError):  # a failed pipeline may be in any state
             for request in left:
                 self._leave(request)
             self._pipeline.step()
@@ -210,15 +207,15 @@ _REASONS: dict[str, FinishReason | None] = {"NONE": None, "STOP": "stop", "LENGT
 
 
 def check_keywords(schema: Any) -> None:
-    """Raise SchemaUnsupported for a keyword that the pipeline's grammar does not hold."""
+    """Raise SchemaUnsupported for a keyword that the pipeline does not support."""
     if not isinstance(schema, dict):
         return
     unknown = sorted(set(schema) - SCHEMA_KEYWORDS)
     if unknown:
-        raise SchemaUnsupported(f"the openvino engine does not hold {', '.join(unknown)} in a JSON schema")
+        raise SchemaUnsupported(f"the openvino engine does not support {', '.join(unknown)} in a JSON schema")
     reference = schema.get("$ref", "#")
     if not isinstance(reference, str) or not reference.startswith("#"):
-        raise SchemaUnsupported(f"a JSON schema refers to {reference!r}, which is not within it")
+        raise SchemaUnsupported(f"the JSON schema refers to {reference!r}, which is outside of it")
     for key in ("properties", "$defs", "definitions"):
         for part in schema.get(key, {}).values():
             check_keywords(part)
@@ -227,8 +224,8 @@ def check_keywords(schema: Any) -> None:
 
 
 @contextlib.contextmanager
-def _writeable(gguf: Path) -> Iterator[Path]:
-    """Yield a file that OpenVINO opens: it asks for leave to write, though it writes nothing."""
+def _make_writable(gguf: Path) -> Iterator[Path]:
+    """Yield a writable copy of a read-only file: OpenVINO opens it for writing, though it writes nothing."""
     if os.access(gguf, os.W_OK):
         yield gguf
         return
@@ -237,7 +234,7 @@ def _writeable(gguf: Path) -> Iterator[Path]:
 
 
 def _block_bytes(settings: dict[str, Any], width: int) -> int:
-    """Return what a block of keys and values takes in all layers, in bytes; a number takes `width`."""
+    """Return the size of a block of keys and values in all layers, in bytes; a number has `width` bytes."""
     heads = settings.get("num_key_value_heads") or settings["num_attention_heads"]
     size = settings.get("head_dim") or settings["hidden_size"] // settings["num_attention_heads"]
     return int(settings["num_hidden_layers"] * 2 * heads * size * BLOCK_TOKENS * width)
@@ -249,6 +246,6 @@ def _import_genai() -> Any:
     except ImportError as error:
         raise InputError(
             f"the engine openvino is not installed ({error})",
-            "pip install 'perennial[serve]', or choose another engine (services.engine.kind in params.yaml)",
+            "pip install 'perennial[serve]', or use another engine (services.engine.kind in params.yaml)",
         ) from error
     return openvino_genai

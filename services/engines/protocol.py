@@ -1,4 +1,4 @@
-"""What serving asks of an engine, whatever computes: token ids in, new token ids out, many at once."""
+"""The interface of an engine: token ids in, generated token ids out, many requests at once."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ FinishReason = Literal["stop", "length"]
 
 
 class EngineError(RuntimeError):
-    """Raised to callers whose answer an engine can no longer write: it broke, or it was closed."""
+    """The engine cannot finish an answer: it failed, or it was closed."""
 
 
 class QueueFull(EngineError):
-    """Raised before the first step if the engine takes no more waiting requests."""
+    """The queue of waiting requests is full; raised before the first step."""
 
 
 class SchemaUnsupported(ValueError):
-    """Raised before the first step for a schema that cannot be compiled, or that no answer satisfies."""
+    """The schema cannot be compiled, or no answer satisfies it; raised before the first step."""
 
 
 class ContextOverflow(ValueError):
-    """Raised before the first step for a prompt that leaves no room for a token in the context."""
+    """The prompt leaves no room for a token in the context; raised before the first step."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How one answer is to be written.
+    """Sampling parameters of one request.
 
     Attributes:
-        max_tokens: where the answer is cut; the engine cuts earlier where the context ends.
-        temperature: 0 takes the likeliest token each time.
-        top_p: draw among the likeliest tokens that together have this probability.
-        seed: equal seeds draw equal answers, on the same engine and machine.
-        logprobs: alternatives to report beside each token, 0 for none; None for no log-probabilities.
-        json_schema: the answer is JSON that fits this schema, held during decoding; `{}` is any JSON value.
+        max_tokens: length at which the answer is cut; it may be cut earlier at the end of the context.
+        temperature: 0 is greedy.
+        top_p: sample from the likeliest tokens that reach this probability together.
+        seed: equal seeds give equal answers, on the same engine and machine.
+        logprobs: number of alternatives to report with each token; None for no log-probabilities.
+        json_schema: constrains decoding to JSON that fits this schema; `{}` is any JSON value.
     """
 
     max_tokens: int
@@ -50,7 +50,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A written token's log-probability in nats, and the likeliest alternatives as (token id, nats)."""
+    """A generated token's log-probability in nats, and the likeliest alternatives as (token id, nats)."""
 
     token_id: int
     logprob: float
@@ -59,13 +59,13 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What an engine has written since the last step.
+    """The tokens that an engine has generated since the last step.
 
     Attributes:
         token_ids: new tokens, without the end-of-turn token.
         finish_reason: set on the last step only.
-        logprobs: one for each token if they were asked for, else empty.
-        queue_s: how long the request waited for a place; set on the first step only.
+        logprobs: one per token if requested, else empty.
+        queue_s: time in the queue; set on the first step only.
     """
 
     token_ids: tuple[int, ...]
@@ -76,20 +76,19 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Requests that wait for a place, and requests being written."""
+    """Numbers of queued and of running requests."""
 
     waiting: int
     running: int
 
 
 class Engine(Protocol):
-    """Something that writes answers, many at once.
+    """Generates answers to many requests at once.
 
     Attributes:
-        name: `openvino`, `transformers` or `vllm`.
-        context_tokens: prompt and answer together.
+        name: `paged`, `openvino`, `transformers` or `vllm`.
+        context_tokens: limit of prompt and answer together.
         max_running: sequences decoded together.
-        broken: why it takes no more requests; None while it works.
     """
 
     name: str
@@ -98,13 +97,13 @@ class Engine(Protocol):
 
     @property
     def broken(self) -> str | None:
-        """Return why the engine takes no more requests, or None."""
+        """Why the engine accepts no more requests; None while it works."""
         ...
 
     def generate(self, prompt: Sequence[int], sampling: Sampling) -> AsyncIterator[Step]:
-        """Write an answer to a prompt; the last step has a finish reason.
+        """Generate an answer to a prompt; the last step has a finish reason.
 
-        An async generator: closing it, or cancelling who reads it, ends the sequence within one step.
+        An async generator: closing it, or cancelling its reader, ends the sequence within one step.
 
         Raises:
             SchemaUnsupported, ContextOverflow, QueueFull: before the first step.
@@ -113,9 +112,9 @@ class Engine(Protocol):
         ...
 
     def load(self) -> Load:
-        """Return how many requests wait and run."""
+        """Return the numbers of queued and running requests."""
         ...
 
     def close(self) -> None:
-        """End the engine's thread; callers that still wait get EngineError."""
+        """Stop the engine; callers that still wait get EngineError."""
         ...

@@ -1,4 +1,4 @@
-"""Which engine a machine gets, and plain refusals where it cannot have the one that was asked for."""
+"""Select and load the engine for a model on this machine."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from stages.common.examples import read_examples
 if TYPE_CHECKING:
     from stages.common.params.services import EngineSettings
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class ModelFiles(Protocol):
-    """The files of a model, of which each engine reads its own form; see `services.versions`."""
+    """The files of a model, of which each engine reads its own format; see `services.versions`."""
 
     @property
     def name(self) -> str:
@@ -53,18 +53,18 @@ class ModelFiles(Protocol):
         ...
 
 
-# Architectures (`model_type`) whose GGUF OpenVINO builds a model from.
+# Architectures (`model_type`) that OpenVINO can read from GGUF.
 OPENVINO_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def load_engine(files: ModelFiles, tokenizer: Any, settings: EngineSettings) -> Engine:
-    """Load a version of the model into the engine that suits the machine.
+    """Load a model into the engine for this machine.
 
     Raises:
-        InputError: the engine asked for cannot run here, or not with these files.
+        InputError: the configured engine cannot run here, or not with these files.
     """
     kind = choose_kind(settings.kind, files.tokenizer, files.gguf, files.base)
-    log.info("Loading %s %s into the engine %s", files.name, files.version, kind)
+    logger.info("loading %s %s into the engine %s", files.name, files.version, kind)
     common: dict[str, Any] = {
         "max_running": settings.max_running,
         "max_waiting": settings.max_waiting,
@@ -72,7 +72,7 @@ def load_engine(files: ModelFiles, tokenizer: Any, settings: EngineSettings) -> 
     }
     if files.gguf is not None and kind in ("paged", "openvino"):
         common |= {"threads": settings.threads, "kv_cache_mib": settings.kv_cache_mib}
-        return _on_openvino(
+        return _load_on_openvino(
             kind, files.gguf, files.tokenizer, tokenizer, common, fall_back=settings.kind == "auto"
         )
     assert files.base is not None
@@ -85,7 +85,7 @@ def load_engine(files: ModelFiles, tokenizer: Any, settings: EngineSettings) -> 
     return TransformersEngine(files.base, files.adapter, tokenizer, threads=settings.threads, **common)
 
 
-def _on_openvino(
+def _load_on_openvino(
     kind: str, gguf: Path, folder: Path, tokenizer: Any, common: dict[str, Any], fall_back: bool
 ) -> Engine:
     from services.engines.openvino import OpenvinoEngine
@@ -100,18 +100,18 @@ def _on_openvino(
                     f"the engine paged does not start: {error}",
                     "set services.engine.kind: openvino in params.yaml",
                 ) from None
-            log.warning("Not the engine paged: %s", error)
+            logger.warning("not using the engine paged: %s", error)
     return OpenvinoEngine(gguf, folder / "config.json", tokenizer, **common)
 
 
 def check_gpus(settings: EngineSettings) -> None:
-    """Raise InputError if more GPUs are asked for than torch sees."""
-    seen = _gpus_seen()
+    """Raise InputError if more GPUs are configured than torch sees."""
+    seen = _count_gpus()
     if settings.gpus > seen:
         raise InputError(
-            f"a GPU was asked for (services.engine.gpus: {settings.gpus}) and torch sees {seen or 'none'}",
-            "set services.engine.gpus: 0 in params.yaml to answer on the CPU, or run where the GPUs are; "
-            "torch sees one only with its CUDA build and NVIDIA's driver",
+            f"services.engine.gpus is {settings.gpus}, and torch sees {seen or 'no'} GPUs",
+            "set services.engine.gpus: 0 in params.yaml to serve on the CPU, or run on a machine with GPUs; "
+            "torch needs its CUDA build and NVIDIA's driver to see them",
         )
 
 
@@ -120,47 +120,47 @@ def choose_kind(wanted: str, folder: Path, gguf: Path | None, base: Path | None)
 
     Args:
         wanted: one of them, or `auto`.
-        folder: holds the model's `config.json`.
-        gguf, base: the model's forms; None where there is none.
+        folder: has the model's `config.json`.
+        gguf, base: the model in each format; None without it.
 
     Raises:
-        InputError: the engine asked for cannot run here, or no engine can.
+        InputError: the configured engine cannot run here, or no engine can.
     """
     reasons = {
-        "vllm": _against_vllm(base),
-        "paged": _against_paged(folder, gguf),
-        "openvino": _against_openvino(folder, gguf),
-        "transformers": None if base is not None else "the model's safetensors are not there",
+        "vllm": _reason_against_vllm(base),
+        "paged": _reason_against_paged(folder, gguf),
+        "openvino": _reason_against_openvino(folder, gguf),
+        "transformers": None if base is not None else "the model's safetensors are missing",
     }
     if wanted != "auto":
         if (reason := reasons[wanted]) is not None:
             raise InputError(
-                f"services.engine.kind: {wanted} was asked for, and {reason}",
-                "set services.engine.kind: auto in params.yaml, which takes what this machine can run",
+                f"the engine {wanted} (services.engine.kind) cannot run: {reason}",
+                "set services.engine.kind: auto in params.yaml, which picks an engine that can run here",
             )
         return wanted
     order: tuple[str, ...] = ("vllm", "transformers", "paged", "openvino")
-    if not _gpus_seen():
+    if not _count_gpus():
         order = ("paged", "openvino", "transformers")
     for kind in order:
         if reasons[kind] is None:
             return kind
-        log.info("Not the engine %s: %s", kind, reasons[kind])
+        logger.info("not using the engine %s: %s", kind, reasons[kind])
     raise InputError(
         "no engine can serve this model: " + "; ".join(f"{kind}: {reasons[kind]}" for kind in order),
-        "make the model anew: dvc repro export",
+        "make the model again: dvc repro export",
     )
 
 
-def _against_vllm(base: Path | None) -> str | None:
-    if not _gpus_seen():
-        return "torch sees no GPU, without which vLLM does not run"
+def _reason_against_vllm(base: Path | None) -> str | None:
+    if not _count_gpus():
+        return "torch sees no GPU, which vLLM needs"
     if find_spec("vllm") is None:
         return "vLLM is not installed (pip install 'perennial[gpu]')"
-    return None if base is not None else "the model's safetensors are not there"
+    return None if base is not None else "the model's safetensors are missing"
 
 
-def _against_paged(folder: Path, gguf: Path | None) -> str | None:
+def _reason_against_paged(folder: Path, gguf: Path | None) -> str | None:
     if find_spec("openvino") is None:
         return "OpenVINO is not installed (pip install 'perennial[serve]')"
     if gguf is None:
@@ -168,18 +168,18 @@ def _against_paged(folder: Path, gguf: Path | None) -> str | None:
     return why_not_llama(json.loads((folder / "config.json").read_text(encoding="utf-8")))
 
 
-def _against_openvino(folder: Path, gguf: Path | None) -> str | None:
+def _reason_against_openvino(folder: Path, gguf: Path | None) -> str | None:
     if find_spec("openvino_genai") is None:
         return "OpenVINO is not installed (pip install 'perennial[serve]')"
     if gguf is None:
         return "the model has no GGUF (export.gguf in params.yaml)"
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
     if kind not in OPENVINO_TYPES:
-        return f"it reads no GGUF of the architecture {kind!r} (it reads {', '.join(OPENVINO_TYPES)})"
+        return f"it cannot read GGUF files of the architecture {kind!r} (only {', '.join(OPENVINO_TYPES)})"
     return None
 
 
-def _gpus_seen() -> int:
+def _count_gpus() -> int:
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0

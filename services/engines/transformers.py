@@ -1,8 +1,8 @@
-"""The engine that runs everywhere, and the reference: transformers over the base model and the adapter.
+"""The engine that runs everywhere, and the reference for the others: transformers.
 
-transformers has continuous batching of its own, but one sampler for all requests: no seed, no schema and no
-alternatives for a single one. So the batch is kept here: it decodes all answers together, and one joins or
-leaves it at any step.
+The continuous batching of transformers has one sampler for all requests, so no seed, schema or
+log-probabilities per request. So batching is implemented here: sequences are decoded together, and join or
+leave at any step.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
-class _Writing:
-    """What is kept of an answer: how it is chosen, its own cache until the prompt is read, what is next."""
+class _State:
+    """State of an answer; it has a cache of its own until its prompt is prefilled."""
 
     sampler: Sampler
     cache: Any = None
-    read: int = 0
-    written: int = 0
+    prefilled: int = 0
+    generated: int = 0
     last: int = -1
 
 
 class TransformersEngine(Worker):
-    """Writes answers with the modules of transformers, on a GPU or a CPU.
+    """Generate with transformers, on a GPU or a CPU.
 
-    Memory grows with `max_running` times the context, since all answers are padded to the longest.
+    Memory grows with `max_running` times the context, since all sequences are padded to the longest.
 
     Args:
         base: folder of the base model.
-        adapter: folder of the adapter, which is merged; None serves the base model.
+        adapter: folder of the adapter, which is merged; None for the base model alone.
         device: `auto`, `cpu`, `cuda` or `mps`.
         precision: `auto`, `bfloat16` or `float32`; see `stages.common.models.pick_dtype`.
-        context_tokens: of prompt and answer together at most; None for all that the model reads.
-        threads: of the computation on a CPU; None leaves the number to torch.
-        batch_tokens: of a prompt, read at once in a step; the others write a token between two pieces.
+        context_tokens: limit of prompt and answer together; None for the model's own.
+        threads: None lets torch choose.
+        batch_tokens: prefill chunk; other sequences generate a token between two chunks.
 
     Raises:
-        InputError: a folder holds no model or no adapter.
+        InputError: a folder has no model or no adapter.
     """
 
     name = "transformers"
@@ -88,21 +88,21 @@ class TransformersEngine(Worker):
         )
         self._grammars = Grammars(tokenizer, self._model.config.vocab_size, min(self._end_ids))
         self._batch_tokens = batch_tokens
-        self._reading: deque[Request] = deque()
+        self._prefilling: deque[Request] = deque()
         self._batch = _Batch()
         self._start()
 
-    def _prepare(self, sampling: Sampling) -> _Writing:
+    def _prepare(self, sampling: Sampling) -> _State:
         schema = sampling.json_schema
         grammar = None if schema is None else self._grammars.compile(schema)
-        return _Writing(Sampler(sampling, sorted(self._end_ids), grammar))
+        return _State(Sampler(sampling, sorted(self._end_ids), grammar))
 
     def _enter(self, request: Request) -> None:
-        self._reading.append(request)
+        self._prefilling.append(request)
 
     def _leave(self, request: Request) -> None:
-        if request in self._reading:
-            self._reading.remove(request)
+        if request in self._prefilling:
+            self._prefilling.remove(request)
         else:
             self._batch.keep([other for other in self._batch.requests if other is not request])
 
@@ -111,55 +111,55 @@ class TransformersEngine(Worker):
 
         with torch.inference_mode():
             results = self._decode()
-            if self._reading:
-                results += self._read_piece(self._reading[0])
+            if self._prefilling:
+                results += self._prefill_chunk(self._prefilling[0])
         return results
 
     def _decode(self) -> list[StepResult]:
-        """Write one token of each answer whose prompt is read."""
+        """Generate one token of each sequence whose prompt is prefilled."""
         if not self._batch.requests:
             return []
         logits = self._batch.step(self._model, self._device)
-        results = self._write(self._batch.requests, logits)
+        results = self._sample(self._batch.requests, logits)
         ended = {id(request) for request, item in results if _is_end(item)}
         if ended:
             self._batch.keep([request for request in self._batch.requests if id(request) not in ended])
         return results
 
-    def _read_piece(self, request: Request) -> list[StepResult]:
-        """Read the next piece of a prompt; behind the last one the answer begins."""
+    def _prefill_chunk(self, request: Request) -> list[StepResult]:
+        """Prefill the next chunk of a prompt; the last one yields the first token."""
         import torch
         from transformers import DynamicCache
 
-        state: _Writing = request.state
-        piece = request.prompt[state.read : state.read + self._batch_tokens]
+        state: _State = request.state
+        chunk = request.prompt[state.prefilled : state.prefilled + self._batch_tokens]
         state.cache = state.cache or DynamicCache()
-        ids = torch.tensor([piece], device=self._device)
-        positions = torch.arange(state.read, state.read + len(piece), device=self._device)[None]
+        ids = torch.tensor([chunk], device=self._device)
+        positions = torch.arange(state.prefilled, state.prefilled + len(chunk), device=self._device)[None]
         out = self._model(
             input_ids=ids,
             position_ids=positions,
             past_key_values=state.cache,
             use_cache=True,
-            logits_to_keep=torch.tensor([len(piece) - 1], device=self._device),
+            logits_to_keep=torch.tensor([len(chunk) - 1], device=self._device),
         )
-        state.read += len(piece)
-        if state.read < len(request.prompt):
+        state.prefilled += len(chunk)
+        if state.prefilled < len(request.prompt):
             return []
-        self._reading.popleft()
-        results = self._write([request], out.logits[:, -1])
+        self._prefilling.popleft()
+        results = self._sample([request], out.logits[:, -1])
         if not _is_end(results[0][1]):
             self._batch.join(request, state.cache)
         state.cache = None
         return results
 
-    def _write(self, requests: Sequence[Request], logits: torch.Tensor) -> list[StepResult]:
+    def _sample(self, requests: Sequence[Request], logits: torch.Tensor) -> list[StepResult]:
         likeliest = logits.argmax(dim=-1).tolist()
         rows = None
         results: list[StepResult] = []
         for place, request in enumerate(requests):
             if not request.state.sampler.needs_logits:
-                results.append((request, self._step_of(request, likeliest[place], None)))
+                results.append((request, self._make_step(request, likeliest[place], None)))
                 continue
             rows = logits.float().cpu().numpy() if rows is None else rows
             try:
@@ -167,21 +167,21 @@ class TransformersEngine(Worker):
             except ValueError as error:
                 results.append((request, EngineError(str(error))))
             else:
-                results.append((request, self._step_of(request, token, logprob)))
+                results.append((request, self._make_step(request, token, logprob)))
         return results
 
-    def _step_of(self, request: Request, token: int, logprob: Any) -> Step:
+    def _make_step(self, request: Request, token: int, logprob: Any) -> Step:
         if token in self._end_ids:
             return Step((), "stop")
-        state: _Writing = request.state
+        state: _State = request.state
         state.last = token
-        state.written += 1
-        reason: FinishReason | None = "length" if state.written >= request.max_tokens else None
+        state.generated += 1
+        reason: FinishReason | None = "length" if state.generated >= request.max_tokens else None
         return Step((token,), reason, () if logprob is None else (logprob,))
 
     def _end(self, left: Sequence[Request]) -> None:
         self._batch = _Batch()
-        self._reading.clear()
+        self._prefilling.clear()
         del self._model
 
 
@@ -190,15 +190,15 @@ def _is_end(item: Step | Exception) -> bool:
 
 
 class _Batch:
-    """Answers that are written together, their keys and values padded on the left to one length."""
+    """Sequences that are decoded together, their keys and values padded on the left to one length."""
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
         self._cache: Any = None
-        self._mask: Any = None  # 1 where a row's cache holds a token; shape (rows, cached)
+        self._mask: Any = None  # 1 where the cache has a token; shape (sequences, cached)
 
     def step(self, model: Any, device: torch.device) -> torch.Tensor:
-        """Read the last token of each answer and return the logits behind it; shape (rows, vocabulary)."""
+        """Feed the last token of each sequence; return the next logits, shape (sequences, vocabulary)."""
         import torch
 
         tokens = torch.tensor([[request.state.last] for request in self.requests], device=device)
@@ -214,22 +214,22 @@ class _Batch:
         return out.logits[:, -1]  # type: ignore[no-any-return]
 
     def join(self, request: Request, cache: Any) -> None:
-        """Take in an answer whose prompt is read."""
+        """Add a sequence whose prompt is prefilled."""
         import torch
 
         mask = torch.ones(1, cache.get_seq_length(), dtype=torch.long, device=cache.layers[0].keys.device)
         if self.requests:
             width = max(self._mask.shape[1], mask.shape[1])
-            self._mask = torch.cat([_padded(self._mask, width, 1), _padded(mask, width, 1)])
+            self._mask = torch.cat([_pad(self._mask, width, 1), _pad(mask, width, 1)])
             for mine, new in zip(self._cache.layers, cache.layers, strict=True):
-                mine.keys = torch.cat([_padded(mine.keys, width, 2), _padded(new.keys, width, 2)])
-                mine.values = torch.cat([_padded(mine.values, width, 2), _padded(new.values, width, 2)])
+                mine.keys = torch.cat([_pad(mine.keys, width, 2), _pad(new.keys, width, 2)])
+                mine.values = torch.cat([_pad(mine.values, width, 2), _pad(new.values, width, 2)])
         else:
             self._mask, self._cache = mask, cache
         self.requests.append(request)
 
     def keep(self, requests: list[Request]) -> None:
-        """Leave all but these out, and the padding that nobody needs any more."""
+        """Keep only these sequences, and remove padding that none of them needs."""
         import torch
 
         if not requests:
@@ -245,8 +245,8 @@ class _Batch:
         self.requests = requests
 
 
-def _padded(tensor: torch.Tensor, width: int, dim: int) -> torch.Tensor:
-    """Return a tensor with zeros before it, so that it is `width` long in a dimension."""
+def _pad(tensor: torch.Tensor, width: int, dim: int) -> torch.Tensor:
+    """Pad a tensor with leading zeros to `width` in one dimension."""
     import torch
 
     missing = width - tensor.shape[dim]

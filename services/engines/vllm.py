@@ -1,6 +1,6 @@
-"""The engine for CUDA: vLLM, one base model in memory, each version of the tuned model an adapter over it.
+"""The CUDA engine: vLLM, with one base model in memory and an adapter for each fine-tuned version.
 
-Written for vLLM 0.32 (`AsyncLLM`). vLLM computes in a process of its own; what is here translates.
+Written for vLLM 0.32 (`AsyncLLM`). vLLM computes in a separate process; this module translates.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from services.engines.protocol import (
 from stages.common.chat import end_of_turn_ids
 from stages.common.errors import InputError
 
-# Ranks that vLLM has room for; an adapter gets the next one.
+# LoRA ranks that vLLM can reserve; an adapter gets the next larger one.
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 class VllmEngine:
-    """Writes answers with vLLM; engines over the same base model share it in memory.
+    """Generate with vLLM; engines with the same base model share it in memory.
 
     Args:
         base: folder of the base model.
-        adapter: folder of the adapter; None serves the base model.
-        context_tokens: of prompt and answer together at most; None for all that the model reads.
-        max_adapters: versions that serve at the same time, such as champion and challenger.
-        gpu_memory: share of the GPU's memory that vLLM takes.
+        adapter: folder of the adapter; None for the base model alone.
+        context_tokens: limit of prompt and answer together; None for the model's own.
+        max_adapters: versions served at the same time, such as champion and challenger.
+        gpu_memory: share of the GPU's memory for vLLM.
 
     Raises:
         InputError: vLLM is not installed, or the adapter's rank is too high for it.
@@ -65,18 +65,18 @@ class VllmEngine:
         self.max_running = max_running
         self._max_waiting = max_waiting
         self._vllm = _import_vllm()
-        key = _content(base)
+        key = _hash_model(base)
         if key not in _CORES:
             arguments = self._vllm.AsyncEngineArgs(
                 model=str(base),
                 enable_lora=True,
                 max_loras=max_adapters,
-                max_lora_rank=_room_for(adapter),
+                max_lora_rank=_pick_rank(adapter),
                 max_num_seqs=max_running,
                 max_model_len=context_tokens,
                 gpu_memory_utilization=gpu_memory,
                 enable_prefix_caching=True,
-                # llguidance, as in the other engines: a schema means the same everywhere.
+                # llguidance, as in the other engines, so that schemas mean the same everywhere.
                 structured_outputs_config=self._vllm.StructuredOutputsConfig(
                     backend="guidance", disable_any_whitespace=True
                 ),
@@ -88,7 +88,7 @@ class VllmEngine:
         self.context_tokens: int = settings.max_model_len
         self._end_ids = frozenset(end_of_turn_ids(tokenizer))
         self._grammars = Grammars(tokenizer, settings.get_vocab_size(), min(self._end_ids))
-        self._lora = None if adapter is None else self._request_of(adapter)
+        self._lora = None if adapter is None else self._make_lora(adapter)
         self._core.users += 1
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting: set[str] = set()
@@ -97,22 +97,22 @@ class VllmEngine:
 
     @property
     def broken(self) -> str | None:
-        """Return why the engine takes no more requests, or None."""
-        return self._closed or ("vLLM's process is gone" if self._core.model.errored else None)
+        """Why the engine accepts no more requests; None while it works."""
+        return self._closed or ("vLLM's process has ended" if self._core.model.errored else None)
 
     def load(self) -> Load:
-        """Return how many requests wait for their first token, and how many are being written."""
+        """Return the numbers of requests waiting for their first token, and of running ones."""
         return Load(len(self._waiting), len(self._running))
 
     async def generate(self, prompt: Sequence[int], sampling: Sampling) -> AsyncIterator[Step]:
-        """Write an answer to a prompt; see `Engine.generate`."""
+        """Generate an answer to a prompt; see `Engine.generate`."""
         await self._check(prompt, sampling)
         self._loop = asyncio.get_running_loop()
         number = str(next(self._core.numbers))
         self._waiting.add(number)
         outputs = self._core.model.generate(
             {"prompt_token_ids": list(prompt)},
-            self._parameters(sampling, self.context_tokens - len(prompt)),
+            self._make_parameters(sampling, self.context_tokens - len(prompt)),
             number,
             lora_request=self._lora,
         )
@@ -126,28 +126,28 @@ class VllmEngine:
                     return
             raise EngineError(self._closed or "vLLM ended an answer without a reason")
         except (self._vllm.EngineDeadError, self._vllm.EngineGenerateError) as error:
-            raise EngineError(f"vLLM broke: {error}") from error
-        except ValueError as error:  # vLLM refuses a request with one
+            raise EngineError(f"vLLM failed: {error}") from error
+        except ValueError as error:  # vLLM rejects a request with one
             kind = SchemaUnsupported if sampling.json_schema is not None else EngineError
-            raise kind(f"vLLM refuses the request: {error}") from error
+            raise kind(f"vLLM rejects the request: {error}") from error
         finally:
             self._waiting.discard(number)
             self._running.discard(number)
-            await outputs.aclose()  # aborts what has not ended
+            await outputs.aclose()  # aborts an unfinished answer
 
     async def _check(self, prompt: Sequence[int], sampling: Sampling) -> None:
         if reason := self.broken:
             raise EngineError(reason)
         if not prompt or len(prompt) >= self.context_tokens:
             raise ContextOverflow(
-                f"the prompt takes {len(prompt)} tokens; with its answer it may take {self.context_tokens}"
+                f"the prompt has {len(prompt)} tokens, and the context {self.context_tokens} with the answer"
             )
         if len(self._waiting) + len(self._running) >= self.max_running + self._max_waiting:
             raise QueueFull(f"{len(self._running)} requests run and {len(self._waiting)} wait already")
         if sampling.json_schema is not None:
             await asyncio.to_thread(self._grammars.compile, sampling.json_schema)
 
-    def _parameters(self, sampling: Sampling, room: int) -> Any:
+    def _make_parameters(self, sampling: Sampling, room: int) -> Any:
         structured = None
         if sampling.json_schema is not None:
             structured = self._vllm.StructuredOutputsParams(json=sampling.json_schema)
@@ -181,7 +181,7 @@ class VllmEngine:
         return Step(ids, reason, tuple(_logprob(token, table, sampling.logprobs) for token, table in pairs))
 
     def close(self) -> None:
-        """Unload the adapter; the last engine over a base model ends vLLM's process."""
+        """Unload the adapter; the last engine of a base model stops vLLM's process."""
         if self._closed is not None:
             return
         self._closed = "the engine is closed"
@@ -194,14 +194,14 @@ class VllmEngine:
             self._core.model.shutdown()
 
     async def _unload(self) -> None:
-        """End what runs first: vLLM tells nobody who waits that it shuts down."""
+        """Abort running requests first: vLLM does not notify their callers when it shuts down."""
         await self._core.model.abort([*self._waiting, *self._running])
         if not self._core.users:
             self._core.model.shutdown()
         elif self._lora is not None:
             await self._core.model.remove_lora(self._lora.lora_int_id)
 
-    def _request_of(self, adapter: Path) -> Any:
+    def _make_lora(self, adapter: Path) -> Any:
         number = next(self._core.adapters)
         return self._vllm.LoRARequest(
             lora_name=f"adapter-{number}", lora_int_id=number, lora_path=str(adapter)
@@ -209,20 +209,20 @@ class VllmEngine:
 
 
 class _Core:
-    """One vLLM, shared by the engines of several adapters over one base model."""
+    """A vLLM process, shared by the engines of all adapters of one base model."""
 
     def __init__(self, key: str, model: Any) -> None:
         self.key = key
         self.model = model
         self.users = 0
         self.numbers = itertools.count()
-        self.adapters = itertools.count(1)  # vLLM takes 0 for no adapter
+        self.adapters = itertools.count(1)  # 0 means no adapter to vLLM
 
 
-_CORES: dict[str, _Core] = {}  # by the content of the base model: each version has a folder of its own
+_CORES: dict[str, _Core] = {}  # by content of the base model, since each version has its own folder
 
 
-def _content(base: Path) -> str:
+def _hash_model(base: Path) -> str:
     """Return a hash of a base model's configuration and weights."""
     whole = hashlib.sha256()
     for file in sorted([base / "config.json", *base.glob("*.safetensors")]):
@@ -236,22 +236,22 @@ def _logprob(token: int, table: Any, count: int) -> TokenLogprob:
     return TokenLogprob(token, float(table[token].logprob), tuple(best[:count]))
 
 
-def _room_for(adapter: Path | None) -> int:
-    """Return the rank to reserve: the adapter's, and not less than the usual ones of later versions."""
+def _pick_rank(adapter: Path | None) -> int:
+    """Return the LoRA rank to reserve: the adapter's, and at least 64 for later versions."""
     if adapter is None:
         return 64
     rank = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["r"]
     if rank > RANKS[-1]:
         raise InputError(
-            f"{adapter} has rank {rank}; vLLM takes up to {RANKS[-1]}",
+            f"{adapter} has rank {rank}; vLLM supports up to {RANKS[-1]}",
             "lower finetune.lora.rank in params.yaml, or set services.engine.kind: transformers",
         )
-    return next(room for room in RANKS if room >= max(rank, 64))
+    return next(reserved for reserved in RANKS if reserved >= max(rank, 64))
 
 
 def _import_vllm() -> Any:
-    """Return the names that are used of vLLM."""
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it reports its use to its makers otherwise
+    """Return the names that we use of vLLM."""
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # no usage reports
     try:
         from vllm import SamplingParams
         from vllm.config import StructuredOutputsConfig
@@ -263,7 +263,7 @@ def _import_vllm() -> Any:
     except ImportError as error:
         raise InputError(
             f"the engine vllm is not installed ({error})",
-            "pip install 'perennial[gpu]', or choose another engine (services.engine.kind in params.yaml)",
+            "pip install 'perennial[gpu]', or use another engine (services.engine.kind in params.yaml)",
         ) from error
     return SimpleNamespace(
         SamplingParams=SamplingParams,

@@ -1,8 +1,8 @@
-"""A thread that decodes many sequences together, and the way of their tokens to the asyncio loop.
+"""Base class of engines that decode in a thread of this process, and deliver tokens to the event loop.
 
-What an engine adds: how a request enters, how one step is computed, how a request leaves. All that happens in
-the engine's own thread. The loop is woken once a step for all requests together: a wake-up for each token of
-each request costs more than a step of a small model.
+An engine defines how a request enters, how a step is computed, and how a request leaves, all in the engine's
+thread. The event loop is woken once per step for all requests: a wake-up per token of each request would cost
+more than a step of a small model.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from typing import Any
 
 from services.engines.protocol import ContextOverflow, EngineError, Load, QueueFull, Sampling, Step
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One answer being written.
+    """A request to the engine, and the results that its caller has not read yet.
 
     Attributes:
-        max_tokens: where it is cut, the rest of the context considered.
-        state: what the engine keeps of it; belongs to the engine's thread once the request has entered.
+        max_tokens: length at which the answer is cut; fits into the context.
+        state: the engine's own; used only by the engine's thread once the request has entered.
     """
 
     prompt: list[int]
@@ -47,12 +47,12 @@ StepResult = tuple[Request, Step | Exception]
 
 
 class Worker(ABC):
-    """The common part of engines that compute in a thread of this process.
+    """An engine that computes in a thread of this process.
 
     Args:
-        context_tokens: prompt and answer together.
+        context_tokens: limit of prompt and answer together.
         max_running: sequences decoded together.
-        max_waiting: requests beyond them that may wait; one more is refused with QueueFull.
+        max_waiting: requests that may wait beyond those; more are rejected with QueueFull.
         end_ids: tokens that end an answer.
     """
 
@@ -73,50 +73,50 @@ class Worker(ABC):
         self._broken: str | None = None
         self._thread: threading.Thread | None = None
 
-    # What an engine defines. All but `_prepare` run in the engine's thread.
+    # Defined by each engine. All but `_prepare` run in the engine's thread.
 
     def _prepare(self, sampling: Sampling) -> Any:
-        """Return the state of a new request; compiles its schema. May run in any thread."""
+        """Return the state of a new request, its schema compiled. May run in any thread."""
         return None
 
     @abstractmethod
     def _enter(self, request: Request) -> None:
-        """Begin to write the answer to a request."""
+        """Start a request."""
 
     @abstractmethod
     def _leave(self, request: Request) -> None:
-        """Free what a request holds before its end."""
+        """Free the resources of a request that is cancelled."""
 
     @abstractmethod
     def _advance(self, running: Sequence[Request]) -> list[StepResult]:
-        """Compute one step and return what is new."""
+        """Compute one step; return the new tokens."""
 
     def _end(self, left: Sequence[Request]) -> None:
-        """Free what the engine and these requests, which have not ended, hold."""
-        return  # an engine may hold nothing
+        """Free the resources of the engine and of these unfinished requests."""
+        return  # an engine may have none
 
     # The engine protocol.
 
     @property
     def broken(self) -> str | None:
-        """Return why the engine takes no more requests, or None."""
+        """Why the engine accepts no more requests; None while it works."""
         return self._broken
 
     def load(self) -> Load:
-        """Return how many requests wait and run."""
+        """Return the numbers of queued and running requests."""
         with self._wake:
             return Load(len(self._waiting), len(self._running))
 
     async def generate(self, prompt: Sequence[int], sampling: Sampling) -> AsyncIterator[Step]:
-        """Write an answer to a prompt; see `Engine.generate`."""
+        """Generate an answer to a prompt; see `Engine.generate`."""
         room = self.context_tokens - len(prompt)
         if room < 1 or not prompt:
             raise ContextOverflow(
-                f"the prompt takes {len(prompt)} tokens; with its answer it may take {self.context_tokens}"
+                f"the prompt has {len(prompt)} tokens, and the context {self.context_tokens} with the answer"
             )
         if sampling.json_schema is None:
             state = self._prepare(sampling)
-        else:  # compiling a schema takes up to a tenth of a second: the loop goes on meanwhile
+        else:  # compiling a schema takes up to 0.1 s, so not on the event loop
             state = await asyncio.to_thread(self._prepare, sampling)
         loop = asyncio.get_running_loop()
         request = Request(list(prompt), sampling, min(sampling.max_tokens, room), loop, state)
@@ -129,7 +129,7 @@ class Worker(ABC):
                 item = request.items.popleft()
                 if isinstance(item, Exception):
                     raise item
-                if request.entered_at is not None:  # told once, with the first step
+                if request.entered_at is not None:  # reported once, with the first step
                     item = replace(item, queue_s=request.entered_at - request.submitted_at)
                     request.entered_at = None
                 yield item
@@ -139,14 +139,14 @@ class Worker(ABC):
             self._abort(request)
 
     def close(self) -> None:
-        """End the engine's thread; callers that still wait get EngineError."""
+        """Stop the engine; callers that still wait get EngineError."""
         with self._wake:
             self._closed = True
             self._wake.notify()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
-    # Between the loop and the thread.
+    # Between the event loop and the thread.
 
     def _start(self) -> None:
         self._thread = threading.Thread(target=self._run, name=f"engine-{self.name}", daemon=True)
@@ -177,9 +177,9 @@ class Worker(ABC):
         try:
             while self._step():
                 pass
-        except BaseException as error:  # whatever it is: nobody may wait for a thread that is gone
-            reason = f"the engine broke: {error}"
-            log.exception("Engine %s broke", self.name)
+        except BaseException as error:  # whatever it is, no caller may wait for a dead thread
+            reason = f"the engine failed: {error}"
+            logger.exception("the engine %s failed", self.name)
         with self._wake:
             self._broken = reason
             running, waiting = list(self._running.values()), list(self._waiting)
@@ -189,13 +189,13 @@ class Worker(ABC):
         self._end(running)
 
     def _step(self) -> bool:
-        """Take in, let out, compute one step; return False once the engine is closed."""
+        """Admit and remove requests, and compute one step; return False once the engine is closed."""
         with self._wake:
             while not (self._waiting or self._running or self._closed):
                 self._wake.wait()
             if self._closed:
                 return False
-            # Those that ended in the meantime hold nothing any more.
+            # Requests that ended in the meantime hold no resources.
             leaving = [r for r in self._leaving if self._running.pop(id(r), None) is not None]
             self._leaving = []
             entering = []
@@ -208,7 +208,7 @@ class Worker(ABC):
             self._leave(request)
         for request in entering:
             self._enter(request)
-        if self._running or leaving:  # what has left is freed in a step
+        if self._running or leaving:  # resources of cancelled requests are freed in a step
             self._deliver(self._advance(list(self._running.values())))
         return True
 
@@ -223,7 +223,7 @@ class Worker(ABC):
         for loop, together in by_loop.items():
             try:
                 loop.call_soon_threadsafe(_hand_over, together)
-            except RuntimeError:  # the loop is closed: nobody reads these answers
+            except RuntimeError:  # the loop is closed, so these answers have no reader
                 for request, _ in together:
                     self._abort(request)
 

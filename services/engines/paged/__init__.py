@@ -1,1 +1,1 @@
-"""An engine for a CPU of our own: paged attention, prefix cache and drafts on OpenVINO's runtime."""
+"""Our own CPU engine: paged attention, prefix cache and speculative decoding on OpenVINO's runtime."""

@@ -1,7 +1,7 @@
-"""Reading a GGUF file without its vocabulary.
+"""Read a GGUF file without its vocabulary.
 
-The package gguf reads every token and merge into arrays of their own, which takes seconds; the tokenizer
-comes from elsewhere, so here they are stepped over. Format: version 3 of
+The package gguf reads every token and merge into an array, which takes seconds; they are skipped here, since
+the tokenizer has its own files. Format: version 3 of
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -26,27 +26,27 @@ DEFAULT_ALIGNMENT = 32
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """What a file holds: single values by their key, and tensors by their name, rows first."""
+    """Contents of a file: scalar and string values by key, and tensors by name, rows first."""
 
     values: dict[str, Any]
     tensors: dict[str, NDArray[Any]]
 
 
 def read_file(path: Path) -> GgufFile:
-    """Read a GGUF file; tensors are F16 or F32, quantized ones unpacked to F32.
+    """Read a GGUF file; quantized tensors are dequantized to F32.
 
     Raises:
-        ValueError: it is not GGUF of version 3, or ends too early.
+        ValueError: it is not GGUF version 3, or is truncated.
         OSError: it cannot be opened.
     """
     with path.open("rb") as file:
         if path.stat().st_size < 24:
-            raise ValueError("it ends before its header does")
+            raise ValueError("it is too short for a header")
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     try:
         return _read(_Cursor(data))
     except struct.error as error:
-        raise ValueError(f"it ends too early ({error})") from None
+        raise ValueError(f"it is truncated ({error})") from None
 
 
 @dataclass(slots=True)
@@ -55,19 +55,19 @@ class _Cursor:
     at: int = field(default=0)
 
     def take(self, kind: str) -> Any:
-        """Return the next number and step over it."""
+        """Read a number."""
         (value,) = struct.unpack_from(f"<{kind}", self.data, self.at)
         self.at += struct.calcsize(f"<{kind}")
         return value
 
     def text(self) -> str:
-        """Return the next string and step over it."""
+        """Read a string."""
         size = self.take("Q")
         begin, self.at = self.at, self.at + size
         return self.data[begin : self.at].decode("utf-8", "replace")
 
     def skip_array(self) -> None:
-        """Step over an array."""
+        """Skip an array."""
         kind, count = self.take("I"), self.take("Q")
         if kind == ARRAY:
             for _ in range(count):
@@ -81,10 +81,10 @@ class _Cursor:
 
 def _read(cursor: _Cursor) -> GgufFile:
     if cursor.data[:4] != MAGIC:
-        raise ValueError("it does not begin with GGUF")
+        raise ValueError("it does not start with GGUF")
     cursor.at = 4
     if (version := cursor.take("I")) != VERSION:
-        raise ValueError(f"it is GGUF of version {version}; {VERSION} is read")
+        raise ValueError(f"it is GGUF version {version}; only {VERSION} is supported")
     tensor_count, value_count = cursor.take("Q"), cursor.take("Q")
     values = dict(_values(cursor, value_count))
     infos = [(cursor.text(), *_info(cursor)) for _ in range(tensor_count)]
@@ -104,12 +104,12 @@ def _values(cursor: _Cursor, count: int) -> Iterator[tuple[str, Any]]:
         elif kind in SCALARS:
             yield key, cursor.take(SCALARS[kind])
         else:
-            raise ValueError(f"{key} is of the unknown kind {kind}")
+            raise ValueError(f"{key} has the unknown type {kind}")
 
 
 def _info(cursor: _Cursor) -> tuple[list[int], int, int]:
     dims = [cursor.take("Q") for _ in range(cursor.take("I"))]
-    return dims[::-1], cursor.take("I"), cursor.take("Q")  # the file has the fastest axis first
+    return dims[::-1], cursor.take("I"), cursor.take("Q")  # the file stores the fastest axis first
 
 
 def _tensor(data: mmap.mmap, begin: int, dims: list[int], kind: int) -> NDArray[Any]:
@@ -122,6 +122,6 @@ def _tensor(data: mmap.mmap, begin: int, dims: list[int], kind: int) -> NDArray[
     raw = np.frombuffer(data, np.uint8, int(np.prod(shape)), begin).reshape(shape)
     plain = {GGMLQuantizationType.F16: np.float16, GGMLQuantizationType.F32: np.float32}
     if quantization in plain:
-        return raw.view(plain[quantization]).copy()  # the runtime wants writeable memory
+        return raw.view(plain[quantization]).copy()  # the runtime needs writable memory
     unpacked: NDArray[Any] = dequantize(raw, quantization)
     return unpacked

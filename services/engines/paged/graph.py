@@ -1,8 +1,8 @@
 """A Llama as an OpenVINO graph over paged keys and values.
 
-All tokens of a step lie in one row, sequence after sequence; the attention finds each sequence's past in
-blocks of one pool (Kwon et al. 2023, PagedAttention). The graph is written out here rather than converted:
-logits are computed only where they are wanted, and nothing but numpy and the runtime is needed.
+The tokens of a step are one row, sequence after sequence; attention finds the past of each sequence in the
+blocks of one pool (PagedAttention, Kwon et al. 2023). The graph is built by hand instead of converted, so
+that logits are computed only where needed, and only numpy and the runtime are required.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ STEP_INPUTS = ("past_lens", "subsequence_begins", "block_indices", "block_indice
 
 
 def build_graph(weights: Weights) -> Any:
-    """Return the `openvino.Model`: token ids of a step in, logits at the rows `wanted` out.
+    """Build the `openvino.Model`: token ids of a step in, logits of the rows `wanted` out.
 
     Inputs: input_ids, position_ids [tokens]; those of PagedAttention; wanted [logit rows];
     key_cache.N, value_cache.N. Output: logits, float32 [logit rows, 1, vocabulary].
@@ -51,7 +51,7 @@ def build_graph(weights: Weights) -> Any:
     x = op.gather(_norm(x, tensors["output_norm.weight"], shape), wanted, _int(0))
     head = _matrix(tensors["output.weight"]) if "output.weight" in tensors else embedding
     logits = op.matmul(x, head, transpose_a=False, transpose_b=True)
-    out = op.result(logits)  # nothing between: the plugin would round what passes to bfloat16
+    out = op.result(logits)  # directly: the plugin would round anything in between to bfloat16
     out.output(0).set_names({"logits"})
     return ov.Model([out], [ids, positions, *paging, longest, wanted, *caches], "paged llama")
 
@@ -79,7 +79,7 @@ def _ints(values: list[int]) -> Any:
 
 
 def _matrix(array: NDArray[Any]) -> Any:
-    """A weight in its stored precision; the plugin keeps that, or its own, in memory."""
+    """Return a weight in its stored precision; the plugin may convert it."""
     import openvino as ov
     from openvino import opset13 as op
 
@@ -151,7 +151,7 @@ def _attention(
     def flat(rows: Any) -> Any:
         return op.reshape(op.transpose(rows, _ints([0, 2, 1, 3])), _ints([0, -1]), True)
 
-    # One product, and one rotation of queries and keys: each node costs a step some microseconds.
+    # One product and one rotation for queries and keys: each node costs a few microseconds per step.
     product = _matrix(np.concatenate([block["attn_q"], block["attn_k"], block["attn_v"]]))
     turning, value = _split(op.matmul(x, product, False, True), 2, [(heads + kv_heads) * dim, kv_heads * dim])
     turned = flat(_rotated(by_head(turning, heads + kv_heads), turns, dim // 2))
@@ -163,9 +163,9 @@ def _attention(
 
 
 def _paged_attention(inputs: list[Any], longest: Any, shape: LlamaShape) -> Any:
-    """The plugin's attention, whose inputs after `longest` stand for features unused here.
+    """Return the plugin's attention; the inputs after `longest` are for features that are not used.
 
-    The list is that of OpenVINO 2026.4: `paged_attention_transformation` makes the same of any model.
+    The inputs are those of OpenVINO 2026.4, as in the result of its `paged_attention_transformation`.
     """
     from openvino import Node
     from openvino import opset13 as op
@@ -178,7 +178,7 @@ def _paged_attention(inputs: list[Any], longest: Any, shape: LlamaShape) -> Any:
         return op.constant(np.array(0, np.int32))
 
     i32, f32 = np.int32, np.float32
-    # A node stands for its one output everywhere but here.
+    # Unlike elsewhere, a node is not accepted in place of its output.
     inputs = [value.output(0) if isinstance(value, Node) else value for value in inputs]
     rest = [op.constant(np.array(shape.head_dim**-0.5, f32)), zero(), empty(f32), longest]
     rest += [empty(i32), empty(i32), empty(i32), empty(f32), empty(f32), zero(), zero()]

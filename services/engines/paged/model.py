@@ -1,4 +1,4 @@
-"""The compiled graph and the pool of blocks in which it keeps keys and values."""
+"""The compiled model, and its memory for keys and values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from services.engines.protocol import EngineError
 from stages.common.errors import InputError
 
 WARM_SIZES = (1, 8, 16, 32, 48, 64, 96)
-WORTH_A_CHANGE = 12  # tokens of padding above which a step of another size is faster
+MAX_PADDING = 12  # tokens of padding above which a step of another size is faster
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +25,8 @@ class StepInput:
     """The new tokens of one sequence in a step.
 
     Attributes:
-        past: tokens whose keys and values the blocks hold already.
-        rows: how many of the new tokens, from the last, logits are wanted for.
+        past: number of earlier tokens, whose keys and values are in the blocks.
+        rows: number of new tokens, from the last, for which logits are returned.
     """
 
     token_ids: Sequence[int]
@@ -40,9 +40,9 @@ class PagedModel:
 
     Args:
         path: the GGUF file, or a folder with `config.json` and safetensors.
-        cache_mib: of keys and values.
-        threads: of the computation; 0 leaves the number to OpenVINO.
-        precision: `auto` computes in bfloat16 where the processor has it, `float32` exactly.
+        cache_mib: memory for keys and values.
+        threads: 0 lets OpenVINO choose.
+        precision: `auto` computes in bfloat16 if the processor supports it, `float32` exactly.
     """
 
     def __init__(self, path: Path, *, cache_mib: int, threads: int = 0, precision: str = "auto") -> None:
@@ -64,7 +64,7 @@ class PagedModel:
         try:
             self._compiled = core.compile_model(build_graph(weights), "CPU", options)
         except (RuntimeError, TypeError) as error:
-            raise EngineError(f"OpenVINO {ov.__version__} does not take the paged graph: {error}") from error
+            raise EngineError(f"OpenVINO {ov.__version__} cannot compile the paged graph: {error}") from error
         self._request = self._compiled.create_infer_request()
         self._size = 0  # tokens of the last step
         self._cache = self._allocate(cache_mib * 2**20)
@@ -72,7 +72,7 @@ class PagedModel:
         self.blocks = self._cache.shape[1] - 1  # the last takes the keys and values of padding
 
     def _allocate(self, size: int) -> NDArray[Any]:
-        """Give the graph one array [layers * 2, blocks, heads, tokens of a block, head_dim] in slices."""
+        """Bind slices of one array [layers * 2, blocks, heads, block tokens, head_dim] to the graph."""
         import openvino as ov
 
         ports = [port for port in self._compiled.inputs if "_cache." in port.any_name]
@@ -82,32 +82,33 @@ class PagedModel:
         blocks = size // (len(ports) * math.prod(dims) * np.dtype(numbers).itemsize)
         if blocks < 1:
             raise InputError(
-                f"a key-value cache of {size >> 20} MiB does not hold {dims[1]} tokens",
+                f"a key-value cache of {size >> 20} MiB has no room for {dims[1]} tokens",
                 "raise services.engine.kv_cache_mib in params.yaml",
             )
-        # Memory is touched, and taken, only as blocks come into use.
+        # The operating system allocates the memory only when a block is first used.
         cache = np.zeros((len(ports), blocks + 1, *dims), numbers)
         for port, part in zip(ports, cache, strict=True):
             self._request.set_tensor(port, ov.Tensor(part, ov.Shape(part.shape), kind))
         return cache
 
     def warm_up(self, tokens: int) -> None:
-        """Compute steps of a few sizes up to `tokens`: the first takes half a second, and kernels are made.
+        """Compute steps of a few sizes up to `tokens`, so that their kernels are compiled.
 
-        The others are made when they are met, which takes as long as the step itself.
+        The first step takes half a second. Kernels of other sizes are compiled on first use, which takes as
+        long as the step itself.
         """
-        for size in (*(n for n in WARM_SIZES if n < tokens), padded(tokens)):
+        for size in (*(n for n in WARM_SIZES if n < tokens), pad_count(tokens)):
             self.step([StepInput([0] * n, 0, [self.blocks], n) for n in _pieces(size, self.block_tokens)])
 
     def step(self, runs: Sequence[StepInput]) -> NDArray[np.float32]:
-        """Compute the runs' tokens; return logits [wanted rows, vocabulary], run after run.
+        """Compute the new tokens; return their logits [rows, vocabulary], input after input.
 
-        The array is the graph's own memory: it holds until the next step.
+        The array is the graph's own memory and is valid until the next step.
         """
         count = sum(len(run.token_ids) for run in runs)
-        # Another size than the last costs the runtime as much as a dozen tokens: all its nodes prepare anew.
-        if not 0 <= self._size - count <= WORTH_A_CHANGE:
-            self._size = padded(count)
+        # Changing the size of a step costs as much as a dozen tokens: the runtime prepares all nodes again.
+        if not 0 <= self._size - count <= MAX_PADDING:
+            self._size = pad_count(count)
         if padding := self._size - count:
             runs = [*runs, StepInput([0] * padding, 0, [self.blocks], 0)]
         lengths = [len(run.token_ids) for run in runs]
@@ -124,7 +125,7 @@ class PagedModel:
         self._set(
             "max_context_len", max(run.past + n for run, n in zip(runs, lengths, strict=True)), np.int32
         )
-        self._set("wanted", wanted + [0] * (padded(len(wanted)) - len(wanted)), np.int64)
+        self._set("wanted", wanted + [0] * (pad_count(len(wanted)) - len(wanted)), np.int64)
         self._request.infer()
         logits: NDArray[np.float32] = self._request.get_output_tensor(0).data
         return logits.reshape(-1, self.shape.vocabulary)[: len(wanted)]
@@ -139,10 +140,10 @@ class PagedModel:
         self._cache[:, target, :, :rows] = self._cache[:, source, :, :rows]
 
 
-def padded(count: int) -> int:
+def pad_count(count: int) -> int:
     """Return the size of step, at least 1, that `count` tokens are padded to.
 
-    The runtime makes kernels for each size it meets, which takes as long as a step itself.
+    Few sizes, because the runtime compiles kernels for each, which takes as long as a step.
     """
     if count <= 16:
         return max(count, 1)

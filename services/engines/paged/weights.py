@@ -18,7 +18,7 @@ from stages.common.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class LlamaShape:
-    """Sizes of a Llama; `heads` share the keys and values of `kv_heads`."""
+    """Sizes of a Llama; groups of `heads` share keys and values (`kv_heads`)."""
 
     layers: int
     hidden: int
@@ -33,10 +33,10 @@ class LlamaShape:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """A Llama's sizes and its tensors by their GGUF names, rows first: [outputs, inputs].
+    """A Llama's sizes and its tensors by GGUF name, rows first: [outputs, inputs].
 
-    Halves of the rotary embedding lie side by side as in Hugging Face's checkpoints, not interleaved as in
-    llama.cpp's.
+    The halves of the rotary embedding are contiguous, as in Hugging Face's checkpoints, not interleaved as in
+    llama.cpp.
     """
 
     shape: LlamaShape
@@ -48,7 +48,7 @@ def read_weights(path: Path) -> Weights:
 
     Raises:
         InputError: the file or folder is missing, or cannot be read.
-        EngineError: it holds another architecture.
+        EngineError: it has another architecture.
     """
     return read_safetensors(path) if path.is_dir() else read_gguf(path)
 
@@ -57,15 +57,15 @@ def read_gguf(path: Path) -> Weights:
     """Read a Llama from a GGUF file.
 
     Raises:
-        InputError: the file is not there, or is not GGUF.
-        EngineError: it holds another architecture.
+        InputError: the file is missing, or is not GGUF.
+        EngineError: it has another architecture.
     """
     try:
         file = read_file(path)
     except (ValueError, OSError) as error:
         raise InputError(
             f"{path} cannot be read: {error}",
-            "make it anew (dvc repro export), or choose another engine (services.engine.kind)",
+            "make it again (dvc repro export), or use another engine (services.engine.kind)",
         ) from error
     shape = _shape(file)
     tensors = dict(file.tensors)
@@ -82,7 +82,7 @@ def read_safetensors(folder: Path) -> Weights:
 
     Raises:
         InputError: the folder has no checkpoint.
-        EngineError: it holds another architecture.
+        EngineError: it has another architecture.
     """
     import torch
     from safetensors.torch import load_file
@@ -172,6 +172,6 @@ def _shape(file: GgufFile) -> LlamaShape:
 
 
 def _side_by_side(rows: NDArray[Any], heads: int) -> NDArray[Any]:
-    """Undo llama.cpp's interleaving of the two halves that rotate together."""
+    """Undo llama.cpp's interleaving of the halves of the rotary embedding."""
     halves = rows.reshape(heads, rows.shape[0] // heads // 2, 2, rows.shape[1]).swapaxes(1, 2)
     return np.ascontiguousarray(halves).reshape(rows.shape)

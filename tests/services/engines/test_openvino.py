@@ -51,7 +51,7 @@ def test_a_cache_that_holds_no_block_is_refused(tmp_path):
     settings = json.loads((tiny().folder / "config.json").read_text()) | {"num_hidden_layers": 10_000}
     config = tmp_path / "config.json"
     config.write_text(json.dumps(settings))
-    with pytest.raises(InputError, match=f"holds no {BLOCK_TOKENS} tokens"):
+    with pytest.raises(InputError, match=f"no room for {BLOCK_TOKENS} tokens"):
         OpenvinoEngine(tiny().folder / "model.gguf", config, tiny().tokenizer, kv_cache_mib=1)
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from services.engines.paged.blocks import BlockPool, PrefixCache
 from services.engines.paged.engine import PagedEngine
-from services.engines.paged.model import padded
+from services.engines.paged.model import pad_count
 from services.engines.paged.ngram_drafter import NgramDrafter, get_break_even_probability
 from services.engines.protocol import Load, Sampling
 from stages.common.errors import InputError
@@ -112,7 +112,7 @@ def test_an_aborted_answer_leaves_its_blocks_to_others(make):
 
 
 def test_a_cache_too_small_for_a_block_is_refused():
-    with pytest.raises(InputError, match="does not hold"):
+    with pytest.raises(InputError, match="has no room for"):
         make_paged(kv_cache_mib=0)
 
 
@@ -175,4 +175,4 @@ def test_more_sequences_at_once_need_surer_tokens():
 
 
 def test_steps_are_padded_little():
-    assert all(0 <= padded(count) - count < max(4, count / 8) for count in range(1, 1000))
+    assert all(0 <= pad_count(count) - count < max(4, count / 8) for count in range(1, 1000))

@@ -13,7 +13,7 @@ def machine(monkeypatch):
     """Set what is seen of the machine: GPUs, and which wheels are there."""
 
     def set_machine(gpus=0, wheels=("openvino_genai",)):
-        monkeypatch.setattr(select, "_gpus_seen", lambda: gpus)
+        monkeypatch.setattr(select, "_count_gpus", lambda: gpus)
         monkeypatch.setattr(select, "find_spec", lambda name: name if name in wheels else None)
 
     return set_machine
@@ -60,7 +60,7 @@ def test_an_architecture_that_openvino_does_not_read_gets_transformers(machine, 
         ("vllm", {"gpus": 1}, {}, "vLLM is not installed"),
         ("openvino", {"wheels": ()}, {}, "OpenVINO is not installed"),
         ("openvino", {}, {"gguf": False}, "no GGUF"),
-        ("transformers", {}, {"base": False}, "safetensors are not there"),
+        ("transformers", {}, {"base": False}, "safetensors are missing"),
     ],
 )
 def test_an_engine_that_cannot_run_is_refused_with_the_reason(machine, wanted, settings, files, reason):
@@ -80,9 +80,7 @@ def test_gpus_that_are_not_there_are_refused(machine):
     check_gpus(SimpleNamespace(gpus=1))
     machine()
     check_gpus(SimpleNamespace(gpus=0))
-    with pytest.raises(
-        InputError, match=r"a GPU was asked for \(services.engine.gpus: 1\) and torch sees none"
-    ):
+    with pytest.raises(InputError, match=r"services.engine.gpus is 1, and torch sees no GPUs"):
         check_gpus(SimpleNamespace(gpus=1))
 
 
