@@ -21,7 +21,7 @@ from stages.common.artifacts import artifacts
 from stages.common.errors import InputError
 
 # Of the speed of plain matrix products, what a whole step reaches; measured, see docs/benchmarks.md.
-TRAINING_SHARE = {"float32": 0.75, "bfloat16": 0.4}
+TRAINING_SHARE = {"float32": 0.85, "bfloat16": 0.4}
 ANSWERING_SHARE = {"float32": 0.5, "bfloat16": 0.25}
 TRANSFORMERS_SHARE = 0.05  # of generation by transformers, on any machine
 OVERHEAD_S = 15.0  # a stage that computes: its start, imports, reading the model

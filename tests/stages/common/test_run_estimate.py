@@ -5,6 +5,7 @@ import pytest
 from stages.common.records import Message, make_row, write_rows
 from stages.common.run_estimate import (
     DEFAULT_SIZE,
+    TRAINING_SHARE,
     Estimate,
     ModelSize,
     Work,
@@ -38,7 +39,8 @@ def test_twice_the_rows_or_half_the_speed_take_twice_as_long():
     once = estimate_run(WORK, DEFAULT_SIZE, "float32", 1e11)
     double = Work(2000, 100_000, 40_000, 100, 5000, 40)
     extra = estimate_run(double, DEFAULT_SIZE, "float32", 1e11).finetune_s - once.finetune_s
-    assert extra == pytest.approx(4 * (50_000 * DEFAULT_SIZE.layers + 20_000 * DEFAULT_SIZE.output) / 0.75e11)
+    operations = 4 * (50_000 * DEFAULT_SIZE.layers + 20_000 * DEFAULT_SIZE.output)
+    assert extra == pytest.approx(operations / (TRAINING_SHARE["float32"] * 1e11))
     slower = estimate_run(WORK, DEFAULT_SIZE, "float32", 0.5e11)
     assert slower.finetune_s - once.finetune_s == pytest.approx(extra)
     assert slower.ask_base_s > once.ask_base_s > once.evaluate_s
