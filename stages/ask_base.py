@@ -77,6 +77,7 @@ def main() -> None:
         questions,
         settings.batch_size,
         limit,
+        settings.dtype,
         lambda done: progress(log, done, len(questions), "base"),
     )
     write_answers(artifacts("ask_base") / "answers.parquet", rows, asked.answers)

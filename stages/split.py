@@ -129,6 +129,37 @@ def divide(
     return Sides(tuple(by_side["train"]), tuple(by_side["validation"]), tuple(by_side["test"])), left_out
 
 
+def cap_training_rows(
+    rows: Sequence[Row],
+    labels: Mapping[str, str],
+    max_rows_per_group: int | None,
+    min_rows_per_label: int,
+    seed: int,
+) -> tuple[tuple[Row, ...], int]:
+    """Return the training rows with at most `max_rows_per_group` of each group, and how many are left out.
+
+    Groups of a rare label keep more, so that the label keeps `min_rows_per_label` rows if it has them: more
+    rows of a phrasing teach little, more rows of a rare class a lot (docs/benchmarks.md).
+
+    Args:
+        labels: of the groups.
+        max_rows_per_group: None for all rows.
+    """
+    if max_rows_per_group is None:
+        return tuple(rows), 0
+    by_group: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_group[row.group].append(row)
+    groups_of_label = Counter(labels[group] for group in by_group)
+    kept: set[str] = set()
+    for group, members in by_group.items():
+        limit = max(max_rows_per_group, math.ceil(min_rows_per_label / groups_of_label[labels[group]]))
+        chosen = random.Random(f"{seed}/{group}/train").sample(members, min(len(members), limit))
+        kept |= {row.id for row in chosen}
+    chosen_rows = tuple(row for row in rows if row.id in kept)
+    return chosen_rows, len(rows) - len(chosen_rows)
+
+
 def learned_only(rows: Sequence[Row], sides: Mapping[str, Side]) -> tuple[tuple[Row, ...], int]:
     """Return the feedback that may be learned, and how many rows may not: their group is held out."""
     free = tuple(row for row in rows if sides.get(row.group, "train") == "train")
@@ -244,7 +275,16 @@ def main() -> None:
     assigned = assign(labels, params.validation_fraction, params.test_fraction, params.seed)
     sides, over_cap = divide(asked, assigned, params.max_test_rows_per_group, params.seed)
     learned, left_out = learned_only(feedback, assigned)
-    train = mixed(sides.train, learned, params.seed)
+    capped, train_over_cap = cap_training_rows(
+        sides.train, labels, params.max_train_rows_per_group, params.min_train_rows_per_label, params.seed
+    )
+    if train_over_cap:
+        log.info(
+            "%d training rows are left out: at most %s of a group (split.max_train_rows_per_group)",
+            train_over_cap,
+            params.max_train_rows_per_group,
+        )
+    train = mixed(capped, learned, params.seed)
     sides, removed = without_near_duplicates(
         Sides(train, sides.validation, sides.test), params.near_duplicate_threshold
     )
@@ -261,6 +301,7 @@ def main() -> None:
         "feedback_rows": len(feedback),
         "feedback_rows_of_held_out_groups": left_out,
         "test_rows_over_cap": over_cap,
+        "train_rows_over_cap": train_over_cap,
         "train_rows_removed_as_near_duplicates": removed,
         **figures(sides, labels, stratify_by),
         "proof": proof(sides, params.near_duplicate_threshold),

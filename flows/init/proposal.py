@@ -73,6 +73,7 @@ def propose(
         "collect": {"sources": [file.as_entry(license, origin) for file in found.files]},
         "validate": _propose_validate(found.survey, license, params["validate"]),
         "check_bias": {"groups": _propose_groups(tags, params["check_bias"]["groups"])},
+        "split": {"max_train_rows_per_group": None},  # the default is for the templates of home_intents
         "ask_base": {
             "max_new_tokens": _propose_new_tokens(found.survey, params["ask_base"]["max_new_tokens"])
         },

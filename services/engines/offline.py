@@ -112,6 +112,7 @@ def ask_model(
     questions: Sequence[Question],
     batch_size: int,
     max_new_tokens: int,
+    dtype: str = "auto",
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> ModelAnswers:
     """Return a model's greedy answers, the loss of each reference, and the latency of a few questions.
@@ -119,13 +120,15 @@ def ask_model(
     Args:
         batch_size: questions that transformers answers at once.
         max_new_tokens: where an answer is cut.
+        dtype: `auto`, `bfloat16` or `float32`; the paged engine takes bfloat16 only where
+            the processor has it.
         on_progress: called with the number of questions answered so far.
 
     Raises:
         InputError: a question does not fit into the model's context.
     """
     ask = _ask_paged if engine == "paged" else _ask_transformers
-    return ask(model, tokenizer, questions, batch_size, max_new_tokens, on_progress)
+    return ask(model, tokenizer, questions, batch_size, max_new_tokens, dtype, on_progress)
 
 
 def _ask_paged(
@@ -134,6 +137,7 @@ def _ask_paged(
     questions: Sequence[Question],
     _batch_size: int,
     max_new_tokens: int,
+    dtype: str,
     on_progress: Callable[[int], None],
 ) -> ModelAnswers:
     from services.engines.paged.model import PagedModel
@@ -141,7 +145,11 @@ def _ask_paged(
     from services.engines.protocol import EngineError
 
     try:
-        paged = PagedModel(model.gguf or model.base, cache_mib=KV_CACHE_MIB)
+        paged = PagedModel(
+            model.gguf or model.base,
+            cache_mib=KV_CACHE_MIB,
+            precision="float32" if dtype == "float32" else "auto",
+        )
     except EngineError as error:
         raise InputError(
             f"the engine paged does not start: {error}", "set ask_base.engine: transformers"
@@ -175,10 +183,11 @@ def _ask_transformers(
     questions: Sequence[Question],
     batch_size: int,
     max_new_tokens: int,
+    wanted_dtype: str,
     on_progress: Callable[[int], None],
 ) -> ModelAnswers:
     device = pick_device()
-    dtype = pick_dtype(device)
+    dtype = pick_dtype(device, wanted_dtype)
     if model.adapter is None:
         loaded = load_base(model.base, dtype, device)
     else:

@@ -126,6 +126,7 @@ def ask_tuned(
         questions,
         settings.batch_size,
         limit,
+        settings.dtype,
         lambda done: progress(log, done, len(questions), "tuned"),
     )
 

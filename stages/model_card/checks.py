@@ -27,7 +27,8 @@ NEEDED = (
     *(f"check_bias.{key}" for key in ("rows", "success", "findings")),
     *(f"split.rows.{side}" for side in SIDES),
     *(f"split.groups.{side}" for side in SIDES),
-    *(f"split.{key}" for key in ("rows_in", "test_rows_over_cap", "train_rows_removed_as_near_duplicates")),
+    *(f"split.{key}" for key in ("rows_in", "test_rows_over_cap", "train_rows_over_cap")),
+    "split.train_rows_removed_as_near_duplicates",
     *(f"split.{key}" for key in ("feedback_rows", "feedback_rows_of_held_out_groups")),
     *(
         f"split.proof.{key}"
@@ -59,7 +60,8 @@ AGREEMENTS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("split.rows_in",), ("curate.kept",)),
     (
         (
-            *("split.rows.*", "split.test_rows_over_cap", "split.train_rows_removed_as_near_duplicates"),
+            *("split.rows.*", "split.test_rows_over_cap", "split.train_rows_over_cap"),
+            "split.train_rows_removed_as_near_duplicates",
             "split.feedback_rows_of_held_out_groups",
         ),
         ("split.rows_in",),

@@ -14,6 +14,7 @@ from stages.common.task.kinds import TASK_FILE
 from stages.split import (
     Sides,
     assign,
+    cap_training_rows,
     check_sizes,
     divide,
     figures,
@@ -158,7 +159,7 @@ def project(tmp_path, monkeypatch):
 
     def write(rows, stratify_by="intent", **changes):
         params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-        params["split"] |= changes
+        params["split"] |= {"max_train_rows_per_group": None} | changes
         params["task"]["stratify_by"] = stratify_by
         write_json(TASK_FILE, JsonTask(None).describe())
         Path("params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
@@ -203,6 +204,37 @@ def test_the_report_adds_up(project):
     assert removed > 0
     assert sum(report["rows"].values()) + removed + over_cap == report["rows_in"] == len(rows)
     assert report["proof"]["near_duplicates_across"] == 0
+
+
+def test_a_group_is_learned_at_most_so_often_and_a_rare_label_more_often():
+    rows = many(groups=8, rows_per_group=9, intents=4)
+    rows = [r for r in rows if r.tags["intent"] != "I0" or r.group == "g0"]  # I0: one group, the others two
+    labels = labels_of_groups(rows, [r.tags["intent"] for r in rows])
+    kept, left_out = cap_training_rows(rows, labels, 2, 7, seed=7)
+    by_group = Counter(r.group for r in kept)
+    assert by_group["g0"] == 7
+    assert {count for group, count in by_group.items() if group != "g0"} == {4}
+    assert left_out == len(rows) - len(kept)
+    assert [r for r in rows if r in kept] == list(kept)
+    assert cap_training_rows(rows, labels, 2, 7, seed=7) == (kept, left_out)
+    assert set(Counter(r.group for r in cap_training_rows(rows, labels, 2, 0, seed=7)[0]).values()) == {2}
+
+
+def test_without_a_limit_every_row_is_learned():
+    rows = many(4)
+    assert cap_training_rows(rows, {}, None, 20, seed=7) == (tuple(rows), 0)
+
+
+def test_the_rows_over_the_limit_are_counted_and_feedback_is_not_limited(project):
+    rows = many(60)
+    project([*rows, *told(8)], max_train_rows_per_group=3, min_train_rows_per_label=0)
+    split.main()
+    report = json.loads(Path("reports/split/metrics.json").read_text())
+    assert report["train_rows_over_cap"] == 2 * report["groups"]["train"] - 2 * 8
+    accounted = sum(report["rows"].values()) + report["test_rows_over_cap"] + report["train_rows_over_cap"]
+    assert accounted == report["rows_in"]
+    learned = read_rows(Path("artifacts/split/train.parquet"))
+    assert {r.id for r in told(8)} <= {r.id for r in learned}
 
 
 def told(count, **more):

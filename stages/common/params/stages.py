@@ -212,6 +212,8 @@ class Split(Section):
     validation_fraction: Fraction
     test_fraction: Annotated[float, Field(gt=0.0, lt=1.0)]
     max_test_rows_per_group: PositiveCount
+    max_train_rows_per_group: PositiveCount | None = None
+    min_train_rows_per_label: Count = 0
     min_train_rows: AutoCount = AUTO
     min_test_rows: AutoCount = AUTO
     near_duplicate_threshold: Fraction
@@ -230,6 +232,7 @@ class AskBase(Section):
     """Which test rows are asked, and how: the base model first, then the tuned one alike."""
 
     engine: Literal["auto", "paged", "transformers"]
+    dtype: Literal["auto", "bfloat16", "float32"]
     max_rows: AutoCount | None = AUTO
     min_test_rows: AutoCount = AUTO
     batch_size: PositiveCount

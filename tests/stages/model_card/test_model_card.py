@@ -92,6 +92,7 @@ def evidence():
             "feedback_rows": 0,
             "feedback_rows_of_held_out_groups": 0,
             "test_rows_over_cap": 1,
+            "train_rows_over_cap": 0,
             "train_rows_removed_as_near_duplicates": 1,
             "labels_without_test_rows": ["HassBroadcast"],
             "proof": {"groups_on_two_sides": 0, "near_duplicates_across": 0, "highest_similarity": 0.61},
