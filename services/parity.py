@@ -1,12 +1,12 @@
-"""Is the model that is served the model that was trained? The same test rows, asked of both.
+"""Compare the served model with the trained one, on the same test rows.
 
-The trainer's answers are those that the stage evaluate kept; the server is asked by HTTP, as users ask it.
-Chat templates are compared prompt by prompt, by their number of tokens and by the template's hash.
+The trained model's answers come from the stage evaluate, the served model's from the HTTP API. Chat templates
+are compared by hash, and prompt by prompt by number of tokens.
 
     perennial parity [--url http://127.0.0.1:3000] [--model NAME:VERSION]
 
 Writes reports/parity/VERSION.json, which a promotion reads.
-Exit code 0: they agree; 1: they do not, or could not be compared.
+Exit code: 0 if they agree, 1 if they differ or could not be compared.
 """
 
 from __future__ import annotations
@@ -33,27 +33,26 @@ from stages.common.task.kinds import read_task
 from stages.common.task.metrics import Metric, share
 from stages.common.task.protocol import Task
 
-log = logging.getLogger("parity")
+logger = logging.getLogger("services.parity")
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
-    """What the server said to one row."""
+class ServedAnswer:
+    """The server's answer to one row."""
 
     text: str
     prompt_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class ParityReport:
     """Whether trainer and server agree.
 
     Attributes:
-        version: of the model that was asked.
-        agrees: nothing below speaks against it.
+        version: of the served model.
         exact_match: the server's minus the trainer's, on the same rows, with its interval.
-        same_answers: share of rows whose answers are equal, right or wrong.
-        templates_differ: rows whose prompt has another number of tokens on the server.
+        same_answers: share of rows with equal answers, right or wrong.
+        templates_differ: rows whose prompt has a different number of tokens on the server.
         reasons: why they do not agree; empty if they do.
     """
 
@@ -71,17 +70,17 @@ class Verdict:
 def compare(
     rows: Sequence[Row],
     trainer: Sequence[str],
-    served: Sequence[Served],
+    served: Sequence[ServedAnswer],
     prompt_tokens: Sequence[int],
     same_template: bool,
     version: str,
     params: Params,
     task: Task,
-) -> Verdict:
-    """Return the verdict on two models' answers to the same rows.
+) -> ParityReport:
+    """Compare two models' answers to the same rows.
 
-    The loss that counts is the paired difference itself, not its interval: between two ways to compute one
-    model it should be nothing at all, and rows that only rounding decides go both ways.
+    The limit applies to the paired difference itself, not to its interval: two ways to compute one model
+    should not differ at all, and rows that rounding decides go in both directions.
     """
     evaluate = params.evaluate
     ours, theirs = (
@@ -98,10 +97,10 @@ def compare(
     if not same_template:
         reasons.append("the server's chat template is not the trainer's")
     if differ:
-        reasons.append(f"{differ} of {len(rows)} prompts have another number of tokens on the server")
+        reasons.append(f"{differ} of {len(rows)} prompts have a different number of tokens on the server")
     if change.value < -limit - 1e-12:
-        reasons.append(f"exact match falls by {-change.value:.4f}, and may fall by {limit} at most")
-    return Verdict(
+        reasons.append(f"exact match falls by {-change.value:.4f}, and the limit is {limit}")
+    return ParityReport(
         version=version,
         agrees=not reasons,
         rows=len(rows),
@@ -120,11 +119,11 @@ def _exact_match(rows: Sequence[Row], texts: Sequence[str], task: Task) -> Metri
 
 async def ask_all(
     url: str, model: str | None, rows: Sequence[Row], max_tokens: int, concurrency: int, key: str | None
-) -> list[Served]:
-    """Ask a server every row, some at a time, greedily.
+) -> list[ServedAnswer]:
+    """Send every row to a server, `concurrency` at a time, with greedy decoding.
 
     Raises:
-        InputError: it cannot be reached, or refuses a row.
+        InputError: it cannot be reached, or rejects a row.
     """
     import httpx
 
@@ -132,7 +131,7 @@ async def ask_all(
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     async with httpx.AsyncClient(base_url=url, headers=headers, timeout=300.0) as client:
 
-        async def ask(row: Row) -> Served:
+        async def ask(row: Row) -> ServedAnswer:
             nonlocal done
             messages = [{"role": message.role, "content": message.content} for message in row.prompt]
             body = {"messages": messages, "temperature": 0, "max_tokens": max_tokens, "user": row.id}
@@ -145,17 +144,17 @@ async def ask_all(
                     f"{url} answers row {row.id} with {answer.status_code}: {answer.text[:300]}", _READY
                 )
             value, done = answer.json(), done + 1
-            progress(log, done, len(rows))
-            return Served(value["choices"][0]["message"]["content"], value["usage"]["prompt_tokens"])
+            progress(logger, done, len(rows))
+            return ServedAnswer(value["choices"][0]["message"]["content"], value["usage"]["prompt_tokens"])
 
         try:
             return await asyncio.gather(*(ask(row) for row in rows))
         except httpx.HTTPError as error:
-            raise InputError(f"{url} cannot be asked: {error!r}", _READY) from None
+            raise InputError(f"{url} cannot be reached: {error!r}", _READY) from None
 
 
-async def served_model(url: str, model: str | None, key: str | None) -> dict[str, Any]:
-    """Return what the server says of a model; of the champion where none is named."""
+async def fetch_model(url: str, model: str | None, key: str | None) -> dict[str, Any]:
+    """Return the server's description of a model, by default of the champion."""
     import httpx
 
     headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -163,7 +162,7 @@ async def served_model(url: str, model: str | None, key: str | None) -> dict[str
         try:
             answer = await client.get(f"/v1/models/{model or 'champion'}")
         except httpx.HTTPError as error:
-            raise InputError(f"{url} cannot be asked: {error!r}", _READY) from None
+            raise InputError(f"{url} cannot be reached: {error!r}", _READY) from None
     if answer.status_code != 200:
         raise InputError(f"{url} answers with {answer.status_code}: {answer.text[:300]}", _READY)
     about: dict[str, Any] = answer.json()["perennial"]
@@ -175,12 +174,12 @@ _READY = (
 )
 
 
-def check(url: str, model: str | None, params: Params, root: Path = Path()) -> Verdict:
-    """Compare the server with the trainer's kept answers.
+def compare_with_server(url: str, model: str | None, params: Params, root: Path = Path()) -> ParityReport:
+    """Compare the server's answers with those that the stage evaluate stored.
 
     Raises:
         InputError: the pipeline has not been evaluated, the server serves another model than the one
-            evaluated, or it cannot be asked.
+            evaluated, or it cannot be reached.
     """
     import pyarrow.parquet as pq
 
@@ -192,12 +191,12 @@ def check(url: str, model: str | None, params: Params, root: Path = Path()) -> V
     rows = [row for row in read_rows(root / artifacts("split") / "test.parquet") if row.id in trainer]
     rows = rows[: params.services.parity.max_rows]
     key = os.environ.get("PERENNIAL_API_KEY")
-    about = asyncio.run(served_model(url, model, key))
+    about = asyncio.run(fetch_model(url, model, key))
     expected = read_json(root / artifacts("export") / "serving.json")["version"]
     if about["version"] != expected:
         raise InputError(
-            f"{url} serves version {about['version']}, and the trainer's answers are of {expected}",
-            f"name that version: --model NAME:{expected}",
+            f"{url} serves version {about['version']}, and the evaluated version is {expected}",
+            f"select that version: --model NAME:{expected}",
         )
     tokenizer = load_tokenizer(root / artifacts("fetch_base"))
     limit = read_json(root / reports("evaluate") / "metrics.json")["answer_limit_tokens"]
@@ -215,36 +214,38 @@ def check(url: str, model: str | None, params: Params, root: Path = Path()) -> V
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compare, write the verdict and say it; return the exit code."""
+    """Compare, write and log the report; return the exit code."""
     set_quiet_environment()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    parser = argparse.ArgumentParser(prog="perennial parity", description="Compare trainer and server.")
-    parser.add_argument("--url", help="of the service; services.host and services.port in params.yaml")
-    parser.add_argument("--model", help="NAME:VERSION; the champion where none is given")
+    parser = argparse.ArgumentParser(
+        prog="perennial parity", description="Compare the served with the trained model."
+    )
+    parser.add_argument("--url", help="address of the service (default: services.host and services.port)")
+    parser.add_argument("--model", help="NAME:VERSION (default: the champion)")
     options = parser.parse_args(arguments)
     try:
         params = load_params()
         url = options.url or f"http://{params.services.host}:{params.services.port}"
-        verdict = check(url, options.model, params)
-        write_json(reports("parity") / f"{verdict.version}.json", asdict(verdict))
+        report = compare_with_server(url, options.model, params)
+        write_json(reports("parity") / f"{report.version}.json", asdict(report))
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
-    change = verdict.exact_match
-    log.info(
-        "exact match: trainer %.4f, server %.4f; change %+.4f (%+.4f to %+.4f) on %d rows; %.1f %% alike",
-        verdict.trainer_exact_match,
-        verdict.served_exact_match,
+    change = report.exact_match
+    logger.info(
+        "exact match: trainer %.4f, server %.4f; change %+.4f (%+.4f to %+.4f) on %d rows; %.1f %% equal",
+        report.trainer_exact_match,
+        report.served_exact_match,
         change.value,
         change.low,
         change.high,
-        verdict.rows,
-        100 * verdict.same_answers,
+        report.rows,
+        100 * report.same_answers,
     )
-    for reason in verdict.reasons:
-        log.error("refused: %s", reason)
-    return 0 if verdict.agrees else 1
+    for reason in report.reasons:
+        logger.error("rejected: %s", reason)
+    return 0 if report.agrees else 1
 
 
 if __name__ == "__main__":

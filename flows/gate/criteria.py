@@ -12,7 +12,7 @@ import numpy as np
 from flows.gate.evaluation import PairedAnswers
 from flows.gate.verdict import Criterion, CriterionKind
 from services.guard import checks
-from services.parity import Verdict
+from services.parity import ParityReport
 from stages.common.params.loop import GateSettings
 from stages.common.records import Row
 from stages.common.statistics import Difference, Floats, difference, sums_by_group
@@ -211,7 +211,7 @@ def _largest_gap(sums: Floats) -> Floats:
     return found
 
 
-def check_parity(found: Verdict, limit: float) -> Criterion:
+def check_parity(found: ParityReport, limit: float) -> Criterion:
     """Does the server answer as the trainer did?"""
     change = found.exact_match
     summary = (

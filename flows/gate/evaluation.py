@@ -80,7 +80,7 @@ class Evidence:
     task: Task
     new: PairedAnswers | None
     old: PairedAnswers | None
-    parity: parity.Verdict
+    parity: parity.ParityReport
     card: tuple[str, ...]
     evaluation: Mapping[str, Any]
     excluded: Mapping[str, int]
@@ -236,9 +236,9 @@ class _Trainer:
             read_task(root),
         )
 
-    def compare(self, answers: Mapping[str, Any], params: Params, tag: str) -> parity.Verdict:
+    def compare(self, answers: Mapping[str, Any], params: Params, tag: str) -> parity.ParityReport:
         served = [
-            parity.Served(answer["candidate"], answer["prompt_tokens"])
+            parity.ServedAnswer(answer["candidate"], answer["prompt_tokens"])
             for answer in (answers["parity"][row.id] for row in self.rows)
         ]
         return parity.compare(
@@ -332,7 +332,7 @@ async def _ask(
     url: str, at_once: int, tag: str, champion: str | None, tests: Mapping[str, EvalSet]
 ) -> dict[str, Any]:
     """Have the candidate answer every row of every test, and the champion all but those of parity."""
-    about = await parity.served_model(url, tag, None)
+    about = await parity.fetch_model(url, tag, None)
     candidate = await _ask_one(url, tag, list(tests.values()), at_once)
     shared = [test for name, test in tests.items() if name != "parity"]
     former = await _ask_one(url, champion, shared, at_once) if champion else {}
@@ -348,16 +348,16 @@ async def _ask(
     return found
 
 
-def _kept(who: str, answer: parity.Served) -> dict[str, Any]:
+def _kept(who: str, answer: parity.ServedAnswer) -> dict[str, Any]:
     tokens = {"prompt_tokens": answer.prompt_tokens} if who == "candidate" else {}
     return {who: answer.text, **tokens}
 
 
 async def _ask_one(
     url: str, tag: str, tests: Sequence[EvalSet], at_once: int
-) -> dict[tuple[str, int], parity.Served]:
+) -> dict[tuple[str, int], parity.ServedAnswer]:
     """Have one model answer the rows of several tests; a row in several of them is answered once."""
-    answers: dict[tuple[str, int], parity.Served] = {}
+    answers: dict[tuple[str, int], parity.ServedAnswer] = {}
     for limit in sorted({test.max_tokens for test in tests}):
         rows = list({row.id: row for test in tests if test.max_tokens == limit for row in test.rows}.values())
         logger.info("%s answers %d rows", tag, len(rows))

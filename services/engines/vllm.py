@@ -27,6 +27,7 @@ from services.engines.protocol import (
     Step,
     TokenLogprob,
 )
+from stages.common.artifacts import sha256_of
 from stages.common.chat import end_of_turn_ids
 from stages.common.errors import InputError
 
@@ -226,8 +227,7 @@ def _hash_model(base: Path) -> str:
     """Return a hash of a base model's configuration and weights."""
     whole = hashlib.sha256()
     for file in sorted([base / "config.json", *base.glob("*.safetensors")]):
-        with file.open("rb") as opened:
-            whole.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
+        whole.update(f"{file.name}\0{sha256_of(file)}\n".encode())
     return whole.hexdigest()
 
 

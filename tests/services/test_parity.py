@@ -70,17 +70,17 @@ def project(tmp_path_factory):
 
 def test_the_same_model_behind_http_agrees(project, params, tmp_path):
     with serving(tmp_path, tiny_files(tmp_path / "model")) as server:
-        verdict = parity.check(server.url, None, params, project)
-    assert verdict.agrees and verdict.reasons == ()
-    assert 0.2 < verdict.trainer_exact_match == verdict.served_exact_match < 0.6
-    assert verdict.same_answers == 1.0 and verdict.exact_match.value == 0.0
+        report = parity.compare_with_server(server.url, None, params, project)
+    assert report.agrees and report.reasons == ()
+    assert 0.2 < report.trainer_exact_match == report.served_exact_match < 0.6
+    assert report.same_answers == 1.0 and report.exact_match.value == 0.0
 
 
 def test_another_model_is_refused_for_what_it_loses(project, params, tmp_path):
     with serving(tmp_path, tiny_files(tmp_path / "model", seed=5)) as server:
-        verdict = parity.check(server.url, None, params, project)
-    assert not verdict.agrees
-    assert any(reason.startswith("exact match falls by 0.") for reason in verdict.reasons)
+        report = parity.compare_with_server(server.url, None, params, project)
+    assert not report.agrees
+    assert any(reason.startswith("exact match falls by 0.") for reason in report.reasons)
 
 
 def test_another_chat_template_is_refused(project, params, tmp_path):
@@ -89,27 +89,27 @@ def test_another_chat_template_is_refused(project, params, tmp_path):
     text = template.read_text().replace("assistant\n", "assistant: \n").replace("'role'] }}", "'role'] }}: ")
     template.write_text(text)
     with serving(tmp_path, files) as server:
-        verdict = parity.check(server.url, None, params, project)
-    assert not verdict.agrees
-    assert "the server's chat template is not the trainer's" in verdict.reasons
-    assert verdict.templates_differ == verdict.rows
+        report = parity.compare_with_server(server.url, None, params, project)
+    assert not report.agrees
+    assert "the server's chat template is not the trainer's" in report.reasons
+    assert report.templates_differ == report.rows
 
 
 def test_a_server_of_another_version_is_not_compared(project, params, tmp_path):
     served = serving(tmp_path, tiny_files(tmp_path / "model", "b" * 12))
-    problem = f"serves version {'b' * 12}.*are of {'a' * 12}"
+    problem = f"serves version {'b' * 12}.*evaluated version is {'a' * 12}"
     with served as server, pytest.raises(InputError, match=problem):
-        parity.check(server.url, None, params, project)
+        parity.compare_with_server(server.url, None, params, project)
 
 
 def test_a_server_that_is_not_there_is_named_with_what_to_do(project, params):
-    with pytest.raises(InputError, match=r"127\.0\.0\.1:9 cannot be asked[\s\S]*make serve"):
-        parity.check("http://127.0.0.1:9", None, params, project)
+    with pytest.raises(InputError, match=r"127\.0\.0\.1:9 cannot be reached[\s\S]*make serve"):
+        parity.compare_with_server("http://127.0.0.1:9", None, params, project)
 
 
-def test_a_verdict_can_be_written_as_json(project, params, tmp_path):
+def test_a_report_can_be_written_as_json(project, params, tmp_path):
     from dataclasses import asdict
 
     with serving(tmp_path, tiny_files(tmp_path / "model")) as server:
-        verdict = parity.check(server.url, None, params, project)
-    assert json.loads(json.dumps(asdict(verdict)))["agrees"] is True
+        report = parity.compare_with_server(server.url, None, params, project)
+    assert json.loads(json.dumps(asdict(report)))["agrees"] is True

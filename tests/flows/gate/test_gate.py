@@ -65,7 +65,7 @@ def paired(count, champion, candidate, **more):
 
 def make_evidence(**changes):
     same = Difference(0.0, -0.01, 0.01, 1.0)
-    verdict = parity.Verdict("b" * 12, True, 200, 0.8, 0.8, same, 0.99, 0, ())
+    verdict = parity.ParityReport("b" * 12, True, 200, 0.8, 0.8, same, 0.99, 0, ())
     given = Evidence(
         NEW,
         OLD,
