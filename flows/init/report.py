@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,6 +19,7 @@ SHOWN_REJECTED = 3
 SHOWN_LANGUAGES = 5
 LEAST_SHARE = 0.01  # of the rows; a language with less is likely a wrong guess
 SHOWN_CHARS = 70
+BUSY_SHARE = 0.75  # of the cores; more are not busy with this command alone
 LEAST_TEST_ROWS = 100  # with fewer, an interval of 95 % is wider than ten points each way
 
 
@@ -129,6 +131,11 @@ def report_run(estimate: RunEstimate) -> str:
         f"  test         about {estimate.test_rows:,} rows",
         f"  time         about {_show_minutes(estimate.minutes)} on this machine, after installation",
     ]
+    cores = os.cpu_count() or 1
+    if os.getloadavg()[0] > BUSY_SHARE * cores:
+        lines.append(
+            "               measured next to other work on this machine; without it the run is faster"
+        )
     if estimate.test_rows < LEAST_TEST_ROWS:
         lines.append(
             "               so few test rows see large differences only; the report has the interval"
