@@ -48,7 +48,9 @@ def collect_source(
     if isinstance(source, Feedback):
         return collect_feedback(Path(source.path), system_prompt, on_bad_row)
     if isinstance(source, File):
-        options = FormatOptions(source.format, source.encoding, source.delimiter, source.records_key)
+        options = FormatOptions(
+            source.format, source.encoding, source.delimiter, source.records_key, source.column_names
+        )
         columns = Columns(
             shape=source.shape,
             messages=source.messages_column,

@@ -61,6 +61,7 @@ def _make_parser() -> argparse.ArgumentParser:
     reading.add_argument("--format", choices=("jsonl", "json", "csv", "parquet"))
     reading.add_argument("--encoding", help="such as cp1252")
     reading.add_argument("--delimiter", help="of CSV; one character, or 'tab'")
+    reading.add_argument("--column-names", metavar="NAMES", default="", help="of a CSV without a header")
     reading.add_argument("--records-key", help="the key of the rows in a JSON object")
     reading.add_argument("--shape", choices=("chat", "sharegpt", "alpaca", "pair"))
     for part in ("messages", "prompt", "context", "completion", "system", "group"):
@@ -160,7 +161,8 @@ def _pick(section: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
 
 def _format_options(options: argparse.Namespace) -> FormatOptions:
     delimiter = "\t" if options.delimiter in ("tab", "\\t") else options.delimiter
-    return FormatOptions(options.format, options.encoding, delimiter, options.records_key)
+    names = _split_names(options.column_names)
+    return FormatOptions(options.format, options.encoding, delimiter, options.records_key, names)
 
 
 def _columns(options: argparse.Namespace) -> Columns:
@@ -172,8 +174,13 @@ def _columns(options: argparse.Namespace) -> Columns:
         completion=options.completion_column,
         system=options.system_column,
         group=options.group_column,
-        tags=tuple(filter(None, map(str.strip, options.tag_columns.split(",")))),
+        tags=_split_names(options.tag_columns),
     )
+
+
+def _split_names(names: str) -> tuple[str, ...]:
+    """Return names that are separated by commas."""
+    return tuple(filter(None, map(str.strip, names.split(","))))
 
 
 if __name__ == "__main__":

@@ -50,8 +50,9 @@ class DataFile:
             "encoding": self.options.encoding,
             "delimiter": self.options.delimiter,
             "records_key": self.options.records_key,
+            "column_names": list(self.options.column_names),
         }
-        entry |= {key: value for key, value in given.items() if value is not None}
+        entry |= {key: value for key, value in given.items() if value}
         entry["shape"] = self.collected.metrics["shape"]
         found = self.collected.metrics["columns"]
         entry |= {f"{part}_column": name for part, name in found.items() if part != "history"}

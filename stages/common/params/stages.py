@@ -79,6 +79,7 @@ class File(Section):
     encoding: str | None = None
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
     records_key: str | None = None
+    column_names: tuple[str, ...] = ()
     shape: Literal["chat", "sharegpt", "alpaca", "pair"] | None = None
     messages_column: str | None = None
     prompt_column: str | None = None

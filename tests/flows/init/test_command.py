@@ -280,6 +280,14 @@ def test_columns_in_doubt_are_named_with_the_options_that_decide(capsys):
     assert entry()["completion_column"] == "right"
 
 
+def test_a_file_without_a_header_needs_the_names_of_its_columns(capsys):
+    write_csv("data/a.csv", [(label, question) for question, label in PAIRS[1:]], header=PAIRS[0][::-1])
+    assert run("data/a.csv") == 1
+    assert "or set --column-names" in refused(capsys)
+    assert run("data/a.csv", "--column-names", "label, text") == 0
+    assert entry()["column_names"] == ["label", "text"]
+
+
 def test_a_kind_in_doubt_is_named_with_the_option_that_decides(capsys):
     write_csv("data/a.csv", [(f"text {n}", f"class {n // 2}") for n in range(60)])
     assert run("data/a.csv") == 1

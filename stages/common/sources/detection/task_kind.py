@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from stages.common.errors import InputError
 from stages.common.sources.files.entries import shorten
-from stages.common.sources.files.shapes import is_label_column
+from stages.common.sources.files.shapes import could_be_label, is_label_column
 
 Kind = Literal["json", "label", "text"]
 
@@ -19,7 +19,6 @@ MIN_JSON_SHARE = 0.95  # of the answers; the others are broken rows
 MAX_JSON_SHARE = 0.05  # of the answers of another kind: some texts happen to be JSON
 # Between labels (each three times, see `is_label_column`) and texts that rarely repeat.
 MAX_TEXT_REPEATS = 1.5
-MAX_LABEL_CHARS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +63,7 @@ def detect_task_kind(
     repeats = len(answers) / len(different)
     if is_label_column(answers):
         return TaskKind("label", None, f"{len(different):,} different short answers in {len(answers):,} rows")
-    if repeats > MAX_TEXT_REPEATS and all(map(_could_be_label, different)):
+    if repeats > MAX_TEXT_REPEATS and all(map(could_be_label, different)):
         raise InputError(
             f"{len(different):,} different short answers in {len(answers):,} rows: labels with few rows "
             f"each, or texts; the commonest is {shorten(different.most_common(1)[0][0])}",
@@ -115,7 +114,3 @@ def _parse(answer: str) -> dict[str, Any] | list[Any] | None:
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict | list) else None
-
-
-def _could_be_label(answer: str) -> bool:
-    return len(answer) <= MAX_LABEL_CHARS and "\n" not in answer

@@ -9,14 +9,15 @@ from __future__ import annotations
 import csv
 import io
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from stages.common.errors import InputError
 from stages.common.sources.files.encodings import open_text
-from stages.common.sources.files.entries import BadRow, Entry, count, find_undecodable
+from stages.common.sources.files.entries import BadRow, Entry, count, find_undecodable, shorten
 
 DELIMITERS = (",", ";", "\t", "|")
 SAMPLE_RECORDS = 500
@@ -24,6 +25,9 @@ MAX_RECORD_LINES = 1000
 MAX_SAMPLE_RECORD_LINES = 100
 STRAY_QUOTE_LINES = 50  # as far after a broken record its closing quote is searched
 SPACED_SHARE = 0.9  # of the lines with `, "`: a space after each delimiter is no part of the cell
+MIN_ROWS_TO_JUDGE = 5
+MAX_NAME_CHARS = 80  # of a column
+MAX_NAME_SHARE = 0.02  # of the rows may have the name of a column as its value
 MIN_SWALLOWED_LINES = 6  # in a cell: prose of that many lines has not the delimiters of a row in each
 
 
@@ -241,8 +245,13 @@ def _count_quotes(lines: Sequence[str], dialect: Dialect) -> tuple[int, int]:
     return broken, quoted
 
 
-def read_csv(path: Path, encoding: str, dialect: Dialect) -> Iterator[Entry]:
-    """Yield the rows of delimited text under a header; the line is the one that a row begins on.
+def read_csv(
+    path: Path, encoding: str, dialect: Dialect, column_names: Sequence[str] = ()
+) -> Iterator[Entry]:
+    """Yield the rows of delimited text; the line is the one that a row begins on.
+
+    Args:
+        column_names: of a file without a header; empty: the first line has them.
 
     Raises:
         InputError: the header cannot be read, or has one name twice.
@@ -253,7 +262,7 @@ def read_csv(path: Path, encoding: str, dialect: Dialect) -> Iterator[Entry]:
             next(lines)
             first_line = 2
         records = read_records(lines, dialect, first_line)
-        header = _read_header(path, next(records, None))
+        header = list(column_names) or _read_header(path, next(records, None))
         for record in records:
             text = "".join(record.lines).rstrip("\r\n")
             yield Entry(record.line, text, _name_cells(header, record.cells, encoding))
@@ -269,6 +278,17 @@ def _read_header(path: Path, record: Record | None) -> list[str]:
     if twice:
         raise InputError(f"{path} has the column {twice[0]!r} twice", "rename one of them")
     return header
+
+
+def check_header(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Raise an InputError if the names of the columns look like the values of a first row."""
+    for name in rows[0] if len(rows) >= MIN_ROWS_TO_JUDGE else ():
+        same = sum(row.get(name) == name for row in rows)
+        if len(name) > MAX_NAME_CHARS or same > MAX_NAME_SHARE * len(rows):
+            raise InputError(
+                f"{path} has no header: its first line, {shorten(', '.join(rows[0]))}, looks like a row",
+                "add a line with the names of the columns, or set `column_names`",
+            )
 
 
 def _name_cells(header: Sequence[str], cells: list[str] | BadRow, encoding: str) -> dict[str, str] | BadRow:

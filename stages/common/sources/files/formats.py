@@ -48,6 +48,7 @@ class FormatOptions:
     encoding: str | None = None
     delimiter: str | None = None
     records_key: str | None = None
+    column_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,8 @@ class FileFormat:
         kind: csv stands for every delimiter.
         encoding: of the text; None for Parquet.
         is_certain: false if the text is not UTF-8 and no encoding was given: its other bytes are rejected.
-        dialect: of delimited text; records_key: of a JSON object with several arrays.
+        dialect: of delimited text; column_names: of such a text without a header.
+        records_key: of a JSON object with several arrays.
     """
 
     kind: Kind
@@ -67,6 +69,7 @@ class FileFormat:
     is_certain: bool = True
     dialect: Dialect | None = None
     records_key: str | None = None
+    column_names: tuple[str, ...] = ()
 
 
 def detect_format(path: Path, options: FormatOptions | None = None) -> FileFormat:
@@ -101,7 +104,10 @@ def detect_format(path: Path, options: FormatOptions | None = None) -> FileForma
         dialect = detect_dialect(_read_sample(path, encoding), path, options.delimiter)
     elif options.format is None:
         kind = "json" if is_json_document(_read_sample(path, encoding), suffix) else "jsonl"
-    return FileFormat(kind, compression, encoding, detected is not None, dialect, options.records_key)
+    is_certain = detected is not None
+    return FileFormat(
+        kind, compression, encoding, is_certain, dialect, options.records_key, options.column_names
+    )
 
 
 def read_entries(path: Path, format: FileFormat) -> Iterator[Entry]:
@@ -113,7 +119,7 @@ def read_entries(path: Path, format: FileFormat) -> Iterator[Entry]:
         return read_jsonl(path, encoding)
     if format.kind == "json":
         return read_json(path, encoding, format.records_key)
-    return read_csv(path, encoding, format.dialect or Dialect())
+    return read_csv(path, encoding, format.dialect or Dialect(), format.column_names)
 
 
 def inner_suffix(path: Path) -> str:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from stages.common.errors import InputError
 from stages.common.records import ORIGINS, Message, Row, conversation_problem, make_row
 from stages.common.sources import Collected, Rejected
+from stages.common.sources.files.csv_records import check_header
 from stages.common.sources.files.encodings import guess_encoding
 from stages.common.sources.files.entries import (
     BadRow,
@@ -63,7 +64,10 @@ def collect_file(
     sample, entries = sample_entries(read_entries(path, format))
     if not sample:
         raise report_empty(path)
-    shape = detect_shape(path, read_fields(sample), columns) if read_fields(sample) else Shape("pair")
+    fields = read_fields(sample)
+    if fields and format.kind == "csv" and not format.column_names:
+        check_header(path, fields)
+    shape = detect_shape(path, fields, columns) if fields else Shape("pair")
     rows: list[Row] = []
     rejected: list[Rejected] = []
     unread: Counter[str] = Counter()

@@ -47,6 +47,7 @@ OTHER_METHODS = (
 )
 ID_NAMES = re.compile(r"(.*_)?(id|idx|index|uuid|guid|number|no|date|time|timestamp|created_at|url|split)")
 SHOWN_COLUMNS = 12
+MAX_LABEL_CHARS = 64
 TEXT_SHARE = 0.5  # of the records: less often filled, and a column is no prompt or completion
 
 
@@ -234,11 +235,12 @@ def _is_id(records: Sequence[Record], name: str) -> bool:
 def is_label_column(values: Sequence[str]) -> bool:
     """Return whether values are classes: short, on one line, each on average in at least three rows."""
     different = set(values)
-    return (
-        len(values) >= 3 * len(different)
-        and len(different) > 1
-        and all(len(value) <= 64 and "\n" not in value for value in different)
-    )
+    return len(values) >= 3 * len(different) and len(different) > 1 and all(map(could_be_label, different))
+
+
+def could_be_label(value: str) -> bool:
+    """Return whether a value is short and on one line."""
+    return len(value) <= MAX_LABEL_CHARS and "\n" not in value
 
 
 def _is_text_column(records: Sequence[Record], name: str) -> bool:

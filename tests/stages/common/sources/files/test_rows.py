@@ -252,6 +252,16 @@ def test_a_file_of_bad_rows_only_is_an_error_that_shows_them(tmp_path):
         collect(jsonl(tmp_path, {**GOOD, "completion": ""}, "{"))
 
 
+def test_a_csv_without_a_header_is_refused_until_its_columns_are_named(tmp_path):
+    lines = [f"{'spam' if n % 3 else 'ham'}\tmessage number {n}" for n in range(30)]
+    path = write(tmp_path / "sms.tsv", *lines)
+    with pytest.raises(InputError, match=r"no header: its first line, 'ham, message number 0'.*") as error:
+        collect(path)
+    assert "column_names" in error.value.fix
+    rows = collect(path, column_names=("label", "text")).rows
+    assert (len(rows), rows[0].question, rows[0].answer) == (30, "message number 0", "ham")
+
+
 def test_half_of_a_surrogate_pair_in_a_rejected_row_is_escaped(tmp_path):
     path = jsonl(tmp_path, GOOD, '{"prompt\\ud800": "a"}')
     (rejected,) = collect(path).rejected
