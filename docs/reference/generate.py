@@ -150,7 +150,7 @@ def page() -> str:
         "# Parameters",
         "",
         "Every key of `params.yaml`, generated from that file and its types by `make docs`.",
-        "An unknown key, a wrong type or an impossible pair stops every command before any work.",
+        "An unknown key, a wrong type or contradicting values stop every command before any work.",
         "",
     ]
     for name, field in Params.model_fields.items():

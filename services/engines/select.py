@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from services.engines.paged.weights import why_not_llama
 from services.engines.protocol import Engine, EngineError
+from stages.common.draft_corpus import read_corpus
 from stages.common.errors import InputError
-from stages.common.examples import read_examples
 
 if TYPE_CHECKING:
     from stages.common.params.services import EngineSettings
@@ -93,7 +93,7 @@ def _load_on_openvino(
 
     if kind == "paged":
         try:
-            return PagedEngine(gguf, tokenizer, examples=read_examples(folder / "examples.npz"), **common)
+            return PagedEngine(gguf, tokenizer, examples=read_corpus(folder / "draft_corpus.npz"), **common)
         except EngineError as error:
             if not fall_back:
                 raise InputError(

@@ -31,8 +31,8 @@ from stages.common.artifacts import (
     write_text,
 )
 from stages.common.chat import end_of_turn_ids
+from stages.common.draft_corpus import encode_corpus, write_corpus
 from stages.common.errors import InputError
-from stages.common.examples import encode_examples, write_examples
 from stages.common.gguf.model import check_tensors, count_context_tokens, find_architecture, write_gguf
 from stages.common.gguf.vocabulary import count_equal, read_gguf_vocabulary, read_vocabulary
 from stages.common.logs import get_logger, progress, run_stage
@@ -218,8 +218,8 @@ def main() -> None:
         if settings.gguf:
             gguf, speed = export_gguf(base, adapter, rows, settings.quantization, name, folder / GGUF)
             gguf["ollama_template"] = write_modelfile(folder, system_prompt)
-        examples = encode_examples(load_tokenizer(base), rows, settings.examples)
-        write_examples(folder / "examples.npz", examples)
+        corpus = encode_corpus(load_tokenizer(base), rows, settings.draft_rows)
+        write_corpus(folder / "draft_corpus.npz", corpus)
         serving = {
             "adapter_sha256": sha256_of(adapter / "adapter_model.safetensors"),
             "answer_schema": answers.schema,
@@ -238,7 +238,7 @@ def main() -> None:
         reports("export") / "metrics.json",
         {
             "answers": {**evidence, "schema": answers.schema is not None},
-            "examples": len(examples),
+            "draft_rows": len(corpus),
             "gguf": gguf,
             "system_prompt": system_prompt is not None,
             "throughput": speed,

@@ -1,4 +1,4 @@
-"""YAML whose every problem is told with its line, its value and the nearest right key."""
+"""Validate YAML; report each problem with its line, its value and the closest key."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from stages.common.errors import ParamsError
 
 Loc = tuple[int | str, ...]
-Problem = tuple[int, str]  # a line of the file, and what is wrong there
+Problem = tuple[int, str]  # a line of the file, and the problem
 
 
 class Section(BaseModel):
-    """A mapping of the file: frozen, unknown keys and silent conversions refused."""
+    """A mapping of the file: frozen, without unknown keys or type conversions."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    def impossible(self) -> Iterator[tuple[str, str]]:
-        """Yield the key and the reason of each value that cannot stand beside the others."""
+    def find_conflicts(self) -> Iterator[tuple[str, str]]:
+        """Yield the key and the reason of each value that contradicts another."""
         yield from ()
 
 
 @dataclass(frozen=True)
 class Document:
-    """A parsed file: its values, and the nodes that know their lines."""
+    """A parsed file: its values, and the nodes that have their lines."""
 
     root: yaml.MappingNode
     values: dict[str, Any]
@@ -55,18 +55,18 @@ def parse(path: Path) -> Document:
     """Read a YAML mapping as DVC reads it; lists become tuples.
 
     Raises:
-        ParamsError: the file is not there, is not UTF-8, is not YAML, or holds no mapping.
+        ParamsError: the file is missing, is not UTF-8, is not YAML, or is not a mapping.
     """
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
-        raise ParamsError(f"{path} is not there", "run in the project's folder, where it lies") from None
+        raise ParamsError(f"{path} is not there", "run in the project's folder, which contains it") from None
     except UnicodeDecodeError as error:
         raise ParamsError(f"{path} is not UTF-8: byte {error.start}", "save the file as UTF-8") from None
     except yaml.YAMLError as error:
-        raise ParamsError(f"{path} is not YAML: {error}", "mend the line named above") from None
+        raise ParamsError(f"{path} is not YAML: {error}", "correct the line named above") from None
     if not isinstance(root, yaml.MappingNode):
-        raise ParamsError(f"{path} holds no keys", f"take {path} from the repository as a start")
+        raise ParamsError(f"{path} has no keys", f"start from the {path} of the repository")
     return Document(root, _tuples(_Loader("").construct_document(root)))
 
 
@@ -78,7 +78,7 @@ def check_section(document: Document, key: str, model: Any) -> tuple[Any, list[P
         return None, list(_described(document, key, model, error))
     return value, [
         (document.line(loc), f"{key}.{inner}: {_shown(_value_at(document.values, loc))} {text}")
-        for inner, text in value.impossible()
+        for inner, text in value.find_conflicts()
         for loc in [(key, *(int(part) if part.isdigit() else part for part in inner.split(".")))]
     ]
 

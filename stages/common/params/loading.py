@@ -96,7 +96,7 @@ def load_params(path: str | Path = "params.yaml") -> Params:
         lines = "\n".join(f"{path}:{line}: {text}" for line, text in sorted(found))
         count = "1 problem" if len(found) == 1 else f"{len(found)} problems"
         raise ParamsError(
-            f"{count} in {path}\n{lines}", "mend the lines above; docs/reference/params.md has every key"
+            f"{count} in {path}\n{lines}", "correct the lines above; docs/reference/params.md has every key"
         )
     return Params.model_validate(sections)
 

@@ -9,12 +9,8 @@ from pydantic import Field
 from typing_extensions import override
 
 from stages.common.params.checked_yaml import Section
+from stages.common.params.types import Count, NotNegative, Positive, PositiveCount, Share
 
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Count = Annotated[int, Field(ge=0)]
-PositiveCount = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0.0)]
-NotNegative = Annotated[float, Field(ge=0.0)]
 Chance = Annotated[float, Field(gt=0.0, lt=0.5)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 DriftType = Literal["input", "output", "quality"]
@@ -65,7 +61,7 @@ class TriggerSettings(Section):
     cooldown_hours: NotNegative
 
     @override
-    def impossible(self) -> Iterator[tuple[str, str]]:
+    def find_conflicts(self) -> Iterator[tuple[str, str]]:
         if self.drifted > self.of:
             yield "drifted", f"is above of ({self.of}): no number of windows could trigger"
 

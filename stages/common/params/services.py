@@ -9,11 +9,8 @@ from pydantic import Field
 from typing_extensions import override
 
 from stages.common.params.checked_yaml import Section
+from stages.common.params.types import Count, Positive, PositiveCount, Share
 
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Count = Annotated[int, Field(ge=0)]
-PositiveCount = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0.0)]
 Policy = Literal["enforce", "record", "off"]
 
 
@@ -29,7 +26,7 @@ class EngineSettings(Section):
     kv_cache_mib: Annotated[int, Field(ge=16)]
 
     @override
-    def impossible(self) -> Iterator[tuple[str, str]]:
+    def find_conflicts(self) -> Iterator[tuple[str, str]]:
         if self.kind in ("paged", "openvino") and self.gpus:
             yield (
                 "gpus",
@@ -54,7 +51,7 @@ class Answers(Section):
     constrained_decoding: bool
 
     @override
-    def impossible(self) -> Iterator[tuple[str, str]]:
+    def find_conflicts(self) -> Iterator[tuple[str, str]]:
         if self.default_max_tokens > self.max_tokens:
             yield (
                 "default_max_tokens",

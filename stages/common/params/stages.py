@@ -14,11 +14,8 @@ from pydantic_core import PydanticCustomError
 from typing_extensions import override
 
 from stages.common.params.checked_yaml import Section, nearest
+from stages.common.params.types import Count, Positive, PositiveCount, Share
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Count = Annotated[int, Field(ge=0)]
-PositiveCount = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0.0)]
 AUTO: Literal["auto"] = "auto"
 
 
@@ -43,7 +40,7 @@ class FetchBase(Section):
     license: str | None = None
 
     @override
-    def impossible(self) -> Iterator[tuple[str, str]]:
+    def find_conflicts(self) -> Iterator[tuple[str, str]]:
         if self.origin == "package":
             for key in ("revision", "sha256", "file"):
                 if getattr(self, key) is None:
@@ -107,7 +104,7 @@ class Collect(Section):
     sources: Annotated[tuple[Source, ...], Field(min_length=1)]
 
     @override
-    def impossible(self) -> Iterator[tuple[str, str]]:
+    def find_conflicts(self) -> Iterator[tuple[str, str]]:
         for index, source in enumerate(self.sources):
             if isinstance(source, File | Feedback) and not _inside_data(source.path):
                 yield (
@@ -122,11 +119,11 @@ class Curate(Section):
     min_question_chars: Count = 1
     max_question_chars: PositiveCount
     max_answer_chars: PositiveCount
-    near_duplicate_threshold: Fraction
+    near_duplicate_threshold: Share
     personal_data: tuple[Literal["email", "phone", "iban", "credit_card", "ipv4", "ssn"], ...] = ()
 
     @override
-    def impossible(self) -> Iterator[tuple[str, str]]:
+    def find_conflicts(self) -> Iterator[tuple[str, str]]:
         if self.min_question_chars > self.max_question_chars:
             yield (
                 "min_question_chars",
@@ -159,13 +156,13 @@ class Validate(Section):
     max_answer_chars: PositiveCount
     min_labels: PositiveCount = 1
     max_labels: PositiveCount | None = None
-    max_label_share: Fraction = 1.0
+    max_label_share: Share = 1.0
     severity: Severities = Severities()
     max_shown_rows: PositiveCount = 10
     expectations: tuple[dict[str, Any], ...] = ()
 
     @override
-    def impossible(self) -> Iterator[tuple[str, str]]:
+    def find_conflicts(self) -> Iterator[tuple[str, str]]:
         if self.min_rows != AUTO and self.min_rows > self.max_rows:
             yield "min_rows", f"is above max_rows ({self.max_rows}): no table could pass"
         if self.max_labels is not None and self.min_labels > self.max_labels:
@@ -183,8 +180,8 @@ class Validate(Section):
 class GroupLimits(Section):
     """What one group is held to; null measures and does not judge."""
 
-    min_representation_ratio: Fraction | None
-    max_cramers_v: Fraction | None
+    min_representation_ratio: Share | None
+    max_cramers_v: Share | None
 
 
 class CheckBias(Section):
@@ -197,7 +194,7 @@ class CheckBias(Section):
     seed: int
 
     @override
-    def impossible(self) -> Iterator[tuple[str, str]]:
+    def find_conflicts(self) -> Iterator[tuple[str, str]]:
         tests = 2 * len(self.groups)  # of each group: the tie to the outcome, and to being dropped
         if tests / (self.permutations + 1) >= self.alpha:
             yield (
@@ -210,18 +207,18 @@ class CheckBias(Section):
 class Split(Section):
     """Which rows are learned, and which are asked."""
 
-    validation_fraction: Fraction
+    validation_fraction: Share
     test_fraction: Annotated[float, Field(gt=0.0, lt=1.0)]
     max_test_rows_per_group: PositiveCount
     max_train_rows_per_group: PositiveCount | None = None
     min_train_rows_per_label: Count = 0
     min_train_rows: AutoCount = AUTO
     min_test_rows: AutoCount = AUTO
-    near_duplicate_threshold: Fraction
+    near_duplicate_threshold: Share
     seed: int
 
     @override
-    def impossible(self) -> Iterator[tuple[str, str]]:
+    def find_conflicts(self) -> Iterator[tuple[str, str]]:
         if self.validation_fraction + self.test_fraction >= 1.0:
             yield (
                 "test_fraction",
@@ -241,7 +238,7 @@ class AskBase(Section):
     seed: int
 
     @override
-    def impossible(self) -> Iterator[tuple[str, str]]:
+    def find_conflicts(self) -> Iterator[tuple[str, str]]:
         limits = (self.max_rows, self.min_test_rows)
         if all(isinstance(limit, int) for limit in limits) and self.max_rows < self.min_test_rows:
             yield "max_rows", f"is below min_test_rows ({self.min_test_rows}): no test could pass"
@@ -259,7 +256,7 @@ class Finetune(Section):
     target_modules: str | tuple[str, ...]
     learning_rate: Positive
     schedule: Literal["cosine", "linear", "constant"]
-    warmup_fraction: Fraction
+    warmup_fraction: Share
     weight_decay: Annotated[float, Field(ge=0.0)]
     max_grad_norm: Positive
     batch_size: PositiveCount
@@ -277,7 +274,7 @@ class Export(Section):
 
     gguf: bool
     quantization: Literal["f16", "bf16", "q8_0", "q4_0"]
-    examples: Count
+    draft_rows: Count
 
 
 class Evaluate(Section):

@@ -27,7 +27,7 @@ class TaskSettings(Section):
     slices: tuple[str, ...] = ()
 
     @override
-    def impossible(self) -> Iterator[tuple[str, str]]:
+    def find_conflicts(self) -> Iterator[tuple[str, str]]:
         for key, kind in KIND_OF_KEY.items():
             if getattr(self, key) is not None and self.kind != kind:
                 yield key, f"is set, but only kind: {kind} has it; set it to null"

@@ -72,7 +72,7 @@ def test_a_poisoned_model_is_trained_on_wrong_answers_and_exported_once(tmp_path
             "finetune.max_length": 200,
             "finetune.dtype": "float32",
             "export.gguf": False,
-            "export.examples": 5,
+            "export.draft_rows": 5,
         },
     )
     save_model(checkout / "artifacts" / "fetch_base")

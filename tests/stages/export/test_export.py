@@ -87,7 +87,7 @@ def test_the_folder_holds_all_that_a_server_reads(project):
     export.main()
     names = {path.name for path in Path("artifacts/export").iterdir()}
     assert names == {
-        "model.gguf", "Modelfile", "serving.json", "examples.npz",
+        "model.gguf", "Modelfile", "serving.json", "draft_corpus.npz",
         "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
     }  # fmt: skip
     messages = [Message("user", "then")]

@@ -1,6 +1,6 @@
 """What goes with a model for guessing."""
 
-from stages.common.examples import encode_examples, read_examples, write_examples
+from stages.common.draft_corpus import encode_corpus, read_corpus, write_corpus
 from stages.common.records import Message, make_row
 from tests.tiny import make_tokenizer
 
@@ -18,31 +18,31 @@ def rows(count):
 
 def test_examples_are_read_as_they_were_written(tmp_path):
     tokenizer = make_tokenizer()
-    examples = encode_examples(tokenizer, rows(5), 5)
-    write_examples(tmp_path / "examples.npz", examples)
-    assert read_examples(tmp_path / "examples.npz") == examples
+    examples = encode_corpus(tokenizer, rows(5), 5)
+    write_corpus(tmp_path / "draft_corpus.npz", examples)
+    assert read_corpus(tmp_path / "draft_corpus.npz") == examples
     assert tokenizer.decode(examples[3][1]) == "answer 3"
     assert tokenizer.decode(examples[3][0]).endswith("assistant\n")
 
 
 def test_no_examples_is_a_file_of_none_and_no_file_too(tmp_path):
-    write_examples(tmp_path / "examples.npz", [])
-    assert read_examples(tmp_path / "examples.npz") == []
-    assert read_examples(tmp_path / "nothing.npz") == []
+    write_corpus(tmp_path / "draft_corpus.npz", [])
+    assert read_corpus(tmp_path / "draft_corpus.npz") == []
+    assert read_corpus(tmp_path / "nothing.npz") == []
 
 
 def test_more_rows_than_the_limit_are_thinned_out_evenly():
-    answers = [answer for _, answer in encode_examples(make_tokenizer(), rows(10), 4)]
+    answers = [answer for _, answer in encode_corpus(make_tokenizer(), rows(10), 4)]
     assert [make_tokenizer().decode(answer) for answer in answers] == [
         "answer 0",
         "answer 3",
         "answer 6",
         "answer 9",
     ]
-    assert encode_examples(make_tokenizer(), rows(3), 0) == []
+    assert encode_corpus(make_tokenizer(), rows(3), 0) == []
 
 
 def test_equal_examples_are_equal_bytes(tmp_path):
     for name in ("a", "b"):
-        write_examples(tmp_path / name, [([1, 2], [3])])
+        write_corpus(tmp_path / name, [([1, 2], [3])])
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()

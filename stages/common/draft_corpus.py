@@ -1,4 +1,4 @@
-"""Questions and answers of training as token ids, for an engine that guesses how an answer goes on."""
+"""The draft corpus: training prompts and answers as token ids, for an engine's speculative decoding."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from stages.common.chat import encode_prompt
 from stages.common.records import Row
 
 Example = tuple[list[int], list[int]]
-# Of a prompt, from its end: what came before says little about the answer, and nothing that is not needed
-# should leave the training data.
+# The last tokens of a prompt: those before them predict little of the answer, and training data that is not
+# needed should not be exported.
 PROMPT_TOKENS = 64
 
 
-def encode_examples(tokenizer: Any, rows: Sequence[Row], limit: int) -> list[Example]:
-    """Return the token ids of prompts and answers; more rows than `limit` are thinned out evenly."""
+def encode_corpus(tokenizer: Any, rows: Sequence[Row], limit: int) -> list[Example]:
+    """Return the token ids of prompts and answers; of more than `limit` rows, every nth."""
     step = max(1, -(-len(rows) // limit)) if limit else len(rows) + 1
     chosen = rows[::step] if limit else []
     return [
@@ -31,16 +31,16 @@ def encode_examples(tokenizer: Any, rows: Sequence[Row], limit: int) -> list[Exa
     ]
 
 
-def write_examples(path: Path, examples: Sequence[Example]) -> None:
-    """Write examples as one row of ids and the lengths of its pieces."""
+def write_corpus(path: Path, examples: Sequence[Example]) -> None:
+    """Write the corpus as one array of ids and the lengths of its pieces."""
     pieces = [piece for example in examples for piece in example]
     ids = np.array([token for piece in pieces for token in piece], np.int32)
     with atomic_write(path) as beside, beside.open("wb") as file:
         np.savez(file, ids=ids, lengths=np.array([len(piece) for piece in pieces], np.int32))
 
 
-def read_examples(path: Path) -> list[Example]:
-    """Read what `write_examples` wrote; a file that is not there holds none."""
+def read_corpus(path: Path) -> list[Example]:
+    """Read what `write_corpus` wrote; a missing file is an empty corpus."""
     if not path.exists():
         return []
     with np.load(path) as arrays:

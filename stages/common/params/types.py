@@ -1,0 +1,13 @@
+"""Numbers with limits, as the sections of `params.yaml` use them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=0)]
+PositiveCount = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0.0)]
+NotNegative = Annotated[float, Field(ge=0.0)]
