@@ -1,4 +1,4 @@
-"""Whether an adapter that came back from the registry computes what was trained; run by `flows.record`.
+"""Compare an adapter downloaded from the registry with the trained one; `flows.registry.runs` runs it.
 
 Loads the base model once and both adapters on it, and compares the logits of some prompts bit by bit.
 
@@ -20,7 +20,7 @@ from stages.common.records import read_rows
 
 
 def compare(base: Path, trained: Path, reloaded: Path, prompts: Sequence[Sequence[int]]) -> float:
-    """Return the largest change that the adapters make to a logit of the base model.
+    """Return the largest change of a logit of the base model by the adapters.
 
     Args:
         prompts: token ids.
@@ -49,20 +49,20 @@ def compare(base: Path, trained: Path, reloaded: Path, prompts: Sequence[Sequenc
     if differing:
         gap = max(float((a - b).abs().max()) for a, b in zip(wanted, found, strict=True))
         raise InputError(
-            f"of {len(prompts)} prompts {differing} have other logits, by up to {gap:.3g}",
+            f"the logits of {differing} of {len(prompts)} prompts differ, by up to {gap:.3g}",
             "the registry's copy is not the trained adapter",
         )
     change = max(float((a - b).abs().max()) for a, b in zip(wanted, plain, strict=True))
     if change == 0.0:
         raise InputError(
-            "with the adapter every logit is the base model's: its weights were not found on loading",
+            "the adapter changes no logit of the base model: its weights were not found on loading",
             "compare adapter_config.json with the base model",
         )
     return change
 
 
 def main() -> None:
-    """Compare, and say how much the adapter changes."""
+    """Compare two adapters, and print how much they change."""
     parser = argparse.ArgumentParser(prog="python -m flows.registry.verify_adapter")
     for name in ("base", "trained", "reloaded", "rows"):
         parser.add_argument(f"--{name}", type=Path, required=True)

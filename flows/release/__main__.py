@@ -17,11 +17,12 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import get_args
 
 from flows.common.cli import run_command
 from flows.registry.tracking import Registry
 from flows.release.actions import Order, release
-from services.versions.aliases import ALIASES, read_aliases
+from services.versions.aliases import ALIASES, Mode, read_aliases
 from services.versions.releases import read_releases
 from stages.common.params.loading import load_params
 
@@ -46,8 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.write(format_status(root))
             return 0
         params = load_params(root / "params.yaml")
-        share, first = params.flows.retrain.canary.share, getattr(options, "first", False)
-        order = Order(options.action, options.tag, options.by, options.reason, share, first)
+        share = params.flows.retrain.canary.share if options.share is None else options.share
+        order = Order(
+            options.action, options.tag, options.by, options.reason, share, options.mode, options.first
+        )
         made = release(Registry.of(root, params), order)
         canary = f", {made.challenger} is in canary" if made.challenger else ""
         sys.stdout.write(f"{made.action}: the champion is {made.champion or 'none'}{canary}\n")
@@ -88,9 +91,17 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("status", help="the aliases, and the last releases")
     for action, meaning in HELP.items():
         command = commands.add_parser(action, help=meaning)
-        command.set_defaults(tag=None)
+        command.set_defaults(tag=None, share=None, mode="canary", first=False)
         if action not in ("pin", "unpin"):
             command.add_argument("tag", nargs="?" if action == "rollback" else None, help="NAME:VERSION")
+        if action == "canary":
+            command.add_argument("--share", type=_share, help="of the users; flows.retrain.canary.share")
+            command.add_argument(
+                "--mode",
+                choices=get_args(Mode),
+                default="canary",
+                help="canary: these users get its answers (default); shadow: it is asked the same, not shown",
+            )
         if action == "promote":
             command.add_argument(
                 "--first", action="store_true", help="without the gate's verdict, while there is no champion"
@@ -98,6 +109,13 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--reason", required=True, help="for the journal")
         command.add_argument("--by", default=getpass.getuser(), help="name for the journal")
     return parser
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
 
 
 if __name__ == "__main__":

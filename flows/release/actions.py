@@ -20,7 +20,15 @@ from flows.gate import verdict as gate
 from flows.registry.model_versions import push_aliases
 from flows.registry.tracking import Registry
 from services.versions import store
-from services.versions.aliases import ALIASES, HISTORY, Aliases, Challenger, read_aliases, write_aliases
+from services.versions.aliases import (
+    ALIASES,
+    HISTORY,
+    Aliases,
+    Challenger,
+    Mode,
+    read_aliases,
+    write_aliases,
+)
 from services.versions.releases import Action, Release, append_release, read_releases
 from stages.common.artifacts import STATE, read_json
 from stages.common.errors import InputError
@@ -39,7 +47,8 @@ class Order:
     Attributes:
         tag: the version; for a rollback the champion to leave (None: the present one); None for pins.
         by: a person's name, or the flow that decided; reason: kept in the journal.
-        share: of the users who get the challenger's answers, for a canary.
+        share, mode: of a canary: the share of the users, and whether they get the challenger's answers or it
+            is asked the same in the shadow.
         first: promote without the gate's verdict; allowed only while there is no champion.
     """
 
@@ -48,6 +57,7 @@ class Order:
     by: str
     reason: str
     share: float = 0.0
+    mode: Mode = "canary"
     first: bool = False
 
 
@@ -186,7 +196,7 @@ def _start_canary(root: Path, before: Aliases, order: Order, at: float) -> Alias
     if before.champion == tag:
         raise InputError(f"{tag} is the champion", "a challenger is another version")
     _check_gate(root, tag, before.champion)
-    return replace(before, challenger=Challenger(tag, order.share, "canary", at))
+    return replace(before, challenger=Challenger(tag, order.share, order.mode, at))
 
 
 def _reject(root: Path, before: Aliases, order: Order, at: float) -> Aliases:

@@ -401,6 +401,7 @@ def test_a_line_cut_off_by_a_kill_is_not_read_and_not_kept(tmp_path, mirror):
         (["promote", A, "--reason", "it is better", "--by", "me"], 0, f"promote: the champion is {A}"),
         (["promote", B, "--reason", "x"], 1, f"error: the gate has not judged {B}"),
         (["promote", B, "--first", "--reason", "x"], 0, f"promote: the champion is {B}"),
+        (["canary", A, "--reason", "x"], 1, "error: there is no champion to compare with"),
         (["rollback", "--reason", "x"], 1, "error: there is no former champion to replace None"),
         (["pin", "--reason", " "], 1, "error: pin needs a reason"),
     ],
@@ -432,6 +433,18 @@ def test_the_status_has_the_aliases_their_times_and_the_last_releases(tmp_path, 
         f"canary {B} by tester: because",
         f"promote {A} by tester: because",
     ]
+
+
+def test_a_canary_by_hand_can_have_its_own_share_or_be_a_shadow(tmp_path, mirror, monkeypatch, capsys):
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    monkeypatch.chdir(tmp_path)
+    promoted(tmp_path, A)
+    judged(tmp_path, B, A)
+    assert main(["canary", B, "--share", "0.5", "--mode", "shadow", "--reason", "a look"]) == 0
+    assert replace(served(tmp_path).challenger, since=None) == Challenger(B, 0.5, "shadow")
+    with pytest.raises(SystemExit):
+        main(["canary", B, "--share", "1.5", "--reason", "x"])
+    assert "1.5 is not between 0 and 1" in capsys.readouterr().err
 
 
 @pytest.fixture
