@@ -186,11 +186,13 @@ class ChatHandler:
         raise errors.engine_failed(request.request_id)
 
     def _resolve_sampling(self, requested: Sampling, model: LoadedModel) -> Sampling:
-        """Add log-probabilities, for monitoring, and the schema of constrained decoding."""
-        schema = requested.json_schema
-        if schema is None and self.settings.answers.constrained_decoding:
-            schema = model.answer_schema
-        return replace(requested, json_schema=schema, logprobs=requested.logprobs or 0)
+        """Add log-probabilities, for monitoring, and the schema or choices of constrained decoding."""
+        requested = replace(requested, logprobs=requested.logprobs or 0)
+        if requested.json_schema is not None or not self.settings.answers.constrained_decoding:
+            return requested
+        if model.task.answers_are_json:
+            return replace(requested, json_schema=model.answer_schema)
+        return replace(requested, choices=model.task.closed_set or ())
 
     async def _store_exchange(
         self, request: GenerationRequest, state: GenerationState, status: int, reason: str | None

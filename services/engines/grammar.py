@@ -6,10 +6,11 @@ llguidance is exact: an unsatisfiable schema, or an unsupported keyword, is an e
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from services.engines.protocol import SchemaUnsupported
+from services.engines.protocol import Sampling, SchemaUnsupported
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,6 +40,24 @@ class Grammars:
 
         size = max(self.vocab_size, len(self._tokenizer))
         return from_tokenizer(self._tokenizer, n_vocab=size, eos_token=self._end_id)
+
+    def compile_for(self, sampling: Sampling) -> Grammar | None:
+        """Return the grammar of an answer's JSON schema or choices; None where it may be any text.
+
+        Raises:
+            SchemaUnsupported: as `compile`.
+        """
+        if sampling.json_schema is not None:
+            return self.compile(sampling.json_schema)
+        return self.compile_choices(sampling.choices) if sampling.choices else None
+
+    def compile_choices(self, choices: Sequence[str]) -> Grammar:
+        """Return the grammar of answers that are one of these texts."""
+        from llguidance import LLMatcher
+
+        alternatives = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
+        grammar = LLMatcher.grammar_from_lark(f"start: {alternatives}")
+        return Grammar(LLMatcher(self._tokens, grammar, log_level=0), self.vocab_size)
 
     def compile(self, schema: str) -> Grammar:
         """Compile a JSON schema; raise SchemaUnsupported if that is not possible."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -122,8 +123,8 @@ class OpenvinoEngine(Worker):
             ) from error
 
     def _prepare(self, sampling: Sampling) -> Any:
+        self._grammars.compile_for(sampling)
         if sampling.json_schema is not None:
-            self._grammars.compile(sampling.json_schema)
             check_keywords(json.loads(sampling.json_schema))
         config = self._config(sampling)
         try:
@@ -152,6 +153,10 @@ class OpenvinoEngine(Worker):
         if sampling.json_schema is not None:
             structured = self._genai.StructuredOutputConfig()
             structured.json_schema = sampling.json_schema
+            config.structured_output_config = structured
+        elif sampling.choices:
+            structured = self._genai.StructuredOutputConfig()
+            structured.regex = "|".join(re.escape(choice) for choice in sampling.choices)
             config.structured_output_config = structured
         return config
 

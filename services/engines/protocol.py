@@ -36,6 +36,7 @@ class Sampling:
         seed: equal seeds give equal answers, on the same engine and machine.
         logprobs: number of alternatives to report with each token; None for no log-probabilities.
         json_schema: constrains decoding to JSON that fits this schema; `{}` is any JSON value.
+        choices: constrains decoding to one of these texts; not together with `json_schema`.
     """
 
     max_tokens: int
@@ -46,6 +47,7 @@ class Sampling:
     presence_penalty: float = 0.0
     logprobs: int | None = None
     json_schema: str | None = None
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

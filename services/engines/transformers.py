@@ -93,8 +93,7 @@ class TransformersEngine(Worker):
         self._start()
 
     def _prepare(self, sampling: Sampling) -> _State:
-        schema = sampling.json_schema
-        grammar = None if schema is None else self._grammars.compile(schema)
+        grammar = self._grammars.compile_for(sampling)
         return _State(Sampler(sampling, sorted(self._end_ids), grammar))
 
     def _enter(self, request: Request) -> None:

@@ -145,13 +145,14 @@ class VllmEngine:
             )
         if len(self._waiting) + len(self._running) >= self.max_running + self._max_waiting:
             raise QueueFull(f"{len(self._running)} requests run and {len(self._waiting)} wait already")
-        if sampling.json_schema is not None:
-            await asyncio.to_thread(self._grammars.compile, sampling.json_schema)
+        await asyncio.to_thread(self._grammars.compile_for, sampling)
 
     def _make_parameters(self, sampling: Sampling, room: int) -> Any:
         structured = None
         if sampling.json_schema is not None:
             structured = self._vllm.StructuredOutputsParams(json=sampling.json_schema)
+        elif sampling.choices:
+            structured = self._vllm.StructuredOutputsParams(choice=list(sampling.choices))
         return self._vllm.SamplingParams(
             max_tokens=min(sampling.max_tokens, room),
             temperature=sampling.temperature,

@@ -114,7 +114,7 @@ class Worker(ABC):
             raise ContextOverflow(
                 f"the prompt has {len(prompt)} tokens, and the context {self.context_tokens} with the answer"
             )
-        if sampling.json_schema is None:
+        if sampling.json_schema is None and not sampling.choices:
             state = self._prepare(sampling)
         else:  # compiling a schema takes up to 0.1 s, so not on the event loop
             state = await asyncio.to_thread(self._prepare, sampling)

@@ -90,8 +90,7 @@ class PagedEngine(Worker):
         self._start()
 
     def _prepare(self, sampling: Any) -> _State:
-        schema = sampling.json_schema
-        return _State(None if schema is None else self._grammars.compile(schema))
+        return _State(self._grammars.compile_for(sampling))
 
     def _enter(self, request: Request) -> None:
         sampler = Sampler(request.sampling, sorted(self._end_ids), request.state.grammar)

@@ -193,6 +193,21 @@ SCHEMAS = [
 ]
 
 
+def test_an_answer_is_one_of_the_choices(engine):
+    choices = ("billing", 'a "b", c', "prüfen", "bill")
+
+    async def draw():
+        prompt = ids_of("answer")
+        wanted = [Sampling(60, temperature=1.2, seed=seed, choices=choices) for seed in range(6)]
+        return await asyncio.gather(
+            *(answer(engine, prompt, one) for one in [*wanted, Sampling(60, choices=choices)])
+        )
+
+    for ids, reason, _ in asyncio.run(draw()):
+        assert reason == "stop"
+        assert tiny().tokenizer.decode(ids, skip_special_tokens=True) in choices
+
+
 @pytest.mark.parametrize("schema", SCHEMAS)
 def test_an_answer_under_a_schema_fits_it(engine, schema):
     async def draw():
