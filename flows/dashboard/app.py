@@ -21,7 +21,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from flows.dashboard.charts import draw_charts
-from flows.dashboard.status import WATCH, StatusCache, read_status
+from flows.dashboard.status import StatusCache, read_status
+from monitoring.verdicts import WATCH
 from stages.common.errors import InputError
 from stages.common.params.loading import load_params
 

@@ -6,7 +6,6 @@ a broken file or a server that is down: what could not be read is listed under "
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -17,28 +16,29 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from monitoring.verdicts import DriftVerdict, read_verdict
+from flows.common.prefect_api import announced_url
+from flows.gate.verdict import GateVerdict, read_verdict_file
+from flows.release.canary import read_trials
+from flows.retrain import progress
+from flows.up.state import read_up_state
+from monitoring.verdicts import WATCH, DriftVerdict, read_verdict, window_folder
 from services.versions.aliases import ALIASES, Aliases, read_aliases
 from services.versions.releases import Release, read_releases
 from services.versions.store import SERVING, read_pipeline_tag
 from stages.common import network
-from stages.common.artifacts import STATE, read_json
+from stages.common.artifacts import read_json
 from stages.common.errors import InputError
 from stages.common.params.loading import Params
 
-GATE, CANARY, PARITY = (Path("reports") / name for name in ("gate", "canary", "parity"))
-WATCH = Path("reports") / "watch"
 MAX_WINDOWS = 60  # drawn
-MAX_VERDICTS_LISTED = 12
 MAX_GATES = 10
 MAX_RELEASES = 12
 MAX_BINS = 60
 MAX_SPAN_S = 7 * 86_400.0  # of the traffic that is drawn
 STEPS_S = (10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 10_800, 21_600)
-FRESH_BINS = 3  # cache anew each time: their answers and feedback are still coming
-COUNT_WITHIN_S = 2.0  # the rest of the bins is cache the next time
+FRESH_BINS = 3  # counted again each time: their answers and feedback are still coming
+COUNT_WITHIN_S = 2.0  # the rest is counted at the next refresh
 HTTP_TIMEOUT_S = 1.5
-MAX_TAIL_BYTES = 200_000
 PROGRAMS = ("service", "prefect", "executor", "mlflow", "evidently", "dashboard")  # as the page shows them
 FLOWS = ("watch", "retrain", "release", "training")
 
@@ -56,12 +56,11 @@ def read_status(root: Path, params: Params, cache: StatusCache, now: float | Non
     """Return the status of the checkout at `root`: plain values, times in unix s.
 
     Args:
-        cache: kept by the caller from one look to the next.
+        cache: kept by the caller from one refresh to the next.
     """
     now = time.time() if now is None else now
     problems: list[str] = []
     verdicts = _verdicts(root, cache, problems)
-    canaries = _folder(root / CANARY, problems)
     status: dict[str, Any] = {
         "now": now,
         "model": _model(root, verdicts, problems),
@@ -69,7 +68,7 @@ def read_status(root: Path, params: Params, cache: StatusCache, now: float | Non
         "verdicts": [_short(verdict) for verdict in verdicts[-MAX_WINDOWS:]],
         "flows": _flows(root, params),
         "retraining": _retraining(root, problems),
-        "gates": _gates(root, canaries, problems),
+        "gates": _gates(root, problems),
         "releases": _releases(root, problems),
         "feedback": _json(root / "reports" / "feedback.json", problems),
         "traffic": _traffic(root, params, cache, problems),
@@ -127,7 +126,7 @@ def _verdicts(root: Path, cache: StatusCache, problems: list[str]) -> list[Drift
 
 
 def _whole(root: Path, verdict: DriftVerdict) -> dict[str, Any]:
-    report = root / WATCH / verdict.id / "report.html"
+    report = window_folder(root, verdict.id) / "report.html"
     return asdict(verdict) | {"summary": verdict.summary, "has_report": report.exists()}
 
 
@@ -146,48 +145,41 @@ def _short(verdict: DriftVerdict) -> dict[str, Any]:
     }
 
 
-def _gates(
-    root: Path, canaries: dict[str, tuple[float, dict[str, Any]]], problems: list[str]
-) -> list[dict[str, Any]]:
+def _gates(root: Path, problems: list[str]) -> list[dict[str, Any]]:
     """Return the gate's verdicts, newest first, each with its canary and bake period."""
-
-    def trials(name: str) -> list[Any]:
-        found = canaries.get(name, (0.0, {}))[1]
-        return [found[kind] for kind in ("canary", "bake") if found.get(kind)]
-
-    found = [
-        value | {"made_at": value.get("made_at", changed), "trials": trials(name)}
-        for name, (changed, value) in _folder(root / GATE, problems).items()
-    ]
-    return sorted(found, key=lambda one: float(one["made_at"]), reverse=True)[:MAX_GATES]
+    verdicts: list[GateVerdict] = []
+    for path in (root / "reports" / "gate").glob("*.json"):
+        with _reporting(problems):
+            verdicts.append(read_verdict_file(path))
+    verdicts.sort(key=lambda verdict: verdict.made_at, reverse=True)
+    return [asdict(one) | {"trials": _trials(root, one.tag, problems)} for one in verdicts[:MAX_GATES]]
 
 
-def _folder(folder: Path, problems: list[str]) -> dict[str, tuple[float, dict[str, Any]]]:
-    found = {}
-    for path in sorted(folder.glob("*.json")):
-        value = _json(path, problems)
-        if isinstance(value, dict):
-            found[path.stem] = (path.stat().st_mtime, value)
-    return found
+def _trials(root: Path, tag: str, problems: list[str]) -> list[dict[str, Any]]:
+    with _reporting(problems):
+        return [asdict(verdict) for verdict in read_trials(root, tag)]
+    return []
 
 
 def _retraining(root: Path, problems: list[str]) -> dict[str, Any]:
     """Return the retraining that is running, if any, and the result of the last one."""
-    ended = _lines(root / STATE / "retrainings.jsonl", problems)
+    state, history = None, []
+    with _reporting(problems):
+        state = progress.read_state(root)
+    with _reporting(problems):
+        history = progress.read_history(root)
     return {
-        "at_work": _json(root / STATE / "retrain.json", problems),
-        "last": ended[-1] if ended else None,
+        "at_work": asdict(state) if state else None,
+        "last": asdict(history[-1]) if history else None,
     }
 
 
 def _programs(root: Path, params: Params, problems: list[str]) -> list[dict[str, Any]]:
     """Return the state of each program of `make up`, or whether its address answers."""
-    kept = _json(root / STATE / "up.json", problems) or {}
-    programs = [
-        {"name": name, **values}
-        for name, values in (kept.get("programs") or {}).items()
-        if _lives(kept.get("pid"))
-    ]
+    state = None
+    with _reporting(problems):
+        state = read_up_state(root)
+    programs = [{"name": name, **asdict(one)} for name, one in state.programs.items()] if state else []
     pages = params.flows.pages
     tracking = params.flows.tracking.tracking_url
     known = {
@@ -206,23 +198,11 @@ def _programs(root: Path, params: Params, problems: list[str]) -> list[dict[str,
     return sorted(programs, key=lambda program: order.get(program["name"], len(order)))
 
 
-def _lives(pid: Any) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except (TypeError, ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def _flows(root: Path, params: Params) -> dict[str, Any]:
     """Return the last run of each flow, from Prefect's API; `up` is False where none answers."""
     import httpx
 
-    problems: list[str] = []
-    announced = (_json(root / STATE / "server.json", problems) or {}).get("url")
-    api = os.environ.get("PREFECT_API_URL") or announced
+    api = os.environ.get("PREFECT_API_URL") or announced_url(root)
     api = (api or f"http://127.0.0.1:{params.flows.pages.prefect}/api").rstrip("/")
     found: dict[str, Any] = {}
     try:
@@ -306,8 +286,8 @@ def _store(root: Path, url: str) -> str | None:
 def cut_bins(first: float, last: float) -> tuple[list[float], float]:
     """Return the edges of at most `MAX_BINS` bins that hold [first, last], and their length in s.
 
-    Edges are multiples of the length, so that a bin stays the same from one look to the next. Older traffic
-    than `MAX_SPAN_S` before the last is left out.
+    Edges are multiples of the length, so that a bin stays the same at every refresh. Traffic older than
+    `MAX_SPAN_S` before the last is left out.
     """
     first = max(first, last - MAX_SPAN_S)
     fitting = (step for step in STEPS_S if (last - first) / step <= MAX_BINS - 2)
@@ -324,27 +304,6 @@ def _json(path: Path, problems: list[str]) -> Any:
     with _reporting(problems):
         return read_json(path)
     return None
-
-
-def _lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
-    """Return the objects of a JSON-lines file, oldest first or of its tail; broken lines are reported."""
-    if not path.exists():
-        return []
-    found = []
-    with _reporting(problems):
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            file.seek(max(0, size - MAX_TAIL_BYTES))
-            lines = file.read().decode("utf-8", errors="replace").splitlines()
-        for line in lines[1:] if size > MAX_TAIL_BYTES else lines:
-            try:
-                value = json.loads(line)
-            except ValueError:
-                problems.append(f"{path.name} holds a line that is not JSON")
-                continue
-            if isinstance(value, dict):
-                found.append(value)
-    return found
 
 
 @contextmanager

@@ -81,7 +81,7 @@ def read_verdict(root: Path, tag: str) -> GateVerdict | None:
     path = root / Tag.parse(tag).report("gate")
     if not path.exists():
         return None
-    verdict = _read(path)
+    verdict = read_verdict_file(path)
     if verdict.tag != tag:
         raise InputError(
             f"{path} is the verdict on {verdict.tag}, not on {tag}", f"judge it: perennial gate {tag}"
@@ -100,7 +100,12 @@ def hash_files(root: Path, paths: Sequence[Path]) -> dict[str, str]:
     return {path.relative_to(root).as_posix(): sha256_of(path) for path in paths if path.is_file()}
 
 
-def _read(path: Path) -> GateVerdict:
+def read_verdict_file(path: Path) -> GateVerdict:
+    """Read one file of reports/gate.
+
+    Raises:
+        InputError: it is broken or was edited.
+    """
     values = read_json(path)
     try:
         criteria = tuple(Criterion(**criterion) for criterion in values["criteria"])

@@ -258,6 +258,23 @@ def _count_analyses(root: Path, trial: Trial) -> int:
     return int(known["analyses"])
 
 
+def read_trials(root: Path, tag: str) -> list[CanaryVerdict]:
+    """Return the verdicts on a version's canary and bake period, as far as there are any.
+
+    Raises:
+        InputError: the report is broken.
+    """
+    found = [values for values in map(_read(root, tag).get, ("canary", "bake")) if values]
+    try:
+        return [
+            CanaryVerdict(**{**one, "criteria": tuple(CanaryCriterion(**each) for each in one["criteria"])})
+            for one in found
+        ]
+    except (KeyError, TypeError) as error:
+        path = Tag.parse(tag).report("canary")
+        raise InputError(f"{path} is not a canary report: {error!r}", "remove it") from None
+
+
 def _read(root: Path, tag: str) -> dict[str, Any]:
     path = root / Tag.parse(tag).report("canary")
     return dict(read_json(path)) if path.exists() else {}

@@ -21,13 +21,13 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from flows.common import console, prefect_api, processes
+from flows.up.state import UP_STATE
 from flows.up.supervisor import Program, Supervisor, check_ports, nothing_missing, signals_call
 from stages.common import network
 from stages.common.artifacts import STATE, artifacts, read_json
 from stages.common.errors import InputError
 from stages.common.params.loading import Params, load_params
 
-STATUS = STATE / "up.json"
 LOGS = STATE / "logs"
 STOP_PATIENCE_S = 20.0  # the executor ends a run at work, and the run its stages
 
@@ -67,7 +67,7 @@ def supervise(root: Path, programs: Sequence[Program], api: str) -> None:
         api: Prefect's, which runs of this checkout report to meanwhile.
     """
     run_id = uuid.uuid4().hex
-    supervisor = Supervisor(programs, root, root / LOGS, root / STATUS)
+    supervisor = Supervisor(programs, root, root / LOGS, root / UP_STATE)
     with ExitStack() as stack:
         stack.enter_context(signals_call(supervisor.stop))
         stack.enter_context(processes.watchdog(run_id))

@@ -18,14 +18,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Literal
 
 from flows.common import processes
+from flows.up.state import Condition, ProgramState, UpState, write_up_state
 from stages.common import network
-from stages.common.artifacts import write_json
 from stages.common.errors import InputError
-
-State = Literal["waiting", "starting", "up", "down"]
 
 POLL_S = 0.1
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
@@ -76,7 +73,7 @@ class _Kept:
 
     program: Program
     process: subprocess.Popen[bytes] | None = None
-    state: State = "waiting"
+    state: Condition = "waiting"
     since: float = 0.0  # unix s
     started: float = 0.0  # monotonic s
     restarts: int = 0
@@ -200,7 +197,7 @@ class Supervisor:
             kept.asked = time.monotonic()
             kept.answer = self._probes.submit(network.is_up, kept.program.probe)
 
-    def _change(self, kept: _Kept, state: State, why: str) -> None:
+    def _change(self, kept: _Kept, state: Condition, why: str) -> None:
         if (kept.state, kept.why) == (state, why) and kept.since:
             return
         if kept.state != state or not kept.since:
@@ -213,20 +210,19 @@ class Supervisor:
 
     def _write_status(self) -> None:
         programs = {
-            name: {
-                "state": kept.state,
-                "since": kept.since,
-                "restarts": kept.restarts,
-                "why": kept.why,
-                "page": kept.program.page,
-                "log": str(self._logs / f"{name}.log"),
-                "pid": kept.process.pid if kept.process else None,
-            }
+            name: ProgramState(
+                state=kept.state,
+                since=kept.since,
+                restarts=kept.restarts,
+                why=kept.why,
+                page=kept.program.page,
+                log=str(self._logs / f"{name}.log"),
+                pid=kept.process.pid if kept.process else None,
+            )
             for name, kept in self._kept.items()
         }
         if programs != self._written:
-            value = {"pid": os.getpid(), "started_at": self._started_at, "programs": programs}
-            write_json(self._status, value)
+            write_up_state(self._status, UpState(os.getpid(), self._started_at, programs))
             self._written = programs
 
     def _end_all(self) -> None:

@@ -17,7 +17,7 @@ from monitoring.report import (
 from monitoring.traffic.columns import VECTOR_SIZE, Column, table_schema
 from monitoring.workspace import PROJECT, WORKSPACE, add_to_workspace
 from stages.common.errors import InputError
-from tests.monitoring.loop_traces import change, verdict
+from tests.flows.loop_traces import change, verdict
 
 COLUMNS = (
     Column("prompt_chars", "input", "number", None, "characters", ""),

@@ -13,12 +13,13 @@ from starlette.testclient import TestClient
 
 from flows.dashboard.app import format_duration, format_number, make_app
 from flows.dashboard.status import MAX_BINS, StatusCache, cut_bins, read_status
+from flows.up.state import UP_STATE, ProgramState, UpState, write_up_state
 from services.events import count_traffic, read_time_span
 from services.versions.aliases import ALIASES, read_aliases, write_aliases
 from stages.common.artifacts import write_json
 from stages.common.params.loading import load_params
-from tests.monitoring import loop_traces
-from tests.monitoring.loop_traces import (
+from tests.flows import loop_traces
+from tests.flows.loop_traces import (
     CHAMPION,
     FORMER,
     ROOT,
@@ -166,12 +167,12 @@ def test_bins_hold_the_last_traffic_and_are_not_too_many(span_s):
 
 
 def test_the_supervisors_word_is_taken_only_while_it_lives(tmp_path, params):
-    programs = {"service": {"state": "up", "page": "http://127.0.0.1:1/", "why": "", "since": 1.0}}
-    path = tmp_path / ".perennial" / "up.json"
-    write_json(path, {"pid": os.getpid(), "programs": programs})
+    service = ProgramState("up", 1.0, 0, "", "http://127.0.0.1:1/", "log", None)
+    path = tmp_path / UP_STATE
+    write_up_state(path, UpState(os.getpid(), 1.0, {"service": service}))
     states = {one["name"]: one["state"] for one in read_status(tmp_path, params, StatusCache())["programs"]}
     assert states["service"] == "up"
-    write_json(path, {"pid": 2**22 + 1, "programs": programs})  # no process has such an id
+    write_up_state(path, UpState(2**22 + 1, 1.0, {"service": service}))  # no process has such an id
     states = {one["name"]: one["state"] for one in read_status(tmp_path, params, StatusCache())["programs"]}
     assert states["service"] == "down"
 

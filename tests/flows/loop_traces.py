@@ -4,8 +4,12 @@ import asyncio
 import json
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
+from flows.gate.verdict import Criterion, GateVerdict
+from flows.gate.verdict import write_verdict as write_gate_verdict
+from flows.release.canary import CanaryVerdict
 from monitoring.verdicts import (
     ColumnChange,
     DriftTypeVerdict,
@@ -38,7 +42,7 @@ def verdict(end, *, drifted=False, version="4b5c6d7e8f90", judged=True, rows=500
                 "category",
                 drifted=drifted,
                 effect=0.11 if drifted else 0.01,
-                summary="language: de 0 % -> 11 % of 500 questions" if drifted else "as before",
+                summary="language: de 0 % -> 11 % of 500 prompts" if drifted else "as before",
             ),
             change("prompt_chars", "number"),
             change("prompt_vector", "vector"),
@@ -75,44 +79,34 @@ def verdict(end, *, drifted=False, version="4b5c6d7e8f90", judged=True, rows=500
     )
 
 
-def criterion(name, summary, *, passed=True, value=None, low=None, high=None, threshold=None):
-    drift_type = name
-    return {
-        "name": name,
-        "question": drift_type,
-        "value": value,
-        "low": low,
-        "high": high,
-        "threshold": threshold,
-        "passed": passed,
-        "summary": summary,
-    }
-
-
 def gate(tag, at, *, passed):
     summary = "31 points better" if passed else "42 points worse"
     value, low, high = (0.31, 0.24, 0.38) if passed else (-0.42, -0.5, -0.33)
-    return {
-        "tag": tag,
-        "champion": FORMER,
-        "made_at": at,
-        "passed": passed,
-        "mode": "champion",
-        "criteria": [
-            criterion(
-                "new_window",
-                f"{summary} on 214 held-out rows of the new traffic.",
-                passed=passed,
-                value=value,
-                low=low,
-                high=high,
-                threshold=0.0,
-            ),
-            criterion("card", "The model card is complete."),
-        ],
-        "files": {},
-        "excluded": {},
-    }
+    new = f"{summary} on 214 held-out rows of the new traffic."
+    criteria = (
+        Criterion("new_window", "better", value, low, high, 0.0, passed, new),
+        Criterion("card", "documented", None, None, None, None, True, "The model card is complete."),
+    )
+    return GateVerdict(tag, FORMER, at, passed, "champion", criteria, {}, {})
+
+
+def trial(tag, since):
+    return CanaryVerdict(
+        tag=tag,
+        baseline=FORMER,
+        kind="canary",
+        state="good",
+        since=since,
+        made_at=since + 60,
+        requests=214,
+        needed=100,
+        baseline_requests=214,
+        timed_out=False,
+        analyses=1,
+        alpha=0.01,
+        criteria=(),
+        summary="No sign of harm in 214 answers.",
+    )
 
 
 def release(at, action, tag, champion, reason):
@@ -209,22 +203,10 @@ def leave_traces(root, now, *, traffic=True):
                 judged=number > 0,
             ),
         )
-    write_json(root / "reports/gate/4b5c6d7e8f90.json", gate(CHAMPION, began + 18 * hour, passed=True))
-    write_json(root / "reports/gate/bad000bad000.json", gate(POISONED, began + 16 * hour, passed=False))
-    write_json(
-        root / "reports/canary/4b5c6d7e8f90.json",
-        {
-            "tag": CHALLENGER,
-            "canary": {
-                "kind": "canary",
-                "state": "good",
-                "requests": 214,
-                "criteria": [],
-                "summary": "No sign of harm in 214 answers.",
-            },
-            "bake": None,
-        },
-    )
+    write_gate_verdict(root, gate(CHAMPION, began + 18 * hour, passed=True))
+    write_gate_verdict(root, gate(POISONED, began + 16 * hour, passed=False))
+    report = {"tag": CHAMPION, "canary": asdict(trial(CHAMPION, began + 18.1 * hour)), "bake": None}
+    write_json(root / "reports/canary/4b5c6d7e8f90.json", report)
     releases = [
         release(began, "promote", FORMER, FORMER, "the first model"),
         release(began + 16.1 * hour, "reject", POISONED, FORMER, "the gate rejected it"),
