@@ -2,10 +2,9 @@
 
     python -m benchmarks.learning_curve [--rows-per-template 2 3 4 8] [--seeds 7 11] [--set KEY=VALUE ...]
 
-Clones HEAD, builds `artifacts/split` with the most rows a template, and trains and evaluates with the
-pipeline's own stages once for each point: of each template as many of its training rows, the first ones by a
-hash of their ids, so that a point has all rows of the smaller ones. Appends each point to `--results` and
-draws all of them. On two cores a point takes as long as a run of the pipeline.
+Clones HEAD and trains and evaluates with the pipeline's own stages once for each point, with another
+`split.max_train_rows_per_group`, which leaves the test as it is. Appends each point to `--results` and draws
+all of them. On two cores a point takes as long as a run of the pipeline.
 
     python -m benchmarks.learning_curve --only-draw
 
@@ -15,7 +14,6 @@ Prints the table of the results; `docs/benchmarks.md` keeps it.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import subprocess
@@ -30,8 +28,7 @@ from typing import Any
 import yaml
 
 from benchmarks.machine import machine
-from stages.common.artifacts import artifacts, read_json, reports, write_text
-from stages.common.records import Row, read_rows, write_rows
+from stages.common.artifacts import read_json, reports, write_text
 from stages.common.svg import draw_figure
 
 ROOT = Path(__file__).parents[1]
@@ -60,30 +57,14 @@ class Point:
     @property
     def name(self) -> str:
         """Return the settings as text."""
-        return ", ".join(f"{key.removeprefix('finetune.')} {value}" for key, value in self.settings.items())
+        return ", ".join(f"{key.split('.')[1]} {value}" for key, value in self.settings.items())
 
 
-def choose_rows(rows: Sequence[Row], rows_per_template: int) -> list[Row]:
-    """Return of each group that many rows, the first by a hash of their ids, in the order of `rows`."""
-    by_group: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        by_group[row.group].append(row)
-    chosen = set()
-    for members in by_group.values():
-        members.sort(key=lambda row: hashlib.sha256(row.id.encode()).digest())
-        chosen |= {row.id for row in members[:rows_per_template]}
-    return [row for row in rows if row.id in chosen]
-
-
-def prepare(folder: Path, most_rows: int) -> list[Row]:
-    """Clone HEAD, build everything up to training and the base model's answers; return all training rows."""
+def prepare(folder: Path) -> None:
+    """Clone HEAD, and build the test and the base model's answers to it."""
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
-    params = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))
-    params["collect"]["sources"][0]["rows_per_template"] = most_rows
-    write_params(folder, params)
-    for stage in ("fetch_base", "split", "ask_base"):
+    for stage in ("fetch_base", "ask_base"):
         run(folder, "dvc", "repro", stage)
-    return read_rows(folder / artifacts("split") / "train.parquet")
 
 
 def write_params(folder: Path, params: Mapping[str, Any]) -> None:
@@ -91,15 +72,15 @@ def write_params(folder: Path, params: Mapping[str, Any]) -> None:
     write_text(folder / "params.yaml", yaml.safe_dump(dict(params), sort_keys=False))
 
 
-def measure(folder: Path, rows: Sequence[Row], rows_per_template: int, settings: Mapping[str, Any]) -> Point:
+def measure(folder: Path, rows_per_template: int, settings: Mapping[str, Any]) -> Point:
     """Train on part of the rows, evaluate, and return the point."""
+    changes = {"split.max_train_rows_per_group": rows_per_template, **settings}
     params = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))
-    for key, value in settings.items():
+    for key, value in changes.items():
         section, name = key.split(".")
         params[section][name] = value
     write_params(folder, params)
-    write_rows(folder / artifacts("split") / "train.parquet", choose_rows(rows, rows_per_template))
-    for stage in ("finetune", "export", "evaluate"):
+    for stage in ("split", "finetune", "export", "evaluate"):
         run(folder, f"stages.{stage}")
     trained = read_json(folder / reports("finetune") / "metrics.json")
     found = read_json(folder / reports("evaluate") / "metrics.json")["tuned"]["exact_match"]
@@ -175,10 +156,10 @@ def main() -> None:
         settings = {key: yaml.safe_load(value) for key, value in (word.split("=", 1) for word in options.set)}
         with tempfile.TemporaryDirectory(prefix="perennial-curve-") as temporary:
             folder = Path(temporary) / "checkout"
-            rows = prepare(folder, max(options.rows_per_template))
+            prepare(folder)
             for count in options.rows_per_template:
                 for seed in options.seeds:
-                    points.append(measure(folder, rows, count, {**settings, "finetune.seed": seed}))
+                    points.append(measure(folder, count, {**settings, "finetune.seed": seed}))
                     shown = [asdict(point) for point in points]
                     write_text(options.results, json.dumps(shown, indent=1) + "\n")
     print(format_table(points))
