@@ -121,7 +121,7 @@ def _propose_new_tokens(survey: Survey, current: int) -> int:
 
 def _propose_epochs(survey: Survey, split: Mapping[str, Any]) -> int:
     """Return the passes after which training has seen rows enough; one for a large data set."""
-    share = 1.0 - split["test_fraction"] - split["validation_fraction"]
+    share: float = 1.0 - split["test_fraction"] - split["validation_fraction"]
     train_rows = max(1.0, share * (survey.rows - survey.duplicates - survey.long_rows))
     return min(MAX_EPOCHS, math.ceil(ENOUGH_ROWS / train_rows))
 
