@@ -1,13 +1,13 @@
-"""Split: set whole groups aside for validation and test, and prove that nothing of them is learned.
+"""Split: hold out whole groups for validation and test, and prove that no training row is like them.
 
 In: `artifacts/curate/rows.parquet`.
 Out: `artifacts/split/{train,validation,test}.parquet`; `reports/split/metrics.json` with the
 counts and the proof: no group on two sides, and no training prompt nearly that of a held-out row.
 Run: `python -m stages.split`
 
-A group is what its source says belongs together (the sentences of one template); a row without
-a group is a group of its own. Feedback from production is only ever learned: validation and test rows are
-those that there are without it, so that models are compared on the same questions however much comes in.
+A group is rows that belong together (the sentences of one template); a row without a group is its own group.
+Feedback from production is used only for training: validation and test rows are the same without it, so that
+models are compared on the same questions.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, Literal
 from stages.common.artifacts import artifacts, reports, write_json
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage
-from stages.common.near_duplicates import SimilarTexts, closest, prompt_text
+from stages.common.near_duplicates import SimilarTexts, find_closest, join_prompt
 from stages.common.params.loading import load_params
 from stages.common.records import Row, read_rows, write_rows
 from stages.common.sizes import choose_min_test_rows, choose_min_train_rows
@@ -30,7 +30,7 @@ from stages.common.task.kinds import read_task
 from stages.common.task.protocol import Task
 from stages.common.task.settings import CLASS
 
-log = get_logger("split")
+logger = get_logger("split")
 
 MAX_PAIRS_COMPARED = 50_000_000  # about six seconds
 
@@ -51,7 +51,7 @@ class Sides:
 
 
 def read_strata(rows: Sequence[Row], stratify_by: str | None, task: Task) -> list[str]:
-    """Return what each row is stratified by: its answer's class, its value of a tag, or "" for all.
+    """Return the stratum of each row: its answer's class, its value of a tag, or "" for all.
 
     Raises:
         InputError: no row has the tag.
@@ -69,21 +69,21 @@ def read_strata(rows: Sequence[Row], stratify_by: str | None, task: Task) -> lis
     return [row.tags.get(stratify_by, "") for row in rows]
 
 
-def labels_of_groups(rows: Sequence[Row], strata: Sequence[str]) -> dict[str, str]:
-    """Return each group's stratum: the commonest among its rows."""
+def choose_group_labels(rows: Sequence[Row], strata: Sequence[str]) -> dict[str, str]:
+    """Return the stratum of each group: the most common one of its rows."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for row, stratum in zip(rows, strata, strict=True):
         counts[row.group][stratum] += 1
     return {group: min(c, key=lambda label: (-c[label], label)) for group, c in counts.items()}
 
 
-def assign(
+def assign_sides(
     labels: Mapping[str, str], validation_fraction: float, test_fraction: float, seed: int
 ) -> dict[str, Side]:
-    """Put each group on a side, label by label, so that all labels have the same share of each side.
+    """Assign each group to a side, label by label, so that all labels have the same share of each side.
 
-    The share of a small label is less than a group; what is owed is carried on to the next label,
-    so that the shares are right over all. A label always keeps a group in training.
+    The share of a small label may be less than a group; the remainder is carried over to the next label, so
+    that the total shares are right. A label always keeps a group in training.
     """
     groups_of: dict[str, list[str]] = defaultdict(list)
     for group, label in labels.items():
@@ -107,10 +107,10 @@ def assign(
     return sides
 
 
-def divide(
+def divide_rows(
     rows: Sequence[Row], sides: Mapping[str, Side], max_test_rows_per_group: int, seed: int
 ) -> tuple[Sides, int]:
-    """Return the rows of each side, and how many test rows the cap on a group left out."""
+    """Return the rows of each side, and how many test rows are over the limit of a group."""
     by_side: dict[Side, list[Row]] = {"train": [], "validation": [], "test": []}
     tests: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
@@ -119,14 +119,14 @@ def divide(
             tests[row.group].append(row)
         else:
             by_side[side].append(row)
-    left_out = 0
+    rejected = 0
     for group, members in tests.items():
         chosen = random.Random(f"{seed}/{group}").sample(members, min(len(members), max_test_rows_per_group))
-        left_out += len(members) - len(chosen)
+        rejected += len(members) - len(chosen)
         by_side["test"] += sorted(chosen, key=lambda row: row.id)
-    # Neighbours in the file are of one group; training wants them apart.
+    # Adjacent rows are of one group; training needs them in random order.
     random.Random(f"{seed}/train").shuffle(by_side["train"])
-    return Sides(tuple(by_side["train"]), tuple(by_side["validation"]), tuple(by_side["test"])), left_out
+    return Sides(tuple(by_side["train"]), tuple(by_side["validation"]), tuple(by_side["test"])), rejected
 
 
 def cap_training_rows(
@@ -136,10 +136,10 @@ def cap_training_rows(
     min_rows_per_label: int,
     seed: int,
 ) -> tuple[tuple[Row, ...], int]:
-    """Return the training rows with at most `max_rows_per_group` of each group, and how many are left out.
+    """Return the training rows with at most `max_rows_per_group` of each group, and how many exceed it.
 
     Groups of a rare label keep more, so that the label keeps `min_rows_per_label` rows if it has them: more
-    rows of a phrasing teach little, more rows of a rare class a lot (docs/benchmarks.md).
+    rows of a phrasing improve little, more rows of a rare class a lot (docs/benchmarks.md).
 
     Args:
         labels: of the groups.
@@ -160,14 +160,14 @@ def cap_training_rows(
     return chosen_rows, len(rows) - len(chosen_rows)
 
 
-def learned_only(rows: Sequence[Row], sides: Mapping[str, Side]) -> tuple[tuple[Row, ...], int]:
-    """Return the feedback that may be learned, and how many rows may not: their group is held out."""
+def select_feedback(rows: Sequence[Row], sides: Mapping[str, Side]) -> tuple[tuple[Row, ...], int]:
+    """Return the feedback rows for training, and how many are rejected because their group is held out."""
     free = tuple(row for row in rows if sides.get(row.group, "train") == "train")
     return free, len(rows) - len(free)
 
 
-def mixed(train: Sequence[Row], more: Sequence[Row], seed: int) -> tuple[Row, ...]:
-    """Return both in one random order; without `more`, `train` as it is."""
+def shuffle_together(train: Sequence[Row], more: Sequence[Row], seed: int) -> tuple[Row, ...]:
+    """Return both in one random order; without `more`, `train` unchanged."""
     if not more:
         return tuple(train)
     both = [*train, *more]
@@ -175,40 +175,39 @@ def mixed(train: Sequence[Row], more: Sequence[Row], seed: int) -> tuple[Row, ..
     return tuple(both)
 
 
-def without_near_duplicates(sides: Sides, threshold: float) -> tuple[Sides, int]:
-    """Remove the training rows whose prompt is nearly that of a validation or test row; return how many."""
-    near = near_training_rows(sides, threshold)
+def remove_near_duplicates(sides: Sides, threshold: float) -> tuple[Sides, int]:
+    """Remove the training rows with a near duplicate in validation or test; return how many."""
+    near = find_near_training_rows(sides, threshold)
     train = tuple(row for number, row in enumerate(sides.train) if number not in near)
     return Sides(train, sides.validation, sides.test), len(near)
 
 
-def near_training_rows(sides: Sides, threshold: float) -> set[int]:
-    """Return which training rows have a prompt nearly that of a held-out row."""
-    held_out = [prompt_text(row) for row in (*sides.validation, *sides.test)]
-    train = [prompt_text(row) for row in sides.train]
+def find_near_training_rows(sides: Sides, threshold: float) -> set[int]:
+    """Return the numbers of the training rows with a near duplicate among the held-out rows."""
+    held_out = [join_prompt(row) for row in (*sides.validation, *sides.test)]
+    train = [join_prompt(row) for row in sides.train]
     index = SimilarTexts(threshold, [*train, *held_out])
     for text in held_out:
         index.add(text)
-    return {number for number, text in enumerate(train) if any(True for _ in index.near(text))}
+    return {number for number, text in enumerate(train) if any(True for _ in index.find_near(text))}
 
 
-def proof(sides: Sides, threshold: float) -> dict[str, Any]:
-    """Look again for what must not be, and return what was found.
+def prove_split(sides: Sides, threshold: float) -> dict[str, Any]:
+    """Check that no group is on two sides and no near duplicate across them; return the measurements.
 
-    The pairs are compared one by one, without the index that `without_near_duplicates` searched, so
-    that one checks the other: all of them up to `MAX_PAIRS_COMPARED`, beyond that those of every
-    n-th held-out row.
+    Pairs are compared directly, without the index of `remove_near_duplicates`, so that one checks the other:
+    all pairs up to `MAX_PAIRS_COMPARED`, above that the pairs of every n-th held-out row.
 
     Raises:
-        AssertionError: a group or a near duplicate is on two sides, which no input can cause.
+        AssertionError: a group or a near duplicate is on two sides, which is a bug.
     """
     on_sides = Counter(group for _, rows in sides.items() for group in {row.group for row in rows})
     shared = sum(count > 1 for count in on_sides.values())
-    held_out = [prompt_text(row) for row in (*sides.validation, *sides.test)]
-    train = [prompt_text(row) for row in sides.train]
+    held_out = [join_prompt(row) for row in (*sides.validation, *sides.test)]
+    train = [join_prompt(row) for row in sides.train]
     step = max(1, math.ceil(len(held_out) * len(train) / MAX_PAIRS_COMPARED))
     measured = held_out[::step]
-    nearest = closest(measured, train)
+    nearest = find_closest(measured, train)
     found = {
         "groups_on_two_sides": shared,
         "pairs_searched": len(held_out) * len(train),
@@ -224,13 +223,13 @@ def proof(sides: Sides, threshold: float) -> dict[str, Any]:
 
 
 def check_sizes(sides: Sides, rows_in: int, groups_in: int, min_train_rows: int, min_test_rows: int) -> None:
-    """Refuse a split too small to learn from or to judge by.
+    """Check that the split is large enough to train and to evaluate.
 
     Raises:
         InputError: with the numbers of both sides.
     """
     problems = [
-        f"{side}: {len(rows)} rows, and it needs {least} (split.min_{side}_rows)"
+        f"{side}: {len(rows)} rows, and {least} are required (split.min_{side}_rows)"
         for side, rows, least in (("train", sides.train, min_train_rows), ("test", sides.test, min_test_rows))
         if len(rows) < least
     ]
@@ -243,7 +242,7 @@ def check_sizes(sides: Sides, rows_in: int, groups_in: int, min_train_rows: int,
         )
 
 
-def figures(sides: Sides, labels: Mapping[str, str], stratify_by: str | None) -> dict[str, Any]:
+def count_sides(sides: Sides, labels: Mapping[str, str], stratify_by: str | None) -> dict[str, Any]:
     """Return rows and groups of each side, in all and by label."""
     report: dict[str, Any] = {
         "rows": {side: len(rows) for side, rows in sides.items()},
@@ -268,27 +267,27 @@ def main() -> None:
     params, stratify_by = everything.split, everything.task.stratify_by
     task = read_task()
     rows = read_rows(artifacts("curate") / "rows.parquet")
-    # A table of nothing but feedback is a source like any other.
+    # A table with feedback only is split like any other.
     asked = [row for row in rows if row.origin != "feedback"] or rows
     feedback = [row for row in rows if row.origin == "feedback"] if len(asked) < len(rows) else []
-    labels = labels_of_groups(asked, read_strata(asked, stratify_by, task))
-    assigned = assign(labels, params.validation_fraction, params.test_fraction, params.seed)
-    sides, over_cap = divide(asked, assigned, params.max_test_rows_per_group, params.seed)
-    learned, left_out = learned_only(feedback, assigned)
+    labels = choose_group_labels(asked, read_strata(asked, stratify_by, task))
+    assigned = assign_sides(labels, params.validation_fraction, params.test_fraction, params.seed)
+    sides, over_cap = divide_rows(asked, assigned, params.max_test_rows_per_group, params.seed)
+    learned, rejected = select_feedback(feedback, assigned)
     capped, train_over_cap = cap_training_rows(
         sides.train, labels, params.max_train_rows_per_group, params.min_train_rows_per_label, params.seed
     )
     if train_over_cap:
-        log.info(
-            "%d training rows are left out: at most %s of a group (split.max_train_rows_per_group)",
+        logger.info(
+            "%d training rows rejected: at most %s of a group (split.max_train_rows_per_group)",
             train_over_cap,
             params.max_train_rows_per_group,
         )
-    train = mixed(capped, learned, params.seed)
-    sides, removed = without_near_duplicates(
+    train = shuffle_together(capped, learned, params.seed)
+    sides, removed = remove_near_duplicates(
         Sides(train, sides.validation, sides.test), params.near_duplicate_threshold
     )
-    labels = labels_of_groups(rows, read_strata(rows, stratify_by, task)) | labels
+    labels = choose_group_labels(rows, read_strata(rows, stratify_by, task)) | labels
     check_sizes(
         sides,
         len(rows),
@@ -299,18 +298,18 @@ def main() -> None:
     report = {
         "rows_in": len(rows),
         "feedback_rows": len(feedback),
-        "feedback_rows_of_held_out_groups": left_out,
+        "feedback_rows_of_held_out_groups": rejected,
         "test_rows_over_cap": over_cap,
         "train_rows_over_cap": train_over_cap,
         "train_rows_removed_as_near_duplicates": removed,
-        **figures(sides, labels, stratify_by),
-        "proof": proof(sides, params.near_duplicate_threshold),
+        **count_sides(sides, labels, stratify_by),
+        "proof": prove_split(sides, params.near_duplicate_threshold),
     }
     for side, chosen in sides.items():
         write_rows(artifacts("split") / f"{side}.parquet", chosen)
     write_json(reports("split") / "metrics.json", report)
-    log.info(
-        "%s rows in %s groups (train, validation, test); %d training rows too near to held-out ones removed",
+    logger.info(
+        "%s rows in %s groups (train, validation, test); %d near duplicates of held-out rows removed",
         list(report["rows"].values()),
         list(report["groups"].values()),
         removed,

@@ -20,12 +20,12 @@ GRAM = 3
 ROUNDING = 1e-9  # 0.7 * 10 is 7.000000000000001
 
 
-def prompt_text(row: Row) -> str:
-    """Return what is compared of a row: all turns before the answer, without the shared system message."""
+def join_prompt(row: Row) -> str:
+    """Return the text of a row that is compared: all turns before the answer, without the system message."""
     return "\n".join(message.content for message in row.prompt if message.role != "system")
 
 
-def grams(text: str) -> frozenset[str]:
+def extract_grams(text: str) -> frozenset[str]:
     """Return the character 3-grams of a text; case and runs of space do not count."""
     plain = " ".join(text.casefold().split())
     if len(plain) <= GRAM:
@@ -33,50 +33,49 @@ def grams(text: str) -> frozenset[str]:
     return frozenset(plain[start : start + GRAM] for start in range(len(plain) - GRAM + 1))
 
 
-def similarity(left: frozenset[str], right: frozenset[str]) -> float:
+def compute_similarity(left: frozenset[str], right: frozenset[str]) -> float:
     """Return the Jaccard similarity of two sets of grams: shared over all."""
     shared = len(left & right)
     return shared / (len(left) + len(right) - shared)
 
 
 class SimilarTexts:
-    """An index of texts that can be asked which of them are near another one.
+    """An index to find the texts that are near duplicates of another one.
 
     Args:
         threshold: the similarity from which on two texts are near.
-        expected: the texts to come, to know which grams are rare; others are served too, more slowly.
+        expected: texts to estimate from which grams are rare; other texts work, too, but slower.
     """
 
     def __init__(self, threshold: float, expected: Iterable[str]) -> None:
         self.threshold = threshold
-        self._frequency = Counter(gram for text in expected for gram in grams(text))
+        self._frequency = Counter(gram for text in expected for gram in extract_grams(text))
         self._texts: list[frozenset[str]] = []
-        # Arrays, so that numpy can look at thousands of candidates at once.
+        # Arrays, so that numpy can check thousands of candidates at once.
         self._sizes = array("q")
         self._by_gram: defaultdict[str, array[int]] = defaultdict(lambda: array("q"))
 
     def add(self, text: str) -> int:
-        """Put a text in the index and return its number there, counted from 0."""
-        own = grams(text)
+        """Add a text to the index and return its number, from 0."""
+        own = extract_grams(text)
         for gram in self._prefix(own):
             self._by_gram[gram].append(len(self._texts))
         self._texts.append(own)
         self._sizes.append(len(own))
         return len(self._texts) - 1
 
-    def near(self, text: str) -> Iterator[tuple[int, float]]:
+    def find_near(self, text: str) -> Iterator[tuple[int, float]]:
         """Yield the number and the similarity of each text in the index that is near `text`, in order."""
-        own = grams(text)
+        own = extract_grams(text)
         for number in self._candidates(own):
-            score = similarity(own, self._texts[number])
+            score = compute_similarity(own, self._texts[number])
             if score >= self.threshold - ROUNDING:
                 yield number, score
 
     def _candidates(self, own: frozenset[str]) -> list[int]:
-        """The texts whose prefix shares enough with the prefix of `own` (the filter of PPJoin).
+        """Return the texts whose prefix shares enough with the prefix of `own` (the filter of PPJoin).
 
-        What two texts share beyond both their prefixes comes after one of them, so it can be no
-        more than what stands there.
+        Grams shared beyond both prefixes come after one of them, so there are at most as many as there.
         """
         import numpy as np
 
@@ -93,29 +92,19 @@ class SimilarTexts:
         return found
 
     def _prefix(self, own: frozenset[str]) -> list[str]:
-        """The grams of which a near text must share one: the rarest, in an order all texts agree on."""
+        """Return the grams of which a near duplicate must have one: the rarest, in the same order for all."""
         rarest_first = sorted(own, key=lambda gram: (self._frequency[gram], gram))
         return rarest_first[: len(own) - max(1, math.ceil(self.threshold * len(own) - ROUNDING)) + 1]
 
 
-def near_duplicate_pairs(texts: Sequence[str], threshold: float) -> list[tuple[int, int, float]]:
-    """Return every pair (i, j, similarity) with i < j whose similarity is `threshold` or more."""
-    index = SimilarTexts(threshold, texts)
-    pairs = []
-    for number, text in enumerate(texts):
-        pairs += [(other, number, score) for other, score in index.near(text)]
-        index.add(text)
-    return sorted(pairs)
+def find_closest(texts: Sequence[str], others: Sequence[str]) -> tuple[int, int, float] | None:
+    """Return the most similar pair (i of texts, j of others, similarity), or None if one side is empty.
 
-
-def closest(texts: Sequence[str], others: Sequence[str]) -> tuple[int, int, float] | None:
-    """Return the most similar pair (i of texts, j of others, similarity), or None where one side is empty.
-
-    Every pair is compared, however far apart, which is what a proof needs.
+    Every pair is compared, which a proof requires.
     """
     import numpy as np
 
-    sets = [grams(text) for text in others]
+    sets = [extract_grams(text) for text in others]
     sizes = np.array([len(own) for own in sets])
     holders: defaultdict[str, array[int]] = defaultdict(lambda: array("q"))
     for number, own in enumerate(sets):
@@ -124,7 +113,7 @@ def closest(texts: Sequence[str], others: Sequence[str]) -> tuple[int, int, floa
     postings = {gram: np.frombuffer(numbers, np.int64) for gram, numbers in holders.items()}
     best: tuple[int, int, float] | None = None
     for number, text in enumerate(texts):
-        own = grams(text)
+        own = extract_grams(text)
         hits = [postings[gram] for gram in sorted(own) if gram in postings]
         shared = (
             np.bincount(np.concatenate(hits), minlength=len(sets)) if hits else np.zeros(len(sets), dtype=int)

@@ -97,7 +97,7 @@ def main() -> None:
         {
             "started_from": initial.version if initial else "base",
             "train_rows": len(examples),
-            "dropped_long_rows": len(long),
+            "rejected_long_rows": len(long),
             "rows_not_replayed": len(rows) - len(selected),
             "validation_rows": len(validation),
             "train_tokens": recipe.epochs * sum(len(e.input_ids) for e in examples),

@@ -22,7 +22,7 @@ NEEDED = (
         f"collect.{key}"
         for key in ("rows", "rejected", "rejected_by_reason", "by_license", "by_origin", "sources")
     ),
-    *(f"curate.{key}" for key in ("rows_in", "kept", "dropped", "dropped_by_reason", "kept_by_source")),
+    *(f"curate.{key}" for key in ("rows_in", "kept", "rejected", "rejected_by_reason", "kept_by_source")),
     *(f"validate.{key}" for key in ("rows", "success", "expectations_met", "expectations_total", "warnings")),
     *(f"check_bias.{key}" for key in ("rows", "success", "findings")),
     *(f"split.rows.{side}" for side in SIDES),
@@ -34,7 +34,7 @@ NEEDED = (
         f"split.proof.{key}"
         for key in ("groups_on_two_sides", "near_duplicates_across", "highest_similarity")
     ),
-    *(f"finetune.{key}" for key in ("train_rows", "dropped_long_rows", "steps", "train_tokens", "dtype")),
+    *(f"finetune.{key}" for key in ("train_rows", "rejected_long_rows", "steps", "train_tokens", "dtype")),
     *(f"finetune.{key}" for key in ("rows_not_replayed", "started_from", "trained_parameters")),
     *(f"finetune.{key}" for key in ("train_loss", "validation_loss")),
     *(f"evaluate.{key}" for key in ("rows", "test_rows", "groups", "base", "tuned", "difference", "slices")),
@@ -52,8 +52,8 @@ AGREEMENTS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("collect.by_license.*",), ("collect.rows",)),
     (("collect.by_origin.*",), ("collect.rows",)),
     (("collect.rows",), ("curate.rows_in",)),
-    (("curate.kept", "curate.dropped"), ("curate.rows_in",)),
-    (("curate.dropped_by_reason.*",), ("curate.dropped",)),
+    (("curate.kept", "curate.rejected"), ("curate.rows_in",)),
+    (("curate.rejected_by_reason.*",), ("curate.rejected",)),
     (("curate.kept_by_source.*",), ("curate.kept",)),
     (("validate.rows",), ("curate.kept",)),
     (("check_bias.rows",), ("curate.kept",)),
@@ -67,7 +67,7 @@ AGREEMENTS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
         ("split.rows_in",),
     ),
     (
-        ("finetune.train_rows", "finetune.dropped_long_rows", "finetune.rows_not_replayed"),
+        ("finetune.train_rows", "finetune.rejected_long_rows", "finetune.rows_not_replayed"),
         ("split.rows.train",),
     ),
     (("evaluate.test_rows",), ("split.rows.test",)),

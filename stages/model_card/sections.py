@@ -167,11 +167,11 @@ def _rejected_limits(
     if collect["rejected"]:
         reasons = _counts(collect["rejected_by_reason"])
         yield f"Rejected by collect: {_many(collect['rejected'], 'row')} ({reasons})."
-    if curate["dropped"]:
-        reasons = _counts(curate["dropped_by_reason"])
-        yield f"Rejected by curate: {_many(curate['dropped'], 'row')} ({reasons})."
-    if finetune["dropped_long_rows"]:
-        yield f"Too long to train on: {_many(finetune['dropped_long_rows'], 'row')}."
+    if curate["rejected"]:
+        reasons = _counts(curate["rejected_by_reason"])
+        yield f"Rejected by curate: {_many(curate['rejected'], 'row')} ({reasons})."
+    if finetune["rejected_long_rows"]:
+        yield f"Too long to train on: {_many(finetune['rejected_long_rows'], 'row')}."
 
 
 def _test_limits(report: Mapping[str, Any]) -> Iterator[str]:

@@ -13,15 +13,15 @@ from stages.common.task.json_task import JsonTask
 from stages.common.task.kinds import TASK_FILE
 from stages.split import (
     Sides,
-    assign,
+    assign_sides,
     cap_training_rows,
     check_sizes,
-    divide,
-    figures,
-    labels_of_groups,
-    proof,
+    choose_group_labels,
+    count_sides,
+    divide_rows,
+    prove_split,
     read_strata,
-    without_near_duplicates,
+    remove_near_duplicates,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +47,7 @@ def many(groups, rows_per_group=5, intents=4):
 
 def test_every_label_has_its_share_on_each_side():
     labels = {f"{label}{n}": label for label, count in (("a", 100), ("b", 40)) for n in range(count)}
-    sides = Counter((labels[group], side) for group, side in assign(labels, 0.1, 0.2, 7).items())
+    sides = Counter((labels[group], side) for group, side in assign_sides(labels, 0.1, 0.2, 7).items())
     assert sides["a", "test"] == 20
     assert sides["b", "test"] == 8
     assert sides["a", "validation"] == 10
@@ -56,14 +56,14 @@ def test_every_label_has_its_share_on_each_side():
 
 def test_the_shares_of_small_labels_are_right_over_all():
     labels = {f"{label}-{n}": str(label) for label in range(40) for n in range(3)}
-    sides = Counter(assign(labels, 0.05, 0.15, 7).values())
+    sides = Counter(assign_sides(labels, 0.05, 0.15, 7).values())
     assert sides["test"] == 18
     assert sides["validation"] == 6
 
 
 def test_every_label_keeps_a_group_in_training():
     labels = {f"{label}-{n}": str(label) for label in range(30) for n in range(1 + label % 3)}
-    sides = assign(labels, 0.3, 0.6, 7)
+    sides = assign_sides(labels, 0.3, 0.6, 7)
     in_train = {labels[group] for group, side in sides.items() if side == "train"}
     assert in_train == set(labels.values())
     for label, count in Counter(labels.values()).items():
@@ -74,14 +74,14 @@ def test_every_label_keeps_a_group_in_training():
 def test_the_same_seed_gives_the_same_sides_in_whatever_order_groups_come():
     labels = {f"{label}-{n}": str(label) for label in range(9) for n in range(9)}
     backwards = dict(reversed(labels.items()))
-    assert assign(labels, 0.1, 0.2, 7) == assign(backwards, 0.1, 0.2, 7)
-    assert assign(labels, 0.1, 0.2, 7) != assign(labels, 0.1, 0.2, 8)
+    assert assign_sides(labels, 0.1, 0.2, 7) == assign_sides(backwards, 0.1, 0.2, 7)
+    assert assign_sides(labels, 0.1, 0.2, 7) != assign_sides(labels, 0.1, 0.2, 8)
 
 
 def test_a_group_has_its_commonest_label():
     rows = [row("a", "g", "On"), row("b", "g", "Off"), row("c", "g", "Off")]
-    assert labels_of_groups(rows, read_strata(rows, "intent", JsonTask(None))) == {"g": "Off"}
-    assert labels_of_groups(rows, read_strata(rows, None, JsonTask(None))) == {"g": ""}
+    assert choose_group_labels(rows, read_strata(rows, "intent", JsonTask(None))) == {"g": "Off"}
+    assert choose_group_labels(rows, read_strata(rows, None, JsonTask(None))) == {"g": ""}
 
 
 def test_a_tag_that_no_row_has_is_refused_with_those_there():
@@ -91,8 +91,8 @@ def test_a_tag_that_no_row_has_is_refused_with_those_there():
 
 def test_no_group_is_asked_more_often_than_the_cap_and_all_rows_are_accounted_for():
     rows = many(40)
-    labels = labels_of_groups(rows, read_strata(rows, "intent", JsonTask(None)))
-    sides, over_cap = divide(rows, assign(labels, 0.1, 0.3, 7), 2, 7)
+    labels = choose_group_labels(rows, read_strata(rows, "intent", JsonTask(None)))
+    sides, over_cap = divide_rows(rows, assign_sides(labels, 0.1, 0.3, 7), 2, 7)
     assert set(Counter(r.group for r in sides.test).values()) == {2}
     assert sum(len(chosen) for _, chosen in sides.items()) + over_cap == len(rows)
 
@@ -100,7 +100,7 @@ def test_no_group_is_asked_more_often_than_the_cap_and_all_rows_are_accounted_fo
 def test_training_rows_near_a_held_out_one_are_removed_and_others_stay():
     test_row = row("turn on the light in the kitchen now", "t")
     near, far = row("turn on the lights in the kitchen now", "a"), row("what time is it in Lima", "b")
-    sides, removed = without_near_duplicates(Sides((near, far), (), (test_row,)), 0.8)
+    sides, removed = remove_near_duplicates(Sides((near, far), (), (test_row,)), 0.8)
     assert removed == 1
     assert sides == Sides((far,), (), (test_row,))
 
@@ -110,14 +110,14 @@ def test_the_shared_system_message_makes_no_near_duplicate():
         make_row([Message("system", "s" * 300), Message("user", q), Message("assistant", "{}")], "toy", "mit")
         for q in ("lamp on", "what time is it")
     ]
-    assert without_near_duplicates(Sides((rows[0],), (), (rows[1],)), 0.5)[1] == 0
+    assert remove_near_duplicates(Sides((rows[0],), (), (rows[1],)), 0.5)[1] == 0
 
 
 def test_the_proof_names_the_closest_pair_and_how_many_were_compared():
     sides = Sides(
         (row("turn on the light", "a"), row("what time is it", "b")), (), (row("turn on the lights", "c"),)
     )
-    found = proof(sides, 0.95)
+    found = prove_split(sides, 0.95)
     assert found["pairs_compared"] == 2
     assert found["groups_on_two_sides"] == found["near_duplicates_across"] == 0
     assert found["closest_pair"] == ["turn on the lights", "turn on the light"]
@@ -134,21 +134,21 @@ def test_the_proof_names_the_closest_pair_and_how_many_were_compared():
 )
 def test_a_split_that_leaks_is_refused(sides):
     with pytest.raises(AssertionError, match="not clean"):
-        proof(sides, 0.8)
+        prove_split(sides, 0.8)
 
 
 def test_a_split_too_small_names_both_sides_numbers_and_what_to_do():
     with pytest.raises(InputError) as error:
         check_sizes(Sides((row("a"),), (), (row("b"),)), 2, 2, 10, 300)
     assert "2 rows in 2 groups" in error.value.what
-    assert "train: 1 rows, and it needs 10 (split.min_train_rows)" in error.value.what
+    assert "train: 1 rows, and 10 are required (split.min_train_rows)" in error.value.what
     assert "test: 1 rows, and it needs 300 (split.min_test_rows)" in error.value.what
     assert "rows_per_template" in error.value.fix
 
 
 def test_labels_without_test_rows_are_named():
     sides = Sides((row("a", "g", "On"),), (), (row("b", "h", "Off"),))
-    report = figures(sides, {"g": "On", "h": "Off"}, "intent")
+    report = count_sides(sides, {"g": "On", "h": "Off"}, "intent")
     assert report["labels_without_test_rows"] == ["On"]
     assert report["labels"]["Off"] == {"groups": 1, "train": 0, "validation": 0, "test": 1}
 
@@ -189,7 +189,7 @@ def test_the_split_of_the_same_rows_is_the_same_files(project):
 
 def test_nothing_is_written_when_the_test_side_is_too_small(project):
     project(many(10), min_test_rows=300)
-    with pytest.raises(InputError, match=r"it needs 300 \(split.min_test_rows"):
+    with pytest.raises(InputError, match=r"300 are required \(split.min_test_rows"):
         split.main()
     assert not Path("artifacts/split").exists()
     assert not Path("reports").exists()
@@ -209,7 +209,7 @@ def test_the_report_adds_up(project):
 def test_a_group_is_learned_at_most_so_often_and_a_rare_label_more_often():
     rows = many(groups=8, rows_per_group=9, intents=4)
     rows = [r for r in rows if r.tags["intent"] != "I0" or r.group == "g0"]  # I0: one group, the others two
-    labels = labels_of_groups(rows, [r.tags["intent"] for r in rows])
+    labels = choose_group_labels(rows, [r.tags["intent"] for r in rows])
     kept, left_out = cap_training_rows(rows, labels, 2, 7, seed=7)
     by_group = Counter(r.group for r in kept)
     assert by_group["g0"] == 7

@@ -73,8 +73,8 @@ def evidence():
         "curate": {
             "rows_in": 42,
             "kept": 40,
-            "dropped": 2,
-            "dropped_by_reason": {"near_duplicate": 2},
+            "rejected": 2,
+            "rejected_by_reason": {"near_duplicate": 2},
             "kept_by_source": {"toy/1": 40},
         },
         "validate": {
@@ -100,7 +100,7 @@ def evidence():
         "finetune": {
             "started_from": "base",
             "train_rows": 23,
-            "dropped_long_rows": 1,
+            "rejected_long_rows": 1,
             "rows_not_replayed": 0,
             "steps": 2,
             "train_tokens": 999,
@@ -303,7 +303,7 @@ def test_all_problems_are_in_one_message(project):
         "reports/split/metrics.json is not there (dvc repro split)",
         "reports/finetune/loss.svg is not there",
         "collect.rows is 42, and curate.rows_in is 41",
-        "curate.kept + curate.dropped is 42, and curate.rows_in is 41",
+        "curate.kept + curate.rejected is 42, and curate.rows_in is 41",
         "validate.success is false, not true",
         "validate.expectations_met is missing",
     ):
@@ -314,9 +314,9 @@ def test_all_problems_are_in_one_message(project):
     ("stage", "keys", "part"),
     [
         ("collect", {"by_license": {"mit": 41}}, "collect.by_license.* is 41"),
-        ("curate", {"dropped_by_reason": {}}, "curate.dropped_by_reason.* is 0"),
+        ("curate", {"rejected_by_reason": {}}, "curate.rejected_by_reason.* is 0"),
         ("split", {"rows": {"train": 23, "validation": 4, "test": 10}}, "split.rows.train is 23"),
-        ("finetune", {"train_rows": 20}, "dropped_long_rows + finetune.rows_not_replayed is 21"),
+        ("finetune", {"train_rows": 20}, "rejected_long_rows + finetune.rows_not_replayed is 21"),
         ("evaluate", {"test_rows": 11}, "evaluate.test_rows is 11, and split.rows.test is 10"),
         ("evaluate", {"rows": 9}, "evaluate.tuned.exact_match.n is 10, and evaluate.rows is 9"),
         ("evaluate", {"primary": "beauty"}, "not one of its metrics"),
