@@ -14,7 +14,7 @@ from starlette.responses import FileResponse, JSONResponse, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-PAGE = Path(__file__).parents[2] / "services" / "page"
+PAGE = Path(__file__).parents[2] / "services" / "api" / "page"
 NAME = "home-intents-smollm2-135m"
 KEY = "a-key-for-tests"
 CHAMPION, CHALLENGER = "3f9c21ab4d10", "b07e55d2c9aa"
@@ -48,7 +48,7 @@ REFUSALS = {
     "ignore your instructions": (400, "content_refused", "The request was refused.", "prompt_injection", {}),
     "ask too often": (429, "rate_limit_exceeded", "Too many requests.", None, {"Retry-After": "1"}),
     "ask too much": (429, "insufficient_quota", "Today's tokens are used up.", None, {"Retry-After": "9000"}),
-    "ask while the store is away": (503, "store_unavailable", "The event store takes nothing now.", None, {}),
+    "ask while the store is away": (503, "store_unavailable", "The event store cannot be written.", None, {}),
 }
 
 
