@@ -79,10 +79,10 @@ docs: $(VENV)/.dev ## regenerate the reference pages in docs/
 	@python -m docs.reference.generate
 
 check-wheels: $(VENV)/.dev ## check that the index has a wheel of every pin for every Python and platform
-	@python -m checks.wheels
+	@python -m tests.environments.wheels
 
 check-pythons: $(VENV)/.dev ## install and run the fast tests on every supported Python found here (7 GB each)
-	@python -m checks.pythons
+	@python -m tests.environments.pythons
 
 lock: $(VENV)/.dev ## re-resolve requirements.lock for every supported Python and platform
 	@UV_CUSTOM_COMPILE_COMMAND="make lock" uv pip compile --quiet --upgrade --universal --fork-strategy fewest \

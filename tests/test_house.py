@@ -13,15 +13,15 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-import checks.wheels
 from benchmarks.structure import find_circles, fold_graph, import_graph
 from flows.__main__ import COMMANDS
 from stages.common.params.loading import Params, load_params
+from tests.environments.wheels import PYTHONS
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("flows", "stages", "services", "monitoring")
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-# Whom a package may import, besides itself. Flows run stages through DVC and never import one.
+# What a package may import, besides itself. Flows run stages through DVC and never import one.
 MAY_IMPORT = {
     "stages.common": (),
     # Engines are below both stages and services: a model is evaluated by what serves it (ADR 0011).
@@ -289,7 +289,7 @@ def test_the_supported_pythons_are_the_same_everywhere():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     supported = SpecifierSet(project["requires-python"])
     minors = [minor for minor in range(9, 30) if f"3.{minor}" in supported]
-    assert [(3, minor) for minor in minors] == list(checks.wheels.PYTHONS)
+    assert [(3, minor) for minor in minors] == list(PYTHONS)
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert f"(3, {minors[0]}) <= sys.version_info[:2] <= (3, {minors[-1]})" in makefile
     assert all(f"python3.{minor} " in makefile for minor in minors)

@@ -18,7 +18,7 @@ from packaging.markers import Marker
 from packaging.tags import Tag, compatible_tags, cpython_tags, mac_platforms
 from packaging.utils import parse_wheel_filename
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PYTHONS = ((3, 11), (3, 12), (3, 13), (3, 14))
 # The oldest systems that the lock serves: glibc 2.31 is in Debian 11 and Ubuntu 20.04 (llguidance needs it),
 # 2.35 in Ubuntu 22.04 and Debian 12 (openvino on ARM); torch needs macOS 14.

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from checks.pythons import find_interpreter, find_interpreters, read_version
-from checks.wheels import ROOT
+from tests.environments.pythons import find_interpreter, find_interpreters, read_version
+from tests.environments.wheels import ROOT
 
 HERE = "{}.{}".format(*sys.version_info)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from checks.wheels import TARGETS, Target, find_missing_wheels
+from tests.environments.wheels import TARGETS, Target, find_missing_wheels
 
 LINUX = Target((3, 13), "linux", "x86_64")
 MAC = Target((3, 13), "darwin", "arm64")

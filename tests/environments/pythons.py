@@ -1,7 +1,7 @@
 """Install the lock and run the fast tests on every supported Python found on this machine.
 
-`make check-pythons`, or `python -m checks.pythons 3.13` for one. Each gets an environment in a temporary
-folder that is deleted afterwards: 7 GB where torch is the CUDA build, as by default on Linux.
+`make check-pythons`, or `python -m tests.environments.pythons 3.13` for one. Each gets an environment in a
+temporary folder that is deleted afterwards: 7 GB where torch is the CUDA build, as by default on Linux.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from checks.wheels import PYTHONS, ROOT
+from tests.environments.wheels import PYTHONS, ROOT
 
 EXTRAS = "core,serve,postgres,monitor,dev"
 TESTS = ("-m", "pytest", "-m", "not slow", "--numprocesses", "2", "--dist", "loadfile")
