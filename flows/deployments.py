@@ -1,8 +1,8 @@
-"""The flows on a Prefect server: `perennial schedule` registers them with their schedules.
+"""The deployments of the flows: `perennial schedule` registers them on a Prefect server.
 
-Schedules are those of `flows` in params.yaml; a drift verdict starts a retraining by an event.
-Runs that are due are executed by `make up`, on any other machine with this checkout by
-`perennial schedule --execute`, or by the workers of a work pool (`--pool NAME`).
+Schedules are those of `flows` in params.yaml; a drift verdict triggers a retraining by an event.
+Due runs are executed by `make up`, on any other machine with this checkout by `perennial schedule --serve`,
+or by the workers of a work pool (`--pool NAME`).
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import argparse
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from flows.common import console, prefect_api, processes
+from flows.common import prefect_api, processes
+from flows.common.cli import run_command
 from flows.watch.event import DRIFT_EVENT
 from stages.common.errors import InputError
 from stages.common.params.loading import load_params
@@ -32,44 +33,39 @@ logger = logging.getLogger("flows.deployments")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Register the flows on a running server; return the exit code."""
+    """Register the flows on a running server, or serve them; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="perennial schedule",
         description="Register the flows and their schedules (params.yaml) on a running Prefect server.",
     )
+    parser.add_argument("--serve", action="store_true", help="also execute due runs, until Ctrl-C")
     parser.add_argument(
-        "--execute", action="store_true", help="also execute the runs that are due, until Ctrl-C"
-    )
-    parser.add_argument(
-        "--pool", metavar="NAME", help="register for this work pool, whose workers execute the runs"
+        "--pool", metavar="NAME", help="register for this work pool, whose workers execute due runs"
     )
     options = parser.parse_args(arguments)
-    if options.execute and options.pool:
-        parser.error("--execute and --pool exclude each other: a pool's workers execute what is due")
-    console.set_up()
-    root = Path.cwd()
-    try:
-        settings = load_params(root / "params.yaml").flows
-        with _running_server(root):
-            if options.execute:
-                execute(settings)
-            else:
-                register(settings, options.pool)
-        return 0
-    except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 0
+    if options.serve and options.pool:
+        parser.error("--serve and --pool exclude each other: a pool's workers execute due runs")
+    return run_command(lambda: _deploy(Path.cwd(), options))
+
+
+def _deploy(root: Path, options: argparse.Namespace) -> int:
+    settings = load_params(root / "params.yaml").flows
+    with _running_server(root):
+        if not options.serve:
+            register(settings, options.pool)
+            return 0
+        with suppress(KeyboardInterrupt):
+            serve(settings)
+    return 0
 
 
 @dataclass(frozen=True)
 class Timetable:
-    """When a flow runs: at a cron line, and on an event of Prefect."""
+    """When a flow runs: by a cron expression, and on a Prefect event."""
 
     flow: str
     name: str
-    does: str
+    description: str
     cron: str | None
     timezone: str
     on_event: str | None = None
@@ -80,7 +76,7 @@ class Timetable:
         return " and ".join(when) or "no schedule, by hand only"
 
 
-def timetables(settings: Flows) -> list[Timetable]:
+def make_timetables(settings: Flows) -> list[Timetable]:
     """Return when each flow runs."""
     training, watch, retrain = settings.training, settings.watch, settings.retrain
     return [
@@ -94,19 +90,25 @@ def timetables(settings: Flows) -> list[Timetable]:
         Timetable(
             "watch",
             "scheduled",
-            "Compare new traffic with the usual, and call for a retraining.",
+            "Test new traffic for drift, and trigger a retraining.",
             watch.cron,
             watch.timezone,
         ),
         Timetable(
             "retrain",
             "on-drift",
-            "Train a candidate on what production taught; promote it if it is better.",
+            "Train a candidate on feedback from production; promote it if it is better.",
             retrain.cron,
             retrain.timezone,
             DRIFT_EVENT if watch.retrain else None,
         ),
-        Timetable("release", "by-hand", "Promote, try, roll back, pin: aliases move here only.", None, "UTC"),
+        Timetable(
+            "release",
+            "by-hand",
+            "Promote, roll back or pin a version; only this flow moves aliases.",
+            None,
+            "UTC",
+        ),
     ]
 
 
@@ -114,21 +116,21 @@ def register(settings: Flows, pool: str | None = None) -> list[UUID]:
     """Register the flows with their schedules; return the ids of the deployments.
 
     Args:
-        pool: a work pool whose workers execute the runs; None: `execute` does.
+        pool: the work pool whose workers execute the runs; None: `serve` does.
     """
     ids = []
-    for timetable in timetables(settings):
+    for timetable in make_timetables(settings):
         ids.append(cast("UUID", _deployment(timetable, pool).apply()))
         logger.info("registered %s/%s: %s", timetable.flow, timetable.name, timetable)
     return ids
 
 
-def execute(settings: Flows) -> None:
-    """Register the flows and execute the runs that are due, until a signal comes."""
-    from prefect import serve
+def serve(settings: Flows) -> None:
+    """Register the flows and execute due runs, until a signal."""
+    import prefect
 
-    made = [_deployment(timetable, None) for timetable in timetables(settings)]
-    serve(*made, pause_on_shutdown=False, print_starting_message=False)
+    deployments = [_deployment(timetable, None) for timetable in make_timetables(settings)]
+    prefect.serve(*deployments, pause_on_shutdown=False, print_starting_message=False)
 
 
 def _deployment(timetable: Timetable, pool: str | None) -> RunnerDeployment:
@@ -159,11 +161,11 @@ def _deployment(timetable: Timetable, pool: str | None) -> RunnerDeployment:
         timetable.name,
         schedules=[CronSchedule(cron=timetable.cron, timezone=timetable.timezone)] if timetable.cron else [],
         triggers=triggers,
-        # After a night without an executor all runs of the night are late, and would all begin at once.
+        # After a night without a server process all runs of the night are late, and would start at once.
         concurrency_limit=ConcurrencyLimitConfig(
             limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW
         ),
-        description=f"{timetable.does} Its schedule is in params.yaml.",
+        description=f"{timetable.description} Its schedule is in params.yaml.",
         # A path would put flows/ first on the import path.
         entrypoint_type=EntrypointType.MODULE_PATH,
         **where,
@@ -173,7 +175,7 @@ def _deployment(timetable: Timetable, pool: str | None) -> RunnerDeployment:
 
 @contextmanager
 def _running_server(root: Path) -> Iterator[None]:
-    """Find the server that runs already.
+    """Set PREFECT_API_URL to the running server for the block.
 
     Raises:
         InputError: none answers.

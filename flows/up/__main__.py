@@ -142,7 +142,7 @@ def _prefect(params: Params) -> Program:
 def _executor(params: Params) -> Program:
     return Program(
         "executor",
-        _module("flows.deployments", "--execute"),
+        _module("flows.deployments", "--serve"),
         environment={"PREFECT_API_URL": prefect_api_url(params)},
         after=("prefect",),
         end_signal=signal.SIGINT,

@@ -150,7 +150,7 @@ def runs_of(api, verdict: str, state: str) -> list[dict[str, Any]]:
 def called_for(api, since: float | None, state: str) -> dict[str, Any]:
     """Tell of drift; return the retraining that follows, once it is in a state."""
     verdict = f"w-{uuid.uuid4()}"
-    payload = {"why": 'a "quoted" reason', "verdict": verdict, "since": since}
+    payload = {"reason": 'a "quoted" {{ reason }} of {100 %} $x', "verdict": verdict, "since": since}
     emit(api, payload)
     (run,) = wait_until(lambda: runs_of(api, verdict, state), 90, f"the retraining is {state}")
     assert run["parameters"] == payload
@@ -159,7 +159,7 @@ def called_for(api, since: float | None, state: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_a_drift_event_has_the_retraining_executed_once_at_a_time_with_what_the_verdict_says(finished, api):
-    with executing(finished, api, "flows.deployments", "--execute"):
+    with executing(finished, api, "flows.deployments", "--serve"):
         run = called_for(api, 1750000000.25, "FAILED")
         assert f"{finished.root}/artifacts/export/serving.json is not there" in run["state"]["message"]
 
