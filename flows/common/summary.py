@@ -1,4 +1,4 @@
-"""The results of a run for people: base against tuned, as a table on a terminal and on Prefect's page."""
+"""Summarise the results of a run: base against tuned model, for the terminal and Prefect's page."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Comparison:
 
     @property
     def change(self) -> str:
-        """The difference with its p-value, in words."""
+        """The difference with its p-value."""
         value = self.difference.value if self.difference else self.tuned.value - self.base.value
         sign = "+" if value >= 0 else "−"
         p = "" if self.p_value is None else f", p {_p(self.p_value)}"
@@ -48,7 +48,7 @@ class Comparison:
 
 
 def read_results(root: Path) -> list[Comparison] | None:
-    """Read the metrics that both models have; None if the evaluation is not there."""
+    """Read the metrics that both models have; None without an evaluation."""
     path = root / reports("evaluate") / "metrics.json"
     return comparisons(read_json(path)) if path.exists() else None
 
@@ -60,7 +60,7 @@ def read_resolution(root: Path) -> str:
 
 
 def card_path(root: Path) -> Path:
-    """Return where the model card lies."""
+    """Return the path of the model card."""
     return root / reports("model_card") / "README.md"
 
 

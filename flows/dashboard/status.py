@@ -192,8 +192,8 @@ def _programs(root: Path, params: Params, problems: list[str]) -> list[dict[str,
     for name, page in known.items():
         if name not in there:
             up = network.is_up(page, HTTP_TIMEOUT_S)
-            why = "" if up else "does not answer" if there else "make up starts it"
-            programs.append({"name": name, "state": "up" if up else "down", "page": page, "why": why})
+            reason = "" if up else "does not answer" if there else "make up starts it"
+            programs.append({"name": name, "state": "up" if up else "down", "page": page, "reason": reason})
     order = {name: place for place, name in enumerate(PROGRAMS)}
     return sorted(programs, key=lambda program: order.get(program["name"], len(order)))
 

@@ -2,7 +2,7 @@
 
 `perennial run` runs what changed since the last run, and nothing else; this is what
 `make run` calls. The parameters are checked, the lock is taken and the plan is made before Prefect
-is imported, so that a mistake is told at once.
+is imported, so that a mistake is reported at once.
 
 Exit codes: 0 done; 1 a stage failed, or bad input; 2 wrong parameters; 130 and 143 stopped.
 """
@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--force", action="store_true", help="run every stage, changed or not")
     parser.add_argument("--until", metavar="STAGE", help="run this stage and what it needs, not what follows")
     parser.add_argument(
-        "--no-wait", action="store_true", help="if another run is at work in this folder, say so and stop"
+        "--no-wait", action="store_true", help="fail if another run is at work in this folder"
     )
     return parser
 

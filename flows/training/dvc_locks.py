@@ -1,9 +1,9 @@
-"""DVC's own locks: who holds them, and the removal of those whose holder is dead.
+"""Find the holders of DVC's own locks, and remove the locks of dead ones.
 
 DVC keeps `.dvc/tmp/rwlock`, a JSON file with the process ids of readers and writers of each path. It
-drops the entries of process ids that no longer exist by itself. Two cases it cannot mend: the id
-belongs to another program by now (the rule in containers, where ids start at 1 each time), and the
-file was cut short by the kill.
+drops the entries of process ids that no longer exist by itself. It does not handle two cases: the id
+belongs to another program by now (common in containers, where ids start at 1 each time), and the file
+was cut short by the kill.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ logger = logging.getLogger("flows.training.dvc_locks")
 
 @dataclass(frozen=True)
 class Holder:
-    """A process with DVC at work in the same checkout."""
+    """A DVC process in the same checkout."""
 
     pid: int
     command: str
@@ -31,7 +31,7 @@ class Holder:
         return f"pid {self.pid}: {self.command}"
 
 
-def writers(root: Path) -> list[Holder]:
+def find_writers(root: Path) -> list[Holder]:
     """Return the living DVC processes that are writing stage outputs."""
     try:
         entries = json.loads(_rwlock(root).read_text(encoding="utf-8")).get("write", {})
@@ -42,7 +42,7 @@ def writers(root: Path) -> list[Holder]:
 
 
 def is_alive(holder: Holder) -> bool:
-    """Tell whether the process still lives and is still DVC."""
+    """Return whether the process is alive and is DVC."""
     try:
         return any("dvc" in part for part in psutil.Process(holder.pid).cmdline())
     except psutil.Error:
@@ -50,7 +50,7 @@ def is_alive(holder: Holder) -> bool:
 
 
 def clear_dead(root: Path) -> int:
-    """Remove the entries of dead holders; return how many. A file cut short is removed whole."""
+    """Remove the entries of dead holders; return their number. A truncated file is removed as a whole."""
     path = _rwlock(root)
     if not path.exists() or not _has_dead(path):
         return 0
@@ -61,7 +61,7 @@ def clear_dead(root: Path) -> int:
             entries = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             path.unlink()
-            logger.warning("removed %s, which a killed DVC process had left half-written", path)
+            logger.warning("removed %s, which a killed DVC process left truncated", path)
             return 1
         alive = _without_dead(entries)
         dead = sum(1 for _ in _all(entries)) - sum(1 for _ in _all(alive))

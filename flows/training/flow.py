@@ -1,6 +1,6 @@
 """The training flow: the DVC graph as a Prefect flow, with its results as artifacts.
 
-`perennial run` runs it by hand (see there); the deployment runs it on a schedule.
+`perennial run` runs it by hand; its deployment runs it on a schedule.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def training(force: bool = False, until: str | None = None, trigger: str = "hand
     Args:
         force: run every stage, changed or not.
         until: run this stage and what it needs; None for all stages.
-        trigger: what started it, for the record.
+        trigger: what started the run, for the record.
     """
     root = Path.cwd()
     params = load_params(root / "params.yaml")
@@ -59,7 +59,7 @@ def _rename(name: str) -> None:
 
 
 def _record(root: Path, params: Params, trigger: str) -> None:
-    """Record the run in MLflow; the model is made, so a registry that cannot be reached is only told."""
+    """Record the run in MLflow. The model exists already, so an unreachable registry is only a warning."""
     logger = get_run_logger()
     if not (root / artifacts("export") / "serving.json").exists():
         return

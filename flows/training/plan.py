@@ -1,6 +1,6 @@
-"""What a run has to do: DVC's graph in order, with what changed in each stage.
+"""Plan a run: the stages of DVC's graph in order, each with what changed since its last run.
 
-`dvc.yaml` stays the only graph; this module reads it and never writes it.
+`dvc.yaml` is the only graph; this module reads it and never writes it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Kind = Literal["never run", "params", "code", "data", "command", "output"]
 
 @dataclass(frozen=True)
 class Change:
-    """One thing that makes a stage run again."""
+    """A reason for a stage to run again."""
 
     kind: Kind
     what: str  # the parameter with its old and new value, the path, or the stage
@@ -60,7 +60,7 @@ class Plan:
         return frozenset(stale)
 
     def run_name(self, *, forced: bool = False) -> str:
-        """Say in a few words what changed since the last run."""
+        """Return a short name for the run: what changed since the last one."""
         if forced:
             return "forced"
         stale = self.stale()
@@ -109,6 +109,7 @@ def make_plan(root: Path, until: str | None = None) -> Plan:
     from dvc.exceptions import DvcException
     from dvc.repo import Repo, lock_repo
     from dvc.repo.reproduce import get_active_graph, plan_repro
+    from dvc.scm import SCMError
 
     try:
         with Repo(str(root), _wait_for_lock=True) as repo, lock_repo(repo):
@@ -127,9 +128,14 @@ def make_plan(root: Path, until: str | None = None) -> Plan:
                     for stage in ordered
                 )
             )
+    except SCMError:
+        raise InputError(
+            f"{root} is not a git repository, and DVC needs one",
+            "clone it with git, or run: git init",
+        ) from None
     except DvcException as error:
         raise InputError(
-            f"DVC cannot read the pipeline in {root}: {error}", "mend dvc.yaml; `dvc dag` checks it"
+            f"DVC cannot read the pipeline in {root}: {error}", "fix dvc.yaml; `dvc dag` checks it"
         ) from None
 
 
@@ -210,7 +216,7 @@ def lock_order(root: Path) -> tuple[str, ...]:
 
 
 def sort_lock(root: Path, before: Sequence[str], plan: Plan) -> None:
-    """Put the stages that a run added to `dvc.lock` in the order of the plan.
+    """Sort the stages that a run added to `dvc.lock` in the order of the plan.
 
     Stages that run side by side are added as they end; this gives the very bytes that `dvc repro`
     writes, which takes them one after the other.

@@ -1,4 +1,4 @@
-"""A run of the pipeline, ready to start: the lock held, DVC's own locks clear, the plan made.
+"""Prepare a run of the pipeline: take the lock, clear DVC's own locks, make the plan.
 
 Nothing here imports Prefect: the command line prepares a run while Prefect's server starts.
 """
@@ -25,7 +25,7 @@ logger = logging.getLogger("flows.training.prepared_run")
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """What a run needs, and the wishes of who started it."""
+    """A run that is ready to start, and the options it was started with."""
 
     root: Path
     lock: run_lock.RunLock
@@ -36,11 +36,11 @@ class PreparedRun:
 
     @property
     def name(self) -> str:
-        """What changed, in a few words."""
+        """The name of the run: what changed."""
         return self.plan.run_name(forced=self.force)
 
     def start_early(self) -> None:
-        """Start the stages that wait for nothing, before Prefect is ready to show them."""
+        """Start the stages that depend on none, before Prefect is ready to show them."""
         stale = self.plan.stale()
         for stage in self.plan.stages:
             if (self.force or stage.name in stale) and not stage.upstream:
@@ -75,13 +75,13 @@ def prepare_run(root: Path, *, force: bool, until: str | None, wait: bool) -> It
 
 
 def _wait_for_writers(root: Path, wait: bool) -> None:
-    """Let a plain `dvc repro` finish: while it writes, what changed cannot be told."""
-    said: list[dvc_locks.Holder] = []
-    while holders := dvc_locks.writers(root):
+    """Wait for a plain `dvc repro` to end: while it writes, no plan can be made."""
+    reported: list[dvc_locks.Holder] = []
+    while holders := dvc_locks.find_writers(root):
         described = f"DVC is at work in this folder ({'; '.join(map(str, holders))})"
         if not wait:
             raise InputError(described, "wait until it ends, or run without --no-wait")
-        if holders != said:
+        if holders != reported:
             logger.warning("%s; waiting for it, Ctrl-C stops waiting", described)
-            said = holders
+            reported = holders
         time.sleep(POLL_S)

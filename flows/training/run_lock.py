@@ -1,8 +1,8 @@
-"""One run of the pipeline at a time in a checkout, and what is known of the run that holds the lock.
+"""The lock that allows one run of the pipeline at a time in a checkout, and the record of its holder.
 
-`.perennial/run.lock` is locked by the kernel for as long as the run lives. `.perennial/run.json` says
-who it is and what it is doing; it is removed at a clean end, so that a record without a lock is the
-mark of a run that was killed.
+`.perennial/run.lock` is locked by the kernel as long as the run lives. `.perennial/run.json` records the
+process and its current stages; it is removed at a clean end, so a record without a lock belongs to a run
+that was killed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ logger = logging.getLogger("flows.training.run_lock")
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Who holds the lock."""
+    """The run that holds the lock."""
 
     pid: int
     run_id: str
@@ -55,7 +55,7 @@ class RunLock:
 
     @property
     def run_id(self) -> str:
-        """What marks every process of this run."""
+        """The id that every process of this run carries."""
         return self._record.run_id
 
     def name(self, name: str) -> None:

@@ -1,4 +1,4 @@
-"""One DVC stage as a process: started in a session of its own, read line by line, ended as a group."""
+"""Run DVC stages as processes: each in a session of its own, its output read line by line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from typing import Literal
 from flows.training import dvc_locks
 from stages.common.errors import TransientError
 
-TAIL_LINES = 60  # kept to tell why a stage failed
+TAIL_LINES = 60  # kept for the error of a failed stage
 BLOCKED_POLL_S = 1.0
 INTERRUPT_PATIENCE_S = 8.0  # then SIGKILL
 READ_POLL_S = 0.5
@@ -43,7 +43,7 @@ _DVC_ERROR = re.compile(r"^ERROR: failed to reproduce ")
 
 @dataclass(frozen=True)
 class Progress:
-    """`done` of `total` steps, with what the stage says about them."""
+    """`done` of `total` steps, with the stage's note."""
 
     done: int
     total: int
@@ -51,8 +51,8 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How a stage ended."""
+class StageResult:
+    """The result of a stage."""
 
     how: Literal["ran", "unchanged", "restored", "failed", "blocked"]
     message: str = ""  # of a failure: the stage's own error
@@ -61,33 +61,33 @@ class Outcome:
 
     @property
     def is_temporary(self) -> bool:
-        """Whether trying again may help, by the stage's own word."""
+        """Whether a retry may help, by the exit code of the stage."""
         return self.how == "failed" and self.exit_code == TransientError.exit_code
 
 
 def parse_progress(line: str) -> Progress | None:
-    """Return the progress that a stage's line tells, or None for any other line."""
+    """Return the progress in a line of a stage; None for any other line."""
     match = _PROGRESS.match(line)
     return Progress(int(match[1]), int(match[2]), match[3].strip()) if match else None
 
 
 def is_chatter(line: str) -> bool:
-    """Tell whether a line is DVC's routine, a bar drawn for a terminal, or empty."""
-    failed = _DVC_ERROR.match(line) and _EXITED.search(line)  # the stage itself has said why
+    """Return whether a line is routine output of DVC, a progress bar, or empty."""
+    failed = _DVC_ERROR.match(line) and _EXITED.search(line)  # the stage has printed its error
     return not line.strip() or bool(_DVC_CHATTER.match(line) or _BAR.search(line) or failed)
 
 
-def own_error(lines: list[str], stage: str, exit_code: int) -> str:
-    """Return what the stage itself said about its failure, from the last lines it wrote."""
-    said = [line for line in lines if not is_chatter(line)]
-    for position, line in enumerate(said):
+def find_error(lines: list[str], stage: str, exit_code: int) -> str:
+    """Return the error that the stage printed, from its last lines."""
+    output = [line for line in lines if not is_chatter(line)]
+    for position, line in enumerate(output):
         if line.startswith("error: "):
-            return "\n".join([line.removeprefix("error: "), *said[position + 1 :]])
+            return "\n".join([line.removeprefix("error: "), *output[position + 1 :]])
         if line.startswith("ERROR: "):  # DVC's own: the stage never started
             return line.removeprefix("ERROR: ").removeprefix(f"failed to reproduce '{stage}': ")
-    last = next((line for line in reversed(said) if line.strip()), "")
+    last = next((line for line in reversed(output) if line.strip()), "")
     how = f"was killed by signal {-exit_code}" if exit_code < 0 else f"ended with exit code {exit_code}"
-    return f"it {how}; its last line: {last}" if last else f"it {how} and said nothing"
+    return f"it {how}; its last line: {last}" if last else f"it {how} and printed nothing"
 
 
 @dataclass
@@ -102,7 +102,7 @@ class StageProcess:
         """Yield what DVC and the stage write, line by line, until they end.
 
         The pipe closes when the last process of the group ends. If DVC was killed, the stage it ran
-        lives on with the pipe open; it is killed too, for nobody would record what it writes.
+        lives on with the pipe open; it is killed too, as its outputs would not be recorded.
         """
         rest = b""
         for chunk in self._chunks():
@@ -133,24 +133,24 @@ class StageProcess:
         self.tail.append(text)
         return text
 
-    def outcome(self) -> Outcome:
-        """Return how it ended; call after the last line."""
+    def result(self) -> StageResult:
+        """Return its result; call after the last line."""
         code = self.process.wait()
         tail = list(self.tail)
         if code == 0:
             if any(line.startswith(f"Stage '{self.stage}' didn't change") for line in tail):
-                return Outcome("unchanged")
+                return StageResult("unchanged")
             if any(line.startswith(f"Stage '{self.stage}' is cached") for line in tail):
-                return Outcome("restored")
-            return Outcome("ran")
+                return StageResult("restored")
+            return StageResult("ran")
         blockers = tuple(
             dvc_locks.Holder(int(match[1]), match[2]) for match in map(_BLOCKER.match, tail) if match
         )
         if blockers and any("is busy, it is being blocked by" in line for line in tail):
-            return Outcome("blocked", "", code, blockers)
+            return StageResult("blocked", "", code, blockers)
         exited = next((match for match in map(_EXITED.search, reversed(tail)) if match), None)
         stage_code = int(exited[1]) if exited else code
-        return Outcome("failed", own_error(tail, self.stage, stage_code), stage_code)
+        return StageResult("failed", find_error(tail, self.stage, stage_code), stage_code)
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to DVC, the stage and all they started."""
@@ -159,7 +159,7 @@ class StageProcess:
 
 
 class StageProcesses:
-    """The stages being run by this process. It lives as long as the run."""
+    """The stage processes of a run."""
 
     def __init__(self, root: Path, *, force: bool = False) -> None:
         self._root = root
@@ -203,26 +203,26 @@ class StageProcesses:
         return started
 
     def run(
-        self, stage: str, on_line: Callable[[str], None], on_blocked: Callable[[Outcome], bool]
-    ) -> Outcome:
+        self, stage: str, on_line: Callable[[str], None], on_blocked: Callable[[StageResult], bool]
+    ) -> StageResult:
         """Run a stage to its end.
 
         Args:
             stage: its name in dvc.yaml.
             on_line: gets every line while it comes.
-            on_blocked: gets the outcome when another DVC process writes the same files; true waits
+            on_blocked: gets the result when another DVC process writes the same files; true waits
                 for that process and tries again, false gives up.
         """
         while True:
             process = self.take(stage)
             for line in process.lines():
                 on_line(line)
-            outcome = process.outcome()
+            result = process.result()
             with self._guard:
                 self._running.pop(stage, None)
-            if outcome.how != "blocked" or not on_blocked(outcome):
-                return outcome
-            while self.stopped_by is None and any(dvc_locks.is_alive(holder) for holder in outcome.blockers):
+            if result.how != "blocked" or not on_blocked(result):
+                return result
+            while self.stopped_by is None and any(dvc_locks.is_alive(holder) for holder in result.blockers):
                 time.sleep(BLOCKED_POLL_S)
             dvc_locks.clear_dead(self._root)
 

@@ -26,7 +26,7 @@ from flows.common.prefect_api import literal_name
 from flows.training.all_cores import AllCores
 from flows.training.plan import StagePlan
 from flows.training.prepared_run import PreparedRun
-from flows.training.stage_process import Outcome, Progress, is_chatter, parse_progress
+from flows.training.stage_process import Progress, StageResult, is_chatter, parse_progress
 
 PROGRESS_ARTIFACT_S = 2.0  # between two updates of the bar on Prefect's page
 PROGRESS_LOG_S = 20.0  # between two lines of the log
@@ -36,7 +36,7 @@ StageLogger = logging.Logger | logging.LoggerAdapter[Any]
 
 @dataclass(frozen=True)
 class StageFailure:
-    """A stage that failed, with its own words."""
+    """A stage that failed, with its error."""
 
     stage: str
     message: str
@@ -56,9 +56,9 @@ class PipelineResult:
 
 @dataclass
 class _Ledger:
-    """What the tasks report back; one per run, written from their threads."""
+    """The results of the tasks of a run, written from their threads."""
 
-    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    results: dict[str, StageResult] = field(default_factory=dict)
 
 
 def run_stages(run: PreparedRun, *, retries: int, retry_delay_s: float) -> PipelineResult:
@@ -68,8 +68,8 @@ def run_stages(run: PreparedRun, *, retries: int, retry_delay_s: float) -> Pipel
 
     Args:
         run: the prepared run.
-        retries: how often a stage is tried again that ended with the exit code for a passing trouble.
-        retry_delay_s: between two tries.
+        retries: how often a stage is retried that ended with the exit code of a temporary failure.
+        retry_delay_s: between two attempts.
     """
     ledger = _Ledger()
     stale = run.plan.stale()
@@ -97,16 +97,16 @@ def run_stages(run: PreparedRun, *, retries: int, retry_delay_s: float) -> Pipel
     return _result(run, ledger)
 
 
-def _unchanged() -> Outcome:
-    return Outcome("unchanged")
+def _unchanged() -> StageResult:
+    return StageResult("unchanged")
 
 
-def _stage_body(run: PreparedRun, stage: str, cores: AllCores | None) -> Callable[[], Outcome]:
-    def run_stage() -> Outcome:
+def _stage_body(run: PreparedRun, stage: str, cores: AllCores | None) -> Callable[[], StageResult]:
+    def run_stage() -> StageResult:
         lines = _Lines(stage, get_run_logger(), lambda: run.processes.stopped_by is not None)
 
-        def on_blocked(outcome: Outcome) -> bool:
-            holders = "; ".join(map(str, outcome.blockers))
+        def on_blocked(result: StageResult) -> bool:
+            holders = "; ".join(map(str, result.blockers))
             lines.logger.warning(
                 "another DVC process writes the same files (%s)%s", holders, "; waiting" * run.wait
             )
@@ -119,37 +119,37 @@ def _stage_body(run: PreparedRun, stage: str, cores: AllCores | None) -> Callabl
 
 
 def _recorded(
-    run: PreparedRun, body: Callable[[], Outcome], ledger: _Ledger, stage: StagePlan
+    run: PreparedRun, body: Callable[[], StageResult], ledger: _Ledger, stage: StagePlan
 ) -> Callable[[], State[None]]:
     def run_and_record() -> State[None]:
         try:
-            outcome = body()
+            result = body()
         except InterruptedError as error:
             return Cancelled(message=str(error))
-        if outcome.how == "failed" and (stopped_by := run.processes.stopped_by) is not None:
+        if result.how == "failed" and (stopped_by := run.processes.stopped_by) is not None:
             return Cancelled(message=f"stopped by {stopped_by.name}")
-        ledger.outcomes[stage.name] = outcome
-        return _state(outcome)
+        ledger.results[stage.name] = result
+        return _state(result)
 
     return run_and_record
 
 
-def _state(outcome: Outcome) -> State[None]:
-    if outcome.how == "unchanged":
+def _state(result: StageResult) -> State[None]:
+    if result.how == "unchanged":
         return Completed(name="Unchanged", message="nothing changed")
-    if outcome.how == "restored":
-        return Completed(name="Restored", message="DVC had kept the outputs of this very run")
-    if outcome.how == "ran":
+    if result.how == "restored":
+        return Completed(name="Restored", message="the outputs of an equal run were in DVC's cache")
+    if result.how == "ran":
         return Completed(message="ran")
-    return Failed(message=outcome.message)
+    return Failed(message=result.message)
 
 
 def _retry_condition(ledger: _Ledger, stage: str) -> Callable[[Any, Any, Any], bool]:
-    """A gate, bad input or a wrong parameter fails again; only the stage's own word makes it retry."""
+    """Retry only a temporary failure: a gate, bad input or a wrong parameter would fail again."""
 
     def can_help(_task: Any, _run: Any, _state: Any) -> bool:
-        outcome = ledger.outcomes.get(stage)
-        return outcome is not None and outcome.is_temporary
+        result = ledger.results.get(stage)
+        return result is not None and result.is_temporary
 
     return can_help
 
@@ -158,26 +158,24 @@ def _result(run: PreparedRun, ledger: _Ledger) -> PipelineResult:
     names = [stage.name for stage in run.plan.stages]
 
     def ended(how: str) -> tuple[str, ...]:
-        return tuple(name for name in names if name in ledger.outcomes and ledger.outcomes[name].how == how)
+        return tuple(name for name in names if name in ledger.results and ledger.results[name].how == how)
 
-    failed = [
-        name for name in names if name in ledger.outcomes and name in ended("failed") + ended("blocked")
-    ]
+    failed = [name for name in names if name in ledger.results and name in ended("failed") + ended("blocked")]
     return PipelineResult(
         ran=ended("ran"),
         restored=ended("restored"),
         unchanged=ended("unchanged"),
-        not_run=tuple(name for name in names if name not in ledger.outcomes),
-        failures=tuple(_failure(name, ledger.outcomes[name]) for name in failed),
+        not_run=tuple(name for name in names if name not in ledger.results),
+        failures=tuple(_failure(name, ledger.results[name]) for name in failed),
     )
 
 
-def _failure(stage: str, outcome: Outcome) -> StageFailure:
-    if outcome.how == "blocked":
-        holders = "; ".join(map(str, outcome.blockers))
+def _failure(stage: str, result: StageResult) -> StageFailure:
+    if result.how == "blocked":
+        holders = "; ".join(map(str, result.blockers))
         message = f"another DVC process writes the same files ({holders})\n  fix: wait until it ends"
         return StageFailure(stage, message, 1)
-    return StageFailure(stage, outcome.message, outcome.exit_code)
+    return StageFailure(stage, result.message, result.exit_code)
 
 
 class _Lines:

@@ -1,7 +1,7 @@
 """Everything under one supervisor: `perennial up`, or `make up`.
 
 The service, Prefect's server and what executes due runs, MLflow, Evidently, and the page that shows all at a
-glance. One that dies is started anew; all end with this process, on Ctrl-C, SIGTERM or its death.
+glance. One that dies is restarted; all end with this process, on Ctrl-C, SIGTERM or its death.
 
 Where they listen is `flows.pages` and `services` in params.yaml. PREFECT_SERVER_API_HOST and
 PREFECT_SERVER_API_PORT go before `flows.pages.prefect`.
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from flows.common import console, prefect_api, processes
 from flows.up.state import UP_STATE
-from flows.up.supervisor import Program, Supervisor, check_ports, nothing_missing, signals_call
+from flows.up.supervisor import Program, Supervisor, call_on_signals, check_ports, nothing_missing
 from stages.common import network
 from stages.common.artifacts import STATE, artifacts, read_json
 from stages.common.errors import InputError
@@ -57,7 +57,7 @@ def up(root: Path, params: Params) -> None:
     """
     check_ports(ports(params))
     programs = make_programs(root, params)
-    supervise(root, programs, prefect_api_url(params))
+    supervise(root, programs, prefect_api_url(params.flows.pages.prefect))
 
 
 def supervise(root: Path, programs: Sequence[Program], api: str) -> None:
@@ -69,7 +69,7 @@ def supervise(root: Path, programs: Sequence[Program], api: str) -> None:
     run_id = uuid.uuid4().hex
     supervisor = Supervisor(programs, root, root / LOGS, root / UP_STATE)
     with ExitStack() as stack:
-        stack.enter_context(signals_call(supervisor.stop))
+        stack.enter_context(call_on_signals(supervisor.stop))
         stack.enter_context(processes.watchdog(run_id))
         stack.enter_context(processes.set_variable(processes.RUN_ID_VARIABLE, run_id))
         # What programs started in sessions of their own is not in their groups.
@@ -85,73 +85,80 @@ def supervise(root: Path, programs: Sequence[Program], api: str) -> None:
 def ports(params: Params) -> dict[str, tuple[str, int]]:
     """Return what `make up` listens on: key of params.yaml -> host and port."""
     pages = params.flows.pages
-    host, port = _prefect_address(params)
+    host, port = _prefect_address(pages.prefect)
     wanted = {
         "services.port": (params.services.host, params.services.port),
         "flows.pages.dashboard": (network.LOOPBACK, pages.dashboard),
         _prefect_key(): (host, port),
         "flows.pages.evidently": (network.LOOPBACK, pages.evidently),
     }
-    if _mlflow_is_ours(params):
+    if _mlflow_is_ours(params.flows.tracking.tracking_url):
         wanted["flows.pages.mlflow"] = (network.LOOPBACK, pages.mlflow)
     return wanted
 
 
-def prefect_api_url(params: Params) -> str:
+def prefect_api_url(port: int) -> str:
     """Return where Prefect's API of `make up` answers."""
-    host, port = _prefect_address(params)
+    host, port = _prefect_address(port)
     return f"http://{network.reachable_host(host)}:{port}/api"
 
 
 def make_programs(root: Path, params: Params) -> tuple[Program, ...]:
-    """Return what `make up` keeps running, in the order in which it is started."""
-    programs = [_dashboard(params), _prefect(params), _executor(params), _service(root, params)]
-    if _mlflow_is_ours(params):
-        programs.append(_mlflow(root, params))
-    return (*programs, _evidently(root, params))
+    """Return the programs of `make up`, in the order in which they are started."""
+    pages, services = params.flows.pages, params.services
+    programs = [
+        _dashboard(pages.dashboard),
+        _prefect(pages.prefect),
+        _executor(prefect_api_url(pages.prefect)),
+        _service(root, services.host, services.port),
+    ]
+    if _mlflow_is_ours(tracking_url := params.flows.tracking.tracking_url):
+        programs.append(_mlflow(pages.mlflow, tracking_url))
+    return (*programs, _evidently(pages.evidently))
 
 
-def _dashboard(params: Params) -> Program:
-    url = f"http://{network.LOOPBACK}:{params.flows.pages.dashboard}/"
+def _dashboard(port: int) -> Program:
+    url = f"http://{network.LOOPBACK}:{port}/"
     return Program(
         "dashboard",
         (
             *_module("uvicorn", "flows.dashboard.app:app", "--host", network.LOOPBACK),
-            *("--port", str(params.flows.pages.dashboard), "--log-level", "warning"),
+            *("--port", str(port), "--log-level", "warning"),
         ),
         page=url,
         probe=f"{url}healthz",
     )
 
 
-def _prefect(params: Params) -> Program:
-    host, port = _prefect_address(params)
+def _prefect(port: int) -> Program:
+    api = prefect_api_url(port)
+    host, port = _prefect_address(port)
     return Program(
         "prefect",
         (*_module("prefect", "server", "start", "--host", host), "--port", str(port)),
         page=f"http://{network.reachable_host(host)}:{port}/",
-        probe=f"{prefect_api_url(params)}/health",
+        probe=f"{api}/health",
         environment={
             # Else its page asks port 4200, whatever port this one listens on.
-            "PREFECT_SERVER_UI_API_URL": os.environ.get("PREFECT_UI_API_URL", prefect_api_url(params)),
+            "PREFECT_SERVER_UI_API_URL": os.environ.get("PREFECT_UI_API_URL", api),
             "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         },
     )
 
 
-def _executor(params: Params) -> Program:
+def _executor(api: str) -> Program:
     return Program(
         "executor",
         _module("flows.deployments", "--serve"),
-        environment={"PREFECT_API_URL": prefect_api_url(params)},
+        environment={"PREFECT_API_URL": api},
         after=("prefect",),
         end_signal=signal.SIGINT,
         patience_s=STOP_PATIENCE_S,
     )
 
 
-def _service(root: Path, params: Params) -> Program:
-    url = f"http://{network.reachable_host(params.services.host)}:{params.services.port}/"
+def _service(root: Path, host: str, port: int) -> Program:
+    url = f"http://{network.reachable_host(host)}:{port}/"
     return Program(
         "service",
         _module("bentoml", "serve", "services.generation:Generation"),
@@ -162,29 +169,26 @@ def _service(root: Path, params: Params) -> Program:
     )
 
 
-def _mlflow(root: Path, params: Params) -> Program:
-    url = f"http://{network.LOOPBACK}:{params.flows.pages.mlflow}/"
+def _mlflow(port: int, tracking_url: str) -> Program:
+    url = f"http://{network.LOOPBACK}:{port}/"
     return Program(
         "mlflow",
         (
-            *_module(
-                "mlflow", "server", "--host", network.LOOPBACK, "--port", str(params.flows.pages.mlflow)
-            ),
+            *_module("mlflow", "server", "--host", network.LOOPBACK, "--port", str(port)),
             *("--workers", "1", "--artifacts-destination", str(STATE / "mlflow-artifacts")),
         ),
         page=url,
         probe=f"{url}health",
         environment={
             # Not an argument: the URL of a database holds a password, and arguments are for all to see.
-            "MLFLOW_BACKEND_STORE_URI": params.flows.tracking.tracking_url,
+            "MLFLOW_BACKEND_STORE_URI": tracking_url,
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # else eight processes more
         },
         missing=_needs("mlflow", "monitor"),
     )
 
 
-def _evidently(root: Path, params: Params) -> Program:
-    port = params.flows.pages.evidently
+def _evidently(port: int) -> Program:
     url = f"http://{network.LOOPBACK}:{port}/"
     return Program(
         "evidently",
@@ -212,11 +216,11 @@ def _needs(package: str, extra: str) -> Callable[[], str | None]:
 
 
 def _all_there(*checks: Callable[[], str | None]) -> Callable[[], str | None]:
-    return lambda: next((said for check in checks if (said := check())), nothing_missing())
+    return lambda: next((reason for check in checks if (reason := check())), nothing_missing())
 
 
 def _no_model(root: Path) -> str | None:
-    """Say that there is no model to serve yet; it is looked for again and again."""
+    """Return the reason why there is no model to serve; None if there is one."""
     if (root / artifacts("export") / "serving.json").exists():
         return None
     try:
@@ -227,13 +231,13 @@ def _no_model(root: Path) -> str | None:
     return "there is no model yet: make run"
 
 
-def _mlflow_is_ours(params: Params) -> bool:
-    return not params.flows.tracking.tracking_url.startswith(("http://", "https://"))
+def _mlflow_is_ours(tracking_url: str) -> bool:
+    return not tracking_url.startswith(("http://", "https://"))
 
 
-def _prefect_address(params: Params) -> tuple[str, int]:
+def _prefect_address(port: int) -> tuple[str, int]:
     host = os.environ.get("PREFECT_SERVER_API_HOST", network.LOOPBACK)
-    return host, int(os.environ.get("PREFECT_SERVER_API_PORT", params.flows.pages.prefect))
+    return host, int(os.environ.get("PREFECT_SERVER_API_PORT", port))
 
 
 def _prefect_key() -> str:

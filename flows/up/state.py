@@ -28,7 +28,7 @@ class ProgramState:
     state: Condition
     since: float
     restarts: int
-    why: str
+    reason: str
     page: str | None
     log: str
     pid: int | None

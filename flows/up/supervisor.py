@@ -1,7 +1,7 @@
-"""Programs that are kept running together: started, watched, started anew when they die, ended in order.
+"""A supervisor: starts programs, probes them, restarts those that die, and ends all in order.
 
-A program that dies is started again after 1 s, then 2, 4 … 60; one that has run for a minute has earned a
-short pause again. What becomes of each is kept in a file that the dashboard reads.
+A program that dies is restarted after 1 s, then 2, 4 … 60; after a minute of running the pause is short
+again. The state of each is written to a file that the dashboard reads.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from stages.common.errors import InputError
 
 POLL_S = 0.1
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
-EARNED_S = 60.0  # so long up, and the next pause is the first again
+STABLE_S = 60.0  # of running, after which the next pause is the first again
 PROBE_EVERY_S = 1.0  # while it starts
 PROBE_UP_EVERY_S = 10.0  # afterwards: it may hang
-MAX_LOG_BYTES = 10_000_000  # a longer log is set aside when its program starts
-LAST_WORDS_BYTES = 4000
+MAX_LOG_BYTES = 10_000_000  # a longer log is rotated when its program starts
+LAST_LINE_BYTES = 4000
 
 logger = logging.getLogger("flows.up.supervisor")
 
 
 def nothing_missing() -> str | None:
-    """Say that a program can start: nothing is missing."""
+    """Return None: a program that needs nothing can start."""
     return None
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """One program, and how it is kept.
+    """A program and how it is supervised.
 
     Attributes:
         name: of its log and its line on the page.
@@ -51,7 +51,7 @@ class Program:
         probe: an address that answers with a status below 500 as soon as the program works; None: it
             counts as up while its process lives.
         environment: added to this process's own.
-        missing: says what it still waits for (a model, an extra), or None.
+        missing: returns what it still waits for (a model, an extra), or None.
         after: programs that must be up before it starts; it ends before they do.
         end_signal: what asks it to end; patience_s: until it is killed.
     """
@@ -68,8 +68,8 @@ class Program:
 
 
 @dataclass(slots=True)
-class _Kept:
-    """A program, and where it stands."""
+class _Supervised:
+    """A program and its state."""
 
     program: Program
     process: subprocess.Popen[bytes] | None = None
@@ -79,19 +79,19 @@ class _Kept:
     restarts: int = 0
     pause_s: float = FIRST_PAUSE_S
     try_at: float = 0.0  # monotonic s
-    why: str = ""
+    reason: str = ""
     answer: Future[bool] | None = None
     asked: float = 0.0  # monotonic s
 
 
 class Supervisor:
-    """Keeps programs running until it is told to stop.
+    """Keeps programs running until `stop`.
 
     Args:
         programs: in the order in which they are started.
         root: where they are started.
         logs: folder of NAME.log.
-        status: the JSON file that says how each one fares.
+        status: the JSON file of the states.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Supervisor:
         status: Path,
         first_pause_s: float = FIRST_PAUSE_S,
     ) -> None:
-        self._kept = {program.name: _Kept(program, pause_s=first_pause_s) for program in programs}
+        self._items = {program.name: _Supervised(program, pause_s=first_pause_s) for program in programs}
         self._root, self._logs, self._status = root, logs, status
         self._first_pause_s = first_pause_s
         # Not an Event: a signal may come while this very thread holds the lock that setting one takes.
@@ -119,8 +119,8 @@ class Supervisor:
         """Start the programs and keep them running until `stop`; then end them, the last first."""
         try:
             while not self._times_stopped:
-                for kept in self._kept.values():
-                    self._look_after(kept)
+                for item in self._items.values():
+                    self._check(item)
                 self._write_status()
                 time.sleep(POLL_S)
         finally:
@@ -128,32 +128,32 @@ class Supervisor:
             self._probes.shutdown(wait=False, cancel_futures=True)
             self._status.unlink(missing_ok=True)
 
-    def _look_after(self, kept: _Kept) -> None:
-        if kept.process is None:
-            self._start_if_due(kept)
-        elif (code := kept.process.poll()) is not None:
-            self._set_down(kept, code)
+    def _check(self, item: _Supervised) -> None:
+        if item.process is None:
+            self._start_if_due(item)
+        elif (code := item.process.poll()) is not None:
+            self._handle_exit(item, code)
         else:
-            self._probe(kept)
+            self._probe(item)
 
-    def _start_if_due(self, kept: _Kept) -> None:
-        program = kept.program
-        if time.monotonic() < kept.try_at:
+    def _start_if_due(self, item: _Supervised) -> None:
+        program = item.program
+        if time.monotonic() < item.try_at:
             return
-        waits = next((name for name in program.after if self._kept[name].state != "up"), None)
+        waits = next((name for name in program.after if self._items[name].state != "up"), None)
         missing = f"waits for {waits}" if waits else program.missing()
         if missing:
-            self._change(kept, "waiting", missing)
-            kept.try_at = time.monotonic() + (POLL_S if waits else PROBE_EVERY_S)
+            self._change(item, "waiting", missing)
+            item.try_at = time.monotonic() + (POLL_S if waits else PROBE_EVERY_S)
             return
-        kept.started = time.monotonic()
-        kept.asked, kept.answer = 0.0, None
+        item.started = time.monotonic()
+        item.asked, item.answer = 0.0, None
         try:
-            kept.process = self._start(program)
+            item.process = self._start(program)
         except OSError as error:
-            self._pause(kept, f"cannot be started: {error}")
+            self._pause(item, f"cannot be started: {error}")
             return
-        self._change(kept, "starting" if program.probe else "up", "")
+        self._change(item, "starting" if program.probe else "up", "")
 
     def _start(self, program: Program) -> subprocess.Popen[bytes]:
         log = self._logs / f"{program.name}.log"
@@ -166,111 +166,111 @@ class Supervisor:
         environment = {**os.environ, **program.environment}
         return processes.start(program.command, log, folder=self._root, environment=environment)
 
-    def _set_down(self, kept: _Kept, code: int) -> None:
-        if kept.process is not None:
-            processes.kill_session(kept.process)
-        kept.process, kept.answer = None, None
-        kept.restarts += 1
-        if time.monotonic() - kept.started >= EARNED_S:
-            kept.pause_s = self._first_pause_s
+    def _handle_exit(self, item: _Supervised, code: int) -> None:
+        if item.process is not None:
+            processes.kill_session(item.process)
+        item.process, item.answer = None, None
+        item.restarts += 1
+        if time.monotonic() - item.started >= STABLE_S:
+            item.pause_s = self._first_pause_s
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        words = last_words(self._logs / f"{kept.program.name}.log")
-        self._pause(kept, f"{how}{': ' + words if words else ''}")
+        words = read_last_line(self._logs / f"{item.program.name}.log")
+        self._pause(item, f"{how}{': ' + words if words else ''}")
 
-    def _pause(self, kept: _Kept, why: str) -> None:
-        kept.try_at = time.monotonic() + kept.pause_s
-        self._change(kept, "down", f"{why}; tried again in {kept.pause_s:.3g} s")
-        kept.pause_s = min(kept.pause_s * 2, LONGEST_PAUSE_S)
+    def _pause(self, item: _Supervised, reason: str) -> None:
+        item.try_at = time.monotonic() + item.pause_s
+        self._change(item, "down", f"{reason}; tried again in {item.pause_s:.3g} s")
+        item.pause_s = min(item.pause_s * 2, LONGEST_PAUSE_S)
 
-    def _probe(self, kept: _Kept) -> None:
-        if kept.program.probe is None:
+    def _probe(self, item: _Supervised) -> None:
+        if item.program.probe is None:
             return
-        if kept.answer is not None:
-            if not kept.answer.done():
+        if item.answer is not None:
+            if not item.answer.done():
                 return
-            answered, kept.answer = kept.answer.result(), None
+            answered, item.answer = item.answer.result(), None
             if answered:
-                self._change(kept, "up", "")
-            elif kept.state == "up":
-                self._change(kept, "starting", "its process lives and does not answer")
-        if time.monotonic() - kept.asked >= (PROBE_UP_EVERY_S if kept.state == "up" else PROBE_EVERY_S):
-            kept.asked = time.monotonic()
-            kept.answer = self._probes.submit(network.is_up, kept.program.probe)
+                self._change(item, "up", "")
+            elif item.state == "up":
+                self._change(item, "starting", "its process lives and does not answer")
+        if time.monotonic() - item.asked >= (PROBE_UP_EVERY_S if item.state == "up" else PROBE_EVERY_S):
+            item.asked = time.monotonic()
+            item.answer = self._probes.submit(network.is_up, item.program.probe)
 
-    def _change(self, kept: _Kept, state: Condition, why: str) -> None:
-        if (kept.state, kept.why) == (state, why) and kept.since:
+    def _change(self, item: _Supervised, state: Condition, reason: str) -> None:
+        if (item.state, item.reason) == (state, reason) and item.since:
             return
-        if kept.state != state or not kept.since:
-            kept.since = time.time()
-        kept.state, kept.why = state, why
-        page = f" at {kept.program.page}" if kept.program.page and state == "up" else ""
+        if item.state != state or not item.since:
+            item.since = time.time()
+        item.state, item.reason = state, reason
+        page = f" at {item.program.page}" if item.program.page and state == "up" else ""
         level = logging.WARNING if state == "down" else logging.INFO
-        if state != "starting" or why:
-            logger.log(level, "%s is %s%s%s", kept.program.name, state, page, f": {why}" if why else "")
+        if state != "starting" or reason:
+            logger.log(level, "%s is %s%s%s", item.program.name, state, page, f": {reason}" if reason else "")
 
     def _write_status(self) -> None:
         programs = {
             name: ProgramState(
-                state=kept.state,
-                since=kept.since,
-                restarts=kept.restarts,
-                why=kept.why,
-                page=kept.program.page,
+                state=item.state,
+                since=item.since,
+                restarts=item.restarts,
+                reason=item.reason,
+                page=item.program.page,
                 log=str(self._logs / f"{name}.log"),
-                pid=kept.process.pid if kept.process else None,
+                pid=item.process.pid if item.process else None,
             )
-            for name, kept in self._kept.items()
+            for name, item in self._items.items()
         }
         if programs != self._written:
             write_up_state(self._status, UpState(os.getpid(), self._started_at, programs))
             self._written = programs
 
     def _end_all(self) -> None:
-        left = [kept for kept in self._kept.values() if kept.process is not None]
+        left = [item for item in self._items.values() if item.process is not None]
         while left:
-            needed = {name for kept in left for name in kept.program.after}
-            wave = [kept for kept in left if kept.program.name not in needed] or left
-            for kept in wave:
-                _ask_to_end(kept)
-            for kept in wave:
-                self._wait_for_end(kept)
-            left = [kept for kept in left if kept not in wave]
+            needed = {name for item in left for name in item.program.after}
+            wave = [item for item in left if item.program.name not in needed] or left
+            for item in wave:
+                _ask_to_end(item)
+            for item in wave:
+                self._wait_for_end(item)
+            left = [item for item in left if item not in wave]
 
-    def _wait_for_end(self, kept: _Kept) -> None:
-        process = kept.process
+    def _wait_for_end(self, item: _Supervised) -> None:
+        process = item.process
         if process is None:
             return
-        deadline = time.monotonic() + kept.program.patience_s
+        deadline = time.monotonic() + item.program.patience_s
         while process.poll() is None and time.monotonic() < deadline and self._times_stopped < 2:
             time.sleep(0.02)
         if process.poll() is None:
-            logger.warning("%s did not end; killing it", kept.program.name)
+            logger.warning("%s did not end; killing it", item.program.name)
         processes.kill_session(process)
         process.wait()
-        kept.process = None
+        item.process = None
 
 
-def _ask_to_end(kept: _Kept) -> None:
-    if kept.process is not None:
+def _ask_to_end(item: _Supervised) -> None:
+    if item.process is not None:
         with suppress(ProcessLookupError):
-            kept.process.send_signal(kept.program.end_signal)
+            item.process.send_signal(item.program.end_signal)
 
 
-def last_words(log: Path) -> str:
-    """Return the last line of a log that says something, shortened; "" if there is none."""
+def read_last_line(log: Path) -> str:
+    """Return the last line of a log that is not empty, shortened; "" if there is none."""
     try:
         with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - LAST_WORDS_BYTES))
+            file.seek(max(0, log.stat().st_size - LAST_LINE_BYTES))
             lines = file.read().decode("utf-8", errors="replace").splitlines()
     except OSError:
         return ""
-    said = [line.strip() for line in lines if line.strip()]
-    line = said[-1] if said and not said[-1].startswith("--- ") else ""
+    found = [line.strip() for line in lines if line.strip()]
+    line = found[-1] if found and not found[-1].startswith("--- ") else ""
     return line if len(line) <= 200 else line[:199] + "…"
 
 
 def check_ports(wanted: Mapping[str, tuple[str, int]]) -> None:
-    """Check that nobody listens on the ports that programs will take.
+    """Check that the ports that programs will take are free.
 
     Args:
         wanted: what sets the port (a key of params.yaml) -> host and port.
@@ -303,7 +303,7 @@ def _is_free(host: str, port: int) -> bool:
 
 
 def _holder(port: int) -> str:
-    """Say who listens on a port, where the system tells."""
+    """Return the process that listens on a port, as text; "" if unknown."""
     import psutil
 
     with suppress(psutil.Error, OSError):
@@ -317,8 +317,8 @@ def _holder(port: int) -> str:
 
 
 @contextmanager
-def signals_call(stop: Callable[[], None]) -> Iterator[None]:
-    """Have Ctrl-C and SIGTERM call `stop`, even where a shell has started this in its background."""
+def call_on_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM call `stop`, even in a background job of a shell."""
 
     def handle(_number: int, _frame: FrameType | None) -> None:
         stop()

@@ -304,7 +304,7 @@ def test_a_replay_reaches_a_real_service_with_its_feedback_in_the_store(tmp_path
     from tests.services.serving import ask, serving, tiny_files
 
     with serving(tmp_path, tiny_files(tmp_path / "model")) as server:
-        url = server.answerer.settings.events.url
+        url = server.handler.settings.events.url
         with server.client() as client:
             said = ask(client, "known 0", max_tokens=8).json()["choices"][0]["message"]["content"]
         requests = [Request("known 0", said, "known", "A/b/c"), *toy(9, "wing")]

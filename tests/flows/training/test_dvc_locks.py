@@ -45,14 +45,14 @@ def test_locks_of_the_dead_are_released_and_those_of_the_living_stay(tmp_path, d
 
     left = json.loads(path.read_text())
     assert left == {"write": {"b.txt": entry(dvc_process.pid)}, "read": {"c.txt": [entry(dvc_process.pid)]}}
-    assert dvc_locks.writers(tmp_path) == [dvc_locks.Holder(dvc_process.pid, "dvc repro read")]
+    assert dvc_locks.find_writers(tmp_path) == [dvc_locks.Holder(dvc_process.pid, "dvc repro read")]
 
 
 def test_a_process_id_that_another_program_has_by_now_holds_no_lock(tmp_path):
     innocent = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], cwd="/")
     try:
         write(tmp_path, write={"a.txt": entry(innocent.pid)})
-        assert dvc_locks.writers(tmp_path) == []
+        assert dvc_locks.find_writers(tmp_path) == []
         assert dvc_locks.clear_dead(tmp_path) == 1
     finally:
         innocent.kill()
@@ -63,7 +63,7 @@ def test_a_lock_file_cut_short_is_removed(tmp_path):
     path = write(tmp_path)
     path.write_text('{"write": {"a.t')
 
-    assert dvc_locks.writers(tmp_path) == []
+    assert dvc_locks.find_writers(tmp_path) == []
     assert dvc_locks.clear_dead(tmp_path) == 1
     assert not path.exists()
 

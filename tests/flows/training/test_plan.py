@@ -114,7 +114,7 @@ def test_a_stage_that_never_ended_is_called_unfinished():
 def test_a_broken_graph_is_told_as_dvc_tells_it(checkout):
     checkout.write("dvc.yaml", "stages:\n  read:\n    comand: true\n")
 
-    with pytest.raises(InputError, match=r"DVC cannot read the pipeline.*\n  fix: mend dvc.yaml"):
+    with pytest.raises(InputError, match=r"DVC cannot read the pipeline.*\n  fix: fix dvc.yaml"):
         make_plan(checkout.root)
 
 
@@ -132,3 +132,10 @@ def test_stages_added_to_the_lock_are_put_in_the_order_of_the_plan_and_others_st
 
     sort_lock(checkout.root, (), plan)
     assert (checkout.root / "dvc.lock").read_bytes() == by_dvc
+
+
+def test_a_project_without_a_repository_is_told_to_make_one(checkout):
+    shutil.rmtree(checkout.root / ".git")
+
+    with pytest.raises(InputError, match=r"is not a git repository.*\n  fix: .*git init"):
+        make_plan(checkout.root)

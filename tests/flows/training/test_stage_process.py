@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from flows.training.stage_process import Progress, StageProcesses, is_chatter, own_error, parse_progress
+from flows.training.stage_process import Progress, StageProcesses, find_error, is_chatter, parse_progress
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_the_error_of_a_stage_is_its_own_words_with_the_remedy():
     ]
 
     assert (
-        own_error(lines, "curate", 1)
+        find_error(lines, "curate", 1)
         == "data/x.jsonl:7: not JSON\ndata/x.jsonl:9: not JSON\n  fix: mend the lines"
     )
 
@@ -62,16 +62,16 @@ def test_a_stage_that_crashed_is_told_by_its_last_line():
     ]
 
     assert (
-        own_error(lines, "x", 1)
+        find_error(lines, "x", 1)
         == "it ended with exit code 1; its last line: ZeroDivisionError: division by zero"
     )
-    assert own_error([], "x", -9) == "it was killed by signal 9 and said nothing"
+    assert find_error([], "x", -9) == "it was killed by signal 9 and printed nothing"
 
 
 def test_an_error_of_dvc_itself_is_told_as_dvc_tells_it():
     lines = ["ERROR: failed to reproduce 'x': output 'x.txt' does not exist"]
 
-    assert own_error(lines, "x", 255) == "output 'x.txt' does not exist"
+    assert find_error(lines, "x", 255) == "output 'x.txt' does not exist"
 
 
 def test_a_stage_started_early_is_the_one_that_is_taken(finished):

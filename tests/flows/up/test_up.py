@@ -15,7 +15,7 @@ import pytest
 
 from flows.common import processes
 from flows.up import __main__ as up
-from flows.up.supervisor import Program, Supervisor, check_ports, last_words
+from flows.up.supervisor import Program, Supervisor, check_ports, read_last_line
 from stages.common import network
 from stages.common.errors import InputError
 from stages.common.params.loading import load_params
@@ -80,7 +80,7 @@ def test_a_program_that_dies_is_started_anew_after_growing_pauses(tmp_path, capl
     pauses = [float(text.split(" ")[-2]) for text in caplog.messages if "tried again in" in text]
     assert pauses[:4] == [0.05, 0.1, 0.2, 0.4]
     assert len((tmp_path / "begun").read_text()) >= 4
-    assert "ended with exit code 3: the store is away; tried again in" in down["why"]
+    assert "ended with exit code 3: the store is away; tried again in" in down["reason"]
     assert (tmp_path / "logs" / "service.log").read_text().count("the store is away") >= 4
 
 
@@ -102,7 +102,7 @@ def test_a_program_that_lacks_something_waits_for_it_and_says_so(tmp_path):
         waiting = wait_until(lambda: state("service")["state"] == "waiting" and state("service"))
         model.touch()
         wait_until(lambda: state("service")["state"] == "up")
-    assert waiting["why"] == "there is no model yet: make run" and waiting["pid"] is None
+    assert waiting["reason"] == "there is no model yet: make run" and waiting["pid"] is None
 
 
 def test_programs_start_after_and_end_before_those_they_need(tmp_path):
@@ -227,13 +227,13 @@ def test_the_service_waits_for_a_model(params, tmp_path):
     assert service.missing() is None
 
 
-def test_the_last_words_of_a_log_are_its_last_line_of_text(tmp_path):
+def test_the_read_last_line_of_a_log_are_its_last_line_of_text(tmp_path):
     log = tmp_path / "log"
-    assert last_words(log) == ""
+    assert read_last_line(log) == ""
     log.write_text("one\ntwo\n\n")
-    assert last_words(log) == "two"
+    assert read_last_line(log) == "two"
     log.write_text("one\n--- 2026-11-21 10:00:00 started\n")
-    assert last_words(log) == ""
+    assert read_last_line(log) == ""
 
 
 @pytest.mark.slow
