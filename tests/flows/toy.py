@@ -58,7 +58,7 @@ stages:
   read:
     cmd: python work/stage.py read {seconds} read.txt data/in.txt
     deps: [work/stage.py, data]
-    params: [collect, check_bias]
+    params: [task, collect, check_bias]
     outs: [read.txt]
   train:
     cmd: python work/stage.py train 0 train.txt fetch.txt read.txt

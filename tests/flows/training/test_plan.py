@@ -79,7 +79,7 @@ def test_until_leaves_out_what_follows(checkout):
             "params.yaml",
             "Answer with one intent as JSON.",
             "'{Answer} 100 %s\n\n    for $5'",
-            "params collect.system_prompt Answer with one intent …→{Answer} 100 %s for $5",
+            "params task.system_prompt Answer with one intent …→{Answer} 100 %s for $5",
         ),
         ("work/judge.py", "alone", "changed", "code judge"),
         ("data/in.txt", "rows", "other rows", "new data read"),

@@ -290,7 +290,8 @@ def test_the_results_are_shown_and_become_a_table(finished, api):
         "reports/evaluate/metrics.json",
         '{"base": {"exact_match": {"value": 0.0, "low": 0.0, "high": 0.01, "n": 400}},'
         ' "tuned": {"exact_match": {"value": 0.74, "low": 0.70, "high": 0.78, "n": 400}},'
-        ' "difference": {"exact_match": {"value": 0.74, "low": 0.70, "high": 0.78, "p_value": 0.0001}}}',
+        ' "difference": {"exact_match": {"value": 0.74, "low": 0.70, "high": 0.78, "p_value": 0.0001}},'
+        ' "resolution": {"statement": "400 rows show differences of 0.04."}}',
     )
     finished.write("reports/model_card/README.md", "# A model\n")
 
@@ -298,6 +299,7 @@ def test_the_results_are_shown_and_become_a_table(finished, api):
 
     row = "exact match  0.00 (0.00 to 0.01)  0.74 (0.70 to 0.78)  +0.74, p < 0.001"
     assert row in done.stdout
+    assert "400 rows show differences of 0.04." in done.stdout
     assert "reports/model_card/README.md" in done.stdout
     artifacts = api.artifacts(api.last_run())
     assert artifacts["results"]["type"] == "table"
@@ -325,28 +327,28 @@ CHANGES = {
     "braces": (
         PROMPT,
         "'{a} {} {0} }{ {{ }}'",
-        "params collect.system_prompt Answer with one intent …→{a} {} {0} }{ {{ }}",
+        "params task.system_prompt Answer with one intent …→{a} {} {0} }{ {{ }}",
     ),
     "percent": (
         PROMPT,
         "'100 % of %s %(a)s'",
-        "params collect.system_prompt Answer with one intent …→100 % of %s %(a)s",
+        "params task.system_prompt Answer with one intent …→100 % of %s %(a)s",
     ),
     "dollars": (
         PROMPT,
         "'$5 ${a} $x^{2}$'",
-        "params collect.system_prompt Answer with one intent …→$5 ${a} $x^{2}$",
+        "params task.system_prompt Answer with one intent …→$5 ${a} $x^{2}$",
     ),
     "markup": (
         PROMPT,
         "'[/bold] [red] :x:'",
-        "params collect.system_prompt Answer with one intent …→[/bold] [red] :x:",
+        "params task.system_prompt Answer with one intent …→[/bold] [red] :x:",
     ),
-    "lines": (PROMPT, '"one\\ntwo"', "params collect.system_prompt Answer with one intent …→one two"),
+    "lines": (PROMPT, '"one\\ntwo"', "params task.system_prompt Answer with one intent …→one two"),
     "long": (
         PROMPT,
         f"'{'{x} %s $y ' * 30}'",
-        "params collect.system_prompt Answer with one intent …→{x} %s $y {x} %s $y {x}…",
+        "params task.system_prompt Answer with one intent …→{x} %s $y {x} %s $y {x}…",
     ),
 }
 

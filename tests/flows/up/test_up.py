@@ -299,7 +299,7 @@ supervisor.POLL_S = 0.00001
 folder, own = Path(sys.argv[1]), os.getpid()
 for _ in range(300):
     one = supervisor.Supervisor((), folder, folder, folder / "up.json")
-    with supervisor.signals_call(one.stop):
+    with supervisor.call_on_signals(one.stop):
         if not (child := os.fork()):
             until = time.perf_counter() + 0.002 + random.random() * 0.002
             while time.perf_counter() < until:
