@@ -21,7 +21,7 @@ class ProgramState:
 
     Attributes:
         since: unix time of the last change, s.
-        why: why it is not up; "" if it is.
+        reason: why it is not up; "" if it is.
         page: its address for people; None if it has none.
     """
 
