@@ -41,7 +41,7 @@ def make_token_counter(base: Path) -> tuple[Callable[[str], int], bool]:
 
 
 def estimate_run(survey: Survey, params: Mapping[str, Any], base: Path) -> RunEstimate:
-    """Return the estimate of a run from the figures of its rows and the raw parameters."""
+    """Return the estimate of a run from the survey of its rows and the raw parameters."""
     split, finetune = params["split"], params["finetune"]
     usable = survey.rows - survey.duplicates - survey.long_rows
     test_rows = max(1, round(usable * split["test_fraction"]))

@@ -39,7 +39,7 @@ SHARE_MARGIN = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """What was found in the data: files, kind of task, figures, and rows by language (None: not detected)."""
+    """What was found in the data: files, kind of task, survey, rows by language (None: not detected)."""
 
     files: Sequence[DataFile]
     task: TaskKind

@@ -32,17 +32,17 @@ def report_findings(found: Findings, is_exact: bool) -> str:
 
 
 def _report_file(file: DataFile) -> Iterator[str]:
-    figures, rejected = file.collected.metrics, file.collected.rejected
-    details = [figures["format"], figures["encoding"] or ""]
+    metrics, rejected = file.collected.metrics, file.collected.rejected
+    details = [metrics["format"], metrics["encoding"] or ""]
     if file.is_guessed:
         details[1] += " (guessed: check the example below)"
-    if figures["delimiter"]:
-        details.append(f"delimiter {figures['delimiter']!r}")
+    if metrics["delimiter"]:
+        details.append(f"delimiter {metrics['delimiter']!r}")
     yield f"{file.origin}: {count(len(file.collected.rows), 'row')} ({', '.join(filter(None, details))})"
-    columns = ", ".join(f"{part} = {name}" for part, name in figures["columns"].items())
-    yield f"  shape        {figures['shape']}: {columns}"
-    if figures["unread_columns"]:
-        names = ", ".join(figures["unread_columns"])
+    columns = ", ".join(f"{part} = {name}" for part, name in metrics["columns"].items())
+    yield f"  shape        {metrics['shape']}: {columns}"
+    if metrics["unread_columns"]:
+        names = ", ".join(metrics["unread_columns"])
         yield f"  not read     {names} (--tag-columns, --group-column or --context-column read a column)"
     row = file.collected.rows[0]
     yield f"  example      {shorten(row.question)} -> {shorten(row.answer)}"

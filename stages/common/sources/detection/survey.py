@@ -45,7 +45,7 @@ class Oddity:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """The figures of a set of rows.
+    """The measurements of a set of rows.
 
     Attributes:
         classes: rows by class, the largest first; empty for a task without classes.
@@ -72,17 +72,17 @@ class Survey:
 def survey_rows(
     rows: Sequence[Row], task: TaskKind, count_tokens: Callable[[str], int], max_row_tokens: int
 ) -> Survey:
-    """Return the figures of rows; there must be one at least."""
+    """Measure a set of rows; there must be one at least."""
     classes = Counter(label for row in rows if (label := read_class(row.answer, task)) is not None)
     answer_tokens = [count_tokens(row.answer) for row in rows]
     prompt_tokens = [sum(count_tokens(message.content) for message in row.prompt) for row in rows]
     row_tokens = [sum(tokens) for tokens in zip(prompt_tokens, answer_tokens, strict=True)]
     return Survey(
         rows=len(rows),
-        question_chars=spread([len(row.question) for row in rows]),
-        answer_chars=spread([len(row.answer) for row in rows]),
-        row_tokens=spread(row_tokens),
-        answer_tokens=spread(answer_tokens),
+        question_chars=measure_spread([len(row.question) for row in rows]),
+        answer_chars=measure_spread([len(row.answer) for row in rows]),
+        row_tokens=measure_spread(row_tokens),
+        answer_tokens=measure_spread(answer_tokens),
         classes=dict(classes.most_common()),
         duplicates=len(rows) - len({row.id for row in rows}),
         conflicts=count_conflicts(rows),
@@ -106,7 +106,7 @@ def read_class(answer: str, task: TaskKind) -> str | None:
     return label if isinstance(label, str) else None
 
 
-def spread(counts: Sequence[int]) -> Spread:
+def measure_spread(counts: Sequence[int]) -> Spread:
     """Return the spread of counts, of which there is one at least."""
     ordered = sorted(counts)
     return Spread(
