@@ -239,9 +239,9 @@ class AskBase(Section):
 
     @override
     def find_conflicts(self) -> Iterator[tuple[str, str]]:
-        limits = (self.max_rows, self.min_test_rows)
-        if all(isinstance(limit, int) for limit in limits) and self.max_rows < self.min_test_rows:
-            yield "max_rows", f"is below min_test_rows ({self.min_test_rows}): no test could pass"
+        most, least = self.max_rows, self.min_test_rows
+        if isinstance(most, int) and isinstance(least, int) and most < least:
+            yield "max_rows", f"is below min_test_rows ({least}): no test could pass"
 
 
 class Finetune(Section):
