@@ -94,7 +94,7 @@ def _answer_columns(batches: Iterable[pa.RecordBatch], max_categories: int) -> l
     wanted = max(MIN_KEY_ROWS, MIN_KEY_SHARE * answers)
     keys = [key for key, rows in seen.most_common() if rows >= wanted][:MAX_KEYS]
     found = [_answer_column(key, values[key], seen[key], max_categories) for key in sorted(keys)]
-    if 0 < len(whole) <= max(MAX_CLASS_SHARE * whole.total(), 2):
+    if whole.total() > answers and len(whole) <= max(MAX_CLASS_SHARE * whole.total(), 2):
         found.append(Column(ANSWER_CLASS, "output", "category", None, "", "the whole answer, one of a few"))
     return found
 

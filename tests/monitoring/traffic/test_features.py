@@ -165,6 +165,21 @@ def test_keys_of_json_answers_with_few_values_are_categories():
     assert [row["answer.level"] for row in made] == ["(absent)", "3", None]
 
 
+def classes_of(*texts):
+    found = [c for c in watched_columns([answers(*texts)], PLAIN) if c.name == "answer_class"]
+    return table(answers(*texts), columns=found)["answer_class"].to_pylist() if found else None
+
+
+def test_labels_are_classes_however_many_there_are():
+    labels = [f"label {number % 50}" for number in range(600)]
+    assert classes_of(*labels) == labels
+
+
+def test_texts_and_json_are_no_classes_of_whole_answers():
+    assert classes_of(*(f"a text of its own, number {number}" for number in range(60))) is None
+    assert classes_of("not JSON", *['{"intent":"On"}'] * 20) is None
+
+
 def test_a_key_of_free_text_is_looked_at_for_being_there():
     data = answers(*(f'{{"intent":"Say","message":"text {number}"}}' for number in range(20)), *["{}"] * 20)
     assert found_in_answers(data) == {"answer.intent": "category", "answer.message": "flag"}
