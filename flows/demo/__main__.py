@@ -176,7 +176,7 @@ def _run(root: Path) -> None:
         accuracy, drift = _run_loop(demo, params)
     poisoned = _reject_poisoned(demo)
     minutes = (time.monotonic() - demo.began) / 60
-    retraining = progress.read_history(checkout)[-1]
+    retraining = last_retraining(checkout)
     text = write_report(checkout, DemoResult(demo.steps, accuracy, drift, retraining, poisoned, minutes))
     report = (checkout / REPORT).relative_to(root)
     sys.stdout.write(f"\n{text}\nreport  {report}\npages   perennial demo --show\n")
@@ -203,7 +203,7 @@ def _run_loop(demo: DemoRun, params: Params) -> tuple[Accuracy, str]:
     former = _champion(checkout)
     with demo.step("it retrains, passes the gate and a canary") as recorded:
         recorded += _retrain(demo)
-        retraining = progress.read_history(checkout)[-1]
+        retraining = last_retraining(checkout)
         recorded.append(f"{retraining.outcome}: {retraining.summary}")
     with demo.step("users ask again") as recorded:
         old, new = demo.ask(OLD, JUDGED_REQUESTS), demo.ask(NEW, JUDGED_REQUESTS)
@@ -237,6 +237,19 @@ def _retrain(demo: DemoRun) -> list[ReplayResult | str]:
     if process.returncode:
         raise InputError(f"perennial watch ended with exit code {process.returncode}", f"see {log}")
     return replays
+
+
+def last_retraining(checkout: Path) -> progress.RetrainResult:
+    """Return the result of the demo's retraining.
+
+    Raises:
+        InputError: none was triggered.
+    """
+    results = progress.read_history(checkout)
+    if not results:
+        log = _log(checkout, "retrain")
+        raise InputError("the changed traffic triggered no retraining", f"see {log}, and run make demo again")
+    return results[-1]
 
 
 def _wait(process: subprocess.Popen[bytes], seconds: float) -> None:

@@ -5,6 +5,11 @@ import sys
 import time
 
 import psutil
+import pytest
+
+from flows.demo.__main__ import last_retraining
+from flows.retrain import progress
+from stages.common.errors import InputError
 
 LONG = "import time; time.sleep(600)"
 # A demo that does only one thing: it starts something long, in a session of its own.
@@ -39,3 +44,11 @@ def test_what_a_killed_demo_started_ends_with_it():
     for process in left:
         process.kill()
     assert not left
+
+
+def test_a_demo_without_a_retraining_says_so(tmp_path):
+    with pytest.raises(InputError, match="triggered no retraining"):
+        last_retraining(tmp_path)
+    state = progress.start(tmp_path, "drift", "w1", "m:1", since=0.0)
+    result = progress.finish(tmp_path, state, "promoted", "better")
+    assert last_retraining(tmp_path) == result
