@@ -1,8 +1,8 @@
 """Collect: bring the sources that `params.yaml` names into one table of records.
 
 In: `collect.sources`: the packaged default (`home_intents`), files under `data/`, feedback from production.
-Out: `artifacts/collect/rows.parquet`, and `rejects.jsonl` with every row turned away, its file,
-line and reason; `reports/collect/metrics.json` with the counts.
+Out: `artifacts/collect/rows.parquet`, and `rejects.jsonl` with every rejected row, its file, line and reason;
+`reports/collect/metrics.json` with the counts.
 Run: `python -m stages.collect`
 """
 
@@ -27,11 +27,11 @@ from stages.common.sources.files.formats import FormatOptions
 from stages.common.sources.files.rows import OnBadRow, collect_file
 from stages.common.sources.files.shapes import Columns
 
-log = get_logger("collect")
+logger = get_logger("collect")
 
 
-def source_name(source: HomeIntents | File | Feedback) -> str:
-    """Return what the report calls a source."""
+def name_source(source: HomeIntents | File | Feedback) -> str:
+    """Return the name of a source in the report."""
     if isinstance(source, HomeIntents):
         return f"{source.kind} {source.version} {source.language}"
     return source.path
@@ -43,7 +43,7 @@ def collect_source(
     """Read one source.
 
     Raises:
-        InputError: the source is missing or broken, or gives no row; feedback may be missing.
+        InputError: the source is missing or broken, or has no row; feedback may be missing.
     """
     if isinstance(source, Feedback):
         return collect_feedback(Path(source.path), system_prompt, on_bad_row)
@@ -77,7 +77,7 @@ def collect_source(
     )
 
 
-def figures(named: Sequence[tuple[str, Collected]]) -> dict[str, Any]:
+def count_rows(named: Sequence[tuple[str, Collected]]) -> dict[str, Any]:
     """Return the counts of the report: in all, and by source."""
     rows = [row for _, collected in named for row in collected.rows]
     rejected = [reject for _, collected in named for reject in collected.rejected]
@@ -85,14 +85,14 @@ def figures(named: Sequence[tuple[str, Collected]]) -> dict[str, Any]:
         "rows": len(rows),
         "rejected": len(rejected),
         "groups": len({row.group for row in rows}),
-        "by_license": counted(row.license for row in rows),
-        "by_origin": counted(row.origin for row in rows),
-        "rejected_by_reason": counted(reject.reason for reject in rejected),
+        "by_license": count_values(row.license for row in rows),
+        "by_origin": count_values(row.origin for row in rows),
+        "rejected_by_reason": count_values(reject.reason for reject in rejected),
         "sources": [
             {
                 "name": name,
                 "rows": len(collected.rows),
-                "rejected_by_reason": counted(reject.reason for reject in collected.rejected),
+                "rejected_by_reason": count_values(reject.reason for reject in collected.rejected),
                 **collected.metrics,
             }
             for name, collected in named
@@ -100,52 +100,52 @@ def figures(named: Sequence[tuple[str, Collected]]) -> dict[str, Any]:
     }
 
 
-def counted(values: Any) -> dict[str, int]:
+def count_values(values: Any) -> dict[str, int]:
     """Return how often each value occurs, by value."""
     return dict(sorted(Counter(values).items()))
 
 
-def rejects_jsonl(rejected: Sequence[Rejected]) -> str:
+def format_rejected(rejected: Sequence[Rejected]) -> str:
     """Return one JSON object a line: file, line, reason, detail, content."""
     return "".join(json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in rejected)
 
 
 def main() -> None:
-    """Read all sources, then write the rows, what was set aside, and the counts."""
+    """Read all sources, then write the rows, the rejected entries and the counts."""
     everything = load_params()
     params, system_prompt = everything.collect, everything.task.system_prompt
     named: list[tuple[str, Collected]] = []
     for source in params.sources:
         collected = collect_source(source, system_prompt, params.on_bad_row)
-        name = source_name(source)
-        # Nobody has said anything yet: that is no fault of the source.
+        name = name_source(source)
+        # No one has given feedback yet: the source is not broken.
         if not collected.rows and not isinstance(source, Feedback):
             raise InputError(
-                f"{name} gives no row", "mend the source, or take its entry out of collect.sources"
+                f"{name} has no row", "correct the source, or remove its entry from collect.sources"
             )
         reasons = ", ".join(
-            f"{n} {reason}" for reason, n in counted(r.reason for r in collected.rejected).items()
+            f"{n} {reason}" for reason, n in count_values(r.reason for r in collected.rejected).items()
         )
-        log.info("%s: %d rows%s", name, len(collected.rows), f", rejected: {reasons}" if reasons else "")
+        logger.info("%s: %d rows%s", name, len(collected.rows), f", rejected: {reasons}" if reasons else "")
         if columns := collected.metrics.get("columns"):
-            log.info(
+            logger.info(
                 "%s: columns %s", name, ", ".join(f"{part}={column}" for part, column in columns.items())
             )
         if unread := collected.metrics.get("unread_columns"):
-            log.warning(
+            logger.warning(
                 "%s: not read: %s", name, ", ".join(f"{column} ({n} rows)" for column, n in unread.items())
             )
         named.append((name, collected))
     rows: list[Row] = [row for _, collected in named for row in collected.rows]
     if not rows:
-        raise InputError("the sources give no row", "name one that has some in collect.sources")
+        raise InputError("the sources have no row", "add one that has some to collect.sources")
     rejected = [reject for _, collected in named for reject in collected.rejected]
     folder = artifacts("collect")
-    write_text(folder / "rejects.jsonl", rejects_jsonl(rejected))
+    write_text(folder / "rejects.jsonl", format_rejected(rejected))
     write_rows(folder / "rows.parquet", rows)
-    write_json(reports("collect") / "metrics.json", figures(named))
+    write_json(reports("collect") / "metrics.json", count_rows(named))
     if rejected:
-        log.warning("%d set aside in %s", len(rejected), folder / "rejects.jsonl")
+        logger.warning("%d rejected, in %s", len(rejected), folder / "rejects.jsonl")
 
 
 if __name__ == "__main__":

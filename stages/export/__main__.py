@@ -43,7 +43,7 @@ from stages.common.task.kinds import read_task
 from stages.common.task.protocol import Schema, Task
 from stages.export.modelfile import format_modelfile, read_chat_format
 
-log = get_logger("export")
+logger = get_logger("export")
 
 GGUF = "model.gguf"
 # What load_tokenizer reads, where a base model has it.
@@ -88,7 +88,7 @@ def learn_answers(rows: Sequence[Row], task: Task) -> Answers:
             )
     properties = schema.get("properties", {})
     if schema == {"type": "object"}:
-        log.warning("the answers' keys have no common order: the schema allows any JSON object")
+        logger.warning("the answers' keys have no common order: the schema allows any JSON object")
     labels = {label for row in rows if (label := task.read_class(row.answer)) is not None}
     return Answers(schema, len(labels), len(properties), len(rows))
 
@@ -132,7 +132,7 @@ def export_gguf(
         vocabulary,
         quantization,
         name,
-        lambda done, total: progress(log, done, total, "tensors written"),
+        lambda done, total: progress(logger, done, total, "tensors written"),
     )
     written_s = time.perf_counter() - start
     reader = GGUFReader(path)
@@ -143,7 +143,7 @@ def export_gguf(
     texts = [conversation_text(tokenizer, row) for row in rows]
     equal = count_equal(found, tokenizer, texts, path)
     if equal < len(texts):
-        log.warning(
+        logger.warning(
             "%d of %d texts have other tokens in llama.cpp, which does not normalise Unicode (NFC)",
             len(texts) - equal,
             len(texts),
@@ -175,7 +175,7 @@ def write_modelfile(folder: Path, system_prompt: str | None) -> bool:
     tokenizer = load_tokenizer(folder)
     chat_format = read_chat_format(tokenizer)
     if chat_format is None:
-        log.warning("the chat template cannot be written for Ollama, which will guess one: see its answers")
+        logger.warning("the chat template cannot be translated for Ollama, which will guess one")
     stops = tokenizer.convert_ids_to_tokens(end_of_turn_ids(tokenizer))
     write_text(folder / "Modelfile", format_modelfile(GGUF, system_prompt, chat_format, stops))
     return chat_format is not None
@@ -246,7 +246,7 @@ def main() -> None:
         },
     )
     size = f"{gguf['bytes'] / 2**20:.0f} MiB of {gguf['quantization']}" if gguf else "no GGUF"
-    log.info("%s version %s: %s", name, serving["version"], size)
+    logger.info("%s version %s: %s", name, serving["version"], size)
 
 
 if __name__ == "__main__":

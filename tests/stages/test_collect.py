@@ -104,5 +104,5 @@ def test_feedback_is_collected_once_there_is_some_and_is_no_fault_before(project
 
 def test_feedback_alone_that_nobody_gave_yet_is_refused(project):
     project({"kind": "feedback"})
-    with pytest.raises(InputError, match="the sources give no row"):
+    with pytest.raises(InputError, match="the sources have no row"):
         collect.main()

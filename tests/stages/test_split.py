@@ -142,7 +142,7 @@ def test_a_split_too_small_names_both_sides_numbers_and_what_to_do():
         check_sizes(Sides((row("a"),), (), (row("b"),)), 2, 2, 10, 300)
     assert "2 rows in 2 groups" in error.value.what
     assert "train: 1 rows, and 10 are required (split.min_train_rows)" in error.value.what
-    assert "test: 1 rows, and it needs 300 (split.min_test_rows)" in error.value.what
+    assert "test: 1 rows, and 300 are required (split.min_test_rows)" in error.value.what
     assert "rows_per_template" in error.value.fix
 
 

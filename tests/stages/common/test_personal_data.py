@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from stages.common.personal_data import PERSONAL_DATA, emails, holds
+from stages.common.personal_data import PERSONAL_DATA, find_emails, holds
 
 PERSONAL = {
     "email": ["write to ann.lee+x@mail.example.co.uk now"],
@@ -58,7 +58,7 @@ def test_other_numbers_are_no_personal_data(text):
     ],
 )
 def test_a_span_is_the_address_and_nothing_else(text, addresses):
-    found = [text[start:end] for start, end in emails(text)]
+    found = [text[start:end] for start, end in find_emails(text)]
     assert found == addresses
 
 
