@@ -1,4 +1,4 @@
-"""The bodies of requests, and of the native answer."""
+"""Request bodies, and the body of the native answer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MAX_ALTERNATIVES = 20
 
 
 class _Body(BaseModel):
-    """What OpenAI's clients may send besides and what changes no answer (`metadata`, `store`) is ignored."""
+    """Base of request bodies; other fields of OpenAI's clients (`metadata`, `store`) are ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
@@ -43,7 +43,7 @@ class JsonSchema(_Body):
 
 
 class ResponseFormat(_Body):
-    """What the answer must be: any text, a JSON object, or JSON that fits a schema."""
+    """The required form of the answer: any text, a JSON object, or JSON that fits a schema."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
     json_schema: JsonSchema | None = None
@@ -56,13 +56,13 @@ class ResponseFormat(_Body):
 
 
 class StreamOptions(_Body):
-    """What a stream tells besides the text."""
+    """Options of a streamed response."""
 
     include_usage: bool | None = False
 
 
 class _Sampled(_Body):
-    """What both kinds of completion share."""
+    """Fields of both kinds of completion."""
 
     model: str | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -97,7 +97,7 @@ class _Sampled(_Body):
 
 
 class ChatRequest(_Sampled):
-    """The body of /v1/chat/completions. Unlike OpenAI's, the temperature is 0 where none is given."""
+    """The body of /v1/chat/completions. Unlike at OpenAI, the default temperature is 0."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -113,7 +113,7 @@ class ChatRequest(_Sampled):
 
 
 class CompletionRequest(_Sampled):
-    """The body of /v1/completions: raw text or token ids, with no chat template around them."""
+    """The body of /v1/completions: raw text or token ids, without a chat template."""
 
     prompt: Annotated[str, Field(min_length=1)] | Annotated[list[int], Field(min_length=1)]
     logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
@@ -123,7 +123,7 @@ class CompletionRequest(_Sampled):
 
 
 class FeedbackRequest(_Body):
-    """The body of /v1/feedback: what a person thinks of an answer."""
+    """The body of /v1/feedback: feedback on an answer."""
 
     request_id: Annotated[str, Field(min_length=1, max_length=64)]
     thumb: Literal["up", "down"] | None = None
@@ -131,7 +131,7 @@ class FeedbackRequest(_Body):
     comment: Annotated[str, Field(max_length=4_000)] | None = None
 
     @model_validator(mode="after")
-    def _says_something(self) -> FeedbackRequest:
+    def _is_not_empty(self) -> FeedbackRequest:
         if self.thumb is None and not self.correction and not self.comment:
             raise ValueError("give a thumb, a correction or a comment")
         return self
@@ -141,11 +141,11 @@ class Answer(BaseModel):
     """The answer of the native endpoint.
 
     Attributes:
-        text: as the model wrote it.
-        parsed: the JSON in it; null where the task is text or the text is no JSON.
-        valid: whether it fits the schema of the training answers; null where there is none.
+        text: as generated.
+        parsed: the text as JSON; null for text tasks, or if it is not JSON.
+        valid: whether it fits the schema of the training answers; null without a schema.
         version: content hash of the model that answered.
-        mean_logprob: mean log-probability of its tokens, in nats; null where the engine has none.
+        mean_logprob: mean log-probability of its tokens, in nats; null if the engine has none.
     """
 
     request_id: str
