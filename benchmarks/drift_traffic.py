@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from monitoring.traffic.columns import FEATURES, VECTOR_SIZE, Column, table_schema
+from monitoring.traffic.columns import FEATURES, VECTOR_SIZE, Column, build_table_schema
 
 Floats = NDArray[np.float64]
 
@@ -189,7 +189,7 @@ class World:
             "answer.device": np.char.add("device", self.device_of[change].astype(str)),
             "answer.area": np.char.add("area", ((change * 7 + who) % 12).astype(str)),
         }
-        schema = table_schema([each for each in COLUMNS if self.vectors or each.kind != "vector"])
+        schema = build_table_schema([each for each in COLUMNS if self.vectors or each.kind != "vector"])
         arrays = []
         for entry in schema:
             if entry.name == "request_id":

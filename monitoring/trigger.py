@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from monitoring.verdicts import DriftVerdict, TriggerDecision
 from stages.common.params.loop import TriggerSettings
 
-__all__ = ["TriggerDecision", "decide", "drift_began"]
+__all__ = ["TriggerDecision", "decide", "find_drift_start"]
 
 
 def decide(
@@ -67,7 +67,7 @@ def decide(
     return TriggerDecision(not needs, seen, tuple(needs))
 
 
-def drift_began(verdicts: Sequence[DriftVerdict], settings: TriggerSettings) -> float | None:
+def find_drift_start(verdicts: Sequence[DriftVerdict], settings: TriggerSettings) -> float | None:
     """Return when the traffic that a retraining should learn began, unix s; None if no recent window drifted.
 
     That is the first of the drifted windows that lead up to now without a quiet one between them, or, where

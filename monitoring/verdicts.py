@@ -151,7 +151,7 @@ class DriftVerdict:
 _ADAPTER: TypeAdapter[DriftVerdict] = TypeAdapter(DriftVerdict)
 
 
-def window_folder(root: Path, window_id: str) -> Path:
+def get_window_folder(root: Path, window_id: str) -> Path:
     """Return the folder of a window."""
     return root / WATCH / window_id
 
@@ -162,7 +162,7 @@ def write_verdict(root: Path, verdict: DriftVerdict) -> Path:
     Raises:
         ValueError: a figure is NaN or infinite.
     """
-    path = window_folder(root, verdict.id) / "verdict.json"
+    path = get_window_folder(root, verdict.id) / "verdict.json"
     write_json(path, asdict(verdict))
     return path
 
@@ -173,7 +173,7 @@ def read_verdict(root: Path, window_id: str) -> DriftVerdict:
     Raises:
         InputError: there is none, or the file is not one.
     """
-    path = window_folder(root, window_id) / "verdict.json"
+    path = get_window_folder(root, window_id) / "verdict.json"
     # A name comes from the command line too, and must not lead out of the folder.
     if "/" in window_id or not path.exists():
         raise InputError(f"there is no verdict {window_id!r} in {root / WATCH}", "perennial verdicts list")

@@ -13,22 +13,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from monitoring.drift.baseline import Baseline, period_of, prepare_baseline
+from monitoring.drift.baseline import Baseline, get_period, prepare_baseline
 from monitoring.drift.compare import compare_window, has_drifted
 from monitoring.drift.session_sums import sum_sessions
 from monitoring.report import write_report
 from monitoring.traffic.columns import Column
-from monitoring.traffic.features import feature_tables, watched_columns
+from monitoring.traffic.features import compute_feature_tables, list_watched_columns
 from monitoring.traffic.service_metrics import ServiceSums, tap_service_sums
 from monitoring.traffic.windows import (
     Window,
-    closed_windows,
-    late_rows,
+    count_late_rows,
+    find_closed_windows,
+    find_reference_window,
     quarantine_to,
     read_window,
-    reference_window,
 )
-from monitoring.verdicts import DriftVerdict, TriggerDecision, read_verdicts, window_folder, write_verdict
+from monitoring.verdicts import DriftVerdict, TriggerDecision, get_window_folder, read_verdicts, write_verdict
 from monitoring.workspace import add_to_workspace
 from stages.common.params.loop import Monitoring
 
@@ -64,10 +64,10 @@ def read_reference(url: str, tag: str, settings: Monitoring) -> ReferenceTraffic
     Raises:
         InputError: the store cannot be read.
     """
-    window = reference_window(url, tag, settings.reference)
+    window = find_reference_window(url, tag, settings.reference)
     if window is None:
         return None
-    columns = watched_columns((page.batch for page in read_window(url, window, tag)), settings.features)
+    columns = list_watched_columns((page.batch for page in read_window(url, window, tag)), settings.features)
     baseline = prepare_baseline(
         lambda: _tables(url, window, tag, columns, settings),
         columns,
@@ -100,7 +100,7 @@ def judge_new_windows(
     known = [verdict for verdict in read_verdicts(root) if verdict.tag == usual.tag]
     _recount(root, url, usual.tag, known[-RECOUNTED:])
     after = max([usual.window.end, *(verdict.window.end for verdict in known)])
-    for window in closed_windows(url, after, usual.tag, settings.window, now, limit):
+    for window in find_closed_windows(url, after, usual.tag, settings.window, now, limit):
         verdict = judge(root, url, usual, window, settings, now)
         verdict = replace(verdict, trigger=decide([*known, verdict]))
         if verdict.judged:
@@ -108,7 +108,7 @@ def judge_new_windows(
                 _tables(url, usual.window, usual.tag, usual.columns, settings),
                 _tables(url, window, usual.tag, usual.columns, settings),
                 verdict,
-                window_folder(root, verdict.id) / "report.html",
+                get_window_folder(root, verdict.id) / "report.html",
             )
             add_to_workspace(root, verdict, snapshot)
         write_verdict(root, verdict)  # last: a window with a verdict is done
@@ -123,8 +123,8 @@ def judge(
     quarantined: Counter[str] = Counter()
     service = ServiceSums()
     pages = read_window(url, window, usual.tag)
-    batches = quarantine_to(window_folder(root, window.name) / "quarantined.jsonl", pages, quarantined)
-    tables = feature_tables(batches, usual.columns, settings.features)
+    batches = quarantine_to(get_window_folder(root, window.name) / "quarantined.jsonl", pages, quarantined)
+    tables = compute_feature_tables(batches, usual.columns, settings.features)
     summed = sum_sessions(tap_service_sums(tables, service), usual.baseline.binning)
     why_not = None
     if summed.rows < settings.window.min_rows:
@@ -136,7 +136,7 @@ def judge(
         model=name,
         version=version,
         made_at=now,
-        window=replace(period_of(summed), start=window.start, end=window.end),
+        window=replace(get_period(summed), start=window.start, end=window.end),
         reference=usual.baseline.period,
         judged=why_not is None,
         why_not=why_not,
@@ -152,7 +152,7 @@ def _tables(
     url: str, window: Window, tag: str, columns: Sequence[Column], settings: Monitoring
 ) -> Iterator[pa.Table]:
     batches = (page.batch for page in read_window(url, window, tag))
-    return feature_tables(batches, columns, settings.features)
+    return compute_feature_tables(batches, columns, settings.features)
 
 
 def _recount(root: Path, url: str, tag: str, verdicts: Sequence[DriftVerdict]) -> None:
@@ -161,7 +161,7 @@ def _recount(root: Path, url: str, tag: str, verdicts: Sequence[DriftVerdict]) -
         period = verdict.window
         counted = period.rows + sum(verdict.quarantined.values())
         window = Window(period.start, period.end, counted, verdict.id)
-        late = late_rows(url, window, tag, counted)
+        late = count_late_rows(url, window, tag, counted)
         if late != verdict.late_rows:
             logger.info("%s: %d events came late", verdict.id, late)
             write_verdict(root, replace(verdict, late_rows=late))

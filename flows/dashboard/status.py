@@ -21,7 +21,7 @@ from flows.gate.verdict import GateVerdict, read_verdict_file
 from flows.release.canary import read_trials
 from flows.retrain import progress
 from flows.up.state import read_up_state
-from monitoring.verdicts import WATCH, DriftVerdict, read_verdict, window_folder
+from monitoring.verdicts import WATCH, DriftVerdict, get_window_folder, read_verdict
 from services.versions.aliases import ALIASES, Aliases, read_aliases
 from services.versions.releases import Release, read_releases
 from services.versions.store import SERVING, read_pipeline_tag
@@ -126,7 +126,7 @@ def _verdicts(root: Path, cache: StatusCache, problems: list[str]) -> list[Drift
 
 
 def _whole(root: Path, verdict: DriftVerdict) -> dict[str, Any]:
-    report = window_folder(root, verdict.id) / "report.html"
+    report = get_window_folder(root, verdict.id) / "report.html"
     return asdict(verdict) | {"summary": verdict.summary, "has_report": report.exists()}
 
 

@@ -23,7 +23,7 @@ from typing import Any
 from flows.gate import private_server
 from flows.gate.card import CARD, find_card_problems
 from flows.gate.verdict import hash_files
-from monitoring.feedback.labels import normalised
+from monitoring.feedback.labels import normalise_text
 from monitoring.feedback.rows import HELD_OUT, read_labelled
 from services import parity
 from services.versions.aliases import ALIASES, read_aliases
@@ -182,9 +182,9 @@ def read_new_test(
     Args:
         max_tokens: of an answer: as many as users get.
     """
-    trained = {normalised(row.question) for row in _training_rows(root)}
+    trained = {normalise_text(row.question) for row in _training_rows(root)}
     rows, excluded = _select_usable(read_labelled(production / HELD_OUT), task)
-    kept = [row for row in rows if normalised(row.question) not in trained]
+    kept = [row for row in rows if normalise_text(row.question) not in trained]
     _count(excluded, "the candidate was trained on the question", len(rows) - len(kept))
     return _sample(kept, settings, max_tokens, excluded)
 
@@ -196,9 +196,9 @@ def read_old_test(root: Path, production: Path, champion: str, task: Task, setti
         logger.warning("the test rows of %s were not kept: those of the candidate are used", champion)
         kept_rows = root / artifacts("split") / "test.parquet"
     training = _training_rows(root)
-    groups, questions = {row.group for row in training}, {normalised(row.question) for row in training}
+    groups, questions = {row.group for row in training}, {normalise_text(row.question) for row in training}
     rows, excluded = _select_usable(read_rows(kept_rows), task)
-    kept = [row for row in rows if row.group not in groups and normalised(row.question) not in questions]
+    kept = [row for row in rows if row.group not in groups and normalise_text(row.question) not in questions]
     _count(excluded, "the candidate was trained on the group or question", len(rows) - len(kept))
     return _sample(kept, settings, _read_answer_limit(root), excluded)
 

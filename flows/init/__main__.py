@@ -135,11 +135,11 @@ def _answers(files: Sequence[DataFile]) -> list[str]:
 
 def count_languages(rows: Sequence[Row]) -> dict[str, int] | None:
     """Return questions by language, of a sample; None if the detector is not installed."""
-    from monitoring.traffic.languages import NO_LANGUAGE, SHORT, language
+    from monitoring.traffic.languages import NO_LANGUAGE, SHORT, detect_language
 
     step = max(1, len(rows) // LANGUAGE_SAMPLE_ROWS)
     try:
-        found = Counter(language(row.question) for row in rows[::step])
+        found = Counter(detect_language(row.question) for row in rows[::step])
     except InputError:
         return None
     return {code: number for code, number in found.most_common() if code not in (SHORT, NO_LANGUAGE)}

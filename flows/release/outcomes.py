@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from monitoring.traffic.features import same_answer
+from monitoring.traffic.features import is_same_answer
 from services.events import read_joined
 from stages.common.tag import Tag
 
@@ -80,7 +80,7 @@ def make_outcome(row: dict[str, Any]) -> RequestOutcome:
     corrected = [
         given["given_at"]
         for given in row["feedback"]
-        if given["correction"] and not same_answer(row["answer"] or "", given["correction"])
+        if given["correction"] and not is_same_answer(row["answer"] or "", given["correction"])
     ]
     return RequestOutcome(
         at=row["received_at"],

@@ -81,9 +81,9 @@ def gather(root: Path, params: Params, run: RetrainState) -> RetrainState:
     keep_test_rows(root)
     task = read_served_task(root, params)
     url, settings = params.services.events.url, params.monitoring.feedback
-    held_out = rows.held_out_before(root)
-    labelled = rows.labelled_rows(url, 0.0, run.until, settings, task, held_out)
-    recent = rows.labelled_rows(url, run.since, run.until, settings, task, held_out)
+    held_out = rows.read_held_out_before(root)
+    labelled = rows.label_rows(url, 0.0, run.until, settings, task, held_out)
+    recent = rows.label_rows(url, run.since, run.until, settings, task, held_out)
     rows.write_labelled(root, replace(labelled, holdout=recent.holdout))
     logger.info("%s", rows.format_report(labelled.report))
     _put_start(root, params, run.champion)

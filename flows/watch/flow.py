@@ -107,7 +107,7 @@ def _watch(root: Path, params: Params) -> WatchResult:
     logger.info("%s", summary)
     if not (last.trigger.fires and params.flows.watch.retrain):
         return WatchResult(summary, tuple(verdicts))
-    since = trigger.drift_began(read_verdicts_of(root, champion), params.monitoring.trigger)
+    since = trigger.find_drift_start(read_verdicts_of(root, champion), params.monitoring.trigger)
     return WatchResult(summary, tuple(verdicts), last.id, since)
 
 
@@ -147,13 +147,13 @@ def _decide(root: Path, params: Params, champion: str, known: Sequence[DriftVerd
     if not decide(settings.min_labelled_rows).fires:
         return decide(0)
     task_ = read_served_task(root, params)
-    report = rows.labelled_rows(
+    report = rows.label_rows(
         params.services.events.url,
         0.0,
         time.time(),
         params.monitoring.feedback,
         task_,
-        rows.held_out_before(root),
+        rows.read_held_out_before(root),
     ).report
     return decide(report["labelled_rows"], rows.summarise_exclusions(report))
 

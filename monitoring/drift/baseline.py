@@ -26,10 +26,10 @@ class Baseline:
     @property
     def period(self) -> Period:
         """Return the period of the reference and its size."""
-        return period_of(self.sums)
+        return get_period(self.sums)
 
 
-def period_of(summed: SessionSums) -> Period:
+def get_period(summed: SessionSums) -> Period:
     """Return the period of some traffic: first and last `received_at`, unix s."""
     return Period(summed.start, summed.end, summed.rows, summed.sessions)
 

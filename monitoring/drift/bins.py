@@ -107,7 +107,7 @@ def plan_bins(
     return Binning(tuple(planned), max_sessions, seed)
 
 
-def fourier_features(vectors: Singles, waves: Singles) -> Singles:
+def compute_fourier_features(vectors: Singles, waves: Singles) -> Singles:
     """Return random Fourier features of vectors: [rows, VECTOR_SIZE + 2 * RANDOM_FEATURES].
 
     Their inner product is the kernel (x·y + exp(-|x-y|²/2s²)) / 2: the first part sees a shift of the mean

@@ -33,10 +33,10 @@ from monitoring.drift.effects import measure_change
 from monitoring.drift.session_sums import SessionSums
 from monitoring.drift.two_sample_tests import (
     Sessions,
-    chance_variance,
+    compute_chance_variance,
     compute_statistics,
+    draw_splits,
     pool_sessions,
-    random_splits,
 )
 from monitoring.traffic.columns import DECIDING, DriftType
 from monitoring.verdicts import DriftTypeVerdict
@@ -123,14 +123,14 @@ def _tested(
     }
     rng = np.random.default_rng([settings.seed, 1])
     first = min(FIRST_PERMUTATIONS, settings.permutations)
-    shuffled = compute_statistics(pool, random_splits(rng, inside + outside, inside, first))
+    shuffled = compute_statistics(pool, draw_splits(rng, inside + outside, inside, first))
     p_values = _p_values(seen, shuffled, places_of, pool.vector)
     if p_values.min() <= PLAINLY_QUIET:
         share = inside / outside
         usual = pool_sessions(binning, reference)
         factors = estimate_inflation(usual, share, settings.calibration_windows, settings.seed)
         seen /= factors
-        more = random_splits(rng, inside + outside, inside, settings.permutations - first)
+        more = draw_splits(rng, inside + outside, inside, settings.permutations - first)
         shuffled = np.concatenate([shuffled, compute_statistics(pool, more)])
         p_values = _p_values(seen, shuffled, places_of, pool.vector)
     return p_values, factors, _noise(baseline.binning, pool, observed[0])
@@ -153,7 +153,7 @@ def _noise(binning: Binning, pool: Sessions, split: Bools) -> Floats:
 
     Forty classes of 500 rows are 0.15 apart by chance alone; a person would take that for a change.
     """
-    variance = chance_variance(pool, split)
+    variance = compute_chance_variance(pool, split)
     squares = np.zeros(len(binning.columns))
     for place, each in enumerate(binning.columns):
         own = variance[pool.column_of == place]

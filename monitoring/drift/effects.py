@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from monitoring.drift.baseline import Baseline
-from monitoring.drift.bins import OTHER, ColumnBinning, Floats, Singles, fourier_features
+from monitoring.drift.bins import OTHER, ColumnBinning, Floats, Singles, compute_fourier_features
 from monitoring.drift.session_sums import SessionSums
 from monitoring.traffic.columns import DriftType
 from monitoring.verdicts import ColumnChange
@@ -161,7 +161,7 @@ def _vector(
     for half in (False, True):
         witness = _mean(window, place, slices, half) - _mean(reference, place, slices, half)
         sides = [
-            fourier_features(rows[halves != half], each.waves) @ witness
+            compute_fourier_features(rows[halves != half], each.waves) @ witness
             for rows, halves in ((usual, usual_half), (now, now_half))
         ]
         if len(sides[0]) and len(sides[1]):

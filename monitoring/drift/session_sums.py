@@ -28,9 +28,9 @@ from monitoring.drift.bins import (
     Places,
     RowSample,
     Singles,
+    compute_fourier_features,
     compute_novelty,
     encode_sessions,
-    fourier_features,
     gives_anchors,
     hash_session,
     read_numbers,
@@ -155,7 +155,7 @@ class _Accumulator:
             if each.column.kind == "vector":
                 vectors, there = read_vectors(table, each.column.name)
                 self._samples[each.column.name].add(vectors, halves[there])
-                summed = fourier_features(vectors, each.waves)
+                summed = compute_fourier_features(vectors, each.waves)
                 self._totals[start:stop] += summed.sum(axis=0, dtype=np.float64)
                 inside = lines[there] >= 0
                 _add_rows(self._sums[:, start:stop], lines[there][inside], summed[inside])

@@ -220,7 +220,7 @@ def _x_log(p: Singles, q: Singles) -> Singles:
     return p * logarithm
 
 
-def chance_variance(pool: Sessions, split: Bools) -> Floats:
+def compute_chance_variance(pool: Sessions, split: Bools) -> Floats:
     """Return the variance that chance alone gives the difference of the two sides' means: [J]."""
     lengths = np.zeros(pool.counts.shape[1])
     for side in (split, ~split):
@@ -230,7 +230,7 @@ def chance_variance(pool: Sessions, split: Bools) -> Floats:
     return variance
 
 
-def random_splits(rng: np.random.Generator, size: int, inside: int, count: int) -> NDArray[np.bool_]:
+def draw_splits(rng: np.random.Generator, size: int, inside: int, count: int) -> NDArray[np.bool_]:
     """Return `count` uniformly random splits with `inside` of `size` sessions on the window's side."""
     splits = np.zeros((count, size), dtype=np.bool_)
     for first in range(0, count, CHUNK):

@@ -15,13 +15,13 @@ def _in_time(label: Label) -> tuple[float, str, str]:
     return label.at, label.request_id, label.key or ""
 
 
-def newest(labels: Sequence[Label], limit: int, reason: str) -> tuple[list[Label], Counter[str]]:
+def keep_newest(labels: Sequence[Label], limit: int, reason: str) -> tuple[list[Label], Counter[str]]:
     """Keep the newest labels, at most `limit`."""
     kept = sorted(labels, key=_in_time)[max(0, len(labels) - limit) :]
     return kept, _left_out(reason, len(labels) - len(kept))
 
 
-def newest_of_a_person(labels: list[Label]) -> tuple[list[Label], Counter[str]]:
+def keep_newest_per_person(labels: list[Label]) -> tuple[list[Label], Counter[str]]:
     """Keep the newest label per person and prompt; an unknown person is a new one each time."""
     kept: dict[tuple[str, str], Label] = {}
     left_out: Counter[str] = Counter()
@@ -41,7 +41,7 @@ def limit_users(labels: list[Label], max_rows: int) -> tuple[list[Label], Counte
     kept = of.pop(None, [])
     left_out: Counter[str] = Counter()
     for own in of.values():
-        some, gone = newest(own, max_rows, "user_limit")
+        some, gone = keep_newest(own, max_rows, "user_limit")
         kept += some
         left_out += gone
     return kept, left_out
@@ -76,16 +76,16 @@ def limit_keys(
         limit = int(share * exchanges)
     else:
         even = 1 / max(1, len(of) + bool(kept))
-        limit = highest_limit(sizes, len(kept), share) or highest_limit(sizes, len(kept), even)
+        limit = find_highest_limit(sizes, len(kept), share) or find_highest_limit(sizes, len(kept), even)
     left_out: Counter[str] = Counter()
     for own in of.values():
-        some, gone = newest(own, max(limit, at_least), "key_share")
+        some, gone = keep_newest(own, max(limit, at_least), "key_share")
         kept += some
         left_out += gone
     return kept, left_out
 
 
-def highest_limit(sizes: Sequence[int], others: int, share: float) -> int:
+def find_highest_limit(sizes: Sequence[int], others: int, share: float) -> int:
     """Return the largest number of rows per key at which no key has more than `share` of the rest.
 
     With the limit c, all are `others` + sum(min(size, c)); the sum grows ever slower in c, so the limits that
@@ -103,7 +103,7 @@ def highest_limit(sizes: Sequence[int], others: int, share: float) -> int:
     return low
 
 
-def agreed(labels: list[Label], min_agreement: float) -> tuple[list[Label], Counter[str]]:
+def keep_agreed(labels: list[Label], min_agreement: float) -> tuple[list[Label], Counter[str]]:
     """Keep the label that enough people agree on, per prompt; without agreement all are excluded.
 
     A person has one vote. Where several keys label a question, each key has one: names of users are what a

@@ -132,7 +132,7 @@ class LeftOut(ValueError):
     """Feedback that becomes no row; the text is one of `REASONS`."""
 
 
-def labels_in(
+def read_labels(
     batch: pa.RecordBatch, end: float, settings: FeedbackSettings, task: ServedTask, counts: Counts
 ) -> Iterator[Label]:
     """Yield the labels in joined exchanges, given before `end`, to learn from; count the others."""
@@ -152,7 +152,7 @@ def labels_in(
             counts.given += 1
             counts.keys |= {key} - {None}
             counts.said_by_key[key or "(none)"] += 1
-            counts.said_by_user[pseudonym(asker)] += 1
+            counts.said_by_user[make_pseudonym(asker)] += 1
             try:
                 label = label_of(exchange, feedback, key, asker, settings, task)
             except LeftOut as reason:
@@ -195,7 +195,7 @@ def label_of(
     if settings.on_suspicion == "drop" and _suspicious(exchange["verdicts"], checks):
         raise LeftOut("suspicious")
     same = task.answers.canonical(text)
-    return Label(at, exchange["request_id"], key, asker, prompt, prompt_hash(prompt), kind, text, same)
+    return Label(at, exchange["request_id"], key, asker, prompt, hash_prompt(prompt), kind, text, same)
 
 
 def _newest_word(
@@ -257,15 +257,15 @@ def _asker(exchange: Mapping[str, Any], key: str | None) -> str | None:
     return f"{exchange['key_id'] or ''}/{name}" if name else None
 
 
-def normalised(text: str) -> str:
+def normalise_text(text: str) -> str:
     """Return a text without case, repeated spaces and surrounding punctuation."""
     plain = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     return plain.strip(" .!?,;:…\"'") or plain
 
 
-def prompt_hash(prompt: Iterable[Message]) -> str:
+def hash_prompt(prompt: Iterable[Message]) -> str:
     """Return 16 hex digits that identify a conversation, system messages included."""
-    turns = [[message.role, normalised(message.content)] for message in prompt]
+    turns = [[message.role, normalise_text(message.content)] for message in prompt]
     return hashlib.sha256(canonical_json(turns).encode("utf-8", "replace")).hexdigest()[:16]
 
 
@@ -283,7 +283,7 @@ def _style(answer: str | None) -> tuple[str, str]:
         return COMPACT
 
 
-def pseudonym(asker: str | None) -> str:
+def make_pseudonym(asker: str | None) -> str:
     """Return a pseudonym for the report: it distinguishes users without identifying them."""
     if asker is None:
         return "(not known)"

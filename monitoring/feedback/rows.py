@@ -36,12 +36,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from monitoring.feedback.label_rules import (
-    agreed,
+    keep_agreed,
+    keep_newest,
+    keep_newest_per_person,
     keep_one_per_prompt,
     limit_keys,
     limit_users,
-    newest,
-    newest_of_a_person,
 )
 from monitoring.feedback.labels import (
     COMPACT,
@@ -50,8 +50,8 @@ from monitoring.feedback.labels import (
     Counts,
     Label,
     ServedTask,
-    labels_in,
-    pseudonym,
+    make_pseudonym,
+    read_labels,
     read_served_task,
 )
 from services.events import read_joined
@@ -82,7 +82,7 @@ class Labelled:
     report: dict[str, Any]
 
 
-def labelled_rows(
+def label_rows(
     url: str,
     start: float,
     end: float,
@@ -97,7 +97,7 @@ def labelled_rows(
 
     Args:
         url: of the event store.
-        held_out: hashes of questions that were held out before (`held_out_before`).
+        held_out: hashes of questions that were held out before (`read_held_out_before`).
 
     Raises:
         InputError: the event store cannot be read.
@@ -105,7 +105,7 @@ def labelled_rows(
     counts = Counts()
     labels: list[Label] = []
     for batch in read_joined(url, start, end):
-        labels += labels_in(batch, end, settings, task, counts)
+        labels += read_labels(batch, end, settings, task, counts)
     steps = {"labels": len(labels)}
 
     def share_keys(some: list[Label]) -> tuple[list[Label], Counter[str]]:
@@ -113,14 +113,14 @@ def labelled_rows(
         return limit_keys(some, share, at_least, len(counts.keys), counts.exchanges)
 
     rules: tuple[tuple[str, Callable[[list[Label]], tuple[list[Label], Counter[str]]]], ...] = (
-        ("newest of a person", newest_of_a_person),
+        ("newest of a person", keep_newest_per_person),
         ("users", lambda some: limit_users(some, settings.max_rows_per_user)),
         ("keys", share_keys),
-        ("agreement", lambda some: agreed(some, settings.min_agreement)),
+        ("agreement", lambda some: keep_agreed(some, settings.min_agreement)),
         ("duplicates", keep_one_per_prompt),
         # Duplicates of others went: the share of a key has grown by it.
         ("keys again", share_keys),
-        ("number", lambda some: newest(some, settings.max_rows, "row_limit")),
+        ("number", lambda some: keep_newest(some, settings.max_rows, "row_limit")),
     )
     for name, rule in rules:
         labels, left_out = rule(labels)
@@ -156,7 +156,7 @@ def _report(
     sides: Mapping[bool, Sequence[Row]], labels: Sequence[Label], counts: Counts, steps: Mapping[str, int]
 ) -> dict[str, Any]:
     rows = [*sides[False], *sides[True]]
-    by_user = Counter(pseudonym(label.asker) for label in labels)
+    by_user = Counter(make_pseudonym(label.asker) for label in labels)
     by_key = Counter(label.key or "(none)" for label in labels)
     # Who said most comes first: a flood is seen though its rows were left out.
     users = sorted(counts.said_by_user, key=lambda name: (-counts.said_by_user[name], name))[:MAX_NAMED]
@@ -182,7 +182,7 @@ def _by_label(rows: Sequence[Row]) -> dict[str, int]:
     return dict(sorted(Counter(values).items()))
 
 
-def held_out_before(root: Path = Path()) -> frozenset[str]:
+def read_held_out_before(root: Path = Path()) -> frozenset[str]:
     """Return the hashes of all prompts ever held out."""
     path = root / HELD_OUT_PROMPTS
     return frozenset(path.read_text(encoding="utf-8").split()) if path.is_file() else frozenset()
@@ -193,14 +193,14 @@ def write_labelled(root: Path, labelled: Labelled) -> None:
 
     The questions held out are written first: a run that is killed here has at most held out more.
     """
-    held_out = {row.group.removeprefix("feedback/") for row in labelled.holdout} | held_out_before(root)
+    held_out = {row.group.removeprefix("feedback/") for row in labelled.holdout} | read_held_out_before(root)
     write_text(root / HELD_OUT_PROMPTS, "".join(f"{question}\n" for question in sorted(held_out)))
-    write_text(root / HELD_OUT, rows_jsonl(labelled.holdout))
-    write_text(root / ROWS, rows_jsonl(labelled.train))
+    write_text(root / HELD_OUT, format_rows(labelled.holdout))
+    write_text(root / ROWS, format_rows(labelled.train))
     write_json(root / REPORT, labelled.report)
 
 
-def rows_jsonl(rows: Iterable[Row]) -> str:
+def format_rows(rows: Iterable[Row]) -> str:
     """Return one JSON object a line, with the fields of a row."""
     return "".join(
         json.dumps({**asdict(row), "tags": dict(row.tags)}, ensure_ascii=False, sort_keys=True) + "\n"
@@ -273,13 +273,13 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--write", action="store_true", help=f"write {ROWS}, {HELD_OUT} and {REPORT}, too")
     arguments = parser.parse_args(sys.argv[1:] if words is None else words)
     params, root = load_params(), Path()
-    labelled = labelled_rows(
+    labelled = label_rows(
         params.services.events.url,
         0.0,
         time.time(),
         params.monitoring.feedback,
         read_served_task(root, params),
-        held_out_before(root),
+        read_held_out_before(root),
     )
     sys.stdout.write(format_report(labelled.report))
     if arguments.write:

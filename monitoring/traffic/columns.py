@@ -1,7 +1,7 @@
 """The columns of a feature table, each belonging to one drift type.
 
-A feature table (`pyarrow.Table`) has `key_fields` and one column for each `Column`: float64 for a number and
-a flag, string for a category, `fixed_size_list<float32>[VECTOR_SIZE]` for a vector. Null means "no value
+A feature table (`pyarrow.Table`) has `list_key_fields` and one column for each `Column`: float64 for a number
+and a flag, string for a category, `fixed_size_list<float32>[VECTOR_SIZE]` for a vector. Null means "no value
 here": the row is left out of that column's statistics.
 """
 
@@ -73,7 +73,7 @@ FEATURES: tuple[Column, ...] = (
 )
 
 
-def key_fields() -> list[pa.Field]:
+def list_key_fields() -> list[pa.Field]:
     """Return the fields that every feature table starts with.
 
     `session` is never null: the session, else the user, else the request itself.
@@ -88,7 +88,7 @@ def key_fields() -> list[pa.Field]:
     ]
 
 
-def table_schema(columns: Sequence[Column]) -> pa.Schema:
+def build_table_schema(columns: Sequence[Column]) -> pa.Schema:
     """Return the schema of a feature table with these columns."""
     import pyarrow as pa
 
@@ -98,4 +98,4 @@ def table_schema(columns: Sequence[Column]) -> pa.Schema:
         "category": pa.string(),
         "vector": pa.list_(pa.float32(), VECTOR_SIZE),
     }
-    return pa.schema([*key_fields(), *(pa.field(column.name, types[column.kind]) for column in columns)])
+    return pa.schema([*list_key_fields(), *(pa.field(column.name, types[column.kind]) for column in columns)])

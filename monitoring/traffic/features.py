@@ -1,7 +1,7 @@
 """Turn exchanges into feature tables of numbers, categories, flags and vectors, page by page.
 
 The columns are defined in `monitoring.traffic.columns`; the keys of JSON answers are found in the reference
-by `watched_columns`. Answers that were cut off by the client or by an error have no output columns.
+by `list_watched_columns`. Answers that were cut off by the client or by an error have no output columns.
 """
 
 from __future__ import annotations
@@ -15,9 +15,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from monitoring.traffic.columns import ABSENT, ANSWER_PREFIX, FEATURES, VECTOR_SIZE, Column, table_schema
+from monitoring.traffic.columns import (
+    ABSENT,
+    ANSWER_PREFIX,
+    FEATURES,
+    VECTOR_SIZE,
+    Column,
+    build_table_schema,
+)
 from monitoring.traffic.embeddings import embed
-from monitoring.traffic.languages import language
+from monitoring.traffic.languages import detect_language
 from services.events import CLIENT_GONE
 from stages.common.params.loop import FeatureSettings
 from stages.common.records import canonical_json
@@ -61,7 +68,7 @@ class _Seen:
 _NO_JSON = object()
 
 
-def watched_columns(batches: Iterable[pa.RecordBatch], settings: FeatureSettings) -> tuple[Column, ...]:
+def list_watched_columns(batches: Iterable[pa.RecordBatch], settings: FeatureSettings) -> tuple[Column, ...]:
     """Return the columns of every window: the fixed ones and the keys of the reference's answers.
 
     A key is a category if its `max_categories` commonest values make up most of its answers, and else a
@@ -106,7 +113,7 @@ def _answer_column(key: str, values: Counter[str], rows: int, max_categories: in
     return Column(f"{ANSWER_PREFIX}{key}", "output", "flag", None, "", f"the answer has a {key}")
 
 
-def feature_tables(
+def compute_feature_tables(
     batches: Iterable[pa.RecordBatch],
     columns: Sequence[Column],
     settings: FeatureSettings,
@@ -115,7 +122,7 @@ def feature_tables(
     """Yield the feature table of each batch of `services.events.read_joined`'s columns; memory is bounded.
 
     Args:
-        columns: as `watched_columns` found them in the reference.
+        columns: as `list_watched_columns` found them in the reference.
         labels: request_id → right answer, of a sample that was labelled; wins over corrections.
 
     Raises:
@@ -134,7 +141,7 @@ def _table(
 ) -> pa.Table:
     import pyarrow as pa
 
-    schema = table_schema(columns)
+    schema = build_table_schema(columns)
     seen = [_read(row) for row in batch.to_pylist()]
     shapes = _shapes([one.prompt for one in seen])
     made: list[pa.Array] = [
@@ -252,15 +259,15 @@ def _corrected(one: _Seen) -> float | None:
     if not one.row["feedback"] or one.answer is None:
         return None
     correction = _correction(one)
-    return float(correction is not None and not same_answer(one.answer, correction))
+    return float(correction is not None and not is_same_answer(one.answer, correction))
 
 
 def _label_match(one: _Seen, labels: Mapping[str, str]) -> float | None:
     label = labels.get(one.row["request_id"]) or _correction(one)
-    return None if label is None or one.answer is None else float(same_answer(one.answer, label))
+    return None if label is None or one.answer is None else float(is_same_answer(one.answer, label))
 
 
-def same_answer(answer: str, label: str) -> bool:
+def is_same_answer(answer: str, label: str) -> bool:
     """Return whether two answers are equal: as JSON where both are JSON, else as stripped text."""
     values = _json(answer), _json(label)
     if _NO_JSON in values:
@@ -272,7 +279,7 @@ _READERS: dict[str, Callable[[_Seen], Any]] = {
     "prompt_chars": lambda one: len(one.prompt),
     "prompt_words": lambda one: len(one.prompt.split()),
     "turns": lambda one: one.turns,
-    "language": lambda one: language(one.prompt),
+    "language": lambda one: detect_language(one.prompt),
     "answer_chars": lambda one: None if one.answer is None else len(one.answer),
     "finish_reason": _answered("finish_reason"),
     "answer_form": _answer_form,

@@ -23,7 +23,7 @@ SHORT = "short"
 NO_LANGUAGE = "none"
 
 
-def language(text: str) -> str:
+def detect_language(text: str) -> str:
     """Return the ISO 639 code of a text's language; `SHORT` where it would be a guess, or `NO_LANGUAGE`.
 
     Raises:

@@ -67,7 +67,7 @@ class ServiceSums:
             "cancelled": self.cancelled,
             "busy_s": round(self.busy_s, 3),
             "tokens_per_s": round(self.tokens / self.busy_s, 2) if self.busy_s else None,
-            "cost_per_1000": cost_per_1000(self.busy_s, self.requests, cost_per_hour),
+            "cost_per_1000": compute_cost_per_1000(self.busy_s, self.requests, cost_per_hour),
         }
         for name, counts in self._times.items():
             for share in (0.5, 0.95):
@@ -82,7 +82,7 @@ def tap_service_sums(tables: Iterable[pa.Table], sums: ServiceSums) -> Iterator[
         yield table
 
 
-def cost_per_1000(compute_s: float, requests: int, cost_per_hour: float) -> float | None:
+def compute_cost_per_1000(compute_s: float, requests: int, cost_per_hour: float) -> float | None:
     """Return what 1,000 requests cost on a machine that costs `cost_per_hour`; None without requests."""
     return round(compute_s / 3600.0 * cost_per_hour / requests * 1000.0, 6) if requests else None
 

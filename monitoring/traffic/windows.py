@@ -60,12 +60,12 @@ class Page:
     quarantined: tuple[QuarantinedEvent, ...]
 
 
-def version_of(tag: str) -> str:
+def parse_version(tag: str) -> str:
     """Return the version of a tag NAME:VERSION; a version alone is one too."""
     return tag.rpartition(":")[2]
 
 
-def reference_window(url: str, tag: str, settings: Reference) -> Window | None:
+def find_reference_window(url: str, tag: str, settings: Reference) -> Window | None:
     """Return the first exchanges that a version answered as champion, or None while there are too few.
 
     Exchanges that share their time with the last one are in it too.
@@ -73,7 +73,7 @@ def reference_window(url: str, tag: str, settings: Reference) -> Window | None:
     Raises:
         InputError: the store cannot be read.
     """
-    times = read_times(url, 0.0, math.inf, version_of(tag), WATCHED_ROLE)
+    times = read_times(url, 0.0, math.inf, parse_version(tag), WATCHED_ROLE)
     first = last = 0.0
     rows = 0
     for time in times:
@@ -85,7 +85,7 @@ def reference_window(url: str, tag: str, settings: Reference) -> Window | None:
     return _window(first, math.nextafter(last, math.inf), rows, first)
 
 
-def closed_windows(
+def find_closed_windows(
     url: str, after: float, tag: str, settings: WindowSettings, now: float, limit: int
 ) -> list[Window]:
     """Return up to `limit` windows from `after` (the end of the window before) that nothing is added to.
@@ -96,7 +96,7 @@ def closed_windows(
         InputError: the store cannot be read.
     """
     settled = now - settings.settle_s
-    times = read_times(url, after, math.nextafter(settled, math.inf), version_of(tag), WATCHED_ROLE)
+    times = read_times(url, after, math.nextafter(settled, math.inf), parse_version(tag), WATCHED_ROLE)
     if settings.kind == "count":
         windows = _by_count(times, after, settings.rows)
     else:
@@ -151,13 +151,13 @@ def _window(start: float, end: float, rows: int, first: float) -> Window:
     return Window(start, end, rows, f"{at:%Y%m%dT%H%M%S}.{at.microsecond // 1000:03d}-{rows}")
 
 
-def late_rows(url: str, window: Window, tag: str, counted: int | None = None) -> int:
+def count_late_rows(url: str, window: Window, tag: str, counted: int | None = None) -> int:
     """Return how many watched exchanges of a window were stored after it was cut, or after `counted`.
 
     Raises:
         InputError: the store cannot be read.
     """
-    now = count_exchanges(url, window.start, window.end, version_of(tag), WATCHED_ROLE)
+    now = count_exchanges(url, window.start, window.end, parse_version(tag), WATCHED_ROLE)
     return max(0, now - (window.rows if counted is None else counted))
 
 
@@ -172,14 +172,14 @@ def read_window(url: str, window: Window, tag: str, role: str = WATCHED_ROLE) ->
     """
     import pyarrow.compute as pc
 
-    version = version_of(tag)
+    version = parse_version(tag)
     at_the_last_time: tuple[float, set[tuple[Any, ...]]] = (-math.inf, set())
     for batch in read_joined(url, window.start, window.end):
         watched = batch.filter(pc.and_(pc.equal(batch["version"], version), pc.equal(batch["role"], role)))
         quarantined: list[QuarantinedEvent] = []
         keep: list[bool] = []
         for row in watched.select(_CHECKED).to_pylist():
-            reason = problem(row)
+            reason = find_problem(row)
             if row["received_at"] != at_the_last_time[0]:
                 at_the_last_time = row["received_at"], set()
             print_of_it = tuple(row[name] for name in _CHECKED if name != "request_id")
@@ -218,7 +218,7 @@ _TIMES = ("queue_s", "first_token_s", "total_s")
 _COUNTS = ("prompt_tokens", "completion_tokens")
 
 
-def problem(row: Mapping[str, Any]) -> str | None:
+def find_problem(row: Mapping[str, Any]) -> str | None:
     """Return why an exchange is corrupt, or None."""
     messages = _json(row["messages"])
     if not isinstance(messages, list) or not all(_is_message(message) for message in messages):

@@ -3,7 +3,7 @@
 import numpy as np
 import pyarrow as pa
 
-from monitoring.traffic.columns import VECTOR_SIZE, Column, table_schema
+from monitoring.traffic.columns import VECTOR_SIZE, Column, build_table_schema
 
 COLUMNS = (
     Column("length", "input", "number", None, "characters", ""),
@@ -44,7 +44,7 @@ def table(seed, sessions=200, each=5, columns=COLUMNS, names="s", first_at=0.0, 
             arrays.append(pa.FixedSizeListArray.from_arrays(flat, VECTOR_SIZE))
         else:
             arrays.append(pa.array(value, from_pandas=True))
-    return pa.Table.from_arrays(arrays, schema=table_schema(columns))
+    return pa.Table.from_arrays(arrays, schema=build_table_schema(columns))
 
 
 def pages(whole, rows=128):

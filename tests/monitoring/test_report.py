@@ -14,7 +14,7 @@ from monitoring.report import (
     make_report,
     write_report,
 )
-from monitoring.traffic.columns import VECTOR_SIZE, Column, table_schema
+from monitoring.traffic.columns import VECTOR_SIZE, Column, build_table_schema
 from monitoring.workspace import PROJECT, WORKSPACE, add_to_workspace
 from stages.common.errors import InputError
 from tests.flows.loop_traces import change, verdict
@@ -45,7 +45,7 @@ def table(rows, *, first=0, per_session=5, german=0.0, thumbs=True):
             "valid_output": [float(number % 4 != 0) for number in numbers],
             "thumb": [1.0 if thumbs and number % 10 == 0 else None for number in numbers],
         },
-        schema=table_schema(COLUMNS),
+        schema=build_table_schema(COLUMNS),
     )
 
 

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from monitoring.trigger import decide, drift_began
+from monitoring.trigger import decide, find_drift_start
 from monitoring.verdicts import DriftTypeVerdict, DriftVerdict, Period
 from stages.common.params.loop import TriggerSettings
 
@@ -109,12 +109,12 @@ def test_the_cooldown_ends_on_the_second():
 
 
 def test_new_traffic_begins_with_the_oldest_drifted_window_that_counts():
-    assert drift_began(DRIFT, SETTINGS) == 200.0
-    assert drift_began([window(1, "input"), *[replace(window(p)) for p in (2, 3, 4)]], SETTINGS) is None
+    assert find_drift_start(DRIFT, SETTINGS) == 200.0
+    assert find_drift_start([window(1, "input"), *[replace(window(p)) for p in (2, 3, 4)]], SETTINGS) is None
 
 
 def test_the_new_traffic_begins_with_the_first_of_the_drifted_windows_that_lead_up_to_now():
     steady = [window(1), *(window(place, "input") for place in range(2, 9))]
-    assert drift_began(steady, SETTINGS) == 200.0
+    assert find_drift_start(steady, SETTINGS) == 200.0
     mixed = [window(1, "input"), window(2), window(3), window(4, "input"), window(5), window(6, "input")]
-    assert drift_began(mixed, SETTINGS) == 400.0
+    assert find_drift_start(mixed, SETTINGS) == 400.0

@@ -8,10 +8,10 @@ from monitoring.verdicts import (
     DriftVerdict,
     Period,
     TriggerDecision,
+    get_window_folder,
     main,
     read_verdict,
     read_verdicts,
-    window_folder,
     write_verdict,
 )
 from stages.common.errors import InputError
@@ -75,7 +75,7 @@ def test_where_nothing_was_watched_there_is_no_verdict(tmp_path):
 @pytest.mark.parametrize("text", ["{", "[]", '{"id": "w"}', '{"id": 1, "judged": "perhaps"}'])
 def test_a_broken_file_is_named(tmp_path, text):
     write_verdict(tmp_path, QUIET)
-    path = window_folder(tmp_path, "broken") / "verdict.json"
+    path = get_window_folder(tmp_path, "broken") / "verdict.json"
     path.parent.mkdir()
     path.write_text(text)
     with pytest.raises(InputError, match=r"broken/verdict\.json"):

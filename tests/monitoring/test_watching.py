@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from monitoring.verdicts import NOT_DECIDED, read_verdicts, window_folder
+from monitoring.verdicts import NOT_DECIDED, get_window_folder, read_verdicts
 from monitoring.watching import judge_new_windows, read_reference
 from stages.common.errors import InputError
 from stages.common.params.loading import load_params
@@ -80,7 +80,7 @@ def test_each_window_is_judged_once_and_a_change_is_found_in_its_first_window(tm
     assert look_once(tmp_path, url, usual, settings) == []
     assert read_verdicts(tmp_path) == [first, second, third]
     for verdict in (first, second, third):
-        page = (window_folder(tmp_path, verdict.id) / "report.html").read_text()
+        page = (get_window_folder(tmp_path, verdict.id) / "report.html").read_text()
         assert verdict.id in page and "<script src" not in page
 
 
@@ -99,7 +99,7 @@ def test_corrupt_events_are_set_aside_and_late_ones_counted(tmp_path, url, setti
     usual = read_reference(url, TAG, settings)
     (verdict,) = look_once(tmp_path, url, usual, settings)
     assert sum(verdict.quarantined.values()) == 3 and verdict.window.rows == 197
-    lines = (window_folder(tmp_path, verdict.id) / "quarantined.jsonl").read_text().splitlines()
+    lines = (get_window_folder(tmp_path, verdict.id) / "quarantined.jsonl").read_text().splitlines()
     assert {json.loads(line)["request_id"] for line in lines} == {"broken0", "broken1", "broken2"}
 
     add(url, exchange(650, at=1650.25, request_id="late"))

@@ -6,7 +6,7 @@ from monitoring.drift.bins import plan_bins
 from monitoring.drift.calibration import estimate_inflation
 from monitoring.drift.compare import compare_window, has_drifted
 from monitoring.drift.session_sums import sum_sessions
-from monitoring.drift.two_sample_tests import compute_statistics, pool_sessions, random_splits
+from monitoring.drift.two_sample_tests import compute_statistics, draw_splits, pool_sessions
 from stages.common.params.loop import DriftSettings
 from tests.monitoring.drift_tables import COLUMNS, pages, table
 
@@ -118,7 +118,7 @@ def test_shuffled_sessions_of_other_lengths_give_statistics_of_the_right_size():
 
 
 def test_random_splits_hold_the_right_number_of_sessions():
-    splits = random_splits(np.random.default_rng(1), 40, 7, 600)
+    splits = draw_splits(np.random.default_rng(1), 40, 7, 600)
     assert (splits.sum(axis=1) == 7).all()
     assert 0.1 < splits.mean(axis=0).min() < splits.mean(axis=0).max() < 0.25
 

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from monitoring.feedback.label_rules import highest_limit
+from monitoring.feedback.label_rules import find_highest_limit
 from monitoring.feedback.labels import (
     REASONS,
     LeftOut,
     ServedTask,
+    hash_prompt,
     label_of,
-    normalised,
-    prompt_hash,
+    normalise_text,
     read_served_task,
 )
 from monitoring.feedback.rows import (
@@ -22,10 +22,10 @@ from monitoring.feedback.rows import (
     REPORT,
     ROWS,
     format_report,
-    held_out_before,
     is_held_out,
-    labelled_rows,
+    label_rows,
     main,
+    read_held_out_before,
     read_labelled,
     summarise_exclusions,
     write_labelled,
@@ -100,7 +100,7 @@ class Events:
     def rows(self, settings=SETTINGS, task=TASK, held_out=frozenset()):
         if self.events:
             self.store()
-        return labelled_rows(self.url, 0.0, 1e12, settings, task, held_out)
+        return label_rows(self.url, 0.0, 1e12, settings, task, held_out)
 
     def store(self):
         store = open_store(self.url, queue_size=100_000, group_rows=5000, group_wait_s=0.0)
@@ -135,7 +135,7 @@ def test_a_correction_is_a_label_and_so_is_an_answer_found_right(events):
     assert row.tags == {"feedback": "correction", "intent": "Off"}
     assert by_question["lamp on"].tags == {"feedback": "thumb", "intent": "On"}
     assert (row.source, row.license, row.origin) == ("feedback", "cc0-1.0", "feedback")
-    assert row.group == f"feedback/{prompt_hash([Message('user', 'lamp off')])}"
+    assert row.group == f"feedback/{hash_prompt([Message('user', 'lamp off')])}"
     report = labelled.report
     assert (report["exchanges"], report["given"], report["labelled_rows"]) == (4, 3, 2)
     assert report["left_out"] == {"no_label": 1}
@@ -159,9 +159,9 @@ def test_what_is_said_after_the_end_of_the_time_does_not_count(events):
     events.asks("b")
     events.says(thumb=1, given_at=9000.0)
     events.store()
-    early = labelled_rows(events.url, 0.0, 9000.0, SETTINGS, TASK)
+    early = label_rows(events.url, 0.0, 9000.0, SETTINGS, TASK)
     assert (labels(early), early.report["given"]) == ({"a": ON}, 1)
-    assert labels(labelled_rows(events.url, 0.0, 9001.0, SETTINGS, TASK)) == {"a": OFF, "b": ON}
+    assert labels(label_rows(events.url, 0.0, 9001.0, SETTINGS, TASK)) == {"a": OFF, "b": ON}
 
 
 def test_thumbs_are_no_labels_where_the_settings_say_so(events):
@@ -386,7 +386,7 @@ def test_keys_that_only_ask_take_nothing_from_the_share_of_those_that_give(event
 def test_the_limit_of_a_key_is_the_highest_with_which_none_has_more_than_its_share(
     sizes, others, share, limit
 ):
-    assert highest_limit(sizes, others, share) == limit
+    assert find_highest_limit(sizes, others, share) == limit
     left = [min(size, limit) for size in sizes]
     assert max(left, default=0) <= share * (others + sum(left))
     if limit < max(sizes, default=0):
@@ -479,10 +479,10 @@ def test_what_was_ever_held_out_is_not_learned_though_the_share_falls(events, tm
     first = events.rows()
     write_labelled(tmp_path, first)
     less = SETTINGS.model_copy(update={"holdout_share": 0.01})
-    again = events.rows(less, held_out=held_out_before(tmp_path))
+    again = events.rows(less, held_out=read_held_out_before(tmp_path))
     assert {row.group for row in first.holdout} <= {row.group for row in again.holdout}
     write_labelled(tmp_path, replace(again, holdout=[]))
-    assert {row.group.removeprefix("feedback/") for row in first.holdout} <= held_out_before(tmp_path)
+    assert {row.group.removeprefix("feedback/") for row in first.holdout} <= read_held_out_before(tmp_path)
 
 
 def test_what_is_written_is_read_back_and_the_same_events_give_the_same_bytes(events, tmp_path):
@@ -514,7 +514,7 @@ def test_a_line_that_is_no_row_is_named(tmp_path):
 
 def test_a_store_that_is_not_there_is_said(tmp_path):
     with pytest.raises(InputError, match="no event store"):
-        labelled_rows(f"sqlite:///{tmp_path}/none.db", 0.0, 1.0, SETTINGS, TASK)
+        label_rows(f"sqlite:///{tmp_path}/none.db", 0.0, 1.0, SETTINGS, TASK)
 
 
 def test_the_counts_of_the_report_add_up(events):
@@ -541,7 +541,7 @@ def test_the_summary_says_what_became_of_it_and_why(events):
     ("text", "plain"), [(" Lamp\tON ", "lamp on"), ("lamp on?!", "lamp on"), ("?!", "?!"), ("ﬁne…", "fine")]
 )
 def test_a_question_is_known_again_by_its_words(text, plain):
-    assert normalised(text) == plain
+    assert normalise_text(text) == plain
 
 
 def test_the_task_is_read_from_what_is_served(tmp_path):

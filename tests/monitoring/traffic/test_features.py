@@ -5,13 +5,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from monitoring.traffic.columns import FEATURES, VECTOR_SIZE, Column, table_schema
+from monitoring.traffic.columns import FEATURES, VECTOR_SIZE, Column, build_table_schema
 from monitoring.traffic.features import (
-    feature_tables,
-    same_answer,
-    watched_columns,
+    compute_feature_tables,
+    is_same_answer,
+    list_watched_columns,
 )
-from monitoring.traffic.service_metrics import ServiceSums, cost_per_1000, tap_service_sums
+from monitoring.traffic.service_metrics import ServiceSums, compute_cost_per_1000, tap_service_sums
 from monitoring.traffic.windows import Window, read_window
 from services.events import get_joined_schema
 from stages.common.params.loop import FeatureSettings
@@ -51,8 +51,8 @@ def answers(*texts):
 
 
 def table(data, settings=PLAIN, columns=None, labels=None):
-    columns = watched_columns([data], settings) if columns is None else columns
-    (made,) = feature_tables([data], columns, settings, labels)
+    columns = list_watched_columns([data], settings) if columns is None else columns
+    (made,) = compute_feature_tables([data], columns, settings, labels)
     return made
 
 
@@ -61,15 +61,15 @@ def column(name, *events, given=(), labels=None):
 
 
 def found_in_answers(data, settings=PLAIN):
-    return {c.name: c.kind for c in watched_columns([data], settings) if c.name.startswith("answer.")}
+    return {c.name: c.kind for c in list_watched_columns([data], settings) if c.name.startswith("answer.")}
 
 
 def test_a_table_has_the_columns_that_are_promised_in_their_order():
     data = answers('{"intent":"On"}', *['{"intent":"Off"}'] * 9)
-    columns = watched_columns([data], SETTINGS)
+    columns = list_watched_columns([data], SETTINGS)
     made = table(data, SETTINGS, columns)
     assert columns[: len(FEATURES)] == FEATURES and columns[len(FEATURES)].name == "answer.intent"
-    assert made.schema == table_schema(columns)
+    assert made.schema == build_table_schema(columns)
     assert made.schema.field("prompt_vector").type == pa.list_(pa.float32(), VECTOR_SIZE)
     assert [made[name].null_count for name in ("request_id", "received_at", "session", "version")] == [0] * 4
 
@@ -113,7 +113,7 @@ def test_an_exchange_without_a_whole_answer_has_no_output(ending):
     data = batch(*(exchange(number) for number in range(9)), exchange(9, **ending))
     made = table(data, SETTINGS)
     nothing = made.slice(9).to_pylist()[0]
-    output = [c.name for c in watched_columns([data], SETTINGS) if c.drift_type == "output"]
+    output = [c.name for c in list_watched_columns([data], SETTINGS) if c.drift_type == "output"]
     assert {"answer.intent", "answer_vector", "answer_chars"} < set(output)
     assert all(nothing[name] is None for name in output)
     assert nothing["total_s"] is None and nothing["valid_output"] is None and nothing["label_match"] is None
@@ -237,7 +237,7 @@ def test_a_labelled_sample_says_what_is_right():
     ],
 )
 def test_answers_are_compared_as_json_where_both_are(one, other, same):
-    assert same_answer(one, other) is same
+    assert is_same_answer(one, other) is same
 
 
 def test_valid_output_is_known_where_there_is_a_schema():
@@ -246,7 +246,7 @@ def test_valid_output_is_known_where_there_is_a_schema():
 
 
 def test_vectors_are_left_out_where_the_settings_say_so():
-    assert not [c for c in watched_columns([], PLAIN) if c.kind == "vector"]
+    assert not [c for c in list_watched_columns([], PLAIN) if c.kind == "vector"]
 
 
 def test_the_vectors_of_like_questions_lie_side_by_side():
@@ -265,7 +265,7 @@ def test_a_column_of_the_reference_that_a_window_lacks_is_absent_in_it():
 def test_pages_of_a_real_store_become_one_table_each(tmp_path):
     url = stored(f"sqlite:///{tmp_path}/events.db", *(exchange(number) for number in range(1200)))
     pages = (page.batch for page in read_window(url, Window(0.0, 1e9, 1200, "w"), VERSION))
-    assert [made.num_rows for made in feature_tables(pages, FEATURES, PLAIN)] == [1000, 200]
+    assert [made.num_rows for made in compute_feature_tables(pages, FEATURES, PLAIN)] == [1000, 200]
 
 
 def test_the_figures_of_the_service_are_its_quantiles_and_counts():
@@ -293,7 +293,7 @@ def test_answers_written_side_by_side_share_the_machine():
 
 def test_figures_of_nothing_are_none():
     assert measured([], cost_per_hour=1.0)["cost_per_1000"] is None
-    assert cost_per_1000(10.0, 0, 1.0) is None
+    assert compute_cost_per_1000(10.0, 0, 1.0) is None
     nothing = measured([table(batch(exchange(0, **REFUSED)))], cost_per_hour=1.0)
     assert nothing["total_p95_s"] is None and nothing["tokens_per_s"] is None
 

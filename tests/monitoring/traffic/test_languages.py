@@ -3,7 +3,7 @@ import sys
 import pytest
 
 from monitoring.traffic import languages
-from monitoring.traffic.languages import language
+from monitoring.traffic.languages import detect_language
 from stages.common.errors import InputError
 
 
@@ -19,16 +19,16 @@ from stages.common.errors import InputError
     ],
 )
 def test_the_language_of_a_request_is_told(text, code):
-    assert language(text) == code
+    assert detect_language(text) == code
 
 
 @pytest.mark.parametrize("text", ["", "lights on", "21:30", "12345 67890 12345", "свет", "\ud800"])
 def test_a_text_too_short_to_tell_is_short(text):
-    assert language(text) == "short"
+    assert detect_language(text) == "short"
 
 
 def test_a_long_text_is_told_by_its_beginning():
-    assert language("turn on the light in the kitchen " * 10 + "mach das Licht aus " * 1000) == "en"
+    assert detect_language("turn on the light in the kitchen " * 10 + "mach das Licht aus " * 1000) == "en"
 
 
 def test_the_missing_package_is_named_with_the_command_that_installs_it(monkeypatch):
@@ -37,5 +37,5 @@ def test_the_missing_package_is_named_with_the_command_that_installs_it(monkeypa
         languages, "_identifier", languages._identifier.__wrapped__
     )  # not the one loaded above
     with pytest.raises(InputError, match="py3langid") as error:
-        language("a text that nobody has classified before")
+        detect_language("a text that nobody has classified before")
     assert "pip install '.[monitor]'" in error.value.fix

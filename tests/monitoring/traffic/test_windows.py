@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from monitoring.traffic.windows import (
     Window,
-    closed_windows,
-    late_rows,
+    count_late_rows,
+    find_closed_windows,
+    find_reference_window,
+    parse_version,
     quarantine_to,
     read_window,
-    reference_window,
-    version_of,
 )
 from stages.common.errors import InputError
 from stages.common.params.loop import Reference, WindowSettings
@@ -44,7 +44,7 @@ def reference(rows):
 
 
 def cut(url, settings, after=0.0, now=4e9, limit=100):
-    return closed_windows(url, after, TAG, settings, now, limit)
+    return find_closed_windows(url, after, TAG, settings, now, limit)
 
 
 def rows_of(url, window):
@@ -114,7 +114,7 @@ def test_every_exchange_of_closed_windows_is_in_exactly_one(shared_url, times, l
     ]
     add(shared_url, *events)
     cutting = by_count(length) if by == "count" else by_time(0.1 * length / 3600)
-    windows = closed_windows(shared_url, 0.0, version, cutting, 2e9, 100)
+    windows = find_closed_windows(shared_url, 0.0, version, cutting, 2e9, 100)
     inside = [[window.start <= event.received_at < window.end for window in windows] for event in events]
     found = [sum(in_it) for in_it in inside]
     assert found == [1] * sum(found) + [0] * (len(events) - sum(found))
@@ -148,7 +148,7 @@ def test_the_reference_is_what_the_version_answered_first_as_champion(url):
         *(exchange(number, role="challenger") for number in range(3, 6)),
         *(exchange(number) for number in range(6, 16)),
     )
-    window = reference_window(url, TAG, reference(rows=4))
+    window = find_reference_window(url, TAG, reference(rows=4))
     assert (window.rows, window.start) == (4, 1006.0)
     assert ids(url, window) == ["r00006", "r00007", "r00008", "r00009"]
     assert cut(url, by_count(4), after=window.end)[0].start == window.end
@@ -156,8 +156,8 @@ def test_the_reference_is_what_the_version_answered_first_as_champion(url):
 
 def test_there_is_no_reference_while_there_are_too_few_rows(url):
     stored(url, *(exchange(number) for number in range(5)))
-    assert reference_window(url, TAG, reference(rows=6)) is None
-    assert reference_window(url, TAG, reference(rows=5)).rows == 5
+    assert find_reference_window(url, TAG, reference(rows=6)) is None
+    assert find_reference_window(url, TAG, reference(rows=5)).rows == 5
 
 
 def test_only_what_the_champion_answered_is_watched_with_its_errors_and_refusals(url):
@@ -253,18 +253,18 @@ def test_nothing_set_aside_leaves_no_file(url, tmp_path):
 def test_events_that_come_after_the_window_was_cut_are_late(url):
     stored(url, *(exchange(number) for number in range(3)))
     (window,) = cut(url, by_count(3))
-    assert late_rows(url, window, TAG) == 0
+    assert count_late_rows(url, window, TAG) == 0
     add(url, exchange(7, at=1001.5), exchange(8, at=1001.6, role="shadow"), exchange(9, at=1500.0))
-    assert late_rows(url, window, TAG) == 1
-    assert late_rows(url, window, TAG, counted=4) == 0
+    assert count_late_rows(url, window, TAG) == 1
+    assert count_late_rows(url, window, TAG, counted=4) == 0
 
 
 def test_a_store_that_is_not_there_is_an_error_of_the_user(url):
     with pytest.raises(InputError, match="no event store"):
-        reference_window(url, TAG, reference(rows=4))
+        find_reference_window(url, TAG, reference(rows=4))
     with pytest.raises(InputError, match="no event store"):
         cut(url, by_count(3))
 
 
 def test_a_version_is_taken_from_its_tag():
-    assert version_of("home:0123456789ab") == version_of("0123456789ab") == "0123456789ab"
+    assert parse_version("home:0123456789ab") == parse_version("0123456789ab") == "0123456789ab"
