@@ -166,7 +166,7 @@ def test_keys_of_json_answers_with_few_values_are_categories():
 
 
 def classes_of(*texts):
-    found = [c for c in watched_columns([answers(*texts)], PLAIN) if c.name == "answer_class"]
+    found = [c for c in list_watched_columns([answers(*texts)], PLAIN) if c.name == "answer_class"]
     return table(answers(*texts), columns=found)["answer_class"].to_pylist() if found else None
 
 
