@@ -110,8 +110,8 @@ def keep_test_rows(root: Path, production: Path | None = None) -> str | None:
     version = str(read_json(serving)["version"])
     kept = (production or root) / TESTS / f"{version}.parquet"
     if not kept.exists():
-        with atomic_write(kept) as beside:
-            shutil.copyfile(test, beside)
+        with atomic_write(kept) as temporary:
+            shutil.copyfile(test, temporary)
     return version
 
 
@@ -153,8 +153,8 @@ def evaluate_candidate(root: Path, params: Params, tag: str, production: Path | 
     write_json(folder / "parity.json", asdict(verdict))
     card = find_card_problems(root)
     if (root / CARD).exists():
-        with atomic_write(folder / "model_card.md") as beside:
-            shutil.copyfile(root / CARD, beside)
+        with atomic_write(folder / "model_card.md") as temporary:
+            shutil.copyfile(root / CARD, temporary)
     return Evidence(
         tag=tag,
         champion=champion,

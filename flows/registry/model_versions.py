@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from flows.registry.tracking import Registry, open_tracking, tracking_errors
+from flows.registry.tracking import Registry, convert_errors, open_tracking
 from stages.common.adapter import CONFIG, FOLDER, WEIGHTS, InitialAdapter, put_initial_adapter
 from stages.common.artifacts import sha256_of
 from stages.common.errors import InputError
@@ -70,7 +70,7 @@ class VersionInfo:
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
-def registered_name(name: str) -> str:
+def make_registered_name(name: str) -> str:
     """Return a model's name as MLflow's registry accepts it: without slash and colon."""
     return re.sub(r"[^\w.-]", "-", name)
 
@@ -84,7 +84,7 @@ def push_aliases(registry: Registry, aliases: Mapping[Alias, str | None]) -> Non
     Raises:
         InputError: MLflow cannot be reached.
     """
-    name = registered_name(registry.model)
+    name = make_registered_name(registry.model)
     with _connect(registry) as client:
         current = _aliases(client, registry.model)
         for alias, tag in aliases.items():
@@ -105,7 +105,9 @@ def list_recorded(registry: Registry) -> list[VersionInfo]:
         aliases: dict[str, list[str]] = {}
         for alias, number in sorted(_aliases(client, registry.model).items()):
             aliases.setdefault(number, []).append(alias)
-        found = client.search_model_versions(f"name = '{registered_name(registry.model)}'", max_results=1000)
+        found = client.search_model_versions(
+            f"name = '{make_registered_name(registry.model)}'", max_results=1000
+        )
         return [
             _info(client, version, tuple(aliases.get(str(version.version), ())))
             for version in sorted(found, key=lambda version: -int(version.version))
@@ -225,7 +227,7 @@ _LOST = "register the version again from the pipeline that made it (dvc repro), 
 @contextmanager
 def _connect(registry: Registry) -> Iterator[MlflowClient]:
     client = open_tracking(registry.root, registry.tracking_url)
-    with tracking_errors(registry.address):
+    with convert_errors(registry.address):
         yield client
 
 
@@ -234,7 +236,7 @@ def _aliases(client: MlflowClient, name: str) -> dict[str, str]:
     from mlflow.exceptions import MlflowException
 
     try:
-        model = client.get_registered_model(registered_name(name))
+        model = client.get_registered_model(make_registered_name(name))
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return {}
@@ -248,7 +250,7 @@ def find_model_version(client: MlflowClient, tag: str) -> ModelVersion | None:
         return None
     parsed = Tag.parse(tag)
     found = client.search_model_versions(
-        f"name = '{registered_name(parsed.name)}' and tags.`serving_version` = '{parsed.version}'"
+        f"name = '{make_registered_name(parsed.name)}' and tags.`serving_version` = '{parsed.version}'"
     )
     return min(found, key=lambda version: int(version.version), default=None)
 

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from flows.registry.model_versions import ADAPTER_FILES
-from flows.registry.tracking import without_password
+from flows.registry.tracking import mask_password
 from stages.common.adapter import WEIGHTS
 from stages.common.artifacts import artifacts, missing, read_json, reports, sha256_of
 from stages.common.dvc_lock import LOCK, Lock, dvc_hash, read_lock
@@ -93,15 +93,15 @@ def read_output(root: Path, trigger: str) -> Output:
     tags = {
         "serving_version": serving["version"],
         "trigger": trigger,
-        "started_from": started_from(root),
+        "started_from": read_started_from(root),
         "base_model": f"{serving['base_model']} {serving['base_revision'] or ''}".strip(),
         **_hash_tags(root, lock),
-        **git_tags(root),
+        **read_git_tags(root),
     }
     return Output(serving, hashlib.sha256(canonical.encode()).hexdigest()[:32], tags, read_metrics(root))
 
 
-def started_from(root: Path) -> str:
+def read_started_from(root: Path) -> str:
     """Return the version whose adapter the training started from, or `base`, from the trainer's report."""
     path = root / reports("finetune") / "metrics.json"
     return str(read_json(path).get("started_from", "base")) if path.exists() else "base"
@@ -125,7 +125,7 @@ def _actual_hash(path: Path) -> str:
     return dvc_hash(path) if path.exists() else "none"
 
 
-def git_tags(root: Path) -> dict[str, str]:
+def read_git_tags(root: Path) -> dict[str, str]:
     """Return the revision of the code, and whether tracked files differ from it; dvc.lock is ignored.
 
     Every run writes dvc.lock.
@@ -144,7 +144,7 @@ def read_metrics(root: Path) -> dict[str, float]:
     """Return every number in the metrics files of dvc.yaml, by `STAGE/NAME`.
 
     NAME is that of `dvc metrics show` and `dvc metrics diff`, so that MLflow and DVC can be compared: keys
-    joined by dots, without lists and strings, true and false as 1 and 0. STAGE tells the files apart.
+    joined by dots, without lists and strings, true and false as 1 and 0. STAGE is the file's.
     """
     found: dict[str, float] = {}
     for path in find_metrics_files(root):
@@ -204,7 +204,7 @@ def flatten_params(params: Params) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, value in _leaves(params.model_dump(mode="json", by_alias=True)):
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        found[make_key(name)] = without_password(text)[:PARAM_CHARS]
+        found[make_key(name)] = mask_password(text)[:PARAM_CHARS]
     return found
 
 

@@ -20,7 +20,7 @@ from flows.registry.model_versions import (
     ADAPTER,
     download_adapter,
     find_model_version,
-    registered_name,
+    make_registered_name,
 )
 from flows.registry.output import (
     TAG_CHARS,
@@ -34,9 +34,9 @@ from flows.registry.tracking import (
     ARTIFACTS,
     SQLITE,
     Registry,
+    convert_errors,
+    mask_password,
     open_tracking,
-    tracking_errors,
-    without_password,
 )
 from services.versions.aliases import ALIASES, read_aliases
 from stages.common.adapter import list_adapter_files
@@ -93,7 +93,7 @@ def register_candidate(registry: Registry, params: Params, trigger: str = "hand"
     client = open_tracking(root, registry.tracking_url)
     champion = read_aliases(root / ALIASES).champion
     # Two processes of this checkout at once would make two runs of one output.
-    with file_lock(root / RUN_LOCK), tracking_errors(registry.address):
+    with file_lock(root / RUN_LOCK), convert_errors(registry.address):
         run = _find_or_create_run(client, _experiment(client, registry), output, champion)
         finished = run.info.status == "FINISHED"
         if not finished:
@@ -219,9 +219,7 @@ def _log_files(client: MlflowClient, run: Run, root: Path) -> None:
     """Log the files that describe the run, and the adapter last."""
     run_id = run.info.run_id
     # The event store's URL may contain a password.
-    client.log_text(
-        run_id, without_password((root / "params.yaml").read_text(encoding="utf-8")), "params.yaml"
-    )
+    client.log_text(run_id, mask_password((root / "params.yaml").read_text(encoding="utf-8")), "params.yaml")
     for path in (Path("dvc.yaml"), LOCK, artifacts("export") / "serving.json"):
         if (root / path).exists():
             client.log_artifact(run_id, str(root / path))
@@ -244,7 +242,7 @@ def _create_version(client: MlflowClient, run: Run, output: Output) -> ModelVers
     """Register the run's adapter as a version of the model, with no result of the gate yet."""
     from mlflow.exceptions import MlflowException
 
-    name = registered_name(output.serving["name"])
+    name = make_registered_name(output.serving["name"])
     try:
         client.create_registered_model(name, description="Adapters; each version's tag names its base model.")
     except MlflowException as error:

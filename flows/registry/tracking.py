@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 ARTIFACTS = STATE / "mlflow-artifacts"  # of runs whose record is a sqlite file
 REACH_TIMEOUT_S = 5.0
-FIX = "start it (make up), or mend flows.tracking.tracking_url in params.yaml"
+FIX = "start it (make up), or fix flows.tracking.tracking_url in params.yaml"
 SQLITE = "sqlite:///"
 POSTGRESQL_PORT = 5432
 # Set before MLflow is imported, unless the user has.
@@ -71,10 +71,10 @@ class Registry:
     @property
     def address(self) -> str:
         """The tracking URL with an absolute path."""
-        return tracking_address(self.root, self.tracking_url)
+        return resolve_address(self.root, self.tracking_url)
 
 
-def tracking_address(root: Path, url: str) -> str:
+def resolve_address(root: Path, url: str) -> str:
     """Return the tracking URL with a relative sqlite file taken from the checkout."""
     if not url.startswith(SQLITE):
         return url
@@ -82,17 +82,17 @@ def tracking_address(root: Path, url: str) -> str:
 
 
 def open_tracking(root: Path, url: str) -> MlflowClient:
-    """Return a client of experiments and registry; a sqlite file is made if there is none.
+    """Return a client of experiments and registry; a sqlite file is created if there is none.
 
     Takes some seconds the first time in a process (MLflow's import), and some more where it makes the file.
 
     Raises:
-        InputError: nothing answers there, or what lies there is no database, within about 5 s; or MLflow is
+        InputError: nothing answers within about 5 s, or the file is not a database; or MLflow is
             not installed.
     """
     if find_spec("mlflow") is None:
         raise InputError("MLflow is not installed", "pip install '.[monitor]'")
-    address = tracking_address(root, url)
+    address = resolve_address(root, url)
     set_quiet_environment()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -103,7 +103,7 @@ def open_tracking(root: Path, url: str) -> MlflowClient:
 @lru_cache(maxsize=4)
 def _client(address: str) -> MlflowClient:
     logging.getLogger("alembic").setLevel(logging.WARNING)  # else: a line for every migration
-    with tracking_errors(address):
+    with convert_errors(address):
         if address.startswith(SQLITE):
             _make_tables(Path(address.removeprefix(SQLITE)))
         return _connect(address)
@@ -113,8 +113,8 @@ def _make_tables(path: Path) -> None:
     """Make the tables of a sqlite file that is empty; two processes at once, or a kill, would leave half."""
     with file_lock(path.with_suffix(".lock")):
         if path.stat().st_size == 0:
-            with atomic_write(path) as beside:
-                _connect(f"{SQLITE}{beside}")
+            with atomic_write(path) as temporary:
+                _connect(f"{SQLITE}{temporary}")
 
 
 def _connect(address: str) -> MlflowClient:
@@ -125,14 +125,14 @@ def _connect(address: str) -> MlflowClient:
     return client
 
 
-def without_password(address: str) -> str:
-    """Return a URL as it may be shown."""
+def mask_password(address: str) -> str:
+    """Return a URL without its password."""
     return re.sub(r"//[^@/\s]*@", "//…@", address)
 
 
 @contextmanager
-def tracking_errors(address: str) -> Iterator[None]:
-    """Turn what MLflow, and what is below it, raises of a store that fails into an error that names it."""
+def convert_errors(address: str) -> Iterator[None]:
+    """Convert errors of MLflow and of its store into an InputError that names the address."""
     from alembic.util import CommandError
     from mlflow.exceptions import MlflowException
     from requests import RequestException
@@ -141,13 +141,13 @@ def tracking_errors(address: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, CommandError, SQLAlchemyError, RequestException) as error:
-        raise InputError(f"MLflow at {without_password(address)} failed: {error}", FIX) from error
+        raise InputError(f"MLflow at {mask_password(address)} failed: {error}", FIX) from error
 
 
 def _check(address: str) -> None:
-    """Ask whether somebody is there at all: MLflow's own attempts take minutes.
+    """Check that the server or the file answers: MLflow's own attempts take minutes.
 
-    Every call asks, for a process that runs for days meets servers that came and went.
+    Every call checks again, since a process may run for days while servers stop and start.
     """
     if address.startswith(SQLITE):
         _open_file(Path(address.removeprefix(SQLITE)))
@@ -161,7 +161,7 @@ def _check(address: str) -> None:
             host, port = parts.hostname or "localhost", parts.port or POSTGRESQL_PORT
             socket.create_connection((host, port), timeout=REACH_TIMEOUT_S).close()
     except OSError as error:
-        raise InputError(f"MLflow does not answer at {without_password(address)}: {error}", FIX) from None
+        raise InputError(f"MLflow does not answer at {mask_password(address)}: {error}", FIX) from None
 
 
 def _open_file(path: Path) -> None:
@@ -172,5 +172,5 @@ def _open_file(path: Path) -> None:
     except (sqlite3.Error, OSError) as error:
         raise InputError(
             f"{path} cannot be opened as MLflow's database: {error}",
-            "move away what is there, or mend flows.tracking.tracking_url in params.yaml",
+            "move the file away, or fix flows.tracking.tracking_url in params.yaml",
         ) from None

@@ -14,8 +14,8 @@ from flows.registry.model_versions import (
     fetch_adapter,
     find_version,
     list_recorded,
+    make_registered_name,
     push_aliases,
-    registered_name,
 )
 from flows.registry.restore import restore
 from flows.registry.runs import register_candidate, verify_candidate
@@ -47,7 +47,7 @@ PROMPTS = [[0, 40, 41, 42], [0, 50, 51]]
     [(NAME, NAME), ("team/model:1", "team-model-1"), ("Modell für zu Hause", "Modell-für-zu-Hause")],
 )
 def test_a_registered_name_has_neither_slash_nor_colon(name, registered):
-    assert registered_name(name) == registered
+    assert make_registered_name(name) == registered
 
 
 @pytest.fixture

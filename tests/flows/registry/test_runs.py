@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from flows.registry.model_versions import attach_evidence, find_version, list_recorded
-from flows.registry.output import flatten_params, git_tags, make_key, read_curve, read_metrics, read_output
+from flows.registry.output import (
+    flatten_params,
+    make_key,
+    read_curve,
+    read_git_tags,
+    read_metrics,
+    read_output,
+)
 from flows.registry.runs import format_note, register_candidate
 from flows.registry.tracking import open_tracking
 from stages.common.artifacts import write_json
@@ -119,17 +126,17 @@ def test_the_revision_is_clean_until_a_tracked_file_changes(tmp_path):
     git(tmp_path, "commit", "-qm", "first")
     write(tmp_path / "dvc.lock", "b")
     write(tmp_path / "untracked", "b")
-    clean = git_tags(tmp_path)
+    clean = read_git_tags(tmp_path)
     assert clean["git.revision"] == git(tmp_path, "rev-parse", "HEAD")
     assert clean["git.dirty"] == "false"
     write(tmp_path / "params.yaml", "b")
-    dirty = git_tags(tmp_path)
+    dirty = read_git_tags(tmp_path)
     assert (dirty["git.dirty"], dirty["git.changed"]) == ("true", "params.yaml")
 
 
 def test_without_git_the_revision_is_none(tmp_path, monkeypatch):
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert git_tags(tmp_path) == {"git.revision": "none", "git.dirty": "unknown"}
+    assert read_git_tags(tmp_path) == {"git.revision": "none", "git.dirty": "unknown"}
 
 
 def test_an_output_names_the_hashes_that_dvc_recorded(tmp_path):

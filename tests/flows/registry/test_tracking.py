@@ -9,7 +9,7 @@ import time
 import pytest
 
 from flows.registry import tracking
-from flows.registry.tracking import open_tracking, tracking_address, without_password
+from flows.registry.tracking import mask_password, open_tracking, resolve_address
 from stages.common.errors import InputError
 from tests.flows.pipeline_output import SQLITE
 from tests.flows.toy import ROOT
@@ -18,9 +18,9 @@ from tests.flows.toy import ROOT
 def test_a_relative_sqlite_file_belongs_to_the_checkout_and_not_to_where_one_stands(tmp_path, monkeypatch):
     checkout = tmp_path / "checkout"
     monkeypatch.chdir(tmp_path)
-    assert tracking_address(checkout, SQLITE) == f"sqlite:///{checkout}/.perennial/mlflow.db"
-    assert tracking_address(checkout, "sqlite:////srv/mlflow.db") == "sqlite:////srv/mlflow.db"
-    assert tracking_address(checkout, "http://host:5000") == "http://host:5000"
+    assert resolve_address(checkout, SQLITE) == f"sqlite:///{checkout}/.perennial/mlflow.db"
+    assert resolve_address(checkout, "sqlite:////srv/mlflow.db") == "sqlite:////srv/mlflow.db"
+    assert resolve_address(checkout, "http://host:5000") == "http://host:5000"
 
 
 @pytest.mark.timeout(60)  # MLflow's own patience is minutes
@@ -67,7 +67,7 @@ def test_a_file_that_is_no_database_is_named(tmp_path):
     (tmp_path / ".perennial/mlflow.db").write_text("no database at all, but longer than a header " * 9)
     with pytest.raises(InputError, match=r"mlflow\.db cannot be opened") as caught:
         open_tracking(tmp_path, SQLITE)
-    assert "move away" in caught.value.fix
+    assert "move the file away" in caught.value.fix
 
 
 def test_a_folder_where_nothing_can_be_made_is_named(tmp_path):
@@ -84,9 +84,9 @@ def test_without_mlflow_it_is_said_what_to_install(monkeypatch, tmp_path):
 
 
 def test_a_password_is_not_shown_and_nothing_else_is_cut():
-    assert without_password("postgresql+psycopg://me:s3cret@host/db") == "postgresql+psycopg://…@host/db"
+    assert mask_password("postgresql+psycopg://me:s3cret@host/db") == "postgresql+psycopg://…@host/db"
     text = "url: http://127.0.0.1:5000\nmail: me@example.org\n"
-    assert without_password(text) == text
+    assert mask_password(text) == text
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from flows.gate.verdict import Criterion, GateVerdict, hash_files, write_verdict
-from flows.registry.model_versions import list_recorded, registered_name
+from flows.registry.model_versions import list_recorded, make_registered_name
 from flows.registry.tracking import Registry, open_tracking
 from services.versions.aliases import ALIASES, read_aliases
 from services.versions.releases import read_releases
@@ -86,14 +86,14 @@ def promoted(tmp_path_factory, clean_environment, api):
     write_json(root / "artifacts/fetch_base/config.json", {})
     write_json(root / "artifacts/finetune/adapter_config.json", {})
     client = open_tracking(root, production.params.flows.tracking.tracking_url)
-    client.create_registered_model(registered_name(NAME))
+    client.create_registered_model(make_registered_name(NAME))
     for tag, champion in ((OLD, None), (NEW, OLD)):
         version = tag.partition(":")[2]
         write_json(root / "artifacts/export/serving.json", {"name": NAME, "version": version})
         production.run("services.versions", "add")
         run = client.create_run(client.create_experiment(version))
         tags = {"tag": tag, "serving_version": version}
-        client.create_model_version(registered_name(NAME), str(root), run.info.run_id, tags=tags)
+        client.create_model_version(make_registered_name(NAME), str(root), run.info.run_id, tags=tags)
         evidence = root / f".perennial/gate/{version}/answers.json"
         write_json(evidence, {})
         passed = Criterion("old_test", "not forgotten", 0.0, -0.1, 0.1, -0.5, True, "nothing is forgotten")

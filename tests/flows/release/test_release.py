@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from flows.gate.verdict import Criterion, GateVerdict, hash_files, write_verdict
-from flows.registry.model_versions import list_recorded, registered_name
+from flows.registry.model_versions import list_recorded, make_registered_name
 from flows.registry.tracking import Registry
 from flows.release import actions
 from flows.release.__main__ import format_status, main
@@ -455,7 +455,7 @@ def recorded(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "get_version", lambda tag: None)
     registry = registry_of(tmp_path)
     client = open_tracking(tmp_path, registry.tracking_url)
-    name = registered_name("m")
+    name = make_registered_name("m")
     client.create_registered_model(name)
     for tag in (A, B):
         run = client.create_run(client.create_experiment(tag))
