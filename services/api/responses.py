@@ -74,7 +74,11 @@ class ResponseFormatter:
         rest = f'"logprobs": {logprobs}, "finish_reason": {reason}}}]{usage}}}'
         text = f"{self._head}{self._format.delta(delta.text)}, {rest}\n\n"
         if delta.usage and self._wants_usage:
-            own = {"object": self._format.chunk_object, "choices": [], "usage": _format_usage(delta.usage)}
+            own: dict[str, Any] = {
+                "object": self._format.chunk_object,
+                "choices": [],
+                "usage": _format_usage(delta.usage),
+            }
             text += f"data: {json.dumps({**self._common, **own}, ensure_ascii=False)}\n\n"
         return text.encode()
 
