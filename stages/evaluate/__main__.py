@@ -37,7 +37,8 @@ from stages.common.errors import InputError
 from stages.common.generation import Answer, Question, encode_questions, read_answers
 from stages.common.logs import get_logger, progress, run_stage
 from stages.common.models import load_tokenizer
-from stages.common.params.loading import AskBase, load_params
+from stages.common.params.loading import load_params
+from stages.common.params.stages import AskBase
 from stages.common.records import Row, read_rows
 from stages.common.task.kinds import read_task
 from stages.common.task.label_metrics import count_confusions

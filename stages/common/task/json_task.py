@@ -77,7 +77,7 @@ class JsonTask(Task):
             return "the answer is not a JSON object or array"
         if self.label_key is None or found.label(self.label_key):
             return None
-        if not found.is_object or self.label_key not in found.value:
+        if not isinstance(found.value, dict) or self.label_key not in found.value:
             return f"the answer has no key {self.label_key!r}, which names its class (task.label_key)"
         value = json.dumps(found.value[self.label_key], ensure_ascii=False)
         return f"the class under {self.label_key!r} is {value[:40]}; it must be text that is not empty"
