@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from evidently.core.report import Snapshot
 
-# Evidently's figures of 5,000 rows a side take a second, and a page of more tells nobody more.
+# Evidently's figures of 5,000 rows a side take a second, and more rows show no more on a page.
 MAX_ROWS = 5000
 METHOD = "perennial_effect"
 # Any one column decides for us; Evidently's "dataset drift" wants a share of them. One value for all
@@ -185,8 +185,8 @@ def write_report(
         InputError: as `make_report`.
     """
     snapshot = make_report(reference, window, verdict, max_rows)
-    with atomic_write(path) as beside:
-        snapshot.save_html(str(beside))
+    with atomic_write(path) as temporary:
+        snapshot.save_html(str(temporary))
     return snapshot
 
 

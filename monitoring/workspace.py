@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 WORKSPACE = STATE / "evidently"
 PROJECT = "perennial"
 MAX_RUNS = 100  # kept in the workspace: its page reads all of them when it starts
-PANELS = "1"  # another number, and the dashboard of an older workspace is laid out anew
+PANELS = "1"  # another number, and the dashboard of an older workspace is replaced
 
 
 def add_to_workspace(root: Path, verdict: DriftVerdict, snapshot: Snapshot) -> str:
@@ -84,7 +84,7 @@ def _lay_out(project: Project) -> None:
     for panel in (
         text_panel(
             "Drift of production",
-            "Each point is a window of traffic beside the champion's first requests. Whether a column "
+            "Each point is a window of traffic next to the champion's first requests. Whether a column "
             "drifted is Perennial's verdict; Evidently draws.",
         ),
         counter_panel("Drifted columns, latest window", [drifted], size="half"),

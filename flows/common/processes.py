@@ -113,7 +113,7 @@ def terminate_orphans(run_id: str, termination: Sequence[tuple[signal.Signals, f
         termination: the signals, each with the seconds to wait after it.
 
     Raises:
-        TimeoutError: a process is still alive after the last signal (it hangs in the kernel).
+        TimeoutError: a process is still alive after the last signal (it is blocked in the kernel).
     """
     seen: set[int] = set()
     for number, patience_s in termination:

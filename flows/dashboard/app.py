@@ -29,7 +29,7 @@ from stages.common.params.loading import load_params
 PAGE = Path(__file__).parent / "page"
 LOOK_EVERY_S = 5.0
 FIRST_LOOK_WITHIN_S = 10.0
-STALE_S = 60.0  # older than this, the page says that it is old
+STALE_S = 60.0  # older than this, the page shows a warning
 FILES = {"dashboard.css": "text/css", "dashboard.js": "text/javascript", "icon.svg": "image/svg+xml"}
 POLICY = "; ".join(
     (
@@ -38,7 +38,7 @@ POLICY = "; ".join(
         *("base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"),
     )
 )
-# Evidently's page holds its scripts and styles in itself; it may still ask nobody for anything.
+# Evidently's page holds its scripts and styles in itself; it may make no request at all.
 REPORT_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; "
     "img-src data: blob:; font-src data:; worker-src blob:; frame-ancestors 'none'"

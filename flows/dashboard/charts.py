@@ -14,7 +14,7 @@ from typing import Any
 
 HEIGHT = 150  # of a plot, px
 MARKS = 26  # of the row of verdicts, px
-LEAST_THUMBS = 3  # fewer in a bin say nothing
+LEAST_THUMBS = 3  # fewer in a bin are too few to show
 Bin = dict[str, Any]
 GRID = "".join(
     f'<line class="grid" x1="0" x2="100%" y1="{y}" y2="{y}"/>' for y in (0.5, HEIGHT / 2, HEIGHT - 0.5)

@@ -31,7 +31,7 @@ _PROGRESS = re.compile(r"^(?:[\w.]+: )?progress (\d+)/(\d+) ?(.*)$")
 _BAR = re.compile(r"\d+%\|")
 _EXITED = re.compile(r"exited with (-?\d+)$")
 _BLOCKER = re.compile(r"^  \(PID (\d+)\): (.*)$")
-# What DVC says on every run; Prefect shows the same by its states.
+# What DVC prints on every run; Prefect shows the same by its states.
 _DVC_CHATTER = re.compile(
     r"^(Running stage '|> |Stage '.*' didn't change|Stage '.*' is cached|Generating lock file"
     r"|Updating lock file|To track the changes with git|\tgit add |To enable auto staging|\tdvc config "

@@ -28,7 +28,7 @@ POLL_S = 0.1
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 STABLE_S = 60.0  # of running, after which the next pause is the first again
 PROBE_EVERY_S = 1.0  # while it starts
-PROBE_UP_EVERY_S = 10.0  # afterwards: it may hang
+PROBE_UP_EVERY_S = 10.0  # afterwards: it may stop answering
 MAX_LOG_BYTES = 10_000_000  # a longer log is rotated when its program starts
 LAST_LINE_BYTES = 4000
 

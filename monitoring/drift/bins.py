@@ -28,11 +28,11 @@ QUANTILES = np.unique(np.concatenate([[0.01, 0.99], np.arange(1, 32) / 32]))
 # A class that fewer sessions of the reference know shares one bin with the classes that none knows. Were it
 # a bin of its own, "never seen before" would be 0 in the reference by construction and above 0 in every
 # window, since traffic always holds some rare things: an alarm about nothing. So rare ones of the reference
-# stand for the unseen ones of the window, as in Good's estimate of unseen species (1953, Biometrika 40).
+# represent the unseen ones of the window, as in Good's estimate of unseen species (1953, Biometrika 40).
 MIN_CLASS_SESSIONS = 5
-MAX_NAMES = 1000  # classes that are counted by name outside the bins, to say what "(other)" was
+MAX_NAMES = 1000  # classes that are counted by name outside the bins, to report what "(other)" was
 MAX_BINNING_VALUES = 40_000  # of a number column, to find its quantiles
-SAMPLE_ROWS = 1000  # vectors kept, to say how far apart they lie
+SAMPLE_ROWS = 1000  # vectors kept, to measure how far apart they are
 ANCHORS = 400  # rows of the reference that novelty is measured from
 RANDOM_FEATURES = 64  # pairs of cosine and sine
 
@@ -140,7 +140,7 @@ def read_vectors(table: pa.Table, name: str) -> tuple[Singles, Bools]:
     """Return the vectors that are not null, [values, VECTOR_SIZE], and which rows have one."""
     chunk = table.column(name).combine_chunks()
     there = np.asarray(chunk.is_valid())
-    # `flatten` leaves out what lies under nulls.
+    # `flatten` leaves out the values under nulls.
     flat = chunk.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
     return flat.reshape(-1, VECTOR_SIZE), there
 

@@ -80,7 +80,7 @@ def pool_sessions(binning: Binning, *parts: SessionSums) -> Sessions:
         spread = weights**2 * count * (1.0 + (np.maximum(count, 1.0) - 1.0) * likeness)
         columns.append(deviations)
         means.append(mean)
-        # What sessions vary by sets the scale; how alike their rows are only says how it grows with length.
+        # What sessions vary by sets the scale; the likeness of their rows only sets how it grows with length.
         variances.append((deviations**2).sum(axis=0) / max(float(spread.sum()), 1e-9))
         weighed.append(weights * count)
         spreads.append(spread)
@@ -178,7 +178,7 @@ def _compare(pool: Sessions, inside: list[Singles], outside: list[Singles]) -> F
     for place, (start, stop) in enumerate(zip(pool.starts.tolist(), stops, strict=True)):
         there = (counts[:, place] > 1e-3) & (other_counts[:, place] > 1e-3)
         varies = pool.row_variance[start:stop] > TINY
-        # A side without a single value says nothing; what never varies cannot differ.
+        # A side without a single value gives no evidence; what never varies cannot differ.
         if not there.any() or not varies.any():
             continue
         own = slice(start, stop)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from stages.common.params.loading import Params
     from stages.common.params.loop import FeedbackSettings
 
-ROLES = ("champion", "challenger")  # a shadow's answer was shown to nobody
+ROLES = ("champion", "challenger")  # a shadow's answer was never shown to a user
 RAW_ROUTE = "/v1/completions"  # a text to go on with: no conversation, and no answer to a question
 # The guard's looks at the question, and those at the answer, which count where the answer is the label.
 INPUT_CHECKS = ("control_tokens", "prompt_injection", "toxicity")

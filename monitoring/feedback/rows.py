@@ -1,8 +1,8 @@
 """Turn user feedback into training rows and held-out rows.
 
-A correction says what the answer should have been; a thumb up says that the answer shown was right. A thumb
-down alone says nothing that could be learned. Whoever may give feedback may try to teach the model something
-wrong. So every rule of `monitoring.feedback` in `params.yaml` takes rows away and says how many:
+A correction gives the right answer; a thumb up confirms the answer shown. From a thumb down alone nothing can
+be learned. A user may try to poison the model by feedback, so every rule of `monitoring.feedback` in
+`params.yaml` removes rows and reports how many:
 
     label       a thumb down alone, or a comment, is no label
     form        no conversation, a question or label that is empty or too long or names personal data, no JSON
@@ -158,7 +158,7 @@ def _report(
     rows = [*sides[False], *sides[True]]
     by_user = Counter(make_pseudonym(label.asker) for label in labels)
     by_key = Counter(label.key or "(none)" for label in labels)
-    # Who said most comes first: a flood is seen though its rows were left out.
+    # The users with the most feedback come first: a flood is seen even if its rows were left out.
     users = sorted(counts.said_by_user, key=lambda name: (-counts.said_by_user[name], name))[:MAX_NAMED]
     return {
         "exchanges": counts.exchanges,

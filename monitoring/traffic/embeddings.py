@@ -26,12 +26,12 @@ Floats = npt.NDArray[np.float32]
 Hashes = npt.NDArray[np.uint64]
 Embedder = Literal["ngrams", "minilm"]
 
-MAX_CHARS = 4000  # of a text; what follows says little more of its topic
+MAX_CHARS = 4000  # of a text; the rest adds little about its topic
 CHUNK_CHARS = 40_000  # worked on at once: bounds the memory at some 60 MiB
 NGRAM_SIZES = (3, 4, 5)  # characters; as in fastText, less the 6
 WORD_WEIGHT = 2.0  # of words and pairs against character n-grams, of which there are many more
 BASE = np.uint64(0x9E3779B97F4A7C15)  # of the rolling hashes: odd, from the golden ratio
-HASH_BITS = 44  # kept of an n-gram's hash beside the number of its text
+HASH_BITS = 44  # kept of an n-gram's hash next to the number of its text
 
 MINILM_BATCH = 64
 MINILM_MAX_TOKENS = 256  # what the model was made for

@@ -37,7 +37,7 @@ Floats = npt.NDArray[np.float64]
 CANCELLED = "cancelled"
 MAX_VALUE_CHARS = 60  # of a category
 
-# Keys of JSON answers: one that is rarer says nothing in a window; one whose commonest values make up less
+# Keys of JSON answers: a rarer one has too few values in a window; one whose commonest values make up less
 # than this is free text, and only looked at for being there.
 MIN_KEY_SHARE = 0.01
 MIN_KEY_ROWS = 5

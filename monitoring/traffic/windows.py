@@ -272,7 +272,7 @@ def quarantine_to(path: Path, pages: Iterator[Page], counts: Counter[str]) -> It
     """
     noted = 0
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as beside, beside.open("w", encoding="utf-8") as lines:
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as lines:
         for page in pages:
             for event in page.quarantined:
                 lines.write(json.dumps(asdict(event), ensure_ascii=False) + "\n")

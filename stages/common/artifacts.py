@@ -1,4 +1,4 @@
-"""Where a stage's files lie, and how they are written: beside, then renamed."""
+"""Where a stage's files are, and how they are written: to a temporary name, then renamed."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def reports(stage: str) -> Path:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` so that `path` holds either the old content or all of the new."""
-    with atomic_write(path) as beside:
-        beside.write_bytes(data)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -86,31 +86,31 @@ def _repro(path: Path) -> str:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` for the caller to write; rename it over `path` on success."""
+    """Yield a path next to `path` for the caller to write; rename it over `path` on success."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
     os.close(handle)
-    beside = Path(name)
+    temporary = Path(name)
     try:
-        yield beside
-        os.chmod(beside, 0o644)
-        os.replace(beside, path)
+        yield temporary
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_dir(path: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `path`; on success it takes the place of `path`."""
+    """Yield an empty folder next to `path`; on success it takes the place of `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for killed in path.parent.glob(f".{path.name}.*"):  # a process killed in here could not tidy up
         shutil.rmtree(killed, ignore_errors=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        yield beside
-        os.chmod(beside, 0o755)
+        yield temporary
+        os.chmod(temporary, 0o755)
         if path.exists():
             shutil.rmtree(path)
-        os.replace(beside, path)
+        os.replace(temporary, path)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)

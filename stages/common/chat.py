@@ -38,7 +38,7 @@ def encode_example(tokenizer: Any, messages: Sequence[Message]) -> Encoded:
             "choose a base model whose chat template only appends (fetch_base in params.yaml)",
         )
     prompt = _tokens(tokenizer, prompt_text)
-    # Templates end a turn with the end-of-turn token and often a newline: nobody generates that newline.
+    # Templates end a turn with the end-of-turn token and often a newline: no model generates that newline.
     answer = _tokens(tokenizer, whole_text[len(prompt_text) :].rstrip("\n"))
     return Encoded(prompt + answer, len(prompt))
 

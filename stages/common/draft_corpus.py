@@ -35,7 +35,7 @@ def write_corpus(path: Path, examples: Sequence[Example]) -> None:
     """Write the corpus as one array of ids and the lengths of its pieces."""
     pieces = [piece for example in examples for piece in example]
     ids = np.array([token for piece in pieces for token in piece], np.int32)
-    with atomic_write(path) as beside, beside.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez(file, ids=ids, lengths=np.array([len(piece) for piece in pieces], np.int32))
 
 

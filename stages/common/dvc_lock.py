@@ -65,7 +65,7 @@ def _read_task_params(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def disagreements(lock: Lock, paths: Iterable[Path]) -> list[str]:
-    """Return where recorded hashes differ between stages, or from the bytes that lie here.
+    """Return where recorded hashes differ between stages, or from the bytes on disk.
 
     A path of which nothing is recorded is not a problem here.
     """

@@ -125,8 +125,8 @@ def write_answers(path: Path, rows: Sequence[Row], answers: Sequence[Answer]) ->
     table = pa.Table.from_pylist(
         [{"id": row.id, **asdict(answer)} for row, answer in zip(rows, answers, strict=True)]
     )
-    with atomic_write(path) as beside:
-        pq.write_table(table, beside, compression="zstd")
+    with atomic_write(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
 
 
 def read_answers(path: Path) -> dict[str, Answer]:

@@ -43,8 +43,8 @@ def run_stage(main: Callable[[], None]) -> NoReturn:
     A user's mistake gets its message and no traceback; a full disk is a user's matter too.
     """
     set_quiet_environment()
-    # How long a thread of torch spins before it sleeps. The default is for a machine of one's own: beside a
-    # service on the same cores a training was three times slower with it, and alone no faster.
+    # How long a thread of torch spins before it sleeps. The default is for a machine of one's own: next to
+    # a service on the same cores a training was three times slower with it, and alone no faster.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
     logging.captureWarnings(True)
@@ -67,7 +67,7 @@ def run_stage(main: Callable[[], None]) -> NoReturn:
 
 
 def _is_full_disk(error: Exception) -> bool:
-    """Return whether the disk is full; libraries in Rust (safetensors) say so in words alone."""
+    """Return whether the disk is full; libraries in Rust (safetensors) report it only as text."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     return "os error 28" in str(error)

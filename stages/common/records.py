@@ -76,7 +76,7 @@ def make_row(
     """Build a row from its messages; the id follows from them, and the group from the id if not given.
 
     Raises:
-        ValueError: the messages are no conversation to learn from; the text says why.
+        ValueError: the messages are no conversation to learn from; the message has the reason.
     """
     problem = conversation_problem(messages)
     if problem:
@@ -126,8 +126,8 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
         columns["tags"].append(sorted(row.tags.items()))
         columns["origin"].append(row.origin)
     table = pa.table(columns, schema=_schema())
-    with atomic_write(path) as beside:
-        pq.write_table(table, beside, compression="zstd")
+    with atomic_write(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -160,7 +160,7 @@ def read_work(split: Path, base: Path, epochs: int, max_test_rows: int | None) -
 
 
 def format_minutes(seconds: float) -> str:
-    """Return a duration as people say it, to half a minute: the estimate is no better."""
+    """Return a duration to half a minute, as text: the estimate is no more precise."""
     half_minutes = max(1, round(seconds / 30))
     minutes = half_minutes / 2
     return f"{minutes:g} min"

@@ -33,8 +33,8 @@ def draw_figure(path: Path, width: float, height: float, **settings: Any) -> Ite
         drawing = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasSVG(drawing)
         yield drawing
-        with atomic_write(path) as beside:
-            drawing.savefig(beside, format="svg", metadata={"Date": None})
+        with atomic_write(path) as temporary:
+            drawing.savefig(temporary, format="svg", metadata={"Date": None})
 
 
 def escape_label(text: str) -> str:

@@ -93,8 +93,8 @@ def write_predictions(
         columns[f"{model}_finished"] = [answer.complete for answer in found]
         columns[f"{model}_tokens"] = [answer.tokens for answer in found]
         columns[f"{model}_reference_loss"] = [answer.reference_loss for answer in found]
-    with atomic_write(path) as beside:
-        pq.write_table(pa.table(columns), beside, compression="zstd")
+    with atomic_write(path) as temporary:
+        pq.write_table(pa.table(columns), temporary, compression="zstd")
 
 
 def read_test(all_rows: Sequence[Row], base: Mapping[str, Answer]) -> list[Row]:

@@ -1,7 +1,7 @@
 """Plots of an evaluation as SVG: they open offline, and equal results give equal bytes.
 
 Colours are those of Okabe & Ito, which people with any kind of colour vision tell apart; shape and
-position say the same once more.
+position show the same again.
 """
 
 from __future__ import annotations

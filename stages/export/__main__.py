@@ -1,4 +1,4 @@
-"""Export: base model and adapter merged into one GGUF file, and what a server must know beside it.
+"""Export: base model and adapter merged into one GGUF file, with the files that a server reads next to it.
 
 In: `artifacts/fetch_base`, `artifacts/finetune`, `artifacts/split/train.parquet` for the system prompt and
 the schema of the answers.
@@ -58,7 +58,7 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """What the training answers say about answers.
+    """What the training answers show about answers.
 
     Attributes:
         schema: None where answers are free text.
@@ -205,7 +205,7 @@ def main() -> None:
     params = load_params()
     settings, name = params.export, params.model_card.name
     base, adapter = artifacts("fetch_base"), artifacts("finetune")
-    load_tokenizer(base)  # says plainly if there is no base model yet
+    load_tokenizer(base)  # raises InputError if there is no base model yet
     fetched = read_json(reports("fetch_base") / "metrics.json")
     rows = read_rows(artifacts("split") / "train.parquet")
     task = read_task()

@@ -52,7 +52,7 @@ def find_initial_adapter(folder: str | None) -> InitialAdapter | None:
 
 
 def main() -> None:
-    """Train on what `split` wrote, as `finetune` in `params.yaml` says."""
+    """Train on what `split` wrote, with the settings of `finetune` in `params.yaml`."""
     params = load_params().finetune
     recipe = Recipe(**params.model_dump(include=set(Recipe.__dataclass_fields__)))
     base = artifacts("fetch_base")

@@ -119,13 +119,13 @@ def _check_tensors(model: PeftModel, weights: dict[str, Tensor], initial: Initia
 
 def save_adapter(model: PeftModel, folder: Path, trained_ids: Iterable[str]) -> None:
     """Write the adapter and the ids of its training rows, so that equal adapters are equal bytes."""
-    with atomic_dir(folder) as beside:
-        model.save_pretrained(str(beside))
+    with atomic_dir(folder) as temporary:
+        model.save_pretrained(str(temporary))
         # peft's own card is an empty form; the model_card stage writes the real one.
-        (beside / PAGE).unlink(missing_ok=True)
-        config = read_json(beside / CONFIG)
+        (temporary / PAGE).unlink(missing_ok=True)
+        config = read_json(temporary / CONFIG)
         if isinstance(config["target_modules"], list):
             # peft writes a set, in an order that changes from process to process.
             config["target_modules"] = sorted(config["target_modules"])
-        write_json(beside / CONFIG, config)
-        write_trained_ids(trained_ids, beside)
+        write_json(temporary / CONFIG, config)
+        write_trained_ids(trained_ids, temporary)

@@ -131,7 +131,7 @@ def can_share_prefix(model: Any) -> bool:
 
 
 def use_shared_prefix(model: Any) -> None:
-    """Make a transformers model attend as `Layout` says; `prefix_length` and `rows` go to its forward."""
+    """Make a transformers model attend as in `Layout`; `prefix_length` and `rows` go to its forward."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION, shared_prefix_attention)
@@ -181,7 +181,7 @@ def _by_row(states: Tensor, prefix_length: int, rows: int) -> Tensor:
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Return causal attention of queries that stand at the end of the keys, by plain products.
+    """Return causal attention of queries at the end of the keys, by plain products.
 
     On a CPU, `scaled_dot_product_attention` in bfloat16 takes nine times as long backward.
     """

@@ -50,7 +50,7 @@ def read_evidence() -> tuple[Evidence, list[str]]:
 
 
 def find_metric(evidence: Evidence, name: str) -> Any:
-    """Return the metric of that dotted name, or None; `*` stands for the sum over all keys."""
+    """Return the metric of that dotted name, or None; `*` is the sum over all keys."""
     found: Any = evidence
     for key in name.split("."):
         if key == "*":

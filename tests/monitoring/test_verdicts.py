@@ -84,7 +84,7 @@ def test_a_broken_file_is_named(tmp_path, text):
 
 @pytest.mark.parametrize("name", ["nothing", "../../etc", ""])
 def test_a_window_without_a_verdict_is_an_error_that_says_how_to_list_them(tmp_path, name):
-    with pytest.raises(InputError, match=r"monitoring\.verdicts list"):
+    with pytest.raises(InputError, match="perennial verdicts list"):
         read_verdict(tmp_path, name)
 
 

@@ -23,7 +23,7 @@ async function refresh() {
       const before = document.getElementById(details.id);
       if (before) details.open = before.open;
     }
-    // A reader who is in the middle of something is not disturbed, and nothing is drawn anew without need.
+    // A reader who is in the middle of something is not disturbed, and nothing is redrawn without need.
     const inside = old.contains(document.activeElement) && document.activeElement !== document.body;
     const chosen = getSelection()?.rangeCount && !getSelection().isCollapsed && old.contains(getSelection().anchorNode);
     if (!inside && !chosen && old.innerHTML !== now.innerHTML) old.replaceChildren(...now.childNodes);

@@ -84,7 +84,7 @@ def check_section(document: Document, key: str, model: Any) -> tuple[Any, list[P
 
 
 def unknown_key(document: Document, loc: Loc, known: Iterable[str]) -> Problem:
-    """Describe a key that nobody knows, with the nearest that somebody does."""
+    """Describe an unknown key, with the nearest known one."""
     value = _value_at(document.values, loc)
     shown = "" if isinstance(value, dict) else f" (value {_shown(value)})"
     text = f"{'.'.join(map(str, loc))}: unknown key{shown}{nearest(str(loc[-1]), known)}"

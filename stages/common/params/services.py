@@ -44,7 +44,7 @@ class Versions(Section):
 
 
 class Answers(Section):
-    """What is written where a request does not say."""
+    """Defaults for what a request leaves out."""
 
     default_max_tokens: PositiveCount
     max_tokens: PositiveCount

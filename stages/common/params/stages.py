@@ -88,7 +88,7 @@ class File(Section):
 
 
 class Feedback(Section):
-    """What users said of answers, as rows to learn from."""
+    """Feedback on answers, as rows to learn from."""
 
     kind: Literal["feedback"]
     path: str = "data/feedback/rows.jsonl"
@@ -109,7 +109,7 @@ class Collect(Section):
             if isinstance(source, File | Feedback) and not _inside_data(source.path):
                 yield (
                     f"sources.{index}.path",
-                    "lies outside data/, where DVC could not see it change; move it there",
+                    "is outside data/, where DVC could not see it change; move it there",
                 )
 
 
@@ -287,7 +287,7 @@ class Evaluate(Section):
 
 
 class ModelCard(Section):
-    """What the evidence cannot say about the model."""
+    """What the evidence cannot show about the model."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
     license: str

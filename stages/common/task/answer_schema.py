@@ -74,7 +74,7 @@ def _kinds(values: Sequence[Any]) -> Schema:
 def key_order(objects: Sequence[dict[str, Any]]) -> list[str] | None:
     """Return one order of all keys that every object keeps, or None if there is none.
 
-    Keys that never meet stand in the order in which they are first seen.
+    Keys that never occur together keep the order in which they are first seen.
     """
     after: dict[str, dict[str, None]] = {}  # key → the keys that come right after it somewhere
     for keys in (list(o) for o in objects):

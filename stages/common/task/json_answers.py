@@ -89,7 +89,7 @@ def score_json(
 
 
 def is_valid(answer: JsonAnswer | None, reference: JsonAnswer, label_key: str | None) -> bool:
-    """Return whether an answer could be used at all, right or wrong; `score_json` says what counts."""
+    """Return whether an answer could be used at all, right or wrong; `score_json` defines what counts."""
     if answer is None:
         return False
     if label_key is not None:

@@ -132,7 +132,7 @@ def _chrf_counts(answer: str, reference: str) -> list[int]:
         extract_all_char_ngrams(reference, CHRF_ORDER, include_whitespace=False),
         strict=True,
     ):
-        # A reference too short for an order says nothing about precision there (sacrebleu).
+        # A reference too short for an order does not count for precision there (sacrebleu).
         counts += [given.total() if wanted else 0, wanted.total(), (given & wanted).total()]
     return counts
 

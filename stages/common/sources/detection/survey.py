@@ -152,7 +152,7 @@ def find_odd_texts(rows: Sequence[Row]) -> list[Oddity]:
         if "\ufffd" in text:
             found["replacement characters (\ufffd): characters are lost"].append(text)
         if row.answer.strip().casefold() in NO_ANSWERS:
-            found["answers that say nothing"].append(row.answer)
+            found["answers without content"].append(row.answer)
         if row.answer.strip() == row.question.strip():
             found["answers that repeat the question"].append(row.answer)
     return [Oddity(what, len(texts), shorten(texts[0])) for what, texts in found.items()]

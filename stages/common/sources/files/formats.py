@@ -56,7 +56,7 @@ class FileFormat:
     """How a file is read.
 
     Attributes:
-        kind: csv stands for every delimiter.
+        kind: csv for every delimiter.
         encoding: of the text; None for Parquet.
         is_certain: false if the text is not UTF-8 and no encoding was given: its other bytes are rejected.
         dialect: of delimited text; column_names: of such a text without a header.

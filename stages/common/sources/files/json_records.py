@@ -64,7 +64,7 @@ def read_json(path: Path, encoding: str, records_key: str | None = None) -> Iter
         records_key: the key of the array; needed only where an object has several.
 
     Raises:
-        InputError: the document is broken (named with its line), or does not say which array has the rows.
+        InputError: the document is broken (named with its line), or it is unclear which array has the rows.
     """
     with open_text(path, encoding, newline="") as file:
         text = file.read().lstrip("\ufeff")

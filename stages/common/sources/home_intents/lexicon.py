@@ -61,7 +61,7 @@ class Lexicon:
     """All word lists of one language.
 
     `verbs` begin a request. `unnatural` are patterns that match, in "Intent: sentence", what a template
-    accepts but no one would say, such as "lights off in the top floor floor".
+    accepts but no speaker uses, such as "lights off in the top floor floor".
     """
 
     people: tuple[Person, ...]

@@ -76,7 +76,7 @@ def test_a_pair_that_cannot_stand_together_is_refused(edited, old, new, key):
 
 def test_a_file_outside_data_is_refused_because_dvc_could_not_see_it(edited):
     entry = "    - kind: file\n      path: /tmp/rows.jsonl\n      license: mit\n    - kind: home_intents"
-    with pytest.raises(ParamsError, match=r"sources\.0\.path: '/tmp/rows.jsonl' lies outside data/"):
+    with pytest.raises(ParamsError, match=r"sources\.0\.path: '/tmp/rows.jsonl' is outside data/"):
         edited(("    - kind: home_intents", entry))
 
 

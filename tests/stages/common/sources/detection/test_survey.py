@@ -54,7 +54,7 @@ def test_odd_texts_are_named():
     ) == {"control tokens of a chat template": 1}
     assert oddities(("Who are you?", "I am {{name}}"), ("c", "d")) == {"placeholders that were not filled": 1}
     assert oddities(("a", "N/A"), ("b", "b")) == {
-        "answers that say nothing": 1,
+        "answers without content": 1,
         "answers that repeat the question": 1,
     }
     assert oddities(("Größe – «naïve» café, 5 < 6 & 7", "é")) == {}
