@@ -45,7 +45,7 @@ from stages.common.task.settings import TaskSettings
 ENVIRONMENT = {
     "PERENNIAL_EVENTS_URL": ("services", "events", "url"),
     "PERENNIAL_KEYS_FILE": ("services", "access", "keys_file"),
-    "PERENNIAL_TRACKING_URL": ("flows", "record", "tracking_url"),
+    "PERENNIAL_TRACKING_URL": ("flows", "tracking", "tracking_url"),
 }
 
 
