@@ -26,7 +26,7 @@ from benchmarks.machine import machine
 from flows.release.canary import ANALYSES, Kind, Trial, analyse
 from flows.release.outcomes import RequestOutcome
 from stages.common.params.loading import load_params
-from stages.common.statistics import clopper_pearson
+from stages.common.statistics import compute_clopper_pearson
 
 PARAMS = load_params()
 SETTLE_S = PARAMS.monitoring.window.settle_s
@@ -90,7 +90,7 @@ def _print_good(pool: ProcessPoolExecutor, trials: int) -> None:
     print("| comparison | trials | sent back | 95 % interval |\n|---|---|---|---|")
     for scenario in GOOD:
         alarms = len(_found(pool, scenario, trials))
-        low, high = clopper_pearson(alarms, trials, 0.95)
+        low, high = compute_clopper_pearson(alarms, trials, 0.95)
         rate = f"{alarms} ({alarms / trials:.1%}) | {low:.2%} to {high:.2%}"
         print(f"| {scenario.name} | {trials:,} | {rate} |", flush=True)
 
@@ -101,7 +101,7 @@ def _print_bad(pool: ProcessPoolExecutor, trials: int) -> None:
     print("|---|---|---|---|---|")
     for scenario in BAD:
         delays = _found(pool, scenario, trials)
-        low, high = clopper_pearson(len(delays), trials, 0.95)
+        low, high = compute_clopper_pearson(len(delays), trials, 0.95)
         rate = f"{len(delays)} ({len(delays) / trials:.0%}) | {low:.0%} to {high:.0%}"
         delay = f"{np.median(delays):.0f} of {_needed(scenario)}" if delays else "–"
         print(f"| {scenario.name} | {trials} | {rate} | {delay} |", flush=True)

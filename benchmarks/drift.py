@@ -30,7 +30,7 @@ from monitoring.drift.baseline import Baseline, prepare_baseline
 from monitoring.drift.compare import compare_window, has_drifted
 from monitoring.drift.session_sums import sum_sessions
 from stages.common.params.loading import load_params
-from stages.common.statistics import clopper_pearson
+from stages.common.statistics import compute_clopper_pearson
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -144,7 +144,7 @@ def _print_shifts(pool: ProcessPoolExecutor, share: float) -> None:
 
 def _rate(outcomes: Sequence[Outcome]) -> str:
     alarms = sum(one.alarmed for one in outcomes)
-    low, high = clopper_pearson(alarms, len(outcomes), 0.95)
+    low, high = compute_clopper_pearson(alarms, len(outcomes), 0.95)
     return f"{alarms} ({alarms / len(outcomes):.1%}) | {low:.2%} to {high:.2%}"
 
 

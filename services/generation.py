@@ -19,9 +19,9 @@ from pydantic import Field
 
 from services import errors
 from services.answering.handler import ChatHandler
-from services.answering.request import Delta, GenerationRequest, new_request_id
+from services.answering.request import Delta, GenerationRequest, make_request_id
 from services.api.middleware import BodyLimit, ConcurrencyLimit, listens_beyond_loopback
-from services.api.routes import error_response, make_app
+from services.api.routes import make_app, make_error_response
 from services.api.schemas import Answer
 from services.engines.protocol import Sampling
 from services.engines.select import check_gpus, load_engine
@@ -149,7 +149,7 @@ class Generation:
         user: Annotated[str, Field(max_length=256)] | None = None,
     ) -> Answer:
         """Answer one question under the model's own system prompt, and report whether the answer is valid."""
-        request_id = new_request_id()
+        request_id = make_request_id()
         try:
             handler, caller = get_handler(), await get_caller(ctx.request)
             request = GenerationRequest(
@@ -165,7 +165,7 @@ class Generation:
                 deltas = [delta async for delta in stream]
         except ApiError as error:
             ctx.response.status_code = error.status  # BentoML returns responses unchanged, but for the status
-            return cast(Answer, error_response(error, request_id))
+            return cast(Answer, make_error_response(error, request_id))
         return build_answer(request, deltas, route.model.files)
 
 

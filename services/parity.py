@@ -22,15 +22,15 @@ from pathlib import Path
 from typing import Any
 
 from stages.common.artifacts import artifacts, missing, read_json, reports, write_json
-from stages.common.chat import encode_prompt, template_sha256
+from stages.common.chat import encode_prompt, hash_template
 from stages.common.errors import InputError
-from stages.common.logs import progress, set_quiet_environment
+from stages.common.logs import set_quiet_environment, show_progress
 from stages.common.models import load_tokenizer
 from stages.common.params.loading import Params, load_params
 from stages.common.records import Row, read_rows
-from stages.common.statistics import Difference, difference, sums_by_group
+from stages.common.statistics import Difference, estimate_difference, sum_by_group
 from stages.common.task.kinds import read_task
-from stages.common.task.metrics import Metric, share
+from stages.common.task.metrics import Metric, compute_share
 from stages.common.task.protocol import Task
 
 logger = logging.getLogger("services.parity")
@@ -87,8 +87,8 @@ def compare(
         _exact_match(rows, texts, task) for texts in (trainer, [answer.text for answer in served])
     )
     groups = [row.group for row in rows]
-    before, after = sums_by_group(ours.columns, groups), sums_by_group(theirs.columns, groups)
-    change = difference(
+    before, after = sum_by_group(ours.columns, groups), sum_by_group(theirs.columns, groups)
+    change = estimate_difference(
         before, after, ours.statistic, evaluate.confidence, evaluate.resamples, evaluate.seed, ours.scale
     )
     differ = sum(answer.prompt_tokens != count for answer, count in zip(served, prompt_tokens, strict=True))
@@ -114,7 +114,7 @@ def compare(
 
 
 def _exact_match(rows: Sequence[Row], texts: Sequence[str], task: Task) -> Metric:
-    return share([task.is_right(text, row.answer) for row, text in zip(rows, texts, strict=True)])
+    return compute_share([task.is_right(text, row.answer) for row, text in zip(rows, texts, strict=True)])
 
 
 async def ask_all(
@@ -144,7 +144,7 @@ async def ask_all(
                     f"{url} answers row {row.id} with {answer.status_code}: {answer.text[:300]}", _READY
                 )
             value, done = answer.json(), done + 1
-            progress(logger, done, len(rows))
+            show_progress(logger, done, len(rows))
             return ServedAnswer(value["choices"][0]["message"]["content"], value["usage"]["prompt_tokens"])
 
         try:
@@ -206,7 +206,7 @@ def compare_with_server(url: str, model: str | None, params: Params, root: Path 
         [trainer[row.id] for row in rows],
         served,
         [len(encode_prompt(tokenizer, row.prompt)) for row in rows],
-        about["template_sha256"] == template_sha256(tokenizer),
+        about["template_sha256"] == hash_template(tokenizer),
         expected,
         params,
         read_task(root),

@@ -16,13 +16,13 @@ from services.engines.offline import (
     ModelFolders,
     answer_limit,
     ask_model,
+    compute_throughput,
     pick_engine,
-    throughput,
 )
 from stages.common.artifacts import artifacts, reports, write_json
 from stages.common.errors import InputError
 from stages.common.generation import encode_questions, write_answers
-from stages.common.logs import get_logger, progress, run_stage
+from stages.common.logs import get_logger, run_stage, show_progress
 from stages.common.models import load_tokenizer
 from stages.common.params.loading import load_params
 from stages.common.records import Row, read_rows
@@ -78,7 +78,7 @@ def main() -> None:
         settings.batch_size,
         limit,
         settings.dtype,
-        lambda done: progress(log, done, len(questions), "base"),
+        lambda done: show_progress(log, done, len(questions), "base"),
     )
     write_answers(artifacts("ask_base") / "answers.parquet", rows, asked.answers)
     write_json(
@@ -91,7 +91,7 @@ def main() -> None:
             "engine": asked.engine,
             "dtype": asked.dtype,
             "finished": sum(answer.complete for answer in asked.answers),
-            "throughput": throughput(asked),
+            "throughput": compute_throughput(asked),
         },
     )
     log.info("%s: %d answers in %.0f s", asked.engine, len(rows), asked.seconds)

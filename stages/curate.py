@@ -30,7 +30,7 @@ from stages.common.logs import get_logger, run_stage
 from stages.common.near_duplicates import SimilarTexts, join_prompt
 from stages.common.params.loading import load_params
 from stages.common.personal_data import holds
-from stages.common.records import Message, Row, canonical_json, make_row, read_rows, write_rows
+from stages.common.records import Message, Row, format_canonical_json, make_row, read_rows, write_rows
 from stages.common.svg import draw_figure
 from stages.common.task.kinds import TASK_FILE, resolve_task
 from stages.common.task.protocol import Task
@@ -247,7 +247,7 @@ def _list_texts(row: Row) -> Iterable[tuple[str, str]]:
 
 
 def _prompt_key(row: Row) -> str:
-    return canonical_json(
+    return format_canonical_json(
         [[message.role, " ".join(message.content.casefold().split())] for message in row.prompt]
     )
 

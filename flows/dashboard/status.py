@@ -183,7 +183,7 @@ def _programs(root: Path, params: Params, problems: list[str]) -> list[dict[str,
     pages = params.flows.pages
     tracking = params.flows.tracking.tracking_url
     known = {
-        "service": f"http://{network.reachable_host(params.services.host)}:{params.services.port}/",
+        "service": f"http://{network.find_reachable_host(params.services.host)}:{params.services.port}/",
         "prefect": f"http://127.0.0.1:{pages.prefect}/",
         "mlflow": tracking if tracking.startswith("http") else f"http://127.0.0.1:{pages.mlflow}/",
         "evidently": f"http://127.0.0.1:{pages.evidently}/",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from stages.common.adapter import WEIGHTS
-from stages.common.artifacts import artifacts, read_json, reports, sha256_of
-from stages.common.dvc_lock import dvc_hash
+from stages.common.artifacts import artifacts, hash_file, read_json, reports
+from stages.common.dvc_lock import compute_dvc_hash
 
 CARD = reports("model_card") / "README.md"
 # Sections of the card that are written from evidence; none may be missing or empty.
@@ -21,13 +21,13 @@ def find_card_problems(root: Path) -> list[str]:
     text = path.read_text(encoding="utf-8")
     adapter = root / artifacts("finetune")
     problems = []
-    if dvc_hash(adapter) not in text:
+    if compute_dvc_hash(adapter) not in text:
         problems.append(
             f"{CARD} does not contain the hash of {artifacts('finetune')}: it describes another adapter"
         )
     weights = adapter / WEIGHTS
     exported = read_json(root / artifacts("export") / "serving.json").get("adapter_sha256")
-    if not weights.exists() or sha256_of(weights) != exported:
+    if not weights.exists() or hash_file(weights) != exported:
         problems.append(f"{artifacts('export')} was not made from the adapter in {artifacts('finetune')}")
     parts = _sections(text)
     problems += [f"{CARD} has no section {name}" for name in CARD_SECTIONS if name not in parts]

@@ -15,8 +15,8 @@ from services.guard import checks
 from services.parity import ParityReport
 from stages.common.params.loop import GateSettings
 from stages.common.records import Row
-from stages.common.statistics import Difference, Floats, difference, sums_by_group
-from stages.common.task.metrics import Metric, share
+from stages.common.statistics import Difference, Floats, estimate_difference, sum_by_group
+from stages.common.task.metrics import Metric, compute_share
 from stages.common.task.protocol import Task
 
 # Values of a slice with fewer rows are not compared, not even with an interval.
@@ -93,7 +93,7 @@ def check_safety(tests: Sequence[PairedAnswers], settings: GateSettings, task: T
     """Are more answers unsafe? Flagged by the guard, or unusable, on both tests together."""
     rows = [row for test in tests for row in test.rows]
     champion, candidate = (
-        share([is_unsafe(row, text, task) for row, text in zip(rows, texts, strict=True)])
+        compute_share([is_unsafe(row, text, task) for row, text in zip(rows, texts, strict=True)])
         for texts in (
             [text for test in tests for text in test.champion],
             [text for test in tests for text in test.candidate],
@@ -143,9 +143,9 @@ class _Compared:
 def _compare(champion: Metric, candidate: Metric, rows: Sequence[Row], settings: GateSettings) -> _Compared:
     """Compare two models' answers to the same rows; the bootstrap draws whole groups."""
     groups = [row.group for row in rows]
-    before, after = (sums_by_group(metric.columns, groups) for metric in (champion, candidate))
+    before, after = (sum_by_group(metric.columns, groups) for metric in (champion, candidate))
     statistic = champion.statistic
-    change = difference(
+    change = estimate_difference(
         before,
         after,
         statistic,

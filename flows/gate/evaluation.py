@@ -40,7 +40,7 @@ from stages.common.artifacts import (
 from stages.common.errors import InputError
 from stages.common.params.loading import Params
 from stages.common.params.loop import GateSettings
-from stages.common.records import Row, canonical_json, read_rows
+from stages.common.records import Row, format_canonical_json, read_rows
 from stages.common.tag import Tag
 from stages.common.task.kinds import read_task
 from stages.common.task.protocol import Task
@@ -217,7 +217,7 @@ class _Trainer:
     def read(cls, root: Path, max_rows: int | None) -> _Trainer:
         import pyarrow.parquet as pq
 
-        from stages.common.chat import encode_prompt, template_sha256
+        from stages.common.chat import encode_prompt, hash_template
         from stages.common.models import load_tokenizer
 
         kept = artifacts("evaluate") / "predictions.parquet"
@@ -232,7 +232,7 @@ class _Trainer:
             tuple(rows),
             tuple(answers[row.id] for row in rows),
             tuple(len(encode_prompt(tokenizer, row.prompt)) for row in rows),
-            template_sha256(tokenizer),
+            hash_template(tokenizer),
             read_task(root),
         )
 
@@ -325,7 +325,7 @@ def _key(tag: str, champion: str | None, tests: Mapping[str, EvalSet]) -> str:
     rows = {
         name: [test.max_tokens, [[row.id, row.answer] for row in test.rows]] for name, test in tests.items()
     }
-    return hashlib.sha256(canonical_json([[tag, champion], rows]).encode()).hexdigest()
+    return hashlib.sha256(format_canonical_json([[tag, champion], rows]).encode()).hexdigest()
 
 
 async def _ask(

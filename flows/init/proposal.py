@@ -12,7 +12,7 @@ from typing import Any
 from flows.init.reading import DataFile
 from stages.common.errors import InputError
 from stages.common.licenses import to_spdx
-from stages.common.params.checked_yaml import nearest
+from stages.common.params.checked_yaml import suggest_nearest
 from stages.common.sources.detection.survey import Survey
 from stages.common.sources.detection.task_kind import TaskKind
 
@@ -56,7 +56,8 @@ def check_license(license: str) -> str:
     spdx = to_spdx(license) if license.strip() else None
     if spdx is None:
         raise InputError(
-            f"the licence {license!r} is not an SPDX expression{nearest(license.lower(), USUAL_LICENSES)}",
+            f"the licence {license!r} is not an SPDX expression"
+            f"{suggest_nearest(license.lower(), USUAL_LICENSES)}",
             "give the id of the licence of your data (https://spdx.org/licenses), such as cc-by-4.0, or "
             "LicenseRef-Proprietary for data of your own",
         )

@@ -14,7 +14,7 @@ from stages.common.artifacts import atomic_write
 from stages.common.errors import InputError
 from stages.common.sources import Collected
 from stages.common.sources.files.encodings import guess_encoding
-from stages.common.sources.files.formats import SUFFIXES, FormatOptions, detect_format, inner_suffix
+from stages.common.sources.files.formats import SUFFIXES, FormatOptions, detect_format, get_inner_suffix
 from stages.common.sources.files.rows import collect_file
 from stages.common.sources.files.shapes import Columns
 
@@ -79,7 +79,7 @@ def find_files(data: Path) -> list[Path]:
         path
         for path in data.rglob("*")
         if path.is_file()
-        and inner_suffix(path) in SUFFIXES
+        and get_inner_suffix(path) in SUFFIXES
         and not any(part.startswith(".") for part in path.relative_to(data).parts)
         and not path.resolve().is_relative_to(FEEDBACK.resolve())
     )

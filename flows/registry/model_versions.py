@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 from flows.registry.tracking import Registry, convert_errors, open_tracking
 from stages.common.adapter import CONFIG, FOLDER, WEIGHTS, InitialAdapter, put_initial_adapter
-from stages.common.artifacts import sha256_of
+from stages.common.artifacts import hash_file
 from stages.common.errors import InputError
 from stages.common.tag import Tag
 
@@ -194,7 +194,7 @@ def download_adapter(registry: Registry, tag: str, folder: Path) -> Path:
     for name in ADAPTER_FILES:
         if not (found / name).is_file():
             raise InputError(f"the registry's copy of {tag} lacks {name}", _LOST)
-    digest = sha256_of(found / WEIGHTS)
+    digest = hash_file(found / WEIGHTS)
     if digest != version.tags["adapter_sha256"]:
         raise InputError(
             f"the registry's copy of {tag} has the hash {digest}, but {version.tags['adapter_sha256']} was "

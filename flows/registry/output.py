@@ -18,8 +18,8 @@ import yaml
 from flows.registry.model_versions import ADAPTER_FILES
 from flows.registry.tracking import mask_password
 from stages.common.adapter import WEIGHTS
-from stages.common.artifacts import artifacts, missing, read_json, reports, sha256_of
-from stages.common.dvc_lock import LOCK, Lock, dvc_hash, read_lock
+from stages.common.artifacts import artifacts, hash_file, missing, read_json, reports
+from stages.common.dvc_lock import LOCK, Lock, compute_dvc_hash, read_lock
 from stages.common.errors import InputError
 from stages.common.git import read_git
 from stages.common.params.loading import Params
@@ -78,7 +78,7 @@ def read_output(root: Path, trigger: str) -> Output:
         if not (root / path).exists():
             raise missing(path)
     serving = read_json(root / export)
-    trained = sha256_of(root / adapter / WEIGHTS)
+    trained = hash_file(root / adapter / WEIGHTS)
     if trained != serving["adapter_sha256"]:
         raise InputError(
             f"{export} was made from the adapter {serving['adapter_sha256'][:12]}, and {adapter} holds "
@@ -122,7 +122,7 @@ def _hash_tags(root: Path, lock: Lock) -> dict[str, str]:
 
 
 def _actual_hash(path: Path) -> str:
-    return dvc_hash(path) if path.exists() else "none"
+    return compute_dvc_hash(path) if path.exists() else "none"
 
 
 def read_git_tags(root: Path) -> dict[str, str]:

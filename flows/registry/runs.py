@@ -43,7 +43,7 @@ from stages.common.adapter import list_adapter_files
 from stages.common.artifacts import STATE, artifacts, reports
 from stages.common.dvc_lock import LOCK
 from stages.common.errors import InputError
-from stages.common.locks import file_lock
+from stages.common.locks import hold_lock
 from stages.common.params.loading import Params
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def register_candidate(registry: Registry, params: Params, trigger: str = "hand"
     client = open_tracking(root, registry.tracking_url)
     champion = read_aliases(root / ALIASES).champion
     # Two processes of this checkout at once would make two runs of one output.
-    with file_lock(root / RUN_LOCK), convert_errors(registry.address):
+    with hold_lock(root / RUN_LOCK), convert_errors(registry.address):
         run = _find_or_create_run(client, _experiment(client, registry), output, champion)
         finished = run.info.status == "FINISHED"
         if not finished:

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 from stages.common import network
 from stages.common.artifacts import STATE, atomic_write
 from stages.common.errors import InputError
-from stages.common.locks import file_lock
+from stages.common.locks import hold_lock
 from stages.common.logs import set_quiet_environment
 from stages.common.params.loading import Params
 
@@ -111,7 +111,7 @@ def _client(address: str) -> MlflowClient:
 
 def _make_tables(path: Path) -> None:
     """Make the tables of a sqlite file that is empty; two processes at once, or a kill, would leave half."""
-    with file_lock(path.with_suffix(".lock")):
+    with hold_lock(path.with_suffix(".lock")):
         if path.stat().st_size == 0:
             with atomic_write(path) as temporary:
                 _connect(f"{SQLITE}{temporary}")

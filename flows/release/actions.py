@@ -32,7 +32,7 @@ from services.versions.aliases import (
 from services.versions.releases import Action, Release, append_release, read_releases
 from stages.common.artifacts import STATE, read_json
 from stages.common.errors import InputError
-from stages.common.locks import file_lock
+from stages.common.locks import hold_lock
 from stages.common.tag import Tag
 
 LOCK = STATE / "release.lock"
@@ -76,7 +76,7 @@ def release(registry: Registry, order: Order) -> Release:
         raise InputError(f"{order.action!r} is not a release", f"use one of {', '.join(CHANGES)}")
     if not order.reason.strip():
         raise InputError(f"{order.action} needs a reason, which the journal keeps", "--reason TEXT")
-    with file_lock(root / LOCK):
+    with hold_lock(root / LOCK):
         before = _complete_journal(root)
         made = _find_earlier(root, before, order)
         if made is None:
@@ -104,7 +104,7 @@ def promote_first(registry: Registry, follow_pipeline: bool, by: str) -> None:
 
 def settle(registry: Registry) -> None:
     """Bring the journal and MLflow's aliases up to date with the alias file; a down MLflow is logged."""
-    with file_lock(registry.root / LOCK):
+    with hold_lock(registry.root / LOCK):
         _complete_journal(registry.root)
         _push(registry)
 

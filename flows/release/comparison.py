@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flows.release.outcomes import RequestOutcome
-from stages.common.association import holm
-from stages.common.statistics import Floats, sequential_p_values
+from stages.common.association import apply_holm
+from stages.common.statistics import Floats, compute_sequential_p_values
 
 # Permutations for one threshold: enough that the smallest p-value of all criteria is well below it.
 PER_THRESHOLD = 5
@@ -70,7 +70,7 @@ def compare(
     bad, known = sums[:, : len(CRITERIA)], sums[:, len(CRITERIA) :]
     sides = [(bad[side].sum(axis=0), known[side].sum(axis=0)) for side in (is_new, ~is_new)]
     tested = [place for place in range(len(CRITERIA)) if all(counts[place] > 0 for _, counts in sides)]
-    p_values = holm(_permutation_p_values(bad[:, tested], known[:, tested], is_new, alpha).tolist())
+    p_values = apply_holm(_permutation_p_values(bad[:, tested], known[:, tested], is_new, alpha).tolist())
     shares = [[bads[place] / counts[place] for place in tested] for bads, counts in sides]
     return tuple(
         _criterion(CRITERIA[place], shares[0][n], shares[1][n], p_values[n], alpha)
@@ -138,7 +138,7 @@ def _permutation_p_values(bad: Floats, known: Floats, is_new: NDArray[np.bool_],
         as_bad: Floats = (_difference(drawn, bad, known) >= observed - 1e-12).sum(axis=0)
         return as_bad
 
-    return sequential_p_values(
+    return compute_sequential_p_values(
         count_as_bad,
         permutations,
         enough=alpha * (1 + permutations),

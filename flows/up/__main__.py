@@ -100,7 +100,7 @@ def ports(params: Params) -> dict[str, tuple[str, int]]:
 def prefect_api_url(port: int) -> str:
     """Return where Prefect's API of `make up` answers."""
     host, port = _prefect_address(port)
-    return f"http://{network.reachable_host(host)}:{port}/api"
+    return f"http://{network.find_reachable_host(host)}:{port}/api"
 
 
 def make_programs(root: Path, params: Params) -> tuple[Program, ...]:
@@ -136,7 +136,7 @@ def _prefect(port: int) -> Program:
     return Program(
         "prefect",
         (*_module("prefect", "server", "start", "--host", host), "--port", str(port)),
-        page=f"http://{network.reachable_host(host)}:{port}/",
+        page=f"http://{network.find_reachable_host(host)}:{port}/",
         probe=f"{api}/health",
         environment={
             # Else its page asks port 4200, whatever port this one listens on.
@@ -158,7 +158,7 @@ def _executor(api: str) -> Program:
 
 
 def _service(root: Path, host: str, port: int) -> Program:
-    url = f"http://{network.reachable_host(host)}:{port}/"
+    url = f"http://{network.find_reachable_host(host)}:{port}/"
     return Program(
         "service",
         _module("bentoml", "serve", "services.generation:Generation"),

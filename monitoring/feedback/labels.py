@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from stages.common.artifacts import artifacts, read_json
 from stages.common.personal_data import PERSONAL_DATA
-from stages.common.records import Message, canonical_json, conversation_problem
+from stages.common.records import Message, find_conversation_problem, format_canonical_json
 from stages.common.task.kinds import make_task
 from stages.common.task.protocol import Task
 
@@ -229,7 +229,7 @@ def _prompt(exchange: Mapping[str, Any], task: ServedTask) -> tuple[Message, ...
         raise LeftOut("own_schema")
     last = max((place for place, one in enumerate(messages) if one.role == "user"), default=-1)
     messages = messages[: last + 1]
-    if conversation_problem([*messages, Message("assistant", "-")]):
+    if find_conversation_problem([*messages, Message("assistant", "-")]):
         raise LeftOut("corrupt")
     if messages[0].role == "system" and task.system_prompt is not None:
         # A model that learned under two system prompts has none that a server could put in by itself.
@@ -266,7 +266,7 @@ def normalise_text(text: str) -> str:
 def hash_prompt(prompt: Iterable[Message]) -> str:
     """Return 16 hex digits that identify a conversation, system messages included."""
     turns = [[message.role, normalise_text(message.content)] for message in prompt]
-    return hashlib.sha256(canonical_json(turns).encode("utf-8", "replace")).hexdigest()[:16]
+    return hashlib.sha256(format_canonical_json(turns).encode("utf-8", "replace")).hexdigest()[:16]
 
 
 def _style(answer: str | None) -> tuple[str, str]:

@@ -27,7 +27,7 @@ from monitoring.traffic.embeddings import embed
 from monitoring.traffic.languages import detect_language
 from services.events import CLIENT_GONE
 from stages.common.params.loop import FeatureSettings
-from stages.common.records import canonical_json
+from stages.common.records import format_canonical_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -189,7 +189,7 @@ def _json(text: str) -> Any:
 
 
 def _category(value: Any) -> str:
-    return (value if isinstance(value, str) else canonical_json(value))[:MAX_VALUE_CHARS]
+    return (value if isinstance(value, str) else format_canonical_json(value))[:MAX_VALUE_CHARS]
 
 
 def _reader(column: Column) -> Callable[[_Seen], Any]:
@@ -272,7 +272,7 @@ def is_same_answer(answer: str, label: str) -> bool:
     values = _json(answer), _json(label)
     if _NO_JSON in values:
         return answer.strip() == label.strip()
-    return canonical_json(values[0]) == canonical_json(values[1])
+    return format_canonical_json(values[0]) == format_canonical_json(values[1])
 
 
 _READERS: dict[str, Callable[[_Seen], Any]] = {

@@ -10,7 +10,7 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 
 from services import errors
-from services.answering.request import Delta, GenerationRequest, Usage, new_request_id
+from services.answering.request import Delta, GenerationRequest, Usage, make_request_id
 from services.answering.state import GenerationState, build_exchange
 from services.background import BackgroundTasks
 from services.engines.detokenizer import IncrementalDetokenizer
@@ -234,7 +234,7 @@ class ChatHandler:
 
     async def _run_shadow(self, request: GenerationRequest, shadow: LoadedModel, shown: str) -> None:
         own = replace(
-            request, request_id=new_request_id(), received_at=time.time(), shadow_of=request.request_id
+            request, request_id=make_request_id(), received_at=time.time(), shadow_of=request.request_id
         )
         state = GenerationState(Route(shadow, "shadow"))
         try:

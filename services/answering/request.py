@@ -70,6 +70,6 @@ class Delta:
     mean_logprob: float | None = None
 
 
-def new_request_id() -> str:
+def make_request_id() -> str:
     """Return a unique request id."""
     return f"req_{uuid.uuid4().hex}"

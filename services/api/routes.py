@@ -23,7 +23,7 @@ from starlette.types import Receive, Scope, Send
 
 from services import errors
 from services.answering.handler import ChatHandler
-from services.answering.request import Delta, GenerationRequest, new_request_id
+from services.answering.request import Delta, GenerationRequest, make_request_id
 from services.api.responses import CHAT, COMPLETION, ResponseFormatter
 from services.api.schemas import ChatRequest, CompletionRequest, FeedbackRequest, ResponseFormat
 from services.engines.protocol import Sampling
@@ -31,7 +31,7 @@ from services.errors import ApiError
 from services.events import Feedback, StoreUnavailable
 from services.keys.access import Caller
 from services.model_pool import LoadedModel
-from stages.common.chat import template_sha256
+from stages.common.chat import hash_template
 from stages.common.records import Message
 
 PAGE = Path(__file__).parent / "page"
@@ -96,7 +96,7 @@ class AnswerResponse(Response):
                     return
                 whole = [first, *[delta async for delta in deltas]]
         except ApiError as error:
-            await error_response(error, request.request_id)(scope, receive, send)
+            await make_error_response(error, request.request_id)(scope, receive, send)
             return
         headers = {"X-Request-Id": request.request_id}
         response = Response(formatter.format_whole(whole), 200, headers, "application/json")
@@ -128,7 +128,7 @@ async def _wait_for_disconnect(receive: Receive) -> None:
         pass
 
 
-def error_response(error: ApiError, request_id: str | None = None) -> JSONResponse:
+def make_error_response(error: ApiError, request_id: str | None = None) -> JSONResponse:
     """Return an error in OpenAI's format."""
     headers = error.headers()
     if request_id:
@@ -273,7 +273,7 @@ def _make_request(
     raw: str | tuple[int, ...] | None,
 ) -> GenerationRequest:
     return GenerationRequest(
-        request_id=new_request_id(),
+        request_id=make_request_id(),
         route=route,
         messages=messages,
         raw=raw,
@@ -325,7 +325,7 @@ def _describe_model(alias: str, model: LoadedModel) -> dict[str, Any]:
             "alias": alias,
             "version": model.files.version,
             "engine": model.engine.name,
-            "template_sha256": template_sha256(model.tokenizer),
+            "template_sha256": hash_template(model.tokenizer),
             "context_tokens": model.engine.context_tokens,
             "examples": about.get("examples") or [],
             **shown,
@@ -344,23 +344,23 @@ def _add_page(app: FastAPI) -> None:
 def _add_error_handlers(app: FastAPI) -> None:
     async def api_error(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, ApiError)
-        return error_response(error)
+        return make_error_response(error)
 
     async def validation(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return error_response(convert_validation_error(error))
+        return make_error_response(convert_validation_error(error))
 
     async def http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         if error.status_code == 405:
-            return error_response(errors.method_not_allowed(request.method, request.url.path))
+            return make_error_response(errors.method_not_allowed(request.method, request.url.path))
         if error.status_code == 404:
-            return error_response(errors.not_found(request.url.path))
-        return error_response(errors.invalid_json(str(error.detail)))
+            return make_error_response(errors.not_found(request.url.path))
+        return make_error_response(errors.invalid_json(str(error.detail)))
 
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
         logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return error_response(errors.engine_failed("the time of this request"))
+        return make_error_response(errors.engine_failed("the time of this request"))
 
     handlers: dict[type[Exception], Callable[[Request, Exception], Awaitable[JSONResponse]]] = {
         ApiError: api_error,

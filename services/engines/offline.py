@@ -88,7 +88,7 @@ def pick_engine(wanted: str, base: Path, exports_gguf: bool) -> EngineName:
 
 
 def _why_not_paged(base: Path, exports_gguf: bool) -> str | None:
-    from services.engines.paged.weights import why_not_llama
+    from services.engines.paged.weights import check_llama
 
     if pick_device().type != "cpu":
         return "this machine has a GPU"
@@ -96,7 +96,7 @@ def _why_not_paged(base: Path, exports_gguf: bool) -> str | None:
         return "OpenVINO is not installed"
     if not exports_gguf:
         return "the tuned model has no GGUF (export.gguf: false)"
-    return why_not_llama(json.loads((base / "config.json").read_text(encoding="utf-8")))
+    return check_llama(json.loads((base / "config.json").read_text(encoding="utf-8")))
 
 
 def answer_limit(questions: Sequence[Question], max_new_tokens: int) -> int:
@@ -207,7 +207,7 @@ def _some(questions: Sequence[Question]) -> list[Question]:
     return list(questions[::step])[:LATENCY_ROWS]
 
 
-def throughput(asked: ModelAnswers) -> dict[str, float]:
+def compute_throughput(asked: ModelAnswers) -> dict[str, float]:
     """Return how fast a model answered: rows and tokens a second together, and the latency of one request."""
     import numpy as np
 

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from services.engines.paged.weights import why_not_llama
+from services.engines.paged.weights import check_llama
 from services.engines.protocol import Engine, EngineError
 from stages.common.draft_corpus import read_corpus
 from stages.common.errors import InputError
@@ -165,7 +165,7 @@ def _reason_against_paged(folder: Path, gguf: Path | None) -> str | None:
         return "OpenVINO is not installed (pip install 'perennial[serve]')"
     if gguf is None:
         return "the model has no GGUF (export.gguf in params.yaml)"
-    return why_not_llama(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    return check_llama(json.loads((folder / "config.json").read_text(encoding="utf-8")))
 
 
 def _reason_against_openvino(folder: Path, gguf: Path | None) -> str | None:

@@ -27,7 +27,7 @@ from services.engines.protocol import (
     Step,
     TokenLogprob,
 )
-from stages.common.artifacts import sha256_of
+from stages.common.artifacts import hash_file
 from stages.common.chat import end_of_turn_ids
 from stages.common.errors import InputError
 
@@ -228,7 +228,7 @@ def _hash_model(base: Path) -> str:
     """Return a hash of a base model's configuration and weights."""
     whole = hashlib.sha256()
     for file in sorted([base / "config.json", *base.glob("*.safetensors")]):
-        whole.update(f"{file.name}\0{sha256_of(file)}\n".encode())
+        whole.update(f"{file.name}\0{hash_file(file)}\n".encode())
     return whole.hexdigest()
 
 

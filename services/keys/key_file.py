@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from stages.common.errors import InputError
-from stages.common.locks import file_lock
+from stages.common.locks import hold_lock
 
 TOKEN_PREFIX = "perennial-"  # secret scanners, and our own guard, recognise a leaked key by it
 TOKEN_BYTES = 32
@@ -107,7 +107,7 @@ def write_keys(path: Path, keys: Sequence[Key]) -> None:
 @contextmanager
 def edit_keys(path: Path) -> Iterator[list[Key]]:
     """Yield the stored keys for the caller to change, then write them, under the file's lock."""
-    with file_lock(path.with_name(f"{path.name}.lock")):
+    with hold_lock(path.with_name(f"{path.name}.lock")):
         keys = list(read_keys(path))
         yield keys
         write_keys(path, keys)

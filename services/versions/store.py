@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from services.versions.aliases import ALIASES, read_aliases
-from stages.common.artifacts import artifacts, missing, read_json, sha256_of
+from stages.common.artifacts import artifacts, hash_file, missing, read_json
 from stages.common.errors import InputError
 from stages.common.tag import Tag
 
@@ -110,7 +110,7 @@ def _folder_sha256(folder: Path) -> str:
     """Return the hash of a folder's files; versions with the same base model share one copy by it."""
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        digest.update(path.name.encode() + bytes.fromhex(sha256_of(path)))
+        digest.update(path.name.encode() + bytes.fromhex(hash_file(path)))
     return digest.hexdigest()
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from stages.check_bias.groups import list_known_values, read_outcomes, read_values
-from stages.common.association import codes_of, cramers_v, holm, permutation_p
+from stages.common.association import apply_holm, compute_cramers_v, compute_permutation_p, encode_names
 from stages.common.records import Row
-from stages.common.statistics import wilson
+from stages.common.statistics import compute_wilson
 from stages.common.task.protocol import Task
 
 
@@ -126,8 +126,8 @@ def compute_shares(
             value=value,
             rows=counts[value],
             share=counts[value] / total if total else 0.0,
-            low=wilson(counts[value], total)[0],
-            high=wilson(counts[value], total)[1],
+            low=compute_wilson(counts[value], total)[0],
+            high=compute_wilson(counts[value], total)[1],
             rejected=lost[value],
             rejected_share=lost[value] / (lost[value] + counts[value] or 1),
         )
@@ -177,11 +177,11 @@ def measure_association(
     if len(set(values)) < 2 or len(set(paired)) < 2:
         return Association(group, kind, rows, limit, None, None)
     table = np.zeros((len(set(values)), len(set(paired))), dtype=np.int64)
-    np.add.at(table, (codes_of(values), codes_of(paired)), 1)
+    np.add.at(table, (encode_names(values), encode_names(paired)), 1)
     p_value = None
     if rows >= min_rows:
-        p_value = permutation_p(values, paired, [clusters[p] for p in positions], permutations, seed)
-    return Association(group, kind, rows, limit, cramers_v(table), p_value)
+        p_value = compute_permutation_p(values, paired, [clusters[p] for p in positions], permutations, seed)
+    return Association(group, kind, rows, limit, compute_cramers_v(table), p_value)
 
 
 def judge_associations(
@@ -189,7 +189,9 @@ def judge_associations(
 ) -> list[Finding]:
     """Judge every association: it fails if it is above its limit and significant."""
     tested = [index for index, found in enumerate(associations) if found.p_value is not None]
-    corrected = dict(zip(tested, holm([associations[index].p_value or 0.0 for index in tested]), strict=True))
+    corrected = dict(
+        zip(tested, apply_holm([associations[index].p_value or 0.0 for index in tested]), strict=True)
+    )
     return [
         _judge_association(found, corrected.get(index), outcome_name, alpha, min_rows)
         for index, found in enumerate(associations)

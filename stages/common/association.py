@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.common.statistics import Floats, sequential_p_values
+from stages.common.statistics import Floats, compute_sequential_p_values
 
 # With this many exceedances the p-value is known to about a fifth, and far above any threshold.
 ENOUGH_EXCEEDANCES = 30
 
 
-def cramers_v(table: NDArray[np.int64]) -> float:
+def compute_cramers_v(table: NDArray[np.int64]) -> float:
     """Return Cramer's V of a contingency table, corrected for bias (Bergsma 2013, J. Korean Stat. Soc. 42).
 
     The plain V of two independent variables grows with the number of cells over rows: with 42 intents and ten
@@ -37,7 +37,7 @@ def _chi2(table: NDArray[np.int64]) -> float:
     return float(table.sum() * ((table.astype(float) ** 2 / margins).sum() - 1.0))
 
 
-def permutation_p(
+def compute_permutation_p(
     values: Sequence[str], outcomes: Sequence[str], clusters: Sequence[str], permutations: int, seed: int
 ) -> float:
     """Return how often chance alone ties values and outcomes as strongly as seen.
@@ -47,7 +47,7 @@ def permutation_p(
     and rows within them (multi-level block permutation: Winkler et al. 2015, NeuroImage 123). Where every row
     is its own cluster this is the plain permutation test. Never 0: the observed order is one of the orders.
     """
-    value_codes, outcome_codes = codes_of(values), codes_of(outcomes)
+    value_codes, outcome_codes = encode_names(values), encode_names(outcomes)
     shape = (int(value_codes.max()) + 1, int(outcome_codes.max()) + 1)
     blocks = _blocks_of_equal_size(clusters)
 
@@ -69,26 +69,26 @@ def permutation_p(
         return np.array([exceeding])
 
     return float(
-        sequential_p_values(
+        compute_sequential_p_values(
             count_exceedances, permutations, enough=ENOUGH_EXCEEDANCES, first=ENOUGH_EXCEEDANCES
         )[0]
     )
 
 
-def codes_of(names: Sequence[str]) -> NDArray[np.int64]:
+def encode_names(names: Sequence[str]) -> NDArray[np.int64]:
     """Return each name's place among the sorted different names."""
     return np.unique(np.asarray(names, dtype=str), return_inverse=True)[1]
 
 
 def _blocks_of_equal_size(clusters: Sequence[str]) -> list[NDArray[np.int64]]:
     """Return matrices of row positions, a line a cluster, one matrix for each size of cluster."""
-    codes = codes_of(clusters)
+    codes = encode_names(clusters)
     members = np.split(np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))[:-1])
     sizes = sorted({len(member) for member in members})
     return [np.stack([member for member in members if len(member) == size]) for size in sizes]
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
+def apply_holm(p_values: Sequence[float]) -> list[float]:
     """Return the p-values corrected for their number (Holm 1979, Scand. J. Statist. 6)."""
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])
     corrected, running = [0.0] * len(p_values), 0.0

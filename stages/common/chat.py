@@ -52,7 +52,7 @@ def end_of_turn_ids(tokenizer: Any) -> list[int]:
     return sorted(ids)
 
 
-def template_sha256(tokenizer: Any) -> str:
+def hash_template(tokenizer: Any) -> str:
     """Return the hash of the tokenizer's chat template: two that differ write different prompts."""
     return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
 

@@ -64,7 +64,7 @@ def _read_task_params(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return {name.removeprefix("task."): value for name, value in sorted(read) if name.startswith("task.")}
 
 
-def disagreements(lock: Lock, paths: Iterable[Path]) -> list[str]:
+def find_disagreements(lock: Lock, paths: Iterable[Path]) -> list[str]:
     """Return where recorded hashes differ between stages, or from the bytes on disk.
 
     A path of which nothing is recorded is not a problem here.
@@ -78,12 +78,12 @@ def disagreements(lock: Lock, paths: Iterable[Path]) -> list[str]:
             found.append(f"{name}: {seen} (dvc.lock)")
     for path in paths:
         recorded = lock.hash_of(path)
-        if recorded and path.exists() and (actual := dvc_hash(path)) != recorded:
+        if recorded and path.exists() and (actual := compute_dvc_hash(path)) != recorded:
             found.append(f"{path} has the hash {actual}, and dvc.lock recorded {recorded}")
     return found
 
 
-def dvc_hash(path: Path) -> str:
+def compute_dvc_hash(path: Path) -> str:
     """Return the hash that DVC 3 gives a file, or a folder: that of the sorted list of its files' hashes."""
     if path.is_file():
         return _md5(path)

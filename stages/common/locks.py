@@ -10,7 +10,7 @@ from filelock import FileLock, Timeout
 
 
 @contextmanager
-def file_lock(path: Path) -> Iterator[None]:
+def hold_lock(path: Path) -> Iterator[None]:
     """Hold the lock file `path` for the block; wait for its holder without a limit.
 
     The kernel releases it when the process ends, however that happens. The file stays and is empty: its

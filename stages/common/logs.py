@@ -86,7 +86,7 @@ class _Progress:
     last_line_at: float = -PROGRESS_INTERVAL_S
 
 
-def progress(logger: logging.Logger, done: int, total: int, note: str = "") -> None:
+def show_progress(logger: logging.Logger, done: int, total: int, note: str = "") -> None:
     """Show that `done` of `total` steps are finished.
 
     A terminal gets a bar. Elsewhere a line `progress 120/400 note` is logged, at most one a

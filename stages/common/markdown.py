@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 
-def code(text: str, limit: int = 160) -> str:
+def format_code(text: str, limit: int = 160) -> str:
     """Return text as a code span that is safe in a Markdown table, cut after `limit` characters."""
     text = re.sub(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*", " ⏎ ", text.strip())
     text = re.sub(r"[\x00-\x1f\x7f]", " ", text)

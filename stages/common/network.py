@@ -42,6 +42,6 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def reachable_host(host: str) -> str:
+def find_reachable_host(host: str) -> str:
     """Return the address at which this machine reaches a server that listens on `host`."""
     return LOOPBACK if host in ("0.0.0.0", "::", "") else host

@@ -60,7 +60,7 @@ class Row:
         return next(m.content for m in reversed(self.messages) if m.role == "user")
 
 
-def canonical_json(value: Any) -> str:
+def format_canonical_json(value: Any) -> str:
     """Return the one JSON text of `value`: sorted keys, no spaces."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
@@ -78,10 +78,12 @@ def make_row(
     Raises:
         ValueError: the messages are no conversation to learn from; the message has the reason.
     """
-    problem = conversation_problem(messages)
+    problem = find_conversation_problem(messages)
     if problem:
         raise ValueError(problem)
-    digest = hashlib.sha256(canonical_json([[m.role, m.content] for m in messages]).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(
+        format_canonical_json([[m.role, m.content] for m in messages]).encode()
+    ).hexdigest()[:16]
     return Row(
         id=digest,
         messages=tuple(messages),
@@ -93,7 +95,7 @@ def make_row(
     )
 
 
-def conversation_problem(messages: Sequence[Message]) -> str | None:
+def find_conversation_problem(messages: Sequence[Message]) -> str | None:
     """Return why `messages` cannot be learned from, or None."""
     if not messages:
         return "no messages"

@@ -46,7 +46,7 @@ class Difference:
     p_value: float
 
 
-def sums_by_group(rows: Floats, groups: Sequence[str]) -> Floats:
+def sum_by_group(rows: Floats, groups: Sequence[str]) -> Floats:
     """Return the column sums of each group: shape (groups, columns), groups in sorted order."""
     names, index = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
     sums = np.zeros((len(names), rows.shape[1]))
@@ -54,7 +54,7 @@ def sums_by_group(rows: Floats, groups: Sequence[str]) -> Floats:
     return sums
 
 
-def interval(
+def estimate_interval(
     sums: Floats,
     statistic: Statistic,
     confidence: float,
@@ -70,19 +70,19 @@ def interval(
     as if the rows of a group always went the same way: wider than needed rather than too narrow.
 
     Args:
-        sums: column sums by group, as `sums_by_group` gives them.
+        sums: column sums by group, as `sum_by_group` gives them.
         scale: the best possible score where the worst is 0; None for a value without bounds.
     """
     value = float(statistic(sums.sum(axis=0)))
     drawn = statistic(_draws(len(sums), resamples, seed) @ sums)
     if scale is not None and (len(sums) < MIN_BOOTSTRAP_GROUPS or np.ptp(drawn) == 0.0):
-        low, high = clopper_pearson(value / scale * len(sums), len(sums), confidence)
+        low, high = compute_clopper_pearson(value / scale * len(sums), len(sums), confidence)
         return Interval(value, low * scale, high * scale)
     low, high = _percentiles(drawn, confidence)
     return Interval(value, low, high)
 
 
-def difference(
+def estimate_difference(
     before: Floats,
     after: Floats,
     statistic: Statistic,
@@ -93,7 +93,7 @@ def difference(
 ) -> Difference:
     """Return `after` minus `before`, both answering the same groups, with interval and p-value.
 
-    The interval draws groups and takes both models' rows with them. Where `interval` falls back, so
+    The interval draws groups and takes both models' rows with them. Where `estimate_interval` falls back, so
     does this: the two intervals are combined as for independent samples (Newcombe 1998, Statistics in
     Medicine 17, method 10), which is wider than needed for paired ones.
 
@@ -106,15 +106,15 @@ def difference(
     drawn = statistic(draws @ after) - statistic(draws @ before)
     if scale is not None and (len(before) < MIN_BOOTSTRAP_GROUPS or np.ptp(drawn) == 0.0):
         low, high = _newcombe(
-            interval(before, statistic, confidence, resamples, seed, scale),
-            interval(after, statistic, confidence, resamples, seed, scale),
+            estimate_interval(before, statistic, confidence, resamples, seed, scale),
+            estimate_interval(after, statistic, confidence, resamples, seed, scale),
         )
     else:
         low, high = _percentiles(drawn, confidence)
     return Difference(value, low, high, _permutation_p(before, after, statistic, value, resamples, seed))
 
 
-def clopper_pearson(successes: float, trials: int, confidence: float) -> tuple[float, float]:
+def compute_clopper_pearson(successes: float, trials: int, confidence: float) -> tuple[float, float]:
     """Return the exact interval of a proportion (Clopper & Pearson 1934); `successes` need not be whole.
 
     With 0 successes the upper end is 1 - (alpha / 2) ** (1 / trials): the "rule of three", two-sided.
@@ -127,7 +127,7 @@ def clopper_pearson(successes: float, trials: int, confidence: float) -> tuple[f
     return low, high
 
 
-def wilson(successes: int, trials: int) -> tuple[float, float]:
+def compute_wilson(successes: int, trials: int) -> tuple[float, float]:
     """Return the 95 % score interval of a proportion (Wilson 1927, JASA 22); without trials, 0 to 1."""
     from scipy.stats import binomtest
 
@@ -137,7 +137,7 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
     return float(found.low), float(found.high)
 
 
-def sequential_p_values(
+def compute_sequential_p_values(
     count_exceedances: Callable[[int], Floats],
     permutations: int,
     enough: float,

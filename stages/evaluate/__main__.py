@@ -21,8 +21,8 @@ from services.engines.offline import (
     ModelAnswers,
     ModelFolders,
     ask_model,
+    compute_throughput,
     pick_engine,
-    throughput,
 )
 from stages.common.artifacts import (
     artifacts,
@@ -35,7 +35,7 @@ from stages.common.artifacts import (
 )
 from stages.common.errors import InputError
 from stages.common.generation import Answer, Question, encode_questions, read_answers
-from stages.common.logs import get_logger, progress, run_stage
+from stages.common.logs import get_logger, run_stage, show_progress
 from stages.common.models import load_tokenizer
 from stages.common.params.loading import load_params
 from stages.common.params.stages import AskBase
@@ -44,12 +44,12 @@ from stages.common.task.kinds import read_task
 from stages.common.task.label_metrics import count_confusions
 from stages.common.task.protocol import Task
 from stages.evaluate.calibration import measure_calibration
-from stages.evaluate.error_analysis import Prediction, errors_csv, errors_md, list_errors
+from stages.evaluate.error_analysis import Prediction, format_errors_csv, format_errors_page, list_errors
 from stages.evaluate.plots import draw_report
 from stages.evaluate.results import (
     Sampling,
     check_finite,
-    class_results,
+    compute_class_results,
     read_classes,
     score,
     summarise,
@@ -128,7 +128,7 @@ def ask_tuned(
         settings.batch_size,
         limit,
         settings.dtype,
-        lambda done: progress(log, done, len(questions), "tuned"),
+        lambda done: show_progress(log, done, len(questions), "tuned"),
     )
 
 
@@ -169,7 +169,7 @@ def main() -> None:
         "answer_limit_tokens": limit,
         "references_over_limit": base_report["references_over_limit"],
         **summarise(rows, metrics, task, params.task.slices, sampling),
-        "classes": class_results(rows, tuned, task),
+        "classes": compute_class_results(rows, tuned, task),
         "confusions": [{"expected": e, "answered": a, "n": n} for e, a, n in confused],
         "calibration": measure_calibration(
             rows, questions, tuned, tokenizer, task, params.ask_base.batch_size
@@ -179,13 +179,15 @@ def main() -> None:
             "by_type": dict(sorted(Counter(wrong.error_type for wrong in errors).items())),
             "right_in_base_only": sum(wrong.base_was_right for wrong in errors),
         },
-        "throughput": {"tuned": throughput(asked)},
+        "throughput": {"tuned": compute_throughput(asked)},
     }
 
     write_predictions(artifacts("evaluate") / "predictions.parquet", rows, questions, answers, predictions)
     folder = reports("evaluate")
-    write_text(folder / "errors.csv", errors_csv(errors))
-    write_text(folder / "errors.md", errors_md(errors, len(rows), confused, settings.errors_shown, task))
+    write_text(folder / "errors.csv", format_errors_csv(errors))
+    write_text(
+        folder / "errors.md", format_errors_page(errors, len(rows), confused, settings.errors_shown, task)
+    )
     with atomic_dir(folder / "plots") as plots:
         draw_report(plots, report)
     write_json(folder / "metrics.json", report)

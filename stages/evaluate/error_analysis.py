@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from stages.common.markdown import code
+from stages.common.markdown import format_code
 from stages.common.records import Row
 from stages.common.task.protocol import Task
 
@@ -71,7 +71,7 @@ def list_errors(
     return [wrong for _, wrong in sorted(ranked, key=lambda pair: pair[0])]
 
 
-def errors_csv(found: Sequence[WrongAnswer]) -> str:
+def format_errors_csv(found: Sequence[WrongAnswer]) -> str:
     """Return every wrong answer as CSV, worst first."""
     buffer = io.StringIO()
     columns = ["id", "question", "expected", "base", "tuned", "error_type", "differs", "base_was_right"]
@@ -81,7 +81,7 @@ def errors_csv(found: Sequence[WrongAnswer]) -> str:
     return buffer.getvalue()
 
 
-def errors_md(
+def format_errors_page(
     found: Sequence[WrongAnswer], rows: int, confused: Sequence[tuple[str, str, int]], shown: int, task: Task
 ) -> str:
     """Return the worst answers as a page."""
@@ -98,12 +98,12 @@ def errors_md(
         lines += [f"| {name} | {types[name]} |" for name in task.error_types if types[name]]
     if confused:
         lines += ["", "## Confused classes", "", "| expected | answered | rows |", "|---|---|---:|"]
-        lines += [f"| {code(e)} | {code(a)} | {n} |" for e, a, n in confused[:shown]]
+        lines += [f"| {format_code(e)} | {format_code(a)} | {n} |" for e, a, n in confused[:shown]]
     if found:
         lines += ["", f"## The {min(shown, len(found))} worst answers", ""]
         lines += ["| question | expected | base | tuned | what differs |", "|---|---|---|---|---|"]
         lines += [
-            "| " + " | ".join(map(code, (w.question, w.expected, w.base, w.tuned, w.differs))) + " |"
+            "| " + " | ".join(map(format_code, (w.question, w.expected, w.base, w.tuned, w.differs))) + " |"
             for w in found[:shown]
         ]
     return "\n".join(lines) + "\n"

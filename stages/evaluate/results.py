@@ -11,9 +11,9 @@ from stages.common.errors import InputError
 from stages.common.generation import Answer, Question
 from stages.common.records import Row
 from stages.common.sizes import describe_resolution
-from stages.common.statistics import Interval, difference, interval, sums_by_group
+from stages.common.statistics import Interval, estimate_difference, estimate_interval, sum_by_group
 from stages.common.task.label_metrics import list_classes
-from stages.common.task.metrics import Metric, mean, perplexity, share
+from stages.common.task.metrics import Metric, compute_mean, compute_perplexity, compute_share
 from stages.common.task.protocol import Task
 
 # The metrics of every kind of task; those of the task come first.
@@ -43,9 +43,11 @@ def score(
     found = task.score([answer.text for answer in answers], [row.answer for row in rows])
     return {
         **{name: found[name] for name in task.meanings if name in found},
-        "finished": share([answer.complete for answer in answers]),
-        "perplexity": perplexity([a.reference_loss for a in answers], [len(q.reference) for q in questions]),
-        "answer_tokens": mean([float(answer.tokens) for answer in answers], scale=None),
+        "finished": compute_share([answer.complete for answer in answers]),
+        "perplexity": compute_perplexity(
+            [a.reference_loss for a in answers], [len(q.reference) for q in questions]
+        ),
+        "answer_tokens": compute_mean([float(answer.tokens) for answer in answers], scale=None),
     }
 
 
@@ -83,9 +85,9 @@ def compare(base: Metrics, tuned: Metrics, groups: Sequence[str], sampling: Samp
         name: {
             **_rounded(
                 asdict(
-                    difference(
-                        sums_by_group(base[name].columns, groups),
-                        sums_by_group(metric.columns, groups),
+                    estimate_difference(
+                        sum_by_group(base[name].columns, groups),
+                        sum_by_group(metric.columns, groups),
                         metric.statistic,
                         sampling.confidence,
                         sampling.resamples,
@@ -106,7 +108,7 @@ def slice_rows(rows: Sequence[Row], task: Task, tags: Sequence[str]) -> dict[str
     return {**by_class, **{tag: [row.tags.get(tag) for row in rows] for tag in tags if tag not in by_class}}
 
 
-def slice_results(
+def compute_slice_results(
     rows: Sequence[Row], metric: Metric, slices: Mapping[str, Sequence[str | None]], sampling: Sampling
 ) -> dict[str, Results]:
     """Return the metric for the rows of each value of each slice; a slice without values is empty."""
@@ -122,7 +124,7 @@ def slice_results(
     return found
 
 
-def class_results(rows: Sequence[Row], answers: Sequence[str], task: Task) -> list[dict[str, Any]]:
+def compute_class_results(rows: Sequence[Row], answers: Sequence[str], task: Task) -> list[dict[str, Any]]:
     """Return precision, recall, F1 and rows of each class; nothing for a task without classes."""
     if task.class_name is None:
         return []
@@ -161,13 +163,13 @@ def summarise(
         "resolution": asdict(resolution),
         **{name: with_intervals(metrics[name], groups, sampling) for name in metrics},
         "difference": compare(metrics["base"], metrics["tuned"], groups, sampling),
-        "slices": slice_results(rows, primary, slice_rows(rows, task, tags), sampling),
+        "slices": compute_slice_results(rows, primary, slice_rows(rows, task, tags), sampling),
     }
 
 
 def _interval(metric: Metric, groups: Sequence[str], sampling: Sampling) -> Interval:
-    return interval(
-        sums_by_group(metric.columns, groups),
+    return estimate_interval(
+        sum_by_group(metric.columns, groups),
         metric.statistic,
         sampling.confidence,
         sampling.resamples,

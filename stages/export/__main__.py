@@ -24,9 +24,9 @@ from typing import Any
 from stages.common.artifacts import (
     artifacts,
     atomic_dir,
+    hash_file,
     read_json,
     reports,
-    sha256_of,
     write_json,
     write_text,
 )
@@ -35,7 +35,7 @@ from stages.common.draft_corpus import encode_corpus, write_corpus
 from stages.common.errors import InputError
 from stages.common.gguf.model import check_tensors, count_context_tokens, find_architecture, write_gguf
 from stages.common.gguf.vocabulary import count_equal, read_gguf_vocabulary, read_vocabulary
-from stages.common.logs import get_logger, progress, run_stage
+from stages.common.logs import get_logger, run_stage, show_progress
 from stages.common.models import load_tokenizer, load_tuned
 from stages.common.params.loading import load_params
 from stages.common.records import Row, read_rows
@@ -93,7 +93,7 @@ def learn_answers(rows: Sequence[Row], task: Task) -> Answers:
     return Answers(schema, len(labels), len(properties), len(rows))
 
 
-def common_system_prompt(rows: Sequence[Row]) -> str | None:
+def find_common_system_prompt(rows: Sequence[Row]) -> str | None:
     """Return the system message that all rows begin with, or None if they differ or have none."""
     prompts = {row.messages[0].content if row.messages[0].role == "system" else None for row in rows}
     return prompts.pop() if len(prompts) == 1 else None
@@ -132,7 +132,7 @@ def export_gguf(
         vocabulary,
         quantization,
         name,
-        lambda done, total: progress(logger, done, total, "tensors written"),
+        lambda done, total: show_progress(logger, done, total, "tensors written"),
     )
     written_s = time.perf_counter() - start
     reader = GGUFReader(path)
@@ -140,7 +140,7 @@ def export_gguf(
     found = read_gguf_vocabulary(reader)
     if found != vocabulary:
         raise InputError(f"{path} holds another vocabulary than was written", "run again: dvc repro export")
-    texts = [conversation_text(tokenizer, row) for row in rows]
+    texts = [render_conversation(tokenizer, row) for row in rows]
     equal = count_equal(found, tokenizer, texts, path)
     if equal < len(texts):
         logger.warning(
@@ -164,7 +164,7 @@ def export_gguf(
     return evidence, {"gguf_mib_per_s": round(size_mib / written_s, 1), "gguf_write_s": round(written_s, 2)}
 
 
-def conversation_text(tokenizer: Any, row: Row) -> str:
+def render_conversation(tokenizer: Any, row: Row) -> str:
     """Return a row as the chat template writes it, answer included."""
     conversation = [{"role": m.role, "content": m.content} for m in row.messages]
     return str(tokenizer.apply_chat_template(conversation, tokenize=False))
@@ -181,14 +181,14 @@ def write_modelfile(folder: Path, system_prompt: str | None) -> bool:
     return chat_format is not None
 
 
-def version_of(folder: Path, base: Path, adapter: Path) -> str:
+def compute_version(folder: Path, base: Path, adapter: Path) -> str:
     """Return 12 hex digits that name what is served: the tokenizer, and the GGUF or base and adapter."""
     files = [path for path in sorted(folder.iterdir()) if path.name in (GGUF, *TOKENIZER_FILES)]
     if not (folder / GGUF).exists():
         files += [*sorted(base.glob("*.safetensors")), *sorted(adapter.iterdir())]
     whole = hashlib.sha256()
     for path in files:
-        whole.update(f"{path.name}\0{sha256_of(path)}\n".encode())
+        whole.update(f"{path.name}\0{hash_file(path)}\n".encode())
     return whole.hexdigest()[:12]
 
 
@@ -210,7 +210,7 @@ def main() -> None:
     rows = read_rows(artifacts("split") / "train.parquet")
     task = read_task()
     answers = learn_answers(rows, task)
-    system_prompt = common_system_prompt(rows)
+    system_prompt = find_common_system_prompt(rows)
     gguf: dict[str, Any] | None = None
     speed: dict[str, float] = {}
     with atomic_dir(artifacts("export")) as folder:
@@ -221,7 +221,7 @@ def main() -> None:
         corpus = encode_corpus(load_tokenizer(base), rows, settings.draft_rows)
         write_corpus(folder / "draft_corpus.npz", corpus)
         serving = {
-            "adapter_sha256": sha256_of(adapter / "adapter_model.safetensors"),
+            "adapter_sha256": hash_file(adapter / "adapter_model.safetensors"),
             "answer_schema": answers.schema,
             "base_model": fetched["name"],
             "base_revision": fetched["revision"],
@@ -230,7 +230,7 @@ def main() -> None:
             "name": name,
             "system_prompt": system_prompt,
             "task": task.describe(),
-            "version": version_of(folder, base, adapter),
+            "version": compute_version(folder, base, adapter),
         }
         write_serving(folder / "serving.json", serving)
     evidence = {key: value for key, value in asdict(answers).items() if key != "schema"}

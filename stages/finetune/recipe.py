@@ -10,9 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from stages.common.adapter import InitialAdapter
-from stages.common.artifacts import sha256_of
+from stages.common.artifacts import hash_file
 from stages.common.chat import Encoded
-from stages.common.records import canonical_json
+from stages.common.records import format_canonical_json
 
 # Modules of stages/common that decide the adapter, besides all files of this folder.
 SHARED_CODE = ("adapter.py", "models.py")
@@ -52,10 +52,10 @@ def compute_fingerprint(
         "rows": hashlib.sha256(
             json.dumps([[e.prompt_length, e.input_ids] for e in examples]).encode()
         ).hexdigest(),
-        "base": {p.name: sha256_of(p) for p in sorted(base.iterdir()) if p.is_file()},
-        "initial": {p.name: sha256_of(p) for p in initial.files} if initial else {},
-        "code": {p.name: sha256_of(p) for p in sorted(here.glob("*.py"))},
-        "shared_code": {p.name: sha256_of(p) for p in shared},
+        "base": {p.name: hash_file(p) for p in sorted(base.iterdir()) if p.is_file()},
+        "initial": {p.name: hash_file(p) for p in initial.files} if initial else {},
+        "code": {p.name: hash_file(p) for p in sorted(here.glob("*.py"))},
+        "shared_code": {p.name: hash_file(p) for p in shared},
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
     }
-    return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:16]
+    return hashlib.sha256(format_canonical_json(parts).encode()).hexdigest()[:16]

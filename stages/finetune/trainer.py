@@ -22,7 +22,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from stages.common.chat import Encoded
 from stages.common.errors import InputError
-from stages.common.logs import get_logger, progress
+from stages.common.logs import get_logger, show_progress
 from stages.finetune.answer_loss import compute_mean_loss, cross_entropy_sum
 from stages.finetune.batches import count_tokens, plan_batches
 from stages.finetune.checkpoints import (
@@ -85,7 +85,7 @@ class TrainingMonitor(TrainerCallback):
         speed = sum(self.tokens_of_step[self.first_step : state.global_step]) / elapsed
         left = int(sum(self.tokens_of_step[state.global_step :]) / speed)
         note = f"loss {logs['loss']:.4f}, {speed:.0f} tokens/s, {left // 60}:{left % 60:02d} left"
-        progress(logger, state.global_step, state.max_steps, note)
+        show_progress(logger, state.global_step, state.max_steps, note)
         if state.global_step == self.first_step + ESTIMATED_AFTER_STEPS:
             end = datetime.now().astimezone() + timedelta(seconds=left)
             logger.info(

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from stages.common.artifacts import artifacts, reports
-from stages.common.dvc_lock import Lock, disagreements
+from stages.common.dvc_lock import Lock, find_disagreements
 from stages.common.licenses import to_spdx
-from stages.common.records import Row, canonical_json
+from stages.common.records import Row, format_canonical_json
 from stages.model_card.evidence import BEFORE, SIDES, Evidence, find_metric
 
 # Metrics without which there is no card. `a.b.c`: key c of key b of reports/a/metrics.json.
@@ -132,7 +132,7 @@ def _check_results(report: Mapping[str, Any]) -> list[str]:
             where = f"evaluate.{kind}.{name}"
             values = [found.get(key) for key in ("value", "low", "high", "n")]
             if any(not isinstance(value, int | float) or not math.isfinite(value) for value in values):
-                problems.append(f"{where} is not a number with an interval: {canonical_json(found)}")
+                problems.append(f"{where} is not a number with an interval: {format_canonical_json(found)}")
                 continue
             if found["low"] > found["high"]:
                 problems.append(f"{where}.low is {found['low']}, above its high ({found['high']})")
@@ -196,7 +196,7 @@ def check_lock(lock: Lock, paths: Sequence[Path]) -> list[str]:
     if len(absent) == len(BEFORE):
         return ["dvc.lock is not there, or empty: the files here were not made by DVC (dvc repro model_card)"]
     problems = [f"dvc.lock has no entry for {stage} (dvc repro {stage})" for stage in absent]
-    return problems + disagreements(lock, paths)
+    return problems + find_disagreements(lock, paths)
 
 
 def check_plots(plots: Mapping[str, Path]) -> list[str]:

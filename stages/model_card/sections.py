@@ -10,8 +10,8 @@ from typing import Any
 
 from stages.common.artifacts import artifacts
 from stages.common.dvc_lock import Lock
-from stages.common.markdown import code
-from stages.common.records import Row, canonical_json
+from stages.common.markdown import format_code
+from stages.common.records import Row, format_canonical_json
 from stages.model_card.evidence import SECTIONS, Evidence
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
@@ -143,7 +143,7 @@ def _error_limits(report: Mapping[str, Any]) -> Iterator[str]:
         weakest = sorted(by_value.items(), key=lambda item: (item[1]["high"], item[1]["value"], item[0]))
         if len(weakest) > 1:
             each = "; ".join(
-                f"{code(value)} {_with_interval(part)} on {_many(part['n'], 'row')} "
+                f"{format_code(value)} {_with_interval(part)} on {_many(part['n'], 'row')} "
                 f"in {_many(part['groups'], 'group')}"
                 for value, part in weakest[:WEAKEST_SHOWN]
             )
@@ -153,12 +153,12 @@ def _error_limits(report: Mapping[str, Any]) -> Iterator[str]:
 def _label_limits(report: Mapping[str, Any], split: Mapping[str, Any]) -> Iterator[str]:
     if report["confusions"]:
         each = "; ".join(
-            f"{code(c['expected'])} answered as {code(c['answered'])} ({c['n']})"
+            f"{format_code(c['expected'])} answered as {format_code(c['answered'])} ({c['n']})"
             for c in report["confusions"][:WEAKEST_SHOWN]
         )
         yield f"Classes most often confused: {each}."
     if untested := split.get("labels_without_test_rows"):
-        yield f"Not tested, because too few groups have them: {', '.join(map(code, untested))}."
+        yield f"Not tested, because too few groups have them: {', '.join(map(format_code, untested))}."
 
 
 def _rejected_limits(
@@ -205,7 +205,7 @@ def list_lineage(lock: Lock) -> list[tuple[str, str]]:
         ("answers to the test", artifacts("evaluate")),
     )
     recorded = [(f"{what} (`{path}`)", found) for what, path in paths if (found := lock.hash_of(path))]
-    params = hashlib.sha256(canonical_json({s: lock.params[s] for s in SECTIONS}).encode()).hexdigest()
+    params = hashlib.sha256(format_canonical_json({s: lock.params[s] for s in SECTIONS}).encode()).hexdigest()
     return [*recorded, ("parameters (sha256 of the sections below as canonical JSON)", params)]
 
 
@@ -224,6 +224,6 @@ def render_card(context: Mapping[str, Any]) -> str:
         keep_trailing_newline=True,
         autoescape=False,
     )
-    environment.filters["code"] = code
+    environment.filters["code"] = format_code
     environment.filters["count"] = lambda n: f"{n:,}"
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(context)

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from stages.common.artifacts import (
     artifacts,
     atomic_dir,
+    hash_file,
     missing,
     reports,
-    sha256_of,
     write_json,
     write_text,
 )
@@ -78,7 +78,7 @@ def main() -> None:
     critical = [failure for failure in failures if failure["severity"] == "critical"]
     facts = {
         "critical_failures": len(critical),
-        "data_sha256": sha256_of(path),
+        "data_sha256": hash_file(path),
         "expectations_met": sum(result.success for result in results),
         "expectations_total": len(results),
         "rows": len(rows),

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.common.records import canonical_json
+from stages.common.records import format_canonical_json
 from stages.validate.suite import ExpectationResult, to_plain
 
 if TYPE_CHECKING:
@@ -123,6 +123,6 @@ def _row_line(row: Mapping[str, Any]) -> str:
 def _short(value: Any, limit: int = 80) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
-    text = value if isinstance(value, str) else canonical_json(value)
+    text = value if isinstance(value, str) else format_canonical_json(value)
     text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stages.common.errors import ParamsError
-from stages.common.params.checked_yaml import nearest
+from stages.common.params.checked_yaml import suggest_nearest
 from stages.common.records import ORIGINS, Row
 from stages.common.task.protocol import Task
 
@@ -158,7 +158,7 @@ def build_suite(specs: Sequence[Spec], columns: Iterable[str]) -> Any:
         if kind is None:
             known = [name for name in dir(gx.expectations) if name.startswith("Expect")]
             problems.append(
-                f"{spec.get('type')!r} is not an expectation{nearest(str(spec.get('type')), known)}"
+                f"{spec.get('type')!r} is not an expectation{suggest_nearest(str(spec.get('type')), known)}"
             )
             continue
         arguments = {key: _as_list(value) for key, value in spec.items() if key != "type"}
@@ -187,7 +187,7 @@ def _argument_problems(kind: Any, arguments: Mapping[str, Any], columns: Sequenc
         named = arguments.get(key)
         for column in [named] if isinstance(named, str) else named or []:
             if column not in columns and kind.__name__ != "ExpectColumnToExist":
-                yield f"there is no column {column!r}{nearest(str(column), columns)}"
+                yield f"there is no column {column!r}{suggest_nearest(str(column), columns)}"
 
 
 def _as_list(value: Any) -> Any:

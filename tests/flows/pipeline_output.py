@@ -10,7 +10,7 @@ import yaml
 
 from flows.registry.tracking import Registry, open_tracking
 from stages.common.artifacts import write_json
-from stages.common.dvc_lock import dvc_hash
+from stages.common.dvc_lock import compute_dvc_hash
 from stages.common.params.loading import load_params
 
 REPO = Path(__file__).resolve().parents[2]
@@ -74,7 +74,7 @@ def make_output(root, weights=b"weights", exact_match=0.86, **serving):
 def lock(root, **stages):
     """Write dvc.lock as it is after a run."""
     outs = [
-        {"path": path, "hash": "md5", "md5": dvc_hash(root / path)}
+        {"path": path, "hash": "md5", "md5": compute_dvc_hash(root / path)}
         for path in ("artifacts/finetune", "artifacts/export")
     ]
     entries = {"finetune": {"outs": outs}, **stages}

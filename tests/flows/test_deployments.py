@@ -14,7 +14,7 @@ from flows.common import prefect_api
 from flows.release.actions import LOCK
 from flows.watch.event import DRIFT_EVENT
 from stages.common import network
-from stages.common.locks import file_lock
+from stages.common.locks import hold_lock
 from tests.flows.toy import Api
 
 
@@ -163,7 +163,7 @@ def test_a_drift_event_has_the_retraining_executed_once_at_a_time_with_what_the_
         run = called_for(api, 1750000000.25, "FAILED")
         assert f"{finished.root}/artifacts/export/serving.json is not there" in run["state"]["message"]
 
-        with file_lock(finished.root / LOCK):  # a release, whose end the retraining waits for
+        with hold_lock(finished.root / LOCK):  # a release, whose end the retraining waits for
             first = called_for(api, None, "RUNNING")
             called_for(api, None, "CANCELLED")
         wait_until(lambda: runs_of(api, first["parameters"]["verdict"], "FAILED"), 90, "the first goes on")

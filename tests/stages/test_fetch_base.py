@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stages.common.artifacts import read_json, sha256_of
+from stages.common.artifacts import hash_file, read_json
 from stages.common.errors import InputError, TransientError
 from stages.fetch_base import find_in_folder, find_on_hub, main, normalize_license
 from tests.tiny import make_model, save_model
@@ -59,7 +59,7 @@ def write_wheel(folder: Path, files: dict[str, bytes], license_line: str = "Lice
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in members.items():
             archive.writestr(name, data)
-    return sha256_of(path)
+    return hash_file(path)
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_the_evidence_names_the_licence_the_revision_and_the_checksum(project, t
     evidence = read_json(Path("reports/fetch_base/metrics.json"))
     assert evidence["license"] == "Apache-2.0"
     assert evidence["revision"].startswith("sha256:")
-    assert evidence["sha256"] == sha256_of(Path("artifacts/fetch_base/model.safetensors"))
+    assert evidence["sha256"] == hash_file(Path("artifacts/fetch_base/model.safetensors"))
     assert evidence["parameters"] == sum(p.numel() for p in make_model().parameters())
     assert evidence["context_length"] == 512
     assert evidence["dtype"] == "bfloat16"
@@ -99,7 +99,7 @@ def test_fetching_twice_gives_the_same_bytes(project, tiny_folder):
     def digests():
         main()
         files = [*Path("artifacts/fetch_base").iterdir(), Path("reports/fetch_base/metrics.json")]
-        return {str(path): sha256_of(path) for path in files}
+        return {str(path): hash_file(path) for path in files}
 
     project(origin="folder", name=str(tiny_folder), license="apache-2.0")
     assert digests() == digests()

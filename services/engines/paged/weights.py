@@ -91,7 +91,7 @@ def read_safetensors(folder: Path) -> Weights:
     if not files:
         raise InputError(f"{folder} holds no model", "make it again: dvc repro fetch_base")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if (reason := why_not_llama(config)) is not None:
+    if (reason := check_llama(config)) is not None:
         raise EngineError(reason)
     tensors = {}
     for file in files:
@@ -116,7 +116,7 @@ def read_safetensors(folder: Path) -> Weights:
     return Weights(shape, tensors)
 
 
-def why_not_llama(config: dict[str, Any]) -> str | None:
+def check_llama(config: dict[str, Any]) -> str | None:
     """Return why the paged engine does not compute a model of this `config.json`; None if it does."""
     if config["model_type"] != "llama" or config.get("attention_bias") or config.get("mlp_bias"):
         return (

@@ -83,15 +83,15 @@ def check_section(document: Document, key: str, model: Any) -> tuple[Any, list[P
     ]
 
 
-def unknown_key(document: Document, loc: Loc, known: Iterable[str]) -> Problem:
+def describe_unknown_key(document: Document, loc: Loc, known: Iterable[str]) -> Problem:
     """Describe an unknown key, with the nearest known one."""
     value = _value_at(document.values, loc)
     shown = "" if isinstance(value, dict) else f" (value {_shown(value)})"
-    text = f"{'.'.join(map(str, loc))}: unknown key{shown}{nearest(str(loc[-1]), known)}"
+    text = f"{'.'.join(map(str, loc))}: unknown key{shown}{suggest_nearest(str(loc[-1]), known)}"
     return document.line(loc), text
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def suggest_nearest(word: str, known: Iterable[str]) -> str:
     """Return "; did you mean …?" with the nearest known word, or the list of them."""
     known = list(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
@@ -100,7 +100,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; known: {', '.join(known)}" if known else ""
 
 
-def duplicate_keys(node: yaml.Node) -> Iterator[Problem]:
+def find_duplicate_keys(node: yaml.Node) -> Iterator[Problem]:
     """Yield the keys that the file gives twice: YAML would take the last in silence."""
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
@@ -108,10 +108,10 @@ def duplicate_keys(node: yaml.Node) -> Iterator[Problem]:
             if key.value in seen:
                 yield key.start_mark.line + 1, f"{key.value}: given twice"
             seen.add(key.value)
-            yield from duplicate_keys(value)
+            yield from find_duplicate_keys(value)
     elif isinstance(node, yaml.SequenceNode):
         for item in node.value:
-            yield from duplicate_keys(item)
+            yield from find_duplicate_keys(item)
 
 
 class _Loader(yaml.SafeLoader):
@@ -137,7 +137,7 @@ def _described(document: Document, key: str, model: Any, error: ValidationError)
         loc = _without_tags(document.root, (key, *problem["loc"]))
         name = ".".join(map(str, loc))
         if problem["type"] == "extra_forbidden":
-            yield unknown_key(document, loc, _known_keys(model, problem["loc"]))
+            yield describe_unknown_key(document, loc, _known_keys(model, problem["loc"]))
         elif problem["type"] == "missing":
             yield document.line(loc), f"{name}: missing"
         else:

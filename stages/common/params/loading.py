@@ -20,9 +20,9 @@ from stages.common.params.checked_yaml import (
     Problem,
     Section,
     check_section,
-    duplicate_keys,
+    describe_unknown_key,
+    find_duplicate_keys,
     parse,
-    unknown_key,
 )
 from stages.common.params.loop import Flows, Monitoring
 from stages.common.params.services import Services
@@ -82,8 +82,8 @@ def load_params(path: str | Path = "params.yaml") -> Params:
     document = parse(path)
     _from_environment(document)
     models = {field.alias or name: field.annotation for name, field in Params.model_fields.items()}
-    found = list(duplicate_keys(document.root))
-    found += [unknown_key(document, (key,), models) for key in document.values if key not in models]
+    found = list(find_duplicate_keys(document.root))
+    found += [describe_unknown_key(document, (key,), models) for key in document.values if key not in models]
     sections = {}
     for key, model in models.items():
         if key not in document.values:

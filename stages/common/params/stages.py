@@ -13,7 +13,7 @@ from pydantic import Field, PlainValidator
 from pydantic_core import PydanticCustomError
 from typing_extensions import override
 
-from stages.common.params.checked_yaml import Section, nearest
+from stages.common.params.checked_yaml import Section, suggest_nearest
 from stages.common.params.types import Count, Positive, PositiveCount, Share
 
 AUTO: Literal["auto"] = "auto"
@@ -173,7 +173,7 @@ class Validate(Section):
             if known and kind not in known:
                 yield (
                     f"expectations.{index}",
-                    f"has no type that is an expectation{nearest(str(kind), known)}",
+                    f"has no type that is an expectation{suggest_nearest(str(kind), known)}",
                 )
 
 

@@ -47,7 +47,7 @@ def derive_schema(objects: Sequence[dict[str, Any]], label_key: str | None) -> S
     Args:
         label_key: whose values are the classes; None, or a key that no answer has: there are no classes.
     """
-    order = key_order(objects)
+    order = find_key_order(objects)
     if order is None:
         # Whatever order the schema had, it would be wrong for some of the answers.
         return {"type": "object"}
@@ -71,7 +71,7 @@ def _kinds(values: Sequence[Any]) -> Schema:
     return schema
 
 
-def key_order(objects: Sequence[dict[str, Any]]) -> list[str] | None:
+def find_key_order(objects: Sequence[dict[str, Any]]) -> list[str] | None:
     """Return one order of all keys that every object keeps, or None if there is none.
 
     Keys that never occur together keep the order in which they are first seen.

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from stages.common.records import canonical_json
-from stages.common.task.metrics import Metric, ratio, share
+from stages.common.records import format_canonical_json
+from stages.common.task.metrics import Metric, compute_ratio, compute_share
 
 # Above this a float cannot hold every whole number, so 2**53 + 1 and its float are not the same.
 MAX_EXACT_FLOAT = 2**53
@@ -37,7 +37,7 @@ class JsonAnswer:
     def slots(self, label_key: str | None) -> dict[str, str]:
         """Return every other key of the object, with its value as canonical JSON."""
         pairs = self.value.items() if self.is_object else ()
-        return {key: canonical_json(value) for key, value in pairs if key != label_key}
+        return {key: format_canonical_json(value) for key, value in pairs if key != label_key}
 
 
 def read_json_answer(text: str) -> JsonAnswer | None:
@@ -51,7 +51,7 @@ def read_json_answer(text: str) -> JsonAnswer | None:
         value = json.loads(
             text, object_pairs_hook=_object, parse_float=_number, parse_constant=_refuse_constant
         )
-        canonical = canonical_json(value)
+        canonical = format_canonical_json(value)
         canonical.encode("utf-8")
     except (ValueError, RecursionError):
         return None
@@ -74,16 +74,16 @@ def score_json(
     """
     known = [(a, r) for a, r in zip(answers, references, strict=True)]
     metrics = {
-        "exact_match": share([a is not None and a.canonical == r.canonical for a, r in known]),
-        "valid_output": share([is_valid(a, r, label_key) for a, r in known]),
+        "exact_match": compute_share([a is not None and a.canonical == r.canonical for a, r in known]),
+        "valid_output": compute_share([is_valid(a, r, label_key) for a, r in known]),
     }
     if label_key is not None:
-        metrics[f"{label_key}_accuracy"] = share(
+        metrics[f"{label_key}_accuracy"] = compute_share(
             [a is not None and a.label(label_key) == r.label(label_key) for a, r in known]
         )
     if any(r.is_object for r in references):
         metrics["slot_f1"] = Metric(
-            np.array([_slot_counts(a, r, label_key) for a, r in known], dtype=float), ratio, 1.0
+            np.array([_slot_counts(a, r, label_key) for a, r in known], dtype=float), compute_ratio, 1.0
         )
     return metrics
 

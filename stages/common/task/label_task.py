@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from typing_extensions import override
 
 from stages.common.task.label_metrics import score_f1
-from stages.common.task.metrics import Metric, share
+from stages.common.task.metrics import Metric, compute_share
 from stages.common.task.protocol import Schema, Task
 
 MEANINGS = {
@@ -83,9 +83,9 @@ class LabelTask(Task):
         answered = [self.read_class(answer) for answer in answers]
         expected = [reference.strip() for reference in references]
         return {
-            "accuracy": share([a == e for a, e in zip(answered, expected, strict=True)]),
+            "accuracy": compute_share([a == e for a, e in zip(answered, expected, strict=True)]),
             **score_f1(answered, expected),
-            "valid_output": share([label is not None for label in answered]),
+            "valid_output": compute_share([label is not None for label in answered]),
         }
 
     @override

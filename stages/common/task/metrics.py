@@ -40,7 +40,7 @@ class Metric:
         return Metric(self.columns, lambda sums: statistic(sums) / scale, 1.0)
 
 
-def perplexity(losses: Sequence[float], tokens: Sequence[int]) -> Metric:
+def compute_perplexity(losses: Sequence[float], tokens: Sequence[int]) -> Metric:
     """Return the perplexity of the reference answers: exp of the mean loss of a token, over all tokens.
 
     Args:
@@ -49,17 +49,19 @@ def perplexity(losses: Sequence[float], tokens: Sequence[int]) -> Metric:
     return Metric(np.stack([np.array(losses), np.array(tokens)], axis=1).astype(float), _exp_ratio, None)
 
 
-def share(hits: Sequence[bool]) -> Metric:
+def compute_share(hits: Sequence[bool]) -> Metric:
     """Return the share of rows that hit."""
-    return mean([float(hit) for hit in hits], scale=1.0)
+    return compute_mean([float(hit) for hit in hits], scale=1.0)
 
 
-def mean(values: Sequence[float], scale: float | None) -> Metric:
+def compute_mean(values: Sequence[float], scale: float | None) -> Metric:
     """Return the mean of one value a row."""
-    return Metric(np.stack([np.array(values, dtype=float), np.ones(len(values))], axis=1), ratio, scale)
+    return Metric(
+        np.stack([np.array(values, dtype=float), np.ones(len(values))], axis=1), compute_ratio, scale
+    )
 
 
-def ratio(sums: Floats) -> Floats:
+def compute_ratio(sums: Floats) -> Floats:
     """Return the first column over the second; 1 for nothing of nothing."""
     top, bottom = sums[..., 0], sums[..., 1]
     found: Floats = np.divide(top, bottom, out=np.ones_like(top), where=bottom > 0)
@@ -67,5 +69,5 @@ def ratio(sums: Floats) -> Floats:
 
 
 def _exp_ratio(sums: Floats) -> Floats:
-    found: Floats = np.exp(ratio(sums))
+    found: Floats = np.exp(compute_ratio(sums))
     return found

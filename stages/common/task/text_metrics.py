@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from stages.common.statistics import Floats
-from stages.common.task.metrics import Metric, mean, ratio, share
+from stages.common.task.metrics import Metric, compute_mean, compute_ratio, compute_share
 
 BLEU_ORDER = 4
 CHRF_ORDER = 6
@@ -30,30 +30,32 @@ def score_text(answers: Sequence[str], references: Sequence[str]) -> dict[str, M
     - `exact_match`: equal, but for space at the ends.
     - `rouge_l`: mean F1 of the longest common subsequence of words (rouge_score), 0 to 1.
     - `bleu`: corpus BLEU as sacrebleu computes it (exponential smoothing, the tokens of
-      `bleu_tokenizer`), 0 to 100.
+      `choose_bleu_tokenizer`), 0 to 100.
     - `length_ratio`: characters of all answers over those of all references; 1 is as long.
     """
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics import BLEU
 
     rouge = RougeScorer(["rougeL"], tokenizer=_Words())
-    counter = BLEU(effective_order=True, tokenize=bleu_tokenizer(references))
+    counter = BLEU(effective_order=True, tokenize=choose_bleu_tokenizer(references))
     pairs = list(zip(answers, references, strict=True))
     counted = [counter.sentence_score(a, [r]) for a, r in pairs]
     return {
-        "chrf": Metric(np.array([_chrf_counts(a, r) for a, r in pairs], dtype=float), chrf, 100.0),
-        "exact_match": share([a.strip() == r.strip() for a, r in pairs]),
-        "rouge_l": mean([rouge.score(r, a)["rougeL"].fmeasure for a, r in pairs], scale=1.0),
+        "chrf": Metric(np.array([_chrf_counts(a, r) for a, r in pairs], dtype=float), compute_chrf, 100.0),
+        "exact_match": compute_share([a.strip() == r.strip() for a, r in pairs]),
+        "rouge_l": compute_mean([rouge.score(r, a)["rougeL"].fmeasure for a, r in pairs], scale=1.0),
         "bleu": Metric(
             np.array([[*c.counts, *c.totals, c.sys_len, c.ref_len] for c in counted], dtype=float),
-            bleu,
+            compute_bleu,
             100.0,
         ),
-        "length_ratio": Metric(np.array([[len(a), len(r)] for a, r in pairs], dtype=float), ratio, None),
+        "length_ratio": Metric(
+            np.array([[len(a), len(r)] for a, r in pairs], dtype=float), compute_ratio, None
+        ),
     }
 
 
-def bleu_tokenizer(references: Sequence[str]) -> str:
+def choose_bleu_tokenizer(references: Sequence[str]) -> str:
     """Return sacrebleu's tokenizer for these texts: 13a, or one for scripts without spaces between words."""
     letters = [character for text in references for character in text if character.isalpha()]
     unspaced = [character for character in letters if is_unspaced(character)]
@@ -89,7 +91,7 @@ def is_unspaced(character: str) -> bool:
     return character > "\u0dff" and unicodedata.name(character, "").startswith(UNSPACED_SCRIPTS)
 
 
-def chrf(sums: Floats) -> Floats:
+def compute_chrf(sums: Floats) -> Floats:
     """Return chrF2 from hypothesis, reference and matching n-grams of each order (Popović 2015)."""
     hypothesis, reference, match = (sums[..., i::3] for i in range(3))
     counts = (hypothesis > 0) & (reference > 0)
@@ -106,7 +108,7 @@ def chrf(sums: Floats) -> Floats:
     return score
 
 
-def bleu(sums: Floats) -> Floats:
+def compute_bleu(sums: Floats) -> Floats:
     """Return BLEU from matching and total n-grams of each order and both lengths (Papineni et al. 2002).
 
     An order without a match counts as half a match, the next as a quarter (sacrebleu's "exp").

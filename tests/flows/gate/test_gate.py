@@ -20,8 +20,8 @@ from flows.gate.judge import judge, select_bias_tags
 from flows.gate.verdict import find_changed_files, format_verdict, read_verdict, write_verdict
 from services import parity
 from services.versions.aliases import ALIASES, Aliases, Challenger, read_aliases, write_aliases
-from stages.common.artifacts import read_json, sha256_of, write_json, write_text
-from stages.common.dvc_lock import dvc_hash
+from stages.common.artifacts import hash_file, read_json, write_json, write_text
+from stages.common.dvc_lock import compute_dvc_hash
 from stages.common.errors import InputError
 from stages.common.params.loading import load_params
 from stages.common.records import Message, make_row, write_rows
@@ -269,11 +269,11 @@ def test_a_card_must_be_there_whole_and_this_adapters(checkout):
     assert find_card_problems(checkout) == ["reports/model_card/README.md does not exist"]
     adapter = checkout / "artifacts/finetune/adapter_model.safetensors"
     write_text(adapter, "weights")
-    sha = sha256_of(adapter)
+    sha = hash_file(adapter)
     serving = {"name": "m", "version": "b" * 12, "adapter_sha256": sha}
     write_json(checkout / "artifacts/export/serving.json", serving)
     parts = "".join(f"\n## {name}\n\nsomething\n" for name in CARD_SECTIONS[:-1])
-    lineage = f"\n## Lineage\n\nadapter {dvc_hash(adapter.parent)}\n"
+    lineage = f"\n## Lineage\n\nadapter {compute_dvc_hash(adapter.parent)}\n"
     write_text(checkout / CARD, f"# Card\n{parts}{lineage}")
     assert find_card_problems(checkout) == []
     write_text(checkout / CARD, f"# Card\n{parts.replace('something', '', 1)}")
@@ -334,7 +334,7 @@ def make_version(root, version, seed):
         "task": {"kind": "text", "label_key": None, "labels": None},
         "answer_schema": None,
         "context_tokens": 512,
-        "adapter_sha256": sha256_of(weights),
+        "adapter_sha256": hash_file(weights),
     }
     write_json(export / "serving.json", about)
 
@@ -388,7 +388,7 @@ def project(tmp_path):
     write_json(tmp_path / "reports/evaluate/metrics.json", {"answer_limit_tokens": LIMIT})
     write_json(tmp_path / TASK_FILE, TextTask().describe())
     parts = "".join(f"\n## {name}\n\nsomething\n" for name in CARD_SECTIONS)
-    write_text(tmp_path / CARD, f"# Card\n{parts}{dvc_hash(tmp_path / 'artifacts/finetune')}\n")
+    write_text(tmp_path / CARD, f"# Card\n{parts}{compute_dvc_hash(tmp_path / 'artifacts/finetune')}\n")
     return tmp_path, environment
 
 

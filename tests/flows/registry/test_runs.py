@@ -20,7 +20,7 @@ from flows.registry.output import (
 from flows.registry.runs import format_note, register_candidate
 from flows.registry.tracking import open_tracking
 from stages.common.artifacts import write_json
-from stages.common.dvc_lock import dvc_hash
+from stages.common.dvc_lock import compute_dvc_hash
 from stages.common.errors import InputError
 from stages.common.params.loading import Params
 from stages.common.tag import Tag
@@ -145,7 +145,7 @@ def test_an_output_names_the_hashes_that_dvc_recorded(tmp_path):
     split = {"outs": [{"path": "artifacts/split", "hash": "md5", "md5": "recorded.dir"}]}
     lock(tmp_path, split=split)
     tags = read_output(tmp_path, "hand").tags
-    assert tags["dvc.adapter"] == dvc_hash(tmp_path / "artifacts/finetune")
+    assert tags["dvc.adapter"] == compute_dvc_hash(tmp_path / "artifacts/finetune")
     assert tags["dvc.data"] == "recorded.dir"
     assert tags["dvc.agrees"] == "true"
 
@@ -155,7 +155,7 @@ def test_files_that_dvc_did_not_see_are_recorded_as_such(tmp_path):
     write(tmp_path / "artifacts/finetune/adapter_config.json", '{"r": 8}')
     tags = read_output(tmp_path, "hand").tags
     assert tags["dvc.agrees"] == "false"
-    assert tags["dvc.adapter"] == dvc_hash(tmp_path / "artifacts/finetune")
+    assert tags["dvc.adapter"] == compute_dvc_hash(tmp_path / "artifacts/finetune")
 
 
 def test_one_output_has_one_key_and_another_run_of_dvc_another(tmp_path):

@@ -3,20 +3,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-from stages.common.locks import file_lock, try_file_lock
+from stages.common.locks import hold_lock, try_file_lock
 
 ROOT = Path(__file__).parents[3]
 # Adds to a number in a file; without turns, what another adds meanwhile is lost.
 COUNT = """
 import sys, time
 from pathlib import Path
-from stages.common.locks import file_lock
+from stages.common.locks import hold_lock
 
 number = Path("number")
 print("ready", flush=True)
 sys.stdin.readline()
 for _ in range(40):
-    with file_lock(Path("locks/of/number.lock")):
+    with hold_lock(Path("locks/of/number.lock")):
         value = int(number.read_text())
         time.sleep(0.002)
         number.write_text(str(value + 1))
@@ -24,9 +24,9 @@ for _ in range(40):
 HOLD = """
 import sys
 from pathlib import Path
-from stages.common.locks import file_lock
+from stages.common.locks import hold_lock
 
-with file_lock(Path("held.lock")):
+with hold_lock(Path("held.lock")):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -63,7 +63,7 @@ def test_a_killed_holder_lets_go(tmp_path):
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.communicate()
-    with file_lock(tmp_path / "held.lock"):
+    with hold_lock(tmp_path / "held.lock"):
         assert (tmp_path / "held.lock").read_text() == ""
 
 

@@ -37,7 +37,7 @@ def test_a_bug_keeps_its_traceback():
 
 
 def test_progress_is_sparse_and_ends_with_the_last_step():
-    done = run_stage("[progress(get_logger('finetune'), n, 500, 'loss 1') for n in range(1, 501)]")
+    done = run_stage("[show_progress(get_logger('finetune'), n, 500, 'loss 1') for n in range(1, 501)]")
     lines = done.stderr.splitlines()
     assert lines[-1] == "finetune: progress 500/500 loss 1"
     assert len(lines) < 5

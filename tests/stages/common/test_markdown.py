@@ -1,6 +1,6 @@
 import pytest
 
-from stages.common.markdown import code
+from stages.common.markdown import format_code
 
 
 @pytest.mark.parametrize(
@@ -16,4 +16,4 @@ from stages.common.markdown import code
     ],
 )
 def test_any_text_fits_into_a_table_cell(text, cell):
-    assert code(text) == cell
+    assert format_code(text) == cell

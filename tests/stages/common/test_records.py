@@ -3,7 +3,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from stages.common.errors import InputError
-from stages.common.records import Message, canonical_json, make_row, read_rows, write_rows
+from stages.common.records import Message, format_canonical_json, make_row, read_rows, write_rows
 
 
 def row(question="light on", answer='{"intent":"On"}', **more):
@@ -67,4 +67,4 @@ def test_other_columns_and_other_formats_are_refused(tmp_path):
 
 
 def test_canonical_json_is_one_text_per_value():
-    assert canonical_json({"b": 1, "a": "ü"}) == '{"a":"ü","b":1}'
+    assert format_canonical_json({"b": 1, "a": "ü"}) == '{"a":"ü","b":1}'

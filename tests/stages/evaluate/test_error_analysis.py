@@ -1,7 +1,7 @@
 from stages.common.records import Message, make_row
 from stages.common.task.json_task import JsonTask
 from stages.common.task.text_task import TextTask
-from stages.evaluate.error_analysis import Prediction, errors_md, list_errors
+from stages.evaluate.error_analysis import Prediction, format_errors_page, list_errors
 
 TASK = JsonTask("intent")
 
@@ -54,7 +54,7 @@ def test_texts_are_ranked_by_how_far_off_they_are():
 
 def test_the_page_shows_no_more_than_asked_for():
     found = list_errors(rows(5), predictions(*[""] * 5), predictions(*["no"] * 5), TASK)
-    page = errors_md(found, 9, [], shown=2, task=TASK)
+    page = format_errors_page(found, 9, [], shown=2, task=TASK)
     assert "5 of 9" in page
     assert "The 2 worst answers" in page
     assert page.count("`no`") == 2

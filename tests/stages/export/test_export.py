@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from stages import fetch_base
-from stages.common.artifacts import read_json, sha256_of, write_json
+from stages.common.artifacts import hash_file, read_json, write_json
 from stages.common.chat import encode_prompt
 from stages.common.errors import InputError
 from stages.common.models import load_tokenizer
@@ -94,7 +94,7 @@ def test_the_folder_holds_all_that_a_server_reads(project):
     ours, theirs = (load_tokenizer(Path("artifacts") / stage) for stage in ("export", "fetch_base"))
     assert encode_prompt(ours, messages) == encode_prompt(theirs, messages)
     assert serving() == {
-        "adapter_sha256": sha256_of(Path("artifacts/finetune/adapter_model.safetensors")),
+        "adapter_sha256": hash_file(Path("artifacts/finetune/adapter_model.safetensors")),
         "answer_schema": {
             "type": "object",
             "properties": {

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from stages.common.artifacts import read_json, write_json, write_text
-from stages.common.dvc_lock import dvc_hash
+from stages.common.dvc_lock import compute_dvc_hash
 from stages.common.errors import InputError
 from stages.common.records import Message, make_row, write_rows
 from stages.model_card.__main__ import main
@@ -146,13 +146,18 @@ def write_lock():
             "cmd": f"python -m stages.{stage}",
             "params": {"params.yaml": {stage: params[stage], "task.kind": "json"}},
             "outs": [
-                {"path": str(path), "hash": "md5", "md5": dvc_hash(path)} for path in paths if path.exists()
+                {"path": str(path), "hash": "md5", "md5": compute_dvc_hash(path)}
+                for path in paths
+                if path.exists()
             ],
         }
         for stage, paths in outs.items()
     }
     stages["evaluate"]["deps"] = [
-        {"path": "artifacts/split/test.parquet", "md5": dvc_hash(Path("artifacts/split/test.parquet"))}
+        {
+            "path": "artifacts/split/test.parquet",
+            "md5": compute_dvc_hash(Path("artifacts/split/test.parquet")),
+        }
     ]
     write_text(Path("dvc.lock"), yaml.safe_dump({"schema": "2.0", "stages": stages}))
 

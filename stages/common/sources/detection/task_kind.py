@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from stages.common.errors import InputError
 from stages.common.sources.files.entries import shorten
-from stages.common.sources.files.shapes import could_be_label, is_label_column
+from stages.common.sources.files.shapes import is_label_column, is_label_like
 
 Kind = Literal["json", "label", "text"]
 
@@ -63,7 +63,7 @@ def detect_task_kind(
     repeats = len(answers) / len(different)
     if is_label_column(answers):
         return TaskKind("label", None, f"{len(different):,} different short answers in {len(answers):,} rows")
-    if repeats > MAX_TEXT_REPEATS and all(map(could_be_label, different)):
+    if repeats > MAX_TEXT_REPEATS and all(map(is_label_like, different)):
         raise InputError(
             f"{len(different):,} different short answers in {len(answers):,} rows: labels with few rows "
             f"each, or texts; the commonest is {shorten(different.most_common(1)[0][0])}",

@@ -55,7 +55,7 @@ def show_bytes(text: str) -> str:
     return shown.encode("utf-8", errors="backslashreplace").decode("utf-8")
 
 
-def as_text(value: Any) -> str:
+def convert_to_text(value: Any) -> str:
     """Return a text as it is, and any other value as its JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 

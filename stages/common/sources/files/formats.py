@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from stages.common.errors import InputError
-from stages.common.params.checked_yaml import nearest
+from stages.common.params.checked_yaml import suggest_nearest
 from stages.common.sources.files.csv_records import Dialect, detect_dialect, read_csv
 from stages.common.sources.files.encodings import (
     check_encoding,
@@ -88,7 +88,7 @@ def detect_format(path: Path, options: FormatOptions | None = None) -> FileForma
     if head.startswith(PARQUET_MAGIC):
         return FileFormat("parquet", compression, None)
     refuse_binary(path, head)
-    suffix = inner_suffix(path)
+    suffix = get_inner_suffix(path)
     kind = options.format or SUFFIXES.get(suffix)
     if kind is None:
         raise InputError(
@@ -122,7 +122,7 @@ def read_entries(path: Path, format: FileFormat) -> Iterator[Entry]:
     return read_csv(path, encoding, format.dialect or Dialect(), format.column_names)
 
 
-def inner_suffix(path: Path) -> str:
+def get_inner_suffix(path: Path) -> str:
     """Return the suffix of a file's format in small letters: ".csv" for rows.csv.gz."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSED_SUFFIXES:
@@ -144,7 +144,8 @@ def _check_there(path: Path) -> None:
     have = sorted(p.name for p in folder.iterdir() if p.is_file()) if folder.is_dir() else []
     there = f"{folder} has {', '.join(have[:10])}" if have else f"{folder} has no files"
     raise InputError(
-        f"{path} does not exist ({there}){nearest(path.name, have)}", "correct the path in collect.sources"
+        f"{path} does not exist ({there}){suggest_nearest(path.name, have)}",
+        "correct the path in collect.sources",
     )
 
 

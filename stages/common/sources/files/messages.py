@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from stages.common.params.checked_yaml import nearest
+from stages.common.params.checked_yaml import suggest_nearest
 from stages.common.records import Message
 from stages.common.sources.files.entries import BadRow, Record, shorten
 from stages.common.sources.files.shapes import Shape
@@ -97,4 +97,4 @@ def _to_json(name: str, value: Any) -> str:
 
 
 def _nearest_of(name: str, fields: Record) -> str:
-    return nearest(name, map(str, fields))
+    return suggest_nearest(name, map(str, fields))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stages.common.errors import InputError
-from stages.common.records import ORIGINS, Message, Row, conversation_problem, make_row
+from stages.common.records import ORIGINS, Message, Row, find_conversation_problem, make_row
 from stages.common.sources import Collected, Rejected
 from stages.common.sources.files.csv_records import check_header
 from stages.common.sources.files.encodings import guess_encoding
@@ -21,7 +21,7 @@ from stages.common.sources.files.entries import (
     BadRow,
     Entry,
     Record,
-    as_text,
+    convert_to_text,
     count,
     is_encodable,
     show_bytes,
@@ -124,12 +124,14 @@ def to_row(
     """
     messages = check_conversation(to_messages(fields, shape), system_prompt)
     group = fields.get(columns.group) if columns.group else None
-    tags = {name: as_text(fields[name]) for name in columns.tags if fields.get(name) not in (None, "")}
+    tags = {
+        name: convert_to_text(fields[name]) for name in columns.tags if fields.get(name) not in (None, "")
+    }
     return make_row(
         messages,
         source,
         license,
-        group=as_text(group) if group not in (None, "") else None,
+        group=convert_to_text(group) if group not in (None, "") else None,
         tags=tags,
         origin=origin,
     )
@@ -144,7 +146,7 @@ def check_conversation(messages: Sequence[Message], system_prompt: str | None) -
     messages = list(messages)
     if system_prompt and messages and messages[0].role != "system":
         messages.insert(0, Message("system", system_prompt))
-    problem = conversation_problem(messages)
+    problem = find_conversation_problem(messages)
     if problem:
         raise BadRow("no_answer" if problem.startswith("no answer") else "wrong_messages", problem)
     if not all(is_encodable(message.content) for message in messages):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stages.common.errors import InputError
-from stages.common.params.checked_yaml import nearest
+from stages.common.params.checked_yaml import suggest_nearest
 from stages.common.sources.files.entries import Record, shorten
 from stages.common.sources.files.turns import is_conversation, parse_list
 
@@ -235,10 +235,10 @@ def _is_id(records: Sequence[Record], name: str) -> bool:
 def is_label_column(values: Sequence[str]) -> bool:
     """Return whether values are classes: short, on one line, each on average in at least three rows."""
     different = set(values)
-    return len(values) >= 3 * len(different) and len(different) > 1 and all(map(could_be_label, different))
+    return len(values) >= 3 * len(different) and len(different) > 1 and all(map(is_label_like, different))
 
 
-def could_be_label(value: str) -> bool:
+def is_label_like(value: str) -> bool:
     """Return whether a value is short and on one line."""
     return len(value) <= MAX_LABEL_CHARS and "\n" not in value
 
@@ -261,7 +261,7 @@ def _plain(name: str) -> str:
 
 
 def _without(path: Path, absent: Sequence[str], there: Sequence[str]) -> InputError:
-    lines = [f"{path} has no column {name!r}{nearest(name, there)}" for name in absent]
+    lines = [f"{path} has no column {name!r}{suggest_nearest(name, there)}" for name in absent]
     return InputError(
         "\n".join(lines) + f"\ncolumns: {', '.join(there)}",
         "correct the names in its entry of collect.sources (messages_column, or prompt_column and "

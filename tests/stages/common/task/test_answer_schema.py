@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from stages.common.task.answer_schema import derive_schema, fits, key_order, read_objects
+from stages.common.task.answer_schema import derive_schema, find_key_order, fits, read_objects
 
 ANSWERS = [
     {"intent": "On", "domain": "light", "area": "hall"},
@@ -28,11 +28,11 @@ def test_labels_and_keys_are_closed_and_values_are_held_to_their_kind():
 def test_the_keys_stand_in_the_order_in_which_answers_write_them():
     schema = derive_schema(ANSWERS, "intent")
     assert list(schema["properties"]) == ["intent", "domain", "area", "degrees"]
-    assert key_order([{"b": 1, "c": 1}, {"a": 1, "b": 1}]) == ["a", "b", "c"]
+    assert find_key_order([{"b": 1, "c": 1}, {"a": 1, "b": 1}]) == ["a", "b", "c"]
 
 
 def test_answers_whose_keys_have_no_common_order_are_held_to_no_order():
-    assert key_order([{"a": 1, "b": 1}, {"b": 1, "a": 1}]) is None
+    assert find_key_order([{"a": 1, "b": 1}, {"b": 1, "a": 1}]) is None
     assert derive_schema([{"a": 1, "b": 1}, {"b": 1, "a": 1}], "a") == {"type": "object"}
 
 

@@ -5,7 +5,7 @@ import pytest
 import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 
-from stages.common.task.text_metrics import bleu_tokenizer, score_text, split_words
+from stages.common.task.text_metrics import choose_bleu_tokenizer, score_text, split_words
 
 
 def value(metric):
@@ -85,7 +85,7 @@ def test_a_chinese_answer_with_one_character_less_is_nearly_right():
 )
 def test_bleu_of_every_script_is_that_of_sacrebleu(texts, tokenizer):
     answers = [text[:-1] for text in texts]
-    assert bleu_tokenizer(texts) == tokenizer
+    assert choose_bleu_tokenizer(texts) == tokenizer
     expected = sacrebleu.corpus_bleu(answers, [texts], tokenize=tokenizer).score
     assert value(score_text(answers, texts)["bleu"]) == pytest.approx(expected)
     expected = sacrebleu.corpus_chrf(answers, [texts]).score
