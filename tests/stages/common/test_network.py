@@ -35,10 +35,9 @@ def test_a_server_is_up_if_it_answers_without_an_error_of_its_own(status, up):
         assert network.get(url) == (status, b"true")
 
 
-@pytest.mark.parametrize(
-    "url", [f"http://127.0.0.1:{network.free_port()}/", "http://127.0.0.1:99999/", "nowhere"]
-)
+@pytest.mark.parametrize("url", ["http://127.0.0.1:{port}/", "http://127.0.0.1:99999/", "nowhere"])
 def test_an_address_without_a_server_is_not_up(url):
+    url = url.format(port=network.free_port())
     assert not network.is_up(url)
 
 
