@@ -180,7 +180,7 @@ def _running_server(root: Path) -> Iterator[None]:
     Raises:
         InputError: none answers.
     """
-    url = prefect_api.configured_url() or prefect_api.announced_url(root) or prefect_api.DEFAULT_URL
+    url = prefect_api.read_configured_url() or prefect_api.read_announced_url(root) or prefect_api.DEFAULT_URL
     if not prefect_api.is_up(url):
         fix = "start one with `make up`, or set PREFECT_API_URL"
         raise InputError(f"no Prefect server answers at {url}", fix)

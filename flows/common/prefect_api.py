@@ -36,7 +36,7 @@ FLUSH_S = 5.0
 Result = TypeVar("Result")
 
 
-def configured_url() -> str | None:
+def read_configured_url() -> str | None:
     """Return the API of the user's environment or Prefect profile, read without importing Prefect."""
     if url := os.environ.get("PREFECT_API_URL"):
         return url
@@ -62,7 +62,7 @@ def announce(root: Path, url: str) -> None:
     write_json(root / STATE / "server.json", {"url": url})
 
 
-def announced_url(root: Path) -> str | None:
+def read_announced_url(root: Path) -> str | None:
     """Return the API that `make up` recorded; it may be down by now."""
     try:
         return str(json.loads((root / STATE / "server.json").read_text(encoding="utf-8"))["url"])
@@ -95,10 +95,10 @@ class Api:
 @contextmanager
 def connect(root: Path) -> Iterator[Api]:
     """Set PREFECT_API_URL for the block; start a temporary server if none answers."""
-    if url := configured_url():
+    if url := read_configured_url():
         yield Api(url)
         return
-    for known in (announced_url(root), DEFAULT_URL):
+    for known in (read_announced_url(root), DEFAULT_URL):
         if known and is_up(known):
             with processes.set_variable("PREFECT_API_URL", known):
                 yield Api(known)
@@ -106,7 +106,8 @@ def connect(root: Path) -> Iterator[Api]:
     port = network.free_port()
     url = f"http://{network.LOOPBACK}:{port}/api"
     run_id = uuid.uuid4().hex
-    with processes.watchdog(run_id):  # it has a session of its own: a kill of this process does not end it
+    # The server has a session of its own: a kill of this process does not end it.
+    with processes.run_watchdog(run_id):
         with processes.set_variable(processes.RUN_ID_VARIABLE, run_id):
             process = start_temporary(port, root / STATE / "server.log")
         try:
@@ -187,10 +188,10 @@ def run_as_task(name: str, work: Callable[[], Result]) -> Result:
     from prefect.cache_policies import NO_CACHE
 
     options: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
-    return task(name=name, task_run_name=literal_name(name), **options)(work)()
+    return task(name=name, task_run_name=make_literal_name(name), **options)(work)()
 
 
-def literal_name(name: str) -> Callable[[], str]:
+def make_literal_name(name: str) -> Callable[[], str]:
     """Return `name` as Prefect's flow_run_name and task_run_name take it unchanged.
 
     They format a plain string as a template, so braces in it (a changed list in params.yaml) would raise.

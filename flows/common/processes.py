@@ -131,7 +131,7 @@ def terminate_orphans(run_id: str, termination: Sequence[tuple[signal.Signals, f
 
 
 @contextmanager
-def watchdog(run_id: str) -> Iterator[None]:
+def run_watchdog(run_id: str) -> Iterator[None]:
     """Have another process terminate what this run started if this process dies inside the block.
 
     The watchdog holds the reading end of a pipe; the kernel closes the writing end when this process

@@ -50,7 +50,7 @@ class Comparison:
 def read_results(root: Path) -> list[Comparison] | None:
     """Read the metrics that both models have; None without an evaluation."""
     path = root / reports("evaluate") / "metrics.json"
-    return comparisons(read_json(path)) if path.exists() else None
+    return list_comparisons(read_json(path)) if path.exists() else None
 
 
 def read_resolution(root: Path) -> str:
@@ -59,12 +59,12 @@ def read_resolution(root: Path) -> str:
     return found
 
 
-def card_path(root: Path) -> Path:
+def get_card_path(root: Path) -> Path:
     """Return the path of the model card."""
     return root / reports("model_card") / "README.md"
 
 
-def comparisons(metrics: dict[str, Any]) -> list[Comparison]:
+def list_comparisons(metrics: dict[str, Any]) -> list[Comparison]:
     """Pair the figures of base and tuned in the content of reports/evaluate/metrics.json."""
     base, tuned, difference = (metrics.get(part, {}) for part in ("base", "tuned", "difference"))
     names = [name for name in tuned if _is_figure(tuned[name]) and _is_figure(base.get(name))]
@@ -81,7 +81,7 @@ def comparisons(metrics: dict[str, Any]) -> list[Comparison]:
     ]
 
 
-def table(results: Sequence[Comparison]) -> list[dict[str, str]]:
+def build_table(results: Sequence[Comparison]) -> list[dict[str, str]]:
     """Return the rows of the table artifact."""
     return [
         {
@@ -94,7 +94,7 @@ def table(results: Sequence[Comparison]) -> list[dict[str, str]]:
     ]
 
 
-def terminal_table(results: Sequence[Comparison]) -> Table:
+def build_terminal_table(results: Sequence[Comparison]) -> Table:
     """Return the same rows for a terminal."""
     from rich.table import Table
     from rich.text import Text
@@ -102,7 +102,7 @@ def terminal_table(results: Sequence[Comparison]) -> Table:
     shown = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("metric", "base", "tuned", "difference"):
         shown.add_column("" if column == "metric" else column, no_wrap=True)
-    for row in table(results):
+    for row in build_table(results):
         shown.add_row(*map(Text, row.values()))  # metrics are named after the user's keys: not as markup
     return shown
 

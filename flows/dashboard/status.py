@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flows.common.prefect_api import announced_url
+from flows.common.prefect_api import read_announced_url
 from flows.gate.verdict import GateVerdict, read_verdict_file
 from flows.release.canary import read_trials
 from flows.retrain import progress
@@ -202,7 +202,7 @@ def _flows(root: Path, params: Params) -> dict[str, Any]:
     """Return the last run of each flow, from Prefect's API; `up` is False where none answers."""
     import httpx
 
-    api = os.environ.get("PREFECT_API_URL") or announced_url(root)
+    api = os.environ.get("PREFECT_API_URL") or read_announced_url(root)
     api = (api or f"http://127.0.0.1:{params.flows.pages.prefect}/api").rstrip("/")
     found: dict[str, Any] = {}
     try:

@@ -28,7 +28,7 @@ from typing import Any
 
 from flows.common import processes
 from flows.common.cli import run_command
-from flows.demo.checkout import checkout_environment, make_checkout, run_python
+from flows.demo.checkout import build_checkout_environment, make_checkout, run_python
 from flows.demo.poison import train_poisoned
 from flows.demo.replay import ReplayResult, replay
 from flows.demo.report import REPORT, Accuracy, DemoResult, Step, format_share, write_report
@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(root: Path) -> int:
     """Run the demo; return the exit code. Whatever it starts ends with this process."""
     run_id = uuid.uuid4().hex
-    with processes.watchdog(run_id), processes.set_variable(processes.RUN_ID_VARIABLE, run_id):
+    with processes.run_watchdog(run_id), processes.set_variable(processes.RUN_ID_VARIABLE, run_id):
         _run(root)
     return 0
 
@@ -142,7 +142,7 @@ def show(root: Path) -> int:
     if not (checkout / REPORT / "report.json").exists():
         raise InputError("the demo has not run yet", "make demo")
     os.chdir(checkout)
-    os.execve(sys.executable, [sys.executable, "-m", "flows.up"], checkout_environment(checkout))
+    os.execve(sys.executable, [sys.executable, "-m", "flows.up"], build_checkout_environment(checkout))
 
 
 def make_overrides(params: Params) -> dict[str, Any]:
@@ -176,7 +176,7 @@ def _run(root: Path) -> None:
         accuracy, drift = _run_loop(demo, params)
     poisoned = _reject_poisoned(demo)
     minutes = (time.monotonic() - demo.began) / 60
-    retraining = last_retraining(checkout)
+    retraining = read_last_retraining(checkout)
     text = write_report(checkout, DemoResult(demo.steps, accuracy, drift, retraining, poisoned, minutes))
     report = (checkout / REPORT).relative_to(root)
     sys.stdout.write(f"\n{text}\nreport  {report}\npages   perennial demo --show\n")
@@ -203,7 +203,7 @@ def _run_loop(demo: DemoRun, params: Params) -> tuple[Accuracy, str]:
     former = _champion(checkout)
     with demo.step("it retrains, passes the gate and a canary") as recorded:
         recorded += _retrain(demo)
-        retraining = last_retraining(checkout)
+        retraining = read_last_retraining(checkout)
         recorded.append(f"{retraining.outcome}: {retraining.summary}")
     with demo.step("users ask again") as recorded:
         old, new = demo.ask(OLD, JUDGED_REQUESTS), demo.ask(NEW, JUDGED_REQUESTS)
@@ -239,7 +239,7 @@ def _retrain(demo: DemoRun) -> list[ReplayResult | str]:
     return replays
 
 
-def last_retraining(checkout: Path) -> progress.RetrainResult:
+def read_last_retraining(checkout: Path) -> progress.RetrainResult:
     """Return the result of the demo's retraining.
 
     Raises:
@@ -295,7 +295,7 @@ def _everything_up(checkout: Path, url: str) -> Iterator[None]:
 
 def _start(checkout: Path, module: str, log: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", module]
-    return processes.start(command, log, folder=checkout, environment=checkout_environment(checkout))
+    return processes.start(command, log, folder=checkout, environment=build_checkout_environment(checkout))
 
 
 def _reset(checkout: Path) -> None:

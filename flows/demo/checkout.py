@@ -121,7 +121,7 @@ def _share_cache(root: Path, folder: Path) -> None:
         config.setdefault("cache", {})["dir"] = str(cache)
 
 
-def checkout_environment(folder: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
+def build_checkout_environment(folder: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the environment for commands in a checkout: this Python first, none of the project's modules.
 
     `python -m` puts the current folder first on the import path, so a checkout runs its own code. Its Prefect
@@ -156,7 +156,7 @@ def run_python(
     with Popen(
         [sys.executable, *arguments],
         cwd=folder,
-        env=checkout_environment(folder, environment),
+        env=build_checkout_environment(folder, environment),
         stdout=PIPE,
         stderr=STDOUT,
         text=True,

@@ -105,7 +105,7 @@ def _lexicon(language: str) -> Lexicon:
 
 
 @cache
-def wing_lexicon() -> Lexicon:
+def load_wing_lexicon() -> Lexicon:
     """Return the English lexicon with the rooms and devices of the new wing and no others."""
     with WING.open(encoding="utf-8", newline="") as lines:
         things = [Device(record["name"], record["domain"]) for record in csv.DictReader(lines)]
@@ -118,7 +118,7 @@ def wing_lexicon() -> Lexicon:
 
 @cache
 def _whole_house() -> Lexicon:
-    old, new = _lexicon("en"), wing_lexicon()
+    old, new = _lexicon("en"), load_wing_lexicon()
     return replace(old, areas=old.areas + new.areas, devices=old.devices + new.devices)
 
 
@@ -144,7 +144,7 @@ def select_templates(model: TrafficModel, kind: Kind) -> list[Template]:
 
 def _can_name_the_wing(template: Template) -> bool:
     """Return whether a template has a slot for a room or device, and the wing has one of its kind."""
-    domains = {device.domain for device in wing_lexicon().devices}
+    domains = {device.domain for device in load_wing_lexicon().devices}
     return bool({"area", "name"} & set(template.combination.split("_"))) and (
         not template.domains or bool(domains & set(template.domains))
     )
@@ -233,7 +233,7 @@ def _usable(candidates: Sequence[Template], kind: Kind, pool_seed: int, template
 
 def _writer(kind: Kind, name: str) -> Writer:
     grammar = _grammar("de" if kind == "german" else "en")
-    lexicon = wing_lexicon() if kind == "wing" else _lexicon(grammar.language)
+    lexicon = load_wing_lexicon() if kind == "wing" else _lexicon(grammar.language)
     # A number of its own: with the seed of training the sentences would be those of training.
     return Writer(grammar, lexicon, int.from_bytes(sha256(f"traffic/{name}".encode()).digest()[:8], "big"))
 
@@ -249,7 +249,7 @@ def _write(writer: Writer, template: Template, kind: Kind, count: int) -> Iterat
 
 def _is_about_the_wing(text: str, label: str) -> bool:
     """Return whether a request names the new wing, and means the same in the whole house."""
-    wing, folded = wing_lexicon(), text.casefold()
+    wing, folded = load_wing_lexicon(), text.casefold()
     if not any(name in folded for name in (*wing.areas, *(device.name for device in wing.devices))):
         return False
     found = recognize(text, _grammar("en").intents, build_name_lists(_whole_house(), text))

@@ -77,7 +77,7 @@ def serve(root: Path, params: Params, candidate: str, champion: str | None) -> I
     run_id = uuid.uuid4().hex
     folder = make_folder(root, params, candidate, champion, run_id)
     port = network.free_port()
-    with processes.watchdog(run_id):
+    with processes.run_watchdog(run_id):
         process = _start(folder, root / LOG, run_id, port)
         try:
             url = f"http://127.0.0.1:{port}"
@@ -116,7 +116,7 @@ def format_private_params(params: Params, folder: Path) -> str:
         "requests_per_minute": None,
         "tokens_per_day": None,
     }
-    section["events"] |= {"url": events_url(folder), "retention_days": None}
+    section["events"] |= {"url": get_events_url(folder), "retention_days": None}
     guard = section["guard"]
     guard |= {key: "record" for key, value in guard.items() if value == "enforce"}
     guard |= {
@@ -127,7 +127,7 @@ def format_private_params(params: Params, folder: Path) -> str:
     return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
-def events_url(folder: Path) -> str:
+def get_events_url(folder: Path) -> str:
     """Return the URL of the event store in the server's folder."""
     return f"sqlite:///{folder / 'events.db'}"
 
@@ -174,7 +174,7 @@ def _start(folder: Path, log: Path, run_id: str, port: int) -> subprocess.Popen[
         **os.environ,
         "PYTHONPATH": path,
         # These override params.yaml.
-        "PERENNIAL_EVENTS_URL": events_url(folder),
+        "PERENNIAL_EVENTS_URL": get_events_url(folder),
         "PERENNIAL_KEYS_FILE": str(folder / "keys.json"),
         processes.RUN_ID_VARIABLE: run_id,
     }

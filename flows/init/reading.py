@@ -123,7 +123,7 @@ def _read_data_file(
     if is_guessed:
         options = replace(options, encoding=guess_encoding(path))
     collected = collect_file(path, license, origin, options, columns, None, "reject")
-    return DataFile(path, place_under_data(path, folder), options, columns, is_guessed, collected)
+    return DataFile(path, find_data_path(path, folder), options, columns, is_guessed, collected)
 
 
 def name_options(fix: str) -> str:
@@ -137,7 +137,7 @@ def _as_option(key: re.Match[str]) -> str:
     return f"--{key.group(1).replace('_', '-')}{value}"
 
 
-def place_under_data(path: Path, folder: Path | None) -> Path:
+def find_data_path(path: Path, folder: Path | None) -> Path:
     """Return where a file is under data/, relative to the project, or where it would be copied to."""
     inside = path.resolve()
     root = DATA.resolve()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from flows.common.summary import read_results, table
+from flows.common.summary import build_table, read_results
 from flows.registry.model_versions import (
     ADAPTER,
     download_adapter,
@@ -208,7 +208,7 @@ def format_note(root: Path, output: Output) -> str:
     start, trigger = output.tags["started_from"], output.tags["trigger"]
     origin = "a new adapter" if start == "base" else f"trained on from {start}"
     line = f"{output.tag}: {origin}; started by {trigger}."
-    results = table(read_results(root) or ())
+    results = build_table(read_results(root) or ())
     if not results:
         return line
     rows = [list(results[0]), ["---"] * len(results[0]), *(list(row.values()) for row in results)]

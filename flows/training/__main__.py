@@ -72,7 +72,7 @@ def _run(root: Path, options: argparse.Namespace) -> int:
         api.wait()
         if api.is_temporary:
             console.hide_links()
-        state = training.with_options(flow_run_name=prefect_api.literal_name(run.name))(
+        state = training.with_options(flow_run_name=prefect_api.make_literal_name(run.name))(
             force=options.force, until=options.until, return_state=True
         )
         stopped_by = run.processes.stopped_by
@@ -113,10 +113,10 @@ def _show_result(root: Path, name: str, result: PipelineResult, seconds: float) 
     summarised = ", ".join(f"{len(stages)} {how}" for how, stages in counts.items() if stages)
     terminal.print(Text.assemble("\n", (name, "bold"), f": {summarised}, in {_duration(seconds)}\n"))
     if results := summary.read_results(root):
-        terminal.print(summary.terminal_table(results))
+        terminal.print(summary.build_terminal_table(results))
         terminal.print("intervals from the test rows; p of a paired test", style="dim")
         terminal.print(f"{summary.read_resolution(root)}\n", style="dim")
-    where = {"card": summary.card_path(root), "figures": root / "reports" / "evaluate" / "metrics.json"}
+    where = {"card": summary.get_card_path(root), "figures": root / "reports" / "evaluate" / "metrics.json"}
     for what, path in where.items():
         if path.exists():
             terminal.print(f"{what:<8} {path.relative_to(root)}")

@@ -89,8 +89,8 @@ def _show_results(root: Path) -> None:
     results = summary.read_results(root)
     if results is not None:
         create_table_artifact(
-            summary.table(results), key="results", description="base against tuned, on the test rows"
+            summary.build_table(results), key="results", description="base against tuned, on the test rows"
         )
-    card = summary.card_path(root)
+    card = summary.get_card_path(root)
     if card.exists():
         create_markdown_artifact(card.read_text(encoding="utf-8"), key="model-card", description=str(card))

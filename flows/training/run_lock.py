@@ -97,7 +97,7 @@ def hold(root: Path, *, wait: bool = True) -> Iterator[RunLock]:
         lock = RunLock(folder, _own_record())
         os.environ[processes.RUN_ID_VARIABLE] = lock.run_id
         try:
-            with processes.watchdog(lock.run_id):
+            with processes.run_watchdog(lock.run_id):
                 yield lock
         finally:
             del os.environ[processes.RUN_ID_VARIABLE]

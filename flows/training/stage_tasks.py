@@ -22,7 +22,7 @@ from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
 from prefect.states import Cancelled, Completed, Failed
 
-from flows.common.prefect_api import literal_name
+from flows.common.prefect_api import make_literal_name
 from flows.training.all_cores import AllCores
 from flows.training.plan import StagePlan
 from flows.training.prepared_run import PreparedRun
@@ -82,7 +82,7 @@ def run_stages(run: PreparedRun, *, retries: int, retry_delay_s: float) -> Pipel
             body = _stage_body(run, stage.name, cores if stage.all_cores else None)
         stage_task = task(
             name=stage.name,
-            task_run_name=literal_name(stage.name),
+            task_run_name=make_literal_name(stage.name),
             retries=retries,
             retry_delay_seconds=retry_delay_s,
             retry_condition_fn=_retry_condition(ledger, stage.name),

@@ -55,9 +55,9 @@ def up(root: Path, params: Params) -> None:
     Raises:
         InputError: a port is taken; nothing was started.
     """
-    check_ports(ports(params))
+    check_ports(list_ports(params))
     programs = make_programs(root, params)
-    supervise(root, programs, prefect_api_url(params.flows.pages.prefect))
+    supervise(root, programs, get_prefect_api_url(params.flows.pages.prefect))
 
 
 def supervise(root: Path, programs: Sequence[Program], api: str) -> None:
@@ -70,7 +70,7 @@ def supervise(root: Path, programs: Sequence[Program], api: str) -> None:
     supervisor = Supervisor(programs, root, root / LOGS, root / UP_STATE)
     with ExitStack() as stack:
         stack.enter_context(call_on_signals(supervisor.stop))
-        stack.enter_context(processes.watchdog(run_id))
+        stack.enter_context(processes.run_watchdog(run_id))
         stack.enter_context(processes.set_variable(processes.RUN_ID_VARIABLE, run_id))
         # What programs started in sessions of their own is not in their groups.
         stack.callback(processes.terminate_orphans, run_id)
@@ -82,7 +82,7 @@ def supervise(root: Path, programs: Sequence[Program], api: str) -> None:
         logger.info("all ended")
 
 
-def ports(params: Params) -> dict[str, tuple[str, int]]:
+def list_ports(params: Params) -> dict[str, tuple[str, int]]:
     """Return what `make up` listens on: key of params.yaml -> host and port."""
     pages = params.flows.pages
     host, port = _prefect_address(pages.prefect)
@@ -97,7 +97,7 @@ def ports(params: Params) -> dict[str, tuple[str, int]]:
     return wanted
 
 
-def prefect_api_url(port: int) -> str:
+def get_prefect_api_url(port: int) -> str:
     """Return where Prefect's API of `make up` answers."""
     host, port = _prefect_address(port)
     return f"http://{network.find_reachable_host(host)}:{port}/api"
@@ -109,7 +109,7 @@ def make_programs(root: Path, params: Params) -> tuple[Program, ...]:
     programs = [
         _dashboard(pages.dashboard),
         _prefect(pages.prefect),
-        _executor(prefect_api_url(pages.prefect)),
+        _executor(get_prefect_api_url(pages.prefect)),
         _service(root, services.host, services.port),
     ]
     if _mlflow_is_ours(tracking_url := params.flows.tracking.tracking_url):
@@ -131,7 +131,7 @@ def _dashboard(port: int) -> Program:
 
 
 def _prefect(port: int) -> Program:
-    api = prefect_api_url(port)
+    api = get_prefect_api_url(port)
     host, port = _prefect_address(port)
     return Program(
         "prefect",

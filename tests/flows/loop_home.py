@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import yaml
 
-from flows.demo.checkout import checkout_environment, make_checkout, override_params
+from flows.demo.checkout import build_checkout_environment, make_checkout, override_params
 from flows.registry.model_versions import list_recorded
 from flows.registry.tracking import Registry
 from monitoring.feedback.rows import HELD_OUT, read_labelled
@@ -146,7 +146,7 @@ def make_loop_home(folder: Path) -> LoopHome:
         {"prompt": ask, "completion": json.dumps(said), "team": said["team"]} for ask, said in tickets()[::2]
     )
     write_text(root / "data/tickets.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    environment = checkout_environment(
+    environment = build_checkout_environment(
         root,
         {
             "BENTOML_HOME": str(folder / "bentoml"),

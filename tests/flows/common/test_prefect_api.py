@@ -24,13 +24,13 @@ def home(tmp_path, monkeypatch):
 
 
 def test_the_users_own_api_is_found_in_the_environment_and_in_the_profile(home, monkeypatch):
-    assert prefect_api.configured_url() is None
+    assert prefect_api.read_configured_url() is None
     (home / "profiles.toml").write_text(PROFILES)
-    assert prefect_api.configured_url() == "http://prefect.example:4200/api"
+    assert prefect_api.read_configured_url() == "http://prefect.example:4200/api"
     monkeypatch.setenv("PREFECT_PROFILE", "home")
-    assert prefect_api.configured_url() is None
+    assert prefect_api.read_configured_url() is None
     monkeypatch.setenv("PREFECT_API_URL", "http://other.example/api")
-    assert prefect_api.configured_url() == "http://other.example/api"
+    assert prefect_api.read_configured_url() == "http://other.example/api"
 
 
 def test_a_server_that_make_up_announced_is_used(home, api):

@@ -1,4 +1,4 @@
-from flows.common.summary import comparisons, read_results, table, terminal_table
+from flows.common.summary import build_table, build_terminal_table, list_comparisons, read_results
 
 
 def figure(value: float, **more: float) -> dict[str, float]:
@@ -13,7 +13,7 @@ METRICS = {
 
 
 def test_metrics_of_both_models_are_paired_the_main_ones_first():
-    assert table(comparisons(METRICS)) == [
+    assert build_table(list_comparisons(METRICS)) == [
         {
             "metric": "exact match",
             "base": "0.02 (0.00 to 0.04)",
@@ -30,13 +30,13 @@ def test_metrics_of_both_models_are_paired_the_main_ones_first():
 
 
 def test_a_difference_without_a_test_is_shown_without_p():
-    (row,) = table(comparisons({"base": {"bleu": {"value": 1}}, "tuned": {"bleu": {"value": 3}}}))
+    (row,) = build_table(list_comparisons({"base": {"bleu": {"value": 1}}, "tuned": {"bleu": {"value": 3}}}))
 
     assert row == {"metric": "bleu", "base": "1.00", "tuned": "3.00", "difference": "+2.00"}
 
 
 def test_the_terminal_shows_one_row_a_metric():
-    assert terminal_table(comparisons(METRICS)).row_count == 2
+    assert build_terminal_table(list_comparisons(METRICS)).row_count == 2
 
 
 def test_there_are_no_results_before_the_evaluation(tmp_path):

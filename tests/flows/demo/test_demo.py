@@ -7,7 +7,7 @@ import time
 import psutil
 import pytest
 
-from flows.demo.__main__ import last_retraining
+from flows.demo.__main__ import read_last_retraining
 from flows.retrain import progress
 from stages.common.errors import InputError
 
@@ -16,11 +16,11 @@ LONG = "import time; time.sleep(600)"
 DEMO = f"""
 import pathlib, subprocess, sys
 from flows.demo import __main__ as demo
-from flows.demo.checkout import checkout_environment
+from flows.demo.checkout import build_checkout_environment
 
 def one_thing(root):
     long = [sys.executable, "-c", {LONG!r}]
-    subprocess.run(long, env=checkout_environment(root), start_new_session=True)
+    subprocess.run(long, env=build_checkout_environment(root), start_new_session=True)
 
 demo._run = one_thing
 demo.run(pathlib.Path("."))
@@ -48,7 +48,7 @@ def test_what_a_killed_demo_started_ends_with_it():
 
 def test_a_demo_without_a_retraining_says_so(tmp_path):
     with pytest.raises(InputError, match="triggered no retraining"):
-        last_retraining(tmp_path)
+        read_last_retraining(tmp_path)
     state = progress.start(tmp_path, "drift", "w1", "m:1", since=0.0)
     result = progress.finish(tmp_path, state, "promoted", "better")
-    assert last_retraining(tmp_path) == result
+    assert read_last_retraining(tmp_path) == result

@@ -18,9 +18,9 @@ from flows.demo.traffic import (
     KINDS,
     Request,
     TrafficModel,
+    load_wing_lexicon,
     read_traffic_model,
     select_templates,
-    wing_lexicon,
     write_traffic,
 )
 from stages.common.errors import InputError
@@ -71,7 +71,7 @@ def test_known_requests_are_of_the_templates_that_were_trained_on():
 
 
 def test_every_request_of_the_new_wing_names_something_that_training_never_saw():
-    wing, old = wing_lexicon(), read_lexicon("en")
+    wing, old = load_wing_lexicon(), read_lexicon("en")
     names = {*wing.areas, *(device.name for device in wing.devices)}
     assert not names & {*old.areas, *old.floors, *(device.name for device in old.devices)}
     for request in some("wing"):
@@ -81,7 +81,7 @@ def test_every_request_of_the_new_wing_names_something_that_training_never_saw()
 
 def test_no_name_of_the_wing_holds_a_room_of_the_old_house():
     places = {*read_lexicon("en").areas, *read_lexicon("en").floors}
-    wing = wing_lexicon()
+    wing = load_wing_lexicon()
     for name in (*wing.areas, *(device.name for device in wing.devices)):
         assert not any(f" {place} " in f" {name} " for place in places), name
 

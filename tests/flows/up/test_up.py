@@ -210,8 +210,8 @@ def test_mlflow_elsewhere_is_not_started_here(params, tmp_path):
     assert ours == {"dashboard", "prefect", "executor", "service", "mlflow", "evidently"}
     elsewhere = with_tracking(params, "https://mlflow.example.org")
     assert "mlflow" not in {program.name for program in up.make_programs(tmp_path, elsewhere)}
-    assert "flows.pages.mlflow" in up.ports(params)
-    assert "flows.pages.mlflow" not in up.ports(elsewhere)
+    assert "flows.pages.mlflow" in up.list_ports(params)
+    assert "flows.pages.mlflow" not in up.list_ports(elsewhere)
 
 
 def test_a_database_password_is_no_argument_of_a_process(params, tmp_path):
