@@ -168,7 +168,7 @@ def count_floors(graph: dict[str, set[str]]) -> int:
 
 
 def name_of(path: Path, root: Path) -> str:
-    """Return the dotted name of a module; a package's `__init__` bears the package's."""
+    """Return the dotted name of a module; a package's `__init__` has the package's name."""
     return ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
 
 

@@ -1,6 +1,6 @@
-"""Take the pictures of the dashboard anew, from a checkout that `make up` or `make demo` runs in.
+"""Take the pictures of the dashboard again, from a checkout that `make up` or `make demo` runs in.
 
-Reads nothing; writes dashboard-light.png and dashboard-dark.png beside this file.
+Reads nothing; writes dashboard-light.png and dashboard-dark.png next to this file.
 
     python docs/images/dashboard.py http://127.0.0.1:8000/
 """

@@ -1,6 +1,6 @@
-"""Take the pictures of the playground anew, from a service that runs with a challenger.
+"""Take the pictures of the playground again, from a service that runs with a challenger.
 
-Reads nothing; writes playground-light.png and playground-dark.png beside this file.
+Reads nothing; writes playground-light.png and playground-dark.png next to this file.
 
     python docs/images/playground.py http://127.0.0.1:3000/ "dim the string bulbs in the hallway"
 

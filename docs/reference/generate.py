@@ -25,7 +25,7 @@ from tests.environments.wheels import GLIBC_MINOR, MACOS, PYTHONS
 
 ROOT = Path(__file__).parents[2]
 HERE = ROOT / "docs" / "reference"
-# Licences that a package's metadata does not say in a few words, read in its licence file.
+# Licences that a package's metadata does not give as an expression, read in its licence file.
 LICENSES = {
     "accelerate": "Apache-2.0",
     "axe-playwright-python": "MIT",
@@ -40,7 +40,7 @@ Lines = dict[tuple[str, ...], tuple[str, str]]
 def shipped_lines(text: str) -> Lines:
     """Return the value and comment of each key as params.yaml writes them, by the keys that lead to it.
 
-    An entry of a list, and one that is shown in a comment only, stands under the list's key, and under that
+    An entry of a list, and one that is shown in a comment only, is under the list's key, and under that
     and the entry's kind, where it begins with one.
     """
     found: Lines = {}
@@ -106,9 +106,9 @@ def table(model: type[Section], lines: Lines, path: tuple[str, ...]) -> Iterator
         found = next((lines[(*place, name)] for place in places if (*place, name) in lines), None)
         value, comment = found or (default_of(field), "")
         if name == "kind" and len(typing.get_args(field.annotation)) == 1:
-            value, comment = typing.get_args(field.annotation)[0], "says which kind of source the entry is"
+            value, comment = typing.get_args(field.annotation)[0], "the kind of source"
         if not comment:
-            raise SystemExit(f"params.yaml: {name} of {model.__name__} has no comment that says what it does")
+            raise SystemExit(f"params.yaml: {name} of {model.__name__} has no comment that describes it")
         value = value if len(value) <= 40 else value[:37] + "…"
         words = type_words(field.annotation, tuple(field.metadata))
         shown = f"`{value}`" if value and not value.startswith(">") else "…"
