@@ -20,9 +20,10 @@ from flows.registry.model_versions import download_adapter, download_file, find_
 from flows.registry.tracking import Registry
 from services.versions.store import add_pipeline_output, list_versions
 from stages.common.adapter import list_adapter_files
-from stages.common.artifacts import STATE, artifacts, missing, read_json, reports, write_text
+from stages.common.artifacts import STATE, artifacts, missing, read_json, reports, write_json, write_text
 from stages.common.errors import InputError
 from stages.common.tag import Tag
+from stages.common.task.kinds import TASK_FILE
 
 log = logging.getLogger("flows.registry.restore")
 
@@ -74,7 +75,7 @@ def restore(registry: Registry, tag: str) -> str:
 
 
 def _make_checkout(registry: Registry, tag: str, folder: Path) -> None:
-    """Make a checkout for the stage `export`: links to files of this one, the adapter and its parameters."""
+    """Make a checkout for `export`: links into this one, and the version's adapter, task and parameters."""
     root = registry.root
     for path in NEEDED:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -84,6 +85,8 @@ def _make_checkout(registry: Registry, tag: str, folder: Path) -> None:
     downloaded = download_adapter(registry, tag, folder / "downloaded")
     for name in list_adapter_files(downloaded):
         shutil.copyfile(downloaded / name, adapter / name)
+    serving = read_json(download_file(registry, tag, "serving.json", folder / "downloaded"))
+    write_json(folder / TASK_FILE, serving["task"])
     values = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))
     recorded = yaml.safe_load(
         download_file(registry, tag, "params.yaml", folder / "downloaded").read_text(encoding="utf-8")

@@ -195,6 +195,8 @@ def wait_for(ready, seconds=60):
 def tiny(tmp_path_factory):
     """A finished pipeline of a model of a few thousand weights, exported by its stage."""
     from stages.common.records import Message, make_row, write_rows
+    from stages.common.task.json_task import JsonTask
+    from stages.common.task.kinds import TASK_FILE
     from stages.export import __main__ as export
     from tests.stages.export.test_export import save_adapter
     from tests.tiny import save_model
@@ -212,6 +214,7 @@ def tiny(tmp_path_factory):
         for question, answer in answers
     ]
     write_rows(root / "artifacts/split/train.parquet", rows)
+    write_json(root / TASK_FILE, JsonTask("intent").describe())
     write_json(root / "reports/fetch_base/metrics.json", {"name": "tiny", "revision": "1", "sha256": "00"})
     values = yaml.safe_load((REPO / "params.yaml").read_text())
     values["export"]["gguf"] = False
