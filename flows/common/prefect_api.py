@@ -165,6 +165,8 @@ def run_flow(root: Path, start: Callable[[], State[Any]]) -> Any:
     from flows.common import console
 
     with connect(root) as api:
+        import prefect.main  # noqa: F401  makes the terminal's handler, which the filter is added to
+
         console.hide_reported_errors()
         api.wait()
         if api.is_temporary:

@@ -93,7 +93,7 @@ def test_killed_at_every_step_before_users_see_it_the_same_retraining_goes_on_an
 
     done = home.retrain("once more")
     assert done.returncode == 0, done.stderr
-    assert f"going on with the retraining {one} (killed), at gate" in done.stderr
+    assert f"continuing the retraining {one} (killed) at step gate" in done.stderr
     assert done.stdout.startswith("rejected: by the gate"), done.stdout
     *earlier, ended = progress.read_history(home.root)
     assert earlier == known and (ended.id, ended.outcome) == (one, "rejected")
@@ -117,7 +117,7 @@ def test_killed_while_some_users_see_it_the_trial_goes_on_and_ends_in_one_promot
 
     done = home.retrain("once more")
     assert done.returncode == 0, done.stderr
-    assert f"going on with the retraining {left.id} (better training), at canary" in done.stderr
+    assert f"continuing the retraining {left.id} (better training) at step canary" in done.stderr
     assert done.stdout.startswith(f"promoted: {left.candidate}"), done.stdout
     *earlier, ended = progress.read_history(home.root)
     assert earlier == known and (ended.id, ended.outcome) == (left.id, "promoted")

@@ -92,7 +92,7 @@ def registry_away(production):
 def database_away(production):
     address = f"127.0.0.1:{free_port()}/events"
     production.change(EVENTS, f"postgresql+psycopg://me:secret@{address}")
-    return address, "see that the database runs"
+    return address, "check that the database is running"
 
 
 def folder_away(production):
@@ -102,7 +102,7 @@ def folder_away(production):
 
 def no_database(production):
     (production.root / ".perennial/events.db").write_text("no database at all, but longer than a header " * 9)
-    return "events.db", "see that the database runs"
+    return "events.db", "check that the database is running"
 
 
 def damaged_database(production):
@@ -112,13 +112,11 @@ def damaged_database(production):
     with path.open("r+b") as file:
         file.seek(size // 3 // 4096 * 4096)
         file.write(b"\xff" * (size // 3))
-    return "events.db", "see that the database runs"
+    return "events.db", "check that the database is running"
 
 
-@pytest.mark.parametrize(
-    "breaking", [registry_away, database_away, folder_away, no_database, damaged_database]
-)
-def test_what_is_away_or_broken_is_named_with_a_remedy_and_nothing_is_half_done(production, breaking):
+@pytest.mark.parametrize("breaking", [database_away, folder_away, no_database, damaged_database])
+def test_what_is_away_or_broken_is_named_with_its_fix_and_nothing_is_half_done(production, breaking):
     named, fix = breaking(production)
     before = production.files()
 
@@ -128,7 +126,7 @@ def test_what_is_away_or_broken_is_named_with_a_remedy_and_nothing_is_half_done(
     *log, error, last = done.stderr.splitlines()
     assert error.startswith("error: ") and named in error
     assert last.startswith("  fix: ") and fix in last
-    assert "Error" not in "".join(log), "told once, in words"
+    assert "Error" not in "".join(log), log
     assert "secret" not in done.stderr
     assert production.files() == before
 
@@ -150,7 +148,7 @@ def test_who_is_to_be_told_is_told_that_production_could_not_be_watched(producti
     assert production.watch().returncode == 1
 
     notice = json.loads(*posted)
-    assert notice["subject"] == "Perennial: production could not be watched"
+    assert notice["subject"] == "Perennial: production could not be checked"
     assert named in notice["body"] and fix in notice["body"]
 
 
@@ -170,5 +168,5 @@ def test_the_service_answers_while_the_registry_cannot_be_reached(production, tm
         finally:
             process.kill()
         statuses.append(ask(client, max_tokens=4).status_code)
-    assert process.returncode == 1 and "MLflow does not answer" in err
+    assert process.returncode == 0, err
     assert len(statuses) > 1 and set(statuses) == {200}
