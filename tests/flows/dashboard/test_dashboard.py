@@ -31,6 +31,12 @@ from tests.flows.loop_traces import (
 )
 
 
+@pytest.fixture(autouse=True)
+def unhurried(monkeypatch):
+    """Count all bins in one refresh, however slow the machine is."""
+    monkeypatch.setattr("flows.dashboard.status.COUNT_WITHIN_S", 600.0)
+
+
 @pytest.fixture
 def params(monkeypatch):
     """The shipped parameters, with addresses at which nobody listens."""
