@@ -15,9 +15,12 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def written(folder):
-    """When each file that stages write was last written."""
-    made = (path for part in ("artifacts", "reports") for path in (folder / part).rglob("*"))
-    return {path: path.stat().st_mtime_ns for path in made if path.is_file()}
+    """When each file was last written, git's own files left out."""
+    return {
+        path: path.stat().st_mtime_ns
+        for path in folder.rglob("*")
+        if path.is_file() and ".git" not in path.relative_to(folder).parts
+    }
 
 
 def rows(count, answers):
@@ -95,4 +98,5 @@ def test_a_poisoned_model_is_trained_on_wrong_answers_and_exported_once(tmp_path
     before = written(poisoned)
     assert train_poisoned(checkout, rows=24) == poisoned
     changed = {path for path, when in written(poisoned).items() if before.get(path) != when}
-    assert {path.name for path in changed} <= {"train.parquet"}
+    # The checkout is set up again; nothing is trained or exported a second time.
+    assert {path.name for path in changed} <= {"train.parquet", "params.yaml", "config.local"}

@@ -114,7 +114,8 @@ def test_killed_while_some_users_see_it_the_trial_goes_on_and_ends_in_one_promot
     assert home.versions()[left.candidate].gate == "passed"
     assert home.aliases.champion == before.champion
     # MLflow mirrors the file and may not know the challenger yet: the kill can fall between the two.
-    assert bearers(home)["champion"] == before.champion
+    mirrored = {"champion": before.champion, "challenger": left.candidate}
+    assert bearers(home) in (mirrored, {"champion": before.champion})
 
     done = home.retrain("once more")
     assert done.returncode == 0, done.stderr

@@ -246,7 +246,7 @@ def test_personal_data_is_found_by_the_kinds_that_are_asked_for():
     assert checks.check_personal_data("turn on the light").allow
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("unit", ["a ", "1a", "ab:", "é"])
 def test_a_mebibyte_of_anything_is_read_in_linear_time(unit):
     """The limit is far above what linear work takes, and far below what quadratic work does."""
@@ -255,7 +255,7 @@ def test_a_mebibyte_of_anything_is_read_in_linear_time(unit):
     checks.check_toxicity(conversation(text))
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     "unit",
     ["a", "a.", "a@", "x://", "://a:", "eyJ", ".eyJaaaaaaaaaa", "sk-", "password='", "A1 ", "-----BEGIN "],
