@@ -15,7 +15,8 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # All but gpu: vLLM's pins conflict with ours, and it has its own environment.
 LOCKED_EXTRAS := --extra core --extra serve --extra postgres --extra monitor --extra embeddings --extra dev
-INSTALL := $(BIN)/python -m pip install --quiet --constraint requirements.lock --editable
+# --no-compile: half of the time. Python compiles what is imported, when it is.
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint requirements.lock --editable
 
 # The event store on PostgreSQL: make serve SERVE_EXTRAS=serve,postgres
 SERVE_EXTRAS := serve
