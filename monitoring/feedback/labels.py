@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from stages.common.artifacts import artifacts, read_json
+from stages.common.logs import get_logger
 from stages.common.personal_data import PERSONAL_DATA
 from stages.common.records import Message, find_conversation_problem, format_canonical_json
 from stages.common.task.kinds import make_task
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
     from stages.common.params.loading import Params
     from stages.common.params.loop import FeedbackSettings
+
+logger = get_logger("feedback")
 
 ROLES = ("champion", "challenger")  # a shadow's answer was never shown to a user
 RAW_ROUTE = "/v1/completions"  # a text to go on with: no conversation, and no answer to a question
@@ -39,7 +42,7 @@ REASONS = {
     "no_label": "a thumb down or a comment alone",
     "raw_prompt": "the text was to be continued, not answered",
     "own_schema": "the request asked for an answer of its own form",
-    "corrupt": "the event holds no conversation",
+    "corrupt": "the event holds no conversation, or text that is no Unicode",
     "other_system_prompt": "asked under another system prompt",
     "empty": "nothing in the question or the label",
     "too_long": "a question or label over the limits of `curate`",
@@ -158,6 +161,10 @@ def read_labels(
             except LeftOut as reason:
                 counts.left_out[str(reason)] += 1
                 continue
+            except Exception as error:  # of any kind: one event must not end all learning
+                logger.warning("no label from the feedback on %s: %r", exchange["request_id"], error)
+                counts.left_out["corrupt"] += 1
+                continue
             counts.styles[_style(exchange["answer"])] += 1
             yield label
 
@@ -195,6 +202,8 @@ def label_of(
     if settings.on_suspicion == "drop" and _suspicious(exchange["verdicts"], checks):
         raise LeftOut("suspicious")
     same = task.answers.canonical(text)
+    if not all(is_unicode(part) for part in (text, same, *(message.content for message in prompt))):
+        raise LeftOut("corrupt")
     return Label(at, exchange["request_id"], key, asker, prompt, hash_prompt(prompt), kind, text, same)
 
 
@@ -237,6 +246,15 @@ def _prompt(exchange: Mapping[str, Any], task: ServedTask) -> tuple[Message, ...
             raise LeftOut("other_system_prompt")
         messages = messages[1:]
     return tuple(messages)
+
+
+def is_unicode(text: str) -> bool:
+    """Return whether a text can be written as UTF-8: JSON may escape half of a surrogate pair."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _suspicious(verdicts: str, checks: Sequence[str]) -> bool:

@@ -229,6 +229,9 @@ def test_the_conversation_goes_with_the_label_and_the_systems_words_of_the_task_
         ("corrupt", {"correction": ON, "messages": '[{"role": "system", "content": "x"}]'}),
         ("corrupt", {"correction": ON, "messages": '[{"role": "tool", "content": "x"}]'}),
         ("corrupt", {"correction": ON, "parameters": "[]"}),
+        ("invalid", {"correction": r'{"intent":"On","area":"\ud83d"}'}),
+        ("invalid", {"thumb": 1, "answer": r'{"intent":"On","area":"\udfff"}'}),
+        ("corrupt", {"correction": ON, "messages": r'[{"role": "user", "content": "lamp \ud83d"}]'}),
         (
             "other_system_prompt",
             {
@@ -261,6 +264,36 @@ def test_what_is_left_out_is_counted_by_reason_and_the_rest_goes_on(events):
     labelled = events.rows()
     assert labels(labelled) == {"this is right": ON}
     assert labelled.report["left_out"] == {"corrupt": 1, "redacted": 1, "invalid": 2}
+
+
+def test_half_of_a_surrogate_pair_in_an_event_costs_that_event_only(events, tmp_path):
+    events.asks("a", correction=r'{"intent":"On","area":"\ud83d"}')
+    events.asks("b", correction=ON, messages=r'[{"role": "user", "content": "lamp \ude00"}]')
+    events.asks("this is right", correction=ON)
+    labelled = events.rows()
+    assert labels(labelled) == {"this is right": ON}
+    assert labelled.report["left_out"] == {"corrupt": 1, "invalid": 1}
+    write_labelled(tmp_path, labelled)
+    text = events.rows(task=TEXT)
+    assert set(labels(text)) == {"a", "this is right"}  # as text it is a backslash and five letters
+    write_labelled(tmp_path, text)
+
+
+class Failing(JsonTask):
+    """A task with a bug: it fails on one answer."""
+
+    def canonical(self, answer):
+        if "attic" in answer:
+            raise RuntimeError("a bug")
+        return super().canonical(answer)
+
+
+def test_a_label_that_fails_in_an_unforeseen_way_costs_that_label_only(events):
+    events.asks("a", correction='{"intent":"On","area":"attic"}')
+    events.asks("b", correction=ON)
+    labelled = events.rows(task=replace(TASK, answers=Failing("intent")))
+    assert labels(labelled) == {"b": ON}
+    assert labelled.report["left_out"] == {"corrupt": 1}
 
 
 def test_suspicious_rows_and_new_labels_stay_where_the_settings_keep_them(events):
