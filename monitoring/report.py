@@ -192,7 +192,7 @@ def write_report(
 
 def _centre(table: pa.Table, name: str) -> NDArray[np.float64]:
     vectors, _ = _vectors(table, name)
-    middle = vectors.mean(axis=0) if len(vectors) else np.zeros(1)
+    middle = vectors.mean(axis=0) if len(vectors) else np.zeros(vectors.shape[1])
     return np.asarray(middle / max(float(np.linalg.norm(middle)), 1e-12), dtype=np.float64)
 
 
@@ -201,7 +201,7 @@ def _vectors(table: pa.Table, name: str) -> tuple[NDArray[np.float64], NDArray[n
     column = table[name].combine_chunks()
     there = np.asarray(column.is_valid().to_numpy(zero_copy_only=False), dtype=np.bool_)
     flat = column.drop_null().flatten().to_numpy(zero_copy_only=False)
-    return flat.reshape(int(there.sum()), -1).astype(np.float64), there
+    return flat.reshape(-1, column.type.list_size).astype(np.float64), there
 
 
 def _frame(

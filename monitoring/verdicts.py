@@ -8,6 +8,7 @@ Run: `perennial verdicts list` or `perennial verdicts show 20261121T101500-500`
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,6 +20,8 @@ from pydantic import TypeAdapter, ValidationError
 from monitoring.traffic.columns import DECIDING, DriftType, Kind
 from stages.common.artifacts import read_json, write_json
 from stages.common.errors import InputError
+
+logger = logging.getLogger("monitoring.verdicts")
 
 WATCH = Path("reports") / "watch"
 
@@ -102,6 +105,7 @@ class DriftVerdict:
         late_rows: exchanges of this window that reached the store after it was judged.
         alpha: chance that this check raises an alarm on unchanged traffic.
         service: figures of the window such as "total_s_p95"; None where nothing was measured.
+        problems: what failed after the window was judged: the decision on a retraining, a page.
     """
 
     id: str
@@ -119,6 +123,7 @@ class DriftVerdict:
     alpha: float = 0.0
     service: dict[str, float | None] = field(default_factory=dict)
     trigger: TriggerDecision = NOT_DECIDED
+    problems: tuple[str, ...] = ()
 
     @property
     def tag(self) -> str:
@@ -165,6 +170,22 @@ def write_verdict(root: Path, verdict: DriftVerdict) -> Path:
     path = get_window_folder(root, verdict.id) / "verdict.json"
     write_json(path, asdict(verdict))
     return path
+
+
+def set_aside_broken_verdicts(root: Path) -> list[Path]:
+    """Rename the files that are no verdicts to `verdict.broken.json`, and return their new paths.
+
+    The window of the newest one is judged again; an older one is passed over.
+    """
+    moved = []
+    for path in sorted((root / WATCH).glob("*/verdict.json")):
+        try:
+            _read(path)
+        except InputError as error:
+            aside = path.replace(path.with_name("verdict.broken.json"))
+            logger.warning("%s; set aside as %s", error.what, aside)
+            moved.append(aside)
+    return moved
 
 
 def read_verdict(root: Path, window_id: str) -> DriftVerdict:
@@ -267,6 +288,7 @@ def format_verdict(verdict: DriftVerdict) -> list[str]:
     lines += [f"quarantined {count:,}: {reason}" for reason, count in sorted(verdict.quarantined.items())]
     if verdict.late_rows:
         lines.append(f"late       {verdict.late_rows:,} rows came after the verdict and are in no window")
+    lines += [f"problem    {problem}" for problem in verdict.problems]
     return lines
 
 

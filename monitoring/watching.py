@@ -2,6 +2,10 @@
 
 In: the event store. Out: a verdict per window, with Evidently's report and the quarantined events, under
 `reports/watch/<window>/`. The caller decides what follows.
+
+A closed window is passed in any case. Its verdict is written first; what follows (the report, the run in
+Evidently's workspace) fails alone, and is told in the verdict. Only a store or a package that is not there
+raises.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from monitoring.traffic.columns import Column
 from monitoring.traffic.features import compute_feature_tables, list_watched_columns
 from monitoring.traffic.service_metrics import ServiceSums, tap_service_sums
 from monitoring.traffic.windows import (
+    QuarantinedEvent,
     Window,
     count_late_rows,
     find_closed_windows,
@@ -28,8 +33,18 @@ from monitoring.traffic.windows import (
     quarantine_to,
     read_window,
 )
-from monitoring.verdicts import DriftVerdict, TriggerDecision, get_window_folder, read_verdicts, write_verdict
+from monitoring.verdicts import (
+    NOT_DECIDED,
+    DriftVerdict,
+    Period,
+    TriggerDecision,
+    get_window_folder,
+    read_verdicts,
+    set_aside_broken_verdicts,
+    write_verdict,
+)
 from monitoring.workspace import add_to_workspace
+from stages.common.errors import InputError
 from stages.common.params.loop import Monitoring
 
 if TYPE_CHECKING:
@@ -37,6 +52,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("monitoring.watching")
 
+MAX_ERROR_CHARS = 300
 RECOUNTED = 20  # of the last windows, looked at again for late events
 
 Decide = Callable[[Sequence[DriftVerdict]], TriggerDecision]
@@ -89,61 +105,144 @@ def judge_new_windows(
 ) -> Iterator[DriftVerdict]:
     """Judge the windows closed since the last run; write and yield the verdict on each.
 
+    Windows that end after `now` do not count as judged: the clock was wrong when they were cut.
+
     Args:
         decide: whether a retraining is called for, given all verdicts on this champion, the newest last.
         now: unix s.
         limit: windows at most; the next look goes on.
 
     Raises:
-        InputError: the store cannot be read, or a verdict cannot be written.
+        InputError: the store cannot be read, or a package is not installed.
     """
+    set_aside_broken_verdicts(root)
     known = [verdict for verdict in read_verdicts(root) if verdict.tag == usual.tag]
+    known = [verdict for verdict in known if verdict.window.end <= now]
     _recount(root, url, usual.tag, known[-RECOUNTED:])
     after = max([usual.window.end, *(verdict.window.end for verdict in known)])
     for window in find_closed_windows(url, after, usual.tag, settings.window, now, limit):
-        verdict = judge(root, url, usual, window, settings, now)
-        verdict = replace(verdict, trigger=decide([*known, verdict]))
-        if verdict.judged:
-            snapshot = write_report(
-                _tables(url, usual.window, usual.tag, usual.columns, settings),
-                _tables(url, window, usual.tag, usual.columns, settings),
-                verdict,
-                get_window_folder(root, verdict.id) / "report.html",
-            )
-            add_to_workspace(root, verdict, snapshot)
-        write_verdict(root, verdict)  # last: a window with a verdict is done
+        verdict = _write(root, _decide(judge(root, url, usual, window, settings, now), known, decide))
+        if verdict.judged and (problems := _draw(root, url, usual, window, verdict, settings)):
+            verdict = _write(root, replace(verdict, problems=(*verdict.problems, *problems)))
         known.append(verdict)
         yield verdict
+
+
+def _decide(verdict: DriftVerdict, known: Sequence[DriftVerdict], decide: Decide) -> DriftVerdict:
+    """Return the verdict with the decision on a retraining; one that fails is a problem of the verdict."""
+    try:
+        return replace(verdict, trigger=decide([*known, verdict]))
+    except Exception as error:
+        logger.warning("%s: whether to retrain could not be decided", verdict.id, exc_info=error)
+        why = f"whether to retrain could not be decided: {describe_failure(error)}"
+        return replace(verdict, trigger=TriggerDecision(False, why, ()), problems=(*verdict.problems, why))
+
+
+def _write(root: Path, verdict: DriftVerdict) -> DriftVerdict:
+    """Write a verdict and return it; of one that cannot be written, that the window was not judged."""
+    try:
+        write_verdict(root, verdict)
+    except ValueError as error:
+        logger.warning("%s: the verdict cannot be written", verdict.id, exc_info=error)
+        why = f"its verdict could not be written: {describe_failure(error)}"
+        verdict = replace(
+            verdict, judged=False, why_not=why, drifted=False, drift_types=(), service={}, trigger=NOT_DECIDED
+        )
+        write_verdict(root, verdict)
+    return verdict
+
+
+def _draw(
+    root: Path,
+    url: str,
+    usual: ReferenceTraffic,
+    window: Window,
+    verdict: DriftVerdict,
+    settings: Monitoring,
+) -> tuple[str, ...]:
+    """Write the report on a window, and add it to the workspace; return what failed."""
+    step = "the report could not be drawn"
+    try:
+        snapshot = write_report(
+            _tables(url, usual.window, usual.tag, usual.columns, settings),
+            _tables(url, window, usual.tag, usual.columns, settings),
+            verdict,
+            get_window_folder(root, verdict.id) / "report.html",
+        )
+        step = "the report could not be added to Evidently's workspace"
+        add_to_workspace(root, verdict, snapshot)
+    except Exception as error:
+        logger.warning("%s: %s", verdict.id, step, exc_info=error)
+        return (f"{step}: {describe_failure(error)}",)
+    return ()
+
+
+def describe_failure(error: Exception) -> str:
+    """Return an error in one line of at most `MAX_ERROR_CHARS`, which can be written anywhere."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())[:MAX_ERROR_CHARS]
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def judge(
     root: Path, url: str, usual: ReferenceTraffic, window: Window, settings: Monitoring, now: float
 ) -> DriftVerdict:
-    """Compare a window with the reference; write the quarantined events, return the verdict."""
+    """Compare a window with the reference; write the quarantined events, return the verdict.
+
+    Raises:
+        InputError: the store cannot be read, or a package is not installed.
+    """
+    name, _, version = usual.tag.rpartition(":")
+    blank = DriftVerdict(
+        id=window.name,
+        model=name,
+        version=version,
+        made_at=now,
+        window=Period(window.start, window.end, window.rows, 0),
+        reference=usual.baseline.period,
+        judged=False,
+        why_not=None,
+        drifted=False,
+        alpha=settings.drift.alpha,
+    )
+    try:
+        return _compare(root, url, usual, window, settings, blank)
+    except InputError:
+        raise
+    except Exception as error:  # of any kind: the next window must be judged
+        logger.warning("%s: the comparison failed", window.name, exc_info=error)
+        why_not = f"the comparison failed: {describe_failure(error)}"
+        return replace(blank, why_not=why_not, problems=(why_not,))
+
+
+def _compare(
+    root: Path,
+    url: str,
+    usual: ReferenceTraffic,
+    window: Window,
+    settings: Monitoring,
+    blank: DriftVerdict,
+) -> DriftVerdict:
+    """Return `blank` with what the comparison of the window with the reference found."""
     quarantined: Counter[str] = Counter()
+    unreadable: list[QuarantinedEvent] = []
     service = ServiceSums()
     pages = read_window(url, window, usual.tag)
-    batches = quarantine_to(get_window_folder(root, window.name) / "quarantined.jsonl", pages, quarantined)
-    tables = compute_feature_tables(batches, usual.columns, settings.features)
+    path = get_window_folder(root, window.name) / "quarantined.jsonl"
+    batches = quarantine_to(path, pages, quarantined, unreadable)
+    tables = compute_feature_tables(batches, usual.columns, settings.features, unreadable=unreadable)
     summed = sum_sessions(tap_service_sums(tables, service), usual.baseline.binning)
     why_not = None
     if summed.rows < settings.window.min_rows:
         why_not = f"{summed.rows} rows; monitoring.window.min_rows is {settings.window.min_rows}"
     drift_types = () if why_not else compare_window(usual.baseline, summed, settings.drift)
-    name, _, version = usual.tag.rpartition(":")
-    return DriftVerdict(
-        id=window.name,
-        model=name,
-        version=version,
-        made_at=now,
+    return replace(
+        blank,
         window=replace(get_period(summed), start=window.start, end=window.end),
-        reference=usual.baseline.period,
         judged=why_not is None,
         why_not=why_not,
         drifted=has_drifted(drift_types),
         drift_types=drift_types,
         quarantined=dict(quarantined),
-        alpha=settings.drift.alpha,
         service=service.metrics(settings.features.cost_per_hour),
     )
 

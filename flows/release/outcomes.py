@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from monitoring.traffic.features import is_same_answer
+from monitoring.traffic.answer_json import is_same_answer
 from services.events import read_joined
 from stages.common.tag import Tag
 

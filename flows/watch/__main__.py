@@ -42,6 +42,8 @@ def _watch(root: Path, retrain: bool) -> int:
     result: WatchResult = run_flow(root, start)
     for verdict in result.verdicts:
         sys.stdout.write(f"{verdict.id}  {verdict.summary}\n")
+    for problem in result.problems:
+        sys.stderr.write(f"warning: {problem}\n")
     sys.stdout.write(result.summary + "\n")
     if retrain and result.retrain_verdict is not None:
         print_result(retrain_now(root, result.summary, result.retrain_verdict, result.since))

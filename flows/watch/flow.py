@@ -7,8 +7,9 @@ an event on the Prefect server, which starts the deployment of the retraining fl
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prefect import flow, get_run_logger, runtime
@@ -28,7 +29,7 @@ from monitoring import trigger
 from monitoring.feedback import rows
 from monitoring.feedback.labels import read_served_task
 from monitoring.verdicts import DriftVerdict, TriggerDecision, read_verdicts
-from monitoring.watching import judge_new_windows, read_reference
+from monitoring.watching import describe_failure, judge_new_windows, read_reference
 from services.versions.aliases import ALIASES, read_aliases
 from services.versions.store import find_served
 from stages.common.params.loading import Params, load_params
@@ -44,6 +45,7 @@ class WatchResult:
         retrain_verdict: the verdict that triggers a retraining; None if none does, or retraining is off.
         since: unix s, where the new traffic begins, if a retraining is triggered.
         rolled_back: the version that was worse than the former champion in its bake period.
+        problems: what failed, and kept nothing else from being done.
     """
 
     summary: str
@@ -51,6 +53,7 @@ class WatchResult:
     retrain_verdict: str | None = None
     since: float | None = None
     rolled_back: str | None = None
+    problems: tuple[str, ...] = ()
 
 
 @flow(name="watch")
@@ -63,28 +66,51 @@ def watch() -> State[WatchResult]:
     except Exception as error:
         notify(params.flows.notify, "failed", "production could not be checked", str(error))
         raise
+    problems = list(result.problems)
     if result.retrain_verdict is not None:
         notify(params.flows.notify, "drift", result.summary, result.verdicts[-1].summary)
         if runtime.deployment.id:
-            _emit_drift(result)
+            with _going_on("the retraining could not be started (perennial retrain starts it)", problems):
+                _emit_drift(result)
+    if problems:
+        result = replace(result, problems=tuple(problems))
+        subject = f"production was checked; {len(problems)} of the steps failed"
+        notify(params.flows.notify, "failed", subject, "\n".join(problems))
     return Completed(message=result.summary, data=result)
+
+
+@contextmanager
+def _going_on(what: str, problems: list[str]) -> Iterator[None]:
+    """Run a step that nothing else depends on: an error in it is logged and added to `problems`."""
+    try:
+        yield
+    except Exception as error:  # of any kind: a page that is down must not end the watching
+        problem = f"{what}: {describe_failure(error)}"
+        get_run_logger().warning("%s", problem)
+        problems.append(problem)
 
 
 def _watch(root: Path, params: Params) -> WatchResult:
     logger = get_run_logger()
-    settle(Registry.of(root, params))
+    problems: list[str] = []
+    with _going_on("the release journal could not be brought up to date", problems):
+        settle(Registry.of(root, params))
     champion = read_aliases(root / ALIASES).champion or find_served(
         params.model_card.name, params.services.versions.follow_pipeline, root
     )
-    regression = run_as_task("bake", lambda: _check_bake(root, params))
+    regression = None
+    with _going_on("the bake period could not be judged", problems):
+        regression = run_as_task("bake", lambda: _check_bake(root, params))
     if regression is not None:
-        return WatchResult(f"{champion} was rolled back: {regression}", rolled_back=champion)
+        summary = f"{champion} was rolled back: {regression}"
+        return WatchResult(summary, rolled_back=champion, problems=tuple(problems))
     reference = run_as_task(
         "read_reference", lambda: read_reference(params.services.events.url, champion, params.monitoring)
     )
     if reference is None:
         wanted = params.monitoring.reference.rows
-        return WatchResult(f"{champion} has not answered {wanted} requests yet: nothing to compare with")
+        summary = f"{champion} has not answered {wanted} requests yet: nothing to compare with"
+        return WatchResult(summary, problems=tuple(problems))
     verdicts = []
     for verdict in judge_new_windows(
         root,
@@ -97,18 +123,21 @@ def _watch(root: Path, params: Params) -> WatchResult:
     ):
         logger.info("%s %s", verdict.id, verdict.summary)
         verdicts.append(verdict)
+        problems += [f"{verdict.id}: {problem}" for problem in verdict.problems]
     if not verdicts:
-        return WatchResult("no window has closed since the last check")
-    _show(verdicts)
+        return WatchResult("no window has closed since the last check", problems=tuple(problems))
+    with _going_on("the verdicts could not be shown in Prefect", problems):
+        _show(verdicts)
     last = verdicts[-1]
     summary = (
         f"{len(verdicts)} new windows, {sum(one.drifted for one in verdicts)} drifted; {last.trigger.summary}"
     )
     logger.info("%s", summary)
+    result = WatchResult(summary, tuple(verdicts), problems=tuple(problems))
     if not (last.trigger.fires and params.flows.watch.retrain):
-        return WatchResult(summary, tuple(verdicts))
+        return result
     since = trigger.find_drift_start(read_verdicts_of(root, champion), params.monitoring.trigger)
-    return WatchResult(summary, tuple(verdicts), last.id, since)
+    return replace(result, retrain_verdict=last.id, since=since)
 
 
 def _check_bake(root: Path, params: Params) -> str | None:

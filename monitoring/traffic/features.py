@@ -7,6 +7,7 @@ by `list_watched_columns`. Answers that were cut off by the client or by an erro
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from monitoring.traffic.answer_json import (
+    MAX_VALUE_CHARS,
+    NO_JSON,
+    format_category,
+    is_same_answer,
+    parse_json,
+)
 from monitoring.traffic.columns import (
     ABSENT,
     ANSWER_PREFIX,
@@ -25,17 +33,19 @@ from monitoring.traffic.columns import (
 )
 from monitoring.traffic.embeddings import embed
 from monitoring.traffic.languages import detect_language
+from monitoring.traffic.windows import QuarantinedEvent
 from services.events import CLIENT_GONE
+from stages.common.errors import InputError
 from stages.common.params.loop import FeatureSettings
-from stages.common.records import format_canonical_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 Floats = npt.NDArray[np.float64]
 
+logger = logging.getLogger("monitoring.traffic.features")
+
 CANCELLED = "cancelled"
-MAX_VALUE_CHARS = 60  # of a category
 
 # Keys of JSON answers: a rarer one has too few values in a window; one whose commonest values make up less
 # than this is free text, and only looked at for being there.
@@ -58,14 +68,11 @@ class _Seen:
     turns: int
     verdicts: Mapping[str, Any]
     answer: str | None
-    value: Any  # of a JSON answer, or _NO_JSON
+    value: Any  # of a JSON answer, or NO_JSON
 
     @property
     def fields(self) -> Mapping[str, Any] | None:
         return self.value if isinstance(self.value, dict) else None
-
-
-_NO_JSON = object()
 
 
 def list_watched_columns(batches: Iterable[pa.RecordBatch], settings: FeatureSettings) -> tuple[Column, ...]:
@@ -87,17 +94,17 @@ def _answer_columns(batches: Iterable[pa.RecordBatch], max_categories: int) -> l
         texts = batch.select(["answer", "finish_reason"]).to_pylist()
         for row in texts:
             answer = _whole_answer(row)
-            value = _NO_JSON if answer is None else _json(answer)
+            value = NO_JSON if answer is None else parse_json(answer)
             if not isinstance(value, dict):
                 if answer is not None and len(whole) <= COUNTED_VALUES * max_categories:
-                    whole[_category(answer.strip())] += 1
+                    whole[format_category(answer.strip())] += 1
                 continue
             answers += 1
             for key, inner in value.items():
                 seen[key] += 1
                 counted = values[key]
                 if len(counted) <= COUNTED_VALUES * max_categories:
-                    counted[_category(inner)] += 1
+                    counted[format_category(inner)] += 1
     wanted = max(MIN_KEY_ROWS, MIN_KEY_SHARE * answers)
     keys = [key for key, rows in seen.most_common() if rows >= wanted][:MAX_KEYS]
     found = [_answer_column(key, values[key], seen[key], max_categories) for key in sorted(keys)]
@@ -118,19 +125,58 @@ def compute_feature_tables(
     columns: Sequence[Column],
     settings: FeatureSettings,
     labels: Mapping[str, str] | None = None,
+    unreadable: list[QuarantinedEvent] | None = None,
 ) -> Iterator[pa.Table]:
     """Yield the feature table of each batch of `services.events.read_joined`'s columns; memory is bounded.
+
+    An exchange that cannot be read, for any reason, is left out of its table.
 
     Args:
         columns: as `list_watched_columns` found them in the reference.
         labels: request_id → right answer, of a sample that was labelled; wins over corrections.
+        unreadable: gets the exchanges that were left out.
 
     Raises:
         InputError: a package that `columns` or `settings` need is not installed.
     """
     for batch in batches:
-        if batch.num_rows:
-            yield _table(batch, columns, settings, labels or {})
+        if not batch.num_rows:
+            continue
+        table: pa.Table | None
+        try:
+            table = _table(batch, columns, settings, labels or {})
+        except InputError:
+            raise
+        except Exception:  # of any kind: the exchange that caused it is found and left out
+            table, left_out = _table_of_readable(batch, columns, settings, labels or {})
+            if unreadable is not None:
+                unreadable += left_out
+        if table is not None:
+            yield table
+
+
+def _table_of_readable(
+    batch: pa.RecordBatch,
+    columns: Sequence[Column],
+    settings: FeatureSettings,
+    labels: Mapping[str, str],
+) -> tuple[pa.Table | None, list[QuarantinedEvent]]:
+    """Return the table of the exchanges that can be read one by one, None without any, and the others."""
+    import pyarrow as pa
+
+    tables: list[pa.Table] = []
+    left_out: list[QuarantinedEvent] = []
+    for number in range(batch.num_rows):
+        one = batch.slice(number, 1)
+        try:
+            tables.append(_table(one, columns, settings, labels))
+        except InputError:
+            raise
+        except Exception as error:
+            name, at = one["request_id"][0].as_py(), one["received_at"][0].as_py()
+            logger.warning("%s is set aside: %r", name, error)
+            left_out.append(QuarantinedEvent(name, at, f"unreadable ({type(error).__name__})"))
+    return (pa.concat_tables(tables).combine_chunks() if tables else None), left_out
 
 
 def _table(
@@ -164,10 +210,10 @@ def _table(
 
 
 def _read(row: Mapping[str, Any]) -> _Seen:
-    messages = json.loads(row["messages"])
+    messages = parse_json(row["messages"])
     prompt = next(m["content"] for m in reversed(messages) if m["role"] == "user")
     answer = _whole_answer(row)
-    value = _NO_JSON if answer is None else _json(answer)
+    value = NO_JSON if answer is None else parse_json(answer)
     return _Seen(row, prompt, len(messages), json.loads(row["verdicts"]), answer, value)
 
 
@@ -179,17 +225,6 @@ def _whole_answer(row: Mapping[str, Any]) -> str | None:
 
 def _session(row: Mapping[str, Any]) -> str:
     return str(row["session"] or row["user"] or row["request_id"])
-
-
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return _NO_JSON
-
-
-def _category(value: Any) -> str:
-    return (value if isinstance(value, str) else format_canonical_json(value))[:MAX_VALUE_CHARS]
 
 
 def _reader(column: Column) -> Callable[[_Seen], Any]:
@@ -207,7 +242,7 @@ def _answer_key(column: Column) -> Callable[[_Seen], Any]:
     def category(one: _Seen) -> str | None:
         if (fields := one.fields) is None:
             return None
-        return _category(fields[key]) if key in fields else ABSENT
+        return format_category(fields[key]) if key in fields else ABSENT
 
     def flag(one: _Seen) -> float | None:
         return None if one.fields is None else float(key in one.fields)
@@ -224,7 +259,7 @@ def _guard(check: str) -> Callable[[_Seen], float | None]:
 
 
 def _answer_class(one: _Seen) -> str | None:
-    return None if one.answer is None or one.fields is not None else _category(one.answer.strip())
+    return None if one.answer is None or one.fields is not None else format_category(one.answer.strip())
 
 
 def _answered(name: str) -> Callable[[_Seen], Any]:
@@ -240,7 +275,7 @@ def _answer_form(one: _Seen) -> str | None:
         return None
     if one.fields is not None:
         return ",".join(sorted(one.fields))[:MAX_VALUE_CHARS] or "(no keys)"
-    if one.value is _NO_JSON:
+    if one.value is NO_JSON:
         return "(text)" if one.answer.strip() else "(empty)"
     return "(list)" if isinstance(one.value, list) else "(value)"
 
@@ -265,14 +300,6 @@ def _corrected(one: _Seen) -> float | None:
 def _label_match(one: _Seen, labels: Mapping[str, str]) -> float | None:
     label = labels.get(one.row["request_id"]) or _correction(one)
     return None if label is None or one.answer is None else float(is_same_answer(one.answer, label))
-
-
-def is_same_answer(answer: str, label: str) -> bool:
-    """Return whether two answers are equal: as JSON where both are JSON, else as stripped text."""
-    values = _json(answer), _json(label)
-    if _NO_JSON in values:
-        return answer.strip() == label.strip()
-    return format_canonical_json(values[0]) == format_canonical_json(values[1])
 
 
 _READERS: dict[str, Callable[[_Seen], Any]] = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 WATCHED_ROLE = "champion"
 HOUR_S = 3600.0
+LAST_S = 253_402_300_799.0  # the end of the year 9999: no calendar names a later time of a wrong clock
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +148,7 @@ def _span(time: float, origin: float, length_s: float) -> tuple[float, float]:
 
 
 def _window(start: float, end: float, rows: int, first: float) -> Window:
-    at = datetime.fromtimestamp(math.floor(first * 1000) / 1000, UTC)
+    at = datetime.fromtimestamp(math.floor(min(first, LAST_S) * 1000) / 1000, UTC)
     return Window(start, end, rows, f"{at:%Y%m%dT%H%M%S}.{at.microsecond // 1000:03d}-{rows}")
 
 
@@ -215,6 +216,7 @@ _CHECKED = [
     "mean_logprob",
 ]
 _TIMES = ("queue_s", "first_token_s", "total_s")
+MAX_TIME_S = 1e7  # four months: nothing waits so long, and sums of such times stay finite
 _COUNTS = ("prompt_tokens", "completion_tokens")
 
 
@@ -234,7 +236,7 @@ def find_problem(row: Mapping[str, Any]) -> str | None:
     verdicts = _json(row["verdicts"])
     if not isinstance(verdicts, dict) or not all(_is_verdict(verdict) for verdict in verdicts.values()):
         return "verdicts are no JSON object of [allow, reason]"
-    if any(value is not None and not 0.0 <= value < math.inf for value in map(row.get, _TIMES)):
+    if any(value is not None and not 0.0 <= value < MAX_TIME_S for value in map(row.get, _TIMES)):
         return "a negative or impossible time"
     if any(row[name] < 0 for name in _COUNTS):
         return "a negative number of tokens"
@@ -265,19 +267,32 @@ def _is_verdict(verdict: Any) -> bool:
     return isinstance(verdict, list) and len(verdict) == 2 and isinstance(verdict[0], bool)
 
 
-def quarantine_to(path: Path, pages: Iterator[Page], counts: Counter[str]) -> Iterator[pa.RecordBatch]:
+def quarantine_to(
+    path: Path,
+    pages: Iterator[Page],
+    counts: Counter[str],
+    found_later: list[QuarantinedEvent] | None = None,
+) -> Iterator[pa.RecordBatch]:
     """Yield the exchanges of `pages`; write what was set aside to `path` (JSON lines) and count the reasons.
 
     The file appears when all was read, and only if something was set aside.
+
+    Args:
+        found_later: events that the reader of the yielded exchanges adds; they are written too.
     """
-    noted = 0
+    later = [] if found_later is None else found_later
+
+    def note(events: Iterable[QuarantinedEvent]) -> None:
+        for event in events:
+            lines.write(json.dumps(asdict(event)) + "\n")
+            counts[event.reason] += 1
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as lines:
         for page in pages:
-            for event in page.quarantined:
-                lines.write(json.dumps(asdict(event), ensure_ascii=False) + "\n")
-                counts[event.reason] += 1
-                noted += 1
+            note(page.quarantined)
             yield page.batch
-    if not noted:
+            note(later)
+            later.clear()
+    if not counts:
         path.unlink()

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -106,6 +107,122 @@ def test_corrupt_events_are_set_aside_and_late_ones_counted(tmp_path, url, setti
     assert look_once(tmp_path, url, usual, settings) == []
     (noted,) = read_verdicts(tmp_path)
     assert noted.late_rows == 1
+
+
+NO_ANSWER = {
+    "answer": None,
+    "finish_reason": None,
+    "status": 503,
+    "mean_logprob": None,
+    "valid_output": None,
+    "first_token_s": None,
+}
+
+
+@pytest.mark.slow
+def test_a_window_of_failures_is_judged_and_drawn_and_the_next_one_is_looked_at(tmp_path, url, settings):
+    outage = [exchange(number, session=f"s{number // 5}", **NO_ANSWER) for number in range(600, 800)]
+    stored(url, *some(0, 600), *outage, *some(800, 200))
+    usual = read_reference(url, TAG, settings)
+    bad, good = look_once(tmp_path, url, usual, settings)
+    assert bad.drifted and "failed: 0 % -> 100 %" in bad.summary
+    assert (bad.problems, good.problems, good.drifted) == ((), (), False)
+    assert (get_window_folder(tmp_path, bad.id) / "report.html").exists()
+    assert look_once(tmp_path, url, usual, settings) == []
+
+
+@pytest.mark.slow
+def test_a_reference_without_a_whole_answer_can_be_compared_with(tmp_path, url, settings):
+    outage = [exchange(number, session=f"s{number // 5}", **NO_ANSWER) for number in range(600)]
+    stored(url, *outage, *some(600, 200))
+    (verdict,) = look_once(tmp_path, url, read_reference(url, TAG, settings), settings)
+    assert verdict.judged and verdict.problems == ()
+
+
+HALF = r'{"intent": "On", "area": "\ud83d", "\udc00": 1}'
+HALF_ASKED = r'[{"role": "user", "content": "turn on the \ud83d lamp in the kitchen of the house"}]'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [0, 600], ids=["in the reference", "in the window"])
+def test_half_of_a_surrogate_pair_ends_neither_the_reference_nor_a_window(tmp_path, url, settings, first):
+    usual = some(0, 800)
+    usual[first : first + 150] = [
+        replace(one, answer=HALF, messages=HALF_ASKED) for one in usual[first : first + 150]
+    ]
+    stored(url, *usual)
+    (verdict,) = look_once(tmp_path, url, read_reference(url, TAG, settings), settings)
+    assert verdict.judged and verdict.problems == ()
+    assert read_verdicts(tmp_path) == [verdict]
+
+
+def no_report(root):
+    """Where the next report belongs there is a folder."""
+    (get_window_folder(root, "19700101T002640.000-200") / "report.html").mkdir(parents=True)
+
+
+def no_workspace(root):
+    (root / ".perennial").mkdir()
+    (root / ".perennial/evidently").write_text("a file where a folder should be")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("breaking", [no_report, no_workspace])
+def test_a_page_that_cannot_be_written_is_told_and_the_verdict_is_there(tmp_path, url, settings, breaking):
+    stored(url, *some(0, 600), *some(600, 400))
+    usual = read_reference(url, TAG, settings)
+    breaking(tmp_path)
+    first, second = look_once(tmp_path, url, usual, settings)
+    (problem,) = first.problems
+    assert first.judged and problem.startswith("the report could not be ")
+    assert second.judged
+    assert read_verdicts(tmp_path) == [first, second]
+    assert look_once(tmp_path, url, usual, settings) == []
+
+
+def test_a_decision_that_fails_is_told_and_the_verdict_is_there(tmp_path, url, settings):
+    few = settings.model_copy(
+        update={"window": settings.window.model_copy(update={"rows": 20, "min_rows": 100})}
+    )
+    stored(url, *some(0, 640))
+    usual = read_reference(url, TAG, few)
+
+    def decide(_):
+        raise OSError("the disk is full")
+
+    made = list(judge_new_windows(tmp_path, url, usual, few, decide, now=1e6, limit=5))
+    assert [verdict.judged for verdict in made] == [False, False]
+    for verdict in made:
+        (problem,) = verdict.problems
+        assert "the disk is full" in problem and not verdict.trigger.fires
+    assert read_verdicts(tmp_path) == made
+
+
+def test_a_broken_verdict_is_set_aside_and_its_window_judged_again(tmp_path, url, settings):
+    few = settings.model_copy(
+        update={"window": settings.window.model_copy(update={"rows": 20, "min_rows": 100})}
+    )
+    stored(url, *some(0, 640))
+    usual = read_reference(url, TAG, few)
+    first, second = look_once(tmp_path, url, usual, few)
+    path = get_window_folder(tmp_path, second.id) / "verdict.json"
+    path.write_text('{"id": ')
+    (again,) = look_once(tmp_path, url, usual, few)
+    assert again == second and read_verdicts(tmp_path) == [first, second]
+    assert (path.parent / "verdict.broken.json").read_text() == '{"id": '
+
+
+def test_windows_that_end_in_the_future_do_not_end_the_watching(tmp_path, url, settings):
+    few = settings.model_copy(
+        update={"window": settings.window.model_copy(update={"rows": 20, "min_rows": 100})}
+    )
+    stored(url, *some(0, 620))
+    usual = read_reference(url, TAG, few)
+    add(url, *(exchange(2000 + n, at=5e8 + n) for n in range(20)))  # the clock is wrong by years,
+    assert len(look_once(tmp_path, url, usual, few, now=6e8)) == 2
+    add(url, *(exchange(3000 + n) for n in range(40)))  # and right again
+    assert len(look_once(tmp_path, url, usual, few, now=1e6)) == 2
+    assert look_once(tmp_path, url, usual, few, now=1e6) == []
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from monitoring.traffic.windows import (
+    QuarantinedEvent,
     Window,
     count_late_rows,
     find_closed_windows,
@@ -240,6 +241,22 @@ def test_what_was_set_aside_is_counted_and_written(url, tmp_path):
     assert counts == {"messages are no list of roles and contents": 2, "a negative or impossible time": 1}
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["request_id"] for line in lines] == ["r00001", "r00002", "r00003"]
+
+
+def test_what_the_reader_sets_aside_is_counted_and_written_too(url, tmp_path):
+    stored(url, exchange(0), exchange(1), exchange(2, messages="y"))
+    counts, later = Counter(), []
+    path = tmp_path / "quarantined.jsonl"
+    for _ in quarantine_to(path, read_window(url, ALL, TAG), counts, later):
+        later.append(QuarantinedEvent("r00001", 1001.0, "unreadable"))
+    assert counts == {"messages are no list of roles and contents": 1, "unreadable": 1}
+    assert [json.loads(line)["request_id"] for line in path.read_text().splitlines()] == ["r00002", "r00001"]
+
+
+def test_a_time_beyond_any_calendar_has_a_window_too(url):
+    stored(url, *(exchange(number, at=1e15 + number) for number in range(60)))
+    window = find_reference_window(url, TAG, Reference(rows=50))
+    assert window is not None and window.name.startswith("99991231T235959")
 
 
 def test_nothing_set_aside_leaves_no_file(url, tmp_path):
