@@ -181,6 +181,8 @@ class ChatHandler:
         except QueueFull:
             raise errors.overloaded(retry_after_s=1.0) from None
         except EngineError:
+            if state.model.engine.broken is not None:  # the pool starts it again
+                raise errors.not_ready("the engine failed and is restarting") from None
             logger.exception("%s: the engine failed", request.request_id)
             raise errors.engine_failed(request.request_id) from None
         raise errors.engine_failed(request.request_id)

@@ -95,15 +95,29 @@ class Grammar:
         self._mask = allocate_token_bitmask(1, vocab_size)
 
     def allowed(self) -> np.ndarray:
-        """Return which tokens may come next; booleans of shape (vocabulary,)."""
+        """Return which tokens may come next; booleans of shape (vocabulary,).
+
+        Raises:
+            SchemaUnsupported: the grammar outgrew its limits.
+        """
         import numpy as np
         from llguidance.numpy import fill_next_token_bitmask
 
         fill_next_token_bitmask(self._matcher, self._mask, 0)
+        self._check()
         bits = np.unpackbits(self._mask[0].view(np.uint8), bitorder="little")
         return bits[: self._vocab_size].astype(bool)
 
     def take(self, token: int) -> None:
-        """Advance by one token; raise ValueError if it does not fit the schema."""
-        if not self._matcher.consume_token(token):
-            raise ValueError(f"token {token} does not fit the schema: {self._matcher.get_error()}")
+        """Advance by one token, which `allowed` holds.
+
+        Raises:
+            SchemaUnsupported: the grammar outgrew its limits.
+        """
+        self._matcher.consume_token(token)
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            reason = self._matcher.get_error().partition("\n")[0]
+            raise SchemaUnsupported(f"the grammar of the JSON schema outgrew its limits: {reason}")

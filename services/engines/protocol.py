@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 FinishReason = Literal["stop", "length"]
+# Below these, float32 (and OpenVINO) makes 0 or infinity of a number; the likeliest token is drawn anyway.
+MIN_TEMPERATURE = 1e-5
+MIN_TOP_P = 1e-6
 
 
 class EngineError(RuntimeError):
@@ -18,7 +21,7 @@ class QueueFull(EngineError):
 
 
 class SchemaUnsupported(ValueError):
-    """The schema cannot be compiled, or no answer satisfies it; raised before the first step."""
+    """The schema cannot be compiled, no answer satisfies it, or its grammar outgrows its limits."""
 
 
 class ContextOverflow(ValueError):
@@ -31,9 +34,9 @@ class Sampling:
 
     Attributes:
         max_tokens: length at which the answer is cut; it may be cut earlier at the end of the context.
-        temperature: 0 is greedy.
-        top_p: sample from the likeliest tokens that reach this probability together.
-        seed: equal seeds give equal answers, on the same engine and machine.
+        temperature: 0 is greedy, and anything below 1e-5 is 0.
+        top_p: sample from the likeliest tokens that reach this probability together; at least 1e-6.
+        seed: of 64 bits, with or without sign; equal ones give equal answers on the same engine and machine.
         logprobs: number of alternatives to report with each token; None for no log-probabilities.
         json_schema: constrains decoding to JSON that fits this schema; `{}` is any JSON value.
         choices: constrains decoding to one of these texts; not together with `json_schema`.
@@ -48,6 +51,11 @@ class Sampling:
     logprobs: int | None = None
     json_schema: str | None = None
     choices: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.temperature < MIN_TEMPERATURE:
+            object.__setattr__(self, "temperature", 0.0)
+        object.__setattr__(self, "top_p", max(self.top_p, MIN_TOP_P))
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +116,8 @@ class Engine(Protocol):
         An async generator: closing it, or cancelling its reader, ends the sequence within one step.
 
         Raises:
-            SchemaUnsupported, ContextOverflow, QueueFull: before the first step.
-            EngineError: at any time.
+            ContextOverflow, QueueFull: before the first step.
+            SchemaUnsupported, EngineError: at any time. Only this answer ends, unless `broken` is set.
         """
         ...
 

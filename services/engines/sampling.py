@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from services.engines.protocol import Sampling, TokenLogprob
+from services.engines.protocol import EngineError, Sampling, SchemaUnsupported, TokenLogprob
 
 if TYPE_CHECKING:
     from services.engines.grammar import Grammar
 
 Logits = NDArray[np.float32]
-MIN_TEMPERATURE = 1e-5  # lower ones would overflow float32, and draw the likeliest token anyway
 
 
 class Sampler:
@@ -41,7 +40,9 @@ class Sampler:
         self._end_ids = list(end_ids)
         self._grammar = grammar
         self._counts: Counter[int] = Counter()
-        self._random = np.random.default_rng(sampling.seed)
+        seed = sampling.seed
+        # numpy takes no negative seed; this gives each of the 64-bit integers its own.
+        self._random = np.random.default_rng(None if seed is None else seed % 2**64)
         penalised = bool(sampling.frequency_penalty or sampling.presence_penalty)
         self.greedy = sampling.temperature <= 0 and grammar is None and not penalised
 
@@ -58,7 +59,8 @@ class Sampler:
             likeliest: the token with the highest logit, which engines find for a whole batch at once.
 
         Raises:
-            ValueError: the logits are not finite, or the grammar allows no token.
+            EngineError: the logits are not finite, or the grammar allows no token.
+            SchemaUnsupported: the grammar outgrew its limits.
         """
         token = self._take_greedy(logits, likeliest) if self.greedy else self._sample(logits)
         count = self._sampling.logprobs
@@ -73,8 +75,7 @@ class Sampler:
         token = int(scores.argmax())
         _check_finite(scores[token])
         if self._sampling.temperature > 0:
-            temperature = np.float32(max(self._sampling.temperature, MIN_TEMPERATURE))
-            scaled = (scores - scores[token]) / temperature
+            scaled = (scores - scores[token]) / np.float32(self._sampling.temperature)
             token = draw_token(scaled, self._sampling.top_p, self._random.random())
         self._counts[token] += 1
         if self._grammar is not None and token not in self._end_ids:
@@ -96,6 +97,8 @@ class Sampler:
         allowed = self._grammar.allowed()
         # The grammar knows one end token; where it allows that, any of them ends the answer.
         allowed[self._end_ids] = allowed[self._end_ids].any()
+        if not allowed.any():
+            raise SchemaUnsupported("the JSON schema allows no way to go on with this answer")
         return np.where(allowed, scores, np.float32(-np.inf))
 
 
@@ -137,4 +140,4 @@ def compute_logprob(logits: Logits, token: int, alternatives: int) -> TokenLogpr
 
 def _check_finite(score: np.float32) -> None:
     if not math.isfinite(score):
-        raise ValueError("the logits leave no token to choose")
+        raise EngineError("the logits leave no token to choose")

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from services.engines.grammar import Grammars
-from services.engines.protocol import EngineError, FinishReason, Sampling, Step
+from services.engines.protocol import FinishReason, Sampling, Step
 from services.engines.sampling import Sampler
-from services.engines.worker import Request, StepResult, Worker
+from services.engines.worker import Request, StepResult, Worker, make_failure
 from stages.common.chat import end_of_turn_ids
 from stages.common.models import load_base, load_tuned, pick_device, pick_dtype
 
@@ -163,8 +163,8 @@ class TransformersEngine(Worker):
             rows = logits.float().cpu().numpy() if rows is None else rows
             try:
                 token, logprob = request.state.sampler.sample(rows[place], likeliest[place])
-            except ValueError as error:
-                results.append((request, EngineError(str(error))))
+            except Exception as error:  # of its sampler or grammar, so the others go on
+                results.append((request, make_failure(error)))
             else:
                 results.append((request, self._make_step(request, token, logprob)))
         return results

@@ -157,7 +157,7 @@ class VllmEngine:
             max_tokens=min(sampling.max_tokens, room),
             temperature=sampling.temperature,
             top_p=sampling.top_p,
-            seed=sampling.seed,
+            seed=None if sampling.seed is None else sampling.seed % 2**63,  # vLLM reads -1 as no seed
             frequency_penalty=sampling.frequency_penalty,
             presence_penalty=sampling.presence_penalty,
             logprobs=sampling.logprobs,

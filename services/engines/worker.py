@@ -3,6 +3,8 @@
 An engine defines how a request enters, how a step is computed, and how a request leaves, all in the engine's
 thread. The event loop is woken once per step for all requests: a wake-up per token of each request would cost
 more than a step of a small model.
+
+What fails for one request ends that request. Only a failed step of the model, shared by all, ends the engine.
 """
 
 from __future__ import annotations
@@ -17,7 +19,15 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from services.engines.protocol import ContextOverflow, EngineError, Load, QueueFull, Sampling, Step
+from services.engines.protocol import (
+    ContextOverflow,
+    EngineError,
+    Load,
+    QueueFull,
+    Sampling,
+    SchemaUnsupported,
+    Step,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +91,7 @@ class Worker(ABC):
 
     @abstractmethod
     def _enter(self, request: Request) -> None:
-        """Start a request."""
+        """Start a request; whatever this raises ends the request alone, so it must leave nothing behind."""
 
     @abstractmethod
     def _leave(self, request: Request) -> None:
@@ -89,7 +99,7 @@ class Worker(ABC):
 
     @abstractmethod
     def _advance(self, running: Sequence[Request]) -> list[StepResult]:
-        """Compute one step; return the new tokens."""
+        """Compute one step; return the new tokens, or for a request that failed alone the exception."""
 
     def _end(self, left: Sequence[Request]) -> None:
         """Free the resources of the engine and of these unfinished requests."""
@@ -114,10 +124,13 @@ class Worker(ABC):
             raise ContextOverflow(
                 f"the prompt has {len(prompt)} tokens, and the context {self.context_tokens} with the answer"
             )
-        if sampling.json_schema is None and not sampling.choices:
-            state = self._prepare(sampling)
-        else:  # compiling a schema takes up to 0.1 s, so not on the event loop
-            state = await asyncio.to_thread(self._prepare, sampling)
+        try:
+            if sampling.json_schema is None and not sampling.choices:
+                state = self._prepare(sampling)
+            else:  # compiling a schema takes up to 0.1 s, so not on the event loop
+                state = await asyncio.to_thread(self._prepare, sampling)
+        except Exception as error:
+            raise make_failure(error) from error
         loop = asyncio.get_running_loop()
         request = Request(list(prompt), sampling, min(sampling.max_tokens, room), loop, state)
         self._submit(request)
@@ -206,11 +219,18 @@ class Worker(ABC):
                 entering.append(request)
         for request in leaving:
             self._leave(request)
-        for request in entering:
-            self._enter(request)
+        self._deliver([failed for request in entering if (failed := self._try_enter(request))])
         if self._running or leaving:  # resources of cancelled requests are freed in a step
             self._deliver(self._advance(list(self._running.values())))
         return True
+
+    def _try_enter(self, request: Request) -> StepResult | None:
+        """Start a request; return its failure, if any."""
+        try:
+            self._enter(request)
+        except Exception as error:
+            return request, make_failure(error)
+        return None
 
     def _deliver(self, results: list[StepResult]) -> None:
         by_loop: dict[asyncio.AbstractEventLoop, list[StepResult]] = {}
@@ -226,6 +246,14 @@ class Worker(ABC):
             except RuntimeError:  # the loop is closed, so these answers have no reader
                 for request, _ in together:
                     self._abort(request)
+
+
+def make_failure(error: Exception) -> Exception:
+    """Return what the caller of one failed request gets; an unforeseen one is logged with its traceback."""
+    if isinstance(error, SchemaUnsupported | EngineError):
+        return error
+    logger.error("one request failed", exc_info=error)
+    return EngineError(f"the request failed: {error!r}")
 
 
 def _hand_over(results: list[StepResult]) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
@@ -12,6 +12,7 @@ from fastapi import Request
 
 from services.api.middleware import BodyLimit
 from services.api.routes import make_app
+from services.engines.paged.engine import PagedEngine
 from services.engines.transformers import TransformersEngine
 from services.model_pool import LoadedModel
 from services.startup import start, stop
@@ -68,6 +69,30 @@ def load_tiny(files: ModelFiles) -> LoadedModel:
     engine = TransformersEngine(
         files.base, None, tokenizer, device="cpu", precision="float32", max_running=8, threads=1
     )
+    return LoadedModel(files, tokenizer, engine)
+
+
+def paged_files(folder: Path) -> ModelFiles:
+    """Save a tiny model also as GGUF, for the engine that serves by default."""
+    import torch
+
+    from stages.common.gguf.model import write_gguf
+    from stages.common.gguf.vocabulary import read_vocabulary
+    from stages.common.models import load_base
+
+    files = tiny_files(folder)
+    merges = (("a", "b"), ("t", "h"))  # GGUF holds no vocabulary without merges
+    save_model(folder, merges=merges, tie_word_embeddings=False, initializer_range=0.5)
+    model = load_base(folder, torch.float32, torch.device("cpu"))
+    vocabulary = read_vocabulary(load_tokenizer(folder), model.config.vocab_size)
+    write_gguf(folder / "model.gguf", model, vocabulary, "f16", "tiny")
+    return replace(files, gguf=folder / "model.gguf")
+
+
+def load_paged(files: ModelFiles) -> LoadedModel:
+    """Load a tiny version into the engine that serves by default."""
+    tokenizer = load_tokenizer(files.tokenizer)
+    engine = PagedEngine(files.gguf, tokenizer, kv_cache_mib=16, max_running=8, threads=1)
     return LoadedModel(files, tokenizer, engine)
 
 

@@ -13,7 +13,7 @@ from services.engines.paged.model import PagedModel
 from services.engines.paged.ngram_drafter import NgramDrafter
 from services.engines.paged.scheduler import ActiveSequence, Scheduler
 from services.engines.sampling import Sampler
-from services.engines.worker import Request, StepResult, Worker
+from services.engines.worker import Request, StepResult, Worker, make_failure
 from stages.common.chat import end_of_turn_ids
 
 Example = tuple[Sequence[int], Sequence[int]]
@@ -105,7 +105,8 @@ class PagedEngine(Worker):
     def _advance(self, running: Sequence[Request]) -> list[StepResult]:
         results: list[StepResult] = []
         for sequence, step in self.scheduler.step():
-            end = step.finish_reason is not None
+            item = make_failure(step) if isinstance(step, Exception) else step
+            end = isinstance(item, Exception) or item.finish_reason is not None
             request = self._requests.pop(id(sequence)) if end else self._requests[id(sequence)]
-            results.append((request, step))
+            results.append((request, item))
         return results

@@ -104,26 +104,37 @@ class Scheduler:
             self._running.remove(sequence)
             self._prefixes.keep(sequence.tokens[: sequence.computed], sequence.blocks)
 
-    def step(self) -> list[tuple[ActiveSequence, Step]]:
-        """Compute a step; return the sequences that have new tokens, with them."""
+    def step(self) -> list[tuple[ActiveSequence, Step | Exception]]:
+        """Compute a step; return the sequences that have new tokens, with them, or with why they ended."""
         self._admit()
         plan = self._plan()
         if not plan:
             return []
         logits = self._model.step([_make_input(planned) for planned in plan])
         best: list[int] = logits.argmax(axis=-1).tolist()
-        steps, row = [], 0
+        results: list[tuple[ActiveSequence, Step | Exception]] = []
+        row = 0
         for planned in plan:
             rows = len(planned.draft) + 1 if planned.samples else 0
             sequence = planned.sequence
             sequence.computed += len(planned.new)
             if rows:
-                step = self._verify(planned, logits[row : row + rows], best[row : row + rows])
-                steps.append((sequence, step))
+                try:
+                    step = self._verify(planned, logits[row : row + rows], best[row : row + rows])
+                except Exception as error:  # of its sampler or grammar, so the others go on
+                    self._discard(sequence)
+                    results.append((sequence, error))
+                else:
+                    results.append((sequence, step))
+                    if step.finish_reason is not None:
+                        self.remove(sequence)
                 row += rows
-                if step.finish_reason is not None:
-                    self.remove(sequence)
-        return steps
+        return results
+
+    def _discard(self, sequence: ActiveSequence) -> None:
+        """Remove a failed sequence; its keys and values may be wrong, so no other sequence reuses them."""
+        self._running.remove(sequence)
+        self._pool.give_back(sequence.blocks)
 
     # Admission.
 

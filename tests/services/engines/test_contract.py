@@ -1,6 +1,7 @@
 """What every engine promises, asked of each that runs here with the same tiny model."""
 
 import asyncio
+import contextlib
 import json
 import math
 import threading
@@ -282,6 +283,31 @@ def test_a_schema_that_nothing_fits_is_refused_and_harms_nobody(engine, schema):
         return await other
 
     assert asyncio.run(ask())[:2] == expected(ids_of("hello"), 24)
+    assert engine.broken is None
+
+
+@pytest.mark.parametrize("count", [501, 2_000])
+def test_a_schema_that_outgrows_the_grammar_ends_its_own_answer_alone(engine, count):
+    properties = {f"k{n}": {"type": "string"} for n in range(count)}
+    schema = json.dumps({"type": "object", "properties": properties})
+
+    async def ask():
+        other = asyncio.create_task(answer(engine, ids_of("hello"), Sampling(64)))
+        with contextlib.suppress(SchemaUnsupported):  # some engines hold even this
+            await answer(engine, ids_of("a"), Sampling(8, json_schema=schema))
+        return await other
+
+    assert asyncio.run(ask())[:2] == expected(ids_of("hello"), 64)
+    assert engine.broken is None
+
+
+@pytest.mark.parametrize("seed", [-1, -(2**63), 2**63 - 1])
+@pytest.mark.parametrize("temperature", [5e-324, 1e-5, 2.0])
+def test_numbers_at_their_edges_are_sampled_with(engine, seed, temperature):
+    sampling = Sampling(8, temperature, top_p=1e-320, seed=seed, json_schema='{"enum": ["ab", "cd"]}')
+    first, again = (asyncio.run(answer(engine, ids_of("hello"), sampling))[0] for _ in range(2))
+    assert first == again
+    assert json.loads(tiny().tokenizer.decode(first)) in ("ab", "cd")
     assert engine.broken is None
 
 

@@ -6,7 +6,8 @@ from services.engines.paged.blocks import BlockPool, PrefixCache
 from services.engines.paged.engine import PagedEngine
 from services.engines.paged.model import pad_count
 from services.engines.paged.ngram_drafter import NgramDrafter, get_break_even_probability
-from services.engines.protocol import Load, Sampling
+from services.engines.protocol import EngineError, Load, Sampling
+from services.engines.sampling import Sampler
 from stages.common.errors import InputError
 from tests.services.engines.makers import tiny
 from tests.services.engines.test_contract import answer, expected, ids_of, until_idle
@@ -106,6 +107,36 @@ def test_an_aborted_answer_leaves_its_blocks_to_others(make):
         await answer(engine, ids_of("hello"), Sampling(2))
 
     asyncio.run(leave())
+    while engine.scheduler._prefixes.drop_oldest():
+        pass
+    assert engine.scheduler.free_blocks == room
+
+
+@pytest.mark.parametrize("after", [0, 1, 5])
+def test_a_sampler_that_fails_ends_its_answer_alone_and_its_blocks_are_free_again(make, monkeypatch, after):
+    engine = make(speculate=False)
+    room = engine.scheduler.free_blocks
+    sample = Sampler.sample
+
+    def fail(sampler, logits, likeliest):
+        if sampler._sampling.seed == 13:
+            if sampler._sampling.max_tokens - 24 == len(drawn):
+                raise KeyError("an unforeseen fault")
+            drawn.append(likeliest)
+        return sample(sampler, logits, likeliest)
+
+    drawn = []
+    monkeypatch.setattr(Sampler, "sample", fail)
+
+    async def ask():
+        one = answer(engine, ids_of("question"), Sampling(24 + after, seed=13))
+        others = (answer(engine, ids_of(text), Sampling(24)) for text in PROMPTS)
+        return await asyncio.gather(one, *others, return_exceptions=True)
+
+    failed, *others = asyncio.run(ask())
+    assert isinstance(failed, EngineError) and "unforeseen" in str(failed)
+    assert [one[:2] for one in others] == [expected(ids_of(text), 24) for text in PROMPTS]
+    assert engine.broken is None
     while engine.scheduler._prefixes.drop_oldest():
         pass
     assert engine.scheduler.free_blocks == room

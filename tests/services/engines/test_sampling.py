@@ -4,10 +4,23 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from services.engines.protocol import Sampling
+from services.engines.protocol import EngineError, Sampling
 from services.engines.sampling import Sampler, draw_token
 
 LOGITS = np.log(np.array([0.5, 0.3, 0.15, 0.05], dtype=np.float32)) + 3
+
+
+class OnlyGrammar:
+    """Allows the same few tokens again and again."""
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def allowed(self):
+        return np.isin(np.arange(10), self.tokens)
+
+    def take(self, token):
+        assert token in self.tokens
 
 
 def sample(sampling, count=1, logits=LOGITS):
@@ -64,8 +77,24 @@ def test_no_alternatives_are_asked_for_with_zero():
 
 def test_logits_that_are_no_numbers_are_an_error():
     for logits in (np.full(4, np.nan, dtype=np.float32), np.full(4, -np.inf, dtype=np.float32)):
-        with pytest.raises(ValueError, match="no token"):
+        with pytest.raises(EngineError, match="no token"):
             sample(Sampling(1), 1, logits)
+
+
+@pytest.mark.parametrize("seed", [-1, -(2**63), 2**63 - 1, 0])
+def test_every_seed_of_64_bits_draws_the_same_again_and_not_as_its_neighbour(seed):
+    drawn, again, other = (sample(Sampling(1, 1.0, seed=s), 40) for s in (seed, seed, (seed + 2) % 2**63))
+    assert drawn == again != other
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-320, 1e-40, 1e-7])
+@pytest.mark.parametrize("top_p", [1.0, 5e-324])
+def test_at_a_tiny_temperature_or_share_the_likeliest_token_that_the_grammar_allows_is_drawn(
+    temperature, top_p
+):
+    logits = np.array([9e3, -9e3, -9.5e3, 3e38, *[0.0] * 6], np.float32)
+    sampler = Sampler(Sampling(1, temperature, top_p, seed=1), [9], OnlyGrammar((1, 2)))
+    assert [sampler.sample(logits.copy(), 3)[0] for _ in range(20)] == [1] * 20
 
 
 def test_tokens_are_drawn_as_often_as_they_are_likely():

@@ -24,6 +24,8 @@ class Counting(Worker):
         self._start()
 
     def _enter(self, request):
+        if request.prompt == [1013]:
+            raise ZeroDivisionError("no thirteen")
         request.state = 0
 
     def _leave(self, request):
@@ -36,6 +38,9 @@ class Counting(Worker):
             raise RuntimeError("out of memory")
         outcomes = []
         for request in running:
+            if request.prompt == [1014] and request.state == 3:
+                outcomes.append((request, EngineError("three is enough")))
+                continue
             request.state += 1
             reason = "length" if request.state == request.max_tokens else None
             outcomes.append((request, Step((request.state,), reason)))
@@ -83,6 +88,20 @@ def test_a_step_that_fails_ends_all_and_the_engine_says_why():
 
     asyncio.run(ask())
     assert "out of memory" in engine.broken
+    engine.close()
+
+
+def test_what_fails_for_one_request_ends_that_request_alone():
+    engine = Counting(max_running=3)
+
+    async def ask():
+        return await asyncio.gather(*(count(engine, n, 5) for n in range(1010, 1018)), return_exceptions=True)
+
+    answers = asyncio.run(ask())
+    assert [n for n, one in enumerate(answers, 1010) if one != [1, 2, 3, 4, 5]] == [1013, 1014]
+    assert all(isinstance(one, EngineError) for one in answers[3:5])
+    assert "no thirteen" in str(answers[3]) and "three is enough" in str(answers[4])
+    assert (engine.broken, engine.load(), engine.left) == (None, Load(0, 0), [])
     engine.close()
 
 
