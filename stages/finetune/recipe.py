@@ -30,6 +30,7 @@ class Recipe:
     schedule: str
     warmup_fraction: float
     weight_decay: float
+    adam_beta2: float
     max_grad_norm: float
     batch_size: int
     gradient_accumulation: int

@@ -182,6 +182,7 @@ def _training_arguments(
         lr_scheduler_type=recipe.schedule if recipe.schedule != "constant" else "constant_with_warmup",
         warmup_steps=round(recipe.warmup_fraction * steps),
         weight_decay=recipe.weight_decay,
+        adam_beta2=recipe.adam_beta2,
         max_grad_norm=recipe.max_grad_norm,
         optim="adamw_torch_fused",
         seed=recipe.seed,

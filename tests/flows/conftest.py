@@ -53,7 +53,7 @@ def finished(tmp_path, finished_toy, api):
 @pytest.fixture
 def retrain(finished):
     """The same, with a parameter of train changed."""
-    finished.change("params.yaml", "learning_rate: 0.001", "learning_rate: 0.002")
+    finished.change("params.yaml", "learning_rate: 0.003", "learning_rate: 0.002")
     return finished
 
 

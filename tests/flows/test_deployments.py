@@ -74,7 +74,7 @@ def test_without_a_server_registering_says_how_to_start_one(finished):
 def test_up_shows_the_page_executes_what_is_due_and_ends_with_all_it_started(finished, tmp_path):
     """With SQLAlchemy 2.1 Prefect's cron schedules never fire, and nothing else says so."""
     finished.change("params.yaml", "cron: 0 3 * * 1", 'cron: "* * * * *"')
-    finished.change("params.yaml", "learning_rate: 0.001", "learning_rate: 0.002")
+    finished.change("params.yaml", "learning_rate: 0.003", "learning_rate: 0.002")
     for key in ("dashboard: 8000", "mlflow: 5000", "evidently: 8001", "port: 3000"):
         finished.change("params.yaml", f" {key} ", f" {key.split(':')[0]}: {network.free_port()} ")
     port = network.free_port()
@@ -88,7 +88,7 @@ def test_up_shows_the_page_executes_what_is_due_and_ends_with_all_it_started(fin
 
         def done():
             runs = api.rows("flow_runs", flow_runs={"state": {"type": {"any_": ["COMPLETED"]}}})
-            return [run for run in runs if run["name"] == "params finetune.learning_rate 0.001→0.002"]
+            return [run for run in runs if run["name"] == "params finetune.learning_rate 0.003→0.002"]
 
         (run,) = wait_until(done, 60, "it ends, named for what changed")
         assert run["auto_scheduled"]

@@ -258,6 +258,7 @@ class Finetune(Section):
     schedule: Literal["cosine", "linear", "constant"]
     warmup_fraction: Share
     weight_decay: Annotated[float, Field(ge=0.0)]
+    adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)]
     max_grad_norm: Positive
     batch_size: PositiveCount
     gradient_accumulation: PositiveCount

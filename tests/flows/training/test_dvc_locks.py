@@ -76,7 +76,7 @@ def test_nothing_is_done_without_locks(tmp_path):
 
 @pytest.mark.slow
 def test_dvc_runs_again_after_its_lock_of_a_reused_process_id_is_cleared(finished):
-    finished.change("params.yaml", "learning_rate: 0.001", "learning_rate: 0.002")
+    finished.change("params.yaml", "learning_rate: 0.003", "learning_rate: 0.002")
     path = finished.root / ".dvc" / "tmp" / "rwlock"
     init = {"pid": os.getpid(), "cmd": "/somewhere/dvc/__main__.py repro train"}
     path.write_text(json.dumps({"write": {str(finished.root / "train.txt"): init}, "read": {}}))

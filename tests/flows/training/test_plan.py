@@ -53,9 +53,9 @@ def test_until_leaves_out_what_follows(checkout):
     [
         (
             "params.yaml",
-            "learning_rate: 0.001",
+            "learning_rate: 0.003",
             "learning_rate: 0.002",
-            "params finetune.learning_rate 0.001→0.002",
+            "params finetune.learning_rate 0.003→0.002",
         ),
         (
             "params.yaml",

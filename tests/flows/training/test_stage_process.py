@@ -75,7 +75,7 @@ def test_an_error_of_dvc_itself_is_told_as_dvc_tells_it():
 
 
 def test_a_stage_started_early_is_the_one_that_is_taken(finished):
-    finished.change("params.yaml", "learning_rate: 0.001", "learning_rate: 0.002")
+    finished.change("params.yaml", "learning_rate: 0.003", "learning_rate: 0.002")
     processes = StageProcesses(finished.root)
 
     processes.start_early("train")

@@ -41,7 +41,7 @@ def test_a_changed_parameter_runs_its_stage_and_names_the_run(retrain, api):
     # train wrote the same bytes as before, so judge had nothing to do: DVC decides, stage by stage.
     assert retrain.begun() == ["train"]
     run = api.last_run()
-    assert run["name"] == "params finetune.learning_rate 0.001→0.002"
+    assert run["name"] == "params finetune.learning_rate 0.003→0.002"
     assert api.task_states(run)["judge"] == "Unchanged"
 
 
@@ -103,7 +103,7 @@ def test_a_passing_trouble_is_tried_again(retrain, api):
 
 
 def test_wrong_parameters_end_with_2_within_three_seconds_before_prefect_is_imported(finished):
-    finished.change("params.yaml", "learning_rate: 0.001", "learning_rat: fast")
+    finished.change("params.yaml", "learning_rate: 0.003", "learning_rat: fast")
     started = time.monotonic()
 
     done = finished.run(PYTHONPROFILEIMPORTTIME="1")
