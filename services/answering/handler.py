@@ -29,6 +29,7 @@ from services.guard.policy import CheckResult, buffers_output, check_answer, che
 from services.keys.access import Access
 from services.metrics import get_metrics
 from services.model_pool import LoadedModel, ModelPool, Route
+from stages.common.chat import TemplateRefusal, encode_text
 from stages.common.errors import InputError
 from stages.common.params.services import Services
 
@@ -289,9 +290,11 @@ def _tokenize(request: GenerationRequest, model: LoadedModel) -> list[int]:
     if isinstance(request.raw, tuple):
         return list(request.raw)
     if request.raw is not None:
-        ids: list[int] = model.tokenizer(request.raw, add_special_tokens=False)["input_ids"]
-        return ids
-    return model.encode_chat(request.messages)
+        return encode_text(model.tokenizer, request.raw)
+    try:
+        return model.encode_chat(request.messages)
+    except TemplateRefusal as error:
+        raise errors.invalid_value("messages", error.what) from None
 
 
 def _count_request(request: GenerationRequest, state: GenerationState, status: int) -> None:

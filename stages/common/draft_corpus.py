@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from stages.common.artifacts import atomic_write
-from stages.common.chat import encode_prompt
+from stages.common.chat import encode_prompt, encode_text
 from stages.common.records import Row
 
 Example = tuple[list[int], list[int]]
@@ -25,7 +25,7 @@ def encode_corpus(tokenizer: Any, rows: Sequence[Row], limit: int) -> list[Examp
     return [
         (
             encode_prompt(tokenizer, row.prompt)[-PROMPT_TOKENS:],
-            tokenizer(row.answer, add_special_tokens=False)["input_ids"],
+            encode_text(tokenizer, row.answer),
         )
         for row in chosen
     ]

@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from stages.common.chat import write_served_template
+from stages.common.errors import InputError
+
 # Placeholders for message contents; no template contains them.
 SYSTEM, QUESTION, ANSWER, NEXT = "⟦system⟧", "⟦question⟧", "⟦answer⟧", "⟦next⟧"
 
@@ -31,19 +34,21 @@ class ChatFormat:
 
     Attributes:
         without_system: the text at the start of a conversation without a system message.
+        opening: the text after which the model answers; mostly that before an answer.
     """
 
     system: TurnFormat
     user: TurnFormat
     assistant: TurnFormat
     without_system: str
+    opening: str
 
     def render(self, turns: Turns) -> str:
         """Return the prompt after which the model answers."""
         around = {"system": self.system, "user": self.user, "assistant": self.assistant}
         start = "" if turns[0][0] == "system" else self.without_system
         body = "".join(around[role].before + content + around[role].after for role, content in turns)
-        return start + body + self.assistant.before
+        return start + body + self.opening
 
     def to_ollama(self) -> str:
         """Return the format as an Ollama template."""
@@ -53,16 +58,25 @@ class ChatFormat:
             f'if eq .Role "{role}" }}}}{turn.before}{{{{ .Content }}}}{turn.after}' for role, turn in roles
         ]
         cases = "{{ " + "{{ else ".join(branches) + "{{ end }}"
-        return f"{start}{{{{ range .Messages }}}}{cases}{{{{ end }}}}{self.assistant.before}"
+        return f"{start}{{{{ range .Messages }}}}{cases}{{{{ end }}}}{self.opening}"
 
 
 def read_chat_format(tokenizer: Any) -> ChatFormat | None:
     """Return the format of a tokenizer's chat template, or None if it is more than text around each turn."""
     from jinja2 import TemplateError
 
+    try:
+        template = write_served_template(tokenizer)
+    except InputError:  # a template that no model can be taught with
+        return None
+
     def render(turns: Turns, prompt: bool = True) -> str:
         conversation = [{"role": role, "content": content} for role, content in turns]
-        return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=prompt))
+        return str(
+            tokenizer.apply_chat_template(
+                conversation, tokenize=False, add_generation_prompt=prompt, chat_template=template
+            )
+        )
 
     system, question, answer, next_ = (
         ("system", SYSTEM),
@@ -78,7 +92,8 @@ def read_chat_format(tokenizer: Any) -> ChatFormat | None:
         bare_long = render([question, answer, next_])
         head, _, rest = plain.partition(SYSTEM)
         system_to_user, _, after_user = rest.partition(QUESTION)
-        before_answer = asked.partition(QUESTION)[2]
+        opening = asked.partition(QUESTION)[2]
+        before_answer = long.partition(QUESTION)[2].partition(ANSWER)[0]
         after_answer = render([system, question, answer], prompt=False).partition(ANSWER)[2]
         answer_to_user = long.partition(ANSWER)[2].partition(NEXT)[0]
     except (TemplateError, TypeError, ValueError):
@@ -89,6 +104,7 @@ def read_chat_format(tokenizer: Any) -> ChatFormat | None:
         TurnFormat(before_user, after_user),
         TurnFormat(before_answer.removeprefix(after_user), after_answer),
         bare.partition(QUESTION)[0].removesuffix(before_user),
+        opening.removeprefix(after_user),
     )
     same = (
         chat_format.render([system, question, answer, next_]) == long

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.common.chat import end_of_turn_ids
+from stages.common.chat import end_of_turn_ids, write_served_template
 from stages.common.errors import InputError
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
         ends=tuple(sorted(ends, key=lambda end: end != tokenizer.eos_token_id)),
         bos=tokenizer.bos_token_id,
         pad=tokenizer.pad_token_id,
-        chat_template=str(tokenizer.chat_template),
+        chat_template=write_served_template(tokenizer),
     )
 
 

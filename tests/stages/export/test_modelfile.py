@@ -1,4 +1,7 @@
+from stages.common.chat import encode_prompt
+from stages.common.records import Message
 from stages.export.modelfile import format_modelfile, read_chat_format
+from tests.stages.common.chat_templates import FAMILIES, make_family_tokenizer
 from tests.tiny import make_tokenizer
 
 # A default system message, as SmolLM2 and Qwen2 have; and a mark at the start, as Llama 3 has.
@@ -39,6 +42,19 @@ def test_what_stands_only_in_conversations_without_a_system_message_is_kept():
     assert chat_format.render([("system", "S"), ("user", "Hi")]) == (
         "<|im_start|>[system] S<|im_end|>\n[user] Hi<|im_end|>\n[assistant] "
     )
+
+
+def test_the_prompt_of_ollama_is_the_one_of_training():
+    """With Qwen3's empty think block before the answer, and with the day that Llama 3 was trained on."""
+    thinking = make_family_tokenizer(FAMILIES["qwen-3"])
+    chat_format = read_chat_format(thinking)
+    assert chat_format.opening == "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    assert chat_format.assistant.before == "<|im_start|>assistant\n"
+    dated = make_family_tokenizer(FAMILIES["llama-3"])
+    for tokenizer in (thinking, dated):
+        asked = encode_prompt(tokenizer, [Message("system", "S"), Message("user", "Hi")])
+        rendered = read_chat_format(tokenizer).render([("system", "S"), ("user", "Hi")])
+        assert rendered == tokenizer.decode(asked)
 
 
 def test_a_template_that_does_more_than_wrap_is_left_to_ollama():
