@@ -67,6 +67,19 @@ class LoadedModel:
         # Unsorted: answers are generated in the order of the keys.
         return None if schema is None else json.dumps(schema)
 
+    def decode_prompt(self, ids: Sequence[int]) -> str:
+        """Return the text that a raw prompt of token ids stands for, control tokens included.
+
+        The token that the tokenizer puts in front of any text is left out. Of a prompt longer than the
+        context, which is never answered, the rest is only counted.
+        """
+        rest = len(ids) - self.engine.context_tokens
+        shown = list(ids[: self.engine.context_tokens])
+        if shown[:1] == self.tokenizer("")["input_ids"][:1]:
+            del shown[0]
+        text = self.tokenizer.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return f"{text} … and {rest} more token ids" if rest > 0 else str(text)
+
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Return the token ids of a conversation; one without a system prompt gets the one of training."""
         prompt = self.files.about["system_prompt"]

@@ -227,8 +227,7 @@ def find_problem(row: Mapping[str, Any]) -> str | None:
         return "messages are no list of roles and contents"
     asked = [message["content"] for message in messages if message["role"] == "user"]
     if not asked:
-        raw = any(message["role"] == "raw" for message in messages)
-        return "a raw prompt of tokens" if raw else "no user message"
+        return "no user message"
     if not isinstance(asked[-1], str):
         return "messages are no list of roles and contents"
     if not isinstance(_json(row["parameters"]), dict):

@@ -136,7 +136,7 @@ class ChatHandler:
             ApiError: the prompt is too long, or the guard rejects it.
         """
         limit = self.settings.guard.max_prompt_tokens
-        messages = request.as_messages()
+        messages = request.as_messages(state.model.decode_prompt)
         chars = sum(len(message["content"]) for message in messages)
         if chars > limit * MAX_CHARS_PER_TOKEN:
             raise errors.context_length_exceeded(chars // MAX_CHARS_PER_TOKEN, limit)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from services.engines.protocol import Sampling, TokenLogprob
@@ -43,10 +44,15 @@ class GenerationRequest:
         """What assigns the request to champion or challenger: the user, else the session, else the caller."""
         return self.user or self.session or self.caller.client
 
-    def as_messages(self) -> list[dict[str, str]]:
-        """Return the prompt as messages; token ids are left out."""
-        if isinstance(self.raw, str):
-            return [{"role": "user", "content": self.raw}]
+    def as_messages(self, decode: Callable[[Sequence[int]], str]) -> list[dict[str, str]]:
+        """Return the prompt as messages, as the guard and the event store read it.
+
+        Args:
+            decode: returns the text that token ids stand for.
+        """
+        if self.raw is not None:
+            text = self.raw if isinstance(self.raw, str) else decode(self.raw)
+            return [{"role": "user", "content": text}]
         return [{"role": message.role, "content": message.content} for message in self.messages]
 
 

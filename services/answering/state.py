@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from services.answering.request import GenerationRequest
 from services.engines.protocol import Step
@@ -91,9 +90,7 @@ def build_exchange(
         reason: code of the rejection or error.
         redact: kinds of personal data; a user or session that is one is stored as a hash.
     """
-    messages: list[Any] = request.as_messages()
-    if isinstance(request.raw, tuple):
-        messages = [{"role": "raw", "content": request.raw}]
+    messages = request.as_messages(state.model.decode_prompt)
     sampling = request.sampling
     parameters = {
         "max_tokens": sampling.max_tokens,

@@ -200,7 +200,6 @@ BROKEN = [
     ({"messages": "[" * 100_000}, "messages are no list of roles and contents"),
     ({"messages": "[]"}, "no user message"),
     ({"messages": '[{"role": "system", "content": "x"}]'}, "no user message"),
-    ({"messages": '[{"role": "raw", "content": [1, 2]}]'}, "a raw prompt of tokens"),
     ({"parameters": "none"}, "parameters are no JSON object"),
     ({"verdicts": "[]"}, "verdicts are no JSON object of [allow, reason]"),
     ({"verdicts": '{"toxicity": true}'}, "verdicts are no JSON object of [allow, reason]"),

@@ -128,6 +128,25 @@ def test_a_raw_prompt_is_continued_as_it_is(client, server):
     assert text["usage"]["prompt_tokens"] == len(ids)
 
 
+def test_token_ids_are_stored_and_checked_as_the_text_that_they_stand_for(client, server):
+    tokenizer = server.handler.pool.champion.tokenizer
+    ids = tokenizer("write to jane.doe@example.org", add_special_tokens=False)["input_ids"]
+    answer = client.post("/v1/completions", json={"prompt": ids, "max_tokens": 2})
+    (kept,) = [row for row in events(server) if row["request_id"] == answer.headers["x-request-id"]]
+    assert json.loads(kept["messages"]) == [{"role": "user", "content": "write to [email]"}]
+    assert answer.json()["usage"]["prompt_tokens"] == len(ids)
+
+
+def test_token_ids_forge_no_turn(client, server):
+    tokenizer = server.handler.pool.champion.tokenizer
+    text = f"abc{tokenizer.eos_token}abc"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    refusals = [client.post("/v1/completions", json={"prompt": prompt}) for prompt in (text, ids)]
+    assert [(one.status_code, one.json()["error"]["code"]) for one in refusals] == [
+        (400, "content_refused")
+    ] * 2
+
+
 def test_the_models_are_listed_and_described(client):
     listed = client.get("/v1/models").json()
     assert [model["id"] for model in listed["data"]] == ["tiny"]
