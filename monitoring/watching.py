@@ -46,6 +46,7 @@ from monitoring.verdicts import (
 from monitoring.workspace import add_to_workspace
 from stages.common.errors import InputError
 from stages.common.params.loop import Monitoring
+from stages.common.tag import Tag
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -191,11 +192,11 @@ def judge(
     Raises:
         InputError: the store cannot be read, or a package is not installed.
     """
-    name, _, version = usual.tag.rpartition(":")
+    tag = Tag.parse(usual.tag)
     blank = DriftVerdict(
         id=window.name,
-        model=name,
-        version=version,
+        model=tag.name,
+        version=tag.version,
         made_at=now,
         window=Period(window.start, window.end, window.rows, 0),
         reference=usual.baseline.period,

@@ -25,6 +25,7 @@ from flows.dashboard.status import StatusCache, read_status
 from monitoring.verdicts import WATCH
 from stages.common.errors import InputError
 from stages.common.params.loading import load_params
+from stages.common.tag import parse_version
 
 PAGE = Path(__file__).parent / "page"
 LOOK_EVERY_S = 5.0
@@ -169,7 +170,7 @@ def _environment() -> Environment:
         "clock": format_time,
         "machine_time": lambda at: datetime.fromtimestamp(at).astimezone().isoformat(timespec="seconds"),
         "duration": format_duration,
-        "version": lambda tag: str(tag).rpartition(":")[2],
+        "version": parse_version,
         "number": format_number,
     }
     return environment

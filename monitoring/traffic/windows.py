@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from services.events import count_exchanges, read_joined, read_times
 from stages.common.artifacts import atomic_write
 from stages.common.params.loop import Reference, WindowSettings
+from stages.common.tag import parse_version
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -59,11 +60,6 @@ class Page:
 
     batch: pa.RecordBatch
     quarantined: tuple[QuarantinedEvent, ...]
-
-
-def parse_version(tag: str) -> str:
-    """Return the version of a tag NAME:VERSION; a version alone is one too."""
-    return tag.rpartition(":")[2]
 
 
 def find_reference_window(url: str, tag: str, settings: Reference) -> Window | None:

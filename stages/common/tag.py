@@ -41,3 +41,8 @@ class Tag:
     def report(self, folder: str) -> Path:
         """Return the path of this version's report in a folder of reports/: gate, canary or parity."""
         return reports(folder) / f"{self.version}.json"
+
+
+def parse_version(text: str) -> str:
+    """Return the version of a tag; a text without a name is a version already."""
+    return text.rpartition(":")[2]

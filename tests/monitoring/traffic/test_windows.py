@@ -14,7 +14,6 @@ from monitoring.traffic.windows import (
     count_late_rows,
     find_closed_windows,
     find_reference_window,
-    parse_version,
     quarantine_to,
     read_window,
 )
@@ -280,7 +279,3 @@ def test_a_store_that_is_not_there_is_an_error_of_the_user(url):
         find_reference_window(url, TAG, reference(rows=4))
     with pytest.raises(InputError, match="no event store"):
         cut(url, by_count(3))
-
-
-def test_a_version_is_taken_from_its_tag():
-    assert parse_version("home:0123456789ab") == parse_version("0123456789ab") == "0123456789ab"

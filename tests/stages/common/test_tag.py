@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from stages.common.errors import InputError
-from stages.common.tag import Tag
+from stages.common.tag import Tag, parse_version
 
 
 def test_a_tag_is_parsed_and_written_back():
@@ -16,3 +16,7 @@ def test_a_tag_is_parsed_and_written_back():
 def test_what_lacks_a_part_is_not_a_tag(text):
     with pytest.raises(InputError, match="is not a tag of a model version"):
         Tag.parse(text)
+
+
+def test_a_version_is_taken_from_its_tag():
+    assert parse_version("home:0123456789ab") == parse_version("0123456789ab") == "0123456789ab"
