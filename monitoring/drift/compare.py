@@ -18,16 +18,11 @@ few new things among many usual ones move no mean far, but they are far from eve
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from monitoring.drift.baseline import Baseline
-from monitoring.drift.bins import (
-    Binning,
-    Bools,
-    Floats,
-)
+from monitoring.drift.bins import Binning, Bools, Floats
 from monitoring.drift.calibration import estimate_inflation
 from monitoring.drift.effects import measure_change
 from monitoring.drift.session_sums import SessionSums
@@ -41,9 +36,6 @@ from monitoring.drift.two_sample_tests import (
 from monitoring.traffic.columns import DECIDING, DriftType
 from monitoring.verdicts import DriftTypeVerdict
 from stages.common.params.loop import DriftSettings
-
-if TYPE_CHECKING:
-    pass
 
 # Fewer than this on either side, and a column is not judged.
 MIN_VALUES = 20
