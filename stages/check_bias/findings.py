@@ -138,7 +138,12 @@ def compute_shares(
 def check_representation(
     group: str, shares: Sequence[Share], rows: int, limits: Limits, min_rows: int
 ) -> Finding:
-    """Judge the ratio of the rows of the smallest value to those of the largest."""
+    """Judge the ratio of the rows of the smallest value to those of the largest.
+
+    It is judged from `min_rows` rows per value on. Of ten equally frequent values the rarest has less than
+    half the rows of the most frequent by chance alone in 85 of 100 samples of 100 rows, and in 3 of 100
+    samples of 500.
+    """
     threshold = limits.min_representation_ratio
     finding = Finding(group, "representation", "not_judged", None, None, threshold, None, rows, "")
     if rows == 0:
@@ -152,7 +157,8 @@ def check_representation(
         f"{group}: of {_rows(rows)} with a value, {smallest.value} has fewest ({_share(smallest)}) and "
         f"{largest.value} most ({_share(largest)}); ratio {ratio:.2f}"
     )
-    return _judged(replace(finding, value=ratio), text, min_rows, lambda limit: ratio >= limit, "at least")
+    finding = replace(finding, value=ratio)
+    return _judged(finding, text, min_rows, lambda limit: ratio >= limit, "at least", values=len(shares))
 
 
 def measure_association(
@@ -220,13 +226,16 @@ def _judge_association(
     return _judged(finding, text, min_rows, lambda limit: is_chance or strength <= limit, "at most")
 
 
-def _judged(finding: Finding, text: str, min_rows: int, holds: Any, word: str) -> Finding:
+def _judged(finding: Finding, text: str, min_rows: int, holds: Any, word: str, values: int = 1) -> Finding:
     """Add the verdict to a finding; without a threshold or with too few rows it is not judged."""
     if finding.threshold is None:
         return replace(finding, statement=f"{text}. Reported only: no threshold is set.")
     limit = f"{word} {finding.threshold:.2f} is required"
-    if finding.rows < min_rows:
-        return replace(finding, statement=f"{text}. Not judged ({limit}): fewer than {_rows(min_rows)}.")
+    if finding.rows < min_rows * values:
+        each = f" for each of {values} values" if values > 1 else ""
+        return replace(
+            finding, statement=f"{text}. Not judged ({limit}): fewer than {_rows(min_rows)}{each}."
+        )
     passed = bool(holds(finding.threshold))
     status = "passed" if passed else "failed"
     return replace(finding, status=status, passed=passed, statement=f"{text}; {limit}: {status}.")

@@ -174,6 +174,16 @@ def test_too_few_rows_are_reported_and_not_judged():
     assert "fewer than 20 rows" in ratio.statement
 
 
+def test_a_ratio_needs_rows_for_each_value():
+    """Sixty rows that name two of the lexicon's four origins: the other two may be missing by chance."""
+    rows = [row(f"{n} call Ana") for n in range(30)] + [row(f"{n} call Omar") for n in range(30)]
+    ratio = found(rows, groups={"person_origin": STRICT})["person_origin", "representation"]
+    assert (ratio.passed, ratio.status, ratio.value) == (None, "not_judged", 0.0)
+    assert "fewer than 20 rows for each of 4 values" in ratio.statement
+    more = [row(f"{n} call {name}") for n in range(40) for name in ("Ana", "Omar")]
+    assert found(more, groups={"person_origin": STRICT})["person_origin", "representation"].passed is False
+
+
 def test_a_group_without_a_threshold_is_reported_and_not_judged():
     groups = {"platform": Limits(min_representation_ratio=None, max_cramers_v=None)}
     findings = found(platform_rows(90, 10, tied=True), groups=groups)
