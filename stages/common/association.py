@@ -76,8 +76,12 @@ def compute_permutation_p(
 
 
 def encode_names(names: Sequence[str]) -> NDArray[np.int64]:
-    """Return each name's place among the sorted different names."""
-    return np.unique(np.asarray(names, dtype=str), return_inverse=True)[1]
+    """Return each name's place among the sorted different names.
+
+    By a dict: numpy's text has the width of the longest name in every cell, and a name may be a passage.
+    """
+    places = {name: place for place, name in enumerate(sorted(set(names)))}
+    return np.fromiter((places[name] for name in names), dtype=np.int64, count=len(names))
 
 
 def _blocks_of_equal_size(clusters: Sequence[str]) -> list[NDArray[np.int64]]:

@@ -1,4 +1,7 @@
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,3 +109,17 @@ def test_feedback_alone_that_nobody_gave_yet_is_refused(project):
     project({"kind": "feedback"})
     with pytest.raises(InputError, match="the sources have no row"):
         collect.main()
+
+
+def test_a_data_file_is_versioned_as_the_documentation_says(tmp_path):
+    shutil.copy(ROOT / ".gitignore", tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "support.jsonl").write_text('{"prompt": "a", "completion": "b"}\n', encoding="utf-8")
+    dvc = [sys.executable, "-m", "dvc"]
+    for command in (["git", "init", "-q"], [*dvc, "init", "-q"], [*dvc, "add", "-q", "data/support.jsonl"]):
+        subprocess.run(command, cwd=tmp_path, check=True)
+    subprocess.run(["git", "add", "."], cwd=tmp_path, check=True)
+    tracked = subprocess.run(
+        ["git", "ls-files", "data"], cwd=tmp_path, check=True, capture_output=True, text=True
+    )
+    assert tracked.stdout.split() == ["data/support.jsonl.dvc"]

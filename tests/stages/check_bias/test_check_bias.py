@@ -9,7 +9,7 @@ import yaml
 
 from stages.check_bias.__main__ import main
 from stages.check_bias.findings import Limits, check_groups
-from stages.check_bias.groups import read_outcomes, read_people, read_values
+from stages.check_bias.groups import read_outcomes, read_people, read_rejected_rows, read_values
 from stages.check_bias.plots import plot_groups
 from stages.common.artifacts import read_json, write_json, write_text
 from stages.common.errors import InputError, ParamsError
@@ -18,6 +18,7 @@ from stages.common.records import Message, make_row, write_rows
 from stages.common.task.json_task import JsonTask
 from stages.common.task.kinds import TASK_FILE
 from stages.common.task.text_task import TextTask
+from stages.curate import Rejection, format_rejections
 
 ROOT = Path(__file__).parents[3]
 PEOPLE = {
@@ -281,3 +282,11 @@ def test_too_few_permutations_for_the_alpha_are_refused_before_any_work(project)
     project(platform_rows(40, 30), permutations=100)
     with pytest.raises(ParamsError, match=r"check_bias\.permutations: 100 are too few.*1000 could"):
         load_params()
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\r"])
+def test_a_rejected_row_is_read_again_whatever_line_its_text_ends(tmp_path, character):
+    lost = row(f"one{character}two")
+    path = tmp_path / "rejects.jsonl"
+    write_text(path, format_rejections([(lost, Rejection("near_duplicate", "of another"))]))
+    assert read_rejected_rows(path) == [lost]

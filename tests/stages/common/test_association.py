@@ -1,9 +1,11 @@
 """The statistics of balance, against known values and against simulated chance."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
-from stages.common.association import apply_holm, compute_cramers_v, compute_permutation_p
+from stages.common.association import apply_holm, compute_cramers_v, compute_permutation_p, encode_names
 from stages.common.statistics import compute_wilson
 
 
@@ -110,3 +112,15 @@ def test_the_same_seed_gives_the_same_p_value():
 def test_holm_agrees_with_the_worked_example():
     assert apply_holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert apply_holm([]) == []
+
+
+def test_a_name_as_long_as_a_passage_takes_no_memory_in_every_row():
+    names = ["passage " * 2000, *(f"group {number % 50}" for number in range(20_000))]
+    tracemalloc.start()
+    try:
+        codes = encode_names(names)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 4_000_000  # bytes; an array of text of that width has 1.3 GB
+    assert codes.tolist() == [sorted(set(names)).index(name) for name in names]
