@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from stages.common.errors import InputError
 
 ROLES = ("system", "user", "assistant")
 ORIGINS = ("human", "template", "synthetic", "feedback")
+ROWS_A_BATCH = 2000  # written and read at a time: a row may hold a passage
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,21 +118,31 @@ def find_conversation_problem(messages: Sequence[Message]) -> str | None:
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write rows as Parquet, all or nothing; equal rows give equal bytes."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns: dict[str, list[Any]] = {name: [] for name in _schema().names}
-    for row in rows:
-        columns["id"].append(row.id)
-        columns["messages"].append([{"role": m.role, "content": m.content} for m in row.messages])
-        columns["source"].append(row.source)
-        columns["license"].append(row.license)
-        columns["group"].append(row.group)
-        columns["tags"].append(sorted(row.tags.items()))
-        columns["origin"].append(row.origin)
-    table = pa.table(columns, schema=_schema())
-    with atomic_write(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+    rest = iter(rows)
+    with (
+        atomic_write(path) as temporary,
+        pq.ParquetWriter(temporary, _schema(), compression="zstd") as file,
+    ):
+        # Some at a time: as Arrow's columns the rows take their memory a second time.
+        while batch := list(islice(rest, ROWS_A_BATCH)):
+            file.write_table(_to_table(batch))
+
+
+def _to_table(rows: Sequence[Row]) -> Any:
+    import pyarrow as pa
+
+    columns: dict[str, list[Any]] = {
+        "id": [row.id for row in rows],
+        "messages": [[{"role": m.role, "content": m.content} for m in row.messages] for row in rows],
+        "source": [row.source for row in rows],
+        "license": [row.license for row in rows],
+        "group": [row.group for row in rows],
+        "tags": [sorted(row.tags.items()) for row in rows],
+        "origin": [row.origin for row in rows],
+    }
+    return pa.table(columns, schema=_schema())
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -144,28 +157,33 @@ def read_rows(path: Path) -> list[Row]:
     if not path.exists():
         raise missing(path)
     try:
-        table = pq.read_table(path)
+        with pq.ParquetFile(path) as file:
+            if not file.schema_arrow.equals(_schema()):
+                raise InputError(
+                    f"{path} has the columns {file.schema_arrow.names}, not {_schema().names}",
+                    "run the stage that makes it again",
+                )
+            return [
+                _from_record(record)
+                for batch in file.iter_batches(ROWS_A_BATCH)
+                for record in batch.to_pylist()
+            ]
     except pa.ArrowInvalid as error:
         raise InputError(
             f"{path} cannot be read as Parquet: {error}", "run the stage that makes it again"
         ) from None
-    if not table.schema.equals(_schema()):
-        raise InputError(
-            f"{path} has the columns {table.schema.names}, not {_schema().names}",
-            "run the stage that makes it again",
-        )
-    return [
-        Row(
-            id=record["id"],
-            messages=tuple(Message(m["role"], m["content"]) for m in record["messages"]),
-            source=record["source"],
-            license=record["license"],
-            group=record["group"],
-            tags=dict(record["tags"]),
-            origin=record["origin"],
-        )
-        for record in table.to_pylist()
-    ]
+
+
+def _from_record(record: Mapping[str, Any]) -> Row:
+    return Row(
+        id=record["id"],
+        messages=tuple(Message(sys.intern(m["role"]), m["content"]) for m in record["messages"]),
+        source=sys.intern(record["source"]),
+        license=sys.intern(record["license"]),
+        group=record["group"],
+        tags=dict(record["tags"]),
+        origin=sys.intern(record["origin"]),
+    )
 
 
 def _schema() -> Any:

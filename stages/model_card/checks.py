@@ -29,10 +29,15 @@ NEEDED = (
     *(f"split.groups.{side}" for side in SIDES),
     *(f"split.{key}" for key in ("rows_in", "test_rows_over_cap", "train_rows_over_cap")),
     "split.train_rows_removed_as_near_duplicates",
+    "split.rows_removed_as_known_answers",
+    "curate.rows_changed",
     *(f"split.{key}" for key in ("feedback_rows", "feedback_rows_of_held_out_groups")),
     *(
         f"split.proof.{key}"
-        for key in ("groups_on_two_sides", "near_duplicates_across", "highest_similarity")
+        for key in (
+            *("groups_on_two_sides", "conversations_on_two_sides", "near_duplicates_across"),
+            "highest_similarity",
+        )
     ),
     *(f"finetune.{key}" for key in ("train_rows", "rejected_long_rows", "steps", "train_tokens", "dtype")),
     *(f"finetune.{key}" for key in ("rows_not_replayed", "started_from", "trained_parameters")),
@@ -62,6 +67,7 @@ AGREEMENTS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
         (
             *("split.rows.*", "split.test_rows_over_cap", "split.train_rows_over_cap"),
             "split.train_rows_removed_as_near_duplicates",
+            "split.rows_removed_as_known_answers",
             "split.feedback_rows_of_held_out_groups",
         ),
         ("split.rows_in",),
@@ -78,6 +84,7 @@ GATES = (
     ("validate.success", True),
     ("check_bias.success", True),
     ("split.proof.groups_on_two_sides", 0),
+    ("split.proof.conversations_on_two_sides", 0),
     ("split.proof.near_duplicates_across", 0),
 )
 

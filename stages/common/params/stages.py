@@ -119,7 +119,12 @@ class Curate(Section):
     min_question_chars: Count = 1
     max_question_chars: PositiveCount
     max_answer_chars: PositiveCount
-    near_duplicate_threshold: Share
+    max_same_characters: PositiveCount | None = None
+    max_same_words: PositiveCount | None = None
+    min_text_share: Share | None = None
+    near_duplicate_threshold: Share | None
+    on_conflicting_answers: Literal["drop", "keep"] = "drop"
+    normalize: tuple[Literal["nfc", "line_ends"], ...] = ("nfc", "line_ends")
     personal_data: tuple[Literal["email", "phone", "iban", "credit_card", "ipv4", "ssn"], ...] = ()
 
     @override

@@ -7,9 +7,7 @@ from stages.common.near_duplicates import (
     compute_similarity,
     extract_grams,
     find_closest,
-    join_prompt,
 )
-from stages.common.records import Message, make_row
 
 
 def find_pairs(texts, threshold):
@@ -88,15 +86,3 @@ def test_the_closest_pair_is_the_best_of_all():
 
 def test_texts_with_nothing_in_common_have_similarity_zero():
     assert find_closest(["abc"], ["xyz"]) == (0, 0, 0.0)
-
-
-def test_the_system_message_is_not_compared():
-    row = make_row(
-        [
-            Message(role, text)
-            for role, text in zip(["system", *["user", "assistant"] * 2], "sabcd", strict=True)
-        ],
-        "toy",
-        "mit",
-    )
-    assert join_prompt(row) == "a\nb\nc"

@@ -76,6 +76,7 @@ def evidence():
             "rejected": 2,
             "rejected_by_reason": {"near_duplicate": 2},
             "kept_by_source": {"toy/1": 40},
+            "rows_changed": 3,
         },
         "validate": {
             "rows": 40,
@@ -94,8 +95,14 @@ def evidence():
             "test_rows_over_cap": 1,
             "train_rows_over_cap": 0,
             "train_rows_removed_as_near_duplicates": 1,
+            "rows_removed_as_known_answers": 0,
             "labels_without_test_rows": ["HassBroadcast"],
-            "proof": {"groups_on_two_sides": 0, "near_duplicates_across": 0, "highest_similarity": 0.61},
+            "proof": {
+                "groups_on_two_sides": 0,
+                "conversations_on_two_sides": 0,
+                "near_duplicates_across": 0,
+                "highest_similarity": 0.61,
+            },
         },
         "finetune": {
             "started_from": "base",

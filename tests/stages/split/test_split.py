@@ -5,26 +5,24 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stages import split
 from stages.common.artifacts import write_json
+from stages.common.compared_text import SharedParts
 from stages.common.errors import InputError
 from stages.common.records import Message, make_row, read_rows, write_rows
 from stages.common.task.json_task import JsonTask
 from stages.common.task.kinds import TASK_FILE
-from stages.split import (
+from stages.split.__main__ import check_sizes, count_sides, main
+from stages.split.leaks import prove_split, remove_near_duplicates
+from stages.split.sides import (
     Sides,
     assign_sides,
     cap_training_rows,
-    check_sizes,
     choose_group_labels,
-    count_sides,
     divide_rows,
-    prove_split,
     read_strata,
-    remove_near_duplicates,
 )
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def row(question, group=None, intent="On", origin="human"):
@@ -100,7 +98,7 @@ def test_no_group_is_asked_more_often_than_the_cap_and_all_rows_are_accounted_fo
 def test_training_rows_near_a_held_out_one_are_removed_and_others_stay():
     test_row = row("turn on the light in the kitchen now", "t")
     near, far = row("turn on the lights in the kitchen now", "a"), row("what time is it in Lima", "b")
-    sides, removed = remove_near_duplicates(Sides((near, far), (), (test_row,)), 0.8)
+    sides, removed = remove_near_duplicates(Sides((near, far), (), (test_row,)), 0.8, SharedParts())
     assert removed == 1
     assert sides == Sides((far,), (), (test_row,))
 
@@ -110,14 +108,14 @@ def test_the_shared_system_message_makes_no_near_duplicate():
         make_row([Message("system", "s" * 300), Message("user", q), Message("assistant", "{}")], "toy", "mit")
         for q in ("lamp on", "what time is it")
     ]
-    assert remove_near_duplicates(Sides((rows[0],), (), (rows[1],)), 0.5)[1] == 0
+    assert remove_near_duplicates(Sides((rows[0],), (), (rows[1],)), 0.5, SharedParts())[1] == 0
 
 
 def test_the_proof_names_the_closest_pair_and_how_many_were_compared():
     sides = Sides(
         (row("turn on the light", "a"), row("what time is it", "b")), (), (row("turn on the lights", "c"),)
     )
-    found = prove_split(sides, 0.95)
+    found = prove_split(sides, 0.95, SharedParts(), set())
     assert found["pairs_compared"] == 2
     assert found["groups_on_two_sides"] == found["near_duplicates_across"] == 0
     assert found["closest_pair"] == ["turn on the lights", "turn on the light"]
@@ -134,12 +132,12 @@ def test_the_proof_names_the_closest_pair_and_how_many_were_compared():
 )
 def test_a_split_that_leaks_is_refused(sides):
     with pytest.raises(AssertionError, match="not clean"):
-        prove_split(sides, 0.8)
+        prove_split(sides, 0.8, SharedParts(), set())
 
 
 def test_a_split_too_small_names_both_sides_numbers_and_what_to_do():
     with pytest.raises(InputError) as error:
-        check_sizes(Sides((row("a"),), (), (row("b"),)), 2, 2, 10, 300)
+        check_sizes(Sides((row("a"),), (), (row("b"),)), {}, 2, 2, 10, 300)
     assert "2 rows in 2 groups" in error.value.what
     assert "train: 1 rows, and 10 are required (split.min_train_rows)" in error.value.what
     assert "test: 1 rows, and 300 are required (split.min_test_rows)" in error.value.what
@@ -170,7 +168,7 @@ def project(tmp_path, monkeypatch):
 
 def test_twenty_rows_without_groups_or_labels_can_be_split(project):
     project([row(distinct(n)) for n in range(20)], stratify_by=None, min_train_rows=10, min_test_rows=3)
-    split.main()
+    main()
     sizes = [
         len(read_rows(Path(f"artifacts/split/{side}.parquet"))) for side in ("train", "validation", "test")
     ]
@@ -179,10 +177,10 @@ def test_twenty_rows_without_groups_or_labels_can_be_split(project):
 
 def test_the_split_of_the_same_rows_is_the_same_files(project):
     project(many(60), min_train_rows=10, min_test_rows=10)
-    split.main()
+    main()
     first = {path.name: path.read_bytes() for path in Path("artifacts/split").iterdir()}
     report = Path("reports/split/metrics.json").read_bytes()
-    split.main()
+    main()
     assert {path.name: path.read_bytes() for path in Path("artifacts/split").iterdir()} == first
     assert Path("reports/split/metrics.json").read_bytes() == report
 
@@ -190,7 +188,7 @@ def test_the_split_of_the_same_rows_is_the_same_files(project):
 def test_nothing_is_written_when_the_test_side_is_too_small(project):
     project(many(10), min_test_rows=300)
     with pytest.raises(InputError, match=r"300 are required \(split.min_test_rows"):
-        split.main()
+        main()
     assert not Path("artifacts/split").exists()
     assert not Path("reports").exists()
 
@@ -198,7 +196,7 @@ def test_nothing_is_written_when_the_test_side_is_too_small(project):
 def test_the_report_adds_up(project):
     rows = many(60) + [row(distinct(100 * g) + "!", f"copy{g}", "I0") for g in range(60)]
     project(rows, min_train_rows=10, min_test_rows=10)
-    split.main()
+    main()
     report = json.loads(Path("reports/split/metrics.json").read_text())
     removed, over_cap = report["train_rows_removed_as_near_duplicates"], report["test_rows_over_cap"]
     assert removed > 0
@@ -228,7 +226,7 @@ def test_without_a_limit_every_row_is_learned():
 def test_the_rows_over_the_limit_are_counted_and_feedback_is_not_limited(project):
     rows = many(60)
     project([*rows, *told(8)], max_train_rows_per_group=3, min_train_rows_per_label=0)
-    split.main()
+    main()
     report = json.loads(Path("reports/split/metrics.json").read_text())
     assert report["train_rows_over_cap"] == 2 * report["groups"]["train"] - 2 * 8
     accounted = sum(report["rows"].values()) + report["test_rows_over_cap"] + report["train_rows_over_cap"]
@@ -244,7 +242,7 @@ def told(count, **more):
 def test_feedback_leaves_validation_and_test_byte_for_byte_and_is_learned(project):
     rows = many(60)
     project(rows, min_train_rows=10, min_test_rows=10)
-    split.main()
+    main()
     before = {side: Path(f"artifacts/split/{side}.parquet").read_bytes() for side in ("validation", "test")}
     learned = {r.id for r in read_rows(Path("artifacts/split/train.parquet"))}
     test_row = read_rows(Path("artifacts/split/test.parquet"))[0]
@@ -255,7 +253,7 @@ def test_feedback_leaves_validation_and_test_byte_for_byte_and_is_learned(projec
         row(test_row.question + "!", "feedback/near", origin="feedback"),
     ]
     write_rows(Path("artifacts/curate/rows.parquet"), [new[0], *rows, *new[1:]])
-    split.main()
+    main()
     after = {side: Path(f"artifacts/split/{side}.parquet").read_bytes() for side in before}
     assert after == before
     now = {r.id for r in read_rows(Path("artifacts/split/train.parquet"))}
@@ -268,14 +266,14 @@ def test_feedback_leaves_validation_and_test_byte_for_byte_and_is_learned(projec
 def test_feedback_of_a_group_that_is_held_out_is_not_learned_and_the_report_adds_up(project):
     rows = many(60)
     project(rows, min_train_rows=10, min_test_rows=10)
-    split.main()
+    main()
     before = Path("artifacts/split/test.parquet").read_bytes()
     group = read_rows(Path("artifacts/split/test.parquet"))[0].group
     write_rows(
         Path("artifacts/curate/rows.parquet"),
         [*rows, *(row(distinct(20_000 + n), group, "Other", "feedback") for n in range(9))],
     )
-    split.main()
+    main()
     assert Path("artifacts/split/test.parquet").read_bytes() == before
     report = json.loads(Path("reports/split/metrics.json").read_text())
     assert report["feedback_rows_of_held_out_groups"] == 9
@@ -285,5 +283,5 @@ def test_feedback_of_a_group_that_is_held_out_is_not_learned_and_the_report_adds
 
 def test_a_table_of_nothing_but_feedback_is_split_as_any_other(project):
     project(told(40), stratify_by=None, min_train_rows=10, min_test_rows=3)
-    split.main()
+    main()
     assert len(read_rows(Path("artifacts/split/test.parquet"))) == 6

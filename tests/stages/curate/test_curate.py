@@ -2,33 +2,33 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
-from stages import curate
+from stages.common.artifacts import read_lines
 from stages.common.errors import InputError
 from stages.common.personal_data import PERSONAL_DATA
 from stages.common.records import Message, make_row, read_rows, write_rows
 from stages.common.task.json_task import JsonTask
 from stages.common.task.text_task import TextTask
-from stages.curate import (
-    apply_rules,
-    check_answer,
-    count_rows,
+from stages.curate.__main__ import apply_rules, count_rows, main, plot_rows
+from stages.curate.duplicates import (
     find_conflicting_answers,
     find_contradicting_feedback,
     find_exact_duplicates,
     find_near_duplicates,
-    find_non_text,
+)
+from stages.curate.rules import (
+    check_answer,
     find_personal_data,
-    find_repetition,
     limit_answer_length,
     limit_question_length,
-    normalize_row,
-    normalize_text,
-    plot_rows,
+    limit_repetition,
+    require_text,
 )
+from stages.curate.spelling import spell_rows
 from tests.stages.common.test_personal_data import PERSONAL
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def row(question="turn on the light", answer='{"intent":"On"}', **more):
@@ -40,35 +40,68 @@ def reason(rule, **parts):
     return rejection.reason if rejection else None
 
 
-@pytest.mark.parametrize(
-    ("text", "one_spelling"),
-    [
-        ("cafe\u0301", "café"),
-        ("  turn   on\tnow  ", "turn on now"),
-        ("a\u00a0b\u3000c", "a b c"),
-        ("a\x00b\x1bc", "abc"),
-        ("\ufeffhello", "hello"),
-        ("one\r\ntwo\rthree", "one\ntwo\nthree"),
-        ("def f():  \n    return  1\n", "def f():\n    return  1"),
-        ("👩‍🚀 ok", "👩‍🚀 ok"),
-    ],
-)
-def test_one_text_has_one_spelling(text, one_spelling):
-    assert normalize_text(text) == one_spelling
-    assert normalize_text(one_spelling) == one_spelling
+COMMANDS = [
+    "sed 's/  */ /g' file",
+    "cut -d'\t' -f2 file",
+    "name\tage\tcity",
+    "価格　１００円",
+    "Prix : 10\u202f000\u00a0€",
+    "page one\fpage two",
+    "line one\x85line two",
+    "a\x1fb\x1fc\x00",
+    '{"text": "two  spaces\\tand tab"}',
+    "  indented  \n\n\treturn 1  \n",
+    "\ufeffword\u200b joined\u00ad",
+    "می\u200cخواهم क्\u200dष 👩\u200d🚀",
+]
 
 
-def test_normalising_keeps_what_a_row_knows_and_gives_it_the_id_of_its_new_text():
-    before = row("cafe\u0301 ", group="g", tags={"a": "b"}, origin="feedback")
-    after = normalize_row(before)
-    assert after == row("café", group="g", tags={"a": "b"}, origin="feedback")
-    assert normalize_row(row("cafe\u0301")).group == row("café").id
+@pytest.mark.parametrize("text", COMMANDS)
+def test_nothing_in_a_text_is_changed_but_composition_and_line_ends(text):
+    before = row(text, text)
+    assert spell_rows([before], ["nfc", "line_ends"]) == ([before], [])
 
 
-def test_a_message_of_control_characters_only_is_dropped_and_not_lost():
-    assert normalize_row(row("\x00")) == row("\x00")
-    kept, rejected = apply_rules([normalize_row(row("\x00\x01"))], [limit_question_length(1, 10)], [])
-    assert (kept, [rejection.reason for _, rejection in rejected]) == ([], ["empty_question"])
+def test_what_is_changed_is_counted_and_shown_before_and_after(project):
+    write_rows(
+        Path("artifacts/collect/rows.parquet"),
+        [row("cafe\u0301 please"), row("one\r\ntwo\rthree", '{"intent":"O\u0308ff"}\r\n'), row("as it is")],
+    )
+    main()
+    assert [r.question for r in read_rows(Path("artifacts/curate/rows.parquet"))] == [
+        "café please",
+        "one\ntwo\nthree",
+        "as it is",
+    ]
+    report = json.loads(Path("reports/curate/metrics.json").read_text())
+    assert (report["rows_changed"], report["messages_changed_by"]) == (2, {"line_ends": 2, "nfc": 2})
+    changes = list(map(json.loads, read_lines(Path("artifacts/curate/changes.jsonl"))))
+    assert [(c["role"], c["changes"], c["before"], c["after"]) for c in changes] == [
+        ("user", ["nfc"], "cafe\u0301 please", "café please"),
+        ("user", ["line_ends"], "one\r\ntwo\rthree", "one\ntwo\nthree"),
+        ("assistant", ["nfc", "line_ends"], '{"intent":"O\u0308ff"}\r\n', '{"intent":"Öff"}\n'),
+    ]
+    assert changes[0]["row"] == row("café please").id
+
+
+def test_what_is_changed_can_be_switched_off():
+    before = row("cafe\u0301\r\n")
+    assert spell_rows([before], []) == ([before], [])
+    assert spell_rows([before], ["line_ends"])[0] == [row("cafe\u0301\n")]
+
+
+def test_a_changed_row_keeps_what_it_knows_and_has_the_id_of_its_new_text():
+    more = {"tags": {"a": "b"}, "origin": "feedback"}
+    ((after, own), _) = spell_rows([row("cafe\u0301", group="g", **more), row("cafe\u0301")], ["nfc"])
+    assert after == row("café", group="g", **more)
+    assert own.group == row("café").id
+
+
+@pytest.mark.parametrize("text", ["\x00\x01", "\u200b\ufeff", " \u00a0\u3000\n"])
+def test_a_message_without_anything_to_see_is_rejected(text):
+    assert reason(limit_question_length(1, 10), question=text) == "empty_question"
+    if text.strip():
+        assert reason(limit_answer_length(10), answer=text) == "empty_answer"
 
 
 def test_questions_and_answers_have_a_length():
@@ -86,17 +119,33 @@ def test_an_answer_that_is_no_json_object_goes(answer):
 
 
 def test_what_is_said_over_and_over_goes():
-    assert reason(find_repetition, question="a" * 40) == "repetition"
-    assert reason(find_repetition, answer="yes " * 12) == "repetition"
-    assert reason(find_repetition, question="=" * 20 + " a title " + "=" * 20) is None
-    assert reason(find_repetition, question="no no no, I said no") is None
+    rule = limit_repetition(30, 8)
+    assert reason(rule, question="a" * 40) == "repetition"
+    assert reason(rule, answer="yes " * 12) == "repetition"
+    assert reason(rule, question="no no no, I said no") is None
+
+
+@pytest.mark.parametrize(
+    "text", ["-" * 80, "0 " * 40, "1" * 50, "😂" * 50, "| " * 30, "=" * 20 + " a " + "=" * 20]
+)
+def test_rules_and_numbers_and_emoji_may_repeat(text):
+    assert reason(limit_repetition(30, 8), question=text, answer=text) is None
+
+
+def test_repetition_has_a_switch():
+    assert reason(limit_repetition(None, 8), question="a" * 40) is None
+    assert reason(limit_repetition(30, None), answer="yes " * 12) is None
 
 
 def test_questions_of_signs_go():
-    assert reason(find_non_text, question="!!!??? ### $$$ %%% &&&") == "mostly_not_text"
-    assert reason(find_non_text, question=":-)") is None
-    assert reason(find_non_text, question="今日の天気はどうですか、教えてください") is None
-    assert reason(find_non_text, question="12 + 30 * (4 - 5) = ?") is None
+    rule = require_text(0.3)
+    assert reason(rule, question="!!!??? ### $$$ %%% &&&") == "mostly_not_text"
+    assert reason(rule, question="\ufffd" * 20) == "mostly_not_text"
+    assert reason(rule, question=":-)") is None
+    assert reason(rule, question="今日の天気はどうですか、教えてください") is None
+    assert reason(rule, question="मुझे बताओ कि आज मौसम कैसा है") is None
+    assert reason(rule, question="12 + 30 * (4 - 5) = ?") is None
+    assert reason(rule, question="🎉🎂🎈🎁🥳🎊🎶🍰🕯️✨ ?") is None
 
 
 @pytest.mark.parametrize("kind", PERSONAL_DATA)
@@ -198,13 +247,20 @@ def project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
 
+    def configure(**section):
+        params = yaml.safe_load((ROOT / "params.yaml").read_text())
+        params["curate"] |= section
+        (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+
+    return configure
+
 
 def test_rejects_are_written_with_their_rows(project):
     write_rows(
         Path("artifacts/collect/rows.parquet"),
         [row("one light on"), row("one light on"), row("call a@b.org")],
     )
-    curate.main()
+    main()
     assert read_rows(Path("artifacts/curate/rows.parquet")) == [row("one light on")]
     rejects = [json.loads(line) for line in Path("artifacts/curate/rejects.jsonl").read_text().splitlines()]
     assert [reject["reason"] for reject in rejects] == ["exact_duplicate", "personal_email"]
@@ -236,7 +292,7 @@ def test_no_row_goes_because_of_feedback_wherever_its_source_stands(project):
     ]
     for order in ([own[0], *told, *own[1:]], [*own, *told]):
         write_rows(Path("artifacts/collect/rows.parquet"), order)
-        curate.main()
+        main()
         kept = read_rows(Path("artifacts/curate/rows.parquet"))
         assert kept == [*own[:3], told[3]]
         reasons = json.loads(Path("reports/curate/metrics.json").read_text())["rejected_by_reason"]
@@ -246,10 +302,45 @@ def test_no_row_goes_because_of_feedback_wherever_its_source_stands(project):
 def test_when_no_row_is_left_the_reasons_are_named_and_written(project):
     write_rows(Path("artifacts/collect/rows.parquet"), [row(answer="no json")])
     with pytest.raises(InputError, match=r"all 1 rows were rejected.*invalid_answer"):
-        curate.main()
+        main()
     assert "invalid_answer" in Path("artifacts/curate/rejects.jsonl").read_text()
 
 
 def test_curating_before_collecting_says_what_to_run(project):
     with pytest.raises(InputError, match="dvc repro collect"):
-        curate.main()
+        main()
+
+
+def test_every_rule_of_taste_has_a_switch(project):
+    rows = [
+        row(text, '{"intent":"On"}')
+        for text in ("a" * 40, "yes " * 12, "{[(<>)]};;{[()]}", "f(x) near", "f(x) neat")
+    ]
+    rows += [row("which one is right", f'{{"intent":"{intent}"}}') for intent in ("On", "Off")]
+    write_rows(Path("artifacts/collect/rows.parquet"), rows)
+    main()
+    assert len(read_rows(Path("artifacts/curate/rows.parquet"))) == 2
+    project(
+        max_same_characters=None,
+        max_same_words=None,
+        min_text_share=None,
+        near_duplicate_threshold=None,
+        on_conflicting_answers="keep",
+    )
+    main()
+    assert read_rows(Path("artifacts/curate/rows.parquet")) == rows
+
+
+def test_rows_of_one_conversation_are_one_group(project):
+    turns = [
+        Message(role, f"{role} says a thing number {n}") for n in range(3) for role in ("user", "assistant")
+    ]
+    talk = [make_row(turns[:end], "toy", "mit") for end in (2, 4, 6)]
+    write_rows(Path("artifacts/collect/rows.parquet"), [row("alone"), *talk])
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["task"] |= {"kind": "text", "label_key": None, "stratify_by": None}
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    main()
+    kept = read_rows(Path("artifacts/curate/rows.parquet"))
+    assert [r.group for r in kept] == [row("alone").id, *[talk[0].id] * 3]
+    assert json.loads(Path("reports/curate/metrics.json").read_text())["groups_joined_as_conversations"] == 2

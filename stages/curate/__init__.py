@@ -1,0 +1,1 @@
+"""Stage curate: keep the rows that are fit for training."""

@@ -1,0 +1,200 @@
+"""Curate: keep the rows that are fit for training, and reject the others with a reason.
+
+In: `artifacts/collect/rows.parquet`.
+Out: `artifacts/curate/rows.parquet`, `task.json` with the task that they are rows of (a null `task.labels`
+is resolved here), `rejects.jsonl` with each rejected row and its reason, and `changes.jsonl` with each text
+that was changed, before and after; `reports/curate/metrics.json` with the counts, and `rows.svg`.
+Run: `python -m stages.curate`
+
+A rule is a function from a row to None (keep) or a `Rejection` with a reason. Rules over the whole table
+(conflicts, duplicates) return a `Rejection` for each row that they reject. Rules run in the order in which
+`list_rules` and `list_table_rules` have them, and the reason is that of the first rule that rejects a row.
+
+Rows of one conversation get one group. Feedback from production comes last: no other row is rejected, and no
+two groups are joined, because of what users send.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from stages.common.artifacts import artifacts, reports, write_json, write_lines
+from stages.common.conversations import join_conversations
+from stages.common.errors import InputError
+from stages.common.logs import get_logger, run_stage, show_progress
+from stages.common.params.loading import load_params
+from stages.common.params.stages import Curate
+from stages.common.records import Row, read_rows, write_rows
+from stages.common.svg import draw_figure
+from stages.common.task.kinds import TASK_FILE, resolve_task
+from stages.common.task.protocol import Task
+from stages.curate.duplicates import (
+    TableRule,
+    find_conflicting_answers,
+    find_contradicting_feedback,
+    find_exact_duplicates,
+    find_near_duplicates,
+    sort_feedback_last,
+)
+from stages.curate.rules import (
+    Rejection,
+    Rule,
+    check_answer,
+    find_personal_data,
+    limit_answer_length,
+    limit_question_length,
+    limit_repetition,
+    require_text,
+)
+from stages.curate.spelling import count_changes, format_changes, spell_rows
+
+logger = get_logger("curate")
+
+ROWS_A_STEP = 1000  # of progress
+
+
+def list_rules(params: Curate, task: Task) -> list[Rule]:
+    """Return the rules for one row; what a parameter sets to null is not among them."""
+    rules: list[Rule] = [
+        limit_question_length(params.min_question_chars, params.max_question_chars),
+        limit_answer_length(params.max_answer_chars),
+        check_answer(task),
+        limit_repetition(params.max_same_characters, params.max_same_words),
+    ]
+    if params.min_text_share is not None:
+        rules.append(require_text(params.min_text_share))
+    return [*rules, find_personal_data(params.personal_data)]
+
+
+def list_table_rules(params: Curate, task: Task) -> list[TableRule]:
+    """Return the rules over all rows."""
+    rules: list[TableRule] = []
+    if task.has_one_answer:
+        rules.append(find_contradicting_feedback(task))
+        if params.on_conflicting_answers == "drop":
+            rules.append(find_conflicting_answers(task))
+    rules.append(find_exact_duplicates)
+    if params.near_duplicate_threshold is not None:
+        rules.append(find_near_duplicates(params.near_duplicate_threshold, task))
+    return rules
+
+
+def apply_rules(
+    rows: Sequence[Row], rules: Sequence[Rule], table_rules: Sequence[TableRule]
+) -> tuple[list[Row], list[tuple[Row, Rejection]]]:
+    """Return the rows kept, and the rows rejected with their reasons, both in their order."""
+    rejections: dict[int, Rejection] = {}
+    for number, row in enumerate(rows):
+        rejection = next((rejection for rule in rules if (rejection := rule(row))), None)
+        if rejection:
+            rejections[number] = rejection
+        if (number + 1) % ROWS_A_STEP == 0:
+            show_progress(logger, number + 1, len(rows), "rules")
+    for table_rule in table_rules:
+        left = [number for number in range(len(rows)) if number not in rejections]
+        found = table_rule([rows[number] for number in left])
+        rejections |= {left[place]: rejection for place, rejection in found.items()}
+    kept = [row for number, row in enumerate(rows) if number not in rejections]
+    return kept, [(rows[number], rejections[number]) for number in sorted(rejections)]
+
+
+def count_rows(
+    rows_in: int, kept: Sequence[Row], rejected: Sequence[tuple[Row, Rejection]]
+) -> dict[str, Any]:
+    """Return the counts of the report.
+
+    Raises:
+        AssertionError: a row was lost, which is a bug.
+    """
+    if rows_in != len(kept) + len(rejected):
+        raise AssertionError(f"{rows_in} rows went in, {len(kept)} were kept and {len(rejected)} rejected")
+    return {
+        "rows_in": rows_in,
+        "kept": len(kept),
+        "rejected": len(rejected),
+        "kept_share": round(len(kept) / rows_in, 6) if rows_in else 0.0,
+        "rejected_by_reason": dict(sorted(Counter(rejection.reason for _, rejection in rejected).items())),
+        "kept_by_source": dict(sorted(Counter(row.source for row in kept).items())),
+        "groups_kept": len({row.group for row in kept}),
+    }
+
+
+def format_rejections(rejected: Sequence[tuple[Row, Rejection]]) -> Iterator[str]:
+    """Yield one JSON object a line: id, reason, detail, row."""
+    for row, rejection in rejected:
+        line = {
+            "id": row.id,
+            "reason": rejection.reason,
+            "detail": rejection.detail,
+            "row": {**asdict(row), "tags": dict(row.tags)},
+        }
+        yield json.dumps(line, ensure_ascii=False) + "\n"
+
+
+def plot_rows(kept: int, by_reason: Mapping[str, int], path: Path) -> None:
+    """Plot the rows kept, and those rejected for each reason."""
+    names = ["kept", *sorted(by_reason, key=lambda reason: (-by_reason[reason], reason))]
+    counts = [kept, *(by_reason[name] for name in names[1:])]
+    with draw_figure(path, 7, 1.2 + 0.4 * len(names)) as drawing:
+        axes = drawing.subplots()
+        bars = axes.barh(names, counts, color=["#2a9d8f"] + ["#e76f51"] * (len(names) - 1))
+        axes.bar_label(bars, labels=[f"{count:,}" for count in counts], padding=3)
+        axes.invert_yaxis()
+        axes.set_xscale("symlog")  # one rejected row must be visible next to thousands kept
+        axes.set_xlim(0, max(counts) * 4 + 1)
+        axes.set_xlabel("rows (logarithmic)")
+        axes.set_title("Rows kept, and rejected by reason")
+        axes.spines[["top", "right"]].set_visible(False)
+
+
+def main() -> None:
+    """Separate the collected rows into kept and rejected ones, and write both with their counts."""
+    everything = load_params()
+    params = everything.curate
+    rows, changes = spell_rows(
+        sort_feedback_last(read_rows(artifacts("collect") / "rows.parquet")), params.normalize
+    )
+    # Feedback adds no label to a closed set.
+    own = [row for row in rows if row.origin != "feedback"] or rows
+    task = resolve_task(everything.task, [row.answer for row in own])
+    kept, rejected = apply_rules(rows, list_rules(params, task), list_table_rules(params, task))
+    groups = join_conversations(kept)
+    joined = len({row.group for row in kept}) - len(set(groups))
+    kept = [
+        row if row.group == group else replace(row, group=group)
+        for row, group in zip(kept, groups, strict=True)
+    ]
+    counts = {
+        **count_rows(len(rows), kept, rejected),
+        **count_changes(changes),
+        "groups_joined_as_conversations": joined,
+    }
+    folder = artifacts("curate")
+    write_lines(folder / "rejects.jsonl", format_rejections(rejected))
+    write_lines(folder / "changes.jsonl", format_changes(changes))
+    if not kept:
+        raise InputError(
+            f"all {len(rows)} rows were rejected: {counts['rejected_by_reason']}; the first: "
+            f"{rejected[0][1].detail}",
+            f"read the reasons in {folder / 'rejects.jsonl'}, then correct the data or the limits",
+        )
+    write_rows(folder / "rows.parquet", kept)
+    write_json(TASK_FILE, task.describe())
+    write_json(reports("curate") / "metrics.json", counts)
+    plot_rows(len(kept), counts["rejected_by_reason"], reports("curate") / "rows.svg")
+    logger.info("%d rows in, %d kept, %d rejected", len(rows), len(kept), len(rejected))
+    for reason, count in counts["rejected_by_reason"].items():
+        logger.info("rejected %d: %s", count, reason)
+    for name, count in counts["messages_changed_by"].items():
+        logger.info("changed %d messages: %s (before and after in %s)", count, name, folder / "changes.jsonl")
+    if joined:
+        logger.info("%d groups joined to others: their rows are turns of one conversation", joined)
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,136 @@
+"""The rules for one row: each is a function that returns None (keep) or a `Rejection`."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from stages.common.compared_text import has_visible
+from stages.common.personal_data import holds
+from stages.common.records import Row
+from stages.common.task.protocol import Task
+
+MIN_CHARS_TO_JUDGE = 10  # a shorter question may be all signs: ":-)"
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """Why a row is rejected: a word to count by, and a detail."""
+
+    reason: str
+    detail: str
+
+
+Rule = Callable[[Row], Rejection | None]
+
+
+def limit_question_length(min_chars: int, max_chars: int) -> Rule:
+    """Return the rule that rejects shorter and longer questions."""
+
+    def rule(row: Row) -> Rejection | None:
+        length = len(row.question.strip())
+        if not has_visible(row.question):
+            return Rejection("empty_question", "no visible character")
+        if length < min_chars:
+            return Rejection("short_question", f"{length} characters, at least {min_chars} required")
+        if length > max_chars:
+            return Rejection("long_question", f"{length} characters, at most {max_chars} required")
+        return None
+
+    return rule
+
+
+def limit_answer_length(max_chars: int) -> Rule:
+    """Return the rule that rejects empty and longer answers."""
+
+    def rule(row: Row) -> Rejection | None:
+        length = len(row.answer.strip())
+        if not has_visible(row.answer):
+            return Rejection("empty_answer", "no visible character")
+        if length > max_chars:
+            return Rejection("long_answer", f"{length} characters, at most {max_chars} required")
+        return None
+
+    return rule
+
+
+def check_answer(task: Task) -> Rule:
+    """Return the rule that rejects answers that are not valid for the task."""
+
+    def rule(row: Row) -> Rejection | None:
+        problem = task.find_problem(row.answer)
+        return Rejection("invalid_answer", problem) if problem else None
+
+    return rule
+
+
+def limit_repetition(max_characters: int | None, max_words: int | None) -> Rule:
+    """Return the rule that rejects a letter or a word repeated many times; None: any number.
+
+    Signs and digits may repeat: rules in Markdown, rows of a matrix, emoji.
+    """
+    letters = re.compile(rf"([^\W\d_])\1{{{max_characters},}}") if max_characters is not None else None
+
+    def rule(row: Row) -> Rejection | None:
+        for role, text in list_texts(row):
+            if letters and letters.search(text):
+                return Rejection(
+                    "repetition", f"one letter more than {max_characters} times in a row ({role})"
+                )
+            if max_words is not None and (word := _find_repeated_word(text, max_words)):
+                return Rejection("repetition", f"{word[:20]!r} more than {max_words} times in a row ({role})")
+        return None
+
+    return rule
+
+
+def _find_repeated_word(text: str, limit: int) -> str | None:
+    run, last = 0, ""
+    for word in text.casefold().split():
+        run = run + 1 if word == last else 1
+        last = word
+        if run > limit and any(map(str.isalpha, word)):
+            return word
+    return None
+
+
+def require_text(min_share: float) -> Rule:
+    """Return the rule that rejects questions with a smaller share of letters, digits and pictures (emoji)."""
+
+    def rule(row: Row) -> Rejection | None:
+        visible = "".join(row.question.split())
+        if len(visible) < MIN_CHARS_TO_JUDGE or sum(map(str.isalnum, visible)) >= min_share * len(visible):
+            return None
+        share = sum(map(_is_text, visible)) / len(visible)
+        if share >= min_share:
+            return None
+        return Rejection(
+            "mostly_not_text", f"{share:.0%} letters and digits, at least {min_share:.0%} required"
+        )
+
+    return rule
+
+
+def _is_text(character: str) -> bool:
+    kind = unicodedata.category(character)
+    return kind[0] in "LMN" or (kind == "So" and character != "\ufffd")  # a sign of a lost character
+
+
+def find_personal_data(kinds: Sequence[str]) -> Rule:
+    """Return the rule that rejects rows with personal data of `kinds`; the detail does not repeat it."""
+
+    def rule(row: Row) -> Rejection | None:
+        for role, text in list_texts(row):
+            for kind in kinds:
+                if holds(kind, text):
+                    return Rejection(f"personal_{kind}", f"in the message of the {role}")
+        return None
+
+    return rule
+
+
+def list_texts(row: Row) -> Iterable[tuple[str, str]]:
+    """Yield role and text of each message but the system's."""
+    return ((message.role, message.content) for message in row.messages if message.role != "system")

@@ -1,0 +1,1 @@
+"""Stage split: train, validation and test, and the proof that nothing crosses."""

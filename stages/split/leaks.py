@@ -1,0 +1,124 @@
+"""What must not be learned: rows like those that are asked. Found, removed, and proved to be gone."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence, Set
+from typing import Any
+
+from stages.common.compared_text import SharedParts
+from stages.common.conversations import (
+    Exchange,
+    find_known_answers,
+    find_rows_that_answer,
+    list_exchanges,
+)
+from stages.common.logs import get_logger, show_progress
+from stages.common.near_duplicates import SimilarTexts, find_closest
+from stages.common.records import Row
+from stages.split.sides import Sides
+
+logger = get_logger("split")
+
+MAX_PAIRS_COMPARED = 50_000_000  # about six seconds
+MAX_GRAMS_COMPARED = (
+    4_000_000_000  # characters of the training prompts, for each held-out one: of long prompts
+)
+ROWS_A_STEP = 1000  # of progress
+
+
+def remove_known_answers(
+    sides: Sides, feedback: Sequence[Row], links: Set[Exchange]
+) -> tuple[Sides, tuple[Row, ...], int]:
+    """Remove the held-out rows of which question and answer are earlier turns of a training row.
+
+    Whole conversations are on one side, but an exchange that many conversations have may also be a row.
+
+    Args:
+        links: the exchanges that make rows parts of one conversation.
+
+    Returns:
+        The sides, the feedback without rows of a held-out conversation, and how many rows were removed in
+        all. Feedback removes no held-out row.
+    """
+    known = find_known_answers(sides.validation, sides.train), find_known_answers(sides.test, sides.train)
+    validation = tuple(row for number, row in enumerate(sides.validation) if number not in known[0])
+    test = tuple(row for number, row in enumerate(sides.test) if number not in known[1])
+    held_out = (*validation, *test)
+    asked = links & {exchange for row in held_out for exchange in list_exchanges(row)}
+    telling = find_rows_that_answer(feedback, held_out) | {
+        number for number, row in enumerate(feedback) if asked and asked & set(list_exchanges(row))
+    }
+    left = tuple(row for number, row in enumerate(feedback) if number not in telling)
+    return Sides(sides.train, validation, test), left, sum(map(len, known)) + len(telling)
+
+
+def remove_near_duplicates(sides: Sides, threshold: float, shared: SharedParts) -> tuple[Sides, int]:
+    """Remove the training rows with a near duplicate in validation or test; return how many.
+
+    Args:
+        shared: what many prompts have in common, which does not count.
+    """
+    near = find_near_training_rows(sides, threshold, shared)
+    train = tuple(row for number, row in enumerate(sides.train) if number not in near)
+    return Sides(train, sides.validation, sides.test), len(near)
+
+
+def find_near_training_rows(sides: Sides, threshold: float, shared: SharedParts) -> set[int]:
+    """Return the numbers of the training rows with a near duplicate among the held-out rows."""
+    held_out = (*sides.validation, *sides.test)
+    index = SimilarTexts(threshold, (shared.read(row) for row in (*held_out, *sides.train)))
+    for row in held_out:
+        index.add(shared.read(row))
+    found = set()
+    for number, row in enumerate(sides.train):
+        if any(True for _ in index.find_near(shared.read(row))):
+            found.add(number)
+        if (number + 1) % ROWS_A_STEP == 0:
+            show_progress(logger, number + 1, len(sides.train), "near duplicates")
+    return found
+
+
+def prove_split(sides: Sides, threshold: float, shared: SharedParts, links: Set[Exchange]) -> dict[str, Any]:
+    """Check that nothing that is asked was learned; return the measurements.
+
+    No group is on two sides, no conversation, and no near duplicate across them. Pairs are compared directly,
+    without the index of `remove_near_duplicates`, so that one checks the other: all pairs up to
+    `MAX_PAIRS_COMPARED` and `MAX_GRAMS_COMPARED`, above that the pairs of every n-th held-out row.
+
+    Raises:
+        AssertionError: one of these is on two sides, which is a bug.
+    """
+    on_sides = Counter(group for _, rows in sides.items() for group in {row.group for row in rows})
+    groups = sum(count > 1 for count in on_sides.values())
+    held_out = (*sides.validation, *sides.test)
+    pairs = len(held_out) * len(sides.train)
+    chars = sum(len(message.content) for row in sides.train for message in row.prompt)
+    step = max(
+        1, math.ceil(pairs / MAX_PAIRS_COMPARED), math.ceil(len(held_out) * chars / MAX_GRAMS_COMPARED)
+    )
+    measured = [shared.read(row) for row in held_out[::step]]
+    nearest = find_closest(measured, (shared.read(row) for row in sides.train))
+    found = {
+        "groups_on_two_sides": groups,
+        "conversations_on_two_sides": count_shared_conversations(sides, links),
+        "pairs_searched": pairs,
+        "pairs_compared": len(measured) * len(sides.train),
+        "highest_similarity": round(nearest[2], 6) if nearest else 0.0,
+        "closest_pair": [measured[nearest[0]], shared.read(sides.train[nearest[1]])] if nearest else [],
+        "near_duplicate_threshold": threshold,
+        "near_duplicates_across": int(nearest is not None and nearest[2] >= threshold),
+    }
+    if groups or found["conversations_on_two_sides"] or found["near_duplicates_across"]:
+        raise AssertionError(f"the split is not clean: {found}")
+    return found
+
+
+def count_shared_conversations(sides: Sides, links: Set[Exchange]) -> int:
+    """Return how many exchanges of one conversation are in training and in a held-out row."""
+    held_out = (*sides.validation, *sides.test)
+    if not links:
+        return 0
+    learned, asked = ({e for row in rows for e in list_exchanges(row)} for rows in (sides.train, held_out))
+    return len(learned & asked & links)
