@@ -32,6 +32,10 @@ MAX_ANSWER_TOKENS = 512  # asked for in the evaluation
 # The default task's loss is near its end after a third of its 5,800 rows (docs/benchmarks.md).
 ENOUGH_ROWS = 2000
 MAX_EPOCHS = 10
+# The two recipes measured there. Few rows need many small steps; many rows train faster in larger batches.
+FEW_ROWS = 4000
+SMALL_STEPS: Mapping[str, Any] = {"batch_size": 4, "learning_rate": 0.003}
+LARGE_STEPS: Mapping[str, Any] = {"batch_size": 16, "learning_rate": 0.001}
 MIN_LANGUAGE_SHARE = 0.05
 SHOWN_LABELS = 8
 SHARE_MARGIN = 0.05
@@ -78,7 +82,7 @@ def propose(
         "ask_base": {
             "max_new_tokens": _propose_new_tokens(found.survey, params["ask_base"]["max_new_tokens"])
         },
-        "finetune": {"epochs": _propose_epochs(found.survey, params["split"])},
+        "finetune": _propose_finetune(found.survey, params["split"]),
         "model_card": _propose_card(found, license, params),
     }
 
@@ -120,11 +124,12 @@ def _propose_new_tokens(survey: Survey, current: int) -> int:
     return max(current, min(MAX_ANSWER_TOKENS, math.ceil(1.25 * survey.answer_tokens.p95)))
 
 
-def _propose_epochs(survey: Survey, split: Mapping[str, Any]) -> int:
-    """Return the passes after which training has seen rows enough; one for a large data set."""
+def _propose_finetune(survey: Survey, split: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the passes after which training has seen rows enough (one for a large data set), and the steps."""
     share: float = 1.0 - split["test_fraction"] - split["validation_fraction"]
     train_rows = max(1.0, share * (survey.rows - survey.duplicates - survey.long_rows))
-    return min(MAX_EPOCHS, math.ceil(ENOUGH_ROWS / train_rows))
+    epochs = min(MAX_EPOCHS, math.ceil(ENOUGH_ROWS / train_rows))
+    return {"epochs": epochs, **(SMALL_STEPS if epochs * train_rows <= FEW_ROWS else LARGE_STEPS)}
 
 
 def _propose_card(found: Findings, license: str, params: Mapping[str, Any]) -> dict[str, Any]:

@@ -82,11 +82,23 @@ def test_a_label_file_becomes_a_task_with_labels(capsys):
     assert card["name"].startswith("support-")
     assert "3 labels: track, refund, card stolen" in card["intended_use"]
     assert "home" not in json.dumps(card)
-    assert params["finetune"]["epochs"] == 10  # few rows are seen more than once
+    # Few rows are seen more than once, in small steps.
+    assert {key: params["finetune"][key] for key in ("epochs", "batch_size", "learning_rate")} == {
+        "epochs": 10,
+        "batch_size": 4,
+        "learning_rate": 0.003,
+    }
     printed = capsys.readouterr().out
     assert "60 rows (csv, utf-8, delimiter ',')" in printed
     assert "classes      3: 'track' 33%" in printed
     assert "make run" in printed
+
+
+def test_many_rows_are_learned_in_large_steps():
+    many = [(f"{question} number {i}", label) for i in range(100) for question, label in PAIRS]
+    assert run(write_csv("data/support.csv", many)) == 0
+    finetune = written()["finetune"]
+    assert (finetune["epochs"], finetune["batch_size"], finetune["learning_rate"]) == (1, 16, 0.001)
 
 
 def test_a_file_in_a_code_page_is_read_with_the_same_encoding_by_collect(capsys):
