@@ -125,7 +125,7 @@ def _propose_new_tokens(survey: Survey, current: int) -> int:
 
 
 def _propose_finetune(survey: Survey, split: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the passes that show training rows enough (one for a large data set), and the size of its steps."""
+    """Return the passes that show enough rows, one for a large data set, and the size of the steps."""
     share: float = 1.0 - split["test_fraction"] - split["validation_fraction"]
     train_rows = max(1.0, share * (survey.rows - survey.duplicates - survey.long_rows))
     epochs = min(MAX_EPOCHS, math.ceil(ENOUGH_ROWS / train_rows))
