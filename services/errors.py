@@ -7,6 +7,7 @@ and one type.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 # code → (HTTP status, OpenAI's `type`). OpenAI's clients pick the exception, and whether to retry, by status.
@@ -19,6 +20,7 @@ CODES: dict[str, tuple[int, str]] = {
     "not_found": (404, "invalid_request_error"),
     "model_not_found": (404, "invalid_request_error"),
     "method_not_allowed": (405, "invalid_request_error"),
+    "body_timed_out": (408, "invalid_request_error"),
     "request_too_large": (413, "invalid_request_error"),
     "rate_limit_exceeded": (429, "requests"),
     "insufficient_quota": (429, "insufficient_quota"),
@@ -26,6 +28,7 @@ CODES: dict[str, tuple[int, str]] = {
     "engine_failed": (500, "server_error"),
     "store_unavailable": (503, "server_error"),
     "not_ready": (503, "server_error"),
+    "timed_out": (504, "server_error"),
 }
 
 
@@ -58,6 +61,7 @@ class ApiError(Exception):
         self.param = param
         self.retry_after_s = retry_after_s
         self.reason = reason
+        self.allow: str | None = None  # methods that the path supports, with `method_not_allowed`
 
     def body(self) -> dict[str, Any]:
         """Return OpenAI's error object; `reason` is an addition to its four keys."""
@@ -68,12 +72,14 @@ class ApiError(Exception):
         return {"error": error}
 
     def headers(self) -> dict[str, str]:
-        """Return the headers: Retry-After in whole seconds (RFC 9110 10.2.3), and the challenge of a 401."""
+        """Return the headers: Retry-After in whole seconds, challenge of a 401, Allow of a 405 (RFC 9110)."""
         headers = {}
         if self.retry_after_s is not None:
             headers["Retry-After"] = str(max(1, math.ceil(self.retry_after_s)))
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
+        if self.allow is not None:
+            headers["Allow"] = self.allow
         return headers
 
 
@@ -128,14 +134,28 @@ def model_not_found(model: str, known: list[str]) -> ApiError:
     return _error("model_not_found", message, "model")
 
 
-def method_not_allowed(method: str, path: str) -> ApiError:
-    """Return the error for a path that does not support this method."""
-    return _error("method_not_allowed", f"{path} does not support {method}.")
+def method_not_allowed(method: str, path: str, allowed: Iterable[str]) -> ApiError:
+    """Return the error for a path that does not support this method; `allowed` are those that it does."""
+    supported = ", ".join(sorted(allowed))
+    error = _error("method_not_allowed", f"{path} does not support {method}. It supports: {supported}.")
+    error.allow = supported
+    return error
 
 
 def request_too_large(limit_bytes: int) -> ApiError:
     """Return the error for a body above the size limit."""
     return _error("request_too_large", f"The body is larger than {limit_bytes} bytes.")
+
+
+def body_timed_out(limit_s: float) -> ApiError:
+    """Return the error for a body that did not arrive in time."""
+    return _error("body_timed_out", f"The body did not arrive within {limit_s:g} seconds.")
+
+
+def timed_out(limit_s: float) -> ApiError:
+    """Return the error for a request whose answer did not begin in time."""
+    message = f"The answer did not begin within {limit_s:g} seconds. Ask again, or ask for less."
+    return _error("timed_out", message)
 
 
 def rate_limit_exceeded(retry_after_s: float) -> ApiError:

@@ -16,12 +16,14 @@ import bentoml
 import psutil
 from fastapi import Request
 from pydantic import Field
+from starlette.types import Scope
 
 from services import errors
 from services.answering.handler import ChatHandler
-from services.answering.request import Delta, GenerationRequest, make_request_id
-from services.api.middleware import BodyLimit, ConcurrencyLimit, listens_beyond_loopback
-from services.api.routes import make_app, make_error_response
+from services.answering.request import Delta, GenerationRequest
+from services.api.bodies import BodyLimit
+from services.api.middleware import ConcurrencyLimit, Deadline, RequestIds, listens_beyond_loopback
+from services.api.routes import get_request_id, make_app, make_error_response
 from services.api.schemas import Answer
 from services.engines.protocol import Sampling
 from services.engines.select import check_gpus, load_engine
@@ -96,7 +98,8 @@ async def get_caller(request: Request) -> Caller:
 @bentoml.service(
     name="perennial",
     workers=1,  # one engine uses the whole machine; a second would halve its batches and double the memory
-    traffic={"timeout": SETTINGS.request_timeout_s},
+    # `Deadline` responds first, in OpenAI's format.
+    traffic={"timeout": SETTINGS.request_timeout_s + SETTINGS.body_timeout_s + 30},
     resources={"gpu": SETTINGS.engine.gpus} if SETTINGS.engine.gpus else {},
     http={"host": SETTINGS.host, "port": SETTINGS.port},
     # No spans and no access log for requests that the event store records: per chunk of a stream they cost as
@@ -149,7 +152,7 @@ class Generation:
         user: Annotated[str, Field(max_length=256)] | None = None,
     ) -> Answer:
         """Answer one question under the model's own system prompt, and report whether the answer is valid."""
-        request_id = make_request_id()
+        request_id = get_request_id(ctx.request)
         try:
             handler, caller = get_handler(), await get_caller(ctx.request)
             request = GenerationRequest(
@@ -194,7 +197,33 @@ def _parse_json(text: str) -> Any:
         return None
 
 
+def check_key(scope: Scope) -> None:
+    """Reject a request without the key that it needs, before its body is read.
+
+    Raises:
+        ApiError: the service is starting, the key is not valid, or the rate limit is exceeded.
+    """
+    request = Request(scope)
+    address = request.client.host if request.client else ""
+    get_handler().access.check_key(request.headers.get("authorization"), address)
+
+
 _LIMITED_PATHS = ("/v1/chat/completions", "/v1/completions", "/ask")
-_MAX_IN_PROGRESS = SETTINGS.engine.max_running + SETTINGS.engine.max_waiting
-cast(Any, Generation).add_asgi_middleware(ConcurrencyLimit, paths=_LIMITED_PATHS, limit=_MAX_IN_PROGRESS)
-cast(Any, Generation).add_asgi_middleware(BodyLimit, max_bytes=SETTINGS.guard.max_body_bytes)
+_MIDDLEWARE: tuple[tuple[type, dict[str, Any]], ...] = (  # the outermost first
+    (RequestIds, {}),
+    (
+        BodyLimit,
+        {
+            "max_bytes": SETTINGS.guard.max_body_bytes,
+            "timeout_s": SETTINGS.body_timeout_s,
+            "check_key": check_key,
+        },
+    ),
+    (Deadline, {"timeout_s": SETTINGS.request_timeout_s}),
+    (
+        ConcurrencyLimit,
+        {"paths": _LIMITED_PATHS, "limit": SETTINGS.engine.max_running + SETTINGS.engine.max_waiting},
+    ),
+)
+for _middleware, _options in _MIDDLEWARE:
+    cast(Any, Generation).add_asgi_middleware(_middleware, **_options)

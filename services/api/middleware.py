@@ -1,21 +1,24 @@
-"""Middleware: load shedding and body size limits; and whether the service is reachable from outside."""
+"""Middleware: request ids, deadline, load shedding; and whether the service is reachable from outside."""
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import json
 from collections.abc import Collection
-from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services import errors
+from services.answering.request import make_request_id
+from services.errors import ApiError
 
 
 class ConcurrencyLimit:
-    """Load shedding: respond 429 at once, before the body is read, while `limit` requests are in progress.
+    """Load shedding: respond 429 at once, before the body is parsed, while `limit` requests are in progress.
 
-    Under overload a rejection must be almost free, or rejections take the time that answers need.
+    Under overload a rejection must be almost free, or rejections take the time that answers need. A request
+    counts from when its body has arrived (`BodyLimit` comes first), so that no slow client holds a place.
     """
 
     def __init__(self, app: ASGIApp, paths: Collection[str], limit: int) -> None:
@@ -23,8 +26,7 @@ class ConcurrencyLimit:
         self._paths = frozenset(paths)
         self._limit = limit
         self._in_progress = 0
-        error = errors.overloaded(retry_after_s=1.0)
-        self._rejection = _make_response(error.status, error.body(), error.headers())
+        self._rejection = make_messages(errors.overloaded(retry_after_s=1.0))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or reject it."""
@@ -41,70 +43,65 @@ class ConcurrencyLimit:
             self._in_progress -= 1
 
 
-class BodyLimit:
-    """Read the whole body, or respond 413: no route sees more than `max_bytes`.
+class RequestIds:
+    """Give every request an id, and every response the header X-Request-Id with it.
 
-    Bodies are small (one conversation) and every route needs all of it, so reading it first costs nothing.
+    Routes read the id as `request.state.request_id`; the event store has the answer under the same id.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._max_bytes = max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on with its whole body, or reject it."""
-        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+        """Pass the request on with an id."""
+        if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        body = None if self._declared(scope) > self._max_bytes else await self._read(receive)
-        if body is None:
-            return await self._reject(send)
-        return await self._app(scope, _replay(body, receive), send)
+        request_id = make_request_id()
+        scope.setdefault("state", {})["request_id"] = request_id
 
-    @staticmethod
-    def _declared(scope: Scope) -> int:
-        value = dict(scope["headers"]).get(b"content-length", b"0")
-        return int(value) if value.isdigit() else 0
-
-    async def _read(self, receive: Receive) -> bytes | None:
-        pieces: list[bytes] = []
-        size = 0
-        while True:
-            message = await receive()
-            if message["type"] != "http.request":
-                return b"".join(pieces)
-            pieces.append(message.get("body", b""))
-            size += len(pieces[-1])
-            if size > self._max_bytes:
-                return None
-            if not message.get("more_body"):
-                return b"".join(pieces)
-
-    async def _reject(self, send: Send) -> None:
-        error = errors.request_too_large(self._max_bytes)
-        for message in _make_response(error.status, error.body(), {"Connection": "close"}):
+        async def send_named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = list(message.get("headers", ()))
+                if not any(name.lower() == b"x-request-id" for name, _ in headers):
+                    message = {**message, "headers": [*headers, (b"x-request-id", request_id.encode())]}
             await send(message)
 
+        return await self._app(scope, receive, send_named)
 
-def _make_response(status: int, body: dict[str, Any], headers: dict[str, str]) -> tuple[Message, Message]:
-    """Return the two ASGI messages of a JSON response."""
-    content = json.dumps(body).encode()
-    named = {"Content-Type": "application/json", "Content-Length": str(len(content)), **headers}
-    raw = [(name.lower().encode(), value.encode()) for name, value in named.items()]
-    start: Message = {"type": "http.response.start", "status": status, "headers": raw}
+
+class Deadline:
+    """Respond 504 where no response has begun after `timeout_s` seconds."""
+
+    def __init__(self, app: ASGIApp, timeout_s: float) -> None:
+        self._app = app
+        self._timeout_s = timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, and end it at the deadline."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+
+        async def send_begun(message: Message) -> None:
+            limit.reschedule(None)
+            await send(message)
+
+        try:
+            async with asyncio.timeout(self._timeout_s) as limit:
+                await self._app(scope, receive, send_begun)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            for message in make_messages(errors.timed_out(self._timeout_s)):
+                await send(message)
+
+
+def make_messages(error: ApiError, **headers: str) -> tuple[Message, Message]:
+    """Return the two ASGI messages of an error response."""
+    content = json.dumps(error.body()).encode()
+    named = {"Content-Type": "application/json", "Content-Length": str(len(content)), **error.headers()}
+    raw = [(name.lower().encode(), value.encode()) for name, value in {**named, **headers}.items()]
+    start: Message = {"type": "http.response.start", "status": error.status, "headers": raw}
     return start, {"type": "http.response.body", "body": content}
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    unread = True
-
-    async def again() -> Message:
-        nonlocal unread
-        if unread:
-            unread = False
-            return {"type": "http.request", "body": body, "more_body": False}
-        return await receive()
-
-    return again
 
 
 def listens_beyond_loopback() -> bool:

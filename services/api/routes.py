@@ -18,7 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
-from starlette.routing import Route
+from starlette.routing import Match, Route
 from starlette.types import Receive, Scope, Send
 
 from services import errors
@@ -146,7 +146,7 @@ def make_app(get_handler: GetHandler, get_caller: GetCaller) -> FastAPI:
     app = FastAPI(title="Perennial", docs_url=None, redoc_url=None)
     _add_error_handlers(app)
     _add_page(app)
-    caller = Depends(get_caller)
+    caller, request_id = Depends(get_caller), Depends(get_request_id)
 
     @app.get("/v1/models", responses=_ERRORS)
     async def list_models(_: Caller = caller) -> dict[str, Any]:
@@ -161,18 +161,22 @@ def make_app(get_handler: GetHandler, get_caller: GetCaller) -> FastAPI:
         return _describe_model(route.role, route.model)
 
     @app.post("/v1/chat/completions", responses=_ERRORS, response_model=None)
-    async def create_chat_completion(body: ChatRequest, caller: Caller = caller) -> AnswerResponse:
+    async def create_chat_completion(
+        body: ChatRequest, request_id: str = request_id, caller: Caller = caller
+    ) -> AnswerResponse:
         """Answer a conversation."""
         handler = get_handler()
-        request = parse_chat_request(body, caller, handler)
+        request = parse_chat_request(body, request_id, caller, handler)
         formatter = partial(ResponseFormatter, CHAT, request, body.model, body.wants_usage())
         return AnswerResponse(handler, request, formatter, bool(body.stream))
 
     @app.post("/v1/completions", responses=_ERRORS, response_model=None)
-    async def create_completion(body: CompletionRequest, caller: Caller = caller) -> AnswerResponse:
+    async def create_completion(
+        body: CompletionRequest, request_id: str = request_id, caller: Caller = caller
+    ) -> AnswerResponse:
         """Continue a text, without a chat template."""
         handler = get_handler()
-        request = parse_completion_request(body, caller, handler)
+        request = parse_completion_request(body, request_id, caller, handler)
         formatter = partial(ResponseFormatter, COMPLETION, request, body.model, body.wants_usage())
         return AnswerResponse(handler, request, formatter, bool(body.stream))
 
@@ -202,11 +206,15 @@ def make_app(get_handler: GetHandler, get_caller: GetCaller) -> FastAPI:
     @app.api_route("/v1/{path:path}", methods=_METHODS, include_in_schema=False)
     async def reject_unknown(request: Request) -> None:
         """Return 404 or 405 in OpenAI's format."""
-        known = [
-            route.path for route in app.routes if isinstance(route, Route) and route.path != "/v1/{path:path}"
-        ]
+        allowed = {
+            method
+            for route in app.routes
+            if isinstance(route, Route) and route.path != "/v1/{path:path}"
+            if route.matches(request.scope)[0] is not Match.NONE
+            for method in route.methods or ()
+        }
         path = request.url.path
-        raise errors.method_not_allowed(request.method, path) if path in known else errors.not_found(path)
+        raise errors.method_not_allowed(request.method, path, allowed) if allowed else errors.not_found(path)
 
     return app
 
@@ -226,7 +234,14 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def parse_chat_request(body: ChatRequest, caller: Caller, handler: ChatHandler) -> GenerationRequest:
+def get_request_id(request: Request) -> str:
+    """Return the id that the middleware gave a request."""
+    return getattr(request.state, "request_id", None) or make_request_id()
+
+
+def parse_chat_request(
+    body: ChatRequest, request_id: str, caller: Caller, handler: ChatHandler
+) -> GenerationRequest:
     """Return the generation request of a chat completion.
 
     Raises:
@@ -243,11 +258,11 @@ def parse_chat_request(body: ChatRequest, caller: Caller, handler: ChatHandler) 
         raise errors.invalid_value("messages", "there is no message with the role user")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     sampling = _parse_sampling(body, body.max_completion_tokens or body.max_tokens, logprobs, handler)
-    return _make_request("/v1/chat/completions", body, caller, sampling, messages, None)
+    return _make_request("/v1/chat/completions", request_id, body, caller, sampling, messages, None)
 
 
 def parse_completion_request(
-    body: CompletionRequest, caller: Caller, handler: ChatHandler
+    body: CompletionRequest, request_id: str, caller: Caller, handler: ChatHandler
 ) -> GenerationRequest:
     """Return the generation request of a completion.
 
@@ -261,11 +276,12 @@ def parse_completion_request(
             raise errors.invalid_value("prompt", f"{wrong} is not a token id; the range is 0 to {size - 1}")
         prompt = tuple(prompt)  # type: ignore[assignment]
     sampling = _parse_sampling(body, body.max_tokens, body.logprobs, handler)
-    return _make_request("/v1/completions", body, caller, sampling, (), prompt)  # type: ignore[arg-type]
+    return _make_request("/v1/completions", request_id, body, caller, sampling, (), prompt)  # type: ignore[arg-type]
 
 
 def _make_request(
     route: str,
+    request_id: str,
     body: ChatRequest | CompletionRequest,
     caller: Caller,
     sampling: Sampling,
@@ -273,7 +289,7 @@ def _make_request(
     raw: str | tuple[int, ...] | None,
 ) -> GenerationRequest:
     return GenerationRequest(
-        request_id=make_request_id(),
+        request_id=request_id,
         route=route,
         messages=messages,
         raw=raw,
@@ -353,14 +369,18 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         if error.status_code == 405:
-            return make_error_response(errors.method_not_allowed(request.method, request.url.path))
+            allowed = (error.headers or {}).get("Allow", "").split(", ")
+            return make_error_response(errors.method_not_allowed(request.method, request.url.path, allowed))
         if error.status_code == 404:
             return make_error_response(errors.not_found(request.url.path))
         return make_error_response(errors.invalid_json(str(error.detail)))
 
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
-        logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return make_error_response(errors.engine_failed("the time of this request"))
+        logger.error(
+            "%s: %s %s failed", get_request_id(request), request.method, request.url.path, exc_info=error
+        )
+        request_id = get_request_id(request)
+        return make_error_response(errors.engine_failed(request_id), request_id)
 
     handlers: dict[type[Exception], Callable[[Request, Exception], Awaitable[JSONResponse]]] = {
         ApiError: api_error,

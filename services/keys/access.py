@@ -77,6 +77,15 @@ class Access:
         quota = key.tokens_per_day or self._tokens_per_day
         return Caller(f"key:{key.name}", key.name, rate, quota)
 
+    def check_key(self, authorization: str | None, address: str) -> None:
+        """Reject a request without the key that it needs, as `admit` does; any other counts for nothing yet.
+
+        Raises:
+            ApiError: invalid_api_key, or rate_limit_exceeded.
+        """
+        if (self._keys_required or self._keys.required) and self._find_key(authorization) is None:
+            self.admit(authorization, address)
+
     def reserve(self, caller: Caller, tokens: int) -> None:
         """Reserve the most tokens (prompt and answer) that a request can use; call `settle` afterwards.
 

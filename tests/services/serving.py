@@ -10,7 +10,8 @@ import httpx
 import uvicorn
 from fastapi import Request
 
-from services.api.middleware import BodyLimit
+from services.api.bodies import BodyLimit
+from services.api.middleware import ConcurrencyLimit, Deadline, RequestIds
 from services.api.routes import make_app
 from services.engines.paged.engine import PagedEngine
 from services.engines.transformers import TransformersEngine
@@ -27,14 +28,19 @@ ADDRESS = "127.0.0.1"
 
 
 def settings(folder: Path, **changes):
-    """Return the settings of params.yaml with a store in `folder`, changed as `guard={"max_messages": 3}`."""
+    """Return the settings of params.yaml with a store in `folder`, changed as `guard={"max_messages": 3}`.
+
+    A number of the section itself is changed as `body_timeout_s=0.5`.
+    """
     services = load_params(ROOT / "params.yaml").services
     own = {
         "events": {"url": f"sqlite:///{folder / 'events.db'}"},
         "access": {"keys_file": str(folder / "keys.json")},
         "answers": {"default_max_tokens": 16},
     }
-    for section in {**own, **changes}:
+    numbers = {key: value for key, value in changes.items() if not isinstance(value, dict)}
+    services = services.model_copy(update=numbers)
+    for section in {**own, **changes}.keys() - numbers.keys():
         values = {**own.get(section, {}), **changes.get(section, {})}
         values = {"schema_" if key == "schema" else key: value for key, value in values.items()}
         services = services.model_copy(update={section: getattr(services, section).model_copy(update=values)})
@@ -130,7 +136,7 @@ def serving(folder: Path, *versions: ModelFiles, load=load_tiny, keys_required=F
             address = request.client.host
             return running.handler.access.admit(request.headers.get("authorization"), address)
 
-        app = BodyLimit(make_app(lambda: running.handler, caller), chosen.guard.max_body_bytes)
+        app = wrap(make_app(lambda: running.handler, caller), chosen, running.handler.access)
         config = uvicorn.Config(app, ADDRESS, 0, log_level="warning", lifespan="off", ws="none")
         server = uvicorn.Server(config)
         serve = asyncio.create_task(server.serve())
@@ -163,6 +169,19 @@ def serving(folder: Path, *versions: ModelFiles, load=load_tiny, keys_required=F
         over.set()
         thread.join(60)
     assert "error" not in state, state.get("error")
+
+
+def wrap(app, settings, access):
+    """Return the application in the middleware that the service has."""
+
+    def check_key(scope):
+        request = Request(scope)
+        access.check_key(request.headers.get("authorization"), request.client.host)
+
+    limit = settings.engine.max_running + settings.engine.max_waiting
+    app = ConcurrencyLimit(app, ("/v1/chat/completions", "/v1/completions"), limit)
+    app = Deadline(app, settings.request_timeout_s)
+    return RequestIds(BodyLimit(app, settings.guard.max_body_bytes, settings.body_timeout_s, check_key))
 
 
 def ask(client: httpx.Client, content: str = "Hello", **fields):

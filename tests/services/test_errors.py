@@ -41,7 +41,8 @@ def test_a_missing_key_is_challenged():
         (errors.invalid_api_key(), 401),
         (errors.not_found("/v2"), 404),
         (errors.model_not_found("gpt", ["home"]), 404),
-        (errors.method_not_allowed("GET", "/v1/chat/completions"), 405),
+        (errors.method_not_allowed("GET", "/v1/chat/completions", ["POST"]), 405),
+        (errors.body_timed_out(10), 408),
         (errors.request_too_large(1000), 413),
         (errors.rate_limit_exceeded(1), 429),
         (errors.insufficient_quota(60), 429),
@@ -49,6 +50,7 @@ def test_a_missing_key_is_challenged():
         (errors.engine_failed("r1"), 500),
         (errors.store_unavailable(), 503),
         (errors.not_ready("loading"), 503),
+        (errors.timed_out(120), 504),
     ],
     ids=lambda value: value.code if isinstance(value, errors.ApiError) else str(value),
 )

@@ -107,6 +107,7 @@ class Services(Section):
     host: Annotated[str, Field(min_length=1)]
     port: Annotated[int, Field(ge=1, le=65535)]
     request_timeout_s: Positive
+    body_timeout_s: Positive
     engine: EngineSettings
     versions: Versions
     answers: Answers

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from services.api.middleware import ConcurrencyLimit
+from services.api.middleware import ConcurrencyLimit, Deadline
 from tests.services.serving import ROOT
 
 LISTEN = """
@@ -82,3 +82,39 @@ def test_a_crowd_is_turned_away_with_openais_error_before_anything_is_read():
     assert start["status"] == 429 and dict(start["headers"])[b"retry-after"] == b"1"
     assert json.loads(body["body"])["error"]["code"] == "overloaded"
     assert sorted(answered) == ["/readyz"] + ["/v1/completions"] * 3
+
+
+def send_through(middleware):
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(middleware({"type": "http", "path": "/v1/completions"}, None, send))
+    return sent
+
+
+def test_a_request_that_takes_too_long_ends_with_504_in_openais_shape():
+    async def never(scope, receive, send):
+        await asyncio.Event().wait()
+
+    start, body = send_through(Deadline(never, 0.01))
+    error = json.loads(body["body"])["error"]
+    assert (start["status"], error["code"], error["type"]) == (504, "timed_out", "server_error")
+
+
+def test_an_answer_that_has_begun_may_take_longer_than_the_deadline():
+    async def slow(scope, receive, send):
+        await send({"type": "http.response.start"})
+        await asyncio.sleep(0.1)
+        await send({"type": "http.response.body"})
+
+    assert len(send_through(Deadline(slow, 0.05))) == 2
+
+
+def test_a_timeout_of_the_request_itself_is_not_the_deadline():
+    async def fail(scope, receive, send):
+        raise TimeoutError("the store")
+
+    with pytest.raises(TimeoutError, match="the store"):
+        send_through(Deadline(fail, 60.0))
