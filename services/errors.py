@@ -14,6 +14,8 @@ from typing import Any
 CODES: dict[str, tuple[int, str]] = {
     "invalid_json": (400, "invalid_request_error"),
     "invalid_value": (422, "invalid_request_error"),
+    "unsupported_parameter": (422, "invalid_request_error"),
+    "wrong_content_type": (415, "invalid_request_error"),
     "context_length_exceeded": (400, "invalid_request_error"),
     "content_refused": (400, "invalid_request_error"),
     "invalid_api_key": (401, "invalid_request_error"),
@@ -104,12 +106,30 @@ def invalid_value(param: str | None, problem: str) -> ApiError:
     return _error("invalid_value", f"{param}: {problem}" if param else problem, param)
 
 
-def context_length_exceeded(tokens: int, limit: int) -> ApiError:
-    """Return the error for a prompt (with its answer) that exceeds the context or the prompt limit."""
+def unsupported_parameter(param: str, problem: str) -> ApiError:
+    """Return the error for a field that would change the answer, and that this service does not have."""
+    return _error("unsupported_parameter", f"{param}: {problem}", param)
+
+
+def wrong_content_type(content_type: str) -> ApiError:
+    """Return the error for a body that is not declared as JSON."""
+    message = f"The Content-Type is {content_type[:100]!r}; send the body as application/json."
+    return _error("wrong_content_type", message)
+
+
+def context_length_exceeded(tokens: int, limit: int, param: str = "messages") -> ApiError:
+    """Return the error for a prompt that exceeds the context or the prompt limit.
+
+    Clients recognise the case by the code, or by the first words, which are OpenAI's.
+
+    Args:
+        param: the field with the prompt.
+    """
     message = (
-        f"The request needs {tokens} tokens, and at most {limit} fit. Shorten the messages or max_tokens."
+        f"This model's maximum context length is {limit} tokens. However, your {param} resulted in {tokens} "
+        f"tokens. Please reduce the length of the {param}."
     )
-    return _error("context_length_exceeded", message, "messages")
+    return _error("context_length_exceeded", message, param)
 
 
 def content_refused(reason: str, param: str | None = "messages") -> ApiError:

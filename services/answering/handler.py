@@ -139,14 +139,14 @@ class ChatHandler:
         messages = request.as_messages(state.model.decode_prompt)
         chars = sum(len(message["content"]) for message in messages)
         if chars > limit * MAX_CHARS_PER_TOKEN:
-            raise errors.context_length_exceeded(chars // MAX_CHARS_PER_TOKEN, limit)
-        apply_guard(
-            state, check_prompt(messages, state.model.control_tokens, self.settings.guard), "messages"
-        )
+            tokens = chars // MAX_CHARS_PER_TOKEN
+            raise errors.context_length_exceeded(tokens, limit, request.prompt_param)
+        checked = check_prompt(messages, state.model.control_tokens, self.settings.guard)
+        apply_guard(state, checked, request.prompt_param)
         prompt = _tokenize(request, state.model)
         state.prompt_tokens = len(prompt)
         if len(prompt) > limit:
-            raise errors.context_length_exceeded(len(prompt), limit)
+            raise errors.context_length_exceeded(len(prompt), limit, request.prompt_param)
         return prompt
 
     def _check_answer(self, request: GenerationRequest, state: GenerationState) -> None:
@@ -178,7 +178,8 @@ class ChatHandler:
         except SchemaUnsupported as error:
             raise errors.invalid_value("response_format", str(error)) from None
         except ContextOverflow:
-            raise errors.context_length_exceeded(len(prompt), state.model.engine.context_tokens) from None
+            limit = state.model.engine.context_tokens
+            raise errors.context_length_exceeded(len(prompt), limit, request.prompt_param) from None
         except QueueFull:
             raise errors.overloaded(retry_after_s=1.0) from None
         except EngineError:

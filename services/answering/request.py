@@ -44,6 +44,13 @@ class GenerationRequest:
         """What assigns the request to champion or challenger: the user, else the session, else the caller."""
         return self.user or self.session or self.caller.client
 
+    @property
+    def prompt_param(self) -> str:
+        """The field of the request's body that has the prompt, for messages of errors."""
+        if self.route == "/ask":
+            return "question"
+        return "messages" if self.raw is None else "prompt"
+
     def as_messages(self, decode: Callable[[Sequence[int]], str]) -> list[dict[str, str]]:
         """Return the prompt as messages, as the guard and the event store read it.
 

@@ -48,6 +48,8 @@ class ResponseFormatter:
         self._format = format
         self._tokenizer = model.tokenizer
         self._wants_usage = wants_usage
+        # Clients add up what the chunks say, so the numbers are in one chunk alone.
+        self._no_usage = ',"usage":null' if wants_usage else ""
         self._common = {
             "id": request.request_id,
             "created": int(time.time()),
@@ -62,16 +64,15 @@ class ResponseFormatter:
 
     def format_opening(self) -> bytes:
         """Return the first chunk of a stream; empty where the format has none."""
-        return (
-            b"" if self._format.opening is None else f"{self._head}{self._format.opening}}}]}}\n\n".encode()
-        )
+        if self._format.opening is None:
+            return b""
+        return f"{self._head}{self._format.opening}}}]{self._no_usage}}}\n\n".encode()
 
     def format_chunk(self, delta: Delta) -> bytes:
-        """Return a chunk of a stream; after the last one also the usage, if the client asked for it."""
+        """Return a chunk of a stream; after the last one also a chunk with the usage, if it was asked for."""
         logprobs = json.dumps(self._format_logprobs(delta.logprobs)) if delta.logprobs else "null"
         reason = json.dumps(delta.finish_reason)
-        usage = f', "usage": {json.dumps(_format_usage(delta.usage))}' if delta.usage else ""
-        rest = f'"logprobs": {logprobs}, "finish_reason": {reason}}}]{usage}}}'
+        rest = f'"logprobs": {logprobs}, "finish_reason": {reason}}}]{self._no_usage}}}'
         text = f"{self._head}{self._format.delta(delta.text)}, {rest}\n\n"
         if delta.usage and self._wants_usage:
             own: dict[str, Any] = {

@@ -24,15 +24,15 @@ from starlette.types import Receive, Scope, Send
 from services import errors
 from services.answering.handler import ChatHandler
 from services.answering.request import Delta, GenerationRequest, make_request_id
+from services.api.parsing import parse_chat_request, parse_completion_request
+from services.api.problems import convert_validation_error, describe_unread
 from services.api.responses import CHAT, COMPLETION, ResponseFormatter
-from services.api.schemas import ChatRequest, CompletionRequest, FeedbackRequest, ResponseFormat
-from services.engines.protocol import Sampling
+from services.api.schemas import ChatRequest, CompletionRequest, FeedbackRequest
 from services.errors import ApiError
 from services.events import Feedback, StoreUnavailable
 from services.keys.access import Caller
 from services.model_pool import LoadedModel
 from stages.common.chat import hash_template
-from stages.common.records import Message
 
 PAGE = Path(__file__).parent / "page"
 # The page loads nothing from other hosts, and model output must never run in it.
@@ -239,96 +239,6 @@ def get_request_id(request: Request) -> str:
     return getattr(request.state, "request_id", None) or make_request_id()
 
 
-def parse_chat_request(
-    body: ChatRequest, request_id: str, caller: Caller, handler: ChatHandler
-) -> GenerationRequest:
-    """Return the generation request of a chat completion.
-
-    Raises:
-        ApiError: the messages are not a conversation, or a limit is exceeded.
-    """
-    limit = handler.settings.guard.max_messages
-    if len(body.messages) > limit:
-        raise errors.invalid_value("messages", f"{len(body.messages)} messages; at most {limit} are allowed")
-    messages = tuple(
-        Message("system" if message.role == "developer" else message.role, message.text())
-        for message in body.messages
-    )
-    if all(message.role != "user" for message in messages):
-        raise errors.invalid_value("messages", "there is no message with the role user")
-    logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    sampling = _parse_sampling(body, body.max_completion_tokens or body.max_tokens, logprobs, handler)
-    return _make_request("/v1/chat/completions", request_id, body, caller, sampling, messages, None)
-
-
-def parse_completion_request(
-    body: CompletionRequest, request_id: str, caller: Caller, handler: ChatHandler
-) -> GenerationRequest:
-    """Return the generation request of a completion.
-
-    Raises:
-        ApiError: a token id is out of range, or a limit is exceeded.
-    """
-    prompt = body.prompt
-    if not isinstance(prompt, str):
-        size = len(handler.pool.champion.tokenizer)
-        if wrong := next((token for token in prompt if not 0 <= token < size), None):
-            raise errors.invalid_value("prompt", f"{wrong} is not a token id; the range is 0 to {size - 1}")
-        prompt = tuple(prompt)  # type: ignore[assignment]
-    sampling = _parse_sampling(body, body.max_tokens, body.logprobs, handler)
-    return _make_request("/v1/completions", request_id, body, caller, sampling, (), prompt)  # type: ignore[arg-type]
-
-
-def _make_request(
-    route: str,
-    request_id: str,
-    body: ChatRequest | CompletionRequest,
-    caller: Caller,
-    sampling: Sampling,
-    messages: tuple[Message, ...],
-    raw: str | tuple[int, ...] | None,
-) -> GenerationRequest:
-    return GenerationRequest(
-        request_id=request_id,
-        route=route,
-        messages=messages,
-        raw=raw,
-        sampling=sampling,
-        stops=body.stops(),
-        model=body.model or None,
-        caller=caller,
-        user=body.user,
-        session=body.session,
-    )
-
-
-def _parse_sampling(
-    body: ChatRequest | CompletionRequest, max_tokens: int | None, logprobs: int | None, handler: ChatHandler
-) -> Sampling:
-    answers = handler.settings.answers
-    if max_tokens is not None and max_tokens > answers.max_tokens:
-        raise errors.invalid_value("max_tokens", f"{max_tokens} is above the limit of {answers.max_tokens}")
-    return Sampling(
-        max_tokens=max_tokens or answers.default_max_tokens,
-        temperature=body.temperature or 0.0,
-        top_p=body.top_p or 1.0,
-        seed=body.seed,
-        frequency_penalty=body.frequency_penalty or 0.0,
-        presence_penalty=body.presence_penalty or 0.0,
-        logprobs=logprobs,
-        json_schema=_dump_schema(body.response_format),
-    )
-
-
-def _dump_schema(wanted: ResponseFormat | None) -> str | None:
-    if wanted is None or wanted.type == "text":
-        return None
-    if wanted.json_schema is None:
-        return '{"type": "object"}'
-    # Keys keep their order: answers are generated in it.
-    return json.dumps(wanted.json_schema.schema_)
-
-
 def _describe_model(alias: str, model: LoadedModel) -> dict[str, Any]:
     about = model.files.about
     shown = {key: about.get(key) for key in ("task", "system_prompt", "answer_schema", "base_model")}
@@ -362,9 +272,10 @@ def _add_error_handlers(app: FastAPI) -> None:
         assert isinstance(error, ApiError)
         return make_error_response(error)
 
-    async def validation(_: Request, error: Exception) -> JSONResponse:
+    async def validation(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return make_error_response(convert_validation_error(error))
+        content_type = request.headers.get("content-type", "")
+        return make_error_response(convert_validation_error(error, content_type))
 
     async def http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
@@ -373,7 +284,7 @@ def _add_error_handlers(app: FastAPI) -> None:
             return make_error_response(errors.method_not_allowed(request.method, request.url.path, allowed))
         if error.status_code == 404:
             return make_error_response(errors.not_found(request.url.path))
-        return make_error_response(errors.invalid_json(str(error.detail)))
+        return make_error_response(errors.invalid_json(describe_unread(error, request.headers)))
 
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
         logger.error(
@@ -390,14 +301,3 @@ def _add_error_handlers(app: FastAPI) -> None:
     }
     for kind, handler in handlers.items():
         app.add_exception_handler(kind, handler)
-
-
-def convert_validation_error(error: RequestValidationError) -> ApiError:
-    """Return the first problem of a body: 400 if it is not JSON, 422 for an invalid value."""
-    first = error.errors()[0]
-    if first["type"] == "model_attributes_type":
-        return errors.invalid_value(None, "The body must be a JSON object.")
-    if first["type"] == "json_invalid":
-        return errors.invalid_json(str(first.get("ctx", {}).get("error", first["msg"])))
-    where = ".".join(str(part) for part in first["loc"] if part != "body")
-    return errors.invalid_value(where or None, first["msg"])

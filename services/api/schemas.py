@@ -5,15 +5,31 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
+from services.api.fields import asks_for_nothing, describe_remedy
+
+UNSUPPORTED = "unsupported_field"  # type of pydantic's errors for a field that is not taken
 MAX_STOPS = 4  # as OpenAI has it
 MAX_ALTERNATIVES = 20
 
 
 class _Body(BaseModel):
-    """Base of request bodies; other fields of OpenAI's clients (`metadata`, `store`) are ignored."""
+    """Base of request bodies: other fields are ignored if they change no answer, and rejected if they do."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_other_fields(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        for name, value in body.items():
+            if name not in known and not asks_for_nothing(name, value):
+                told = {"field": name, "remedy": describe_remedy(name, known)}
+                raise PydanticCustomError(UNSUPPORTED, "{remedy}", told)
+        return body
 
 
 class TextPart(_Body):
@@ -28,6 +44,20 @@ class ChatMessage(_Body):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _is_text(cls, content: Any) -> Any:
+        if content is None:
+            raise ValueError("is null, and every message needs a text")
+        if not isinstance(content, (str, list)):
+            raise ValueError("must be a text or a list of parts of type text")
+        for place, part in enumerate(content if isinstance(content, list) else ()):
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind != "text":
+                told = {"field": f"{place}.type", "remedy": f"{kind!r} is not supported; only 'text' is"}
+                raise PydanticCustomError(UNSUPPORTED, "{remedy}", told)
+        return content
 
     def text(self) -> str:
         """Return the content in one piece."""
@@ -51,7 +81,7 @@ class ResponseFormat(_Body):
     @model_validator(mode="after")
     def _schema_is_there(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("type json_schema needs json_schema, and no other type has one")
+            raise ValueError("type json_schema needs the field json_schema, and no other type has it")
         return self
 
 
@@ -79,12 +109,12 @@ class _Sampled(_Body):
     session: Annotated[str, Field(max_length=256)] | None = None
     n: Annotated[int, Field(ge=1, le=1)] | None = None
 
-    @field_validator("stop")
+    @field_validator("stop", mode="before")
     @classmethod
-    def _few_stops(cls, stop: str | list[str] | None) -> str | list[str] | None:
-        stops = [stop] if isinstance(stop, str) else stop or []
-        if len(stops) > MAX_STOPS or not all(stops):
-            raise ValueError(f"at most {MAX_STOPS} strings, none of them empty")
+    def _few_stops(cls, stop: Any) -> Any:
+        stops = stop if isinstance(stop, list) else [] if stop is None else [stop]
+        if len(stops) > MAX_STOPS or not all(isinstance(one, str) and one for one in stops):
+            raise ValueError(f"must be a string or at most {MAX_STOPS} strings, none of them empty")
         return stop
 
     def stops(self) -> tuple[str, ...]:
@@ -103,7 +133,6 @@ class ChatRequest(_Sampled):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
 
     @model_validator(mode="after")
     def _alternatives_need_logprobs(self) -> ChatRequest:

@@ -48,6 +48,7 @@ class Answers(Section):
 
     default_max_tokens: PositiveCount
     max_tokens: PositiveCount
+    above_max_tokens: Literal["clamp", "reject"]
     constrained_decoding: bool
 
     @override

@@ -1,0 +1,101 @@
+"""Fields that requests of other servers' clients have, and this service does not.
+
+A field that changes no answer is ignored. Any other is rejected by its name, unless its value asks for what
+is done anyway: an answer other than the one asked for would be worse than none.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+from typing import Any
+
+# They say who asks, what to keep, how fast to answer, or they describe what another field already holds.
+IGNORED = frozenset(
+    {
+        "annotations",
+        "cache_control",
+        "description",
+        "include_obfuscation",
+        "metadata",
+        "parallel_tool_calls",
+        "prediction",
+        "priority",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "request_id",
+        "safety_identifier",
+        "service_tier",
+        "store",
+    }
+)
+# Values besides null and what is empty that ask for what is done anyway.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
+    "add_special_tokens": (False,),
+    "best_of": (1,),
+    "continue_final_message": (False,),
+    "do_sample": (True,),
+    "early_stopping": (False,),
+    "echo": (False,),
+    "function_call": ("none", "auto"),
+    "ignore_eos": (False,),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "modalities": (["text"],),
+    "num_beams": (1,),
+    "reasoning_effort": ("none",),
+    "repetition_penalty": (1,),
+    "return_token_ids": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "tool_choice": ("none", "auto"),
+    "top_k": (0, -1),
+    "truncate_prompt_tokens": (-1,),
+    "typical_p": (1,),
+    "use_beam_search": (False,),
+    "verbosity": ("medium",),
+}
+_TOOLS = "tools are not supported; ask for JSON with response_format, type json_schema"
+_GRAMMAR = "only JSON schemas are supported: response_format, type json_schema"
+REMEDIES = {
+    "audio": "only text is supported",
+    "function_call": _TOOLS,
+    "functions": _TOOLS,
+    "grammar": _GRAMMAR,
+    "guided_choice": _GRAMMAR,
+    "guided_grammar": _GRAMMAR,
+    "guided_json": _GRAMMAR,
+    "guided_regex": _GRAMMAR,
+    "json_schema": "it belongs into response_format, type json_schema",
+    "modalities": "only text is supported",
+    "name": "the chat template has no place for the name of a participant; leave it out",
+    "schema": "it is only taken as response_format.json_schema.schema, with type json_schema",
+    "structured_outputs": _GRAMMAR,
+    "tool_call_id": _TOOLS,
+    "tool_calls": _TOOLS,
+    "tool_choice": _TOOLS,
+    "tools": _TOOLS,
+}
+SUPPORTED_TWIN = {"max_output_tokens": "max_tokens", "max_new_tokens": "max_tokens", "stop_sequences": "stop"}
+
+
+def asks_for_nothing(name: str, value: Any) -> bool:
+    """Return whether ignoring an unknown field changes no answer."""
+    if name in IGNORED or value is None or (isinstance(value, (list, dict, str)) and not value):
+        return True
+    # 1 == True, but no client sends one for the other.
+    same_kind = (same for same in NEUTRAL.get(name, ()) if isinstance(same, bool) == isinstance(value, bool))
+    return value in same_kind
+
+
+def describe_remedy(name: str, known: Collection[str]) -> str:
+    """Return what to do instead of sending an unknown field."""
+    if name in REMEDIES:
+        return f"is not supported: {REMEDIES[name]}"
+    nearest = [SUPPORTED_TWIN[name]] if name in SUPPORTED_TWIN else difflib.get_close_matches(name, known, 1)
+    if nearest and nearest[0] in known:
+        return f"is not a field of this request; did you mean {nearest[0]}?"
+    return "is not supported, and leaving it out changes the answer; remove it"

@@ -1,0 +1,108 @@
+"""Request bodies to generation requests."""
+
+from __future__ import annotations
+
+import json
+
+from services import errors
+from services.answering.handler import ChatHandler
+from services.answering.request import GenerationRequest
+from services.api.schemas import ChatRequest, CompletionRequest, ResponseFormat
+from services.engines.protocol import Sampling
+from services.keys.access import Caller
+from stages.common.records import Message
+
+
+def parse_chat_request(
+    body: ChatRequest, request_id: str, caller: Caller, handler: ChatHandler
+) -> GenerationRequest:
+    """Return the generation request of a chat completion.
+
+    Raises:
+        ApiError: the messages are not a conversation, or a limit is exceeded.
+    """
+    limit = handler.settings.guard.max_messages
+    if len(body.messages) > limit:
+        raise errors.invalid_value("messages", f"{len(body.messages)} messages; at most {limit} are allowed")
+    messages = tuple(
+        Message("system" if message.role == "developer" else message.role, message.text())
+        for message in body.messages
+    )
+    if all(message.role != "user" for message in messages):
+        raise errors.invalid_value("messages", "there is no message with the role user")
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    sent = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    sampling = _parse_sampling(body, sent, logprobs, handler)
+    return _make_request("/v1/chat/completions", request_id, body, caller, sampling, messages, None)
+
+
+def parse_completion_request(
+    body: CompletionRequest, request_id: str, caller: Caller, handler: ChatHandler
+) -> GenerationRequest:
+    """Return the generation request of a completion.
+
+    Raises:
+        ApiError: a token id is out of range, or a limit is exceeded.
+    """
+    prompt = body.prompt
+    if not isinstance(prompt, str):
+        size = len(handler.pool.champion.tokenizer)
+        if wrong := next((token for token in prompt if not 0 <= token < size), None):
+            raise errors.invalid_value("prompt", f"{wrong} is not a token id; the range is 0 to {size - 1}")
+        prompt = tuple(prompt)  # type: ignore[assignment]
+    sampling = _parse_sampling(body, "max_tokens", body.logprobs, handler)
+    return _make_request("/v1/completions", request_id, body, caller, sampling, (), prompt)  # type: ignore[arg-type]
+
+
+def _make_request(
+    route: str,
+    request_id: str,
+    body: ChatRequest | CompletionRequest,
+    caller: Caller,
+    sampling: Sampling,
+    messages: tuple[Message, ...],
+    raw: str | tuple[int, ...] | None,
+) -> GenerationRequest:
+    return GenerationRequest(
+        request_id=request_id,
+        route=route,
+        messages=messages,
+        raw=raw,
+        sampling=sampling,
+        stops=body.stops(),
+        model=body.model or None,
+        caller=caller,
+        user=body.user,
+        session=body.session,
+    )
+
+
+def _parse_sampling(
+    body: ChatRequest | CompletionRequest, length: str, logprobs: int | None, handler: ChatHandler
+) -> Sampling:
+    """Return the sampling parameters; `length` is the field that limits the answer."""
+    answers = handler.settings.answers
+    max_tokens = getattr(body, length)
+    if max_tokens is not None and max_tokens > answers.max_tokens:
+        if answers.above_max_tokens == "reject":
+            raise errors.invalid_value(length, f"{max_tokens} is above the limit of {answers.max_tokens}")
+        max_tokens = answers.max_tokens
+    return Sampling(
+        max_tokens=answers.default_max_tokens if max_tokens is None else max_tokens,
+        temperature=body.temperature or 0.0,
+        top_p=body.top_p or 1.0,
+        seed=body.seed,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        logprobs=logprobs,
+        json_schema=_dump_schema(body.response_format),
+    )
+
+
+def _dump_schema(wanted: ResponseFormat | None) -> str | None:
+    if wanted is None or wanted.type == "text":
+        return None
+    if wanted.json_schema is None:
+        return '{"type": "object"}'
+    # Keys keep their order: answers are generated in it.
+    return json.dumps(wanted.json_schema.schema_)
