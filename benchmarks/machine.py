@@ -1,4 +1,4 @@
-"""What every benchmark says of the machine it ran on."""
+"""Describe the machine, for the reports of all benchmarks."""
 
 from __future__ import annotations
 

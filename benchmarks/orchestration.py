@@ -1,12 +1,12 @@
-"""What Prefect costs: the training flow against plain `dvc repro` on the same graph, side by side.
+"""Overhead of Prefect: the training flow compared with plain `dvc repro` on the same graph.
 
     python -m benchmarks.orchestration [--stages 9] [--seconds 2] [--repeats 3]
 
-Builds a checkout with a graph of stages that only sleep: one stands beside the others, as `fetch_base`
-does, and the rest form a chain. Then, in turn and `--repeats` times, from nothing and again with nothing
-changed: `dvc repro`; the flow with no server; the flow with a server; and the flow with no server and an
-empty PREFECT_HOME, as on a new machine, where Prefect first creates its database. Prints a table on
-stderr and a JSON object with medians on stdout; `docs/benchmarks.md` keeps the results.
+Builds a checkout with a graph of stages that only sleep: one independent stage, like `fetch_base`, and a
+chain of the others. Then it runs, in turn and `--repeats` times, first without any outputs and again with
+nothing changed: `dvc repro`; the flow without a server; the flow with a server; and the flow without a server
+and with an empty PREFECT_HOME, as on a new machine, where Prefect first creates its database. Prints a
+table on stderr and a JSON object with medians on stdout; `docs/benchmarks.md` keeps the results.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def measure(folder: Path, stages: int, seconds: float, repeats: int) -> dict[str, dict[str, list[float]]]:
-    """Return the seconds of every run, by way and case."""
+    """Return the seconds of every run, by method and case."""
     times: dict[str, dict[str, list[float]]] = {way: {COLD: [], AGAIN: []} for way in COMMANDS}
     home = folder / "prefect"
     with server_at(home) as url:
@@ -84,7 +84,7 @@ def measure(folder: Path, stages: int, seconds: float, repeats: int) -> dict[str
 
 
 def environment_of(way: str, home: Path, new_home: Path, url: str) -> dict[str, str]:
-    """Return the environment in which a way is measured."""
+    """Return the environment variables for a method."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     if way == WITH_SERVER:
         return {**kept, "PREFECT_HOME": str(home), "PREFECT_API_URL": url}
@@ -114,7 +114,7 @@ def make_checkout(folder: Path, stages: int, seconds: float) -> Path:
 
 
 def graph(stages: int, seconds: float) -> dict[str, Any]:
-    """Return the stages of dvc.yaml: a chain, and one beside it that the last but one also needs."""
+    """Return the stages of dvc.yaml: a chain, and an independent stage that the last but one also needs."""
     names = [f"stage_{number}" for number in range(stages)]
     beside, *chain = names
     needs = {name: [before] for name, before in zip(chain[1:], chain, strict=False)}
@@ -146,7 +146,7 @@ def server_at(home: Path) -> Iterator[str]:
 
 
 def table(medians: dict[str, dict[str, float]]) -> str:
-    """Return the medians as lines, each with what it adds to `dvc repro`."""
+    """Return the medians as lines, each with its overhead over `dvc repro`."""
     lines = [f"{'median seconds':<20}{COLD:>14}{'':>8}{AGAIN:>18}"]
     for way, cases in medians.items():
         added = f"+{cases[COLD] - medians[DVC][COLD]:.1f}" if way != DVC else ""

@@ -1,9 +1,9 @@
-"""`init` and the whole pipeline on data of other shapes, with no hand edit between: times and metrics.
+"""Run `init` and the whole pipeline on data of other shapes without manual edits: times and metrics.
 
     python -m benchmarks.own_data [--tldr CLONE] [--llama-factory CLONE] [--folder FOLDER] [--only NAME ...]
 
-Clones this repository's HEAD into FOLDER (default: a new temporary folder) and takes the data sets one after
-the other there, as `make init` and `make run` do, with the Python that runs this. Prints a table in Markdown;
+Clones this repository's HEAD into FOLDER (default: a new temporary folder) and runs `make init` and
+`make run` there for one data set after the other, with the Python that runs this. Prints a table in Markdown;
 `docs/benchmarks.md` keeps it.
 """
 
@@ -70,7 +70,7 @@ def run_data_set(home: Path, data: DataSet, base: Path) -> dict[str, Any]:
 
 
 def format_row(data: DataSet, found: Mapping[str, Any]) -> str:
-    """Return a data set's line of the table; a step that failed is named."""
+    """Return the table row of a data set; a failed step is named."""
     for step in ("init", "run"):
         if found[step]["exit"] != 0:
             return f"| {data.name} | {data.rows:,} | {step} ended with exit code {found[step]['exit']} |"
@@ -92,7 +92,7 @@ def format_row(data: DataSet, found: Mapping[str, Any]) -> str:
 
 
 def format_figure(figure: Any) -> str:
-    """Return a figure with its interval, where it has one."""
+    """Return a number with its interval, if it has one."""
     if not isinstance(figure, Mapping):
         return f"{figure:.3f}"
     low, high = figure.get("low"), figure.get("high")

@@ -1,4 +1,4 @@
-"""Five data sets as people bring them, written to files: for `benchmarks.own_data`.
+"""Write five data sets in formats that users have, for `benchmarks.own_data`.
 
 Sentences come from the package home-assistant-intents (Apache-2.0), in several languages; commands from a
 clone of tldr-pages/tldr (CC-BY-4.0), instructions from one of hiyouga/LLaMA-Factory (Apache-2.0), if given.
@@ -42,7 +42,7 @@ class DataSet:
 def write_data_sets(
     folder: Path, tldr: Path | None, llama_factory: Path | None, only: Sequence[str] = ()
 ) -> list[DataSet]:
-    """Write the data sets that there are sources for; the same sources give the same bytes.
+    """Write the data sets whose sources are given; equal sources give equal bytes.
 
     Args:
         only: names of files without their suffix; empty for all.
@@ -81,7 +81,7 @@ def sample_sentences(languages: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def fill_marks(text: str, rng: random.Random) -> str:
-    """Return a sentence with names and numbers in place of its marks, `{area}` or `{brightness:level}`."""
+    """Return a sentence with values for its placeholders, such as `{area}` or `{brightness:level}`."""
 
     def value(mark: re.Match[str]) -> str:
         is_name = re.search(r"name|area|floor|item|query|message|title|artist", mark.group(1))
@@ -91,7 +91,7 @@ def fill_marks(text: str, rng: random.Random) -> str:
 
 
 def draw(rows: Iterable[tuple[str, str]], number: int, labels: int, seed: int) -> list[tuple[str, str]]:
-    """Return `number` different rows of the `labels` labels with the most, as even as they come."""
+    """Return `number` different rows of the `labels` most frequent labels, as balanced as possible."""
     by_label: dict[str, list[str]] = {}
     for text, label in dict.fromkeys(rows):
         by_label.setdefault(label, []).append(text)
@@ -106,7 +106,7 @@ def draw(rows: Iterable[tuple[str, str]], number: int, labels: int, seed: int) -
 
 
 def write_small(folder: Path) -> DataSet:
-    """Write 60 German rows as a spreadsheet exports them: semicolons, cp1252, and column names of its own."""
+    """Write 60 German rows as a spreadsheet exports them: semicolons, cp1252, and unusual column names."""
     path = folder / "anfragen.csv"
     rows = draw(sample_sentences(["de"]), SMALL_ROWS, 4, seed=1)
     with path.open("w", encoding="cp1252", errors="replace", newline="") as file:
@@ -174,7 +174,7 @@ def write_commands(folder: Path, clone: Path) -> DataSet:
 
 
 def write_alpaca(folder: Path, clone: Path) -> DataSet:
-    """Write the Alpaca file of LLaMA-Factory as it is."""
+    """Write the Alpaca file of LLaMA-Factory unchanged."""
     path = folder / "alpaca.json"
     text = git(clone, "show", "HEAD:data/alpaca_en_demo.json").decode()
     path.write_text(text, encoding="utf-8")

@@ -1,11 +1,11 @@
-"""From a clean clone to a judged model, as a stranger would: times, memory, and what a second run does.
+"""The whole pipeline from a clean clone: times, memory, and what a second run repeats.
 
     python -m benchmarks.pipeline [--twice] [--folder FOLDER]
 
 Clones this repository's HEAD into FOLDER (default: a new temporary folder), runs `make run`, and then
 - `make run` again with nothing changed, without a Prefect server and with one (no stage may run);
 - `make run` after a parameter of `evaluate` has changed (`evaluate` and `model_card` run, and no other);
-- with `--twice`, a second clone by plain `dvc repro`: its data, adapter and metrics must be equal.
+- with `--twice`, run a second clone with plain `dvc repro`: its data, adapter and metrics must be equal.
 Prints a JSON object; `docs/benchmarks.md` keeps the results.
 """
 
@@ -56,7 +56,7 @@ def measured(command: list[str], folder: Path, log: Path, **environment: str) ->
 
 
 def _watch_memory(pid: int, peak: list[int], done: threading.Event) -> None:
-    """Keep the highest sum of the proportional memory of a process and all its descendants."""
+    """Record the peak proportional memory (PSS) of a process and all its descendants."""
     while not done.wait(SAMPLE_S):
         total = 0
         with contextlib.suppress(psutil.Error):
@@ -68,7 +68,7 @@ def _watch_memory(pid: int, peak: list[int], done: threading.Event) -> None:
 
 
 def _clean_environment() -> dict[str, str]:
-    """The environment without an activated virtual environment or a Prefect server of the caller's."""
+    """Return the environment without the caller's virtual environment and Prefect server."""
     kept = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH", "PREFECT_API_URL")}
     own = str(Path(sys.executable).parent)
     kept["PATH"] = os.pathsep.join(p for p in kept["PATH"].split(os.pathsep) if p != own)
@@ -90,7 +90,7 @@ def written_at(folder: Path) -> dict[str, int]:
 
 @contextlib.contextmanager
 def prefect_server(folder: Path, log: Path) -> Iterator[str]:
-    """Run a Prefect server of the clone's on a free port; yield its API's URL."""
+    """Run the clone's Prefect server on a free port; yield the URL of its API."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -138,7 +138,7 @@ def outputs(folder: Path) -> dict[str, str]:
 
 
 def change_evaluate(folder: Path) -> None:
-    """Ask for one more error in the table: a parameter of `evaluate` that moves no figure."""
+    """Show one more error in the table: a parameter of `evaluate` that changes no metric."""
     path = folder / "params.yaml"
     shown = yaml.safe_load(path.read_text())["evaluate"]["errors_shown"]
     path.write_text(path.read_text().replace(f"errors_shown: {shown}", f"errors_shown: {shown + 1}"))

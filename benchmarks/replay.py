@@ -1,8 +1,8 @@
-"""What a retraining learns, forgets and costs with several values of `finetune.replay_share`.
+"""Learning, forgetting and cost of a retraining with several values of `finetune.replay_share`.
 
-Takes a home in which a retraining has been: its rows, old and new, the adapter it began with, and the
-labelled questions that were held out. From that same adapter it trains once for each share, and asks each
-model the old test rows and the held-out ones.
+Needs a checkout in which a retraining has run, and uses its old and new rows, its initial adapter, and the
+labelled questions that were held out. Trains once for each share from that adapter, and evaluates each
+model on the old test rows and on the held-out ones.
 
 Run: `make demo`, then `python -m benchmarks.replay` (about a quarter of an hour on two cores)
 """
@@ -55,10 +55,10 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def prepared(home: Path, folder: Path) -> Path:
-    """Make a workspace with the home's rows and start, and a test of its old rows and the held-out ones.
+    """Make a workspace with the checkout's rows and initial adapter, and a test of its old and held-out rows.
 
     Raises:
-        InputError: no retraining has been there.
+        InputError: no retraining has run there.
     """
     start = read_initial_adapter(home / artifacts("initial_adapter"))
     if start is None or not start.read_trained_ids() or not (home / HELD_OUT).is_file():
@@ -81,7 +81,7 @@ def prepared(home: Path, folder: Path) -> Path:
 
 
 def judged(workspace: Path) -> dict[str, Any]:
-    """Ask the model in the workspace; return what of each kind is right."""
+    """Evaluate the model in the workspace; return the share of right answers of each kind."""
     run(workspace, "export")
     run(workspace, "evaluate")
     slices = read_json(workspace / reports("evaluate") / "metrics.json")["slices"]

@@ -1,17 +1,18 @@
-"""The service against its peers: speed, constrained answers, a soak, overload, kill -9, a switch of versions.
+"""Benchmark the service and its peers: speed, constrained answers, soak, overload, kill -9, version switch.
 
     python -m benchmarks.serving [--rounds 3] [--seconds 8] [--soak-s 120] [--quick]
         [--only throughput,constrained,soak,overload,kill,switch] [--out serving.json]
         [--contenders transformers,bare,openvino,llama.cpp,ctranslate2,perennial]
 
 Needs the pipeline's output up to `export` (`dvc repro export evaluate`). The service runs with the parameters
-of this checkout, in a folder of its own under `.perennial`, with its own events and model store; nothing that
-is served here is touched. Every server is a process of its own on 127.0.0.1. Peers that are not installed
-(xllamacpp, ctranslate2) are left out and named. Prints Markdown; `docs/benchmarks.md` keeps the results.
+of this checkout, in a separate folder under `.perennial`, with its own events and model store; the models
+that this checkout serves are not touched. Every server is a separate process on 127.0.0.1. Peers that are not
+installed (xllamacpp, ctranslate2) are skipped and named. Prints Markdown; `docs/benchmarks.md` keeps the
+results.
 
-Other work on the machine hurts some more than others: threads of llama.cpp that wait for each other on
-cores that others use are fifty times slower. Run it alone, or with a higher priority (`nice -n -10`), which
-all that it starts inherits.
+Other load on the machine slows some engines more than others: on busy cores llama.cpp is fifty times
+slower, because its threads wait for each other. Run it on an idle machine, or with a higher priority
+(`nice -n -10`), which its child processes inherit.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ SECTIONS: dict[str, tuple[str, Section]] = {
 
 
 async def measure(names: Sequence[str], plan: Plan) -> dict[str, Any]:
-    """Run sections one after the other, print each as it ends, and return all figures."""
+    """Run the sections one after the other, print each when it ends, and return all results."""
     questions, found = read_questions(), dict[str, Any]()
     with workspace() as place:
         for name in names:
@@ -67,7 +68,7 @@ async def measure(names: Sequence[str], plan: Plan) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure what is asked for, and print Markdown."""
+    """Run the chosen sections, and print Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=8.0, help="of a turn, at least")

@@ -1,4 +1,4 @@
-"""What the serving benchmark runs in processes of their own: peers' servers, and engines without a server.
+"""Child processes of the serving benchmark: peers' servers, and engines without a server.
 
     python -m benchmarks.serving_children transformers --port 8000
     python -m benchmarks.serving_children llama --port 8000 --gguf model.gguf
@@ -8,7 +8,8 @@
     python -m benchmarks.serving_children second-version
 
 Started by `benchmarks.serving` in a folder with the pipeline's `artifacts` and `params.yaml`. Servers end
-with their standard input. Engines read a turn a line there (JSON) and write its answers as one line.
+when their standard input is closed. Engines read one turn per line there (JSON)
+and write its answers as one line.
 """
 
 from __future__ import annotations
@@ -44,19 +45,19 @@ SEED = 7  # of the rows' order
 
 
 def rows_in_order() -> list[Row]:
-    """Return the test rows in the order in which everybody is asked."""
+    """Return the test rows in the order in which every contender gets them."""
     rows = read_rows(artifacts("split") / "test.parquet")
     random.Random(SEED).shuffle(rows)
     return rows
 
 
 def answer_limit() -> int:
-    """Return where the stage evaluate cut answers, in tokens."""
+    """Return the maximum length of an answer in the stage evaluate, in tokens."""
     return int(read_json(reports("evaluate") / "metrics.json")["answer_limit_tokens"])
 
 
 def tuned_model() -> Any:
-    """Return the tuned model, merged, in the type in which the base model is saved."""
+    """Return the tuned model, merged, in the data type of the saved base model."""
     import torch
 
     config = read_json(artifacts("fetch_base") / "config.json")
@@ -65,7 +66,7 @@ def tuned_model() -> Any:
 
 
 def serve_transformers(options: argparse.Namespace) -> None:
-    """Serve `model.generate` as people write it: one request after the other, streamed."""
+    """Serve `model.generate` in the usual simple way: one request after the other, streamed."""
     import uvicorn
     from fastapi import FastAPI
     from fastapi.responses import StreamingResponse
@@ -101,7 +102,7 @@ def serve_transformers(options: argparse.Namespace) -> None:
 
 
 def serve_llama(options: argparse.Namespace) -> None:
-    """Serve a GGUF with llama.cpp's own server, with a place for each of 32 clients."""
+    """Serve a GGUF with llama.cpp's own server, with a slot for each of 32 clients."""
     llama = importlib.import_module("xllamacpp")
     params = llama.CommonParams()
     params.model.path = str(options.gguf)
@@ -122,7 +123,7 @@ Turn = Callable[[dict[str, Any]], Awaitable[Run[Answer]]]
 
 
 async def take_turns(turn: Turn, wire: TextIO, about: dict[str, Any]) -> None:
-    """Say that all is ready, then read turns from standard input until it ends."""
+    """Report that the engine is ready, then read turns from standard input until it ends."""
     wire.write(json.dumps(about) + "\n")
     wire.flush()
     while line := await asyncio.to_thread(sys.stdin.readline):
@@ -132,14 +133,14 @@ async def take_turns(turn: Turn, wire: TextIO, about: dict[str, Any]) -> None:
 
 
 def own_wire() -> TextIO:
-    """Return standard output for ourselves; what libraries print goes to standard error."""
+    """Return standard output for our own use; output of libraries goes to standard error."""
     wire = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return wire
 
 
 def from_row(first: int) -> Iterator[int]:
-    """Count from a row on; who asks takes the rest of the division by the number of rows."""
+    """Count from a row on; callers take the count modulo the number of rows."""
     while True:
         yield first
         first += 1
@@ -190,7 +191,7 @@ async def _run_engine(kind: str) -> None:
 
 
 def run_ctranslate2(options: argparse.Namespace) -> None:
-    """Use CTranslate2 in int8, in static batches: the next begin when all of the last have ended."""
+    """Use CTranslate2 in int8, in static batches: a batch begins when the last one is complete."""
     wire = own_wire()
     ctranslate2 = importlib.import_module("ctranslate2")
     converters = importlib.import_module("ctranslate2.converters")
@@ -228,7 +229,7 @@ def run_ctranslate2(options: argparse.Namespace) -> None:
 
 
 def in_batches(batch: Callable[[int, int], Sequence[Answer]], wanted: dict[str, Any]) -> Run[Answer]:
-    """Ask batch after batch for a time."""
+    """Ask batch after batch for a given time."""
     answers: list[Answer] = []
     started, cpu = time.monotonic(), time.process_time()
     while time.monotonic() - started < wanted["seconds"] or len(answers) < wanted["at_least"]:
@@ -245,7 +246,7 @@ def quantize(options: argparse.Namespace) -> None:
 
 
 def second_version(options: argparse.Namespace) -> None:
-    """Store the pipeline's model once more under another version, and print both tags."""
+    """Store the pipeline's model a second time under another version, and print both tags."""
     from services.versions.store import add_pipeline_output
 
     first = add_pipeline_output()
@@ -261,7 +262,7 @@ def second_version(options: argparse.Namespace) -> None:
 
 
 def end_with_parent() -> None:
-    """End this process when whoever started it is gone."""
+    """End this process when its parent is gone."""
 
     def wait() -> None:
         while sys.stdin.readline():
@@ -272,7 +273,7 @@ def end_with_parent() -> None:
 
 
 def main() -> None:
-    """Run one of them."""
+    """Run the command that the arguments name."""
     set_quiet_environment()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("what", choices=sorted(_JOBS))

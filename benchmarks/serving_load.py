@@ -1,7 +1,7 @@
-"""Load on a server: clients that each ask again as soon as they are answered, over keep-alive HTTP/1.1.
+"""Closed-loop load on a server: each client sends its next request once it is answered (keep-alive HTTP/1.1).
 
-Server and clients share the cores, so the clients do nothing with an answer while they wait for others but
-note its times and keep its bytes; it is read when all have come.
+Server and clients share the cores, so during the run the clients only record the times and the bytes of an
+answer; the answers are parsed after the run.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back for one row; times are of the monotonic clock, s.
+    """The answer to one row; times are of the monotonic clock, s.
 
     Attributes:
         status: of HTTP; 0 if the connection broke or nothing came in time.
-        first: when the first text was there; None without any.
+        first: when the first text arrived; None without text.
         whole: whether all of it arrived: `data: [DONE]`, or every byte of the body.
-        version: what the answer says wrote it (`system_fingerprint`).
+        version: of the model that answered (`system_fingerprint`).
         error: the error object of a refusal.
     """
 
@@ -51,13 +51,13 @@ class Answer:
 
     @property
     def ok(self) -> bool:
-        """Whether it is a whole answer."""
+        """Whether it is a complete answer."""
         return self.status == 200 and self.whole and self.error is None
 
 
 @dataclass(slots=True)
 class Reply:
-    """The bytes of one answer as they came."""
+    """The bytes of one answer as they arrived."""
 
     row: int
     sent: float
@@ -118,7 +118,7 @@ class Reply:
 
 
 def _without_chunks(body: bytes) -> bytes:
-    """Return a body without the frame of its chunks; a broken one as far as it goes."""
+    """Return a body without its chunk framing; of a broken one, the part that arrived."""
     pieces, at = [], 0
     while (end := body.find(b"\r\n", at)) > 0:
         try:
@@ -157,7 +157,7 @@ def _text(values: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
 
 
 class Connection(asyncio.Protocol):
-    """A connection that carries one request at a time, and is opened again when it broke."""
+    """A connection that carries one request at a time, and is reopened after an error."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -169,14 +169,14 @@ class Connection(asyncio.Protocol):
         """Connect, unless it is connected.
 
         Raises:
-            OSError: nobody listens.
+            OSError: no server listens.
         """
         if self._transport is None or self._transport.is_closing():
             loop = asyncio.get_running_loop()
             self._transport, _ = await loop.create_connection(lambda: self, "127.0.0.1", self._port)
 
     async def ask(self, request: bytes, row: int, within_s: float = ANSWER_WITHIN_S) -> Reply:
-        """Send a request and return what came: all of it, or what there was when the connection broke."""
+        """Send a request and return its answer; the part that arrived if the connection broke."""
         used = self._transport is not None
         await self._send(reply := Reply(row, time.monotonic()), request, within_s)
         if used and not reply.data:
@@ -206,7 +206,7 @@ class Connection(asyncio.Protocol):
             self._transport = None
 
     def data_received(self, data: bytes) -> None:
-        """Keep what comes; wake the client at the end."""
+        """Store the bytes; wake the client at the end of the answer."""
         if self._reply is not None and self._reply.take(data):
             self._reply.ended = time.monotonic()
             if b"connection: close" in bytes(self._reply.data[: self._reply.body_at]).lower():
@@ -214,7 +214,7 @@ class Connection(asyncio.Protocol):
             self._done()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Wake the client: there will be no more."""
+        """Wake the client: the answer will not continue."""
         self._transport = None
         if self._reply is not None:
             self._done()
@@ -236,11 +236,11 @@ def chat_request(port: int, body: Mapping[str, Any]) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Run(Generic[T]):
-    """What a turn brought.
+    """The answers of one turn.
 
     Attributes:
         started, stopped: when the first request went out, and when no more did; monotonic, s.
-        cpu_s: what the asking process computed meanwhile.
+        cpu_s: CPU time of the client process during the turn.
     """
 
     clients: int
@@ -261,11 +261,11 @@ async def closed_loop(
     at_least: int = 0,
     stop: asyncio.Event | None = None,
 ) -> Run[T]:
-    """Let every client ask, wait, and ask again for a time; what is under way then is waited for.
+    """Let every client send one request after the other for a given time; then wait for open requests.
 
     Args:
-        at_least: requests, however long they take.
-        stop: ends it before its time.
+        at_least: minimum number of requests, however long they take.
+        stop: ends the turn early.
     """
     answers: list[T] = []
     asked = 0
@@ -287,7 +287,7 @@ async def closed_loop(
 
 
 class Clients:
-    """Clients of one server, each with a connection of its own.
+    """Clients of one server, each with its own connection.
 
     Args:
         requests: the bytes to send, by row.
@@ -336,7 +336,7 @@ async def load(
 
 
 async def at_once(port: int, requests: Sequence[bytes]) -> list[Answer]:
-    """Open a connection for each request, then send all in one go."""
+    """Open a connection for each request, then send all requests at once."""
     them = Clients(port, requests)
     try:
         await them.open(len(requests))
@@ -347,7 +347,7 @@ async def at_once(port: int, requests: Sequence[bytes]) -> list[Answer]:
 
 
 async def get(port: int, path: str, within_s: float = 5.0) -> tuple[int, bytes]:
-    """Return status and body of a GET; status 0 if nobody answers."""
+    """Return status and body of a GET; status 0 without an answer."""
     writer = None
     try:
         async with asyncio.timeout(within_s):

@@ -1,4 +1,4 @@
-"""Whom the serving benchmark measures: the service, its peers' servers, and engines without a server."""
+"""The contenders of the serving benchmark: the service, its peers' servers, and engines without a server."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PARTS = ("artifacts", "reports", "dvc.lock")
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """A folder in which a service runs with events, aliases and a model store of its own.
+    """A folder in which a service runs with its own events, aliases and model store.
 
     The pipeline's output is that of the checkout, and so are the parameters.
 
@@ -47,20 +47,20 @@ class Workspace:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables for everything that runs here."""
+        """Environment variables for all child processes."""
         own = {"PYTHONPATH": str(self.source), "BENTOML_HOME": str(self.folder / "bentoml")}
         paths = [own["PYTHONPATH"], *filter(None, [os.environ.get("PYTHONPATH")])]
         return {**os.environ, **QUIET_ENVIRONMENT, **own, "PYTHONPATH": os.pathsep.join(paths)}
 
     @property
     def events_url(self) -> str:
-        """Address of the event store, readable from anywhere."""
+        """URL of the event store, with an absolute path."""
         url = load_params().services.events.url
         prefix = "sqlite:///"
         return f"{prefix}{self.folder / url.removeprefix(prefix)}" if url.startswith(prefix) else url
 
     def python(self, *arguments: str) -> str:
-        """Run a module to its end and return what it printed.
+        """Run a module and return its output.
 
         Raises:
             subprocess.CalledProcessError: it failed.
@@ -80,7 +80,7 @@ class Workspace:
 
 @contextmanager
 def workspace() -> Iterator[Workspace]:
-    """Make a folder beside the checkout's own state, on the same disk, and remove it at the end."""
+    """Make a folder next to the checkout's own state, on the same disk, and remove it at the end."""
     source = Path.cwd()
     beside = source / ".perennial"
     beside.mkdir(exist_ok=True)
@@ -94,7 +94,7 @@ def workspace() -> Iterator[Workspace]:
 
 
 def free_port() -> int:
-    """Return a port on which nobody listens."""
+    """Return a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -102,7 +102,7 @@ def free_port() -> int:
 
 @dataclass(slots=True)
 class Child:
-    """A process that we started, with all that it started; its log is a file.
+    """A child process with its descendants; its log is a file.
 
     Attributes:
         started: monotonic, s.
@@ -114,7 +114,7 @@ class Child:
     started: float = field(default_factory=time.monotonic)
 
     def tree(self) -> list[psutil.Process]:
-        """Return the process and all below it."""
+        """Return the process and all its descendants."""
         try:
             root = psutil.Process(self.process.pid)
             return [root, *root.children(recursive=True)]
@@ -122,7 +122,7 @@ class Child:
             return []
 
     def resident_mib(self) -> float:
-        """Return the resident memory of the tree, MiB; pages that two processes share count twice."""
+        """Return the resident memory of the process tree, MiB; pages shared by two processes count twice."""
         total = 0
         for process in self.tree():
             with suppress(psutil.Error):
@@ -130,7 +130,7 @@ class Child:
         return total / 2**20
 
     def kill(self) -> int:
-        """End the whole tree with SIGKILL, all at once; return how many processes there were."""
+        """Kill the whole process tree at once with SIGKILL; return the number of processes."""
         tree = self.tree()
         for process in tree:
             with suppress(psutil.NoSuchProcess):
@@ -140,7 +140,7 @@ class Child:
         return len(tree)
 
     def end(self) -> None:
-        """End it as a user does, and what is left of it with SIGKILL."""
+        """Stop it as a user does, then kill the remaining processes with SIGKILL."""
         tree = self.tree()
         if self.process.stdin is not None:
             with suppress(OSError):
@@ -162,7 +162,7 @@ class Child:
 
 
 class NotStarted(RuntimeError):
-    """Raised for a contender that does not come up."""
+    """Raised if a contender does not start."""
 
 
 def start(
@@ -175,7 +175,7 @@ def start(
     """Start a process in a workspace.
 
     Args:
-        wire: its standard output is read by us, and does not go to the log.
+        wire: its standard output is read by the benchmark, and does not go to the log.
     """
     log = place.folder / f"{name.replace(' ', '-')}.log"
     with open(log, "a", encoding="utf-8") as sink:
@@ -192,7 +192,7 @@ def start(
 
 
 async def until_ready(child: Child, port: int, path: str) -> float:
-    """Wait for a server; return how long it took from its start, s.
+    """Wait until a server is ready; return the time since its start, s.
 
     Raises:
         NotStarted: it ended, or is not ready in time.
@@ -220,7 +220,7 @@ def child_command(what: str, *arguments: object) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Questions:
-    """What everybody is asked: the test rows in one order."""
+    """The questions for all contenders: the test rows in one order."""
 
     rows: list[Row]
     max_tokens: int
@@ -244,13 +244,13 @@ def read_questions() -> Questions:
 
 
 class Contender(Protocol):
-    """Somebody who answers."""
+    """A server or engine to measure."""
 
     name: str
     child: Child
 
     async def turn(self, clients: int, first: int, seconds: float, at_least: int) -> Run[Answer]:
-        """Answer a closed loop of clients for a time; the rows from `first` on."""
+        """Answer closed-loop clients for a given time; the rows from `first` on."""
         ...
 
 
@@ -270,7 +270,7 @@ class Served:
 
 @dataclass(slots=True)
 class Bare:
-    """A contender without one: it asks itself, in its own process."""
+    """A contender without a server: it generates its own load, in its own process."""
 
     name: str
     child: Child
@@ -293,10 +293,10 @@ class Bare:
 
 
 async def bare(place: Workspace, name: str, what: str, *arguments: object) -> tuple[Bare, dict[str, Any]]:
-    """Start a contender without a server; return it with what it says of itself.
+    """Start a contender without a server; return it with its description of itself.
 
     Raises:
-        NotStarted: it does not come up.
+        NotStarted: it does not start.
     """
     child = start(place, name, child_command(what, *arguments), wire=True)
     assert child.process.stdout is not None
@@ -313,7 +313,7 @@ async def served(
     """Start a peer's server.
 
     Raises:
-        NotStarted: it does not come up.
+        NotStarted: it does not start.
     """
     port = free_port()
     child = start(place, name, child_command(what, "--port", port, *arguments))
@@ -325,7 +325,7 @@ async def service(place: Workspace, questions: Questions) -> Served:
     """Start the service.
 
     Raises:
-        NotStarted: it does not come up.
+        NotStarted: it does not start.
     """
     port = free_port()
     child = start_service(place, port)
@@ -342,7 +342,7 @@ async def _ready_or_ended(child: Child, port: int, path: str) -> None:
 
 
 def installed(module: str) -> bool:
-    """Return whether a peer's package is there."""
+    """Return whether a peer's package is installed."""
     return importlib.util.find_spec(module) is not None
 
 
@@ -357,7 +357,7 @@ async def running(place: Workspace, questions: Questions) -> AsyncIterator[Serve
 
 
 async def about(port: int) -> dict[str, Any]:
-    """Return what the service says of its champion; empty while it says nothing."""
+    """Return the service's description of its champion; empty while it does not answer."""
     status, body = await get(port, "/v1/models")
     found: dict[str, Any] = json.loads(body)["data"][0]["perennial"] if status == 200 else {}
     return found

@@ -1,4 +1,4 @@
-"""What the serving benchmark says, and the figures that its sections share."""
+"""The report of the serving benchmark, and the statistics that its sections share."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ CONTENDERS = ("transformers", "bare", "openvino", "llama.cpp", "ctranslate2", "p
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How long and how often.
+    """The size of a benchmark run.
 
     Attributes:
-        seconds: of a turn, at least.
-        each: requests of every client in a turn, at least.
-        contenders: who takes part in the throughput.
+        seconds: minimum duration of a turn.
+        each: minimum number of requests of every client in a turn.
+        contenders: names of those in the throughput section.
     """
 
     rounds: int
@@ -36,13 +36,13 @@ class Plan:
 
 @dataclass(slots=True)
 class Report:
-    """What a section found: text for `docs/benchmarks.md`, and the figures."""
+    """The result of a section: text for `docs/benchmarks.md`, and the numbers."""
 
     lines: list[str] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
 
     def table(self, head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-        """Add a table; all columns but the first are aligned to the right."""
+        """Add a table; all columns but the first are right-aligned."""
         self.lines.append("| " + " | ".join(head) + " |")
         self.lines.append("|---|" + "---:|" * (len(head) - 1))
         self.lines += ["| " + " | ".join(map(str, row)) + " |" for row in rows]
@@ -54,12 +54,12 @@ class Report:
 
 
 def note(text: str) -> None:
-    """Say how far it is."""
+    """Log the progress."""
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """Return a quantile; NaN of nothing."""
+    """Return a quantile; NaN without values."""
     return float(np.quantile(values, share)) if values else float("nan")
 
 
@@ -70,7 +70,7 @@ def ms(values: Sequence[float], *shares: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Judge:
-    """Counts the tokens of answers, with one tokenizer for everybody, and says which are right."""
+    """Count the tokens of answers with one tokenizer for all contenders, and check whether they are right."""
 
     tokenizer: Any
     references: list[str]
@@ -83,7 +83,7 @@ class Judge:
         return [len(one) for one in ids]
 
     def right(self, answer: Answer) -> bool:
-        """Return whether an answer is what the row says, as a JSON value where it is one."""
+        """Return whether an answer equals the reference, as a JSON value where it is one."""
         reference = self.references[answer.row % len(self.references)]
         wanted, found = read_json_answer(reference), read_json_answer(answer.text)
         if wanted is None or found is None:
@@ -91,9 +91,9 @@ class Judge:
         return found.canonical == wanted.canonical
 
     def tokens_per_s(self, run: Run[Answer]) -> float:
-        """Return the tokens that were written while all clients asked.
+        """Return the tokens/s while all clients were active.
 
-        Of an answer that was not ready when they stopped the part counts that was written by then.
+        Of an answer that was incomplete at the end, the tokens written until then count.
         """
         written = 0.0
         for answer, count in zip(run.answers, self.tokens(run.answers), strict=True):
@@ -105,14 +105,14 @@ class Judge:
 
 
 def settled(run: Run[Answer]) -> list[Answer]:
-    """Return a turn's answers without each client's first, which all came at the same moment."""
+    """Return a turn's answers without the first of each client, which were all sent at the same moment."""
     by_time = sorted(run.answers, key=lambda answer: answer.sent)
     good = [answer for answer in by_time[run.clients :] if answer.ok]
     return good or [answer for answer in by_time if answer.ok]
 
 
 def speeds(judge: Judge, runs: Sequence[Run[Answer]], others: Sequence[Run[Answer]] = ()) -> list[float]:
-    """Return tokens/s of every round, or their ratios to another's in the same round."""
+    """Return tokens/s of every round, or the ratio to another contender in the same round."""
     own = [judge.tokens_per_s(run) for run in runs]
     if not others:
         return own
@@ -122,7 +122,7 @@ def speeds(judge: Judge, runs: Sequence[Run[Answer]], others: Sequence[Run[Answe
 
 
 def by_status(answers: Iterable[Answer]) -> dict[str, int]:
-    """Count answers by status; a whole 200 is not the same as one that was cut off."""
+    """Count answers by status; a complete 200 is counted apart from one that was cut off."""
     names = (
         "broken"
         if not answer.status

@@ -1,4 +1,4 @@
-"""How fast everybody answers, with and without a schema, in turns."""
+"""Speed of all contenders, with and without a schema, measured in turns."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ OTHER_MAX_TOKENS = 128
 
 
 async def throughput(place: Workspace, questions: Questions, plan: Plan) -> Report:
-    """Measure tokens/s and waiting times of everybody, in turns."""
+    """Measure tokens/s and latencies of all contenders, in turns."""
     report = Report()
     judge = Judge(load_tokenizer(artifacts("fetch_base")), [row.answer for row in questions.rows])
     async with contenders(place, questions, plan.contenders, report) as them:
@@ -58,7 +58,7 @@ async def throughput(place: Workspace, questions: Questions, plan: Plan) -> Repo
 async def rounds(
     them: Mapping[str, Contender], plan: Plan, report: Report
 ) -> dict[tuple[str, int], list[Run[Answer]]]:
-    """Let everybody answer in turn, round after round, the same rows."""
+    """Let all contenders answer the same rows in turn, round after round."""
     runs: dict[tuple[str, int], list[Run[Answer]]] = {(name, c): [] for name in them for c in CLIENTS}
     for name, contender in them.items():
         note(f"warming up {name}")
@@ -84,7 +84,7 @@ async def rounds(
 async def contenders(
     place: Workspace, questions: Questions, wanted: Sequence[str], report: Report
 ) -> AsyncIterator[dict[str, Contender]]:
-    """Start everybody who is installed, and end them afterwards; yields them by name."""
+    """Start all installed contenders, and stop them afterwards; yield them by name."""
     them: dict[str, Contender] = {}
     async with AsyncExitStack() as stack:
 
@@ -130,7 +130,7 @@ def _is_there(report: Report, module: str, name: str) -> bool:
 
 
 def _ggufs(place: Workspace) -> Iterator[tuple[str, Path]]:
-    """Return the pipeline's GGUF and one of 8 bits, made for the occasion."""
+    """Return the pipeline's GGUF and an 8-bit one, made for this benchmark."""
     own = artifacts("export") / "model.gguf"
     if own.exists():
         yield "llama.cpp", own.resolve()
@@ -214,7 +214,7 @@ def _first_text(run: Run[Answer]) -> float:
 
 
 async def constrained(place: Workspace, questions: Questions, plan: Plan) -> Report:
-    """Measure answers that are held to a schema against free ones, in turns."""
+    """Compare answers constrained to a schema with unconstrained ones, in turns."""
     report = Report()
     judge = Judge(load_tokenizer(artifacts("fetch_base")), [row.answer for row in questions.rows])
     async with running(place, questions) as ours:
@@ -251,7 +251,7 @@ async def constrained(place: Workspace, questions: Questions, plan: Plan) -> Rep
 
 
 def held_to(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the part of a request that asks for an answer in a schema."""
+    """Return the part of a request that constrains the answer to a schema."""
     return {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}}
 
 

@@ -1,4 +1,4 @@
-"""What the service bears: a soak, overload, kill -9, another version under load."""
+"""Robustness trials of the service: soak, overload, kill -9, version switch under load."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def stored_ids(place: Workspace, start: float, end: float) -> set[str]:
 
 
 async def watch(child: Child, samples: list[tuple[float, float]]) -> None:
-    """Note the resident memory of a tree every second, until cancelled; s from now, MiB."""
+    """Record the resident memory of a process tree every second, until cancelled; seconds from now, MiB."""
     started = time.monotonic()
     while True:
         samples.append((time.monotonic() - started, child.resident_mib()))
@@ -54,7 +54,7 @@ async def watch(child: Child, samples: list[tuple[float, float]]) -> None:
 
 
 async def soak(place: Workspace, questions: Questions, plan: Plan) -> Report:
-    """Keep 64 clients on the service for a while; watch its memory, compare its events."""
+    """Run 64 clients for a while; record the memory, and compare the stored events with the answers."""
     report, samples = Report(), list[tuple[float, float]]()
     async with running(place, questions) as ours:
         began = time.time()
@@ -98,7 +98,7 @@ def _counts(counts: Mapping[str, int]) -> str:
 
 
 async def overload(place: Workspace, questions: Questions, plan: Plan) -> Report:
-    """Send 400 requests at once; see how fast and in what shape the surplus is refused."""
+    """Send 400 requests at once; measure how fast, and with which status, the surplus is refused."""
     report = Report()
     async with running(place, questions) as ours:
         requests = [ours.requests[number % len(ours.requests)] for number in range(OVERLOAD)]
@@ -137,7 +137,7 @@ def _is_openai_error(error: Any) -> bool:
 
 
 async def kill(place: Workspace, questions: Questions, plan: Plan) -> Report:
-    """Kill the service with SIGKILL under load; start it again; look for what it had acknowledged."""
+    """Kill the service with SIGKILL under load, restart it, and look for every acknowledged answer."""
     report, stop = Report(), asyncio.Event()
     ours = await service(place, questions)
     try:
@@ -184,7 +184,7 @@ async def kill(place: Workspace, questions: Questions, plan: Plan) -> Report:
 
 
 async def switch(place: Workspace, questions: Questions, plan: Plan) -> Report:
-    """Make another version the champion under load, and go back."""
+    """Make another version the champion under load, then switch back."""
     report, stop = Report(), asyncio.Event()
     printed = place.python("benchmarks.serving_children", "second-version", "--work", str(place.folder))
     first, second = json.loads(printed.splitlines()[-1])

@@ -112,7 +112,7 @@ def import_graph(root: Path) -> dict[str, set[str]]:
 
 
 def fold_graph(graph: dict[str, set[str]], package: str) -> dict[str, set[str]]:
-    """Return one package's graph with each of its folders as one room."""
+    """Return one package's graph with each of its folders as one node."""
 
     def room(module: str) -> str:
         return ".".join(module.split(".")[:2])
@@ -153,7 +153,7 @@ def find_circles(graph: dict[str, set[str]]) -> list[list[str]]:
 
 
 def count_floors(graph: dict[str, set[str]]) -> int:
-    """Return the longest chain of imports, counted in rooms; a circle counts as one room."""
+    """Return the longest chain of imports, counted in nodes; a circle counts as one node."""
     group_of = {node: number for number, group in enumerate(find_circles(graph)) for node in group}
     depth: dict[str, int] = {}
 

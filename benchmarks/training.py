@@ -2,9 +2,9 @@
 
     python -m benchmarks.training [--rows 120] [--repeats 3] [--out training.json]
 
-Needs `artifacts/fetch_base` and `artifacts/split` (`dvc repro split`). The two take turns, each in a
-process of its own. Tokens are those of the rows, without padding; the clock runs over the whole of
-`train()`, with its first, slow step. Prints a JSON object; `docs/benchmarks.md` keeps the results.
+Needs `artifacts/fetch_base` and `artifacts/split` (`dvc repro split`). They run in turns, each in a
+separate process. Tokens are those of the rows, without padding; the time is that of the whole call of
+`train()`, including its first, slow step. Prints a JSON object; `docs/benchmarks.md` keeps the results.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def run_ours(rows: list[Row], recipe: Recipe) -> dict[str, float]:
 
 
 def run_trl(rows: list[Row], recipe: Recipe) -> dict[str, float]:
-    """Train the same LoRA with `SFTTrainer`, and all else as it comes; one pass over the rows."""
+    """Train the same LoRA with `SFTTrainer` and its defaults; one pass over the rows."""
     from datasets import Dataset
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
@@ -96,7 +96,7 @@ def run_trl(rows: list[Row], recipe: Recipe) -> dict[str, float]:
 
 
 def figures(tokens: int, seconds: float) -> dict[str, float]:
-    """Return what one run is judged by."""
+    """Return the measurements of one run."""
     return {
         "tokens": tokens,
         "seconds": round(seconds, 1),
@@ -109,7 +109,7 @@ CONTESTANTS = {"trl": run_trl, "ours": run_ours}
 
 
 def in_own_process(name: str, rows: int) -> dict[str, float]:
-    """Run one contestant and return its figures."""
+    """Run one trainer and return its measurements."""
     command = [sys.executable, "-m", "benchmarks.training", "--rows", str(rows), "--only", name]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     result: dict[str, float] = json.loads(output.splitlines()[-1])
@@ -118,7 +118,7 @@ def in_own_process(name: str, rows: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Let the two take turns, and print each one's median and their ratio."""
+    """Run both in turns, and print the median of each and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rows", type=int, default=120)
     parser.add_argument("--repeats", type=int, default=3)
