@@ -31,7 +31,6 @@ class JsonTask(Task):
 
     label_key: str | None
     kind: ClassVar[str] = "json"
-    primary: ClassVar[str] = "exact_match"
     error_types: ClassVar[tuple[str, ...]] = (
         "invalid",
         "wrong label",
@@ -42,6 +41,11 @@ class JsonTask(Task):
     )
     has_one_answer: ClassVar[bool] = True
     answers_are_json: ClassVar[bool] = True
+
+    @property
+    @override
+    def primary(self) -> str:
+        return "exact_match"
 
     @property
     @override

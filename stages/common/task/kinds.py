@@ -38,13 +38,13 @@ def resolve_task(settings: TaskSettings, answers: Sequence[str]) -> Task:
 
 
 def make_task(values: Mapping[str, Any]) -> Task:
-    """Return the task of `kind`, `label_key` and `labels`, as `Task.describe` gives them."""
+    """Return the task of values such as `Task.describe` gives."""
     if values["kind"] == "json":
         return JsonTask(values["label_key"])
     if values["kind"] == "label":
         return LabelTask(tuple(sorted(values["labels"])))
     if values["kind"] == "text":
-        return TextTask()
+        return TextTask(values.get("primary_metric") or "chrf")
     raise ValueError(f"no kind of task is called {values['kind']!r}")
 
 

@@ -26,10 +26,14 @@ class LabelTask(Task):
 
     labels: tuple[str, ...]
     kind: ClassVar[str] = "label"
-    primary: ClassVar[str] = "accuracy"
     error_types: ClassVar[tuple[str, ...]] = ("invalid", "wrong label")
     has_one_answer: ClassVar[bool] = True
     answers_are_json: ClassVar[bool] = False
+
+    @property
+    @override
+    def primary(self) -> str:
+        return "accuracy"
 
     @property
     @override

@@ -16,7 +16,6 @@ class Task(ABC):
 
     Attributes:
         kind: the word for it in params.yaml.
-        primary: the metric that decides between two models; its scale is never None.
         meanings: what each metric measures, in the order in which they are shown; `primary` comes first.
         error_types: worst first.
         has_one_answer: whether two different answers to one prompt contradict each other.
@@ -24,10 +23,14 @@ class Task(ABC):
     """
 
     kind: ClassVar[str]
-    primary: ClassVar[str]
     error_types: ClassVar[tuple[str, ...]]
     has_one_answer: ClassVar[bool]
     answers_are_json: ClassVar[bool]
+
+    @property
+    @abstractmethod
+    def primary(self) -> str:
+        """Return the metric that decides between two models; its scale is never None."""
 
     @property
     @abstractmethod

@@ -12,7 +12,7 @@ from stages.common.params.checked_yaml import Section
 
 Kind = Literal["json", "label", "text"]
 # The keys that only one kind reads.
-KIND_OF_KEY = {"label_key": "json", "labels": "label"}
+KIND_OF_KEY = {"label_key": "json", "labels": "label", "primary_metric": "text"}
 CLASS = "label"  # stratify_by: the class of the answer, not a tag
 
 
@@ -22,6 +22,7 @@ class TaskSettings(Section):
     kind: Kind
     label_key: Annotated[str, Field(min_length=1)] | None = None
     labels: Annotated[tuple[str, ...], Field(min_length=2)] | None = None
+    primary_metric: Literal["chrf", "exact_match"] | None = None
     system_prompt: str | None = None
     stratify_by: Annotated[str, Field(min_length=1)] | None = None
     slices: tuple[str, ...] = ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from typing_extensions import override
 
@@ -12,6 +12,7 @@ from stages.common.task.metrics import Metric
 from stages.common.task.protocol import Schema, Task
 from stages.common.task.text_metrics import score_text
 
+PrimaryMetric = Literal["chrf", "exact_match"]
 MEANINGS = {
     "chrf": "corpus chrF2, overlap of character n-grams in any script, 0 to 100",
     "exact_match": "answers equal to the reference, but for space at the ends",
@@ -23,13 +24,22 @@ MEANINGS = {
 
 @dataclass(frozen=True, slots=True)
 class TextTask(Task):
-    """Any text is an answer; chrF decides, since it alone means the same in every script (Popović 2015)."""
+    """Any text is an answer.
 
+    Attributes:
+        primary_metric: chrf, which means the same in every script (Popović 2015), or exact_match.
+    """
+
+    primary_metric: PrimaryMetric = "chrf"
     kind: ClassVar[str] = "text"
-    primary: ClassVar[str] = "chrf"
     error_types: ClassVar[tuple[str, ...]] = ("empty", "other text")
     has_one_answer: ClassVar[bool] = False
     answers_are_json: ClassVar[bool] = False
+
+    @property
+    @override
+    def primary(self) -> str:
+        return self.primary_metric
 
     @property
     @override
@@ -44,11 +54,11 @@ class TextTask(Task):
     @property
     @override
     def meanings(self) -> Mapping[str, str]:
-        return MEANINGS
+        return {self.primary: MEANINGS[self.primary], **MEANINGS}
 
     @override
     def describe(self) -> dict[str, Any]:
-        return {"kind": self.kind, "label_key": None, "labels": None}
+        return {"kind": self.kind, "label_key": None, "labels": None, "primary_metric": self.primary_metric}
 
     @override
     def find_problem(self, answer: str) -> str | None:

@@ -6,6 +6,7 @@ chooses. A file that cannot give a row at all always stops the run.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
@@ -38,6 +39,7 @@ from stages.common.sources.files.shapes import Columns, Shape, detect_shape
 
 MAX_SHOWN = 50  # problems in one message; the count is always of all
 SAMPLE_RECORDS = 1000
+MAX_GROUP_CHARS = 120
 MAX_UNDECODABLE_SHARE = 0.01  # more rows that are not UTF-8: the file is in another encoding
 
 OnBadRow = Literal["reject", "stop"]
@@ -131,10 +133,17 @@ def to_row(
         messages,
         source,
         license,
-        group=convert_to_text(group) if group not in (None, "") else None,
+        group=name_group(convert_to_text(group)) if group not in (None, "") else None,
         tags=tags,
         origin=origin,
     )
+
+
+def name_group(text: str) -> str:
+    """Return the name of a group: its text, or the hash of a long one, such as a passage in every row."""
+    if len(text) <= MAX_GROUP_CHARS:
+        return text
+    return f"sha256:{hashlib.sha256(text.encode('utf-8', errors='surrogatepass')).hexdigest()[:32]}"
 
 
 def check_conversation(messages: Sequence[Message], system_prompt: str | None) -> list[Message]:

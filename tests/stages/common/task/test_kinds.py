@@ -9,12 +9,12 @@ from stages.common.task.label_task import LabelTask
 from stages.common.task.settings import TaskSettings
 from stages.common.task.text_task import TextTask
 
-TASKS = [JsonTask("intent"), JsonTask(None), LabelTask(("a", "b")), TextTask()]
+TASKS = [JsonTask("intent"), JsonTask(None), LabelTask(("a", "b")), TextTask(), TextTask("exact_match")]
 RIGHT = {"json": '{"intent": "a", "n": 1}', "label": "a", "text": "any words"}
 WRONG = {"json": '{"intent": "b", "n": 1}', "label": "b", "text": "other words"}
 
 
-@pytest.mark.parametrize("task", TASKS, ids=lambda task: f"{task.kind}-{task.class_name}")
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: f"{task.kind}-{task.class_name}-{task.primary}")
 class TestEveryKind:
     def test_is_read_again_from_what_it_describes(self, task):
         assert make_task(json.loads(json.dumps(task.describe()))) == task

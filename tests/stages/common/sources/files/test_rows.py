@@ -8,7 +8,7 @@ import pytest
 
 from stages.common.errors import InputError
 from stages.common.sources.files.formats import FormatOptions
-from stages.common.sources.files.rows import collect_file
+from stages.common.sources.files.rows import collect_file, name_group
 from stages.common.sources.files.shapes import Columns
 
 GOOD = {"prompt": "2+2?", "completion": "4"}
@@ -271,3 +271,11 @@ def test_half_of_a_surrogate_pair_in_a_rejected_row_is_escaped(tmp_path):
     (rejected,) = collect(path).rejected
     assert "\\ud800" in rejected.content
     rejected.content.encode("utf-8")
+
+
+def test_a_passage_as_group_is_named_by_its_hash_and_a_short_name_stays():
+    passages = ["a passage of many words " * 100 + end for end in "ab"]
+    assert name_group("customer 7") == "customer 7"
+    assert len({name_group(passage) for passage in passages}) == 2
+    assert all(len(name_group(passage)) == 39 for passage in passages)
+    assert name_group(passages[0]) == name_group(passages[0])
