@@ -21,9 +21,10 @@ from services.engines.offline import (
 )
 from stages.common.artifacts import artifacts, reports, write_json
 from stages.common.errors import InputError
+from stages.common.fitting import count_reasons, describe_misfits, select_askable
 from stages.common.generation import encode_questions, write_answers
 from stages.common.logs import get_logger, run_stage, show_progress
-from stages.common.models import load_tokenizer
+from stages.common.models import load_tokenizer, read_context_tokens
 from stages.common.params.loading import load_params
 from stages.common.records import Row, read_rows
 from stages.common.sizes import choose_max_test_rows, choose_min_test_rows
@@ -59,10 +60,14 @@ def main() -> None:
     params = load_params()
     settings = params.ask_base
     all_rows = read_rows(artifacts("split") / "test.parquet")
-    max_rows, min_rows = choose_max_test_rows(settings.max_rows), choose_min_test_rows(settings.min_test_rows)
-    rows = choose_rows(all_rows, max_rows, min_rows, settings.seed)
     base = artifacts("fetch_base")
     tokenizer = load_tokenizer(base)
+    askable, misfits = select_askable(tokenizer, all_rows, settings.max_new_tokens, read_context_tokens(base))
+    if misfits:
+        log.warning("%d test rows left out: %s", len(misfits), count_reasons(misfits))
+        log.warning("left out:\n%s", describe_misfits(misfits, 3))
+    max_rows, min_rows = choose_max_test_rows(settings.max_rows), choose_min_test_rows(settings.min_test_rows)
+    rows = choose_rows([row for row, _ in askable], max_rows, min_rows, settings.seed)
     questions = encode_questions(tokenizer, rows)
     limit = answer_limit(questions, settings.max_new_tokens)
     over_limit = sum(len(question.reference) > limit for question in questions)
@@ -86,6 +91,7 @@ def main() -> None:
         {
             "rows": len(rows),
             "test_rows": len(all_rows),
+            "rejected_rows": len(misfits),
             "answer_limit_tokens": limit,
             "references_over_limit": over_limit,
             "engine": asked.engine,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any, Literal
 
 from stages.common.chat import end_of_turn_ids
 from stages.common.errors import InputError
+from stages.common.fitting import limit_answer
 from stages.common.generation import (
     Answer,
     Question,
@@ -34,8 +34,6 @@ EngineName = Literal["paged", "transformers"]
 # Asked one by one for the latency: enough for a median, and no more than a few seconds on a CPU.
 LATENCY_ROWS = 10
 
-# An answer a quarter longer than the longest reference rambles; waiting for its end costs only time.
-ANSWER_ROOM = 1.25
 
 KV_CACHE_MIB = 512  # some 20,000 tokens of the default model: more sequences than are computed together
 
@@ -101,8 +99,7 @@ def _why_not_paged(base: Path, exports_gguf: bool) -> str | None:
 
 def answer_limit(questions: Sequence[Question], max_new_tokens: int) -> int:
     """Return after how many tokens an answer is cut: room for the longest reference, within the limit."""
-    longest = max(len(q.reference) for q in questions)
-    return min(max_new_tokens, math.ceil(longest * ANSWER_ROOM))
+    return limit_answer(max(len(q.reference) for q in questions), max_new_tokens)
 
 
 def ask_model(

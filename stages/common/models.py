@@ -54,6 +54,20 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
+def read_context_tokens(folder: Path) -> int | None:
+    """Return the length of a model's context in tokens; None if its configuration has none.
+
+    A sliding window counts as the whole context: within it, engines with and without windows agree.
+    """
+    from transformers import AutoConfig
+
+    _check_folder(folder)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    whole = getattr(config, "max_position_embeddings", None)
+    window = getattr(config, "sliding_window", None)
+    return min(whole, window) if whole and window else whole
+
+
 def load_base(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """Load the base model of a model folder, in evaluation mode."""
     from transformers import AutoModelForCausalLM

@@ -142,13 +142,13 @@ def read_work(split: Path, base: Path, epochs: int, max_test_rows: int | None) -
     Raises:
         InputError: rows or tokenizer are not there.
     """
-    from stages.common.chat import encode_example
+    from stages.common.fitting import encode_fitting
     from stages.common.models import load_tokenizer
     from stages.common.records import read_rows
 
     tokenizer = load_tokenizer(base)
-    train = [encode_example(tokenizer, row.messages) for row in read_rows(split / "train.parquet")]
-    test = [encode_example(tokenizer, row.messages) for row in read_rows(split / "test.parquet")]
+    train = [example for _, example in encode_fitting(tokenizer, read_rows(split / "train.parquet"))[0]]
+    test = [example for _, example in encode_fitting(tokenizer, read_rows(split / "test.parquet"))[0]]
     asked = min(len(test), max_test_rows or len(test))
     return Work(
         train_rows=len(train),

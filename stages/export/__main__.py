@@ -33,6 +33,7 @@ from stages.common.artifacts import (
 from stages.common.chat import end_of_turn_ids
 from stages.common.draft_corpus import encode_corpus, write_corpus
 from stages.common.errors import InputError
+from stages.common.fitting import encode_fitting
 from stages.common.gguf.model import check_tensors, count_context_tokens, find_architecture, write_gguf
 from stages.common.gguf.vocabulary import count_equal, read_gguf_vocabulary, read_vocabulary
 from stages.common.logs import get_logger, run_stage, show_progress
@@ -205,9 +206,11 @@ def main() -> None:
     params = load_params()
     settings, name = params.export, params.model_card.name
     base, adapter = artifacts("fetch_base"), artifacts("finetune")
-    load_tokenizer(base)  # raises InputError if there is no base model yet
+    tokenizer = load_tokenizer(base)  # raises InputError if there is no base model yet
     fetched = read_json(reports("fetch_base") / "metrics.json")
-    rows = read_rows(artifacts("split") / "train.parquet")
+    # Without the rows that the chat template refuses: nothing was learned from them.
+    fitting, _ = encode_fitting(tokenizer, read_rows(artifacts("split") / "train.parquet"))
+    rows = [row for row, _ in fitting]
     task = read_task()
     answers = learn_answers(rows, task)
     system_prompt = find_common_system_prompt(rows)
@@ -218,7 +221,7 @@ def main() -> None:
         if settings.gguf:
             gguf, speed = export_gguf(base, adapter, rows, settings.quantization, name, folder / GGUF)
             gguf["ollama_template"] = write_modelfile(folder, system_prompt)
-        corpus = encode_corpus(load_tokenizer(base), rows, settings.draft_rows)
+        corpus = encode_corpus(tokenizer, rows, settings.draft_rows)
         write_corpus(folder / "draft_corpus.npz", corpus)
         serving = {
             "adapter_sha256": hash_file(adapter / "adapter_model.safetensors"),

@@ -17,6 +17,7 @@ from pathlib import Path
 from stages.common.adapter import InitialAdapter, check_base, read_initial_adapter
 from stages.common.artifacts import artifacts, read_json, reports, write_json
 from stages.common.errors import InputError
+from stages.common.fitting import LONG, REFUSED, count_reasons, describe_misfits
 from stages.common.logs import get_logger, run_stage
 from stages.common.models import load_tokenizer
 from stages.common.params.loading import load_params
@@ -61,12 +62,19 @@ def main() -> None:
     trained_ids = initial.read_trained_ids() if initial else frozenset()
     selected = select_rows(rows, initial, trained_ids, params.replay_share, params.seed)
     tokenizer = load_tokenizer(base)
-    examples, long = encode_rows(tokenizer, selected, params.max_length, params.on_long_row)
-    validation, _ = encode_rows(
+    examples, misfits = encode_rows(tokenizer, selected, params.max_length, params.on_long_row)
+    validation, not_validated = encode_rows(
         tokenizer, read_rows(artifacts("split") / "validation.parquet"), params.max_length, "drop"
     )
-    if long:
-        logger.info("%d rows rejected: longer than %d tokens", len(long), params.max_length)
+    for rows_of, left_out in (("training", misfits), ("validation", not_validated)):
+        if left_out:
+            logger.warning(
+                "%d %s rows left out: %s\n%s",
+                len(left_out),
+                rows_of,
+                count_reasons(left_out),
+                describe_misfits(left_out, 3),
+            )
     if len(selected) < len(rows):
         logger.info("%d rows not replayed: the adapter was trained on them", len(rows) - len(selected))
 
@@ -88,7 +96,7 @@ def main() -> None:
         params.checkpoint_every_steps,
     )
 
-    trained_now = {row.id for row in selected} - {row.id for row in long}
+    trained_now = {row.id for row in selected} - {misfit.row.id for misfit in misfits}
     save_adapter(model, artifacts("finetune"), trained_ids | trained_now)
     write_loss_csv(result.curve, reports("finetune") / "loss.csv")
     plot_loss(result, reports("finetune") / "loss.svg")
@@ -97,9 +105,11 @@ def main() -> None:
         {
             "started_from": initial.version if initial else "base",
             "train_rows": len(examples),
-            "rejected_long_rows": len(long),
+            "rejected_long_rows": count_reasons(misfits).get(LONG, 0),
+            "rejected_refused_rows": count_reasons(misfits).get(REFUSED, 0),
             "rows_not_replayed": len(rows) - len(selected),
             "validation_rows": len(validation),
+            "rejected_validation_rows": len(not_validated),
             "train_tokens": recipe.epochs * sum(len(e.input_ids) for e in examples),
             "answer_tokens": recipe.epochs * sum(len(e.input_ids) - e.prompt_length for e in examples),
             **result.to_metrics(),

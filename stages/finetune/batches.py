@@ -8,8 +8,9 @@ from collections.abc import Sequence, Set
 from typing import Any
 
 from stages.common.adapter import InitialAdapter
-from stages.common.chat import Encoded, encode_example
+from stages.common.chat import Encoded
 from stages.common.errors import InputError
+from stages.common.fitting import LONG, Misfit, count_reasons, describe_misfits, encode_fitting
 from stages.common.logs import get_logger
 from stages.common.records import Row
 
@@ -59,30 +60,26 @@ def select_rows(
 
 def encode_rows(
     tokenizer: Any, rows: Sequence[Row], max_length: int, on_long_row: str
-) -> tuple[list[Encoded], list[Row]]:
-    """Return the rows as token ids, and the rows rejected because they are longer than `max_length`.
+) -> tuple[list[Encoded], list[Misfit]]:
+    """Return the rows as token ids, and those left out: longer than `max_length`, or refused by the template.
 
     Raises:
         InputError: a row is too long and `on_long_row` is `stop`, or no row is left.
     """
-    examples, long = [], []
-    for row in rows:
-        example = encode_example(tokenizer, row.messages)
-        if len(example.input_ids) > max_length:
-            long.append(row)
-        else:
-            examples.append(example)
+    fitting, misfits = encode_fitting(tokenizer, rows, max_length)
+    long = [misfit for misfit in misfits if misfit.reason == LONG]
     if long and on_long_row == "stop":
-        shown = "\n".join(f"  row {row.id} from {row.source}: {row.question[:60]!r}" for row in long[:10])
         raise InputError(
-            f"{len(long)} of {len(rows)} rows are longer than {max_length} tokens:\n{shown}",
+            f"{len(long)} of {len(rows)} rows are longer than {max_length} tokens:\n{describe_misfits(long)}",
             "raise finetune.max_length, shorten the rows, or set finetune.on_long_row: drop",
         )
-    if rows and not examples:
+    if rows and not fitting:
         raise InputError(
-            f"all {len(rows)} rows are longer than {max_length} tokens", "raise finetune.max_length"
+            f"all {len(rows)} rows are left out: {count_reasons(misfits)}\n{describe_misfits(misfits, 3)}",
+            "raise finetune.max_length for rows that are too long; for rows that the chat template refuses, "
+            "set task.system_prompt: null, correct their roles, or choose another base model",
         )
-    return examples, long
+    return [example for _, example in fitting], misfits
 
 
 def plan_batches(lengths: Sequence[int], batch_size: int, epochs: int, seed: int) -> list[list[int]]:

@@ -41,6 +41,7 @@ NEEDED = (
     ),
     *(f"finetune.{key}" for key in ("train_rows", "rejected_long_rows", "steps", "train_tokens", "dtype")),
     *(f"finetune.{key}" for key in ("rows_not_replayed", "started_from", "trained_parameters")),
+    "finetune.rejected_refused_rows",
     *(f"finetune.{key}" for key in ("train_loss", "validation_loss")),
     *(f"evaluate.{key}" for key in ("rows", "test_rows", "groups", "base", "tuned", "difference", "slices")),
     *(f"evaluate.{key}" for key in ("primary", "task", "confidence", "resamples", "confusions", "metrics")),
@@ -73,7 +74,10 @@ AGREEMENTS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
         ("split.rows_in",),
     ),
     (
-        ("finetune.train_rows", "finetune.rejected_long_rows", "finetune.rows_not_replayed"),
+        (
+            *("finetune.train_rows", "finetune.rejected_long_rows", "finetune.rejected_refused_rows"),
+            "finetune.rows_not_replayed",
+        ),
         ("split.rows.train",),
     ),
     (("evaluate.test_rows",), ("split.rows.test",)),

@@ -172,6 +172,8 @@ def _rejected_limits(
         yield f"Rejected by curate: {_many(curate['rejected'], 'row')} ({reasons})."
     if finetune["rejected_long_rows"]:
         yield f"Too long to train on: {_many(finetune['rejected_long_rows'], 'row')}."
+    if finetune["rejected_refused_rows"]:
+        yield f"Refused by the base model's chat template: {_many(finetune['rejected_refused_rows'], 'row')}."
 
 
 def _test_limits(report: Mapping[str, Any]) -> Iterator[str]:

@@ -36,6 +36,7 @@ from stages.common.params.stages import (
     FetchBase,
     Finetune,
     ModelCard,
+    Preflight,
     Split,
     Validate,
 )
@@ -59,6 +60,7 @@ class Params(Section):
     validate_: Validate = Field(alias="validate")
     check_bias: CheckBias
     split: Split
+    preflight: Preflight
     ask_base: AskBase
     finetune: Finetune
     export: Export

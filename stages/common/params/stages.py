@@ -231,6 +231,13 @@ class Split(Section):
             )
 
 
+class Preflight(Section):
+    """What is refused before anything costly runs."""
+
+    on_refused_row: Literal["drop", "stop"] = "drop"
+    shown_rows: PositiveCount = 3
+
+
 class AskBase(Section):
     """Which test rows are asked, and how: the base model first, then the tuned one alike."""
 

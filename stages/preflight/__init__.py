@@ -1,0 +1,1 @@
+"""Stage preflight: what cannot work is refused before training."""

@@ -1,0 +1,328 @@
+"""Preflight: refuse what cannot work before anything costly runs, and count what will be trained and judged.
+
+In: `artifacts/split/{train,validation,test}.parquet`, `artifacts/fetch_base/`, `artifacts/curate/task.json`;
+`reports/fetch_base/metrics.json`.
+Out: `artifacts/preflight/{train,validation,test}.jsonl` (each row that later stages leave out, with its
+reason); `reports/preflight/metrics.json` and `learned.html`, a page of rows with what is learned in colour;
+written before the stage fails.
+Run: `python -m stages.preflight`
+
+Every row is rendered by the base model's own chat template. Rows that it refuses or that are too long are
+left out and counted, and the least numbers of rows (`split.min_train_rows`, `ask_base.min_test_rows`) are
+checked again without them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from stages.common.artifacts import artifacts, read_json, reports, write_json, write_text
+from stages.common.chat import read_answer_frame, writes_date
+from stages.common.control_tokens import read_control_tokens
+from stages.common.errors import InputError
+from stages.common.fitting import (
+    LONG,
+    REFUSED,
+    Fitting,
+    Misfit,
+    count_reasons,
+    describe_misfits,
+    encode_fitting,
+    select_askable,
+)
+from stages.common.logs import get_logger, run_stage
+from stages.common.models import load_tokenizer, read_context_tokens
+from stages.common.params.loading import Params, load_params
+from stages.common.records import Row, read_rows
+from stages.common.sizes import choose_min_test_rows, choose_min_train_rows
+from stages.common.task.kinds import read_task
+from stages.common.task.protocol import Task
+from stages.preflight.base_checks import (
+    count_embedding_rows,
+    count_needed_bytes,
+    count_parameters,
+    find_disk_problems,
+    find_export_problems,
+    find_license_problems,
+    find_template_problems,
+    find_unknown_tokens,
+    read_config,
+)
+from stages.preflight.page import render_page
+
+logger = get_logger("preflight")
+
+SIDES = ("train", "validation", "test")
+SHOWN = 10  # rows in a message; the files of rejects have all
+
+Sides = Mapping[str, Sequence[Row]]
+FittingSides = dict[str, Fitting]
+Rejects = dict[str, list[Misfit]]
+
+
+def find_base_problems(params: Params, base: Path, tokenizer: Any, rows: Sequence[Row]) -> list[InputError]:
+    """Return everything about model, licences and disk that would stop the pipeline later."""
+    config = read_config(base)
+    size = count_embedding_rows(config)
+    exported = params.export.gguf
+    fetched = read_json(reports("fetch_base") / "metrics.json")
+    weights = count_parameters(base)
+    problems = [
+        *find_unknown_tokens(tokenizer, size, exported),
+        *find_license_problems(
+            rows, params.validate_.allowed_licenses, params.model_card.license, fetched.get("license")
+        ),
+        *find_disk_problems(
+            count_needed_bytes(weights, params.export.quantization if exported else None), Path()
+        ),
+    ]
+    if template := find_template_problems(tokenizer):
+        return [*template, *problems]
+    return problems + (find_export_problems(tokenizer, config, size) if exported else [])
+
+
+def encode_sides(params: Params, base: Path, tokenizer: Any, sides: Sides) -> tuple[FittingSides, Rejects]:
+    """Return the rows of each side that will be trained on or judged, and the misfits of each side."""
+    context = read_context_tokens(base)
+    fitting: FittingSides = {}
+    misfits: Rejects = {}
+    for side in ("train", "validation"):
+        fitting[side], misfits[side] = encode_fitting(tokenizer, sides[side], params.finetune.max_length)
+    fitting["test"], misfits["test"] = select_askable(
+        tokenizer, sides["test"], params.ask_base.max_new_tokens, context
+    )
+    return fitting, misfits
+
+
+def find_row_problems(
+    params: Params, task: Task, embedding_rows: int, fitting: FittingSides, misfits: Rejects
+) -> list[InputError]:
+    """Return why these rows cannot be trained on and judged: which ones, and where the others went."""
+    problems = []
+    left = [row for side in SIDES for row, _ in fitting[side]]
+    wrong = [Misfit(row, "invalid_answer", p) for row in left if (p := task.find_problem(row.answer))]
+    if wrong:
+        problems.append(
+            InputError(
+                f"{len(wrong)} answers are none of kind {task.kind}\n{describe_misfits(wrong, SHOWN)}",
+                "run the stages from curate on again: they leave such rows out",
+            )
+        )
+    beyond = [
+        Misfit(row, "unknown_token", f"the id {top}, and the embedding has {embedding_rows} rows")
+        for side in SIDES
+        for row, example in fitting[side]
+        if (top := max(example.input_ids)) >= embedding_rows
+    ]
+    if beyond:
+        problems.append(
+            InputError(
+                f"{len(beyond)} rows have tokens that the base model does not know\n"
+                f"{describe_misfits(beyond, SHOWN)}",
+                "choose a base model whose tokenizer fits it (fetch_base in params.yaml)",
+            )
+        )
+    refused = [m for side in SIDES for m in misfits[side] if m.reason == REFUSED]
+    if refused and params.preflight.on_refused_row == "stop":
+        problems.append(
+            InputError(
+                f"the chat template refuses {len(refused)} rows\n{describe_misfits(refused, SHOWN)}",
+                "correct these rows, or set preflight.on_refused_row: drop",
+            )
+        )
+    long = [m for side in ("train", "validation") for m in misfits[side] if m.reason == LONG]
+    if long and params.finetune.on_long_row == "stop":
+        problems.append(
+            InputError(
+                f"{len(long)} rows are longer than finetune.max_length ({params.finetune.max_length})\n"
+                f"{describe_misfits(long, SHOWN)}",
+                "raise finetune.max_length, shorten the rows, or set finetune.on_long_row: drop",
+            )
+        )
+    return problems + find_size_problems(params, task, fitting, misfits)
+
+
+def find_size_problems(
+    params: Params, task: Task, fitting: FittingSides, misfits: Rejects
+) -> list[InputError]:
+    """Return which sides have too few rows left, and where the others went."""
+    classes = {task.read_class(row.answer) for row, _ in fitting["train"]} - {None}
+    least = {
+        "train": choose_min_train_rows(params.split.min_train_rows, len(classes)),
+        "test": max(
+            choose_min_test_rows(params.split.min_test_rows),
+            choose_min_test_rows(params.ask_base.min_test_rows),
+        ),
+    }
+    problems = []
+    for side, wanted in least.items():
+        left, out = len(fitting[side]), misfits[side]
+        if left < wanted:
+            problems.append(
+                InputError(
+                    f"{side}: {left} rows are left of {left + len(out)}, and {wanted} are required "
+                    f"(split.min_{side}_rows); left out: {count_reasons(out) or 'none'}\n"
+                    f"{describe_misfits(out, SHOWN)}",
+                    "raise finetune.max_length for rows that are too long; for rows that the chat template "
+                    "refuses, set task.system_prompt: null, correct their roles, or choose another base "
+                    f"model; or collect more rows, or lower split.min_{side}_rows"
+                    + (" and ask_base.min_test_rows" if side == "test" else ""),
+                )
+            )
+    return problems
+
+
+def describe_text(tokenizer: Any, fitting: FittingSides) -> dict[str, Any]:
+    """Return what the rows hold that is not read as it is written, with the first rows of each kind."""
+    rows = [pair for side in SIDES for pair in fitting[side]]
+    control = read_control_tokens(tokenizer)
+    held = {
+        row.id: tokens
+        for row, _ in rows
+        if (tokens := control.find("\n".join(m.content for m in row.messages)))
+    }
+    changed = [(row, example) for row, example in rows if example.is_changed]
+    return {
+        "rows_with_control_tokens_as_text": len(held),
+        "control_tokens_as_text": dict(
+            sorted(Counter(t for tokens in held.values() for t in set(tokens)).items())
+        ),
+        "first_rows_with_control_tokens": sorted(held)[:SHOWN],
+        "answers_changed_by_the_template": len(changed),
+        "first_answers_changed": [
+            {
+                "id": row.id,
+                "written": row.answer,
+                "learned": tokenizer.decode(
+                    example.input_ids[example.prompt_length :], clean_up_tokenization_spaces=False
+                ),
+            }
+            for row, example in changed[:3]
+        ],
+    }
+
+
+def describe_side(fitting: Fitting, misfits: Sequence[Misfit]) -> dict[str, Any]:
+    """Return the rows of a side: how many are left, why others are not, and how long they are."""
+    lengths = [len(example.input_ids) for _, example in fitting]
+    learned = [len(example.input_ids) - example.prompt_length for _, example in fitting]
+    return {
+        "rows_in": len(fitting) + len(misfits),
+        "rows": len(fitting),
+        "left_out": count_reasons(misfits),
+        "tokens": sum(lengths),
+        "learned_tokens": sum(learned),
+        "longest": max(lengths, default=0),
+        "longest_answer": max(learned, default=0),
+    }
+
+
+def format_rejects(misfits: Sequence[Misfit]) -> str:
+    """Return one JSON object a line: id, reason, detail, row."""
+    lines = (
+        {
+            "id": m.row.id,
+            "reason": m.reason,
+            "detail": m.detail,
+            "row": {**asdict(m.row), "tags": dict(m.row.tags)},
+        }
+        for m in misfits
+    )
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def raise_problems(problems: Sequence[InputError]) -> None:
+    """Raise one InputError with all problems, if there are any."""
+    if not problems:
+        return
+    if len(problems) == 1:
+        raise problems[0]
+    raise InputError(
+        f"{len(problems)} problems, found before training\n" + "\n".join(f"- {p.what}" for p in problems),
+        "\n".join(f"- {p.fix}" for p in problems),
+    )
+
+
+def main() -> None:
+    """Check the base model and every row, write the counts, then fail if something cannot work."""
+    params = load_params()
+    base = artifacts("fetch_base")
+    tokenizer = load_tokenizer(base)
+    sides = {side: read_rows(artifacts("split") / f"{side}.parquet") for side in SIDES}
+    problems = find_base_problems(params, base, tokenizer, [row for rows in sides.values() for row in rows])
+    folder = reports("preflight")
+    if find_template_problems(tokenizer):
+        write_json(folder / "metrics.json", {"success": False, "problems": [p.what for p in problems]})
+        raise_problems(problems)
+    fitting, misfits = encode_sides(params, base, tokenizer, sides)
+    size = count_embedding_rows(read_config(base))
+    problems += find_row_problems(params, read_task(), size, fitting, misfits)
+    limit = params.ask_base.max_new_tokens
+    over_limit = [row for row, e in fitting["test"] if len(e.input_ids) - e.prompt_length > limit]
+    frame = read_answer_frame(tokenizer)
+    evidence = {
+        "success": not problems,
+        "problems": [problem.what for problem in problems],
+        "sides": {side: describe_side(fitting[side], misfits[side]) for side in SIDES},
+        "test_answers_over_max_new_tokens": len(over_limit),
+        "template": {**asdict(frame), "writes_date": writes_date(tokenizer)},
+        "text": describe_text(tokenizer, fitting),
+    }
+    for side in SIDES:
+        write_text(artifacts("preflight") / f"{side}.jsonl", format_rejects(misfits[side]))
+    write_text(
+        folder / "learned.html", render_page(tokenizer, fitting["train"][: params.preflight.shown_rows])
+    )
+    write_json(folder / "metrics.json", evidence)
+    report_findings(evidence, misfits, over_limit, limit)
+    raise_problems(problems)
+
+
+def report_findings(
+    evidence: Mapping[str, Any], misfits: Rejects, over_limit: Sequence[Row], max_new_tokens: int
+) -> None:
+    """Log what is left out, changed or cannot be judged right."""
+    for side in SIDES:
+        found = evidence["sides"][side]
+        logger.info("%s: %d rows, %d of %d tokens learned", side, *_counts(found))
+        if misfits[side]:
+            logger.warning(
+                "%s: %d rows left out: %s\n%s",
+                side,
+                len(misfits[side]),
+                found["left_out"],
+                describe_misfits(misfits[side], 3),
+            )
+    text = evidence["text"]
+    if count := text["rows_with_control_tokens_as_text"]:
+        logger.warning(
+            "%d rows hold control tokens, which are learned as text: %s",
+            count,
+            text["control_tokens_as_text"],
+        )
+    if count := text["answers_changed_by_the_template"]:
+        logger.warning(
+            "the chat template changes %d answers; the first: %s", count, text["first_answers_changed"][0]
+        )
+    if over_limit:
+        logger.warning(
+            "%d test answers are longer than ask_base.max_new_tokens (%d), so that no answer can match: %s",
+            len(over_limit),
+            max_new_tokens,
+            ", ".join(row.id for row in over_limit[:3]),
+        )
+    if before := evidence["template"]["before"]:
+        logger.info("the template writes %r before an answer: it is part of the prompt", before)
+
+
+def _counts(side: Mapping[str, Any]) -> tuple[int, int, int]:
+    return side["rows"], side["learned_tokens"], side["tokens"]
+
+
+if __name__ == "__main__":
+    run_stage(main)

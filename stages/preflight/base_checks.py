@@ -1,0 +1,147 @@
+"""What would stop the pipeline after training: the base model, its tokenizer, licences or the disk."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from stages.common.chat import end_of_turn_ids
+from stages.common.errors import InputError
+from stages.common.gguf.model import find_architecture, list_tensors
+from stages.common.gguf.vocabulary import read_vocabulary
+from stages.common.licenses import to_spdx
+from stages.common.records import Row
+
+# Bytes of a weight in the exported file; the block formats with their scales.
+BYTES_PER_WEIGHT = {"f16": 2.0, "bf16": 2.0, "q8_0": 1.07, "q4_0": 0.6}
+SPARE_BYTES = 256 << 20  # adapter, checkpoints, reports
+
+
+def read_config(base: Path) -> Any:
+    """Return the configuration of the base model."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(base, local_files_only=True)
+
+
+def count_embedding_rows(config: Any) -> int:
+    """Return the number of tokens that the model knows."""
+    return int(config.get_text_config().vocab_size)
+
+
+def find_template_problems(tokenizer: Any) -> list[InputError]:
+    """Return why no model can be taught with the chat template."""
+    return _collect([lambda: end_of_turn_ids(tokenizer)])
+
+
+def find_unknown_tokens(tokenizer: Any, embedding_rows: int, exports_gguf: bool) -> list[InputError]:
+    """Return the tokens that every run needs and the model does not know.
+
+    A GGUF file lists all tokens. Without one, only those matter that end or fill a sequence; a row with
+    another is left out.
+    """
+    beyond = {number: token for token, number in tokenizer.get_vocab().items() if number >= embedding_rows}
+    if not exports_gguf:
+        needed = {tokenizer.eos_token_id, tokenizer.pad_token_id}
+        beyond = {number: token for number, token in beyond.items() if number in needed}
+    if not beyond:
+        return []
+    shown = ", ".join(f"{token} ({number})" for number, token in sorted(beyond.items())[:5])
+    return [
+        InputError(
+            f"the tokenizer has {len(beyond)} tokens that the model's embedding of {embedding_rows} rows "
+            f"does not have: {shown}",
+            "choose a base model whose tokenizer fits it, or remove the added tokens from its tokenizer.json "
+            "and tokenizer_config.json; if no row needs them, set export.gguf: false",
+        )
+    ]
+
+
+def find_export_problems(tokenizer: Any, config: Any, embedding_rows: int) -> list[InputError]:
+    """Return why the model cannot become a GGUF file; its tensors are listed without their values."""
+    problems = _collect([lambda: find_architecture(config)])
+    if not problems:
+        problems = _collect([lambda: _list_tensor_names(config)])
+    if max(tokenizer.get_vocab().values()) < embedding_rows:  # else it is a problem of its own
+        problems += _collect([lambda: read_vocabulary(tokenizer, embedding_rows)])
+    return problems
+
+
+def _list_tensor_names(config: Any) -> list[str]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return [tensor.name for tensor in list_tensors(model)]
+
+
+def find_license_problems(
+    rows: Sequence[Row], allowed: Iterable[str], model_license: str, base_license: str | None
+) -> list[InputError]:
+    """Return the licences that the model card would refuse after training."""
+    known = {to_spdx(name) for name in allowed}
+    lines = []
+    for license in sorted({row.license for row in rows}):
+        those = [row for row in rows if row.license == license]
+        named = ", ".join(sorted({row.source for row in those}))
+        if to_spdx(license) is None:
+            lines.append(f"{license!r} of {len(those)} rows from {named} is not an SPDX expression")
+        elif to_spdx(license) not in known:
+            lines.append(f"{license!r} of {len(those)} rows from {named} is not in validate.allowed_licenses")
+    for license, what in ((model_license, "model_card.license"), (base_license, "the base model's licence")):
+        if license is not None and to_spdx(license) is None:
+            lines.append(f"{license!r} ({what}) is not an SPDX expression")
+    if not lines:
+        return []
+    return [
+        InputError(
+            "licences: " + "; ".join(lines),
+            "correct the licence of the source (collect.sources), allow it in validate.allowed_licenses, or "
+            "set fetch_base.license and model_card.license to SPDX ids such as apache-2.0",
+        )
+    ]
+
+
+def count_needed_bytes(parameters: int, quantization: str | None) -> int:
+    """Return the disk space that training and export need; without a quantization nothing is exported."""
+    exported = parameters * BYTES_PER_WEIGHT[quantization] if quantization else 0
+    return int(exported) + SPARE_BYTES
+
+
+def find_disk_problems(needed_bytes: int, folder: Path) -> list[InputError]:
+    """Return whether the disk of a folder has less space than is needed."""
+    free = shutil.disk_usage(folder).free
+    if free >= needed_bytes:
+        return []
+    return [
+        InputError(
+            f"training and export need about {needed_bytes >> 20:,} MiB, and the disk of {folder.resolve()} "
+            f"has {free >> 20:,} MiB left",
+            "make room (dvc gc --workspace removes old outputs), or set export.quantization: q8_0 or q4_0",
+        )
+    ]
+
+
+def count_parameters(base: Path) -> int:
+    """Return the number of weights in the safetensors files of a model, from their headers."""
+    from safetensors import safe_open
+
+    total = 0
+    for path in sorted(base.glob("*.safetensors")):
+        with safe_open(path, framework="numpy") as file:
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return total
+
+
+def _collect(checks: Sequence[Callable[[], object]]) -> list[InputError]:
+    problems = []
+    for check in checks:
+        try:
+            check()
+        except InputError as error:
+            problems.append(error)
+    return problems

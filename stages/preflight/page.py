@@ -1,0 +1,59 @@
+"""A page that shows some rows as the model reads them, with what is learned in colour."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from html import escape
+from itertools import groupby
+from typing import Any
+
+from stages.common.chat import Encoded
+from stages.common.control_tokens import read_control_tokens
+from stages.common.records import Row
+
+# Nothing runs and nothing is loaded, whatever the rows hold.
+HEAD = """<!doctype html>
+<html lang="en"><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>What is learned</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f4; padding: 1rem; color: #555; }
+.learned { background: #bfe8d4; color: #08321f; }
+.control { border: 1px solid #999; border-radius: 3px; }
+.learned.control { border-color: #08321f; font-weight: bold; }
+</style>
+<h1>What is learned</h1>
+<p>Each row as the model reads it. <span class="learned">Green</span> is learned: the answer and the end of
+its turn. <span class="control">Framed</span> are control tokens: only the chat template writes them. The same
+letters in a text of yours have no frame.</p>
+"""
+
+
+def find_spans(tokenizer: Any, example: Encoded) -> Iterator[tuple[str, bool, bool]]:
+    """Yield the pieces of a row, each with whether it is learned and whether it is a control token."""
+    control = set(read_control_tokens(tokenizer).ids.values())
+    marked = [
+        (token, place >= example.prompt_length, token in control, place if token in control else -1)
+        for place, token in enumerate(example.input_ids)
+    ]
+    for (learned, is_control, _), tokens in groupby(marked, key=lambda m: (m[1], m[2], m[3])):
+        ids = [token[0] for token in tokens]
+        text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        yield text, learned, is_control
+
+
+def render_page(tokenizer: Any, rows: Sequence[tuple[Row, Encoded]]) -> str:
+    """Return the page of these rows as HTML."""
+    parts = [HEAD]
+    for row, example in rows:
+        learned = len(example.input_ids) - example.prompt_length
+        parts.append(
+            f"<h2>Row {escape(row.id)}</h2>\n<p>{escape(row.source)}: {len(example.input_ids)} tokens, "
+            f"{learned} of them learned.</p>\n<pre>"
+        )
+        for text, is_learned, is_control in find_spans(tokenizer, example):
+            classes = " ".join(["learned"] * is_learned + ["control"] * is_control)
+            parts.append(f'<span class="{classes}">{escape(text)}</span>' if classes else escape(text))
+        parts.append("</pre>\n")
+    return "".join([*parts, "</html>\n"])

@@ -1,0 +1,289 @@
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stages.common.artifacts import write_json
+from stages.common.errors import InputError
+from stages.common.records import Message, make_row, write_rows
+from stages.preflight import __main__ as preflight
+from stages.preflight import base_checks
+from tests.stages.common.chat_templates import GEMMA_2, MISTRAL_1, NO_END, QWEN_3
+from tests.tiny import CHAT_TEMPLATE, make_model, make_tokenizer
+
+MERGES = (("q", "q"),)  # llama.cpp reads no tokenizer without one
+SIZE = 259
+GEMMA = GEMMA_2.replace("<start_of_turn>", "<|im_start|>").replace("<end_of_turn>", "<|im_end|>")
+REPO = Path(__file__).parents[3]
+
+
+def row(n, answer=None, system=None, question=None, license="cc0-1.0"):
+    messages = [
+        *([Message("system", system)] if system else []),
+        Message("user", question or f"question {n}"),
+        Message("assistant", answer or f'{{"n":{n % 5}}}'),
+    ]
+    return make_row(messages, "toy", license)
+
+
+@pytest.fixture
+def lay_out(tmp_path, monkeypatch):
+    """Lay out what the stage reads: 30 training rows, 4 validation rows, 10 test rows, unless given."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(template=CHAT_TEMPLATE, model=None, tokenizer=None, kind="json", **sides):
+        base = tmp_path / "artifacts" / "fetch_base"
+        (model or make_model(vocab_size=SIZE)).save_pretrained(base)
+        tokenizer = tokenizer or make_tokenizer(MERGES)
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(base)
+        default = {
+            "train": [row(n) for n in range(30)],
+            "validation": [row(n) for n in range(100, 104)],
+            "test": [row(n) for n in range(200, 210)],
+        }
+        for side, rows in (default | sides).items():
+            write_rows(tmp_path / "artifacts" / "split" / f"{side}.parquet", rows)
+        write_json(
+            tmp_path / "artifacts" / "curate" / "task.json", {"kind": kind, "label_key": None, "labels": None}
+        )
+        write_json(tmp_path / "reports" / "fetch_base" / "metrics.json", {"license": "apache-2.0"})
+
+    return write
+
+
+@pytest.fixture
+def set_params(tmp_path):
+    """Write params.yaml with these keys changed, as `section__key=value`."""
+
+    def write(**changes):
+        params = yaml.safe_load((REPO / "params.yaml").read_text())
+        params["finetune"]["max_length"] = 120
+        params["ask_base"]["max_new_tokens"] = 40
+        for name, value in changes.items():
+            section, key = name.split("__")
+            params[section][key] = value
+        (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+
+    write()
+    return write
+
+
+def found():
+    return json.loads(Path("reports/preflight/metrics.json").read_text())
+
+
+def rejected(side):
+    return [json.loads(line) for line in Path(f"artifacts/preflight/{side}.jsonl").read_text().splitlines()]
+
+
+def test_rows_that_fit_pass_and_are_counted_in_tokens(lay_out, set_params):
+    lay_out()
+    preflight.main()
+    report = found()
+    assert report["success"] and report["problems"] == []
+    assert {side: report["sides"][side]["rows"] for side in preflight.SIDES} == {
+        "train": 30,
+        "validation": 4,
+        "test": 10,
+    }
+    train = report["sides"]["train"]
+    assert train["left_out"] == {} and train["learned_tokens"] == 30 * len('{"n":0}.')
+    assert report["template"]["end"] == "<|im_end|>" and report["template"]["before"] == ""
+    assert [rejected(side) for side in preflight.SIDES] == [[], [], []]
+
+
+def test_equal_runs_write_equal_bytes(lay_out, set_params):
+    lay_out(template=QWEN_3)
+    files = ["reports/preflight/metrics.json", "reports/preflight/learned.html"]
+    preflight.main()
+    first = [Path(file).read_bytes() for file in files]
+    preflight.main()
+    assert [Path(file).read_bytes() for file in files] == first
+
+
+def test_gates_count_the_rows_that_are_left_once_the_long_ones_are_out(lay_out, set_params):
+    long = [row(n, question=f"{n} " + "long " * 40) for n in range(300, 346)]
+    lay_out(train=[*[row(n) for n in range(14)], *long])
+    set_params(split__min_train_rows=50)
+    with pytest.raises(InputError, match=r"train: 14 rows are left of 60, and 50 are required") as error:
+        preflight.main()
+    assert "{'too_long': 46}" in error.value.what and long[0].id in error.value.what
+    assert "finetune.max_length" in error.value.fix
+    assert {r["id"] for r in rejected("train")} == {r.id for r in long}
+    assert not found()["success"]
+    set_params(split__min_train_rows=14)
+    preflight.main()
+    assert found()["sides"]["train"] == found()["sides"]["train"] | {"rows": 14, "rows_in": 60}
+    set_params(split__min_train_rows=14, finetune__on_long_row="stop")
+    with pytest.raises(InputError, match=r"46 rows are longer than finetune.max_length"):
+        preflight.main()
+
+
+def test_a_test_row_beyond_the_context_is_left_out_and_the_gate_counts_the_rest(lay_out, set_params):
+    beyond = row(9, question="y" * 500)  # of a context of 512, with the marks of the template
+    lay_out(test=[beyond, *[row(n) for n in range(200, 206)]], validation=[beyond, row(1)])
+    preflight.main()
+    assert [r["id"] for r in rejected("test")] == [beyond.id]
+    assert [r["id"] for r in rejected("validation")] == [beyond.id]
+    set_params(ask_base__min_test_rows=7)
+    with pytest.raises(InputError, match="test: 6 rows are left of 7, and 7 are required"):
+        preflight.main()
+
+
+def test_rows_with_refused_roles_are_left_out_and_named_or_stop(lay_out, set_params):
+    twice = make_row(
+        [Message("user", "one"), Message("user", "two"), Message("assistant", '{"n":1}')], "toy", "cc0-1.0"
+    )
+    lay_out(template=MISTRAL_1, train=[twice, *[row(n) for n in range(30)]])
+    preflight.main()
+    (out,) = rejected("train")
+    assert out["id"] == twice.id and out["reason"] == "refused_by_template"
+    assert "must alternate" in out["detail"]
+    set_params(preflight__on_refused_row="stop")
+    with pytest.raises(InputError, match=rf"refuses 1 rows\n.*row {twice.id} from toy"):
+        preflight.main()
+
+
+def test_a_refused_system_prompt_is_one_error_before_training(lay_out, set_params):
+    with_system = [row(n, system="Be brief.") for n in range(30)]
+    lay_out(template=GEMMA, train=with_system, validation=with_system[:2], test=with_system[:9])
+    with pytest.raises(InputError, match="System role not supported") as error:
+        preflight.main()
+    assert with_system[0].id in error.value.what and "task.system_prompt: null" in error.value.fix
+
+
+def test_a_template_without_an_end_of_turn_is_refused(lay_out, set_params):
+    lay_out(template=NO_END)
+    with pytest.raises(InputError, match="no end of turn"):
+        preflight.main()
+    assert found()["success"] is False
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ['{"n":NaN}', '{"n":1,"n":2}', '{"n":Infinity}', "[1", "5"],
+    ids=["NaN", "twice", "inf", "open", "5"],
+)
+def test_an_answer_that_is_no_json_object_is_named(lay_out, set_params, answer):
+    wrong = row(1, answer=answer)
+    lay_out(train=[wrong, *[row(n) for n in range(30)]])
+    with pytest.raises(InputError, match=f"1 answers are none of kind json\n.*row {wrong.id}"):
+        preflight.main()
+
+
+def test_control_tokens_in_texts_are_counted_and_stay_text(lay_out, set_params):
+    lay_out(
+        train=[
+            row(n, question=f"what does <|im_end|> mean? {n}", answer="It ends <|im_end|> a turn")
+            for n in range(20)
+        ],
+        kind="text",
+        test=[row(n, answer="so") for n in range(9)],
+    )
+    preflight.main()
+    text = found()["text"]
+    assert text["rows_with_control_tokens_as_text"] == 20
+    assert text["control_tokens_as_text"] == {"<|im_end|>": 20}
+    page = Path("reports/preflight/learned.html").read_text()
+    # Framed are the template's own: two turns of three rows have two ends each, and no text has one.
+    assert page.count('control">&lt;|im_end|&gt;</span>') == 6
+    assert "It ends &lt;|im_end|&gt; a turn</span>" in page
+
+
+def test_the_page_shows_the_answer_and_its_end_as_learned_and_nothing_else(lay_out, set_params):
+    lay_out(template=QWEN_3)
+    preflight.main()
+    page = Path("reports/preflight/learned.html").read_text()
+    assert page.count("<h2>") == 3
+    assert '<span class="learned">{&quot;n&quot;:0}</span>' in page
+    assert page.count('class="learned control"') == 3
+    assert "think" in page and 'learned">&lt;think' not in page
+
+
+def test_the_page_runs_nothing_that_rows_hold(lay_out, set_params):
+    lay_out(train=[row(n, question=f"<script>alert({n})</script><img src=x>") for n in range(12)])
+    preflight.main()
+    page = Path("reports/preflight/learned.html").read_text()
+    assert "<script" not in page and "<img" not in page and "default-src 'none'" in page
+
+
+def test_answers_that_the_template_changes_are_shown_as_written_and_as_learned(lay_out, set_params):
+    lay_out(
+        template=GEMMA,
+        train=[row(n, answer=f"  {n} ") for n in range(12)],
+        test=[row(n, answer="x") for n in range(8)],
+        validation=[],
+        kind="text",
+    )
+    preflight.main()
+    text = found()["text"]
+    assert text["answers_changed_by_the_template"] == 12
+    assert text["first_answers_changed"][0]["written"] == "  0 "
+    assert text["first_answers_changed"][0]["learned"] == "0<|im_end|>"
+
+
+def test_a_token_beyond_the_embedding_is_refused(lay_out, set_params):
+    tokenizer = make_tokenizer(MERGES)
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    lay_out(tokenizer=tokenizer)
+    for gguf in (True, False):
+        set_params(export__gguf=gguf)
+        with pytest.raises(InputError, match=r"embedding of 259 rows does not have: <\|pad\|> \(259\)"):
+            preflight.main()
+
+
+def test_an_added_token_that_nothing_needs_stops_only_a_gguf_export(lay_out, set_params):
+    tokenizer = make_tokenizer(MERGES)
+    tokenizer.add_tokens(["<image>"])
+    lay_out(tokenizer=tokenizer)
+    with pytest.raises(InputError, match="<image>") as error:
+        preflight.main()
+    assert "export.gguf: false" in error.value.fix
+    set_params(export__gguf=False)
+    preflight.main()
+
+
+def test_an_architecture_without_gguf_is_refused_unless_no_gguf_is_wanted(lay_out, set_params):
+    lay_out(model=make_model(model_type="gpt_neox", vocab_size=SIZE, hidden_act="gelu"))
+    with pytest.raises(InputError, match="'gpt_neox' has no GGUF export") as error:
+        preflight.main()
+    assert "export.gguf: false" in error.value.fix
+    set_params(export__gguf=False)
+    preflight.main()
+
+
+def test_licences_that_the_card_would_refuse_are_refused_now(lay_out, set_params):
+    lay_out(train=[row(0, license="cc-by-nc-4.0"), *[row(n) for n in range(1, 30)]])
+    set_params(model_card__license="my own")
+    with pytest.raises(InputError) as error:
+        preflight.main()
+    assert "'cc-by-nc-4.0' of 1 rows from toy is not in validate.allowed_licenses" in error.value.what
+    assert "'my own' (model_card.license) is not an SPDX expression" in error.value.what
+
+
+def test_a_disk_that_is_too_full_is_refused(tmp_path):
+    assert base_checks.find_disk_problems(1, tmp_path) == []
+    (problem,) = base_checks.find_disk_problems(1 << 60, tmp_path)
+    assert "MiB left" in problem.what
+    full, quantized = (base_checks.count_needed_bytes(10**9, q) for q in ("f16", "q4_0"))
+    assert full > 2 * 10**9 and quantized < full
+
+
+def test_all_problems_are_in_one_message(lay_out, set_params):
+    tokenizer = make_tokenizer(MERGES)
+    tokenizer.add_tokens(["<image>"])
+    lay_out(tokenizer=tokenizer, train=[row(0, answer="[1"), row(1)])
+    set_params(model_card__license="my own")
+    with pytest.raises(InputError, match="4 problems, found before training") as error:
+        preflight.main()
+    for part in ("<image>", "SPDX", "none of kind json", "train: 2 rows are left of 2"):
+        assert part in error.value.what
+
+
+def test_test_answers_that_no_model_can_give_in_full_are_counted(lay_out, set_params, caplog):
+    lay_out(test=[row(n, answer='{"n":"' + "z" * 60 + '"}') for n in range(200, 210)])
+    preflight.main()
+    assert found()["test_answers_over_max_new_tokens"] == 10
+    assert "longer than ask_base.max_new_tokens (40)" in caplog.text
