@@ -10,6 +10,7 @@ from services.events import read_exchanges
 from services.model_pool import is_in_treatment
 from services.versions.aliases import Aliases, Challenger, write_aliases
 from tests.services.serving import ask, load_tiny, serving, tiny_files
+from tests.stages.common.chat_templates import MISTRAL_1
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +156,18 @@ def test_old_versions_are_let_go_when_nobody_uses_them(tmp_path, versions):
         wait_until(lambda: closed == [first.version])
         with server.client() as client:
             assert version_of(ask(client, max_tokens=1)) == second.version
+
+
+def test_a_conversation_that_the_template_refuses_is_the_error_of_its_request(tmp_path):
+    """Gemma's and Mistral's templates raise on roles; the next request is answered."""
+    files = tiny_files(tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(MISTRAL_1)
+    system = {"role": "system", "content": "Be brief."}
+    user = {"role": "user", "content": "Hello"}
+    with serving(tmp_path, files) as server, server.client() as client:
+        for messages in ([system, user], [user, user]):
+            refused = client.post("/v1/chat/completions", json={"messages": messages})
+            assert refused.status_code == 422, refused.text
+            error = refused.json()["error"]
+            assert error["param"] == "messages" and "must alternate" in error["message"]
+        assert ask(client).status_code == 200

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from stages.common.task.json_answers import find_json_errors, read_json_answer, score_json
+from stages.common.task.json_task import JsonTask
 
 
 def read(*texts):
@@ -124,3 +125,20 @@ def test_an_error_shows_what_was_given_and_what_was_wanted():
 def test_the_canonical_form_reads_back_as_the_same_value():
     answer = read_json_answer(REFERENCE)
     assert json.loads(answer.canonical) == answer.value
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        ('{"label":"on","n":1}', None),
+        ('{"label":0}', "the class under 'label' is 0; it must be text"),
+        ('{"label":null}', "the class under 'label' is null"),
+        ('{"label":""}', "must be text that is not empty"),
+        ('{"n":1}', "no key 'label'"),
+        ('{"label":"on","n":NaN}', "not one JSON value"),
+        ('{"label":"on","label":"off"}', "not one JSON value"),
+    ],
+)
+def test_an_answer_that_could_not_be_judged_is_no_answer_to_learn(answer, problem):
+    found = JsonTask("label").find_problem(answer)
+    assert (found is None) if problem is None else (problem in found)
