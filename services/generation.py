@@ -33,6 +33,7 @@ from services.keys.access import Caller
 from services.model_pool import LoadedModel
 from services.startup import RunningService, start, stop
 from services.versions.store import ModelFiles, find_served, get_version
+from stages.common.chat import encode_text
 from stages.common.errors import InputError
 from stages.common.logs import set_quiet_environment
 from stages.common.models import load_tokenizer
@@ -64,6 +65,8 @@ def load_model(tag: str) -> LoadedModel:
     """Load a stored version: its tokenizer, and the engine for this machine."""
     files = get_version(tag)
     tokenizer = load_tokenizer(files.tokenizer)
+    # Now, as it takes a second with a large vocabulary: no request should wait for it.
+    encode_text(tokenizer, "".join(tokenizer.all_special_tokens))
     return LoadedModel(files, tokenizer, load_engine(files, tokenizer, SETTINGS.engine))
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from stages.common.adapter import InitialAdapter, check_base, read_initial_adapter
 from stages.common.artifacts import artifacts, read_json, reports, write_json
 from stages.common.errors import InputError
-from stages.common.fitting import LONG, REFUSED, count_reasons, describe_misfits
+from stages.common.fitting import LONG, REFUSED, count_reasons, describe_misfits, encode_fitting
 from stages.common.logs import get_logger, run_stage
 from stages.common.models import load_tokenizer
 from stages.common.params.loading import load_params
@@ -63,9 +63,10 @@ def main() -> None:
     selected = select_rows(rows, initial, trained_ids, params.replay_share, params.seed)
     tokenizer = load_tokenizer(base)
     examples, misfits = encode_rows(tokenizer, selected, params.max_length, params.on_long_row)
-    validation, not_validated = encode_rows(
-        tokenizer, read_rows(artifacts("split") / "validation.parquet"), params.max_length, "drop"
+    validated, not_validated = encode_fitting(
+        tokenizer, read_rows(artifacts("split") / "validation.parquet"), params.max_length
     )
+    validation = [example for _, example in validated]
     for rows_of, left_out in (("training", misfits), ("validation", not_validated)):
         if left_out:
             logger.warning(

@@ -168,13 +168,19 @@ def find_size_problems(
                     f"{side}: {left} rows are left of {left + len(out)}, and {wanted} are required "
                     f"(split.min_{side}_rows); left out: {count_reasons(out) or 'none'}\n"
                     f"{describe_misfits(out, SHOWN)}",
-                    "raise finetune.max_length for rows that are too long; for rows that the chat template "
-                    "refuses, set task.system_prompt: null, correct their roles, or choose another base "
-                    f"model; or collect more rows, or lower split.min_{side}_rows"
-                    + (" and ask_base.min_test_rows" if side == "test" else ""),
+                    _suggest_fix(side, count_reasons(out)),
                 )
             )
     return problems
+
+
+def _suggest_fix(side: str, reasons: Mapping[str, int]) -> str:
+    fixes = {
+        REFUSED: "set task.system_prompt: null, correct the roles of the rows, or choose another base model",
+        LONG: "raise finetune.max_length, lower ask_base.max_new_tokens, or shorten the rows",
+    }
+    least = "split.min_train_rows" if side == "train" else "split.min_test_rows and ask_base.min_test_rows"
+    return "; ".join([*(fixes[reason] for reason in reasons), f"or collect more rows, or lower {least}"])
 
 
 def describe_text(tokenizer: Any, fitting: FittingSides) -> dict[str, Any]:
@@ -244,7 +250,7 @@ def raise_problems(problems: Sequence[InputError]) -> None:
         raise problems[0]
     raise InputError(
         f"{len(problems)} problems, found before training\n" + "\n".join(f"- {p.what}" for p in problems),
-        "\n".join(f"- {p.fix}" for p in problems),
+        "\n".join(f"- {fix}" for fix in dict.fromkeys(p.fix for p in problems)),
     )
 
 
