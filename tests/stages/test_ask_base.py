@@ -95,9 +95,15 @@ def test_an_engine_that_cannot_compute_the_model_is_refused_only_if_it_is_wanted
         pick_engine("paged", tmp_path, True)
 
 
-def test_a_reference_that_does_not_fit_into_the_context_is_refused(project):
-    project([*rows_of(24), make_row([Message("user", "q"), Message("assistant", "y" * 600)], "toy", "mit")])
-    with pytest.raises(InputError, match="the base model reads 512"):
+def test_a_reference_that_does_not_fit_into_the_context_is_left_out_counted_and_named(project, caplog):
+    long = make_row([Message("user", "q"), Message("assistant", "y" * 600)], "toy", "mit")
+    project([*rows_of(24), long], min_test_rows=24)
+    ask_base.main()
+    found = report()
+    assert (found["test_rows"], found["rejected_rows"], found["rows"]) == (25, 1, 24)
+    assert f"row {long.id} from toy: too_long: 621 tokens, at most 512 fit" in caplog.text
+    project([*rows_of(24), long], min_test_rows=25)
+    with pytest.raises(InputError, match="24 rows, and it needs 25"):
         ask_base.main()
 
 
