@@ -92,9 +92,10 @@ def find_license_problems(
             lines.append(f"{license!r} of {len(those)} rows from {named} is not an SPDX expression")
         elif to_spdx(license) not in known:
             lines.append(f"{license!r} of {len(those)} rows from {named} is not in validate.allowed_licenses")
-    for license, what in ((model_license, "model_card.license"), (base_license, "the base model's licence")):
-        if license is not None and to_spdx(license) is None:
-            lines.append(f"{license!r} ({what}) is not an SPDX expression")
+    stated = {"model_card.license": model_license, "the base model's licence": base_license}
+    for what, one in stated.items():
+        if one is not None and to_spdx(one) is None:
+            lines.append(f"{one!r} ({what}) is not an SPDX expression")
     if not lines:
         return []
     return [
