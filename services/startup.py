@@ -16,6 +16,7 @@ from services.guard import checks
 from services.keys.access import Access
 from services.keys.key_file import KeyFile
 from services.model_pool import Loader, ModelPool
+from services.schemas.trials import SchemaTrials
 from services.versions.aliases import ALIASES
 from stages.common.params.services import Access as AccessSettings
 from stages.common.params.services import Events, Services
@@ -59,7 +60,8 @@ async def start(
         redact=lambda text: redact(text, settings.events.redact),
     )
     pool = ModelPool(load, settings.versions.keep_loaded, aliases, initial)
-    handler = ChatHandler(settings, pool, store, make_access(settings.access, keys_required))
+    access = make_access(settings.access, keys_required)
+    handler = ChatHandler(settings, pool, store, access, SchemaTrials(settings.guard.max_schema_cpu_s))
     tasks = [asyncio.create_task(run_forever(pool.follow))]
     if settings.events.retention_days is not None:
         tasks.append(asyncio.create_task(run_forever(lambda: _prune_daily(settings.events))))
@@ -73,6 +75,7 @@ async def stop(running: RunningService) -> None:
         with suppress(asyncio.CancelledError):
             await task
     await running.handler.settle()
+    running.handler.schemas.close()
     running.handler.pool.close()
     await asyncio.to_thread(running.handler.store.close)
 

@@ -24,13 +24,12 @@ from services.engines.protocol import (
 )
 from services.errors import ApiError
 from services.events import CLIENT_GONE, EventStore, StoreUnavailable
-from services.guard import checks
 from services.guard.policy import CheckResult, buffers_output, check_answer, check_prompt
 from services.keys.access import Access
 from services.metrics import get_metrics
 from services.model_pool import LoadedModel, ModelPool, Route
+from services.schemas.trials import SchemaTrials
 from stages.common.chat import TemplateRefusal, encode_text
-from stages.common.errors import InputError
 from stages.common.params.services import Services
 
 # No token of a known vocabulary is longer than this, so a longer prompt is rejected before it is tokenized.
@@ -47,12 +46,14 @@ class ChatHandler:
     Args:
         store: an answer is complete only once its event is stored here.
         access: rates and quotas.
+        schemas: tries the schemas of requests.
     """
 
     settings: Services
     pool: ModelPool
     store: EventStore
     access: Access
+    schemas: SchemaTrials
     _background: BackgroundTasks = field(default_factory=BackgroundTasks)
     _shadows: int = 0
 
@@ -92,7 +93,7 @@ class ChatHandler:
     async def _generate_within_quota(
         self, request: GenerationRequest, state: GenerationState
     ) -> AsyncIterator[Delta]:
-        check_requested_schema(request.sampling.json_schema)
+        await self._check_requested_schema(request.sampling.json_schema, state.model)
         prompt = self._encode(request, state)
         reserved = len(prompt) + request.sampling.max_tokens
         self.access.reserve(request.caller, reserved)
@@ -110,7 +111,7 @@ class ChatHandler:
             if not buffered and state.finish_reason is None and (text or step.logprobs):
                 yield Delta(text, step.logprobs)
         last, logprobs = (state.text, ()) if buffered else (text, step.logprobs)
-        self._check_answer(request, state)
+        await self._check_answer(request, state)
         try:
             await self._store_exchange(request, state, 200, None)
         except StoreUnavailable:
@@ -149,11 +150,30 @@ class ChatHandler:
             raise errors.context_length_exceeded(len(prompt), limit, request.prompt_param)
         return prompt
 
-    def _check_answer(self, request: GenerationRequest, state: GenerationState) -> None:
+    async def _check_requested_schema(self, schema: str | None, model: LoadedModel) -> None:
+        """Reject a schema that is invalid, unsupported or too costly, before decoding starts.
+
+        Raises:
+            ApiError: invalid_value; or overloaded, if too many schemas wait to be checked.
+        """
+        if schema is None:
+            return
+        try:
+            await self.schemas.check_schema(schema, model.files.tag, model.tokenizer)
+        except SchemaUnsupported as error:
+            raise errors.invalid_value("response_format", str(error)) from None
+        except QueueFull:
+            raise errors.overloaded(retry_after_s=1.0) from None
+
+    async def _check_answer(self, request: GenerationRequest, state: GenerationState) -> None:
+        guard = self.settings.guard
         requested = request.sampling.json_schema
+        decision = None
+        if requested is not None and guard.schema_ != "off":
+            decision = await self.schemas.check_answer(state.text, requested)
         schema = requested or state.model.answer_schema
         is_json = requested is not None or state.model.task.answers_are_json
-        apply_guard(state, check_answer(state.text, schema, is_json, self.settings.guard), None)
+        apply_guard(state, check_answer(state.text, schema, is_json, guard, decision), None)
 
     async def _decode(
         self, prompt: list[int], request: GenerationRequest, state: GenerationState
@@ -246,7 +266,7 @@ class ChatHandler:
                 prompt = self._encode(own, state)
                 async for _ in self._decode(prompt, own, state):
                     pass
-                self._check_answer(own, state)
+                await self._check_answer(own, state)
                 await self._store_exchange(own, state, 200, None)
                 same = "yes" if state.text == shown else "no"
                 get_metrics().shadows.labels(same, state.version).inc()
@@ -271,20 +291,6 @@ def apply_guard(state: GenerationState, results: Iterable[CheckResult], param: s
         get_metrics().verdicts.labels(result.check, decision.reason or "allow", state.version).inc()
         if result.policy == "enforce" and not decision.allow:
             raise errors.content_refused(decision.reason or result.check, param)
-
-
-def check_requested_schema(schema: str | None) -> None:
-    """Reject a schema that is invalid or has unsupported keywords, before decoding starts.
-
-    Raises:
-        ApiError: invalid_value.
-    """
-    if schema is None:
-        return
-    try:
-        checks.check_schema("null", schema)
-    except InputError as error:
-        raise errors.invalid_value("response_format", error.what) from None
 
 
 def _tokenize(request: GenerationRequest, model: LoadedModel) -> list[int]:

@@ -5,10 +5,12 @@ llguidance is exact: an unsatisfiable schema, or an unsupported keyword, is an e
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from services.engines.protocol import Sampling, SchemaUnsupported
 
@@ -18,6 +20,53 @@ if TYPE_CHECKING:
 # White space between elements, as `json.dumps` writes it. Small models under a grammar tend to generate
 # endless white space, so no more than that.
 WHITESPACE = "[ ]?"
+# Memory of one answer's grammar: llguidance takes 1 to 2 kB for a state. Its own limits of a step, 200,000
+# units of lexing and 50,000 items, are about 17 ms and stay.
+MAX_LEXER_STATES = 25_000
+
+# Compiling drops the interpreter's lock; in a thread of its own, so that no other work waits for it.
+_COMPILER = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+State = TypeVar("State")
+
+
+async def compile_apart(prepare: Callable[[Sampling], State], sampling: Sampling) -> State:
+    """Return `prepare(sampling)`, which compiles a grammar, without blocking the event loop."""
+    return await asyncio.get_running_loop().run_in_executor(_COMPILER, prepare, sampling)
+
+
+def compile_schema(schema: str, tokens: Any) -> Any:
+    """Compile a JSON schema for a vocabulary in llguidance's form; return llguidance's matcher.
+
+    Raises:
+        SchemaUnsupported: it cannot be compiled, or no answer satisfies it.
+    """
+    from llguidance import LLMatcher
+
+    try:
+        parsed = json.loads(schema)
+        if parsed is True:
+            parsed = {}
+        if not isinstance(parsed, dict):
+            raise SchemaUnsupported("the JSON schema must be an object; false allows no answer")
+        grammar = LLMatcher.grammar_from_json_schema(
+            json.dumps(parsed), overrides={"whitespace_pattern": WHITESPACE}
+        )
+        matcher = _make_matcher(tokens, grammar)
+    except SchemaUnsupported:
+        raise
+    except ValueError as error:
+        raise SchemaUnsupported(f"the JSON schema cannot be compiled: {error}") from error
+    if matcher.is_error():
+        reason = matcher.get_error().partition("\n")[0]
+        raise SchemaUnsupported(f"the JSON schema cannot be compiled: {reason}")
+    return matcher
+
+
+def _make_matcher(tokens: Any, grammar: str) -> Any:
+    from llguidance import LLMatcher, LLParserLimits
+
+    limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
+    return LLMatcher(tokens, grammar, log_level=0, limits=limits)
 
 
 class Grammars:
@@ -57,29 +106,11 @@ class Grammars:
 
         alternatives = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
         grammar = LLMatcher.grammar_from_lark(f"start: {alternatives}")
-        return Grammar(LLMatcher(self._tokens, grammar, log_level=0), self.vocab_size)
+        return Grammar(_make_matcher(self._tokens, grammar), self.vocab_size)
 
     def compile(self, schema: str) -> Grammar:
         """Compile a JSON schema; raise SchemaUnsupported if that is not possible."""
-        from llguidance import LLMatcher
-
-        try:
-            parsed = json.loads(schema)
-            if parsed is True:
-                parsed = {}
-            if not isinstance(parsed, dict):
-                raise SchemaUnsupported("the JSON schema must be an object; false allows no answer")
-            grammar = LLMatcher.grammar_from_json_schema(
-                json.dumps(parsed), overrides={"whitespace_pattern": WHITESPACE}
-            )
-            matcher = LLMatcher(self._tokens, grammar, log_level=0)
-        except SchemaUnsupported:
-            raise
-        except ValueError as error:
-            raise SchemaUnsupported(f"the JSON schema cannot be compiled: {error}") from error
-        if matcher.is_error():
-            raise SchemaUnsupported(f"the JSON schema cannot be compiled: {matcher.get_error()}")
-        return Grammar(matcher, self.vocab_size)
+        return Grammar(compile_schema(schema, self._tokens), self.vocab_size)
 
 
 class Grammar:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from services.engines.grammar import Grammars
+from services.engines.grammar import Grammars, compile_apart
 from services.engines.protocol import (
     ContextOverflow,
     EngineError,
@@ -145,7 +145,7 @@ class VllmEngine:
             )
         if len(self._waiting) + len(self._running) >= self.max_running + self._max_waiting:
             raise QueueFull(f"{len(self._running)} requests run and {len(self._waiting)} wait already")
-        await asyncio.to_thread(self._grammars.compile_for, sampling)
+        await compile_apart(self._grammars.compile_for, sampling)
 
     def _make_parameters(self, sampling: Sampling, room: int) -> Any:
         structured = None

@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from services.engines.grammar import compile_apart
 from services.engines.protocol import (
     ContextOverflow,
     EngineError,
@@ -127,8 +128,8 @@ class Worker(ABC):
         try:
             if sampling.json_schema is None and not sampling.choices:
                 state = self._prepare(sampling)
-            else:  # compiling a schema takes up to 0.1 s, so not on the event loop
-                state = await asyncio.to_thread(self._prepare, sampling)
+            else:
+                state = await compile_apart(self._prepare, sampling)
         except Exception as error:
             raise make_failure(error) from error
         loop = asyncio.get_running_loop()

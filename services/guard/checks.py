@@ -25,6 +25,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -255,7 +256,7 @@ def _compile_validator(schema: str) -> Any:
             "the JSON schema has patternProperties, which is not supported",
             "list the properties, or allow additional ones",
         )
-    bounded = jsonschema.validators.extend(kind, {"pattern": _check_pattern})
+    bounded = jsonschema.validators.extend(kind, {"pattern": _check_pattern, "multipleOf": _check_multiple})
     return bounded(parsed, registry=referencing.Registry())
 
 
@@ -271,6 +272,15 @@ def _check_pattern(_validator: Any, pattern: str, instance: object, _schema: obj
             found = None
         if not found:
             yield jsonschema.ValidationError("does not match the pattern")
+
+
+def _check_multiple(_validator: Any, multiple: float, instance: object, _schema: object) -> Iterator[Any]:
+    """Check the keyword `multipleOf` in decimals, as it is written: in floats 4.47 is no multiple of 0.01."""
+    import jsonschema
+
+    is_number = isinstance(instance, int | float) and not isinstance(instance, bool)
+    if is_number and Fraction(repr(instance)) % Fraction(repr(multiple)):
+        yield jsonschema.ValidationError(f"is not a multiple of {multiple!r}")
 
 
 def _has_pattern_properties(schema: object) -> bool:

@@ -37,16 +37,25 @@ def check_prompt(
         yield CheckResult("toxicity", settings.toxicity, checks.check_toxicity(messages))
 
 
-def check_answer(text: str, schema: str | None, is_json: bool, settings: Guard) -> Iterator[CheckResult]:
+def check_answer(
+    text: str,
+    schema: str | None,
+    is_json: bool,
+    settings: Guard,
+    schema_decision: GuardDecision | None = None,
+) -> Iterator[CheckResult]:
     """Yield the result of each check of a complete answer as it is asked for.
 
     Args:
         schema: JSON schema that the answer should fit; None for any text.
         is_json: whether the answer is JSON; if not, the schema describes it as a string.
+        schema_decision: whether it fits, where that was checked elsewhere: a client's schema is never
+            checked on the event loop.
     """
     if schema is not None and settings.schema_ != "off":
         value = text if is_json else json.dumps(text.strip())
-        yield CheckResult("schema", settings.schema_, checks.check_schema(value, schema))
+        decision = schema_decision or checks.check_schema(value, schema)
+        yield CheckResult("schema", settings.schema_, decision)
     if settings.secrets != "off":
         yield CheckResult("secrets", settings.secrets, checks.check_secrets(text))
     if settings.personal_data != "off":

@@ -1,0 +1,90 @@
+"""Bounds of a request's JSON schema: its size, and the numbers that a grammar holds exactly."""
+
+from __future__ import annotations
+
+import json
+import math
+from decimal import Decimal
+from typing import Any
+
+from services.engines.protocol import SchemaUnsupported
+
+MAX_SCHEMA_CHARS = 65_536
+MAX_DEPTH = 64
+MAX_PARTS = 10_000  # objects, lists and values; an Earley grammar of them is compiled in about a second
+# Grammars hold bounds of numbers as float64, in which integers are exact up to here.
+MAX_BOUND = 2**53
+MIN_BOUND = 1e-9  # smaller ones are written with an exponent, which the grammar's patterns do not have
+MAX_COUNT = 10_000  # of characters, items and properties
+MAX_MULTIPLE = 5_000  # a grammar has a state for every remainder
+
+BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+COUNTS = tuple(
+    f"{end}{what}" for what in ("Length", "Items", "Properties", "Contains") for end in ("min", "max")
+)
+VALUES = ("enum", "const", "default", "examples")  # hold values, which are no schemas
+
+
+def check_bounds(schema: str) -> None:
+    """Check a schema's size and numbers, in time linear in its length and without compiling anything.
+
+    Raises:
+        SchemaUnsupported: a bound is exceeded; the message names it.
+    """
+    if len(schema) > MAX_SCHEMA_CHARS:
+        raise SchemaUnsupported(
+            f"the JSON schema has {len(schema)} characters; at most {MAX_SCHEMA_CHARS} are read"
+        )
+    try:
+        parts = [(json.loads(schema), 1, True)]  # value, depth, whether it may be a schema
+    except (ValueError, RecursionError) as error:
+        raise SchemaUnsupported(f"the JSON schema is not JSON: {error}") from None
+    seen = 0
+    while parts:
+        value, depth, is_schema = parts.pop()
+        seen += 1
+        if depth > MAX_DEPTH:
+            raise SchemaUnsupported(f"the JSON schema is nested more than {MAX_DEPTH} levels deep")
+        if seen > MAX_PARTS:
+            raise SchemaUnsupported(f"the JSON schema has more than {MAX_PARTS} parts")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise SchemaUnsupported(f"the JSON schema holds {value}, which JSON does not have")
+        if isinstance(value, list):
+            parts += ((part, depth + 1, is_schema) for part in value)
+        elif isinstance(value, dict):
+            for key, part in value.items():
+                if is_schema:
+                    _check_number(key, part)
+                parts.append((part, depth + 1, is_schema and key not in VALUES))
+
+
+def _check_number(key: str, value: Any) -> None:
+    """Check the number of a keyword; a property may have the name of one, but then its value is a schema."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    if key in BOUNDS and value != 0 and not MIN_BOUND <= abs(value) <= MAX_BOUND:
+        raise SchemaUnsupported(
+            f"{key} is {_show(value)}; a grammar holds 0, and sizes from {MIN_BOUND:g} to {MAX_BOUND}"
+        )
+    if key in COUNTS and not 0 <= value <= MAX_COUNT:
+        raise SchemaUnsupported(f"{key} is {_show(value)}; it may be 0 to {MAX_COUNT}")
+    if key == "multipleOf" and not 0 < count_remainders(value) <= MAX_MULTIPLE:
+        raise SchemaUnsupported(
+            f"multipleOf is {_show(value)}; its digits without zeros at the ends may be 1 to {MAX_MULTIPLE}"
+        )
+
+
+def count_remainders(multiple: float) -> int:
+    """Return how many remainders a grammar counts: 700 for 700, 25 for 0.025; 0 if it holds none."""
+    if isinstance(multiple, int):
+        return max(multiple, 0)
+    if not MIN_BOUND <= multiple <= MAX_BOUND:
+        return 0
+    exact = Decimal(repr(multiple)).normalize()
+    exponent = exact.as_tuple().exponent
+    assert isinstance(exponent, int)  # it is a word for NaN and infinity
+    return int(exact if exponent > 0 else exact.scaleb(-exponent))
+
+
+def _show(value: float) -> str:
+    return f"an integer of {len(str(value))} digits" if abs(value) > 10**30 else repr(value)

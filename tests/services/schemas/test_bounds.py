@@ -1,0 +1,130 @@
+"""Bounds of a schema; and that a grammar holds every number within them."""
+
+import json
+
+import numpy as np
+import pytest
+
+from services.engines.grammar import Grammars
+from services.engines.protocol import SchemaUnsupported
+from services.guard.checks import check_schema
+from services.schemas.bounds import (
+    BOUNDS,
+    COUNTS,
+    MAX_BOUND,
+    MAX_COUNT,
+    MAX_DEPTH,
+    MAX_MULTIPLE,
+    MAX_PARTS,
+    MAX_SCHEMA_CHARS,
+    check_bounds,
+    count_remainders,
+)
+from tests.tiny import make_tokenizer
+
+EDGES = (
+    0,
+    -0.0,
+    1,
+    -1,
+    0.5,
+    1e-320,
+    5e-324,
+    -1e-320,
+    1e-9,
+    1e-10,
+    1e15,
+    2**53,
+    -(2**53),
+    2**53 + 1,
+    2**63,
+    2**70,
+)
+EDGES += (-(2**63), -(2**70), 1e308, -1e308, 1e22, 123456.789, 0.3, 10**400)
+
+
+def nested(levels):
+    schema = {}
+    for _ in range(levels):
+        schema = {"items": schema}
+    return schema
+
+
+@pytest.mark.parametrize(
+    ("schema", "named"),
+    [
+        ({"enum": ["x" * MAX_SCHEMA_CHARS]}, "characters"),
+        (nested(MAX_DEPTH), "levels deep"),
+        ({"enum": [0] * MAX_PARTS}, "parts"),
+        ({"enum": [float("nan")]}, "nan"),
+        ({"properties": {"a": {"default": float("inf")}}}, "inf"),
+        *(({"items": {key: 2**53 + 1}}, key) for key in BOUNDS),
+        *(({"anyOf": [{key: -1e308}]}, key) for key in BOUNDS),
+        *(({"not": {key: 1e-320}}, key) for key in BOUNDS),
+        *(({key: -1}, key) for key in COUNTS),
+        *(({key: MAX_COUNT + 1}, key) for key in COUNTS),
+        *(({key: 2**70}, key) for key in COUNTS),
+        *(({"multipleOf": n}, "multipleOf") for n in (0, -0.0, -3, 9999991, 999983, 2**70, 10**400)),
+        *(({"multipleOf": n}, "multipleOf") for n in (1e-320, 1e308, 0.30000000000000004, 5000.1)),
+    ],
+)  # fmt: skip
+def test_a_schema_beyond_a_bound_is_refused_by_name(schema, named):
+    with pytest.raises(SchemaUnsupported, match=named):
+        check_bounds(json.dumps(schema))
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        True,
+        {},
+        nested(MAX_DEPTH - 1),
+        {"properties": {"minimum": {"type": "string"}, "maxLength": True, "multipleOf": {"const": 2**70}}},
+        {"enum": [2**70, {"minimum": 1e308}], "default": {"multipleOf": -1}, "examples": [{"maxItems": -1}]},
+        {"minimum": 0, "maximum": -0.0, "multipleOf": MAX_MULTIPLE, "minLength": 0, "maxLength": MAX_COUNT},
+    ],
+)  # fmt: skip
+def test_values_and_names_are_no_keywords(schema):
+    check_bounds(json.dumps(schema))
+
+
+@pytest.mark.parametrize(
+    ("multiple", "count"), [(7, 7), (700, 700), (700.0, 700), (0.025, 25), (0.1, 1), (2.5, 25), (1e-9, 1)]
+)
+def test_the_remainders_of_a_multiple_are_counted(multiple, count):
+    assert count_remainders(multiple) == count
+
+
+def draw(grammar, random, end, limit=40):
+    """Return the text of a random walk through a grammar; None if it did not end."""
+    text = bytearray()
+    alphabet = ALPHABET
+    for _ in range(limit):
+        allowed = np.flatnonzero(grammar.allowed())
+        if end in allowed and (len(allowed) == 1 or random.random() < 0.3):
+            return text.decode()
+        token = int(random.choice(allowed[allowed != end]))
+        text += alphabet[token]
+        grammar.take(token)
+    return None
+
+
+TOKENIZER = make_tokenizer()
+ALPHABET = {n: TOKENIZER.decode([n]).encode() for n in range(2, 258)}
+
+
+@pytest.mark.parametrize("kind", ["integer", "number"])
+@pytest.mark.parametrize("key", [*BOUNDS, "multipleOf"])
+@pytest.mark.parametrize("edge", EDGES, ids=lambda edge: f"{edge:.3g}" if edge < 10**300 else "huge")
+def test_a_number_at_its_edge_is_held_by_the_grammar_or_refused(kind, key, edge):
+    schema = json.dumps({"type": kind, key: edge})
+    grammars = Grammars(TOKENIZER, 258, 1)
+    try:
+        check_bounds(schema)
+        grammars.compile(schema)
+    except SchemaUnsupported:
+        return
+    assert edge == 0 or 1e-9 <= abs(edge) <= MAX_BOUND
+    random = np.random.default_rng(0)
+    answers = [draw(grammars.compile(schema), random, 1) for _ in range(12)]
+    assert all(check_schema(answer, schema).allow for answer in answers if answer), answers
