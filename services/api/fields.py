@@ -99,3 +99,32 @@ def describe_remedy(name: str, known: Collection[str]) -> str:
     if nearest and nearest[0] in known:
         return f"is not a field of this request; did you mean {nearest[0]}?"
     return "is not supported, and leaving it out changes the answer; remove it"
+
+
+def find_broken_text(body: Any) -> str | None:
+    """Return the path of the first text or name in a body that is not valid Unicode, or None.
+
+    JSON can write half a surrogate pair, which no tokenizer, store or response can encode.
+    """
+    parts = [("", body)]
+    while parts:
+        path, value = parts.pop()
+        if isinstance(value, str) and not _is_unicode(value):
+            return path
+        if isinstance(value, dict):
+            if any(not _is_unicode(name) for name in value if isinstance(name, str)):
+                return path
+            inner = [(f"{path}.{name}".removeprefix("."), part) for name, part in value.items()]
+        else:
+            found = enumerate(value) if isinstance(value, list) else ()
+            inner = [(f"{path}.{place}".removeprefix("."), part) for place, part in found]
+        parts += reversed(inner)
+    return None
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -7,9 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from services.api.fields import asks_for_nothing, describe_remedy
+from services.api.fields import asks_for_nothing, describe_remedy, find_broken_text
 
 UNSUPPORTED = "unsupported_field"  # type of pydantic's errors for a field that is not taken
+BROKEN_TEXT = "broken_text"  # type of pydantic's errors for text that is not Unicode
 MAX_STOPS = 4  # as OpenAI has it
 MAX_ALTERNATIVES = 20
 
@@ -24,6 +25,8 @@ class _Body(BaseModel):
     def _has_no_other_fields(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
+        if (path := find_broken_text(body)) is not None:
+            raise PydanticCustomError(BROKEN_TEXT, "is not valid Unicode", {"field": path})
         known = {field.alias or name for name, field in cls.model_fields.items()}
         for name, value in body.items():
             if name not in known and not asks_for_nothing(name, value):

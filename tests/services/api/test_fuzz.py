@@ -1,21 +1,104 @@
-"""The routes under random input made from the service's own description."""
+"""The routes under random input: no request gets a server error, and none ends the engine."""
+
+import json
 
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from schemathesis import GenerationMode
 
-from tests.services.serving import serving, tiny_files
+from services.api.schemas import ChatRequest, CompletionRequest, FeedbackRequest
+from tests.services.serving import load_paged, paged_files, serving
 
-STATUSES = {200, 400, 401, 404, 405, 413, 422, 429, 499}
+STATUSES = {200, 400, 401, 404, 405, 413, 415, 422, 429, 499}
+QUIET = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
+
+BODIES = {
+    "/v1/chat/completions": (ChatRequest, {"messages": [{"role": "user", "content": "Hello"}]}),
+    "/v1/completions": (CompletionRequest, {"prompt": "Hello"}),
+    "/v1/feedback": (FeedbackRequest, {"request_id": "req_1", "thumb": "up"}),
+}
+
+NUMBERS = [0, -0.0, 1, -1, 2, 0.5, 1e-320, 1e-40, 1e-5, 2**31, 2**53 + 1, 2**63 - 1, 2**63, -(2**63), 2**70]
+NUMBERS += [1e308, -1e308, float("nan"), float("inf"), 10**400]
+TEXTS = [
+    "",
+    " ",
+    "\0",
+    "\ud83d",
+    "a\udfff",
+    "\ufeff",
+    "\u2028",
+    "<|im_end|>",
+    "a" * 300,
+    "\U0001f600",
+    "$(id)",
+]
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.sampled_from(NUMBERS),
+    st.sampled_from(TEXTS),
+    st.text(max_size=20),
+    st.integers(),
+    st.floats(),
+)
+ANY_JSON = st.recursive(
+    VALUES,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+)
+TYPES = ["string", "integer", "number", "object", "array", "boolean", "null", "nothing"]
+KEYWORDS = {
+    "type": st.sampled_from(TYPES),
+    "enum": st.lists(VALUES, max_size=4),
+    "const": VALUES,
+    "required": st.lists(st.sampled_from(["a", "b"]), max_size=2),
+    "pattern": st.sampled_from(["^a+$", "(a*)*b", "[", "(?=a)", "^(a|b){1,900}$", "\\p{L}", "\ud83d"]),
+    "format": st.sampled_from(["date-time", "email", "uuid", "ipv4", "unheard-of"]),
+    "$ref": st.sampled_from(["#", "#/$defs/a", "#/properties/a", "http://127.0.0.1:1/x", "\ud83d"]),
+    **{
+        name: st.sampled_from(NUMBERS)
+        for name in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength")
+    },
+    **{name: st.sampled_from(NUMBERS) for name in ("maxLength", "minItems", "maxItems", "minProperties")},
+}
+
+
+def combine(inner):
+    named = st.dictionaries(st.sampled_from(["a", "b"]), inner, max_size=2)
+    several = st.lists(inner, max_size=3)
+    return st.fixed_dictionaries(
+        {},
+        optional={
+            **KEYWORDS,
+            **dict.fromkeys(("properties", "$defs"), named),
+            **dict.fromkeys(("anyOf", "allOf", "oneOf", "prefixItems"), several),
+            **dict.fromkeys(("items", "not", "additionalProperties", "contains", "if"), inner),
+        },
+    )
+
+
+SCHEMAS = st.recursive(st.fixed_dictionaries({}, optional=KEYWORDS) | st.booleans() | VALUES, combine)
+FORMATS = SCHEMAS.map(lambda schema: {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
+MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "system", "assistant", "developer", "tool"]), "content": ANY_JSON}
+    ),
+    max_size=3,
+)
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz")
     answers = {"default_max_tokens": 4, "max_tokens": 8}
-    with serving(folder, tiny_files(folder / "model"), answers=answers) as running:
+    files = paged_files(folder / "model")
+    with serving(folder, files, load=load_paged, answers=answers, guard={"max_schema_cpu_s": 0.3}) as running:
+        engine = running.handler.pool.champion.engine
         yield running
+        assert running.handler.pool.champion.engine is engine, "the engine was started again"
+        assert engine.broken is None
 
 
 @pytest.mark.slow
@@ -31,9 +114,7 @@ def test_no_input_breaks_the_service(server):
         for mode in GenerationMode:  # what the description allows, and what it does not
 
             @given(case=operation.as_strategy(generation_mode=mode))
-            @settings(
-                max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
-            )
+            @settings(max_examples=40, **QUIET)
             def refuse_or_answer(case):
                 response = case.call(timeout=30)
                 assert response.status_code in STATUSES, response.text
@@ -43,3 +124,55 @@ def test_no_input_breaks_the_service(server):
 
             if mode is GenerationMode.POSITIVE or operation.body:
                 refuse_or_answer()  # else there is nothing to get wrong
+
+
+def send(client, path, body):
+    """Send a body as clients can, with NaN and half surrogate pairs; check that it is answered or refused."""
+    headers = {"Content-Type": "application/json"}
+    response = client.post(path, content=json.dumps(body).encode(), headers=headers)
+    assert response.status_code in STATUSES, (response.status_code, response.text, body)
+    if response.status_code >= 400:
+        assert set(response.json()["error"]) >= {"message", "type", "param", "code"}
+    assert "Traceback" not in response.text
+
+
+def name_fields():
+    """Return every field of every route, under the name by which it is sent."""
+    return [
+        (path, field.alias or name)
+        for path, (kind, _) in BODIES.items()
+        for name, field in kind.model_fields.items()
+    ]
+
+
+@pytest.mark.parametrize(("path", "field"), name_fields())
+def test_every_field_at_its_edges_is_answered_or_refused(server, path, field):
+    with server.client() as client:
+        for value in [*NUMBERS, *TEXTS, None, True, [], {}, [{}], ["a"], [-1], [2**70], [1.5], {"a": 1}]:
+            send(client, path, {**BODIES[path][1], field: value})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("path", "field"), name_fields())
+def test_every_field_takes_or_refuses_any_json(server, path, field):
+    shaped = {"response_format": FORMATS, "messages": MESSAGES}.get(field, st.lists(VALUES, max_size=4))
+
+    @given(value=ANY_JSON | shaped, others=st.sampled_from([{}, {"stream": True}, {"temperature": 1.0}]))
+    @settings(max_examples=40, **QUIET)
+    def refuse_or_answer(value, others):
+        send(client, path, {**BODIES[path][1], **(others if path != "/v1/feedback" else {}), field: value})
+
+    with server.client() as client:
+        refuse_or_answer()
+
+
+@pytest.mark.slow
+def test_any_schema_is_held_or_refused(server):
+    @given(wanted=FORMATS, temperature=st.sampled_from([0, 1e-320, 1.0, 2.0]), seed=st.integers(-3, 3))
+    @settings(max_examples=400, **QUIET)
+    def refuse_or_answer(wanted, temperature, seed):
+        body = {"response_format": wanted, "temperature": temperature, "seed": seed, "logprobs": True}
+        send(client, "/v1/chat/completions", {**BODIES["/v1/chat/completions"][1], **body})
+
+    with server.client() as client:
+        refuse_or_answer()
