@@ -144,6 +144,30 @@ def test_a_split_too_small_names_both_sides_numbers_and_what_to_do():
     assert "rows_per_template" in error.value.fix
 
 
+def test_a_split_too_small_names_where_the_rows_went_and_looks_there_first():
+    gone = {
+        "near duplicates of held-out prompts": 2430,
+        "near_duplicate (curate)": 9059,
+        "short_question (curate)": 0,
+    }
+    with pytest.raises(InputError) as error:
+        check_sizes(Sides((row("a"),), (), (row("b"),)), gone, 3000, 3000, 10, 1)
+    assert (
+        "rows that went: 9,059 near_duplicate (curate), 2,430 near duplicates of held-out prompts"
+        in error.value.what
+    )
+    assert "short_question" not in error.value.what
+    assert error.value.fix.startswith("most rows went for the reasons above")
+
+
+def test_the_reports_of_earlier_stages_are_in_the_error(project):
+    project(many(10), min_test_rows=300)
+    write_json(Path("reports/curate/metrics.json"), {"rejected_by_reason": {"near_duplicate": 9059}})
+    write_json(Path("reports/collect/metrics.json"), {"rejected_by_reason": {"broken_csv": 3}})
+    with pytest.raises(InputError, match=r"9,059 near_duplicate \(curate\), .*3 broken_csv \(collect\)"):
+        main()
+
+
 def test_labels_without_test_rows_are_named():
     sides = Sides((row("a", "g", "On"),), (), (row("b", "h", "Off"),))
     report = count_sides(sides, {"g": "On", "h": "Off"}, "intent")
