@@ -48,6 +48,7 @@ class ColumnChange:
         drifted: sure enough and large enough, and in the direction that counts.
         before, after: the reference and the window in a few words, such as "12 %" or "median 31 characters".
         summary: one sentence for people.
+        judged: whether both sides had enough values in enough sessions.
     """
 
     column: str
@@ -59,16 +60,24 @@ class ColumnChange:
     before: str
     after: str
     summary: str
+    judged: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class DriftTypeVerdict:
-    """The verdict on one drift type; `p_value` is that of its strongest column, columns strongest first."""
+    """The verdict on one drift type.
+
+    Attributes:
+        p_value: of its strongest column; columns: strongest first.
+        smallest_change: the power of the test: the smallest change of a share that would have been found
+            more likely than not, see `monitoring.drift.power`; None if no column could be judged.
+    """
 
     drift_type: DriftType
     drifted: bool
     p_value: float
     columns: tuple[ColumnChange, ...]
+    smallest_change: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,12 +145,24 @@ class DriftVerdict:
         return tuple(change for one in self.drift_types for change in one.columns if change.drifted)
 
     @property
+    def power(self) -> str:
+        """Return what the check would have found, in words; empty where nothing was compared."""
+        parts = [
+            f"{one.drift_type}: not judged"
+            if one.smallest_change is None
+            else f"{one.drift_type} from {100 * one.smallest_change:.0f} %"
+            for one in self.drift_types
+            if one.drift_type in DECIDING
+        ]
+        return f"changes that would be found: {', '.join(parts)}" if parts else ""
+
+    @property
     def summary(self) -> str:
         """Return the verdict in one line."""
         if not self.judged:
             return f"not judged: {self.why_not}"
         if not self.drifted:
-            return "no drift"
+            return f"no drift{self.power and f' ({self.power})'}"
         decided = [one for one in self.drift_types if one.drifted and one.drift_type in DECIDING]
         changes = [change for one in decided for change in one.columns if change.drifted]
         strongest = [next(change for change in one.columns if change.drifted) for one in decided]
@@ -260,7 +281,13 @@ def format_verdict(verdict: DriftVerdict) -> list[str]:
         lines += [
             "",
             f"{one.drift_type}: {'drifted' if one.drifted else 'no drift'}"
-            f" (p {_p(one.p_value)}, a check of unchanged traffic alarms with chance {verdict.alpha:g})",
+            f" (p {_p(one.p_value)}, a check of unchanged traffic alarms with chance {verdict.alpha:g}"
+            + (
+                ""
+                if one.smallest_change is None
+                else f", finds changes from {100 * one.smallest_change:.0f} %"
+            )
+            + ")",
             *_aligned(
                 [
                     ("", "column", "effect", "p", "inflation", "reference", "window"),
@@ -269,7 +296,7 @@ def format_verdict(verdict: DriftVerdict) -> list[str]:
                             "*" if change.drifted else "",
                             change.column,
                             f"{change.effect:.3f}",
-                            _p(change.p_value),
+                            _p(change.p_value) if change.judged else "too few",
                             f"{change.inflation:.2f}",
                             change.before,
                             change.after,

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING
 
 from monitoring.drift.baseline import Baseline, get_period, prepare_baseline
 from monitoring.drift.compare import compare_window, has_drifted
+from monitoring.drift.power import explain_too_few_sessions
 from monitoring.drift.session_sums import sum_sessions
 from monitoring.report import write_report
-from monitoring.traffic.columns import Column
+from monitoring.traffic.columns import DECIDING, Column
 from monitoring.traffic.features import compute_feature_tables, list_watched_columns
 from monitoring.traffic.service_metrics import ServiceSums, tap_service_sums
 from monitoring.traffic.windows import (
@@ -235,6 +236,9 @@ def _compare(
     why_not = None
     if summed.rows < settings.window.min_rows:
         why_not = f"{summed.rows} rows; monitoring.window.min_rows is {settings.window.min_rows}"
+    else:
+        alpha = settings.drift.alpha / len(DECIDING)
+        why_not = explain_too_few_sessions(summed.sessions, usual.baseline.sums.sessions, alpha)
     drift_types = () if why_not else compare_window(usual.baseline, summed, settings.drift)
     return replace(
         blank,

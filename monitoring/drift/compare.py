@@ -18,6 +18,7 @@ few new things among many usual ones move no mean far, but they are far from eve
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from monitoring.drift.baseline import Baseline
 from monitoring.drift.bins import Binning, Bools, Floats
 from monitoring.drift.calibration import estimate_inflation
 from monitoring.drift.effects import measure_change
+from monitoring.drift.power import MIN_SESSIONS, MIN_VALUES, compute_smallest_changes
 from monitoring.drift.session_sums import SessionSums
 from monitoring.drift.two_sample_tests import (
     Sessions,
@@ -37,9 +39,6 @@ from monitoring.traffic.columns import DECIDING, DriftType
 from monitoring.verdicts import DriftTypeVerdict
 from stages.common.params.loop import DriftSettings
 
-# Fewer than this on either side, and a column is not judged.
-MIN_VALUES = 20
-MIN_SESSIONS = 10
 # Most windows are quiet, and a few shuffles show it. Where the smallest p-value is above this, no more are
 # made (sequential Monte Carlo p-values: Besag & Clifford 1991, Biometrika 78), and no calibration is needed:
 # it only ever raises p-values.
@@ -54,16 +53,25 @@ def compare_window(
 ) -> tuple[DriftTypeVerdict, ...]:
     """Return what changed in a summed window, by drift type."""
     columns = [each.column for each in baseline.binning.columns]
-    p_values, factors, noise = _tested(baseline, window, settings)
+    judged = _enough(window) & _enough(baseline.sums)
+    pool = pool_sessions(baseline.binning, baseline.sums, window)
+    split = np.arange(len(pool)) >= len(baseline.sums.sums)
+    usual = pool_sessions(baseline.binning, baseline.sums)
+    share = len(window.sums) / len(baseline.sums.sums)
+    inflation = estimate_inflation(usual, share, settings.calibration_windows, settings.seed)
+    p_values, factors, noise = _tested(baseline.binning, pool, split, judged, inflation, settings)
     alpha = settings.alpha / len(DECIDING)
     drift_types = []
     for drift_type in dict.fromkeys(column.drift_type for column in columns):
         places = [place for place, column in enumerate(columns) if column.drift_type == drift_type]
         changes = sorted(
             (
-                measure_change(
-                    *(baseline, window, place, p_values[place], factors[place], noise[place]),
-                    *(alpha, settings.min_effect),
+                replace(
+                    measure_change(
+                        *(baseline, window, place, p_values[place], factors[place], noise[place]),
+                        *(alpha, settings.min_effect),
+                    ),
+                    judged=bool(judged[place]),
                 )
                 for place in places
             ),
@@ -75,9 +83,19 @@ def compare_window(
                 any(change.drifted for change in changes),
                 min(change.p_value for change in changes),
                 tuple(changes),
+                _find_smallest_change(pool, split, [p for p in places if judged[p]], inflation, alpha),
             )
         )
     return tuple(drift_types)
+
+
+def _find_smallest_change(
+    pool: Sessions, split: Bools, tested: list[int], inflation: Floats, alpha: float
+) -> float | None:
+    """Return the smallest change that the best column of a drift type would show; None if none is judged."""
+    if not tested:
+        return None
+    return round(float(compute_smallest_changes(pool, split, tested, inflation, alpha).min()), 4)
 
 
 def has_drifted(drift_types: Iterable[DriftTypeVerdict]) -> bool:
@@ -86,22 +104,27 @@ def has_drifted(drift_types: Iterable[DriftTypeVerdict]) -> bool:
 
 
 def _tested(
-    baseline: Baseline, window: SessionSums, settings: DriftSettings
+    binning: Binning,
+    pool: Sessions,
+    split: Bools,
+    judged: Bools,
+    inflation: Floats,
+    settings: DriftSettings,
 ) -> tuple[Floats, Floats, Floats]:
     """Return p-values, inflation factors and squared effects of pure chance: [C] each.
 
-    A column that cannot be judged has p = 1.
+    A column that is not judged has p = 1.
+
+    Args:
+        pool: the K sessions of the reference and of the window; split: [K], True for the window's.
+        judged: [C]; inflation: [C] by how much calibration divides, unless the window is plainly quiet.
     """
-    reference, binning = baseline.sums, baseline.binning
     size = len(binning.columns)
-    inside, outside = len(window.sums), len(reference.sums)
-    judged = _enough(window) & _enough(reference)
+    inside, outside = int(split.sum()), int((~split).sum())
     p_values, factors = np.ones(size), np.ones(size)
     if not judged.any():
         return p_values, factors, np.zeros(size)
-    pool = pool_sessions(binning, reference, window)
-    observed = np.arange(inside + outside)[None, :] >= outside
-    seen = compute_statistics(pool, observed)
+    seen = compute_statistics(pool, split[None, :])
     places_of = {
         drift_type: places
         for drift_type in dict.fromkeys(each.column.drift_type for each in binning.columns)
@@ -118,14 +141,12 @@ def _tested(
     shuffled = compute_statistics(pool, draw_splits(rng, inside + outside, inside, first))
     p_values = _p_values(seen, shuffled, places_of, pool.vector)
     if p_values.min() <= PLAINLY_QUIET:
-        share = inside / outside
-        usual = pool_sessions(binning, reference)
-        factors = estimate_inflation(usual, share, settings.calibration_windows, settings.seed)
+        factors = inflation
         seen /= factors
         more = draw_splits(rng, inside + outside, inside, settings.permutations - first)
         shuffled = np.concatenate([shuffled, compute_statistics(pool, more)])
         p_values = _p_values(seen, shuffled, places_of, pool.vector)
-    return p_values, factors, _noise(baseline.binning, pool, observed[0])
+    return p_values, factors, _noise(binning, pool, split)
 
 
 def _p_values(seen: Floats, shuffled: Floats, places_of: dict[DriftType, list[int]], vector: Bools) -> Floats:

@@ -109,6 +109,41 @@ def test_corrupt_events_are_set_aside_and_late_ones_counted(tmp_path, url, setti
     assert noted.late_rows == 1
 
 
+def of_users(events, users):
+    return [
+        replace(one, session=None, user=f"app{number % users}", key_id="k")
+        for number, one in enumerate(events)
+    ]
+
+
+@pytest.mark.parametrize("users", [1, 3])
+def test_a_window_of_too_few_sessions_says_that_it_shows_nothing_and_what_to_send(
+    tmp_path, url, settings, users
+):
+    stored(url, *of_users([*some(0, 600), *some(600, 200, GERMAN)], users))
+    (verdict,) = look_once(tmp_path, url, read_reference(url, TAG, settings), settings)
+    assert not verdict.judged and not verdict.drifted
+    assert verdict.why_not.startswith(f"{users} session{'s' * (users > 1)}; needs 10: send the field session")
+    assert "not judged" in verdict.summary
+
+
+def test_a_reference_of_too_few_sessions_says_how_to_get_another(tmp_path, url, settings):
+    stored(url, *of_users(some(0, 600), 1), *some(600, 200))
+    (verdict,) = look_once(tmp_path, url, read_reference(url, TAG, settings), settings)
+    assert verdict.why_not.startswith("1 session in the reference; needs 10")
+    assert "monitoring.reference.rows" in verdict.why_not
+
+
+@pytest.mark.slow
+def test_ten_users_are_enough_to_find_another_language_and_the_power_is_told(tmp_path, url, settings):
+    stored(url, *of_users([*some(0, 600), *some(600, 200), *some(800, 200, GERMAN)], 10))
+    quiet, german = look_once(tmp_path, url, read_reference(url, TAG, settings), settings)
+    assert german.drifted and "language" in {change.column for change in german.changes}
+    power = {one.drift_type: one.smallest_change for one in quiet.drift_types}
+    assert all(0.0 < power[name] <= 1.0 for name in ("input", "output", "quality"))
+    assert not quiet.drifted and "changes that would be found: input from" in quiet.summary
+
+
 NO_ANSWER = {
     "answer": None,
     "finish_reason": None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -49,6 +50,13 @@ class DriftSettings(Section):
     calibration_windows: Count
     blocks: Annotated[int, Field(ge=50)]
     seed: int
+
+    @override
+    def find_conflicts(self) -> Iterator[tuple[str, str]]:
+        level = self.alpha / 3  # the three drift types that decide share alpha
+        if (1 + self.permutations) * level < 1.0:
+            needed = math.ceil(1 / level)
+            yield "permutations", f"no p-value can reach alpha / 3 ({level:g}): at least {needed} are needed"
 
 
 class TriggerSettings(Section):

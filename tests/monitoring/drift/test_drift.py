@@ -5,6 +5,7 @@ from monitoring.drift.baseline import prepare_baseline
 from monitoring.drift.bins import plan_bins
 from monitoring.drift.calibration import estimate_inflation
 from monitoring.drift.compare import compare_window, has_drifted
+from monitoring.drift.power import count_needed_sessions, explain_too_few_sessions
 from monitoring.drift.session_sums import sum_sessions
 from monitoring.drift.two_sample_tests import compute_statistics, draw_splits, pool_sessions
 from stages.common.params.loop import DriftSettings
@@ -91,6 +92,52 @@ def test_a_column_with_too_few_values_is_not_judged(baseline):
     thumbs[:15] = 0.0
     change = column(judged(baseline, table(10, sessions=100, valid=thumbs)), "valid")
     assert change.p_value == 1.0 and not change.drifted
+
+    assert not change.judged and column(judged(baseline, table(10, sessions=100)), "valid").judged
+
+
+@pytest.fixture(scope="module")
+def coin_baseline():
+    """A reference half of whose answers are valid."""
+    coins = np.random.default_rng(30).permutation(2000) < 1000
+    usual = pages(table(30, sessions=400, valid=coins.astype(float)))
+    return prepare_baseline(lambda: usual, COLUMNS, SETTINGS, 40)
+
+
+@pytest.mark.parametrize(("part", "least", "most"), [(1.0, 5, 10), (0.25, 0, 3)])
+def test_a_change_of_the_size_that_is_stated_is_mostly_found_and_a_quarter_of_it_hardly(
+    coin_baseline, part, least, most
+):
+    found = 0
+    for seed in range(31, 41):
+        random = np.random.default_rng(seed).random(300)
+        valid = (random < 0.5).astype(float)
+        stated = judged(coin_baseline, table(seed, sessions=60, valid=valid))["quality"].smallest_change
+        valid = (random < 0.5 - part * stated).astype(float)
+        found += judged(coin_baseline, table(seed, sessions=60, valid=valid))["quality"].drifted
+    assert 0.05 < stated < 0.25
+    assert least <= found <= most
+
+
+def test_a_drift_type_without_a_column_that_could_be_judged_has_no_power(baseline):
+    thumbs = np.full(500, np.nan)
+    thumbs[:15] = 0.0
+    verdicts = judged(baseline, table(10, sessions=100, valid=thumbs))
+    assert verdicts["quality"].smallest_change is None and verdicts["input"].smallest_change < 0.3
+
+
+@pytest.mark.parametrize("sessions", [10, 16])
+def test_as_many_sessions_as_are_needed_show_a_complete_change(baseline, sessions):
+    rows = 4 * sessions
+    window = table(41, sessions=sessions, each=4, language=np.array(["de"] * rows), valid=np.zeros(rows))
+    verdicts = judged(baseline, window)
+    assert verdicts["input"].drifted and verdicts["quality"].drifted
+    assert explain_too_few_sessions(sessions, 400, SETTINGS.alpha / 3) is None
+
+
+def test_the_smaller_alpha_is_the_more_sessions_are_needed():
+    assert count_needed_sessions(0, 0.0025) == count_needed_sessions(4000, 0.0025) == 10
+    assert count_needed_sessions(10, 1e-6) == 13  # of 23 sessions 1.1 million splits, of 22 only 0.6
 
 
 def test_a_window_or_column_without_values_is_said_and_not_judged(baseline):
