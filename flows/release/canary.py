@@ -225,7 +225,9 @@ def _decide(
         summary = f"after {quota} requests: {'; '.join(worse)}"
     else:
         so_far = "" if _is_last(number) else " so far"
-        summary = f"after {quota} requests nothing is worse than with {blank.baseline}{so_far}"
+        alone = [each.summary for each in criteria if each.p_value <= each.threshold]
+        notes = f" ({'; '.join(alone)})" if alone else ""
+        summary = f"after {quota} requests nothing is worse than with {blank.baseline}{so_far}{notes}"
     return replace(blank, state=state, analyses=number + 1, criteria=criteria, summary=summary)
 
 

@@ -6,12 +6,16 @@ wrong would make every share 1.
 
 The test permutes users (else sessions, else requests) between the two sides. It is one-sided, and corrected
 by Holm over the criteria.
+
+Thumbs and corrections are votes, and names of users are what a key's holder chooses. So where several API
+keys ask, what follows from votes must also follow without any one key: none ends a canary alone. Failures and
+invalid answers are measured by the service, and count from everyone.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -29,6 +33,9 @@ FIRST_PERMUTATIONS = 500  # then as many again, while a p-value can still become
 CHUNK = 2_000_000  # random numbers in memory at once
 SEED = 7
 
+MAX_VOTERS = 10  # keys, those with the most votes first, without each of which a verdict must hold
+VOTES = {"thumb_down": "thumb_down_at", "corrected": "corrected_at"}
+
 CRITERIA = (
     ("failed", "do requests fail?"),
     ("invalid", "do answers lose their form?"),
@@ -43,6 +50,7 @@ class CanaryCriterion:
 
     Attributes:
         value: share of its requests; baseline: share of those of the version it is compared with.
+        passed: the p-value is above the threshold, or the votes are those of one API key alone.
         p_value: probability of such a difference by chance, corrected for all criteria (Holm).
         threshold: the analysis' share of alpha; a p-value above it passes.
     """
@@ -61,6 +69,29 @@ def compare(
     new: Sequence[RequestOutcome], old: Sequence[RequestOutcome], alpha: float
 ) -> tuple[CanaryCriterion, ...]:
     """Test every criterion that is known on both sides, at a family-wise level of `alpha`."""
+    return tuple(_hold_without_one_key(found, new, old, alpha) for found in _compare(new, old, alpha))
+
+
+def _hold_without_one_key(
+    found: CanaryCriterion, new: Sequence[RequestOutcome], old: Sequence[RequestOutcome], alpha: float
+) -> CanaryCriterion:
+    """Return a criterion, passed if it failed by the votes of one key alone though others ask, too."""
+    if found.passed or found.name not in VOTES or len({one.key for one in (*new, *old)}) < 2:
+        return found
+    voters = Counter(one.key for one in new if getattr(one, VOTES[found.name]) is not None)
+    for key, _ in voters.most_common(MAX_VOTERS):
+        ours, theirs = ([one for one in side if one.key != key] for side in (new, old))
+        rest = {one.name: one for one in _compare(ours, theirs, alpha)} if ours and theirs else {}
+        if found.name not in rest or rest[found.name].passed:
+            voter = f"the key {key}" if key else "requests without a key"
+            summary = f"{found.summary}, by the votes of {voter} alone: not decisive"
+            return replace(found, passed=True, summary=summary)
+    return found
+
+
+def _compare(
+    new: Sequence[RequestOutcome], old: Sequence[RequestOutcome], alpha: float
+) -> tuple[CanaryCriterion, ...]:
     sums, is_new = _sum_by_user(new, old)
     if math.comb(len(is_new), int(is_new.sum())) < _count_permutations(len(CRITERIA), alpha):
         # So few users have too few permutations for any small p-value. Requests are then taken as
@@ -117,8 +148,14 @@ def _sum_by_user(
 
 
 def _separate(outcomes: Sequence[RequestOutcome]) -> list[RequestOutcome]:
-    """Return the outcomes as if each came from a user of its own."""
-    return [replace(one, assignment_key=str(number)) for number, one in enumerate(outcomes)]
+    """Return the outcomes as if each came from a user of its own, but one vote of a kind for each user."""
+    voted: set[tuple[str, str]] = set()
+    separate = []
+    for number, one in enumerate(outcomes):
+        again = [field for field in VOTES.values() if (one.assignment_key, field) in voted]
+        voted |= {(one.assignment_key, field) for field in VOTES.values() if getattr(one, field) is not None}
+        separate.append(replace(one, assignment_key=str(number), **dict.fromkeys(again)))
+    return separate
 
 
 def _permutation_p_values(bad: Floats, known: Floats, is_new: NDArray[np.bool_], alpha: float) -> Floats:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,13 @@ class RequestOutcome:
 
     Attributes:
         at: when it was received, unix s.
-        assignment_key: the user, else the session, else the API key, else the request itself.
+        assignment_key: who asked: the API key with its user, else its session, else the key alone, else the
+            request itself. Two keys may both have a user of one name.
         valid: whether the answer had the required form; None if that was not checked.
-        thumb_down_at, corrected_at: time of the first such feedback, unix s; None without any.
+        thumb_down_at, corrected_at: time of the asker's newest thumb or correction, unix s, if it is bad;
+            None without any, and where the newest takes an older one back.
+        key: the API key of the asker, if there was one.
+        thumbs, corrections: of the asker, in order: the time, and whether it is bad.
     """
 
     at: float
@@ -33,11 +37,19 @@ class RequestOutcome:
     valid: bool | None
     thumb_down_at: float | None
     corrected_at: float | None
+    key: str | None = None
+    thumbs: tuple[tuple[float, bool], ...] = ()
+    corrections: tuple[tuple[float, bool], ...] = ()
 
     def known_at(self, time: float) -> RequestOutcome:
         """Return the outcome without feedback that came after `time`."""
         down, corrected = (
-            at if at is not None and at <= time else None for at in (self.thumb_down_at, self.corrected_at)
+            _newest_bad([one for one in given if one[0] <= time])
+            if given
+            else at
+            if at is not None and at <= time
+            else None
+            for given, at in ((self.thumbs, self.thumb_down_at), (self.corrections, self.corrected_at))
         )
         return replace(self, thumb_down_at=down, corrected_at=corrected)
 
@@ -75,21 +87,36 @@ def read_last_outcomes(url: str, before: float, tag: str, count: int) -> list[Re
 
 
 def make_outcome(row: dict[str, Any]) -> RequestOutcome:
-    """Return the outcome of a row of `services.events.read_joined`."""
-    down = [given["given_at"] for given in row["feedback"] if given["thumb"] == -1]
-    corrected = [
-        given["given_at"]
-        for given in row["feedback"]
-        if given["correction"] and not is_same_answer(row["answer"] or "", given["correction"])
-    ]
+    """Return the outcome of a row of `services.events.read_joined`.
+
+    Feedback that came with another API key than the request is no vote of the asker, and does not count.
+    """
+    own = [given for given in row["feedback"] if given["key_id"] == row["key_id"]]
+    own.sort(key=lambda given: float(given["given_at"]))
+    thumbs = tuple((given["given_at"], given["thumb"] == -1) for given in own if given["thumb"] is not None)
+    corrections = tuple(
+        (given["given_at"], not is_same_answer(row["answer"] or "", given["correction"]))
+        for given in own
+        if given["correction"]
+    )
+    name = row["user"] or row["session"]
+    asker = f"{row['key_id'] or ''}/{name}" if name else row["key_id"] or row["request_id"]
     return RequestOutcome(
         at=row["received_at"],
-        assignment_key=str(row["user"] or row["session"] or row["key_id"] or row["request_id"]),
+        assignment_key=str(asker),
         failed=row["status"] >= 500,
         valid=row["valid_output"],
-        thumb_down_at=min(down, default=None),
-        corrected_at=min(corrected, default=None),
+        thumb_down_at=_newest_bad(thumbs),
+        corrected_at=_newest_bad(corrections),
+        key=row["key_id"],
+        thumbs=thumbs,
+        corrections=corrections,
     )
+
+
+def _newest_bad(given: Sequence[tuple[float, bool]]) -> float | None:
+    """Return the time of the newest word if it is bad."""
+    return given[-1][0] if given and given[-1][1] else None
 
 
 def resolve_store_url(root: Path, url: str) -> str:

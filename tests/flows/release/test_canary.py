@@ -230,6 +230,87 @@ def test_outcomes_are_read_with_feedback_and_without_rejected_requests_and_shado
     ]
 
 
+def told(n, at, thumb=None, correction=None, key=None):
+    return Feedback(f"f{n}-{at}-{key}", f"r{n:05}", at, key, thumb, correction, None)
+
+
+def of(rows, tmp_path, record):
+    record(rows)
+    return list(read_outcomes(f"sqlite:///{tmp_path / 'events.db'}", 0.0, 100.0, NEW, "challenger"))
+
+
+def test_the_newest_word_of_the_asker_counts_and_no_one_elses(tmp_path, record):
+    asked = [replace(exchange(n, float(n), NEW, "challenger", user="u"), key_id="a") for n in range(6)]
+    given = [
+        [told(0, 50.0, -1, key="a"), told(0, 51.0, 1, key="a")],  # taken back
+        [told(1, 50.0, 1, key="a"), told(1, 51.0, -1, key="a")],
+        [told(2, 50.0, -1, key="mallory")],
+        [told(3, 50.0, -1)],
+        [told(4, 50.0, None, "off", "a"), told(4, 51.0, None, "on", "a")],  # it was right after all
+        [told(5, 50.0, None, "off", "mallory")],
+    ]
+    found = of(list(zip(asked, given, strict=True)), tmp_path, record)
+    assert [(one.thumb_down_at, one.corrected_at) for one in found] == [
+        (None, None),
+        (51.0, None),
+        *[(None, None)] * 4,
+    ]
+    early = [one.known_at(50.5) for one in found]
+    assert [(one.thumb_down_at, one.corrected_at) for one in early] == [
+        (50.0, None),
+        *[(None, None)] * 3,
+        (None, 50.0),
+        (None, None),
+    ]
+
+
+def test_users_of_one_name_under_two_keys_are_two(tmp_path, record):
+    asked = [exchange(n, float(n), NEW, "challenger", user="u1") for n in range(2)]
+    one, other = of([(replace(e, key_id=k), []) for e, k in zip(asked, "ab", strict=True)], tmp_path, record)
+    assert one.assignment_key != other.assignment_key
+
+
+def voting(count, key, *, users, field, bad=True, start=0.0):
+    """Return outcomes of a key's users, who each ask once or more and vote against every answer."""
+    return [
+        RequestOutcome(
+            start + n,
+            f"{key}/u{n % users}",
+            failed=False,
+            valid=True,
+            thumb_down_at=start + n + 1 if bad and field == "thumb_down" else None,
+            corrected_at=start + n + 1 if bad and field == "corrected" else None,
+            key=key,
+        )
+        for n in range(count)
+    ]
+
+
+@pytest.mark.parametrize("field", ["thumb_down", "corrected"])
+@pytest.mark.parametrize("kind", ["canary", "bake"])
+def test_one_key_with_invented_users_does_not_end_a_canary_and_two_do(field, kind):
+    honest = voting(80, "honest", users=80, field=field, bad=False)
+    champion = voting(400, "honest", users=300, field=field, bad=False)
+    flood = voting(40, "mallory", users=40, field=field, start=200.0)
+    one = judged([*honest, *flood], champion, kind=kind, needed=120)
+    assert one.state == "good" and "by the votes of the key mallory alone: not decisive" in one.summary
+    more = [replace(vote, key=f"k{n % 2}") for n, vote in enumerate(flood)]
+    two = judged([*honest, *more], champion, kind=kind, needed=120)
+    assert two.state == "bad" and field.replace("_", " ") in two.summary
+
+
+def test_the_only_key_that_asks_is_heard():
+    unhappy = voting(100, "app", users=50, field="thumb_down")
+    assert judged(unhappy, voting(400, "app", users=200, field="thumb_down", bad=False)).state == "bad"
+
+
+def test_one_user_of_few_has_one_vote():
+    new = voting(100, "a", users=2, field="thumb_down")
+    one = [replace(each, thumb_down_at=None) if "u1" in each.assignment_key else each for each in new]
+    old = voting(100, "a", users=2, field="thumb_down", bad=False)
+    assert judged(one, old).state == "good"
+
+
 def test_a_canary_is_judged_from_the_store_and_its_report_is_written(tmp_path, record):
     with pytest.raises(InputError, match="no version is in canary"):
         judge_canary(tmp_path, URL, SETTINGS, 30.0)
