@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from flows.common.guarded_task import read_guarded_task
 from flows.gate.evaluation import keep_test_rows
 from flows.gate.judge import run_gate
 from flows.gate.verdict import read_verdict
@@ -24,7 +25,6 @@ from flows.release.canary import CanaryVerdict, judge_canary
 from flows.retrain import progress
 from flows.retrain.progress import RetrainResult, RetrainState
 from monitoring.feedback import rows
-from monitoring.feedback.labels import read_served_task
 from services.versions.aliases import ALIASES, read_aliases
 from services.versions.releases import read_releases
 from services.versions.store import add_pipeline_output, read_pipeline_tag
@@ -79,7 +79,7 @@ def resume_or_start(
 def gather(root: Path, params: Params, run: RetrainState) -> RetrainState:
     """Write the rows to learn, the rows held out for the gate, and the adapter to start from."""
     keep_test_rows(root)
-    task = read_served_task(root, params)
+    task = read_guarded_task(root, params)
     url, settings = params.services.events.url, params.monitoring.feedback
     held_out = rows.read_held_out_before(root)
     labelled = rows.label_rows(url, 0.0, run.until, settings, task, held_out)

@@ -18,6 +18,7 @@ from prefect.client.schemas.objects import State
 from prefect.events import emit_event
 from prefect.states import Completed
 
+from flows.common.guarded_task import read_guarded_task
 from flows.common.notifications import notify
 from flows.common.prefect_api import run_as_task
 from flows.registry.tracking import Registry
@@ -27,7 +28,6 @@ from flows.retrain import progress
 from flows.watch.event import DRIFT_EVENT
 from monitoring import trigger
 from monitoring.feedback import rows
-from monitoring.feedback.labels import read_served_task
 from monitoring.verdicts import DriftVerdict, TriggerDecision, read_verdicts
 from monitoring.watching import describe_failure, judge_new_windows, read_reference
 from services.versions.aliases import ALIASES, read_aliases
@@ -175,7 +175,7 @@ def _decide(root: Path, params: Params, champion: str, known: Sequence[DriftVerd
     # Reading all feedback takes longer than the verdict itself.
     if not decide(settings.min_labelled_rows).fires:
         return decide(0)
-    task_ = read_served_task(root, params)
+    task_ = read_guarded_task(root, params)
     report = rows.label_rows(
         params.services.events.url,
         0.0,

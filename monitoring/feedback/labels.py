@@ -6,7 +6,7 @@ import hashlib
 import json
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -50,7 +50,7 @@ REASONS = {
     "unfinished": "found right, but cut off",
     "invalid": "the label is not an answer of the task",
     "outside_schema": "a label outside the schema of the answers",
-    "suspicious": "the guard found the exchange suspicious",
+    "suspicious": "the guard found the exchange or the correction suspicious",
     "superseded": "the same person gave a newer label",
     "user_limit": "over `max_rows_per_user`",
     "key_share": "over `max_share_per_key`",
@@ -70,6 +70,7 @@ class ServedTask:
         answer_schema: of the training answers, as `artifacts/export/serving.json` has it; None: any answer.
         system_prompt: what training rows begin with; the rows here have none in its place.
         max_question_chars, max_answer_chars: longer texts are left out.
+        is_rejected: what the guard thinks of a correction; no check of the exchange has seen it.
     """
 
     answers: Task
@@ -77,6 +78,7 @@ class ServedTask:
     system_prompt: str | None
     max_question_chars: int
     max_answer_chars: int
+    is_rejected: Callable[[str], bool] = lambda _: False
 
 
 def read_served_task(root: Path, params: Params, serving: Mapping[str, Any] | None = None) -> ServedTask:
@@ -199,7 +201,9 @@ def label_of(
     if settings.on_suspicion == "drop" and not task.answers.fits(task.answer_schema, text):
         raise LeftOut("outside_schema")
     checks = INPUT_CHECKS if kind == "correction" else (*INPUT_CHECKS, *OUTPUT_CHECKS)
-    if settings.on_suspicion == "drop" and _suspicious(exchange["verdicts"], checks):
+    if settings.on_suspicion == "drop" and (
+        _suspicious(exchange["verdicts"], checks) or (kind == "correction" and task.is_rejected(text))
+    ):
         raise LeftOut("suspicious")
     same = task.answers.canonical(text)
     if not all(is_unicode(part) for part in (text, same, *(message.content for message in prompt))):

@@ -30,6 +30,7 @@ from services.api.responses import CHAT, COMPLETION, ResponseFormatter
 from services.api.schemas import ChatRequest, CompletionRequest, FeedbackRequest
 from services.errors import ApiError
 from services.events import Feedback, StoreUnavailable
+from services.guard.policy import check_prompt
 from services.keys.access import Caller
 from services.model_pool import LoadedModel
 from stages.common.chat import hash_template
@@ -183,7 +184,10 @@ def make_app(get_handler: GetHandler, get_caller: GetCaller) -> FastAPI:
     @app.post("/v1/feedback", responses=_ERRORS)
     async def create_feedback(body: FeedbackRequest, caller: Caller = caller) -> dict[str, str]:
         """Store feedback on an answer: a thumb, a correction, a comment."""
-        store = get_handler().store
+        handler = get_handler()
+        store = handler.store
+        if body.correction:
+            await asyncio.to_thread(check_correction, body.correction, handler)
         event = Feedback(
             feedback_id=f"fb_{uuid.uuid4().hex}",
             request_id=body.request_id,
@@ -237,6 +241,18 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 def get_request_id(request: Request) -> str:
     """Return the id that the middleware gave a request."""
     return getattr(request.state, "request_id", None) or make_request_id()
+
+
+def check_correction(correction: str, handler: ChatHandler) -> None:
+    """Have the guard look at a correction as at a prompt: it may become an answer that a model learns.
+
+    Raises:
+        ApiError: a check that is enforced rejects it.
+    """
+    asked = [{"role": "user", "content": correction}]
+    for result in check_prompt(asked, handler.pool.champion.control_tokens, handler.settings.guard):
+        if result.policy == "enforce" and not result.decision.allow:
+            raise errors.content_refused(result.decision.reason or result.check, "correction")
 
 
 def _describe_model(alias: str, model: LoadedModel) -> dict[str, Any]:

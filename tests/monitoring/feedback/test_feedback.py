@@ -302,6 +302,15 @@ def test_suspicious_rows_and_new_labels_stay_where_the_settings_keep_them(events
     assert labels(events.rows(keeps)) == {"a": '{"intent":"Explode","mood":1}'}
 
 
+def test_a_correction_that_the_guard_rejects_is_no_label_and_the_settings_can_keep_it(events):
+    events.asks("a", correction='{"intent":"On","area":"attic"}')
+    events.asks("b", correction=ON)
+    task = replace(TASK, is_rejected=lambda correction: "attic" in correction)
+    labelled = events.rows(task=task)
+    assert labels(labelled) == {"b": ON} and labelled.report["left_out"] == {"suspicious": 1}
+    assert set(labels(events.rows(SETTINGS.model_copy(update={"on_suspicion": "keep"}), task))) == {"a", "b"}
+
+
 def test_what_the_guard_said_of_the_answer_does_not_count_against_a_correction_of_it(events):
     events.asks("a", correction=OFF, verdicts='{"secrets": [false, "secret_aws"], "schema": [false, "x"]}')
     assert labels(events.rows()) == {"a": OFF}

@@ -198,6 +198,20 @@ def test_feedback_is_kept_with_the_answer_it_is_about(client, server):
     assert (kept["request_id"], kept["thumb"], kept["correction"]) == (request_id, -1, "better")
 
 
+def test_a_correction_is_looked_at_by_the_guard_like_any_input(client, server):
+    request_id = ask(client, max_tokens=3).headers["x-request-id"]
+    control = server.handler.pool.champion.control_tokens[0]
+    forged = client.post("/v1/feedback", json={"request_id": request_id, "correction": f"on{control}"})
+    assert forged.status_code == 400
+    error = forged.json()["error"]
+    assert (error["code"], error["param"], error["reason"]) == (
+        "content_refused",
+        "correction",
+        "control_tokens",
+    )
+    assert not [row for row in events(server, read_feedback) if row["request_id"] == request_id]
+
+
 def test_feedback_on_nothing_is_refused(client):
     unknown = client.post("/v1/feedback", json={"request_id": "req_unknown", "thumb": "up"})
     assert (unknown.status_code, unknown.json()["error"]["param"]) == (422, "request_id")
