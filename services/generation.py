@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import sys
 from contextlib import aclosing
+from functools import cache
 from typing import Annotated, Any, cast
 
 import bentoml
@@ -21,9 +23,11 @@ from starlette.types import Scope
 from services import errors
 from services.answering.handler import ChatHandler
 from services.answering.request import Delta, GenerationRequest
+from services.api.ask import AskCheck
 from services.api.bodies import BodyLimit
 from services.api.middleware import ConcurrencyLimit, Deadline, RequestIds, listens_beyond_loopback
 from services.api.routes import get_request_id, make_app, make_error_response
+from services.api.same_origin import SameOrigin
 from services.api.schemas import Answer
 from services.engines.protocol import Sampling
 from services.engines.select import check_gpus, load_engine
@@ -47,6 +51,8 @@ set_quiet_environment()
 sys.setswitchinterval(0.0005)
 PARAMS = load_params()
 SETTINGS = PARAMS.services
+# Read by Uvicorn when BentoML's worker starts it; its default would believe any proxy on this machine.
+os.environ["FORWARDED_ALLOW_IPS"] = ",".join(SETTINGS.access.proxies)
 
 logger = logging.getLogger("services.generation")
 
@@ -157,7 +163,7 @@ class Generation:
         """Answer one question under the model's own system prompt, and report whether the answer is valid."""
         request_id = get_request_id(ctx.request)
         try:
-            handler, caller = get_handler(), await get_caller(ctx.request)
+            handler, caller = get_handler(), ctx.request.state.caller  # by AskCheck
             request = GenerationRequest(
                 request_id=request_id,
                 route="/ask",
@@ -215,6 +221,14 @@ _LIMITED_PATHS = ("/v1/chat/completions", "/v1/completions", "/ask")
 _MIDDLEWARE: tuple[tuple[type, dict[str, Any]], ...] = (  # the outermost first
     (RequestIds, {}),
     (
+        SameOrigin,
+        {
+            "hosts": SETTINGS.access.hosts,
+            "is_public": cache(listens_beyond_loopback),
+            "setting": "services.access.hosts",
+        },
+    ),
+    (
         BodyLimit,
         {
             "max_bytes": SETTINGS.guard.max_body_bytes,
@@ -227,6 +241,7 @@ _MIDDLEWARE: tuple[tuple[type, dict[str, Any]], ...] = (  # the outermost first
         ConcurrencyLimit,
         {"paths": _LIMITED_PATHS, "limit": SETTINGS.engine.max_running + SETTINGS.engine.max_waiting},
     ),
+    (AskCheck, {"get_caller": get_caller}),
 )
 for _middleware, _options in _MIDDLEWARE:
     cast(Any, Generation).add_asgi_middleware(_middleware, **_options)

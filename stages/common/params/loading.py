@@ -46,6 +46,7 @@ from stages.common.task.settings import TaskSettings
 ENVIRONMENT = {
     "PERENNIAL_EVENTS_URL": ("services", "events", "url"),
     "PERENNIAL_KEYS_FILE": ("services", "access", "keys_file"),
+    "PERENNIAL_HOSTS": ("services", "access", "hosts"),  # with commas between them
     "PERENNIAL_TRACKING_URL": ("flows", "tracking", "tracking_url"),
 }
 
@@ -107,7 +108,8 @@ def _from_environment(document: Document) -> None:
     for name, (section, part, key) in ENVIRONMENT.items():
         values = document.values.get(section, {}).get(part)
         if name in os.environ and isinstance(values, dict):
-            values[key] = os.environ[name]
+            value = os.environ[name]
+            values[key] = tuple(value.split(",")) if isinstance(values.get(key), tuple) else value
 
 
 def _conflicts_across(document: Document, sections: dict[str, Any]) -> Iterator[Problem]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from ipaddress import ip_network
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -65,8 +66,18 @@ class Access(Section):
 
     keys: Literal["auto", "always"]
     keys_file: Annotated[str, Field(min_length=1)]
+    hosts: tuple[Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(:\d{1,5})?$")], ...]
+    proxies: tuple[Annotated[str, Field(pattern=r"^[0-9a-fA-F.:]+(/\d{1,3})?$")], ...]
     requests_per_minute: PositiveCount | None
     tokens_per_day: PositiveCount | None
+
+    @override
+    def find_conflicts(self) -> Iterator[tuple[str, str]]:
+        for proxy in self.proxies:
+            try:
+                ip_network(proxy)
+            except ValueError as error:
+                yield "proxies", f"{proxy!r} is neither an address nor a network: {error}"
 
 
 class Guard(Section):

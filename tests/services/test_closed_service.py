@@ -1,0 +1,102 @@
+"""The real service as `make serve` starts it, asked by a page elsewhere, by proxies, with broken bodies."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+
+from stages.common import network
+from tests.services.serving import ROOT
+from tests.services.tiny_checkout import make_checkout
+
+SECRET = "zoe@example.com 4111111111111111"
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory):
+    """Yield the service's address and its log; five requests a minute are allowed from one address."""
+    folder = tmp_path_factory.mktemp("service")
+    root = make_checkout(folder, {"requests_per_minute: null": "requests_per_minute: 200"})
+    port, log = network.free_port(), folder / "log"
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("PERENNIAL_")},
+        "PYTHONPATH": str(ROOT),
+        "BENTOML_HOME": str(folder / "bentoml"),
+        "PERENNIAL_HOSTS": "own.example",
+    }
+    command = [sys.executable, "-m", "bentoml", "serve", "services.generation:Generation"]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, "--port", str(port)], cwd=root, env=environment, stdout=output, stderr=output
+        )
+    url = f"http://127.0.0.1:{port}"
+    until = time.monotonic() + 180
+    try:
+        while (answer := network.get(f"{url}/readyz")) is None or answer[0] != 200:
+            assert process.poll() is None and time.monotonic() < until, log.read_text()
+            time.sleep(0.2)
+        yield url, log
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+@pytest.mark.slow
+def test_every_route_refuses_other_hosts_other_origins_and_posts_without_preflight(service):
+    url, _ = service
+    paths = httpx.get(f"{url}/docs.json").json()["paths"]
+    routes = {(method.upper(), path) for path, ways in paths.items() for method in ways}
+    assert {("POST", "/ask"), ("POST", "/v1/feedback"), ("GET", "/metrics"), ("GET", "/readyz")} <= routes
+    routes |= {("GET", "/"), ("GET", "/page/page.js")}
+    for method, path in sorted(routes):
+        path = path.replace("{model}", "tiny")
+        assert httpx.request(method, url + path, headers={"Host": "evil.example"}).status_code == 403, path
+        origin = {"Origin": "https://evil.example"}
+        answer = httpx.request(method, url + path, headers=origin, json={})
+        assert answer.status_code == 403 and "access-control-allow-origin" not in answer.headers, path
+        preflight = {**origin, "Access-Control-Request-Method": method}
+        assert httpx.options(url + path, headers=preflight).status_code == 403, path
+        if method == "POST":
+            for kind in (
+                "text/plain",
+                "application/x-www-form-urlencoded",
+                "multipart/form-data; boundary=x",
+            ):
+                answer = httpx.post(url + path, content=b"{}", headers={"Content-Type": kind})
+                assert answer.status_code == 415, (path, kind)
+    assert httpx.get(f"{url}/v1/models", headers={"Host": "own.example"}).status_code == 200
+
+
+@pytest.mark.slow
+def test_the_log_holds_nothing_that_was_asked_and_a_wrong_body_of_ask_is_told(service):
+    url, log = service
+    for body in (
+        f'{{"question": ["{SECRET}"]}}',
+        f'{{"question": "{SECRET}',
+        f'{{"question": "\\ud800{SECRET}"}}',
+    ):
+        answer = httpx.post(f"{url}/ask", content=body, headers={"Content-Type": "application/json"})
+        assert answer.status_code in (400, 422) and SECRET not in answer.text
+    for path in ("/v1/chat/completions", "/v1/completions", "/v1/feedback", f"/v1/{SECRET}", f"/{SECRET}"):
+        httpx.post(url + path, json={"messages": SECRET, "prompt": [SECRET], "request_id": [SECRET]})
+    assert httpx.post(f"{url}/ask", json={"question": SECRET, "max_tokens": 2}, timeout=60).status_code == 200
+    text = log.read_text()
+    assert "zoe@" not in text and "4111" not in text and "Traceback" not in text
+
+
+@pytest.mark.slow
+def test_no_header_of_a_client_chooses_its_address(service):
+    """Runs last: it uses up the minute's requests."""
+    url, _ = service
+    named = [{"X-Forwarded-For": f"10.1.{n}.1", "Forwarded": f"for=10.1.{n}.1"} for n in range(210)]
+    with httpx.Client() as client:
+        chat = [
+            client.post(f"{url}/v1/chat/completions", json={"messages": 5}, headers=one).status_code
+            for one in named
+        ]
+        asks = [client.post(f"{url}/ask", json={"question": 5}, headers=one).status_code for one in named[:5]]
+    assert chat[-5:] == [429] * 5 and asks == [429] * 5
