@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from flows.common import prefect_api, processes
+from flows.common import prefect_api
 from flows.common.cli import run_command
 from flows.watch.event import DRIFT_EVENT
 from stages.common.errors import InputError
@@ -175,7 +175,7 @@ def _deployment(timetable: Timetable, pool: str | None) -> RunnerDeployment:
 
 @contextmanager
 def _running_server(root: Path) -> Iterator[None]:
-    """Set PREFECT_API_URL to the running server for the block.
+    """Let Prefect's clients use the running server for the block.
 
     Raises:
         InputError: none answers.
@@ -184,7 +184,7 @@ def _running_server(root: Path) -> Iterator[None]:
     if not prefect_api.is_up(url):
         fix = "start one with `make up`, or set PREFECT_API_URL"
         raise InputError(f"no Prefect server answers at {url}", fix)
-    with processes.set_variable("PREFECT_API_URL", url):
+    with prefect_api.set_api(root, url):
         yield
 
 

@@ -10,19 +10,18 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tomllib
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from flows.common import processes
+from flows.common import guarded_pages, processes
+from flows.common.page_secret import make_auth_string, make_secret
 from stages.common import network
-from stages.common.artifacts import STATE, write_json
+from stages.common.artifacts import STATE, write_private_json
 from stages.common.errors import InputError
 
 if TYPE_CHECKING:
@@ -57,17 +56,45 @@ def is_up(url: str) -> bool:
     return answer is not None and answer[0] == 200 and answer[1].strip() == b"true"
 
 
-def announce(root: Path, url: str) -> None:
-    """Record the API of `make up`, for later runs in this checkout."""
-    write_json(root / STATE / "server.json", {"url": url})
+def announce(root: Path, url: str, auth_string: str | None = None) -> None:
+    """Record the API of `make up` and its secret, for later runs in this checkout, readable by its owner.
+
+    Args:
+        auth_string: `user:password`, as PREFECT_API_AUTH_STRING has it; None if the API needs none.
+    """
+    write_private_json(root / STATE / "server.json", {"url": url, "auth_string": auth_string})
 
 
 def read_announced_url(root: Path) -> str | None:
     """Return the API that `make up` recorded; it may be down by now."""
+    url = _read_announced(root).get("url")
+    return str(url) if url else None
+
+
+def read_auth_string(root: Path, url: str) -> str | None:
+    """Return the `user:password` of an API: of `make up`, if it is that one, else the environment's."""
+    announced = _read_announced(root)
+    if announced.get("auth_string") and str(announced.get("url")).rstrip("/") == url.rstrip("/"):
+        return str(announced["auth_string"])
+    return os.environ.get("PREFECT_API_AUTH_STRING")
+
+
+@contextmanager
+def set_api(root: Path, url: str) -> Iterator[None]:
+    """Let Prefect's clients use an API, with its secret if this checkout knows it, for the block."""
+    with ExitStack() as stack:
+        stack.enter_context(processes.set_variable("PREFECT_API_URL", url))
+        if auth_string := read_auth_string(root, url):
+            stack.enter_context(processes.set_variable("PREFECT_API_AUTH_STRING", auth_string))
+        yield
+
+
+def _read_announced(root: Path) -> dict[str, Any]:
     try:
-        return str(json.loads((root / STATE / "server.json").read_text(encoding="utf-8"))["url"])
-    except (OSError, ValueError, KeyError):
-        return None
+        values = json.loads((root / STATE / "server.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 @dataclass(frozen=True)
@@ -96,35 +123,41 @@ class Api:
 def connect(root: Path) -> Iterator[Api]:
     """Set PREFECT_API_URL for the block; start a temporary server if none answers."""
     if url := read_configured_url():
-        yield Api(url)
+        with set_api(root, url):
+            yield Api(url)
         return
     for known in (read_announced_url(root), DEFAULT_URL):
         if known and is_up(known):
-            with processes.set_variable("PREFECT_API_URL", known):
+            with set_api(root, known):
                 yield Api(known)
             return
     port = network.free_port()
     url = f"http://{network.LOOPBACK}:{port}/api"
-    run_id = uuid.uuid4().hex
+    run_id, secret = uuid.uuid4().hex, make_secret()
     # The server has a session of its own: a kill of this process does not end it.
     with processes.run_watchdog(run_id):
         with processes.set_variable(processes.RUN_ID_VARIABLE, run_id):
-            process = start_temporary(port, root / STATE / "server.log")
+            process = start_temporary(port, root / STATE / "server.log", secret)
         try:
-            with processes.set_variable("PREFECT_API_URL", url):
+            with (
+                processes.set_variable("PREFECT_API_URL", url),
+                processes.set_variable("PREFECT_API_AUTH_STRING", make_auth_string(secret)),
+            ):
                 yield Api(url, process)
         finally:
             processes.stop(process)
 
 
-def start_temporary(port: int, log: Path) -> subprocess.Popen[bytes]:
+def start_temporary(port: int, log: Path, secret: str) -> subprocess.Popen[bytes]:
     """Start a server for one run as Prefect itself would: no page, and only the services that record runs."""
-    import_path = str(Path(find_spec("prefect").origin).parents[1])  # type: ignore[union-attr,arg-type]
-    command = [sys.executable, "-m", "uvicorn", "--app-dir", import_path, "--factory"]
-    command += ["prefect.server.api.server:create_app", "--host", network.LOOPBACK, "--port", str(port)]
-    command += ["--log-level", "error", "--lifespan", "on"]
-    settings = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
+    settings = {
+        "PREFECT_UI_ENABLED": "0",
+        "PREFECT__SERVER_EPHEMERAL": "1",
+        "PREFECT__SERVER_FINAL": "1",
+        guarded_pages.SECRET: secret,
+    }
     log.unlink(missing_ok=True)
+    command = guarded_pages.make_command("make_prefect", network.LOOPBACK, port)
     return processes.start(command, log, environment={**os.environ, **settings})
 
 

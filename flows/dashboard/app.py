@@ -1,4 +1,4 @@
-"""The dashboard's web app: `uvicorn flows.dashboard.app:app`, or `make up`.
+"""The dashboard's web app: `uvicorn --factory flows.dashboard.app:make_guarded_app`, or `make up`.
 
 It only reads. A thread looks at everything every few seconds, and a request is answered with what was seen
 last: nothing that is slow or down can hold the page up.
@@ -7,6 +7,7 @@ last: nothing that is slow or down can hold the page up.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -19,10 +20,14 @@ from fastapi import FastAPI, HTTPException
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from starlette.types import ASGIApp
 
+from flows.common import guarded_pages
+from flows.common.page_secret import PageSecret
 from flows.dashboard.charts import draw_charts
 from flows.dashboard.status import StatusCache, read_status
 from monitoring.verdicts import WATCH
+from services.api.same_origin import SameOrigin
 from stages.common.errors import InputError
 from stages.common.params.loading import load_params
 from stages.common.tag import parse_version
@@ -204,4 +209,13 @@ def format_number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}".rstrip("0").rstrip(".").replace("-", "−")
 
 
-app = make_app(Path())
+def make_guarded_app() -> ASGIApp:
+    """Return the app of the checkout in this folder, for its own hosts and origin.
+
+    It only reads, and asks for no secret; a browser that brings the one of `make up` gets the cookie that
+    opens the pages it links to.
+    """
+    app: ASGIApp = make_app(Path())
+    if secret := os.environ.get(guarded_pages.SECRET):
+        app = PageSecret(app, secret, is_needed=False)
+    return SameOrigin(app)

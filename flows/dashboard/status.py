@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flows.common.prefect_api import read_announced_url
+from flows.common.prefect_api import read_announced_url, read_auth_string
 from flows.gate.verdict import GateVerdict, read_verdict_file
 from flows.release.canary import read_trials
 from flows.retrain import progress
@@ -204,9 +204,10 @@ def _flows(root: Path, params: Params) -> dict[str, Any]:
 
     api = os.environ.get("PREFECT_API_URL") or read_announced_url(root)
     api = (api or f"http://127.0.0.1:{params.flows.pages.prefect}/api").rstrip("/")
+    user, _, password = (read_auth_string(root, api) or "").partition(":")
     found: dict[str, Any] = {}
     try:
-        with httpx.Client(timeout=HTTP_TIMEOUT_S) as client:
+        with httpx.Client(timeout=HTTP_TIMEOUT_S, auth=(user, password) if password else None) as client:
             flows = client.post(f"{api}/flows/filter", json={"limit": 200}).raise_for_status().json()
             # Ours, and only those that ran: the server may be shared with other projects.
             for flow in (one for one in flows if one["name"] in FLOWS):

@@ -20,7 +20,8 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from flows.common import console, prefect_api, processes
+from flows.common import console, guarded_pages, prefect_api, processes
+from flows.common.page_secret import make_auth_string, make_link, make_secret
 from flows.up.state import UP_STATE
 from flows.up.supervisor import Program, Supervisor, call_on_signals, check_ports, nothing_missing
 from stages.common import network
@@ -56,15 +57,19 @@ def up(root: Path, params: Params) -> None:
         InputError: a port is taken; nothing was started.
     """
     check_ports(list_ports(params))
-    programs = make_programs(root, params)
-    supervise(root, programs, get_prefect_api_url(params.flows.pages.prefect))
+    secret = make_secret()
+    programs = make_programs(root, params, secret)
+    link = make_link(f"http://{network.LOOPBACK}:{params.flows.pages.dashboard}/", secret)
+    logger.info("open %s: it opens Prefect, MLflow and Evidently to this browser too", link)
+    supervise(root, programs, get_prefect_api_url(params.flows.pages.prefect), secret)
 
 
-def supervise(root: Path, programs: Sequence[Program], api: str) -> None:
+def supervise(root: Path, programs: Sequence[Program], api: str, secret: str) -> None:
     """Keep `programs` running until a signal; end all they started, however this process ends.
 
     Args:
         api: Prefect's, which runs of this checkout report to meanwhile.
+        secret: of the pages, which runs of this checkout send to it.
     """
     run_id = uuid.uuid4().hex
     supervisor = Supervisor(programs, root, root / LOGS, root / UP_STATE)
@@ -74,7 +79,7 @@ def supervise(root: Path, programs: Sequence[Program], api: str) -> None:
         stack.enter_context(processes.set_variable(processes.RUN_ID_VARIABLE, run_id))
         # What programs started in sessions of their own is not in their groups.
         stack.callback(processes.terminate_orphans, run_id)
-        prefect_api.announce(root, api)
+        prefect_api.announce(root, api, make_auth_string(secret))
         stack.callback((root / STATE / "server.json").unlink, missing_ok=True)
         names = ", ".join(program.name for program in programs)
         logger.info("starting %s; logs are in %s; Ctrl-C ends all", names, LOGS)
@@ -103,42 +108,46 @@ def get_prefect_api_url(port: int) -> str:
     return f"http://{network.find_reachable_host(host)}:{port}/api"
 
 
-def make_programs(root: Path, params: Params) -> tuple[Program, ...]:
-    """Return the programs of `make up`, in the order in which they are started."""
+def make_programs(root: Path, params: Params, secret: str) -> tuple[Program, ...]:
+    """Return the programs of `make up`, in the order in which they are started; `secret` opens the pages."""
     pages, services = params.flows.pages, params.services
     programs = [
-        _dashboard(pages.dashboard),
-        _prefect(pages.prefect),
-        _executor(get_prefect_api_url(pages.prefect)),
+        _dashboard(pages.dashboard, secret),
+        _prefect(pages.prefect, secret),
+        _executor(get_prefect_api_url(pages.prefect), secret),
         _service(root, services.host, services.port),
     ]
     if _mlflow_is_ours(tracking_url := params.flows.tracking.tracking_url):
-        programs.append(_mlflow(pages.mlflow, tracking_url))
-    return (*programs, _evidently(pages.evidently))
+        programs.append(_mlflow(pages.mlflow, tracking_url, secret))
+    return (*programs, _evidently(pages.evidently, secret))
 
 
-def _dashboard(port: int) -> Program:
+def _dashboard(port: int, secret: str) -> Program:
     url = f"http://{network.LOOPBACK}:{port}/"
     return Program(
         "dashboard",
         (
-            *_module("uvicorn", "flows.dashboard.app:app", "--host", network.LOOPBACK),
-            *("--port", str(port), "--log-level", "warning"),
+            *_module("uvicorn", "--factory", "flows.dashboard.app:make_guarded_app"),
+            *("--host", network.LOOPBACK, "--port", str(port), "--log-level", "warning"),
+            *("--no-access-log", "--no-proxy-headers"),
         ),
         page=url,
         probe=f"{url}healthz",
+        environment={guarded_pages.SECRET: secret},
     )
 
 
-def _prefect(port: int) -> Program:
+def _prefect(port: int, secret: str) -> Program:
     api = get_prefect_api_url(port)
     host, port = _prefect_address(port)
     return Program(
         "prefect",
-        (*_module("prefect", "server", "start", "--host", host), "--port", str(port)),
-        page=f"http://{network.find_reachable_host(host)}:{port}/",
+        guarded_pages.make_command("make_prefect", host, port),
+        page=(page := f"http://{network.find_reachable_host(host)}:{port}/"),
         probe=f"{api}/health",
         environment={
+            guarded_pages.SECRET: secret,
+            "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": page.rstrip("/"),
             # Else its page asks port 4200, whatever port this one listens on.
             "PREFECT_SERVER_UI_API_URL": os.environ.get("PREFECT_UI_API_URL", api),
             "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
@@ -146,11 +155,11 @@ def _prefect(port: int) -> Program:
     )
 
 
-def _executor(api: str) -> Program:
+def _executor(api: str, secret: str) -> Program:
     return Program(
         "executor",
         _module("flows.deployments", "--serve"),
-        environment={"PREFECT_API_URL": api},
+        environment={"PREFECT_API_URL": api, "PREFECT_API_AUTH_STRING": make_auth_string(secret)},
         after=("prefect",),
         end_signal=signal.SIGINT,
         patience_s=STOP_PATIENCE_S,
@@ -169,35 +178,34 @@ def _service(root: Path, host: str, port: int) -> Program:
     )
 
 
-def _mlflow(port: int, tracking_url: str) -> Program:
+def _mlflow(port: int, tracking_url: str, secret: str) -> Program:
     url = f"http://{network.LOOPBACK}:{port}/"
     return Program(
         "mlflow",
-        (
-            *_module("mlflow", "server", "--host", network.LOOPBACK, "--port", str(port)),
-            *("--workers", "1", "--artifacts-destination", str(STATE / "mlflow-artifacts")),
-        ),
+        guarded_pages.make_command("make_mlflow", network.LOOPBACK, port),
         page=url,
         probe=f"{url}health",
         environment={
+            guarded_pages.SECRET: secret,
             # Not an argument: the URL of a database holds a password, and arguments are for all to see.
             "MLFLOW_BACKEND_STORE_URI": tracking_url,
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # else eight processes more
+            "MLFLOW_ARTIFACTS_DESTINATION": str(STATE / "mlflow-artifacts"),
         },
         missing=_needs("mlflow", "monitor"),
     )
 
 
-def _evidently(port: int) -> Program:
+def _evidently(port: int, secret: str) -> Program:
     url = f"http://{network.LOOPBACK}:{port}/"
     return Program(
         "evidently",
-        (
-            *_module("evidently.cli", "ui", "--workspace", str(STATE / "evidently")),
-            *("--host", network.LOOPBACK, "--port", str(port)),
-        ),
+        guarded_pages.make_command("make_evidently", network.LOOPBACK, port),
         page=url,
-        probe=url,
+        probe=f"{url}api/version",
+        environment={
+            guarded_pages.SECRET: secret,
+            guarded_pages.WORKSPACE: str(STATE / "evidently"),
+        },
         missing=_needs("evidently", "monitor"),
     )
 

@@ -53,6 +53,12 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def write_private_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON that only its owner can read, at no moment anyone else."""
+    with atomic_write(path, 0o600) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file that an earlier stage wrote.
 
@@ -91,15 +97,19 @@ def _repro(path: Path) -> str:
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a path next to `path` for the caller to write; rename it over `path` on success."""
+def atomic_write(path: Path, mode: int = 0o644) -> Iterator[Path]:
+    """Yield a path next to `path` for the caller to write; rename it over `path` on success.
+
+    Args:
+        mode: the permissions of the file in the end; until then only its owner can read it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

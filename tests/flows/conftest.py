@@ -6,8 +6,11 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from flows.common import prefect_api, processes
+from flows.common.page_secret import make_auth_string
 from stages.common import network
 from tests.flows.toy import Api, Toy, make_toy
+
+API_SECRET = "the secret of the tests' server"
 
 
 @pytest.fixture(scope="session")
@@ -16,7 +19,12 @@ def clean_environment(tmp_path_factory):
     kept = {
         name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "PERENNIAL_"))
     }
-    return {**kept, "PREFECT_HOME": str(tmp_path_factory.mktemp("prefect")), "DVC_NO_ANALYTICS": "1"}
+    return {
+        **kept,
+        "PREFECT_HOME": str(tmp_path_factory.mktemp("prefect")),
+        "PREFECT_API_AUTH_STRING": make_auth_string(API_SECRET),
+        "DVC_NO_ANALYTICS": "1",
+    }
 
 
 @pytest.fixture(scope="session")
@@ -25,11 +33,11 @@ def api(clean_environment, tmp_path_factory):
     port, log = network.free_port(), tmp_path_factory.mktemp("server") / "log"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFECT_HOME", clean_environment["PREFECT_HOME"])
-        process = prefect_api.start_temporary(port, log)
+        process = prefect_api.start_temporary(port, log, API_SECRET)
     url = f"http://127.0.0.1:{port}/api"
     try:
         prefect_api.wait_until_up(url, process)
-        yield Api(url)
+        yield Api(url, make_auth_string(API_SECRET))
     finally:
         processes.stop(process)
 

@@ -78,12 +78,14 @@ def test_up_shows_the_page_executes_what_is_due_and_ends_with_all_it_started(fin
     for key in ("dashboard: 8000", "mlflow: 5000", "evidently: 8001", "port: 3000"):
         finished.change("params.yaml", f" {key} ", f" {key.split(':')[0]}: {network.free_port()} ")
     port = network.free_port()
-    api = Api(f"http://127.0.0.1:{port}/api")
+    url = f"http://127.0.0.1:{port}/api"
     environment = {"PREFECT_HOME": str(tmp_path / "home"), "PREFECT_SERVER_API_PORT": str(port)}
-    finished.environment.pop("PREFECT_API_URL")
+    for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING"):
+        finished.environment.pop(name)
     process = start(finished, "flows.up", **environment)
     try:
-        wait_until(lambda: prefect_api.is_up(api.url), 60, "the server is up")
+        wait_until(lambda: prefect_api.is_up(url), 60, "the server is up")
+        api = Api(url, str(prefect_api.read_auth_string(finished.root, url)))
         wait_until(lambda: "train" in finished.begun(), 120, "a run by the schedule begins")
 
         def done():
@@ -112,7 +114,7 @@ def emit(api, payload: dict[str, object]) -> None:
         "resource": {"prefect.resource.id": "perennial.model.toy"},
         "payload": payload,
     }
-    httpx.post(f"{api.url}/events", json=[event], timeout=30).raise_for_status()
+    httpx.post(f"{api.url}/events", json=[event], auth=api.auth, timeout=30).raise_for_status()
 
 
 @contextmanager
@@ -181,9 +183,10 @@ def test_a_worker_of_a_pool_executes_in_the_checkout(finished, api):
     assert "registered retrain/on-drift" in out
     (deployment,) = [row for row in api.rows("deployments") if row["name"] == "on-drift"]
     assert deployment["work_pool_name"] == "trainers"
-    answer = httpx.post(f"{api.url}/deployments/{deployment['id']}/create_flow_run", json={}, timeout=30)
+    new_run = f"{api.url}/deployments/{deployment['id']}/create_flow_run"
+    answer = httpx.post(new_run, json={}, auth=api.auth, timeout=30)
 
     prefect("worker", "start", "--pool", "trainers", "--type", "process", "--run-once")
 
-    run = httpx.get(f"{api.url}/flow_runs/{answer.json()['id']}", timeout=30).json()
+    run = httpx.get(f"{api.url}/flow_runs/{answer.json()['id']}", auth=api.auth, timeout=30).json()
     assert f"{finished.root}/artifacts/export/serving.json is not there" in run["state"]["message"]

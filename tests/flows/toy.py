@@ -182,16 +182,19 @@ def kill(process: subprocess.Popen[str], number: signal.Signals = signal.SIGKILL
 class Api:
     """What Prefect has recorded."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, auth_string: str) -> None:
         self.url = url
+        self.auth_string = auth_string
+        user, _, password = auth_string.partition(":")
+        self.auth = user, password
 
     def rows(self, kind: str, **body: Any) -> list[dict[str, Any]]:
-        answer = httpx.post(f"{self.url}/{kind}/filter", json=body, timeout=30)
+        answer = httpx.post(f"{self.url}/{kind}/filter", json=body, auth=self.auth, timeout=30)
         answer.raise_for_status()
         return answer.json()
 
     def automations(self) -> list[dict[str, Any]]:
-        answer = httpx.post(f"{self.url}/automations/filter", json={}, timeout=30)
+        answer = httpx.post(f"{self.url}/automations/filter", json={}, auth=self.auth, timeout=30)
         answer.raise_for_status()
         return answer.json()
 

@@ -16,9 +16,9 @@ ALL = ("drift", "rejected", "promoted", "rolled_back", "failed")
 def prefect_here(api, clean_environment, monkeypatch):
     """Blocks are kept by the Prefect server of the tests."""
     pytest.importorskip("prefect")
-    from prefect.settings import PREFECT_API_URL, temporary_settings
+    from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
-    with temporary_settings({PREFECT_API_URL: api.url}):
+    with temporary_settings({PREFECT_API_URL: api.url, PREFECT_API_AUTH_STRING: api.auth_string}):
         yield
 
 

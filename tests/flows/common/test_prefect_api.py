@@ -1,6 +1,8 @@
+import os
 import subprocess
 import sys
 
+import httpx
 import pytest
 
 from flows.common import prefect_api
@@ -17,7 +19,7 @@ PREFECT_API_URL = "http://prefect.example:4200/api"
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    for name in ("PREFECT_API_URL", "PREFECT_PROFILE", "PREFECT_PROFILES_PATH"):
+    for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "PREFECT_PROFILE", "PREFECT_PROFILES_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
     return tmp_path
@@ -33,17 +35,44 @@ def test_the_users_own_api_is_found_in_the_environment_and_in_the_profile(home, 
     assert prefect_api.read_configured_url() == "http://other.example/api"
 
 
-def test_a_server_that_make_up_announced_is_used(home, api):
-    prefect_api.announce(home, api.url)
+def test_a_server_that_make_up_announced_is_used_with_its_secret(home, api):
+    prefect_api.announce(home, api.url, api.auth_string)
+    assert (home / ".perennial/server.json").stat().st_mode & 0o777 == 0o600
 
     with prefect_api.connect(home) as found:
         assert found.url == api.url and not found.is_temporary
+        assert os.environ["PREFECT_API_AUTH_STRING"] == api.auth_string
+    assert "PREFECT_API_AUTH_STRING" not in os.environ
+
+
+def test_the_secret_is_sent_to_the_announced_server_and_to_no_other(home, api, monkeypatch):
+    prefect_api.announce(home, api.url, api.auth_string)
+    assert prefect_api.read_auth_string(home, f"{api.url}/") == api.auth_string
+    assert prefect_api.read_auth_string(home, "https://prefect.example/api") is None
+    monkeypatch.setenv("PREFECT_API_URL", api.url)
+    with prefect_api.connect(home):
+        assert os.environ["PREFECT_API_AUTH_STRING"] == api.auth_string
+    monkeypatch.setenv("PREFECT_API_AUTH_STRING", "mine:own")
+    assert prefect_api.read_auth_string(home, "https://prefect.example/api") == "mine:own"
+
+
+def test_a_temporary_server_is_closed_to_all_but_the_run(home, monkeypatch):
+    monkeypatch.setattr(prefect_api, "DEFAULT_URL", f"http://127.0.0.1:{network.free_port()}/api")
+    with prefect_api.connect(home) as found:
+        found.wait()
+        assert found.is_temporary
+        flows, evil = f"{found.url}/flows/filter", {"Origin": "https://evil.example"}
+        auth = tuple(os.environ["PREFECT_API_AUTH_STRING"].split(":"))
+        assert httpx.post(flows, json={}).status_code == 401
+        assert httpx.post(flows, json={}, auth=("perennial", "guessed")).status_code == 401
+        assert httpx.post(flows, json={}, auth=auth, headers=evil).status_code == 403
+        assert httpx.post(flows, json={}, auth=auth).status_code == 200
 
 
 def test_a_server_that_was_announced_but_is_down_is_not_used(home, monkeypatch):
     monkeypatch.setattr(prefect_api, "DEFAULT_URL", f"http://127.0.0.1:{network.free_port()}/api")
     monkeypatch.setattr(
-        prefect_api, "start_temporary", lambda port, log: subprocess.Popen([sys.executable, "-c", ""])
+        prefect_api, "start_temporary", lambda port, log, secret: subprocess.Popen([sys.executable, "-c", ""])
     )
     prefect_api.announce(home, f"http://127.0.0.1:{network.free_port()}/api")
 

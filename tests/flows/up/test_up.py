@@ -22,6 +22,7 @@ from stages.common.params.loading import load_params
 
 ROOT = Path(__file__).parents[3]
 SLEEP = "import time; time.sleep(60)"
+SECRET = "0123456789abcdef"
 # Says when it starts and, asked to end, that it does; {name} and the file are filled in.
 TELLING = """
 import signal, sys, time
@@ -161,7 +162,8 @@ from flows.up import __main__ as up
 from flows.up.supervisor import Program
 code = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-S', '-c', 'import time; " \\
     "time.sleep(60)'], start_new_session=True); open('begun', 'w').close(); time.sleep(60)"
-up.supervise(Path(), [Program("service", (sys.executable, "-S", "-c", code))], "http://127.0.0.1:1/api")
+program = Program("service", (sys.executable, "-S", "-c", code))
+up.supervise(Path(), [program], "http://127.0.0.1:1/api", "key")
 """
 
 
@@ -206,21 +208,21 @@ def with_tracking(params, url):
 
 
 def test_mlflow_elsewhere_is_not_started_here(params, tmp_path):
-    ours = {program.name for program in up.make_programs(tmp_path, params)}
+    ours = {program.name for program in up.make_programs(tmp_path, params, SECRET)}
     assert ours == {"dashboard", "prefect", "executor", "service", "mlflow", "evidently"}
     elsewhere = with_tracking(params, "https://mlflow.example.org")
-    assert "mlflow" not in {program.name for program in up.make_programs(tmp_path, elsewhere)}
+    assert "mlflow" not in {program.name for program in up.make_programs(tmp_path, elsewhere, SECRET)}
     assert "flows.pages.mlflow" in up.list_ports(params)
     assert "flows.pages.mlflow" not in up.list_ports(elsewhere)
 
 
-def test_a_database_password_is_no_argument_of_a_process(params, tmp_path):
-    programs = up.make_programs(tmp_path, with_tracking(params, "postgresql://me:secret@db/mlflow"))
-    assert not any("secret" in word for program in programs for word in program.command)
+def test_neither_a_database_password_nor_the_pages_secret_is_an_argument_of_a_process(params, tmp_path):
+    programs = up.make_programs(tmp_path, with_tracking(params, "postgresql://me:secret@db/mlflow"), SECRET)
+    assert not any("secret" in word or SECRET in word for program in programs for word in program.command)
 
 
 def test_the_service_waits_for_a_model(params, tmp_path):
-    (service,) = (one for one in up.make_programs(tmp_path, params) if one.name == "service")
+    (service,) = (one for one in up.make_programs(tmp_path, params, SECRET) if one.name == "service")
     assert service.missing() == "there is no model yet: make run"
     (tmp_path / ".perennial").mkdir()
     (tmp_path / ".perennial" / "aliases.json").write_text('{"champion": "home:0123"}')
@@ -277,9 +279,12 @@ def test_make_up_brings_up_every_page_and_ends_them_all(tmp_path):
             if one["pid"]
         ]
         children = [child.pid for pid in pids for child in psutil.Process(pid).children(recursive=True)]
+        announced = json.loads((tmp_path / ".perennial" / "server.json").read_text())
+        auth = tuple(announced["auth_string"].split(":"))
         for program in status["programs"]:
             if program["state"] == "up" and program["page"]:
-                assert httpx.get(program["page"], timeout=20, follow_redirects=True).status_code == 200
+                page = httpx.get(program["page"], auth=auth, timeout=20, follow_redirects=True)
+                assert page.status_code == 200
         assert status["flows"]["up"] and status["model"]["champion"] is None
     finally:
         process.send_signal(signal.SIGINT)
