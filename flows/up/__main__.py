@@ -4,7 +4,8 @@ The service, Prefect's server and what executes due runs, MLflow, Evidently, and
 glance. One that dies is restarted; all end with this process, on Ctrl-C, SIGTERM or its death.
 
 Where they listen is `flows.pages` and `services` in params.yaml. PREFECT_SERVER_API_HOST and
-PREFECT_SERVER_API_PORT go before `flows.pages.prefect`.
+PREFECT_SERVER_API_PORT go before `flows.pages.prefect`; further names that a page is called by are in
+PERENNIAL_PAGE_HOSTS, with commas between them.
 """
 
 from __future__ import annotations
@@ -140,13 +141,16 @@ def _dashboard(port: int, secret: str) -> Program:
 def _prefect(port: int, secret: str) -> Program:
     api = get_prefect_api_url(port)
     host, port = _prefect_address(port)
+    reachable = network.find_reachable_host(host)
+    page = f"http://{reachable}:{port}/"
     return Program(
         "prefect",
         guarded_pages.make_command("make_prefect", host, port),
-        page=(page := f"http://{network.find_reachable_host(host)}:{port}/"),
+        page=page,
         probe=f"{api}/health",
         environment={
             guarded_pages.SECRET: secret,
+            guarded_pages.HOSTS: ",".join(filter(None, (os.environ.get(guarded_pages.HOSTS), reachable))),
             "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": page.rstrip("/"),
             # Else its page asks port 4200, whatever port this one listens on.
             "PREFECT_SERVER_UI_API_URL": os.environ.get("PREFECT_UI_API_URL", api),

@@ -25,6 +25,11 @@ CUSTOM = {
 }
 SECRET_NAME = re.compile(r"PASSWORD|SECRET|TOKEN|(?<!PERENNIAL_)KEY(?!S_FILE)")
 
+NEEDED = (
+    *("PERENNIAL_IMAGE", "PERENNIAL_DB_PASSWORD"),
+    *("PREFECT_SECRET", "MLFLOW_SECRET", "EVIDENTLY_SECRET"),
+)
+
 
 @pytest.fixture(scope="module")
 def compose():
@@ -57,10 +62,9 @@ def docker_compose() -> list[str] | None:
 
 
 @pytest.mark.skipif(docker_compose() is None, reason="Docker Compose is not installed here")
-@pytest.mark.parametrize("unset", [None, "PERENNIAL_IMAGE", "PERENNIAL_DB_PASSWORD", "EVIDENTLY_SECRET"])
+@pytest.mark.parametrize("unset", [None, *NEEDED])
 def test_compose_takes_the_files_and_nothing_starts_without_its_secrets(unset):
-    variables = {"PERENNIAL_IMAGE": "perennial:0.1.0", "PERENNIAL_DB_PASSWORD": "x", "EVIDENTLY_SECRET": "y"}
-    variables.pop(unset or "", None)
+    variables = {name: "perennial:0.1.0" for name in NEEDED if name != unset}
     files = ["-f", COMPOSE, "-f", DEPLOY / "compose.gpu.yaml"]
     checked = subprocess.run(
         [*(docker_compose() or []), *files, "--profile", "tools", "config", "--quiet"],
@@ -93,6 +97,34 @@ def test_compose_listens_on_loopback_only(compose):
     ports = [port for service in compose["services"].values() for port in service.get("ports", ())]
     assert len(ports) == 4
     assert all(port.startswith("127.0.0.1:") for port in ports)
+
+
+def test_the_pages_of_compose_are_the_closed_ones_each_with_its_own_secret(compose):
+    from flows.common import guarded_pages
+
+    secrets = {}
+    for name in ("prefect", "mlflow", "evidently"):
+        service = compose["services"][name]
+        assert f"flows.common.guarded_pages:make_{name}" in service["command"]
+        assert hasattr(guarded_pages, f"make_{name}")
+        assert {"--no-access-log", "--no-proxy-headers"} <= {*service["command"]}
+        secrets[name] = service["environment"][guarded_pages.SECRET]
+    assert len(set(secrets.values())) == 3
+    worker = compose["services"]["worker"]["environment"]
+    assert worker["PREFECT_API_AUTH_STRING"] == f"perennial:{secrets['prefect']}"
+    assert worker["MLFLOW_TRACKING_PASSWORD"] == secrets["mlflow"]
+    for variable, name in (("PREFECT_API_URL", "prefect"), ("PERENNIAL_TRACKING_URL", "mlflow")):
+        host = compose["services"][name]["environment"][guarded_pages.HOSTS]
+        assert worker[variable].startswith(f"http://{host}:")
+    text = (ROOT / "docs/how-to/deploy.md").read_text()
+    assert all(f"{name}=" in text for name in NEEDED)
+
+
+def test_a_service_of_the_cluster_is_answered_by_its_name():
+    (container,) = pod(manifests(DEPLOY / "kubernetes/base"))["containers"]
+    (names,) = [entry["value"] for entry in container["env"] if entry["name"] == "PERENNIAL_HOSTS"]
+    service = by_kind(manifests(DEPLOY / "kubernetes/base"))["Service"]["metadata"]["name"]
+    assert service in names.split(",")
 
 
 def test_compose_holds_no_secret_and_no_default_for_one(compose):
