@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any, Literal
 
+from stages.common.escaping import escape_message
+
 if TYPE_CHECKING:
     from stages.common.params.loop import Notify
 
@@ -26,7 +28,8 @@ def notify(settings: Notify, occasion: Occasion, subject: str, body: str) -> int
     for slug in filter(None, (settings.webhook, settings.email)):
         try:
             # A mail's subject is one line, whatever an error's message is.
-            _load_block(slug).notify(body=body, subject=f"Perennial: {' '.join(subject.split())}")
+            line = escape_message(" ".join(subject.split()))
+            _load_block(slug).notify(body=escape_message(body), subject=f"Perennial: {line}")
             sent += 1
         except Exception as error:  # of any kind: a mail server must not decide whether a model is replaced
             logger.warning("no notification through %s (%s): %s", slug, subject, error)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.common.artifacts import read_json, reports
+from stages.common.escaping import escape_widget
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -85,7 +86,7 @@ def build_table(results: Sequence[Comparison]) -> list[dict[str, str]]:
     """Return the rows of the table artifact."""
     return [
         {
-            "metric": _words(result.metric),
+            "metric": escape_widget(_words(result.metric)),
             "base": str(result.base),
             "tuned": str(result.tuned),
             "difference": result.change,

@@ -43,6 +43,7 @@ from stages.common.adapter import list_adapter_files
 from stages.common.artifacts import STATE, artifacts, reports
 from stages.common.dvc_lock import LOCK
 from stages.common.errors import InputError
+from stages.common.escaping import escape_markdown
 from stages.common.locks import hold_lock
 from stages.common.params.loading import Params
 
@@ -211,7 +212,8 @@ def format_note(root: Path, output: Output) -> str:
     results = build_table(read_results(root) or ())
     if not results:
         return line
-    rows = [list(results[0]), ["---"] * len(results[0]), *(list(row.values()) for row in results)]
+    cells = [[escape_markdown(cell) for cell in row.values()] for row in results]
+    rows = [list(results[0]), ["---"] * len(results[0]), *cells]
     return "\n".join([line, "", *(f"| {' | '.join(row)} |" for row in rows)])
 
 

@@ -19,6 +19,7 @@ from flows.retrain import progress, steps
 from flows.retrain.progress import RetrainResult, RetrainState
 from flows.training.flow import training
 from flows.training.stage_tasks import PipelineResult
+from stages.common.escaping import escape_widget
 from stages.common.params.loading import Params, load_params
 
 
@@ -90,7 +91,7 @@ def _report(root: Path, params: Params, result: RetrainResult) -> None:
                 {
                     "criterion": criterion.name,
                     "": "passed" if criterion.passed else "FAILED",
-                    "result": criterion.summary,
+                    "result": escape_widget(criterion.summary),
                 }
                 for criterion in verdict.criteria
             ],

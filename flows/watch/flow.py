@@ -32,6 +32,7 @@ from monitoring.verdicts import DriftVerdict, TriggerDecision, read_verdicts
 from monitoring.watching import describe_failure, judge_new_windows, read_reference
 from services.versions.aliases import ALIASES, read_aliases
 from services.versions.store import find_served
+from stages.common.escaping import escape_widget
 from stages.common.params.loading import Params, load_params
 
 
@@ -201,7 +202,7 @@ def _show(verdicts: Sequence[DriftVerdict]) -> None:
         {
             "window": verdict.id,
             "rows": verdict.window.rows,
-            "verdict": verdict.summary,
+            "verdict": escape_widget(verdict.summary),
             "late": verdict.late_rows,
             "quarantined": sum(verdict.quarantined.values()),
         }

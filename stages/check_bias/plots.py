@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from stages.check_bias.findings import Finding, Share
-from stages.common.svg import draw_figure, escape_label
+from stages.common.escaping import escape_mathtext
+from stages.common.svg import draw_figure
 
 MAX_DRAWN_VALUES = 12  # of one group in the plot_groups
 
@@ -38,7 +39,7 @@ def plot_groups(
         if not drawn:
             axes[0].set_axis_off()
         if notes:
-            figure.supxlabel(escape_label(" · ".join(notes)), fontsize=8, color="#555555")
+            figure.supxlabel(escape_mathtext(" · ".join(notes)), fontsize=8, color="#555555")
 
 
 def _plot_group(
@@ -54,12 +55,12 @@ def _plot_group(
         share, positions, xerr=spread, fmt="o", color=colour, markersize=3.5, capsize=2.5, linewidth=1.2
     )
     axis.axvline(1 / count, color="#000000", linestyle=":", linewidth=1)
-    axis.set_yticks(positions, [escape_label(value.value) for value in values])
+    axis.set_yticks(positions, [escape_mathtext(value.value) for value in values])
     axis.invert_yaxis()
     axis.set_xlim(0, max(1.05 * max(value.high for value in values), 1.1 / count))
     axis.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
     axis.spines[["top", "right"]].set_visible(False)
-    title = escape_label(" · ".join([group, *_title_parts(findings, label)]))
+    title = escape_mathtext(" · ".join([group, *_title_parts(findings, label)]))
     hidden = count - len(values)
     axis.set_title(
         title + (f" · {hidden} more not shown" if hidden else ""), fontsize=9, loc="left", color="#000000"

@@ -35,8 +35,3 @@ def draw_figure(path: Path, width: float, height: float, **settings: Any) -> Ite
         yield drawing
         with atomic_write(path) as temporary:
             drawing.savefig(temporary, format="svg", metadata={"Date": None})
-
-
-def escape_label(text: str) -> str:
-    """Return a text from the data so that matplotlib draws it as it is: `$...$` would be a formula."""
-    return text.replace("$", r"\$")

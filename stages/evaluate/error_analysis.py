@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from stages.common.markdown import format_code
+from stages.common.escaping import escape_csv_cell, format_code
 from stages.common.records import Row
 from stages.common.task.protocol import Task
 
@@ -72,12 +72,16 @@ def list_errors(
 
 
 def format_errors_csv(found: Sequence[WrongAnswer]) -> str:
-    """Return every wrong answer as CSV, worst first."""
+    """Return every wrong answer as CSV, worst first; what a spreadsheet would compute begins with a quote."""
     buffer = io.StringIO()
     columns = ["id", "question", "expected", "base", "tuned", "error_type", "differs", "base_was_right"]
     writer = csv.DictWriter(buffer, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(asdict(wrong) for wrong in found)
+    for wrong in found:
+        cells = asdict(wrong).items()
+        writer.writerow(
+            {name: escape_csv_cell(cell) if isinstance(cell, str) else cell for name, cell in cells}
+        )
     return buffer.getvalue()
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.common.svg import draw_figure, escape_label
+from stages.common.escaping import escape_mathtext
+from stages.common.svg import draw_figure
 
 BEFORE_COLOUR = "#E69F00"
 AFTER_COLOUR = "#0072B2"
@@ -126,7 +127,7 @@ def draw_slices(path: Path, slices: Mapping[str, Sequence[Bar]], title: str) -> 
             _label_rows(axes, [f"{bar.name}  ({bar.n} in {bar.groups})" for bar in bars])
             left_out = len(slices[tag]) - len(bars)
             note = f", the {MAX_BARS} with most rows" if left_out else ""
-            axes.set_title(f"by {escape_label(tag)}{note} (test rows in groups)", loc="left", size=10)
+            axes.set_title(f"by {escape_mathtext(tag)}{note} (test rows in groups)", loc="left", size=10)
         if not shown:
             panels[0].text(0.5, 0.5, "no test row has one of the configured tags", ha="center", va="center")
             panels[0].set_axis_off()
@@ -161,9 +162,9 @@ def draw_confusion(path: Path, pairs: Sequence[tuple[str, str, int]], title: str
             ink = "white" if n > 0.6 * largest else "black"
             axes.text(columns.index(g), rows.index(e), str(n), ha="center", va="center", color=ink, size=8)
         axes.set_xticks(
-            range(len(columns)), [escape_label(name) for name in columns], rotation=60, ha="right", size=8
+            range(len(columns)), [escape_mathtext(name) for name in columns], rotation=60, ha="right", size=8
         )
-        axes.set_yticks(range(len(rows)), [escape_label(name) for name in rows], size=8)
+        axes.set_yticks(range(len(rows)), [escape_mathtext(name) for name in rows], size=8)
         axes.set_xlabel("answered")
         axes.set_ylabel("expected")
         axes.tick_params(length=0)
@@ -200,7 +201,7 @@ def _draw_points(
 
 
 def _label_rows(axes: Any, names: Sequence[str]) -> None:
-    axes.set_yticks(range(len(names)), [escape_label(name) for name in names], size=8)
+    axes.set_yticks(range(len(names)), [escape_mathtext(name) for name in names], size=8)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlim(0.0, 1.0)
     axes.grid(axis="x", color="#DDDDDD", linewidth=0.7)

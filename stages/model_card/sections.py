@@ -10,7 +10,7 @@ from typing import Any
 
 from stages.common.artifacts import artifacts
 from stages.common.dvc_lock import Lock
-from stages.common.markdown import format_code
+from stages.common.escaping import clean_line, escape_markdown, format_code
 from stages.common.records import Row, format_canonical_json
 from stages.model_card.evidence import SECTIONS, Evidence
 
@@ -226,6 +226,6 @@ def render_card(context: Mapping[str, Any]) -> str:
         keep_trailing_newline=True,
         autoescape=False,
     )
-    environment.filters["code"] = format_code
+    environment.filters |= {"code": format_code, "text": escape_markdown, "line": clean_line}
     environment.filters["count"] = lambda n: f"{n:,}"
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(context)

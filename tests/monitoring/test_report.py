@@ -2,6 +2,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -159,3 +160,39 @@ def test_the_workspace_holds_each_window_once_and_reads_without_us(tmp_path, mon
     assert found["name"] == PROJECT
     assert found["runs"] == sorted(verdict(end).id for end in ends[1:])
     assert "Valid output" in found["panels"] and len(set(found["panels"])) == len(found["panels"])
+
+
+HOSTILE = "</script><script>document.title='XSS'</script>"
+
+
+def test_keys_and_categories_of_answers_do_not_run_in_the_page(tmp_path):
+    """A key of an answer is a column's name, and its value a category; anyone chooses both."""
+    key = f"answer.{HOSTILE}"
+    columns = (*COLUMNS, Column(key, "output", "category", None, "", ""))
+
+    def hostile(rows, german):
+        plain = table(rows, german=german)
+        values = [HOSTILE if number % 7 == 0 else "<img src=x onerror=alert(1)>" for number in range(rows)]
+        values = plain.append_column(key, pa.array(values))
+        words = [HOSTILE if one == "de" else one for one in plain["language"].to_pylist()]
+        values = values.set_column(
+            plain.schema.get_field_index("language"), "language", pa.array(words, pa.string())
+        )
+        return values.select(["request_id", "received_at", "session", "version", *(c.name for c in columns)])
+
+    told = [change("language", "category", drifted=True, summary=HOSTILE)]
+    told += [change(key, "category", drifted=True, summary=HOSTILE)]
+    told = [replace(one, before=HOSTILE, after=HOSTILE) for one in told]
+    written = verdict(1_790_000_000.0, drifted=True, columns={"input": told})
+    path = tmp_path / "report.html"
+    snapshot = write_report([hostile(500, 0.0)], [hostile(500, 0.5)], written, path)
+    page = path.read_text()
+    assert "document.title" in page  # it is shown
+    for raw in (HOSTILE, "<script>document", "<img src=x"):
+        assert raw not in page
+    # No string of the data can end the script, whoever wrote it.
+    data = [line for line in page.split("\n") if line.strip().startswith("var ") and "document.title" in line]
+    assert data and all("<" not in line for line in data)
+    add_to_workspace(tmp_path, written, snapshot)
+    stored = "".join(file.read_text() for file in (tmp_path / WORKSPACE).rglob("*.json"))
+    assert "document.title" in stored and "<script" not in stored and "<img" not in stored

@@ -3,13 +3,14 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from stages.common.svg import draw_figure, escape_label
+from stages.common.escaping import escape_mathtext
+from stages.common.svg import draw_figure
 
 
 def draw(path, label):
     with draw_figure(path, 3, 2, font_size=9) as drawing:
         axes = drawing.subplots()
-        axes.barh([escape_label(label)], [1])
+        axes.barh([escape_mathtext(label)], [1])
         axes.set_xscale("log")
     return path.read_bytes()
 
