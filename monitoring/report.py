@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import json
 import logging
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -26,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from monitoring.report_texts import close_page, escape_texts
 from monitoring.verdicts import ColumnChange, DriftVerdict
 from stages.common.artifacts import atomic_write
 from stages.common.errors import InputError
-from stages.common.escaping import escape_script_json, escape_widget
 from stages.common.logs import set_quiet_environment
 
 if TYPE_CHECKING:
@@ -40,7 +38,6 @@ if TYPE_CHECKING:
 # Evidently's figures of 5,000 rows a side take a second, and more rows show no more on a page.
 MAX_ROWS = 5000
 METHOD = "perennial_effect"
-_DATA = re.compile(r"\s*var \w+ = ([{\[].*);\s*")
 # Any one column decides for us; Evidently's "dataset drift" wants a share of them. One value for all
 # reports, because a figure with other parameters is another line on the dashboard.
 ANY_COLUMN = 0.001
@@ -140,7 +137,9 @@ def make_report(
         from evidently.presets import DataDriftPreset
     except ImportError:
         raise InputError("Evidently is not installed", "pip install '.[monitor]'") from None
-    verdict, (before, now) = _escape(verdict, [draw(reference, max_rows), draw(window, max_rows)])
+    before, now = draw(reference, max_rows), draw(window, max_rows)
+    verdict, frames = escape_texts(verdict, [before.frame, now.frame])
+    before, now = replace(before, frame=frames[0]), replace(now, frame=frames[1])
     changes = {
         change.column: change
         for one in verdict.drift_types
@@ -150,15 +149,15 @@ def make_report(
     centre = {
         name: _centre(before.frame, name) for name, change in changes.items() if change.kind == "vector"
     }
-    frames = [_frame(drawn.frame, changes, centre) for drawn in (now, before)]
-    empty = [name for name in changes if any(frame[name].notna().sum() == 0 for frame in frames)]
+    tables = [_frame(drawn.frame, changes, centre) for drawn in (now, before)]
+    empty = [name for name in changes if any(frame[name].notna().sum() == 0 for frame in tables)]
     shown = {name: change.kind for name, change in changes.items() if name not in empty}
     definition = DataDefinition(
         numerical_columns=[name for name, kind in shown.items() if kind != "category"],
         categorical_columns=[name for name, kind in shown.items() if kind == "category"],
     )
     current, usual = (
-        Dataset.from_pandas(frame[[*shown]].copy(), data_definition=definition) for frame in frames
+        Dataset.from_pandas(frame[[*shown]].copy(), data_definition=definition) for frame in tables
     )
     _register(changes)
     preset = DataDriftPreset(drift_share=ANY_COLUMN, method=METHOD, include_tests=False)
@@ -191,66 +190,8 @@ def write_report(
     snapshot = make_report(reference, window, verdict, max_rows)
     with atomic_write(path) as temporary:
         snapshot.save_html(str(temporary))
-        page = temporary.read_text(encoding="utf-8").split("\n")
-        # Evidently writes its data as JSON into a script, one line a variable, and does not escape it.
-        lines = (escape_script_json(line) if _is_data(line) else line for line in page)
-        temporary.write_text("\n".join(lines), encoding="utf-8")
+        temporary.write_text(close_page(temporary.read_text(encoding="utf-8")), encoding="utf-8")
     return snapshot
-
-
-def _is_data(line: str) -> bool:
-    if (found := _DATA.fullmatch(line)) is None:
-        return False
-    try:
-        json.loads(found[1])
-    except ValueError:
-        return False  # a line of the library
-    return True
-
-
-def _escape(verdict: DriftVerdict, sides: Sequence[Drawn]) -> tuple[DriftVerdict, list[Drawn]]:
-    """Return verdict and tables with columns, categories and sentences as text that a page can hold.
-
-    Keys of JSON answers are names of columns, and their values are categories: anyone can choose both.
-    """
-    names: dict[str, str] = {}
-    columns = [change.column for one in verdict.drift_types for change in one.columns]
-    for column in [*columns, *(name for side in sides for name in side.frame.column_names)]:
-        if column not in names:
-            name = escape_widget(column)
-            while name in names.values():
-                name += "·"
-            names[column] = name
-    drift_types = tuple(
-        replace(
-            one,
-            columns=tuple(
-                replace(
-                    change,
-                    column=names[change.column],
-                    **{key: escape_widget(getattr(change, key)) for key in ("summary", "before", "after")},
-                )
-                for change in one.columns
-            ),
-        )
-        for one in verdict.drift_types
-    )
-    told = replace(
-        verdict, drift_types=drift_types, why_not=verdict.why_not and escape_widget(verdict.why_not)
-    )
-    return told, [replace(side, frame=_escape_table(side.frame, names)) for side in sides]
-
-
-def _escape_table(table: pa.Table, names: dict[str, str]) -> pa.Table:
-    import pyarrow as pa
-
-    for position, field in enumerate(table.schema):
-        if pa.types.is_string(field.type):
-            column = table.column(position).combine_chunks().dictionary_encode()
-            values = pa.array([escape_widget(value.as_py()) for value in column.dictionary], pa.string())
-            escaped = values.take(column.indices) if len(values) else column.cast(pa.string())
-            table = table.set_column(position, field, escaped)
-    return table.rename_columns([names[name] for name in table.column_names])
 
 
 def _centre(table: pa.Table, name: str) -> NDArray[np.float64]:

@@ -34,6 +34,7 @@ from services.engines.select import check_gpus, load_engine
 from services.errors import ApiError
 from services.events import StoreUnavailable
 from services.keys.access import Caller
+from services.log_tracebacks import hide_messages
 from services.model_pool import LoadedModel
 from services.startup import RunningService, start, stop
 from services.versions.store import ModelFiles, find_served, get_version
@@ -46,6 +47,7 @@ from stages.common.records import Message
 from stages.common.task.kinds import make_task
 
 set_quiet_environment()
+hide_messages()
 # The engine's thread needs the interpreter briefly after every step; Python's default switch interval of 5 ms
 # is a third of a step.
 sys.setswitchinterval(0.0005)

@@ -26,6 +26,7 @@ from flows.common import guarded_pages
 from flows.common.page_secret import PageSecret
 from flows.dashboard.charts import draw_charts
 from flows.dashboard.status import StatusCache, read_status
+from monitoring.report_texts import PAGE_POLICY
 from monitoring.verdicts import WATCH
 from services.api.same_origin import SameOrigin
 from stages.common.errors import InputError
@@ -44,11 +45,7 @@ POLICY = "; ".join(
         *("base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"),
     )
 )
-# Evidently's page holds its scripts and styles in itself; it may make no request at all.
-REPORT_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; "
-    "img-src data: blob:; font-src data:; worker-src blob:; frame-ancestors 'none'"
-)
+REPORT_POLICY = f"{PAGE_POLICY}; frame-ancestors 'none'"
 
 logger = logging.getLogger("flows.dashboard")
 

@@ -84,14 +84,14 @@ def make_engine(url: URL, create: bool = False) -> Engine:
     """
     path = get_sqlite_path(url)
     if path is None:
-        return create_engine(url, connect_args=POSTGRESQL_ARGUMENTS, pool_pre_ping=True)
+        return create_engine(url, connect_args=POSTGRESQL_ARGUMENTS, pool_pre_ping=True, hide_parameters=True)
     name = f"file:{quote(str(path.absolute()))}?mode={'rwc' if create else 'rw'}"
 
     def connect() -> sqlite3.Connection:
         # isolation_level None: the driver does not begin transactions by itself.
         return sqlite3.connect(name, uri=True, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
 
-    engine = create_engine("sqlite://", creator=connect, poolclass=_queue_pool())
+    engine = create_engine("sqlite://", creator=connect, poolclass=_queue_pool(), hide_parameters=True)
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine

@@ -193,6 +193,7 @@ def test_keys_and_categories_of_answers_do_not_run_in_the_page(tmp_path):
     # No string of the data can end the script, whoever wrote it.
     data = [line for line in page.split("\n") if line.strip().startswith("var ") and "document.title" in line]
     assert data and all("<" not in line for line in data)
+    assert page.index("default-src 'none'") < page.index("<script")  # as a file it makes no request either
     add_to_workspace(tmp_path, written, snapshot)
     stored = "".join(file.read_text() for file in (tmp_path / WORKSPACE).rglob("*.json"))
     assert "document.title" in stored and "<script" not in stored and "<img" not in stored

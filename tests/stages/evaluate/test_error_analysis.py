@@ -1,7 +1,17 @@
+import csv
+import io
+
+import pytest
+
 from stages.common.records import Message, make_row
 from stages.common.task.json_task import JsonTask
 from stages.common.task.text_task import TextTask
-from stages.evaluate.error_analysis import Prediction, format_errors_page, list_errors
+from stages.evaluate.error_analysis import (
+    Prediction,
+    format_errors_csv,
+    format_errors_page,
+    list_errors,
+)
 
 TASK = JsonTask("intent")
 
@@ -58,3 +68,15 @@ def test_the_page_shows_no_more_than_asked_for():
     assert "5 of 9" in page
     assert "The 2 worst answers" in page
     assert page.count("`no`") == 2
+
+
+def test_neither_page_nor_table_runs_what_users_wrote():
+    hostile = '=HYPERLINK("http://evil.example","ok")'
+    tag = "<script>x</script> | [a](javascript:x) `"
+    found = list_errors(rows(1, tag), predictions(hostile), predictions("\t@SUM(1)"), TextTask())
+    (row,) = csv.DictReader(io.StringIO(format_errors_csv(found)))
+    assert (row["base"], row["tuned"], row["expected"]) == (f"'{hostile}", "'\t@SUM(1)", tag)
+    page = format_errors_page(found, 1, [(tag, hostile, 1)], shown=1, task=TextTask())
+    render = pytest.importorskip("markdown_it").MarkdownIt("gfm-like", {"linkify": False}).render
+    html = render(page)
+    assert "<script" not in html and "<a " not in html and "&lt;script&gt;" in html
