@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from monitoring.traffic.columns import DECIDING, DriftType, Kind
 from stages.common.artifacts import read_json, write_json
 from stages.common.errors import InputError
+from stages.common.escaping import clean_line
 
 logger = logging.getLogger("monitoring.verdicts")
 
@@ -352,7 +353,7 @@ def main(words: Sequence[str] | None = None) -> int:
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    sys.stdout.write("".join(f"{clean_line(line)}\n" for line in lines))
     return 0
 
 

@@ -17,6 +17,7 @@ from monitoring.drift.bins import OTHER, ColumnBinning, Floats, Singles, compute
 from monitoring.drift.session_sums import SessionSums
 from monitoring.traffic.columns import DriftType
 from monitoring.verdicts import ColumnChange
+from stages.common.escaping import clean_line
 
 NOUNS: dict[DriftType, str] = {
     "input": "prompts",
@@ -72,9 +73,10 @@ def measure_change(
         p_value=float(p_value),
         inflation=float(factor),
         drifted=bool(p_value <= alpha and effect >= min_effect),
-        before=found.before,
-        after=found.after,
-        summary=f"{column.name}: {found.summary}",
+        # One line each: they go to terminals and logs, and a category is what a user wrote.
+        before=clean_line(found.before),
+        after=clean_line(found.after),
+        summary=clean_line(f"{column.name}: {found.summary}"),
     )
 
 

@@ -234,6 +234,16 @@ def test_the_card_states_the_results_with_intervals(project):
     assert "rank | 16" in text
 
 
+def test_what_users_wrote_is_text_in_the_card(project):
+    (finding,) = evidence()["check_bias"]["findings"]
+    hostile = "language: of 9 rows <img src=x onerror=y> has fewest and [a](javascript:x) | most"
+    change("check_bias", findings=[finding | {"statement": hostile}])
+    render = pytest.importorskip("markdown_it").MarkdownIt("gfm-like", {"linkify": False}).render
+    html = render(card().partition("\n---\n")[2])
+    assert "&lt;img src=x onerror=y&gt; has fewest and [a](javascript:x) | most" in html
+    assert "<img src=x" not in html and 'href="javascript' not in html
+
+
 def test_the_primary_metric_comes_first(project):
     names = re.findall(r"^\| (\w+) \| [-\d]", card(), re.M)
     assert names[:4] == ["exact_match", "intent_accuracy", "slot_f1", "perplexity"]
