@@ -13,7 +13,6 @@ import hashlib
 import hmac
 import secrets
 from collections.abc import Collection
-from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qsl, quote, urlencode
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -107,11 +106,12 @@ class PageSecret:
         return hmac.compare_digest(given.encode(), self._secret)
 
     def _has_cookie(self, value: bytes) -> bool:
-        try:
-            found = SimpleCookie(value.decode("latin-1")).get(COOKIE)
-        except CookieError:
-            return False
-        return found is not None and hmac.compare_digest(found.value.encode(), self._cookie.encode())
+        # Not by SimpleCookie: one odd cookie of another program on this host, and it finds none.
+        pairs = (pair.strip().partition("=") for pair in value.decode("latin-1").split(";"))
+        return any(
+            name == COOKIE and hmac.compare_digest(given.encode(), self._cookie.encode())
+            for name, _, given in pairs
+        )
 
     def _add_header(self, scope: Scope) -> list[tuple[bytes, bytes]]:
         others = [(name, value) for name, value in scope["headers"] if name != b"authorization"]
