@@ -60,7 +60,9 @@ def escape_texts(verdict: DriftVerdict, tables: Sequence[pa.Table]) -> tuple[Dri
                 replace(
                     change,
                     column=names[change.column],
-                    **{key: escape_widget(getattr(change, key)) for key in ("summary", "before", "after")},
+                    before=escape_widget(change.before),
+                    after=escape_widget(change.after),
+                    summary=escape_widget(change.summary),
                 )
                 for change in one.columns
             ),
