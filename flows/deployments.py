@@ -178,12 +178,15 @@ def _running_server(root: Path) -> Iterator[None]:
     """Let Prefect's clients use the running server for the block.
 
     Raises:
-        InputError: none answers.
+        InputError: none answers, or it asks for a secret that this checkout has not.
     """
     url = prefect_api.read_configured_url() or prefect_api.read_announced_url(root) or prefect_api.DEFAULT_URL
     if not prefect_api.is_up(url):
         fix = "start one with `make up`, or set PREFECT_API_URL"
         raise InputError(f"no Prefect server answers at {url}", fix)
+    if not prefect_api.lets_in(root, url):
+        fix = "set PREFECT_API_AUTH_STRING to its user:password, or PREFECT_API_URL to another server"
+        raise InputError(f"the Prefect server at {url} is not ours and asks for its secret", fix)
     with prefect_api.set_api(root, url):
         yield
 

@@ -35,7 +35,12 @@ def make_auth_string(secret: str) -> str:
 
 def make_header(secret: str) -> str:
     """Return the value of the header Authorization."""
-    return "Basic " + base64.b64encode(make_auth_string(secret).encode()).decode()
+    return encode_auth_string(make_auth_string(secret))
+
+
+def encode_auth_string(auth_string: str) -> str:
+    """Return `user:password` as the value of the header Authorization."""
+    return "Basic " + base64.b64encode(auth_string.encode()).decode()
 
 
 def make_link(page: str, secret: str) -> str:

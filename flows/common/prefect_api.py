@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from flows.common import guarded_pages, processes
-from flows.common.page_secret import make_auth_string, make_secret
+from flows.common.page_secret import encode_auth_string, make_auth_string, make_secret
 from stages.common import network
 from stages.common.artifacts import STATE, write_private_json
 from stages.common.errors import InputError
@@ -54,6 +54,17 @@ def is_up(url: str) -> bool:
     """Return whether a Prefect API answers at `url`; any other server does not count."""
     answer = network.get(f"{url}/health")
     return answer is not None and answer[0] == 200 and answer[1].strip() == b"true"
+
+
+def lets_in(root: Path, url: str) -> bool:
+    """Return whether a Prefect API answers at `url`, and takes the secret that this checkout has for it.
+
+    It may be the one of another checkout's `make up`, which has a secret of its own.
+    """
+    auth_string = read_auth_string(root, url)
+    headers = {"Authorization": encode_auth_string(auth_string)} if auth_string else {}
+    answer = network.get(f"{url}/admin/version", headers=headers) if is_up(url) else None
+    return answer is not None and answer[0] == 200
 
 
 def announce(root: Path, url: str, auth_string: str | None = None) -> None:
@@ -127,7 +138,7 @@ def connect(root: Path) -> Iterator[Api]:
             yield Api(url)
         return
     for known in (read_announced_url(root), DEFAULT_URL):
-        if known and is_up(known):
+        if known and lets_in(root, known):
             with set_api(root, known):
                 yield Api(known)
             return

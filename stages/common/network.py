@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import http.client
 import socket
+from collections.abc import Mapping
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
-from urllib.request import OpenerDirector, ProxyHandler, build_opener
+from urllib.request import OpenerDirector, ProxyHandler, Request, build_opener
 
 LOOPBACK = "127.0.0.1"
 PROBE_TIMEOUT_S = 3.0
@@ -18,10 +19,12 @@ def is_up(url: str, timeout_s: float = PROBE_TIMEOUT_S) -> bool:
     return answer is not None and answer[0] < 500
 
 
-def get(url: str, timeout_s: float = PROBE_TIMEOUT_S) -> tuple[int, bytes] | None:
+def get(
+    url: str, timeout_s: float = PROBE_TIMEOUT_S, headers: Mapping[str, str] | None = None
+) -> tuple[int, bytes] | None:
     """Return status and body of a GET; None if there is no answer in time."""
     try:
-        with _opener(url).open(url, timeout=timeout_s) as response:
+        with _opener(url).open(Request(url, headers=dict(headers or {})), timeout=timeout_s) as response:
             return response.status, response.read()
     except HTTPError as error:
         return error.code, error.read()

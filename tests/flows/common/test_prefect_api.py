@@ -56,6 +56,18 @@ def test_the_secret_is_sent_to_the_announced_server_and_to_no_other(home, api, m
     assert prefect_api.read_auth_string(home, "https://prefect.example/api") == "mine:own"
 
 
+def test_the_server_of_another_checkout_is_left_alone(home, api, monkeypatch):
+    assert not prefect_api.lets_in(home, api.url)
+    monkeypatch.setattr(prefect_api, "DEFAULT_URL", api.url)
+    monkeypatch.setattr(
+        prefect_api, "start_temporary", lambda port, log, secret: subprocess.Popen([sys.executable, "-c", ""])
+    )
+    with prefect_api.connect(home) as found:
+        assert found.is_temporary
+    prefect_api.announce(home, api.url, api.auth_string)
+    assert prefect_api.lets_in(home, api.url)
+
+
 def test_a_temporary_server_is_closed_to_all_but_the_run(home, monkeypatch):
     monkeypatch.setattr(prefect_api, "DEFAULT_URL", f"http://127.0.0.1:{network.free_port()}/api")
     with prefect_api.connect(home) as found:
