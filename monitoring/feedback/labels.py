@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from stages.common.artifacts import artifacts, read_json
 from stages.common.logs import get_logger
-from stages.common.personal_data import PERSONAL_DATA
+from stages.common.personal_data import RECOGNISERS, holds
 from stages.common.records import Message, find_conversation_problem, format_canonical_json
 from stages.common.task.kinds import make_task
 from stages.common.task.protocol import Task
@@ -32,7 +32,7 @@ RAW_ROUTE = "/v1/completions"  # a text to go on with: no conversation, and no a
 # The guard's looks at the question, and those at the answer, which count where the answer is the label.
 INPUT_CHECKS = ("control_tokens", "prompt_injection", "toxicity")
 OUTPUT_CHECKS = ("secrets", "personal_data")
-PLACEHOLDERS = tuple(f"[{kind}]" for kind in PERSONAL_DATA)  # what the event store writes over it
+PLACEHOLDERS = tuple(f"[{kind}]" for kind in RECOGNISERS)  # what the event store writes over it
 COMPACT, SPACED = (",", ":"), (", ", ": ")  # how JSON answers are written
 
 Kind = Literal["correction", "thumb"]
@@ -46,7 +46,8 @@ REASONS = {
     "other_system_prompt": "asked under another system prompt",
     "empty": "nothing in the question or the label",
     "too_long": "a question or label over the limits of `curate`",
-    "redacted": "a placeholder for personal data in the question or the label",
+    "redacted": "a placeholder for personal data or a secret in the question or the label",
+    "private": "personal data or a secret in the question or the label",
     "unfinished": "found right, but cut off",
     "invalid": "the label is not an answer of the task",
     "outside_schema": "a label outside the schema of the answers",
@@ -71,6 +72,7 @@ class ServedTask:
         system_prompt: what training rows begin with; the rows here have none in its place.
         max_question_chars, max_answer_chars: longer texts are left out.
         is_rejected: what the guard thinks of a correction; no check of the exchange has seen it.
+        private: kinds of personal data and secrets that no row may hold.
     """
 
     answers: Task
@@ -79,6 +81,7 @@ class ServedTask:
     max_question_chars: int
     max_answer_chars: int
     is_rejected: Callable[[str], bool] = lambda _: False
+    private: tuple[str, ...] = tuple(RECOGNISERS)
 
 
 def read_served_task(root: Path, params: Params, serving: Mapping[str, Any] | None = None) -> ServedTask:
@@ -94,6 +97,7 @@ def read_served_task(root: Path, params: Params, serving: Mapping[str, Any] | No
         system_prompt=about["system_prompt"],
         max_question_chars=params.curate.max_question_chars,
         max_answer_chars=params.curate.max_answer_chars,
+        private=params.curate.personal_data,
     )
 
 
@@ -193,6 +197,9 @@ def label_of(
         raise LeftOut("too_long")
     if any(mark in part for mark in PLACEHOLDERS for part in (text, *(m.content for m in prompt))):
         raise LeftOut("redacted")
+    # What the event store did not redact, or held before it did.
+    if any(holds(kind, part) for kind in task.private for part in (text, *(m.content for m in prompt))):
+        raise LeftOut("private")
     if kind == "thumb" and exchange["finish_reason"] != "stop":
         raise LeftOut("unfinished")
     if task.answers.find_problem(text):

@@ -1,49 +1,55 @@
-"""Redact personal data before anything is stored."""
+"""Redact personal data and secrets before anything is stored."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from stages.common.personal_data import PERSONAL_DATA
+from stages.common.personal_data import RECOGNISERS, find_spans
 
-MAY_HOLD = re.compile(r"[@\d]")  # every kind of personal data has a digit or an @
 # A replacement can expose another match, such as a number directly after it. Real texts need two passes; one
-# built to need more has all its digits masked.
+# built to need more has all its letters and digits masked.
 MAX_PASSES = 5
+MIN_DIGITS = 4  # a shorter number tells nothing
+MAX_NAMED_CHARS = 256  # longer values are texts, which show by themselves what they are
+WORD = re.compile(r"\w")
+ESCAPE = re.compile(r"\\u00([2-7][0-9a-fA-F])")  # how JSON may write a plain character
 
 
-def redact(text: str, kinds: Sequence[str] = tuple(PERSONAL_DATA)) -> str:
-    """Replace personal data of `kinds` (keys of `PERSONAL_DATA`) by `[email]`, `[phone]`, ....
+def redact(text: str, kinds: Sequence[str] = tuple(RECOGNISERS)) -> str:
+    """Replace personal data and secrets of `kinds` (keys of `RECOGNISERS`) by `[email]`, `[secret]`, ....
 
-    Linear in the text, and idempotent.
+    Everything of the form goes, a documented address too: a store loses little by it. Linear in the text, and
+    idempotent.
     """
-    if not MAY_HOLD.search(text):
-        return text
     for _ in range(MAX_PASSES):
         before, text = text, _replace(text, kinds)
         if text == before:
             return text
-    return MAY_HOLD.sub("#", text)
+    return WORD.sub("#", text)
 
 
-def pseudonymise(name: str | None, kinds: Sequence[str] = tuple(PERSONAL_DATA)) -> str | None:
+def pseudonymise(name: str | None, kinds: Sequence[str] = tuple(RECOGNISERS)) -> str | None:
     """Return a hash of a name that is personal data, such as an e-mail address; other names stay.
 
     Requests of one user can still be grouped by the hash.
     """
     if name is None or redact(name, kinds) == name:
         return name
+    return hash_name(name)
+
+
+def hash_name(name: str) -> str:
+    """Return the hash under which `pseudonymise` stores a name."""
     return f"hashed-{hashlib.blake2b(name.encode('utf-8', 'surrogatepass'), digest_size=8).hexdigest()}"
 
 
 def _replace(text: str, kinds: Sequence[str]) -> str:
     """Replace all matches once; overlapping ones become one, of the kind of the first and longest."""
-    found = ((start, -end, kind) for kind in kinds for start, end in PERSONAL_DATA[kind](text))
-    spans = [(start, -minus_end, kind) for start, minus_end, kind in sorted(found)]
+    spans = sorted(find_spans(text, kinds), key=lambda span: (span[0], -span[1], span[2]))
     if not spans:
         return text
     pieces: list[str] = []
@@ -56,31 +62,81 @@ def _replace(text: str, kinds: Sequence[str]) -> str:
 
 
 def redact_json(text: str, redact_text: Callable[[str], str]) -> str:
-    """Redact the strings and numbers in a JSON text, which stays valid JSON; keys do not change.
+    """Redact the strings, numbers and keys in a JSON text, which stays valid JSON.
 
-    Without a match the text is returned unchanged, byte for byte. A text that is not JSON is redacted as
-    plain text.
+    A string that is itself JSON is redacted as such. Keys that become equal get a number. Without a match the
+    text is returned unchanged, byte for byte. A text that is not JSON is redacted as plain text, escaped
+    characters included.
     """
-    if not MAY_HOLD.search(text):
-        return text
+    changed = False
+
+    def redact_part(part: str) -> str:
+        nonlocal changed
+        is_json = part.lstrip()[:1] in ("{", "[")
+        redacted = redact_json(part, redact_text) if is_json else redact_text(part)
+        changed = changed or redacted != part
+        return redacted
+
     try:
-        value = json.loads(text)
-        redacted = _redact_value(value, redact_text)
-        return text if redacted == value else json.dumps(redacted, ensure_ascii=False)
+        redacted = _redact_value(json.loads(text, object_pairs_hook=_Pairs), redact_part)
+        return json.dumps(redacted, ensure_ascii=False) if changed else text
     except (ValueError, RecursionError):
-        return redact_text(text)
+        plain = ESCAPE.sub(lambda match: chr(int(match.group(1), 16)), text)
+        redacted_plain = redact_text(plain)
+        return text if redacted_plain == plain else redacted_plain
 
 
-def _redact_value(value: Any, redact_text: Callable[[str], str]) -> Any:
+class _Pairs(list[tuple[str, Any]]):
+    """A JSON object with all its pairs: of two equal keys a dictionary would keep one."""
+
+
+def _redact_value(value: Any, redact_part: Callable[[str], str]) -> Any:
     match value:
         case str():
-            return redact_text(value)
-        case dict():
-            return {key: _redact_value(inner, redact_text) for key, inner in value.items()}
+            return redact_part(value)
+        case _Pairs():
+            return _name_apart(
+                (key, redact_part(key), _redact_entry(key, inner, redact_part)) for key, inner in value
+            )
         case list():
-            return [_redact_value(inner, redact_text) for inner in value]
+            return [_redact_value(inner, redact_part) for inner in value]
         case int() | float() if not isinstance(value, bool):
             plain = str(value)  # a card number may be a JSON number
-            redacted = redact_text(plain)
+            if len(plain) < MIN_DIGITS:
+                return value
+            redacted = redact_part(plain)
             return value if redacted == plain else redacted
     return value
+
+
+def _redact_entry(key: str, value: Any, redact_part: Callable[[str], str]) -> Any:
+    """Redact the value of a key: what it is may show only next to its key, as for {"password": "…"}."""
+    redacted = _redact_value(value, redact_part)
+    short = isinstance(value, str | int | float) and redacted == value and len(str(value)) <= MAX_NAMED_CHARS
+    if not short or isinstance(value, bool) or len(str(value)) < MIN_DIGITS:
+        return redacted
+    before = f'{key}: "' if isinstance(value, str) else f"{key}: "
+    entry = f'{before}{value}"' if isinstance(value, str) else f"{before}{value}"
+    both = redact_part(entry)
+    if both in (entry, redact_part(key) + entry[len(key) :]):
+        return value
+    return both.removeprefix(before).removesuffix('"')
+
+
+def _name_apart(entries: Iterable[tuple[str, str, Any]]) -> dict[str, Any]:
+    """Return an object of (key, redacted key, value); keys that only redaction made equal are numbered.
+
+    Of keys that were equal before, the last one counts, as for every reader of JSON.
+    """
+    built: dict[str, Any] = {}
+    names: dict[str, str] = {}
+    numbers: dict[str, int] = {}
+    for key, redacted, value in entries:
+        if key not in names:
+            name = redacted
+            while name in built:
+                numbers[redacted] = numbers.get(redacted, 1) + 1
+                name = f"{redacted} {numbers[redacted]}"
+            names[key] = name
+        built[names[key]] = value
+    return built

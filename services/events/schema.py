@@ -78,7 +78,8 @@ CLIENT_GONE = 499  # status of an exchange whose client disconnected, as in ngin
 Event = Exchange | Feedback
 EVENT_FIELDS = {kind: tuple(field.name for field in fields(kind)) for kind in (Exchange, Feedback)}
 EVENT_VALUES = {kind: attrgetter(*names) for kind, names in EVENT_FIELDS.items()}
-REDACTED = ("messages", "answer", "correction", "comment")
+# What users write; "parameters" holds stop strings and schemas.
+REDACTED = ("messages", "parameters", "answer", "correction", "comment")
 
 metadata = MetaData()
 COLUMN_TYPES = {"str": Text, "float": Double, "int": Integer, "bool": Boolean}

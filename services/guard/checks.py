@@ -33,6 +33,7 @@ from typing import Any
 from services.guard.text_classifier import TextClassifier, load_classifier
 from stages.common import personal_data
 from stages.common.errors import InputError
+from stages.common.secrets import find_named_secrets
 
 DATA = Path(__file__).parent / "data"
 
@@ -50,49 +51,6 @@ BASE64 = re.compile(r"(?<![A-Za-z0-9+/_-])[A-Za-z0-9+/_-]{20,}={0,2}")
 HEX = re.compile(r"(?<![0-9A-Fa-f])(?:[0-9A-Fa-f]{2}[ :]?){12,}")
 MAX_PATTERN_S = 0.1  # for one `pattern` in a request's schema
 MIN_PRINTABLE = 0.95  # share of a decoded text; random bytes have about a third
-
-# Secrets with a fixed prefix, in the formats that secret scanners use (gitleaks, detect-secrets). Every
-# repetition is bounded, so matching is linear.
-SECRETS: dict[str, re.Pattern[str]] = {
-    "private_key": re.compile(
-        r"-----BEGIN (?:[A-Z0-9]{1,16} ){0,3}PRIVATE KEY(?: BLOCK)?-----|PuTTY-User-Key-File-[23]:"
-    ),
-    "aws_access_key": re.compile(r"(?<![A-Z0-9])(?:AKIA|ASIA|ABIA|ACCA)[A-Z2-7]{16}(?![A-Z0-9])"),
-    "google_api_key": re.compile(r"(?<![\w-])AIza[\w-]{35}(?![\w-])"),
-    "google_oauth": re.compile(r"(?<![\w-])(?:GOCSPX-[\w-]{28}|ya29\.[\w-]{20,512})"),
-    "github_token": re.compile(r"(?<![\w-])(?:gh[pousr]_[A-Za-z0-9]{36,255}|github_pat_\w{60,255})"),
-    "gitlab_token": re.compile(r"(?<![\w-])gl(?:pat|ptt|dt|rt|cbt|oas|soat)-[\w-]{20,64}"),
-    "slack_token": re.compile(
-        r"(?<![\w-])xox[abeoprs]-[\w-]{10,250}|hooks\.slack\.com/(?:services|workflows)/[\w/+-]{40,80}"
-    ),
-    "stripe_key": re.compile(
-        r"(?<![\w-])(?:(?:sk|rk)_(?:live|test|prod)_[A-Za-z0-9]{10,99}|whsec_[\w+/=-]{24,99})"
-    ),
-    "openai_key": re.compile(r"(?<![\w-])sk-(?:proj-|svcacct-|admin-|or-v1-)?[\w-]{32,200}"),
-    "anthropic_key": re.compile(r"(?<![\w-])sk-ant-[\w-]{20,200}"),
-    "huggingface_token": re.compile(r"(?<![\w-])(?:hf|api_org)_[A-Za-z]{34}(?![A-Za-z])"),
-    "pypi_token": re.compile(r"(?<![\w-])pypi-AgE[\w-]{50,1000}"),
-    "npm_token": re.compile(r"(?<![\w-])npm_[A-Za-z0-9]{36}(?![A-Za-z0-9])"),
-    "sendgrid_key": re.compile(r"(?<![\w-])SG\.[\w-]{16,32}\.[\w-]{16,64}"),
-    "telegram_token": re.compile(r"(?<!\d)\d{8,10}:AA[\w-]{32,33}(?![\w-])"),
-    "discord_token": re.compile(r"(?<![\w-])[MNO][\w-]{23,25}\.[\w-]{6}\.[\w-]{27,38}(?![\w-])"),
-    "azure_key": re.compile(r"AccountKey=[A-Za-z0-9+/]{86}=="),
-    "digitalocean_token": re.compile(r"(?<![\w-])do[opr]_v1_[a-f0-9]{64}"),
-    "vault_token": re.compile(r"(?<![\w-])hv[sb]\.[\w-]{24,300}"),
-    "age_key": re.compile(r"AGE-SECRET-KEY-1[A-Z0-9]{58}"),
-    "perennial_key": re.compile(r"(?<![\w-])perennial-[\w-]{43}(?![\w-])"),
-    "json_web_token": re.compile(r"(?<![\w-])eyJ[\w-]{10,4096}\.eyJ[\w-]{10,4096}\.[\w-]{10,4096}"),
-    "password_in_url": re.compile(
-        r"(?<![a-z0-9])[a-z][a-z0-9+.-]{1,20}://[^\s/:@\"'<>]{0,128}:[^\s/:@\"'<>]{3,128}@[\w.\[-]", re.I
-    ),
-    "assigned_secret": re.compile(
-        r"(?:api[_-]?key|secret(?:[_-]?(?:key|access[_-]?key))?|(?:access|auth)[_-]?token|passw(?:or)?d"
-        r"|client[_-]?secret)"
-        r"[\"']?\s{0,8}[:=]\s{0,8}[\"'](?=[^\"'\s]{0,128}\d)[^\"'\s]{12,128}[\"']",
-        re.I,
-    ),
-}
-EXAMPLE = re.compile(r"x{6}|\*{4}|\.\.\.|example|placeholder|your[_-]|changeme|<[a-z_-]+>", re.I)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +114,7 @@ def check_schema(answer: str, schema: str) -> GuardDecision:
 
 def check_secrets(answer: str) -> GuardDecision:
     """Reject an answer that contains a key, token or password; the reason names the kind."""
-    kind = next(find_secrets(answer), None)
+    kind, _ = next(find_named_secrets(answer), (None, None))
     return ALLOW if kind is None else GuardDecision(False, f"secret_{kind}")
 
 
@@ -172,13 +130,6 @@ def score_injection(text: str) -> float:
     """Return the highest injection score of a text and of anything encoded in it."""
     model = load_injection_model()
     return max(model.score(candidate) for candidate in (text, *decode_hidden(text)))
-
-
-def find_secrets(text: str) -> Iterator[str]:
-    """Yield the kinds of secrets in a text; placeholders as documentation uses them do not count."""
-    for kind, pattern in SECRETS.items():
-        if any(not EXAMPLE.search(match.group()) for match in pattern.finditer(text)):
-            yield kind
 
 
 def decode_hidden(text: str) -> Iterator[str]:

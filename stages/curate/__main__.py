@@ -58,8 +58,12 @@ logger = get_logger("curate")
 ROWS_A_STEP = 1000  # of progress
 
 
-def list_rules(params: Curate, task: Task) -> list[Rule]:
-    """Return the rules for one row; what a parameter sets to null is not among them."""
+def list_rules(params: Curate, task: Task, system_prompt: str | None) -> list[Rule]:
+    """Return the rules for one row; what a parameter sets to null is not among them.
+
+    Args:
+        system_prompt: the operator's own; personal data in it, such as an address for support, is no reason.
+    """
     rules: list[Rule] = [
         limit_question_length(params.min_question_chars, params.max_question_chars),
         limit_answer_length(params.max_answer_chars),
@@ -68,7 +72,7 @@ def list_rules(params: Curate, task: Task) -> list[Rule]:
     ]
     if params.min_text_share is not None:
         rules.append(require_text(params.min_text_share))
-    return [*rules, find_personal_data(params.personal_data)]
+    return [*rules, find_personal_data(params.personal_data, system_prompt)]
 
 
 def list_table_rules(params: Curate, task: Task) -> list[TableRule]:
@@ -162,7 +166,9 @@ def main() -> None:
     # Feedback adds no label to a closed set.
     own = [row for row in rows if row.origin != "feedback"] or rows
     task = resolve_task(everything.task, [row.answer for row in own])
-    kept, rejected = apply_rules(rows, list_rules(params, task), list_table_rules(params, task))
+    kept, rejected = apply_rules(
+        rows, list_rules(params, task, everything.task.system_prompt), list_table_rules(params, task)
+    )
     groups = join_conversations(kept)
     joined = len({row.group for row in kept}) - len(set(groups))
     kept = [

@@ -118,14 +118,21 @@ def _is_text(character: str) -> bool:
     return kind[0] in "LMN" or (kind == "So" and character != "\ufffd")  # a sign of a lost character
 
 
-def find_personal_data(kinds: Sequence[str]) -> Rule:
-    """Return the rule that rejects rows with personal data of `kinds`; the detail does not repeat it."""
+def find_personal_data(kinds: Sequence[str], system_prompt: str | None = None) -> Rule:
+    """Return the rule that rejects rows with personal data or secrets of `kinds`; the detail repeats none.
+
+    Args:
+        system_prompt: the operator's own, which is not looked at.
+    """
+    own = system_prompt.strip() if system_prompt is not None else None
 
     def rule(row: Row) -> Rejection | None:
-        for role, text in list_texts(row):
-            for kind in kinds:
-                if holds(kind, text):
-                    return Rejection(f"personal_{kind}", f"in the message of the {role}")
+        for message in row.messages:
+            if message.role == "system" and message.content.strip() == own:
+                continue
+            kind = next((kind for kind in kinds if holds(kind, message.content)), None)
+            if kind is not None:
+                return Rejection(f"personal_{kind}", f"in the message of the {message.role}")
         return None
 
     return rule

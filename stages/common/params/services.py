@@ -10,7 +10,7 @@ from pydantic import Field
 from typing_extensions import override
 
 from stages.common.params.checked_yaml import Section
-from stages.common.params.types import Count, Positive, PositiveCount, Share
+from stages.common.params.types import Count, Positive, PositiveCount, PrivateKind, Share
 
 Policy = Literal["enforce", "record", "off"]
 
@@ -102,7 +102,7 @@ class Events(Section):
     queue_size: PositiveCount
     group_rows: PositiveCount
     group_wait_ms: Annotated[float, Field(ge=0.0)]
-    redact: tuple[Literal["email", "phone", "iban", "credit_card", "ipv4", "ssn"], ...]
+    redact: tuple[PrivateKind, ...]
     retention_days: PositiveCount | None
 
 

@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from typing_extensions import override
 
 from stages.common.params.checked_yaml import Section, suggest_nearest
-from stages.common.params.types import Count, Positive, PositiveCount, Share
+from stages.common.params.types import Count, Positive, PositiveCount, PrivateKind, Share
 
 AUTO: Literal["auto"] = "auto"
 
@@ -125,7 +125,7 @@ class Curate(Section):
     near_duplicate_threshold: Share | None
     on_conflicting_answers: Literal["drop", "keep"] = "drop"
     normalize: tuple[Literal["nfc", "line_ends"], ...] = ("nfc", "line_ends")
-    personal_data: tuple[Literal["email", "phone", "iban", "credit_card", "ipv4", "ssn"], ...] = ()
+    personal_data: tuple[PrivateKind, ...] = ()
 
     @override
     def find_conflicts(self) -> Iterator[tuple[str, str]]:

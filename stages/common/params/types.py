@@ -1,8 +1,8 @@
-"""Numbers with limits, as the sections of `params.yaml` use them."""
+"""Numbers with limits, and kinds of private data, as the sections of `params.yaml` use them."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -11,3 +11,5 @@ Count = Annotated[int, Field(ge=0)]
 PositiveCount = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0.0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
+# Keys of stages.common.personal_data.RECOGNISERS; a test compares them.
+PrivateKind = Literal["email", "phone", "iban", "credit_card", "ipv4", "ssn", "secret"]

@@ -153,7 +153,7 @@ def test_what_is_suspicious_is_shown(capsys):
         *PAIRS,
         PAIRS[0],
         (PAIRS[1][0], "track"),
-        ("mail me at a@example.org", "track"),
+        ("mail me at a@perennial-mail.net", "track"),
         ("Ã¼ber", "Track"),
     ]
     run(write_csv("data/a.csv", rows))

@@ -211,14 +211,14 @@ def test_characters_that_no_database_holds_are_replaced(url):
 
 def test_personal_data_is_not_stored(url):
     messages = json.dumps([{"role": "user", "content": "I am ann@example.org"}])
+    parameters = json.dumps({"stop": ["ann@example.org"], "json_schema": '{"const": "ann@example.org"}'})
+    asked = exchange(1, messages=messages, parameters=parameters, answer="hello ann@example.org")
     with opened(url) as store:
         told = replace(FEEDBACK, correction='{"to": "ann@example.org"}', comment="ring +4930123456")
-        assert record(store, exchange(1, messages=messages, answer="hello ann@example.org"), told) == [
-            None,
-            None,
-        ]
+        assert record(store, asked, told) == [None, None]
     (row,), (said,) = rows_of(read_exchanges(url, 0, 2000)), rows_of(read_feedback(url, 0, 2000))
     assert json.loads(row["messages"])[0]["content"] == "I am [email]"
+    assert json.loads(row["parameters"]) == {"stop": ["[email]"], "json_schema": '{"const": "[email]"}'}
     assert row["answer"] == "hello [email]"
     assert (said["correction"], said["comment"]) == ('{"to": "[email]"}', "ring [phone]")
 

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -156,8 +157,16 @@ def test_personal_data_goes_by_its_kind_wherever_it_stands(kind):
     assert reason(find_personal_data(others), question=text) is None
 
 
+def test_a_secret_is_never_a_training_row_and_the_operators_own_prompt_is_no_reason():
+    system = Message("system", "Questions: support@perennial-mail.net")
+    rows = [replace(row("on"), messages=(system, *row("on").messages)), row("pw: hunter2hunter2")]
+    rule = find_personal_data(["email", "secret"], system.content)
+    assert [found and found.reason for found in map(rule, rows)] == [None, "personal_secret"]
+    assert find_personal_data(["email"], "Answer.")(rows[0]).reason == "personal_email"
+
+
 def test_the_reason_does_not_repeat_the_personal_data():
-    rejection = find_personal_data(["email"])(row("write to ann@example.org"))
+    rejection = find_personal_data(["email"])(row("write to ann@perennial-mail.net"))
     assert "ann" not in rejection.detail
 
 
@@ -212,7 +221,7 @@ def test_a_chain_of_near_duplicates_is_measured_against_kept_rows_only():
 
 
 def test_a_row_has_the_reason_of_the_first_rule_and_nothing_is_lost():
-    rows = [row("x", "no json"), row("fine"), row("fine"), row("write to ann@example.org", "no json")]
+    rows = [row("x", "no json"), row("fine"), row("fine"), row("write to ann@perennial-mail.net", "no json")]
     kept, rejected = apply_rules(
         rows, [limit_question_length(2, 99), check_answer(JsonTask(None))], [find_exact_duplicates]
     )
@@ -220,7 +229,7 @@ def test_a_row_has_the_reason_of_the_first_rule_and_nothing_is_lost():
     assert [(r.question, d.reason) for r, d in rejected] == [
         ("x", "short_question"),
         ("fine", "exact_duplicate"),
-        ("write to ann@example.org", "invalid_answer"),
+        ("write to ann@perennial-mail.net", "invalid_answer"),
     ]
     assert count_rows(4, kept, rejected)["rejected_by_reason"] == {
         "invalid_answer": 1,

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from stages.common.personal_data import PERSONAL_DATA, holds
+from stages.common.personal_data import RECOGNISERS, holds
 from stages.common.records import Row
 from stages.common.sources.detection.task_kind import TaskKind
 from stages.common.sources.files.entries import shorten
@@ -51,7 +51,7 @@ class Survey:
         classes: rows by class, the largest first; empty for a task without classes.
         duplicates: rows whose messages an earlier row has.
         conflicts: rows whose prompt another row answers differently.
-        personal_data: rows by kind of personal data.
+        personal_data: rows by kind of personal data, secrets included.
         row_tokens: of prompt and answer together.
         long_rows: rows of more tokens than training takes.
     """
@@ -126,11 +126,11 @@ def count_conflicts(rows: Sequence[Row]) -> int:
 
 
 def count_personal_data(rows: Sequence[Row]) -> dict[str, int]:
-    """Return in how many rows each kind of personal data is, without the kinds in none."""
+    """Return in how many rows each kind of personal data, or a secret, is; without the kinds in none."""
     found = Counter(
         kind
         for row in rows
-        for kind in PERSONAL_DATA
+        for kind in RECOGNISERS
         if any(holds(kind, message.content) for message in row.messages)
     )
     return dict(found.most_common())
