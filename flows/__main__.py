@@ -60,7 +60,7 @@ COMMANDS = {
             subcommands=("add", "list", "revoke"),
         ),
         Command(
-            *("events", "services.events", "Export, prune or migrate the event store.", ("serve",)),
+            *("events", "services.events", "Export, prune, forget or migrate the event store.", ("serve",)),
             subcommands=("export", "prune", "migrate"),
         ),
         Command("parity", "services.parity", "Compare the service with the trainer.", ("core", "serve")),

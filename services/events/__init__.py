@@ -4,9 +4,11 @@ An event is recorded once its transaction is on disk. One thread writes; events 
 commit. Other processes can read at the same time.
 
 Run: `perennial events export --from 2026-01-01T00:00 --to 2026-02-01T00:00 --out january.parquet`,
-`perennial events prune --older-than-days 90` or `perennial events migrate`
+`perennial events prune --older-than-days 90`, `perennial events forget --user NAME` or
+`perennial events migrate`
 """
 
+from services.events.person import NOT_REACHED, Person, export_person, forget
 from services.events.pruning import Pruned, prune
 from services.events.reading import (
     Traffic,
@@ -35,18 +37,22 @@ from services.events.writing import EventStore, open_store
 __all__ = [
     "CLIENT_GONE",
     "EVENT_FIELDS",
+    "NOT_REACHED",
     "TABLES",
     "BadEvent",
     "Event",
     "EventStore",
     "Exchange",
     "Feedback",
+    "Person",
     "Pruned",
     "StoreUnavailable",
     "Traffic",
     "count_exchanges",
     "count_traffic",
+    "export_person",
     "export_window",
+    "forget",
     "get_joined_schema",
     "open_store",
     "prune",

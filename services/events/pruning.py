@@ -38,16 +38,26 @@ def prune(url: str, before: float) -> Pruned:
     orphan = ~exists().where(exchanges.c.request_id == feedback.c.request_id)
     old_feedback = select(feedback.c.feedback_id).where(feedback.c.given_at < before, orphan)
     with open_database(url) as engine:
-        counts = [0, 0]
-        for number, wanted in enumerate((old_exchanges, old_feedback)):
-            while ids := _prune_some(engine, wanted, counts, bool(number)):
-                logger.debug("pruned %d", ids)
-                time.sleep(0.005)  # SQLite's lock is not fair: give other writers a chance
-        _release_pages(engine)
-    return Pruned(*counts)
+        exchanges_gone, feedback_gone = delete_selected(engine, old_exchanges)
+        _, orphans_gone = delete_selected(engine, old_feedback, only_feedback=True)
+        release_pages(engine)
+    return Pruned(exchanges_gone, feedback_gone + orphans_gone)
 
 
-def _prune_some(engine: Engine, wanted: Any, counts: list[int], only_feedback: bool) -> int:
+def delete_selected(engine: Engine, wanted: Any, only_feedback: bool = False) -> tuple[int, int]:
+    """Delete the selected exchanges and their feedback, in short transactions; return both counts.
+
+    Args:
+        wanted: selects request ids; feedback ids where `only_feedback`.
+    """
+    counts = [0, 0]
+    while ids := _delete_some(engine, wanted, counts, only_feedback):
+        logger.debug("deleted %d", ids)
+        time.sleep(0.005)  # SQLite's lock is not fair: give other writers a chance
+    return counts[0], counts[1]
+
+
+def _delete_some(engine: Engine, wanted: Any, counts: list[int], only_feedback: bool) -> int:
     with engine.execution_options(writes=True).begin() as connection:
         ids = list(connection.execute(wanted.limit(PAGE_ROWS)).scalars())
         if not only_feedback and ids:
@@ -59,7 +69,7 @@ def _prune_some(engine: Engine, wanted: Any, counts: list[int], only_feedback: b
     return len(ids)
 
 
-def _release_pages(engine: Engine) -> None:
+def release_pages(engine: Engine) -> None:
     """Truncate the free pages of SQLite's file in batches; PostgreSQL reuses space by itself."""
     if engine.dialect.name != "sqlite":
         return

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import (
     Boolean,
+    ColumnElement,
     Connection,
     Double,
     Integer,
@@ -40,17 +41,20 @@ def read_exchanges(url: str, start: float, end: float) -> Iterator[pa.RecordBatc
     Raises:
         InputError: there is no store at `url`, it has another version, or cannot be read.
     """
-    yield from _read(url, Exchange, start, end, with_feedback=False)
+    at = exchanges.c.received_at
+    yield from _read(url, Exchange, (at >= start) & (at < end), with_feedback=False)
 
 
 def read_feedback(url: str, start: float, end: float) -> Iterator[pa.RecordBatch]:
     """Yield the feedback given in [start, end) (unix s), ordered by time; see `read_exchanges`."""
-    yield from _read(url, Feedback, start, end, with_feedback=False)
+    at = feedback.c.given_at
+    yield from _read(url, Feedback, (at >= start) & (at < end), with_feedback=False)
 
 
 def read_joined(url: str, start: float, end: float) -> Iterator[pa.RecordBatch]:
     """Yield exchanges as `read_exchanges`, with a column `feedback`: the list of all feedback on each."""
-    yield from _read(url, Exchange, start, end, with_feedback=True)
+    at = exchanges.c.received_at
+    yield from _read(url, Exchange, (at >= start) & (at < end), with_feedback=True)
 
 
 def read_times(url: str, start: float, end: float, version: str, role: str) -> Iterator[float]:
@@ -188,7 +192,7 @@ def _schema(table: Table) -> pa.Schema:
 
 
 def _read(
-    url: str, kind: type[Event], start: float, end: float, with_feedback: bool
+    url: str, kind: type[Event], selected: ColumnElement[bool], with_feedback: bool
 ) -> Iterator[pa.RecordBatch]:
     import pyarrow as pa
 
@@ -198,7 +202,7 @@ def _read(
         while True:
             # One transaction per page: a long one would block SQLite's checkpoints.
             with engine.connect() as connection:
-                rows = _page(connection, kind, start, end, after)
+                rows = _page(connection, kind, selected, after)
                 given = (
                     _read_feedback_on(connection, [row[0] for row in rows]) if with_feedback and rows else {}
                 )
@@ -217,11 +221,11 @@ def _time_column(kind: type[Event]) -> int:
 
 
 def _page(
-    connection: Connection, kind: type[Event], start: float, end: float, after: tuple[float, str] | None
+    connection: Connection, kind: type[Event], selected: ColumnElement[bool], after: tuple[float, str] | None
 ) -> list[tuple[Any, ...]]:
     table = TABLES[kind]
     key, at = table.columns[0], table.columns[_time_column(kind)]
-    wanted = select(table).where(at >= start, at < end).order_by(at, key).limit(PAGE_ROWS)
+    wanted = select(table).where(selected).order_by(at, key).limit(PAGE_ROWS)
     if after is not None:
         wanted = wanted.where(tuple_(at, key) > tuple_(literal(after[0]), literal(after[1])))
     rows: list[tuple[Any, ...]] = []
@@ -249,6 +253,16 @@ def export_window(url: str, start: float, end: float, path: Path) -> int:
     Raises:
         InputError: as `read_exchanges`.
     """
+    at = exchanges.c.received_at
+    return export_selected(url, (at >= start) & (at < end), path)
+
+
+def export_selected(url: str, selected: ColumnElement[bool], path: Path) -> int:
+    """Write the exchanges of a condition as `export_window` does; return their number.
+
+    Raises:
+        InputError: as `read_exchanges`.
+    """
     import pyarrow.parquet as pq
 
     rows = 0
@@ -256,7 +270,7 @@ def export_window(url: str, start: float, end: float, path: Path) -> int:
         atomic_write(path) as temporary,
         pq.ParquetWriter(temporary, get_joined_schema(), compression="zstd") as writer,
     ):
-        for batch in read_joined(url, start, end):
+        for batch in _read(url, Exchange, selected, with_feedback=True):
             writer.write_batch(batch)
             rows += batch.num_rows
     return rows

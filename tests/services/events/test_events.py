@@ -14,14 +14,20 @@ import pyarrow.parquet as pq
 import pytest
 from sqlalchemy import text
 
+from monitoring.feedback.rows import HELD_OUT, ROWS
+from monitoring.workspace import WORKSPACE
 from services.events import (
+    NOT_REACHED,
     BadEvent,
     Exchange,
     Feedback,
+    Person,
     Pruned,
     StoreUnavailable,
     count_exchanges,
+    export_person,
     export_window,
+    forget,
     open_store,
     prune,
     pruning,
@@ -34,7 +40,9 @@ from services.events import (
 )
 from services.events.__main__ import main
 from services.events.database import check_url, make_engine
+from services.events.redaction import pseudonymise
 from services.events.schema import metadata
+from stages.common.artifacts import artifacts
 from stages.common.errors import InputError
 
 ROOT = Path(__file__).parents[3]
@@ -304,6 +312,59 @@ def test_pruning_gives_the_space_back(sqlite_url, tmp_path):
     before = (tmp_path / "events.db").stat().st_size
     prune(sqlite_url, 1e12)
     assert (tmp_path / "events.db").stat().st_size < before / 5
+
+
+def test_one_person_is_forgotten_with_all_feedback_and_nobody_else(url, monkeypatch):
+    monkeypatch.setattr(pruning, "PAGE_ROWS", 3)
+    with opened(url) as store:
+        hers = [exchange(n, user="ann", session=f"s{n}") for n in range(7)]
+        shadow = exchange(7, user="ann", role="shadow", shadow_of="r0")
+        others = [exchange(8, user="bob"), exchange(9, user=None), exchange(10, user="Ann")]
+        told = [replace(FEEDBACK, feedback_id=f"f{n}", request_id=f"r{n}") for n in range(11)]
+        assert not any(record(store, *hers, shadow, *others, *told))
+        assert forget(url, Person("user", "ann")) == Pruned(8, 8)
+        assert ids(url) == ["r8", "r9", "r10"]
+        assert [row["feedback_id"] for row in rows_of(read_feedback(url, 0, 1e12))] == ["f10", "f8", "f9"]
+        assert forget(url, Person("user", "ann")) == Pruned(0, 0)
+        assert forget(url, Person("session", "s1")) == Pruned(3, 3)
+        assert ids(url) == [] and store.find_problem() is None
+
+
+def test_a_person_named_by_an_address_is_found_under_the_hash(url, tmp_path):
+    name = "ann@perennial-mail.net"
+    with opened(url) as store:
+        assert not any(record(store, exchange(1, user=pseudonymise(name)), exchange(2, user="bob")))
+    assert export_person(url, Person("user", name), tmp_path / "ann.parquet") == 1
+    assert forget(url, Person("user", name)) == Pruned(1, 0)
+    assert ids(url) == ["r2"]
+
+
+def test_everything_of_one_person_is_exported_with_the_feedback_on_it(url, tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "PAGE_ROWS", 2)
+    with opened(url) as store:
+        asked = [exchange(n, user="ann" if n % 2 else "bob") for n in range(9)]
+        assert not any(record(store, *asked, replace(FEEDBACK, request_id="r1")))
+    path = tmp_path / "ann.parquet"
+    assert export_person(url, Person("user", "ann"), path) == 4
+    rows = pq.read_table(path).to_pylist()
+    assert [row["request_id"] for row in rows] == ["r1", "r3", "r5", "r7"]
+    assert [row["feedback"] for row in rows[1:]] == [[]] * 3
+    assert rows[0]["feedback"][0]["comment"] == "no"
+
+
+def test_nothing_of_a_forgotten_person_is_left_in_the_files(sqlite_url, tmp_path):
+    with opened(sqlite_url) as store:
+        assert not any(record(store, exchange(1, user="ann", answer="zanzibar " * 900), exchange(2)))
+        forget(sqlite_url, Person("user", "ann"))
+        files = [path.read_bytes() for path in tmp_path.glob("events.db*")]
+    assert files and not any(b"zanzibar" in file for file in files)
+
+
+def test_the_places_that_forgetting_does_not_reach_are_those_that_are_written():
+    places = " ".join(place for place, _ in NOT_REACHED)
+    folders = [artifacts(stage) for stage in ("collect", "curate", "split", "evaluate", "finetune", "export")]
+    for place in (ROWS, HELD_OUT, WORKSPACE, *folders):
+        assert str(place) in places
 
 
 def test_sqlite_waits_for_the_disk(sqlite_url):
@@ -725,6 +786,19 @@ def test_the_command_migrates_exports_and_prunes(sqlite_url, tmp_path):
     assert "deleted 2 exchanges, 0 feedback" in done.stderr
 
 
+def test_the_command_exports_and_forgets_a_person_and_says_what_it_does_not_reach(sqlite_url, tmp_path):
+    with opened(sqlite_url) as store:
+        assert not any(record(store, exchange(1, user="ann"), exchange(2, user="bob")))
+    out = tmp_path / "ann.parquet"
+    done = command("export", "--user", "ann", "--out", out, "--url", sqlite_url)
+    assert done.returncode == 0, done.stderr
+    assert pq.read_table(out)["request_id"].to_pylist() == ["r1"]
+    done = command("forget", "--user", "ann", "--url", sqlite_url)
+    assert "deleted 1 exchanges, 0 feedback" in done.stderr
+    assert all(place in done.stderr and remedy in done.stderr for place, remedy in NOT_REACHED)
+    assert ids(sqlite_url) == ["r2"]
+
+
 def test_the_command_finds_the_store_in_params_yaml(tmp_path):
     (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
     done = command("migrate", cwd=tmp_path)
@@ -735,8 +809,12 @@ def test_the_command_finds_the_store_in_params_yaml(tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((), "export | prune | migrate"),
+        ((), "export | prune | forget | migrate"),
         (("import",), "import"),
+        (("export", "--out", "x"), "--user"),
+        (("export", "--user", "ann", "--from", "2026-01-01", "--out", "x"), "without --from"),
+        (("forget",), "--user"),
+        (("forget", "--user", "ann", "--session", "s"), "not allowed with"),
         (("export", "--from", "monday", "--to", "2026-01-01", "--out", "x"), "'monday'"),
         (("export", "--from", "2026-01-02", "--to", "2026-01-01", "--out", "x"), "--from is not before --to"),
         (("prune",), "--older-than-days"),
