@@ -10,6 +10,7 @@ from pydantic import Field
 from typing_extensions import override
 
 from stages.common.params.checked_yaml import Section
+from stages.common.params.schedule import Cron, Timezone
 from stages.common.params.types import Count, NotNegative, Positive, PositiveCount, Share
 
 Chance = Annotated[float, Field(gt=0.0, lt=0.5)]
@@ -55,7 +56,7 @@ class DriftSettings(Section):
     def find_conflicts(self) -> Iterator[tuple[str, str]]:
         level = self.alpha / 3  # the three drift types that decide share alpha
         if (1 + self.permutations) * level < 1.0:
-            needed = math.ceil(1 / level)
+            needed = math.ceil(1 / level) - 1
             yield "permutations", f"no p-value can reach alpha / 3 ({level:g}): at least {needed} are needed"
 
 
@@ -98,12 +99,18 @@ class Monitoring(Section):
     trigger: TriggerSettings
     feedback: FeedbackSettings
 
+    @override
+    def find_conflicts(self) -> Iterator[tuple[str, str]]:
+        for name, section in (("drift", self.drift), ("trigger", self.trigger)):
+            for key, text in section.find_conflicts():
+                yield f"{name}.{key}", text
+
 
 class TrainingFlow(Section):
     """When the training flow runs."""
 
-    cron: str | None
-    timezone: str = "UTC"
+    cron: Cron | None
+    timezone: Timezone = "UTC"
     retries: Count
     retry_delay_s: Count
 
@@ -111,8 +118,8 @@ class TrainingFlow(Section):
 class WatchFlow(Section):
     """When production is watched."""
 
-    cron: str | None
-    timezone: str = "UTC"
+    cron: Cron | None
+    timezone: Timezone = "UTC"
     max_windows: PositiveCount
     retrain: bool
 
@@ -146,8 +153,8 @@ class CanarySettings(Section):
 class RetrainFlow(Section):
     """How a model is replaced."""
 
-    cron: str | None
-    timezone: str = "UTC"
+    cron: Cron | None
+    timezone: Timezone = "UTC"
     warm_start_from: Literal["champion", "base"]
     gate: GateSettings
     canary: CanarySettings
