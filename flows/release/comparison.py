@@ -18,6 +18,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -154,7 +155,8 @@ def _separate(outcomes: Sequence[RequestOutcome]) -> list[RequestOutcome]:
     for number, one in enumerate(outcomes):
         again = [field for field in VOTES.values() if (one.assignment_key, field) in voted]
         voted |= {(one.assignment_key, field) for field in VOTES.values() if getattr(one, field) is not None}
-        separate.append(replace(one, assignment_key=str(number), **dict.fromkeys(again)))
+        cleared: dict[str, Any] = dict.fromkeys(again)
+        separate.append(replace(one, assignment_key=str(number), **cleared))
     return separate
 
 
