@@ -32,7 +32,7 @@ Grams = NDArray[np.int64] | NDArray[np.int32]  # int32: by rank
 
 
 def extract_grams(text: str) -> Grams:
-    """Return the character 3-grams of a text as numbers, in order; `fold_text` says what does not count."""
+    """Return the character 3-grams of a text as numbers, in order, after `fold_text`."""
     plain = fold_text(text)
     codes = np.frombuffer(plain.encode("utf-32-le", errors="surrogatepass"), np.uint32).astype(np.int64)
     if len(codes) < GRAM:

@@ -66,14 +66,6 @@ class LabelTask(Task):
         return None
 
     @override
-    def canonical(self, answer: str) -> str:
-        return answer.strip()
-
-    @override
-    def rewrite(self, answer: str, schema: Mapping[str, Any] | None, separators: tuple[str, str]) -> str:
-        return answer.strip()
-
-    @override
     def read_class(self, answer: str) -> str | None:
         label = answer.strip()
         return label if label in self.labels else None

@@ -65,14 +65,6 @@ class TextTask(Task):
         return None if answer.strip() else "the answer is empty"
 
     @override
-    def canonical(self, answer: str) -> str:
-        return answer.strip()
-
-    @override
-    def rewrite(self, answer: str, schema: Mapping[str, Any] | None, separators: tuple[str, str]) -> str:
-        return answer.strip()
-
-    @override
     def read_class(self, answer: str) -> None:
         return None
 
