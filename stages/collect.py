@@ -48,19 +48,7 @@ def collect_source(
     if isinstance(source, Feedback):
         return collect_feedback(Path(source.path), system_prompt, on_bad_row)
     if isinstance(source, File):
-        options = FormatOptions(
-            source.format, source.encoding, source.delimiter, source.records_key, source.column_names
-        )
-        columns = Columns(
-            shape=source.shape,
-            messages=source.messages_column,
-            prompt=source.prompt_column,
-            context=source.context_column,
-            completion=source.completion_column,
-            system=source.system_column,
-            group=source.group_column,
-            tags=source.tag_columns,
-        )
+        options, columns = FormatOptions.of(source), Columns.of(source)
         return collect_file(
             Path(source.path), source.license, source.origin, options, columns, system_prompt, on_bad_row
         )

@@ -60,14 +60,20 @@ def _make_parser() -> argparse.ArgumentParser:
     reading = parser.add_argument_group("format and columns, where detection is in doubt")
     reading.add_argument("--format", choices=("jsonl", "json", "csv", "parquet"))
     reading.add_argument("--encoding", help="such as cp1252")
-    reading.add_argument("--delimiter", help="of CSV; one character, or 'tab'")
-    reading.add_argument("--column-names", metavar="NAMES", default="", help="of a CSV without a header")
+    reading.add_argument("--delimiter", type=_read_delimiter, help="of CSV; one character, or 'tab'")
+    reading.add_argument(
+        "--column-names", metavar="NAMES", type=_split_names, default=(), help="of a CSV without a header"
+    )
     reading.add_argument("--records-key", help="the key of the rows in a JSON object")
     reading.add_argument("--shape", choices=("chat", "sharegpt", "alpaca", "pair"))
     for part in ("messages", "prompt", "context", "completion", "system", "group"):
         reading.add_argument(f"--{part}-column", metavar="NAME")
     reading.add_argument(
-        "--tag-columns", metavar="NAMES", default="", help="kept as tags; separated by commas"
+        "--tag-columns",
+        metavar="NAMES",
+        type=_split_names,
+        default=(),
+        help="kept as tags; separated by commas",
     )
     return parser
 
@@ -85,7 +91,12 @@ def init(options: argparse.Namespace) -> int:
     params = yaml.safe_load(text)
     folder = options.data if options.data.is_dir() else None
     files = read_data_files(
-        find_files(options.data), folder, license, options.origin, _format_options(options), _columns(options)
+        find_files(options.data),
+        folder,
+        license,
+        options.origin,
+        FormatOptions.of(options),
+        Columns.of(options),
     )
     for file in files:
         check_copy(file)
@@ -159,23 +170,9 @@ def _pick(section: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
     return {key: section[key] for key in keys}
 
 
-def _format_options(options: argparse.Namespace) -> FormatOptions:
-    delimiter = "\t" if options.delimiter in ("tab", "\\t") else options.delimiter
-    names = _split_names(options.column_names)
-    return FormatOptions(options.format, options.encoding, delimiter, options.records_key, names)
-
-
-def _columns(options: argparse.Namespace) -> Columns:
-    return Columns(
-        shape=options.shape,
-        messages=options.messages_column,
-        prompt=options.prompt_column,
-        context=options.context_column,
-        completion=options.completion_column,
-        system=options.system_column,
-        group=options.group_column,
-        tags=_split_names(options.tag_columns),
-    )
+def _read_delimiter(text: str) -> str:
+    """Return the character that an option names."""
+    return "\t" if text in ("tab", "\\t") else text
 
 
 def _split_names(names: str) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from stages.common.errors import InputError
 from stages.common.params.checked_yaml import suggest_nearest
@@ -49,6 +49,11 @@ class FormatOptions:
     delimiter: str | None = None
     records_key: str | None = None
     column_names: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, entry: Any) -> FormatOptions:
+        """Return the options of an entry, or of the command `init`, whose options have the entry's keys."""
+        return cls(entry.format, entry.encoding, entry.delimiter, entry.records_key, entry.column_names)
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,6 +64,20 @@ class Columns:
     group: str | None = None
     tags: tuple[str, ...] = ()
 
+    @classmethod
+    def of(cls, entry: Any) -> Columns:
+        """Return the columns of an entry, or of the command `init`, whose options have the entry's keys."""
+        return cls(
+            shape=entry.shape,
+            messages=entry.messages_column,
+            prompt=entry.prompt_column,
+            context=entry.context_column,
+            completion=entry.completion_column,
+            system=entry.system_column,
+            group=entry.group_column,
+            tags=entry.tag_columns,
+        )
+
     @property
     def named(self) -> tuple[str, ...]:
         """The columns that must be there because the entry names them."""
