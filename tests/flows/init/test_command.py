@@ -9,10 +9,14 @@ import pytest
 import yaml
 
 from flows.init.__main__ import main
+from stages import collect, curate, split
+from stages.check_bias import __main__ as check_bias
+from stages.common.artifacts import read_json
 from stages.common.params.loading import load_params
 from stages.common.sources.files.formats import FormatOptions
 from stages.common.sources.files.rows import collect_file
 from stages.common.sources.files.shapes import Columns
+from stages.validate import __main__ as validate
 
 SHIPPED = Path(__file__).parents[3] / "params.yaml"
 QUESTIONS = ("Where is my parcel {}?", "I want my money back for order {}", "My card {} was stolen")
@@ -322,3 +326,42 @@ def test_params_that_are_wrong_before_are_not_touched(capsys):
     Path("params.yaml").write_text(text, encoding="utf-8")
     assert run(write_csv("data/a.csv", PAIRS)) == 2
     assert Path("params.yaml").read_text(encoding="utf-8") == text
+
+
+SENTENCES = {
+    "support": "{} cannot log in since {}",
+    "billing": "please send {} the invoice of {}",
+    "shipping": "where is the parcel that {} ordered in {}",
+}
+NAMES = ("Emma", "Lars", "Sophie", "Oliver")  # one of the ten origins that person_origin compares
+MONTHS = ("January", "March", "May", "July", "October")
+TICKETS = [
+    (sentence.format(name, month), team)
+    for team, sentence in SENTENCES.items()
+    for name in NAMES
+    for month in MONTHS
+]
+
+
+def write_labels():
+    return write_csv("data/tickets.csv", TICKETS)
+
+
+def write_calls():
+    calls = [(text, json.dumps({"team": team, "urgent": "March" in text})) for text, team in TICKETS]
+    return write_jsonl("data/calls.jsonl", [chat(text, call) for text, call in calls])
+
+
+def write_texts():
+    replies = [(text, f"Thank you. Our {team} team answers you: {text}.") for text, team in TICKETS]
+    return write_jsonl("data/replies.jsonl", [chat(text, reply) for text, reply in replies])
+
+
+@pytest.mark.parametrize("write", [write_labels, write_calls, write_texts])
+def test_sixty_rows_pass_every_gate_before_training_without_an_edit(write):
+    assert run(write()) == 0
+    for stage in (collect, curate, validate, check_bias, split):
+        stage.main()
+    assert read_json(Path("reports/curate/metrics.json"))["kept"] == 60
+    groups = read_json(Path("reports/check_bias/metrics.json"))["groups"]
+    assert sum(value["rows"] for value in groups["person_gender"]) == 60
