@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from services import errors
+from services.answering.token_bytes import TokenBytes
 from services.engines.protocol import Engine, EngineError, Sampling
 from services.metrics import get_metrics
 from services.versions.aliases import ALIASES, Aliases, read_aliases
@@ -40,6 +41,10 @@ class LoadedModel:
     tokenizer: Any
     engine: Engine
     users: int = 0
+    token_bytes: TokenBytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.token_bytes = TokenBytes(self.tokenizer)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 
 from services import errors
+from services.answering.held_tokens import HeldTokens
 from services.answering.request import Delta, GenerationRequest, Usage, make_request_id
 from services.answering.state import GenerationState, build_exchange
 from services.background import BackgroundTasks
@@ -180,13 +181,14 @@ class ChatHandler:
     ) -> AsyncIterator[tuple[Step, str]]:
         """Yield the engine's steps with their text; sets the finish reason with the last."""
         sampling = self._resolve_sampling(request.sampling, state.model)
-        text = IncrementalDetokenizer(state.model.tokenizer, request.stops)
+        text, held = IncrementalDetokenizer(state.model.tokenizer, request.stops), HeldTokens()
         try:
             async with aclosing(state.model.engine.generate(prompt, sampling)) as steps:  # type: ignore[type-var]
                 async for step in steps:
                     piece = text.push(step.token_ids)
                     if step.finish_reason:
                         piece += text.finish()
+                    step = held.release(step, text.count_released())
                     state.add(step, piece)
                     state.finish_reason = "stop" if text.stopped else step.finish_reason
                     yield (

@@ -6,13 +6,13 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from services.answering.request import Delta, GenerationRequest, Usage
+from services.answering.token_bytes import TokenBytes
 from services.engines.protocol import TokenLogprob
 from services.model_pool import LoadedModel
-
-Decode = Callable[[int], str]  # a token id to its text
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Format:
     opening: str | None
     delta: Callable[[str], str]
     content: Callable[[str], dict[str, Any]]
-    logprobs: Callable[[Sequence[TokenLogprob], Decode], dict[str, Any]]
+    logprobs: Callable[[Sequence[TokenLogprob], TokenBytes], dict[str, Any]]
 
 
 class ResponseFormatter:
@@ -46,7 +46,7 @@ class ResponseFormatter:
         model: LoadedModel,
     ) -> None:
         self._format = format
-        self._tokenizer = model.tokenizer
+        self._token_bytes = model.token_bytes
         self._wants_usage = wants_usage
         # Clients add up what the chunks say, so the numbers are in one chunk alone.
         self._no_usage = ',"usage":null' if wants_usage else ""
@@ -98,7 +98,7 @@ class ResponseFormatter:
         return json.dumps({**self._common, **own}, ensure_ascii=False).encode()
 
     def _format_logprobs(self, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
-        return self._format.logprobs(entries, lambda token_id: self._tokenizer.decode([token_id]))
+        return self._format.logprobs(entries, self._token_bytes)
 
 
 def _chat_delta(text: str) -> str:
@@ -109,10 +109,13 @@ def _chat_content(text: str) -> dict[str, Any]:
     return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
 
-def _chat_logprobs(entries: Sequence[TokenLogprob], decode: Decode) -> dict[str, Any]:
+def _chat_logprobs(entries: Sequence[TokenLogprob], tokens: TokenBytes) -> dict[str, Any]:
     def describe(token_id: int, logprob: float) -> dict[str, Any]:
-        token = decode(token_id)
-        return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+        return {
+            "token": tokens.get_text(token_id),
+            "logprob": logprob,
+            "bytes": list(tokens.get_bytes(token_id)),
+        }
 
     content = [
         {
@@ -124,15 +127,17 @@ def _chat_logprobs(entries: Sequence[TokenLogprob], decode: Decode) -> dict[str,
     return {"content": content, "refusal": None}
 
 
-def _completion_logprobs(entries: Sequence[TokenLogprob], decode: Decode) -> dict[str, Any]:
-    tokens = [decode(entry.token_id) for entry in entries]
+def _completion_logprobs(entries: Sequence[TokenLogprob], tokens: TokenBytes) -> dict[str, Any]:
+    sizes = [len(tokens.get_bytes(entry.token_id)) for entry in entries]
+    text = b"".join(tokens.get_bytes(entry.token_id) for entry in entries)
+    begins = [0, *accumulate(sizes)][: len(entries)]
     return {
-        "tokens": tokens,
+        "tokens": [tokens.get_text(entry.token_id) for entry in entries],
         "token_logprobs": [entry.logprob for entry in entries],
         "top_logprobs": [
-            {decode(token): logprob for token, logprob in entry.alternatives} for entry in entries
+            {tokens.get_text(token): logprob for token, logprob in entry.alternatives} for entry in entries
         ],
-        "text_offset": [sum(map(len, tokens[:index])) for index in range(len(tokens))],
+        "text_offset": [len(text[:begin].decode(errors="ignore")) for begin in begins],
     }
 
 

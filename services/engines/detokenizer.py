@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,18 @@ class IncrementalDetokenizer:
         stops: strings that end the answer and are not part of it.
     """
 
-    __slots__ = ("_decoded", "_held", "_ids", "_stops", "_stream", "_tokenizer", "stopped")
+    __slots__ = (
+        "_begins",
+        "_decoded",
+        "_finished",
+        "_given",
+        "_held",
+        "_ids",
+        "_stops",
+        "_stream",
+        "_tokenizer",
+        "stopped",
+    )
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
         from tokenizers.decoders import DecodeStream
@@ -27,7 +39,10 @@ class IncrementalDetokenizer:
         self._stream = DecodeStream(skip_special_tokens=True)
         self._stops = tuple(stop for stop in stops if stop)
         self._ids: list[int] = []
+        self._begins: list[int] = []  # characters decoded before each token
         self._decoded = 0  # characters decoded so far
+        self._given = 0  # characters returned so far
+        self._finished = False
         self._held = ""  # the end of them, held back as it may begin a stop string
         self.stopped = False  # a stop string was found
 
@@ -39,12 +54,13 @@ class IncrementalDetokenizer:
         pieces = []
         for token in token_ids:
             self._ids.append(token)
+            self._begins.append(self._decoded)
             # The stream holds back the bytes of incomplete characters.
             if piece := self._stream.step(backend, token):
                 pieces.append(piece)
+                self._decoded += len(piece)
         text = "".join(pieces)
-        self._decoded += len(text)
-        return self._until_stop(text) if self._stops else text
+        return self._give(self._until_stop(text) if self._stops else text)
 
     def finish(self) -> str:
         """Return the text held back; call after the last token."""
@@ -55,9 +71,23 @@ class IncrementalDetokenizer:
         )
         text = self._until_stop(whole[self._decoded :])
         if self.stopped:
-            return text
+            return self._give(text)
         held, self._held = self._held, ""
-        return text + held
+        self._finished = True
+        return self._give(text + held)
+
+    def count_released(self) -> int:
+        """Return how many tokens belong to the text returned so far: none that begins behind it.
+
+        Without stop strings, and after `finish` without one found, these are all.
+        """
+        if not self._stops or self._finished:
+            return len(self._ids)
+        return bisect_left(self._begins, self._given)
+
+    def _give(self, text: str) -> str:
+        self._given += len(text)
+        return text
 
     def _until_stop(self, text: str) -> str:
         """Return the text up to a stop string, holding back an end that may begin one."""

@@ -88,3 +88,52 @@ def test_after_a_stop_string_nothing_comes():
     assert answer.push(ids_of("a.b")) == "a"
     assert answer.push(ids_of("c")) == ""
     assert answer.finish() == ""
+
+
+def released(ids, stops, size):
+    """Return how many tokens were released after each step, with the length of the text by then."""
+    answer = IncrementalDetokenizer(TOKENIZER, stops)
+    out, length = [], 0
+    for at in range(0, len(ids), size):
+        length += len(answer.push(ids[at : at + size]))
+        out.append((answer.count_released(), length))
+        if answer.stopped:
+            return out, True
+    length += len(answer.finish())
+    return [*out, (answer.count_released(), length)], answer.stopped
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 100])
+def test_no_token_of_a_stop_string_or_behind_it_is_released(size):
+    counts, stopped = released(ids_of("on STOP off"), ["STOP"], size)
+    assert stopped and counts[-1] == (3, 3)
+    assert [count for count, _ in counts] == sorted(count for count, _ in counts)
+
+
+def test_a_token_that_begins_before_a_stop_string_is_released():
+    counts, stopped = released(ids_of("é🙂x"), ["🙂"], 1)
+    assert stopped and counts[-1] == (2, 1), "the two bytes of the letter"
+
+
+def test_tokens_of_what_might_have_been_a_stop_string_are_released_with_their_text():
+    counts, stopped = released(ids_of("on STO"), ["STOP"], 1)
+    assert not stopped
+    assert counts[-2:] == [(3, 3), (6, 6)]
+
+
+def test_without_stop_strings_every_token_is_released_at_once():
+    counts, _ = released(ids_of("🙂"), [], 1)
+    assert [count for count, _ in counts] == [1, 2, 3, 4, 4]
+
+
+def test_how_many_tokens_are_released_does_not_depend_on_the_steps():
+    draw = random.Random(5)
+    for _ in range(300):
+        ids = [draw.randrange(258) for _ in range(draw.randrange(1, 30))]
+        text = TOKENIZER.decode(ids, skip_special_tokens=True)
+        at = draw.randrange(max(len(text), 1))
+        stops = [text[at : at + 2] or "none"]
+        ends = {
+            (tuple(counts[-1]), stopped) for counts, stopped in (released(ids, stops, n) for n in (1, 3, 50))
+        }
+        assert len(ends) == 1
