@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from services import errors
 from services.answering.held_tokens import HeldTokens
-from services.answering.request import Delta, GenerationRequest, Usage, make_request_id
+from services.answering.request import Delta, Echo, GenerationRequest, Usage, make_request_id
 from services.answering.state import GenerationState, build_exchange
 from services.background import BackgroundTasks
 from services.engines.detokenizer import IncrementalDetokenizer
@@ -22,6 +22,7 @@ from services.engines.protocol import (
     Sampling,
     SchemaUnsupported,
     Step,
+    Unsupported,
 )
 from services.errors import ApiError
 from services.events import CLIENT_GONE, EventStore, StoreUnavailable
@@ -108,10 +109,14 @@ class ChatHandler:
         self, request: GenerationRequest, state: GenerationState, prompt: list[int]
     ) -> AsyncIterator[Delta]:
         buffered = buffers_output(self.settings.guard)
+        echoed = not request.echo
         async for step, text in self._decode(prompt, request, state):
+            if not echoed:
+                yield Delta("", echo=_make_echo(request, prompt, step, state.model))
+                echoed = True
             if not buffered and state.finish_reason is None and (text or step.logprobs):
                 yield Delta(text, step.logprobs)
-        last, logprobs = (state.text, ()) if buffered else (text, step.logprobs)
+        last, logprobs, end = (state.text, (), None) if buffered else (text, step.logprobs, step.end)
         await self._check_answer(request, state)
         try:
             await self._store_exchange(request, state, 200, None)
@@ -121,7 +126,7 @@ class ChatHandler:
         _count_request(request, state, 200)
         _observe_answer(state)
         usage = Usage(state.prompt_tokens, state.completion_tokens)
-        yield Delta(last, logprobs, state.finish_reason, usage, state.valid, state.mean_logprob)
+        yield Delta(last, logprobs, state.finish_reason, usage, state.valid, state.mean_logprob, end=end)
 
     def _store_problem(self) -> str | None:
         return self.store.find_problem() if self.settings.events.on_failure == "refuse" else None
@@ -167,6 +172,8 @@ class ChatHandler:
             raise errors.overloaded(retry_after_s=1.0) from None
 
     async def _check_answer(self, request: GenerationRequest, state: GenerationState) -> None:
+        if request.sampling.max_tokens == 0:  # there is none
+            return
         guard = self.settings.guard
         requested = request.sampling.json_schema
         decision = None
@@ -185,20 +192,28 @@ class ChatHandler:
         try:
             async with aclosing(state.model.engine.generate(prompt, sampling)) as steps:  # type: ignore[type-var]
                 async for step in steps:
+                    if request.sampling.max_tokens == 0:
+                        step = Step((), "length", prompt_logprobs=step.prompt_logprobs)
                     piece = text.push(step.token_ids)
                     if step.finish_reason:
                         piece += text.finish()
                     step = held.release(step, text.count_released())
+                    if text.stopped or not request.echo:
+                        step = replace(step, end=None)
                     state.add(step, piece)
                     state.finish_reason = "stop" if text.stopped else step.finish_reason
                     yield (
-                        step if request.sampling.logprobs is not None else replace(step, logprobs=()),
+                        step
+                        if request.sampling.logprobs is not None
+                        else replace(step, logprobs=(), end=None),
                         piece,
                     )
                     if state.finish_reason:
                         return
         except SchemaUnsupported as error:
             raise errors.invalid_value("response_format", str(error)) from None
+        except Unsupported as error:
+            raise errors.unsupported_parameter("echo", f"with logprobs is not supported: {error}") from None
         except ContextOverflow:
             limit = state.model.engine.context_tokens
             raise errors.context_length_exceeded(len(prompt), limit, request.prompt_param) from None
@@ -213,7 +228,9 @@ class ChatHandler:
 
     def _resolve_sampling(self, requested: Sampling, model: LoadedModel) -> Sampling:
         """Add log-probabilities, for monitoring, and the schema or choices of constrained decoding."""
-        requested = replace(requested, logprobs=requested.logprobs or 0)
+        requested = replace(
+            requested, logprobs=requested.logprobs or 0, max_tokens=max(1, requested.max_tokens)
+        )
         if requested.json_schema is not None or not self.settings.answers.constrained_decoding:
             return requested
         if model.task.answers_are_json:
@@ -260,7 +277,11 @@ class ChatHandler:
 
     async def _run_shadow(self, request: GenerationRequest, shadow: LoadedModel, shown: str) -> None:
         own = replace(
-            request, request_id=make_request_id(), received_at=time.time(), shadow_of=request.request_id
+            request,
+            request_id=make_request_id(),
+            received_at=time.time(),
+            shadow_of=request.request_id,
+            sampling=replace(request.sampling, prompt_logprobs=False),
         )
         state = GenerationState(Route(shadow, "shadow"))
         try:
@@ -304,6 +325,12 @@ def _tokenize(request: GenerationRequest, model: LoadedModel) -> list[int]:
         return model.encode_chat(request.messages)
     except TemplateRefusal as error:
         raise errors.invalid_value("messages", error.what) from None
+
+
+def _make_echo(request: GenerationRequest, prompt: list[int], step: Step, model: LoadedModel) -> Echo:
+    text = request.raw if isinstance(request.raw, str) else model.tokenizer.decode(prompt)
+    logprobs = step.prompt_logprobs if request.sampling.prompt_logprobs else None
+    return Echo(text, tuple(prompt), logprobs)
 
 
 def _count_request(request: GenerationRequest, state: GenerationState, status: int) -> None:

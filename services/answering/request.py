@@ -22,6 +22,7 @@ class GenerationRequest:
         caller: the sender, as authenticated.
         model: the requested model; None for the default.
         user, session: the end user and the conversation, as given by the sender.
+        echo: repeat the prompt in front of the answer.
         shadow_of: id of the request that this one repeats on the challenger.
         received_at: unix time, s.
     """
@@ -36,6 +37,7 @@ class GenerationRequest:
     model: str | None = None
     user: str | None = None
     session: str | None = None
+    echo: bool = False
     shadow_of: str | None = None
     received_at: float = field(default_factory=time.time)
 
@@ -72,8 +74,26 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Echo:
+    """The prompt, as it is repeated in front of the answer.
+
+    Attributes:
+        logprobs: of the second token and those after it; None where they are not wanted.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
-    """New text of an answer; the last one has a finish reason and the usage."""
+    """New text of an answer; the last one has a finish reason and the usage.
+
+    Attributes:
+        echo: the prompt, on the first one, if it is to be repeated.
+        end: log-probability of the end-of-turn token, on a last one that has it.
+    """
 
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
@@ -81,6 +101,8 @@ class Delta:
     usage: Usage | None = None
     valid: bool | None = None
     mean_logprob: float | None = None
+    echo: Echo | None = None
+    end: TokenLogprob | None = None
 
 
 def make_request_id() -> str:

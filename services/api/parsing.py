@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 from services import errors
 from services.answering.handler import ChatHandler
@@ -36,22 +37,35 @@ def parse_chat_request(
     return _make_request("/v1/chat/completions", request_id, body, caller, sampling, messages, None)
 
 
-def parse_completion_request(
+def parse_completion_requests(
     body: CompletionRequest, request_id: str, caller: Caller, handler: ChatHandler
-) -> GenerationRequest:
-    """Return the generation request of a completion.
+) -> list[GenerationRequest]:
+    """Return the generation requests of a completion, one a prompt; the first has the request's own id.
 
     Raises:
         ApiError: a token id is out of range, or a limit is exceeded.
     """
-    prompt = body.prompt
-    if not isinstance(prompt, str):
-        size = len(handler.pool.champion.tokenizer)
-        if wrong := next((token for token in prompt if not 0 <= token < size), None):
+    prompts, limit = body.prompts(), handler.settings.guard.max_prompts
+    if len(prompts) > limit:
+        raise errors.invalid_value("prompt", f"{len(prompts)} prompts; at most {limit} are allowed")
+    size = len(handler.pool.champion.tokenizer)
+    for prompt in prompts:
+        wrong = None if isinstance(prompt, str) else next((n for n in prompt if not 0 <= n < size), None)
+        if wrong is not None:
             raise errors.invalid_value("prompt", f"{wrong} is not a token id; the range is 0 to {size - 1}")
-        prompt = tuple(prompt)  # type: ignore[assignment]
+    handler.access.count_further(caller, len(prompts) - 1)
     sampling = _parse_sampling(body, "max_tokens", body.logprobs, handler)
-    return _make_request("/v1/completions", request_id, body, caller, sampling, (), prompt)  # type: ignore[arg-type]
+    if body.echo and body.logprobs is not None:
+        sampling = replace(sampling, prompt_logprobs=True)
+    first = replace(
+        _make_request("/v1/completions", request_id, body, caller, sampling, (), prompts[0]),
+        echo=bool(body.echo),
+    )
+    further = [
+        replace(first, request_id=f"{request_id}-{place}", raw=prompt)
+        for place, prompt in enumerate(prompts[1:], start=1)
+    ]
+    return [first, *further]
 
 
 def _make_request(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from services.answering.request import Delta, GenerationRequest, Usage
+from services.answering.request import Delta, Usage
 from services.answering.token_bytes import TokenBytes
 from services.engines.protocol import TokenLogprob
 from services.model_pool import LoadedModel
@@ -23,7 +25,7 @@ class Format:
         opening: fields of the choice in the first chunk of a stream, as JSON; None without such a chunk.
         delta: makes the text field of a chunk, as JSON.
         content: makes the text field of a whole response.
-        logprobs: makes the field `logprobs`.
+        logprobs: makes the field `logprobs`, of tokens that begin at a character of the answer.
     """
 
     object: str
@@ -31,16 +33,22 @@ class Format:
     opening: str | None
     delta: Callable[[str], str]
     content: Callable[[str], dict[str, Any]]
-    logprobs: Callable[[Sequence[TokenLogprob], TokenBytes], dict[str, Any]]
+    logprobs: Callable[[Sequence[TokenLogprob], TokenBytes, int], dict[str, Any]]
 
 
 class ResponseFormatter:
-    """Formats the answer to one request."""
+    """Formats the answers to one request; each has the place of its prompt.
+
+    Args:
+        request_id: id of the response.
+        model_name: as requested.
+        wants_usage: a stream ends with a chunk for the usage.
+    """
 
     def __init__(
         self,
         format: Format,
-        request: GenerationRequest,
+        request_id: str,
         model_name: str | None,
         wants_usage: bool,
         model: LoadedModel,
@@ -50,8 +58,10 @@ class ResponseFormatter:
         self._wants_usage = wants_usage
         # Clients add up what the chunks say, so the numbers are in one chunk alone.
         self._no_usage = ',"usage":null' if wants_usage else ""
+        self._usages: list[Usage] = []  # of the answers that are complete
+        self._lengths: Counter[int] = Counter()  # characters of the streamed answers so far
         self._common = {
-            "id": request.request_id,
+            "id": request_id,
             "created": int(time.time()),
             "model": model_name or model.files.name,
             # The version that answered: equal seeds give equal answers only where this is equal.
@@ -60,45 +70,74 @@ class ResponseFormatter:
         # The common part of all chunks is serialised once, so that a chunk costs little more than its text.
         common = {**self._common, "object": format.chunk_object}
         head = json.dumps(common, ensure_ascii=False, separators=(",", ":"))[:-1]
-        self._head = f'data: {head},"choices":[{{"index":0,'
+        self._head = f'data: {head},"choices":[{{"index":'
 
-    def format_opening(self) -> bytes:
-        """Return the first chunk of a stream; empty where the format has none."""
+    def format_opening(self, place: int = 0) -> bytes:
+        """Return the first chunk of a streamed answer; empty where the format has none."""
         if self._format.opening is None:
             return b""
-        return f"{self._head}{self._format.opening}}}]{self._no_usage}}}\n\n".encode()
+        return f"{self._head}{place},{self._format.opening}}}]{self._no_usage}}}\n\n".encode()
 
-    def format_chunk(self, delta: Delta) -> bytes:
-        """Return a chunk of a stream; after the last one also a chunk with the usage, if it was asked for."""
-        logprobs = json.dumps(self._format_logprobs(delta.logprobs)) if delta.logprobs else "null"
+    def format_chunk(self, delta: Delta, place: int = 0) -> bytes:
+        """Return a chunk of a streamed answer."""
+        text, entries = _join([delta])
+        logprobs = json.dumps(self._format_logprobs(entries, self._lengths[place])) if entries else "null"
+        self._lengths[place] += len(text)
+        if delta.usage is not None:
+            self._usages.append(delta.usage)
         reason = json.dumps(delta.finish_reason)
         rest = f'"logprobs": {logprobs}, "finish_reason": {reason}}}]{self._no_usage}}}'
-        text = f"{self._head}{self._format.delta(delta.text)}, {rest}\n\n"
-        if delta.usage and self._wants_usage:
-            own: dict[str, Any] = {
-                "object": self._format.chunk_object,
-                "choices": [],
-                "usage": _format_usage(delta.usage),
-            }
-            text += f"data: {json.dumps({**self._common, **own}, ensure_ascii=False)}\n\n"
-        return text.encode()
+        return f"{self._head}{place},{self._format.delta(text)}, {rest}\n\n".encode()
 
-    def format_whole(self, deltas: Sequence[Delta]) -> bytes:
-        """Return the body of a response that is not streamed."""
-        text = "".join(delta.text for delta in deltas)
-        logprobs = tuple(entry for delta in deltas for entry in delta.logprobs)
-        last = deltas[-1]
-        choice = {
-            "index": 0,
-            **self._format.content(text),
-            "logprobs": self._format_logprobs(logprobs) if logprobs else None,
-            "finish_reason": last.finish_reason,
+    def format_usage(self) -> bytes:
+        """Return the chunk of a stream that has the usage of all answers; empty if it was not asked for."""
+        if not self._wants_usage:
+            return b""
+        own: dict[str, Any] = {
+            "object": self._format.chunk_object,
+            "choices": [],
+            "usage": _format_usage(self._usages),
         }
-        own = {"object": self._format.object, "choices": [choice], "usage": _format_usage(last.usage)}
+        return f"data: {json.dumps({**self._common, **own}, ensure_ascii=False)}\n\n".encode()
+
+    def format_whole(self, answers: Sequence[Sequence[Delta]]) -> bytes:
+        """Return the body of a response that is not streamed."""
+        choices = [self._format_choice(place, deltas) for place, deltas in enumerate(answers)]
+        usage = _format_usage([deltas[-1].usage for deltas in answers if deltas[-1].usage is not None])
+        own = {"object": self._format.object, "choices": choices, "usage": usage}
         return json.dumps({**self._common, **own}, ensure_ascii=False).encode()
 
-    def _format_logprobs(self, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
-        return self._format.logprobs(entries, self._token_bytes)
+    def _format_choice(self, place: int, deltas: Sequence[Delta]) -> dict[str, Any]:
+        text, entries = _join(deltas)
+        return {
+            "index": place,
+            **self._format.content(text),
+            "logprobs": self._format_logprobs(entries, 0) if entries else None,
+            "finish_reason": deltas[-1].finish_reason,
+        }
+
+    def _format_logprobs(self, entries: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
+        return self._format.logprobs(entries, self._token_bytes, offset)
+
+
+def _join(deltas: Sequence[Delta]) -> tuple[str, list[TokenLogprob]]:
+    """Return the text and the tokens of pieces of an answer, after those of a repeated prompt.
+
+    The prompt's first token has no log-probability, since nothing precedes it. Behind a repeated prompt the
+    end of turn counts as a token: who scores texts expects one token of an answer at least.
+    """
+    text: list[str] = []
+    entries: list[TokenLogprob] = []
+    for delta in deltas:
+        if delta.echo is not None:
+            text.append(delta.echo.text)
+            if delta.echo.logprobs is not None:
+                entries += [TokenLogprob(delta.echo.token_ids[0], math.nan), *delta.echo.logprobs]
+        text.append(delta.text)
+        entries += delta.logprobs
+        if delta.end is not None:
+            entries.append(delta.end)
+    return "".join(text), entries
 
 
 def _chat_delta(text: str) -> str:
@@ -109,7 +148,7 @@ def _chat_content(text: str) -> dict[str, Any]:
     return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
 
-def _chat_logprobs(entries: Sequence[TokenLogprob], tokens: TokenBytes) -> dict[str, Any]:
+def _chat_logprobs(entries: Sequence[TokenLogprob], tokens: TokenBytes, offset: int) -> dict[str, Any]:
     def describe(token_id: int, logprob: float) -> dict[str, Any]:
         return {
             "token": tokens.get_text(token_id),
@@ -127,18 +166,25 @@ def _chat_logprobs(entries: Sequence[TokenLogprob], tokens: TokenBytes) -> dict[
     return {"content": content, "refusal": None}
 
 
-def _completion_logprobs(entries: Sequence[TokenLogprob], tokens: TokenBytes) -> dict[str, Any]:
-    sizes = [len(tokens.get_bytes(entry.token_id)) for entry in entries]
-    text = b"".join(tokens.get_bytes(entry.token_id) for entry in entries)
-    begins = [0, *accumulate(sizes)][: len(entries)]
+def _completion_logprobs(entries: Sequence[TokenLogprob], tokens: TokenBytes, offset: int) -> dict[str, Any]:
+    pieces = [tokens.get_bytes(entry.token_id) for entry in entries]
+    text = b"".join(pieces)
+    begins = [0, *accumulate(map(len, pieces))][: len(entries)]
     return {
         "tokens": [tokens.get_text(entry.token_id) for entry in entries],
-        "token_logprobs": [entry.logprob for entry in entries],
+        "token_logprobs": [None if math.isnan(entry.logprob) else entry.logprob for entry in entries],
         "top_logprobs": [
-            {tokens.get_text(token): logprob for token, logprob in entry.alternatives} for entry in entries
+            None
+            if math.isnan(entry.logprob)
+            else {tokens.get_text(token): nats for token, nats in (*entry.alternatives, _own(entry))}
+            for entry in entries
         ],
-        "text_offset": [len(text[:begin].decode(errors="ignore")) for begin in begins],
+        "text_offset": [offset + len(text[:begin].decode(errors="ignore")) for begin in begins],
     }
+
+
+def _own(entry: TokenLogprob) -> tuple[int, float]:
+    return entry.token_id, entry.logprob
 
 
 CHAT = Format(
@@ -159,11 +205,11 @@ COMPLETION = Format(
 )
 
 
-def _format_usage(usage: Usage | None) -> dict[str, int] | None:
-    if usage is None:
-        return None
+def _format_usage(usages: Sequence[Usage]) -> dict[str, int]:
+    prompt = sum(usage.prompt_tokens for usage in usages)
+    completion = sum(usage.completion_tokens for usage in usages)
     return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
     }

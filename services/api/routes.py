@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import FileResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
-from starlette.types import Receive, Scope, Send
 
 from services import errors
 from services.answering.handler import ChatHandler
-from services.answering.request import Delta, GenerationRequest, make_request_id
-from services.api.parsing import parse_chat_request, parse_completion_request
+from services.answering.request import make_request_id
+from services.api.answer import AnswerResponse, make_error_response
+from services.api.parsing import parse_chat_request, parse_completion_requests
 from services.api.problems import convert_validation_error, describe_unread
 from services.api.responses import CHAT, COMPLETION, ResponseFormatter
 from services.api.schemas import ChatRequest, CompletionRequest, FeedbackRequest
@@ -42,99 +39,10 @@ PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
-STREAM_HEADERS = {
-    "Content-Type": "text/event-stream; charset=utf-8",
-    "Cache-Control": "no-cache",
-    "X-Accel-Buffering": "no",  # nginx would buffer the chunks
-}
 
 logger = logging.getLogger("services.api.routes")
 GetHandler = Callable[[], ChatHandler]
 GetCaller = Callable[[Request], Awaitable[Caller]]
-MakeFormatter = Callable[[LoadedModel], ResponseFormatter]
-
-
-class AnswerResponse(Response):
-    """An answer as one JSON body or as server-sent events.
-
-    If the client disconnects, generation is cancelled at once, even while the request is still queued.
-    """
-
-    def __init__(
-        self, handler: ChatHandler, request: GenerationRequest, make_formatter: MakeFormatter, stream: bool
-    ) -> None:
-        super().__init__()
-        self._handler = handler
-        self._request = request
-        self._make_formatter = make_formatter
-        self._stream = stream
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the answer."""
-        work = asyncio.ensure_future(self._respond(scope, receive, send))
-        gone = asyncio.ensure_future(_wait_for_disconnect(receive))
-        try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if gone.done():
-                work.cancel()
-            await work
-        except (asyncio.CancelledError, OSError):
-            if not gone.done():
-                raise
-        finally:
-            work.cancel()
-            gone.cancel()
-
-    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = self._request
-        try:
-            route = self._handler.pool.route(request.model, request.assignment_key)
-            formatter = self._make_formatter(route.model)
-            async with aclosing(self._handler.generate(request, route)) as deltas:
-                first = await anext(deltas)
-                if self._stream:
-                    await self._send_stream(formatter, first, deltas, send)
-                    return
-                whole = [first, *[delta async for delta in deltas]]
-        except ApiError as error:
-            await make_error_response(error, request.request_id)(scope, receive, send)
-            return
-        headers = {"X-Request-Id": request.request_id}
-        response = Response(formatter.format_whole(whole), 200, headers, "application/json")
-        await response(scope, receive, send)
-
-    async def _send_stream(
-        self, formatter: ResponseFormatter, first: Delta, deltas: AsyncIterator[Delta], send: Send
-    ) -> None:
-        headers = {**STREAM_HEADERS, "X-Request-Id": self._request.request_id}
-        raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-        await send({"type": "http.response.start", "status": 200, "headers": raw})
-        delta, opening = first, formatter.format_opening()
-        try:
-            while delta.finish_reason is None:
-                await _send_body(send, opening + formatter.format_chunk(delta))
-                delta, opening = await anext(deltas), b""
-            end = opening + formatter.format_chunk(delta) + b"data: [DONE]\n\n"
-        except ApiError as error:  # the status is sent already, so the stream ends with the error
-            end = b"data: " + json.dumps(error.body()).encode() + b"\n\n"
-        await _send_body(send, end, more=False)
-
-
-async def _send_body(send: Send, body: bytes, more: bool = True) -> None:
-    await send({"type": "http.response.body", "body": body, "more_body": more})
-
-
-async def _wait_for_disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-def make_error_response(error: ApiError, request_id: str | None = None) -> JSONResponse:
-    """Return an error in OpenAI's format."""
-    headers = error.headers()
-    if request_id:
-        headers["X-Request-Id"] = request_id
-    return JSONResponse(error.body(), error.status, headers)
 
 
 def make_app(get_handler: GetHandler, get_caller: GetCaller) -> FastAPI:
@@ -168,8 +76,8 @@ def make_app(get_handler: GetHandler, get_caller: GetCaller) -> FastAPI:
         """Answer a conversation."""
         handler = get_handler()
         request = parse_chat_request(body, request_id, caller, handler)
-        formatter = partial(ResponseFormatter, CHAT, request, body.model, body.wants_usage())
-        return AnswerResponse(handler, request, formatter, bool(body.stream))
+        formatter = partial(ResponseFormatter, CHAT, request_id, body.model, body.wants_usage())
+        return AnswerResponse(handler, [request], formatter, bool(body.stream))
 
     @app.post("/v1/completions", responses=_ERRORS, response_model=None)
     async def create_completion(
@@ -177,9 +85,9 @@ def make_app(get_handler: GetHandler, get_caller: GetCaller) -> FastAPI:
     ) -> AnswerResponse:
         """Continue a text, without a chat template."""
         handler = get_handler()
-        request = parse_completion_request(body, request_id, caller, handler)
-        formatter = partial(ResponseFormatter, COMPLETION, request, body.model, body.wants_usage())
-        return AnswerResponse(handler, request, formatter, bool(body.stream))
+        requests = parse_completion_requests(body, request_id, caller, handler)
+        formatter = partial(ResponseFormatter, COMPLETION, request_id, body.model, body.wants_usage())
+        return AnswerResponse(handler, requests, formatter, bool(body.stream))
 
     @app.post("/v1/feedback", responses=_ERRORS)
     async def create_feedback(body: FeedbackRequest, caller: Caller = caller) -> dict[str, str]:
@@ -230,10 +138,13 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         400: "The body is not JSON, is too long for the model, or was rejected by the guard",
         401: "No valid API key",
         404: "No such model",
+        408: "The body did not arrive in time",
         413: "The body is too large",
+        415: "The body is not declared as JSON",
         422: "A value is not valid",
         429: "Too many requests; see Retry-After",
         503: "Not ready, or the event store cannot be written",
+        504: "The answer did not begin in time",
     }.items()
 }
 

@@ -15,6 +15,10 @@ MAX_STOPS = 4  # as OpenAI has it
 MAX_ALTERNATIVES = 20
 
 
+_NO_TOKENS = "0 is only possible with echo, which repeats the prompt"
+_Prompt = Annotated[str, Field(min_length=1)] | Annotated[list[int], Field(min_length=1)]
+
+
 class _Body(BaseModel):
     """Base of request bodies: other fields are ignored if they change no answer, and rejected if they do."""
 
@@ -147,11 +151,37 @@ class ChatRequest(_Sampled):
 class CompletionRequest(_Sampled):
     """The body of /v1/completions: raw text or token ids, without a chat template."""
 
-    prompt: Annotated[str, Field(min_length=1)] | Annotated[list[int], Field(min_length=1)]
+    prompt: _Prompt | list[_Prompt]
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
-    echo: Literal[False] | None = None
+    echo: bool | None = None
     best_of: Annotated[int, Field(ge=1, le=1)] | None = None
     suffix: Annotated[str, Field(max_length=0)] | None = None
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _is_a_prompt_or_several(cls, prompt: Any) -> Any:
+        if _is_prompt(prompt) or (isinstance(prompt, list) and prompt and all(map(_is_prompt, prompt))):
+            return prompt
+        raise ValueError("must be a text or a list of token ids, or a list of these, none of them empty")
+
+    @model_validator(mode="after")
+    def _asks_for_something(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            raise PydanticCustomError(UNSUPPORTED, "{remedy}", {"field": "max_tokens", "remedy": _NO_TOKENS})
+        return self
+
+    def prompts(self) -> list[str | tuple[int, ...]]:
+        """Return the prompts."""
+        several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
+        prompts: Any = self.prompt if several else [self.prompt]
+        return [prompt if isinstance(prompt, str) else tuple(prompt) for prompt in prompts]
+
+
+def _is_prompt(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(type(number) is int for number in value)
+    return isinstance(value, str) and bool(value)
 
 
 class FeedbackRequest(_Body):

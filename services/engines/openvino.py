@@ -24,6 +24,7 @@ from services.engines.protocol import (
     SchemaUnsupported,
     Step,
     TokenLogprob,
+    Unsupported,
 )
 from services.engines.worker import Request, StepResult, Worker
 from stages.common.chat import end_of_turn_ids
@@ -123,6 +124,8 @@ class OpenvinoEngine(Worker):
             ) from error
 
     def _prepare(self, sampling: Sampling) -> Any:
+        if sampling.prompt_logprobs:
+            raise Unsupported("the openvino engine has no log-probabilities of prompts")
         self._grammars.compile_for(sampling)
         if sampling.json_schema is not None:
             check_keywords(json.loads(sampling.json_schema))
@@ -193,12 +196,15 @@ class OpenvinoEngine(Worker):
                 ids += output.generated_ids
                 nats += output.generated_log_probs
                 reason = _REASONS[output.finish_reason.name]
+        end: TokenLogprob | None = None
         if ids and ids[-1] in self._end_ids:
+            if request.sampling.logprobs is not None and nats:
+                end = TokenLogprob(ids[-1], nats[-1])
             ids, nats, reason = ids[:-1], nats[:-1], "stop"
         logprobs: tuple[TokenLogprob, ...] = ()
         if request.sampling.logprobs is not None:
             logprobs = tuple(map(TokenLogprob, ids, nats))
-        return Step(tuple(ids), reason, logprobs)
+        return Step(tuple(ids), reason, logprobs, end=end)
 
     def _end(self, left: Sequence[Request]) -> None:
         with contextlib.suppress(RuntimeError):  # a failed pipeline may be in any state

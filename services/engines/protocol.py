@@ -24,6 +24,10 @@ class SchemaUnsupported(ValueError):
     """The schema cannot be compiled, no answer satisfies it, or its grammar outgrows its limits."""
 
 
+class Unsupported(ValueError):
+    """The engine has no log-probabilities of prompts; raised before the first step."""
+
+
 class ContextOverflow(ValueError):
     """The prompt leaves no room for a token in the context; raised before the first step."""
 
@@ -40,6 +44,7 @@ class Sampling:
         logprobs: number of alternatives to report with each token; None for no log-probabilities.
         json_schema: constrains decoding to JSON that fits this schema; `{}` is any JSON value.
         choices: constrains decoding to one of these texts; not together with `json_schema`.
+        prompt_logprobs: report the prompt's tokens too, with as many alternatives as `logprobs` says.
     """
 
     max_tokens: int
@@ -51,6 +56,7 @@ class Sampling:
     logprobs: int | None = None
     json_schema: str | None = None
     choices: tuple[str, ...] = ()
+    prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
         if self.temperature < MIN_TEMPERATURE:
@@ -76,12 +82,16 @@ class Step:
         finish_reason: set on the last step only.
         logprobs: one per token if requested, else empty.
         queue_s: time in the queue; set on the first step only.
+        prompt_logprobs: of the prompt's tokens from the second, if requested; on the first step only.
+        end: log-probability of the end-of-turn token, on a last step that has one.
     """
 
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
     queue_s: float = 0.0
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    end: TokenLogprob | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,6 +51,15 @@ class Sampler:
         """Whether the likeliest token alone is not enough."""
         return not self.greedy or self._sampling.logprobs is not None
 
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of the prompt are wanted."""
+        return self._sampling.prompt_logprobs
+
+    def score(self, logits: Logits, token: int) -> TokenLogprob:
+        """Return the log-probability of a token of the prompt."""
+        return compute_logprob(logits, token, self._sampling.logprobs or 0)
+
     def sample(self, logits: Logits, likeliest: int) -> tuple[int, TokenLogprob | None]:
         """Return the next token, and its log-probability if that was requested.
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from services.engines.grammar import Grammars
-from services.engines.protocol import FinishReason, Sampling, Step
+from services.engines.protocol import FinishReason, Sampling, Step, TokenLogprob
 from services.engines.sampling import Sampler
 from services.engines.worker import Request, StepResult, Worker, make_failure
 from stages.common.chat import end_of_turn_ids
@@ -33,6 +33,7 @@ class _State:
     prefilled: int = 0
     generated: int = 0
     last: int = -1
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
 class TransformersEngine(Worker):
@@ -133,6 +134,7 @@ class TransformersEngine(Worker):
         state: _State = request.state
         chunk = request.prompt[state.prefilled : state.prefilled + self._batch_tokens]
         state.cache = state.cache or DynamicCache()
+        scored = state.sampler.scores_prompt
         ids = torch.tensor([chunk], device=self._device)
         positions = torch.arange(state.prefilled, state.prefilled + len(chunk), device=self._device)[None]
         out = self._model(
@@ -140,13 +142,20 @@ class TransformersEngine(Worker):
             position_ids=positions,
             past_key_values=state.cache,
             use_cache=True,
-            logits_to_keep=torch.tensor([len(chunk) - 1], device=self._device),
+            logits_to_keep=torch.arange(0 if scored else len(chunk) - 1, len(chunk), device=self._device),
         )
+        if scored:
+            following = request.prompt[state.prefilled + 1 : state.prefilled + len(chunk) + 1]
+            rows = out.logits[0, : len(following)].float().cpu().numpy()
+            state.prompt_logprobs += map(state.sampler.score, rows, following)
         state.prefilled += len(chunk)
         if state.prefilled < len(request.prompt):
             return []
         self._prefilling.popleft()
         results = self._sample([request], out.logits[:, -1])
+        first = results[0][1]
+        if scored and isinstance(first, Step):
+            results = [(request, replace(first, prompt_logprobs=tuple(state.prompt_logprobs)))]
         if not _is_end(results[0][1]):
             self._batch.join(request, state.cache)
         state.cache = None
@@ -169,9 +178,9 @@ class TransformersEngine(Worker):
                 results.append((request, self._make_step(request, token, logprob)))
         return results
 
-    def _make_step(self, request: Request, token: int, logprob: Any) -> Step:
+    def _make_step(self, request: Request, token: int, logprob: TokenLogprob | None) -> Step:
         if token in self._end_ids:
-            return Step((), "stop")
+            return Step((), "stop", end=logprob)
         state: _State = request.state
         state.last = token
         state.generated += 1

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -122,6 +123,8 @@ class VllmEngine:
                 self._waiting.discard(number)
                 self._running.add(number)
                 step = self._step(output.outputs[0], sampling)
+                if sampling.prompt_logprobs and (tables := getattr(output, "prompt_logprobs", None)):
+                    step = replace(step, prompt_logprobs=_read_prompt(prompt, tables, sampling))
                 yield step
                 if step.finish_reason is not None:
                     return
@@ -161,6 +164,7 @@ class VllmEngine:
             frequency_penalty=sampling.frequency_penalty,
             presence_penalty=sampling.presence_penalty,
             logprobs=sampling.logprobs,
+            prompt_logprobs=sampling.logprobs if sampling.prompt_logprobs else None,
             stop_token_ids=sorted(self._end_ids),
             detokenize=False,
             output_kind=self._vllm.RequestOutputKind.DELTA,
@@ -175,12 +179,14 @@ class VllmEngine:
             if output.finish_reason not in ("stop", "length"):
                 raise EngineError(self._closed or f"vLLM ended an answer: {output.finish_reason}")
             reason = "stop" if output.finish_reason == "stop" else "length"
-        if ids and ids[-1] in self._end_ids:
-            ids = ids[:-1]
-        if sampling.logprobs is None:
-            return Step(ids, reason)
-        pairs = zip(ids, tables, strict=False)
-        return Step(ids, reason, tuple(_logprob(token, table, sampling.logprobs) for token, table in pairs))
+        entries: tuple[TokenLogprob, ...] = ()
+        if sampling.logprobs is not None:
+            pairs = zip(ids, tables, strict=False)
+            entries = tuple(_logprob(token, table, sampling.logprobs) for token, table in pairs)
+        if not (ids and ids[-1] in self._end_ids):
+            return Step(ids, reason, entries)
+        end = entries[-1] if len(entries) == len(ids) else None
+        return Step(ids[:-1], reason, entries[: len(ids) - 1], end=end)
 
     def close(self) -> None:
         """Unload the adapter; the last engine of a base model stops vLLM's process."""
@@ -230,6 +236,14 @@ def _hash_model(base: Path) -> str:
     for file in sorted([base / "config.json", *base.glob("*.safetensors")]):
         whole.update(f"{file.name}\0{hash_file(file)}\n".encode())
     return whole.hexdigest()
+
+
+def _read_prompt(
+    prompt: Sequence[int], tables: Sequence[Any], sampling: Sampling
+) -> tuple[TokenLogprob, ...]:
+    """Return the log-probabilities of a prompt's tokens; vLLM has None for the first."""
+    pairs = zip(prompt[1:], tables[1:], strict=True)
+    return tuple(_logprob(token, table, sampling.logprobs or 0) for token, table in pairs)
 
 
 def _logprob(token: int, table: Any, count: int) -> TokenLogprob:

@@ -28,6 +28,7 @@ from services.engines.protocol import (
     Sampling,
     SchemaUnsupported,
     Step,
+    Unsupported,
 )
 
 logger = logging.getLogger(__name__)
@@ -251,7 +252,7 @@ class Worker(ABC):
 
 def make_failure(error: Exception) -> Exception:
     """Return what the caller of one failed request gets; an unforeseen one is logged with its traceback."""
-    if isinstance(error, SchemaUnsupported | EngineError):
+    if isinstance(error, SchemaUnsupported | Unsupported | EngineError):
         return error
     logger.error("one request failed", exc_info=error)
     return EngineError(f"the request failed: {error!r}")

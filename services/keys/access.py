@@ -86,6 +86,15 @@ class Access:
         if (self._keys_required or self._keys.required) and self._find_key(authorization) is None:
             self.admit(authorization, address)
 
+    def count_further(self, caller: Caller, requests: int) -> None:
+        """Count the further prompts of one request against the caller's rate.
+
+        Raises:
+            ApiError: rate_limit_exceeded.
+        """
+        for _ in range(requests):
+            self._take(caller.client, caller.requests_per_minute)
+
     def reserve(self, caller: Caller, tokens: int) -> None:
         """Reserve the most tokens (prompt and answer) that a request can use; call `settle` afterwards.
 

@@ -28,6 +28,7 @@ class ActiveSequence:
         keywords: tokens of the prompt that condition the drafter.
         computed: tokens whose keys and values are in `blocks`.
         admitted: sequence number of the admission.
+        prompt_logprobs: of the prompt's tokens so far, from the second; None where they are not wanted.
     """
 
     tokens: list[int]
@@ -38,6 +39,7 @@ class ActiveSequence:
     blocks: list[int] = field(default_factory=list)
     computed: int = 0
     admitted: int = 0
+    prompt_logprobs: list[TokenLogprob] | None = None
 
 
 @dataclass(slots=True)
@@ -93,6 +95,8 @@ class Scheduler:
         """Queue a prompt whose answer is cut at `limit` tokens, prompt included."""
         keywords = self._drafter.get_keywords(prompt) if self._drafter else []
         sequence = ActiveSequence(list(prompt), len(prompt), limit, sampler, keywords)
+        if sampler.scores_prompt:
+            sequence.prompt_logprobs = []
         self._waiting.append(sequence)
         return sequence
 
@@ -115,9 +119,12 @@ class Scheduler:
         results: list[tuple[ActiveSequence, Step | Exception]] = []
         row = 0
         for planned in plan:
-            rows = len(planned.draft) + 1 if planned.samples else 0
+            rows = _count_rows(planned)
             sequence = planned.sequence
+            scored = max(0, rows - len(planned.draft) - 1) if planned.samples else rows
+            self._score_prompt(planned, logits[row : row + scored])
             sequence.computed += len(planned.new)
+            row, rows = row + scored, rows - scored
             if rows:
                 try:
                     step = self._verify(planned, logits[row : row + rows], best[row : row + rows])
@@ -150,6 +157,8 @@ class Scheduler:
 
     def _reuse(self, sequence: ActiveSequence) -> None:
         """Reuse the blocks of a finished sequence: full ones are shared, rows of the last one are copied."""
+        if sequence.prompt_logprobs is not None:  # there are no logits of tokens that are not computed
+            return
         length, blocks = self._prefixes.find(sequence.tokens)
         length = min(length, len(sequence.tokens) - 1)  # the last token is computed anyway, for its logits
         whole, rows = divmod(length, self._model.block_tokens)
@@ -258,10 +267,39 @@ class Scheduler:
             self._drafter.learn(sequence.tokens[: sequence.prompt_tokens], [*answer, *end])
         self.drafted += len(planned.draft)
         self.accepted += row
-        return Step(tuple(tokens), reason, tuple(logprobs))
+        end = logprob if reason == "stop" else None
+        prompt = tuple(sequence.prompt_logprobs or ())
+        sequence.prompt_logprobs = None  # they are told once
+        return Step(tuple(tokens), reason, tuple(logprobs), prompt_logprobs=prompt, end=end)
+
+    def _score_prompt(self, planned: _Planned, logits: NDArray[np.float32]) -> None:
+        """Keep the log-probabilities of the prompt's tokens that follow the new ones.
+
+        Args:
+            logits: of the new tokens, but for the prompt's last.
+        """
+        sequence = planned.sequence
+        if sequence.prompt_logprobs is None:
+            return
+        del sequence.prompt_logprobs[sequence.computed :]  # computed once more after a preemption
+        for place, row in enumerate(logits, start=sequence.computed + 1):
+            sequence.prompt_logprobs.append(sequence.sampler.score(row, sequence.tokens[place]))
 
 
 def _make_input(planned: _Planned) -> StepInput:
-    rows = len(planned.draft) + 1 if planned.samples else 0
     sequence = planned.sequence
-    return StepInput([*planned.new, *planned.draft], sequence.computed, sequence.blocks, rows)
+    tokens = [*planned.new, *planned.draft]
+    return StepInput(tokens, sequence.computed, sequence.blocks, _count_rows(planned))
+
+
+def _count_rows(planned: _Planned) -> int:
+    """Return of how many tokens, from the last, the logits are needed."""
+    if _is_scored(planned):
+        return len(planned.new) + len(planned.draft)
+    return len(planned.draft) + 1 if planned.samples else 0
+
+
+def _is_scored(planned: _Planned) -> bool:
+    """Return whether the new tokens are of a prompt whose log-probabilities are wanted."""
+    sequence = planned.sequence
+    return sequence.prompt_logprobs is not None and sequence.computed < sequence.prompt_tokens

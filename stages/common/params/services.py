@@ -85,6 +85,7 @@ class Guard(Section):
 
     max_body_bytes: Annotated[int, Field(ge=1024)]
     max_messages: PositiveCount
+    max_prompts: PositiveCount
     max_prompt_tokens: PositiveCount
     max_schema_cpu_s: Positive
     prompt_injection: Policy

@@ -16,6 +16,7 @@ from services.engines.protocol import (
     QueueFull,
     Sampling,
     SchemaUnsupported,
+    Unsupported,
 )
 from tests.services.engines.makers import MAKERS, tiny
 
@@ -381,3 +382,52 @@ def test_many_requests_from_several_loops_all_get_their_own_answer(engine):
     for thread in threads:
         thread.join()
     assert answers == {n: expected(prompt, 10) for n, prompt in enumerate(prompts)}
+
+
+def score(ids):
+    """Return the log-probabilities of a prompt from its second token, by the model itself."""
+    import torch
+
+    with torch.inference_mode():
+        logits = tiny().model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
+    return [logits[place, token].item() for place, token in enumerate(ids[1:])]
+
+
+async def read_steps(engine, prompt, sampling):
+    return [step async for step in engine.generate(prompt, sampling)]
+
+
+PROMPTS = ["a", "ab", "turn on the lights é🙂", "x" * 150, "turn on the lights off"]
+
+
+def test_log_probabilities_of_a_prompt_are_the_models_or_are_refused(make):
+    engine = make(max_running=4, batch_tokens=16)
+    wanted = Sampling(3, logprobs=2, prompt_logprobs=True)
+    prompts = [ids_of(text) for text in PROMPTS]
+
+    async def ask_twice():
+        first = [read_steps(engine, prompt, Sampling(3)) for prompt in prompts]  # fills a cache of prefixes
+        await asyncio.gather(*first)
+        asked = [read_steps(engine, prompt, wanted) for prompt in prompts]
+        others = [read_steps(engine, prompt, Sampling(3)) for prompt in prompts]
+        return (await asyncio.gather(*asked, *others))[: len(prompts)]
+
+    if engine.name == "openvino":
+        with pytest.raises(Unsupported, match="log-probabilities of prompts"):
+            asyncio.run(read_steps(engine, prompts[0], wanted))
+        return
+    for prompt, steps in zip(prompts, asyncio.run(ask_twice()), strict=True):
+        first, *rest = steps
+        assert [entry.token_id for entry in first.prompt_logprobs] == prompt[1:]
+        assert [entry.logprob for entry in first.prompt_logprobs] == pytest.approx(score(prompt), abs=2e-3)
+        assert all(len(entry.alternatives) == 2 for entry in first.prompt_logprobs)
+        assert all(not step.prompt_logprobs for step in rest)
+
+
+def test_the_end_of_turn_has_a_log_probability_of_its_own(engine):
+    wanted = Sampling(20, logprobs=0, json_schema='{"enum": ["ab"]}')
+    *before, last = asyncio.run(read_steps(engine, ids_of("a"), wanted))
+    assert last.finish_reason == "stop"
+    assert last.end is not None and last.end.logprob <= 0.0
+    assert tiny().tokenizer.decode([last.end.token_id]) == "<|im_end|>"
+    assert all(step.end is None for step in before)
