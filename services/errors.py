@@ -184,9 +184,21 @@ def rate_limit_exceeded(retry_after_s: float) -> ApiError:
     return _error("rate_limit_exceeded", message, retry_after_s=retry_after_s)
 
 
-def insufficient_quota(retry_after_s: float) -> ApiError:
-    """Return the error for a key that has used up its daily tokens; they reset at midnight UTC."""
-    message = f"The daily token quota is used up. It resets in {retry_after_s:.0f} s."
+def insufficient_quota(tokens: int, left: int, quota: int, retry_after_s: float) -> ApiError:
+    """Return the error for a request that could exceed the daily quota, which is whole again at midnight UTC.
+
+    Args:
+        tokens: the most that the request can use.
+        left: of today's quota.
+    """
+    if tokens > quota:  # however long the client waits
+        message = f"The request can use up to {tokens} tokens, and the quota of a whole day is {quota}."
+        return _error("insufficient_quota", f"{message} Lower max_tokens or shorten the prompt.")
+    if left > 0:
+        message = f"The request can use up to {tokens} tokens, and {left} of today's {quota} are left."
+        message += f" Lower max_tokens, or wait {retry_after_s:.0f} s for the next day."
+    else:
+        message = f"The daily quota of {quota} tokens is used up. It resets in {retry_after_s:.0f} s."
     return _error("insufficient_quota", message, retry_after_s=retry_after_s)
 
 

@@ -105,7 +105,8 @@ class Access:
             return
         wait_s = self._quotas.reserve(caller.client, tokens, caller.tokens_per_day)
         if wait_s > 0:
-            raise errors.insufficient_quota(wait_s)
+            left = max(0, caller.tokens_per_day - self._quotas.used(caller.client))
+            raise errors.insufficient_quota(tokens, left, caller.tokens_per_day, wait_s)
 
     def settle(self, caller: Caller, reserved: int, used: int) -> None:
         """Release what was reserved but not used."""

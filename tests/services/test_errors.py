@@ -28,6 +28,21 @@ def test_retry_after_is_rounded_up_so_that_a_client_is_never_early():
     assert errors.overloaded(0.0).headers() == {"Retry-After": "1"}
 
 
+@pytest.mark.parametrize(
+    ("tokens", "left", "words", "waits"),
+    [
+        (900, 300, "the quota of a whole day is 300. Lower max_tokens", False),
+        (200, 100, "100 of today's 300 are left. Lower max_tokens, or wait 60 s", True),
+        (200, 0, "The daily quota of 300 tokens is used up. It resets in 60 s", True),
+    ],
+)
+def test_a_quota_that_is_too_small_is_told_apart_from_one_that_is_used_up(tokens, left, words, waits):
+    error = errors.insufficient_quota(tokens, left, 300, 60)
+
+    assert words in error.message
+    assert ("Retry-After" in error.headers()) is waits
+
+
 def test_a_missing_key_is_challenged():
     assert errors.invalid_api_key().headers() == {"WWW-Authenticate": "Bearer"}
 
@@ -45,7 +60,7 @@ def test_a_missing_key_is_challenged():
         (errors.body_timed_out(10), 408),
         (errors.request_too_large(1000), 413),
         (errors.rate_limit_exceeded(1), 429),
-        (errors.insufficient_quota(60), 429),
+        (errors.insufficient_quota(9, 0, 10, 60), 429),
         (errors.overloaded(1), 429),
         (errors.engine_failed("r1"), 500),
         (errors.store_unavailable(), 503),
