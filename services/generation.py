@@ -238,7 +238,7 @@ _MIDDLEWARE: tuple[tuple[type, dict[str, Any]], ...] = (  # the outermost first
             "check_key": check_key,
         },
     ),
-    (Deadline, {"timeout_s": SETTINGS.request_timeout_s}),
+    (Deadline, {"timeout_s": SETTINGS.request_timeout_s, "stall_s": SETTINGS.body_timeout_s}),
     (
         ConcurrencyLimit,
         {"paths": _LIMITED_PATHS, "limit": SETTINGS.engine.max_running + SETTINGS.engine.max_waiting},

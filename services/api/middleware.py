@@ -69,25 +69,41 @@ class RequestIds:
         return await self._app(scope, receive, send_named)
 
 
-class Deadline:
-    """Respond 504 where no response has begun after `timeout_s` seconds."""
+class _Stalled(OSError):
+    """The client does not read what is sent to it."""
 
-    def __init__(self, app: ASGIApp, timeout_s: float) -> None:
+
+class Deadline:
+    """Respond 504 where no response has begun in time, and end one whose client does not read it.
+
+    Args:
+        timeout_s: until the first byte of the response, in seconds.
+        stall_s: that the client may leave a piece of the response unread, in seconds.
+    """
+
+    def __init__(self, app: ASGIApp, timeout_s: float, stall_s: float) -> None:
         self._app = app
         self._timeout_s = timeout_s
+        self._stall_s = stall_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, and end it at the deadline."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
 
-        async def send_begun(message: Message) -> None:
+        async def send_in_time(message: Message) -> None:
             limit.reschedule(None)
-            await send(message)
+            try:
+                async with asyncio.timeout(self._stall_s):
+                    await send(message)
+            except TimeoutError:
+                raise _Stalled from None
 
         try:
             async with asyncio.timeout(self._timeout_s) as limit:
-                await self._app(scope, receive, send_begun)
+                await self._app(scope, receive, send_in_time)
+        except _Stalled:
+            return None  # the server closes a connection whose response is incomplete
         except TimeoutError:
             if not limit.expired():
                 raise

@@ -180,7 +180,7 @@ def wrap(app, settings, access):
 
     limit = settings.engine.max_running + settings.engine.max_waiting
     app = ConcurrencyLimit(app, ("/v1/chat/completions", "/v1/completions"), limit)
-    app = Deadline(app, settings.request_timeout_s)
+    app = Deadline(app, settings.request_timeout_s, settings.body_timeout_s)
     return RequestIds(BodyLimit(app, settings.guard.max_body_bytes, settings.body_timeout_s, check_key))
 
 

@@ -56,6 +56,23 @@ def test_slow_bodies_take_no_place_from_others_and_end_with_408(server):
             assert b"x-request-id" in head and b"connection: close" in head
 
 
+def test_answers_that_are_not_read_keep_no_place(server):
+    """Ten megabytes of log-probabilities do not fit into the buffers of a connection."""
+    body = {"prompt": ["x" * 400] * 20, "max_tokens": 0, "echo": True, "logprobs": 20}
+    content = json.dumps(body).encode()
+    head = make_head(len(content)).replace(b"/v1/chat/completions", b"/v1/completions")
+    with ExitStack() as stack, server.client() as client:
+        for _ in range(4):  # as many as may be in progress
+            connection = stack.enter_context(connect(server))
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.sendall(head + content)
+        for _ in range(200):
+            if (status := ask(client, max_tokens=1).status_code) == 200:
+                break
+            time.sleep(0.2)
+        assert status == 200
+
+
 @pytest.mark.parametrize("size", [LIMIT + 1, 20_000_000])
 def test_a_client_that_writes_before_it_reads_gets_the_413(server, size):
     with connect(server) as connection:

@@ -98,7 +98,7 @@ def test_a_request_that_takes_too_long_ends_with_504_in_openais_shape():
     async def never(scope, receive, send):
         await asyncio.Event().wait()
 
-    start, body = send_through(Deadline(never, 0.01))
+    start, body = send_through(Deadline(never, 0.01, 60.0))
     error = json.loads(body["body"])["error"]
     assert (start["status"], error["code"], error["type"]) == (504, "timed_out", "server_error")
 
@@ -109,7 +109,7 @@ def test_an_answer_that_has_begun_may_take_longer_than_the_deadline():
         await asyncio.sleep(0.1)
         await send({"type": "http.response.body"})
 
-    assert len(send_through(Deadline(slow, 0.05))) == 2
+    assert len(send_through(Deadline(slow, 0.05, 60.0))) == 2
 
 
 def test_a_timeout_of_the_request_itself_is_not_the_deadline():
@@ -117,4 +117,22 @@ def test_a_timeout_of_the_request_itself_is_not_the_deadline():
         raise TimeoutError("the store")
 
     with pytest.raises(TimeoutError, match="the store"):
-        send_through(Deadline(fail, 60.0))
+        send_through(Deadline(fail, 60.0, 60.0))
+
+
+def test_a_response_that_the_client_does_not_read_ends_the_request():
+    ended = []
+
+    async def answer(scope, receive, send):
+        try:
+            await send({"type": "http.response.start"})
+            await send({"type": "http.response.body"})
+        finally:
+            ended.append(True)
+
+    async def send(message):
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    asyncio.run(Deadline(answer, 60.0, 0.01)({"type": "http", "path": "/v1/completions"}, None, send))
+    assert ended == [True]
