@@ -136,11 +136,13 @@ def test_instructor(url):
     from typing import Literal
 
     import openai
-    from pydantic import BaseModel
+    from pydantic import BaseModel, ConfigDict
 
     class Call(BaseModel):
         """What to do."""
 
+        # Else random weights under the schema's grammar add other keys for ever.
+        model_config = ConfigDict(extra="forbid")
         intent: Literal["on", "off"]
         now: bool
 
@@ -256,10 +258,6 @@ def test_lm_eval(server, url, tmp_path, sent):
         expected, expected_greedy = score(server, *pair)
         assert nats == pytest.approx(expected, abs=1e-2)
         assert greedy == expected_greedy
-    rolled = model.loglikelihood_rolling(
-        [Instance("loglikelihood_rolling", {}, ("turn on the lights",), 0)], disable_tqdm=True
-    )
-    assert rolled[0] < 0.0
     generated = model.generate_until(
         [
             Instance("generate_until", {}, (text, {"until": ["\n\n"], "max_gen_toks": 4}), place)
