@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from services import errors
-from services.answering.token_bytes import TokenBytes
 from services.engines.protocol import Engine, EngineError, Sampling
+from services.engines.token_bytes import TokenBytes
 from services.metrics import get_metrics
 from services.versions.aliases import ALIASES, Aliases, read_aliases
 from services.versions.store import ModelFiles

@@ -12,8 +12,8 @@ from itertools import accumulate
 from typing import Any
 
 from services.answering.request import Delta, Usage
-from services.answering.token_bytes import TokenBytes
 from services.engines.protocol import TokenLogprob
+from services.engines.token_bytes import TokenBytes
 from services.model_pool import LoadedModel
 
 

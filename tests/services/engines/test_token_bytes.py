@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from services.answering.token_bytes import TokenBytes
+from services.engines.token_bytes import TokenBytes
 from tests.tiny import make_tokenizer
 
 TEXTS = ["turn on the lights", "é🙂 漢字\n\t", "a 👩‍👩‍👧 b", "\x00\x7f\xa0\xad"]
