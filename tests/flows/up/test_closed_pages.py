@@ -112,13 +112,14 @@ def test_every_route_refuses_what_a_page_elsewhere_can_send(pages, name):
 @pytest.mark.parametrize("name", ["prefect", "mlflow", "evidently"])
 def test_another_user_of_the_machine_gets_nothing_but_the_probe(pages, name):
     root, urls, secret, _ = pages
-    for method, path in sorted(list_routes(name, urls[name], ("any", secret))):
-        if path != OPEN[name] and path != "/api/ready":
-            for key in (None, ("perennial", "guessed"), ("perennial", "")):
-                answer = httpx.request(method, urls[name] + fill(path), auth=key, timeout=60)
-                assert answer.status_code == 401, (method, path, key)
-            cookie = {"Cookie": f"{COOKIE}={secret}"}  # the secret itself is no cookie
-            assert httpx.request(method, urls[name] + fill(path), headers=cookie).status_code == 401
+    wrong = [{"auth": ("perennial", "guessed")}, {"auth": ("perennial", "")}]
+    wrong.append({"headers": {"Cookie": f"{COOKIE}={secret}"}})  # the secret itself is no cookie
+    with httpx.Client(base_url=urls[name], timeout=60) as other:
+        for method, path in sorted(list_routes(name, urls[name], ("any", secret))):
+            if path not in (OPEN[name], "/api/ready"):
+                assert other.request(method, fill(path)).status_code == 401, (method, path)
+        for given in wrong:
+            assert other.get("/", **given).status_code == 401
     assert httpx.get(urls[name] + "/", timeout=60).status_code == 401
     assert httpx.get(urls[name] + OPEN[name], timeout=60).status_code == 200
     assert stat.S_IMODE((root / ".perennial/server.json").stat().st_mode) == 0o600
