@@ -61,7 +61,7 @@ COMMANDS = {
         ),
         Command(
             *("events", "services.events", "Export, prune, forget or migrate the event store.", ("serve",)),
-            subcommands=("export", "prune", "migrate"),
+            subcommands=("export", "prune", "forget", "migrate"),
         ),
         Command("parity", "services.parity", "Compare the service with the trainer.", ("core", "serve")),
         Command("package", "services.package", "Pack the model and the service as a Bento.", ("serve",)),

@@ -23,10 +23,11 @@ from starlette.types import Scope
 from services import errors
 from services.answering.handler import ChatHandler
 from services.answering.request import Delta, GenerationRequest
+from services.api.answer import make_error_response
 from services.api.ask import AskCheck
 from services.api.bodies import BodyLimit
 from services.api.middleware import ConcurrencyLimit, Deadline, RequestIds, listens_beyond_loopback
-from services.api.routes import get_request_id, make_app, make_error_response
+from services.api.routes import get_request_id, make_app
 from services.api.same_origin import SameOrigin
 from services.api.schemas import Answer
 from services.engines.protocol import Sampling

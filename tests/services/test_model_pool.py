@@ -117,7 +117,7 @@ def test_an_engine_that_broke_is_told_in_readiness_and_started_anew(tmp_path, ve
             raise RuntimeError("out of luck")
 
         engine._advance = broken
-        assert ask(client, max_tokens=2).status_code == 500
+        assert ask(client, max_tokens=2).status_code == 503
         assert engine.broken is not None
         wait_until(lambda: server.handler.find_problem() is None)
         assert ask(client, max_tokens=2).status_code == 200
@@ -135,7 +135,7 @@ def test_a_challenger_that_broke_is_started_anew_and_the_champion_goes_on(tmp_pa
             raise RuntimeError("out of luck")
 
         engine._advance = broken
-        assert ask(client, max_tokens=2, model=second.tag).status_code == 500
+        assert ask(client, max_tokens=2, model=second.tag).status_code == 503
         assert server.handler.find_problem() is None and ask(client, max_tokens=2).status_code == 200
         wait_until(lambda: server.handler.pool.get_models()["challenger"].engine is not engine)
         assert version_of(ask(client, max_tokens=2, model=second.tag)) == second.version

@@ -263,8 +263,8 @@ class Scheduler:
             sequence.computed += 1
         if reason is not None and self._drafter is not None:
             answer = sequence.tokens[sequence.prompt_tokens :]
-            end = [token] if reason == "stop" else []
-            self._drafter.learn(sequence.tokens[: sequence.prompt_tokens], [*answer, *end])
+            last = [token] if reason == "stop" else []
+            self._drafter.learn(sequence.tokens[: sequence.prompt_tokens], [*answer, *last])
         self.drafted += len(planned.draft)
         self.accepted += row
         end = logprob if reason == "stop" else None
