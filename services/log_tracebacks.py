@@ -1,7 +1,7 @@
-"""Tracebacks in the log of the service: where an error was raised, without what it says about a request.
+"""Tracebacks in the log of the service: where an error was raised, without the contents of a request.
 
 The message of most exceptions may quote what a user sent: a key that is not in a dict, a value that is no
-number, the parameters of a statement. What the machine itself says (no memory, no file, a failed kernel)
+number, the parameters of a statement. What the machine itself reports (no memory, no file, a failed kernel)
 stays.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from stages.common.errors import InputError
 
-# What these say comes from the system, from a library's kernel or from us.
+# The messages of these come from the system, from a library's kernel or from us.
 TOLD = (OSError, MemoryError, RuntimeError, InputError)
 HIDDEN = "(its message is not logged: it may hold what a user wrote)"
 

@@ -73,7 +73,7 @@ class LoadedModel:
         return None if schema is None else json.dumps(schema)
 
     def decode_prompt(self, ids: Sequence[int]) -> str:
-        """Return the text that a raw prompt of token ids stands for, control tokens included.
+        """Return the text of a raw prompt of token ids, control tokens included.
 
         The token that the tokenizer puts in front of any text is left out. Of a prompt longer than the
         context, which is never answered, the rest is only counted.

@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Collection
 from typing import Any
 
-# They say who asks, what to keep, how fast to answer, or they describe what another field already holds.
+# They name who asks, what to keep, how fast to answer, or they describe what another field already holds.
 IGNORED = frozenset(
     {
         "annotations",

@@ -56,7 +56,7 @@ class ResponseFormatter:
         self._format = format
         self._token_bytes = model.token_bytes
         self._wants_usage = wants_usage
-        # Clients add up what the chunks say, so the numbers are in one chunk alone.
+        # Clients add the usage of all chunks up, so it is in one chunk alone.
         self._no_usage = ',"usage":null' if wants_usage else ""
         self._usages: list[Usage] = []  # of the answers that are complete
         self._lengths: Counter[int] = Counter()  # characters of the streamed answers so far

@@ -44,7 +44,7 @@ class Sampling:
         logprobs: number of alternatives to report with each token; None for no log-probabilities.
         json_schema: constrains decoding to JSON that fits this schema; `{}` is any JSON value.
         choices: constrains decoding to one of these texts; not together with `json_schema`.
-        prompt_logprobs: report the prompt's tokens too, with as many alternatives as `logprobs` says.
+        prompt_logprobs: report the prompt's tokens too, with the number of alternatives of `logprobs`.
     """
 
     max_tokens: int

@@ -39,7 +39,7 @@ def _arguments(words: Sequence[str]) -> argparse.Namespace:
     export.add_argument("--out", type=Path, required=True, help="the file to write")
     older = commands.add_parser("prune", help="delete old exchanges and their feedback")
     older.add_argument("--older-than-days", type=_days, required=True)
-    gone = commands.add_parser("forget", help="delete what one person said, and the feedback on it")
+    gone = commands.add_parser("forget", help="delete what one person wrote, and the feedback on it")
     _add_person(gone, required=True)
     commands.add_parser("migrate", help="create the store, or upgrade its schema")
     for command in commands.choices.values():
@@ -110,7 +110,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def _forget(url: str, arguments: argparse.Namespace) -> None:
-    """Delete what a person said, and name the places where more of it may be."""
+    """Delete what a person wrote, and name the places where more of it may be."""
     person = _person(arguments)
     assert person is not None
     gone = forget(url, person)

@@ -1,4 +1,4 @@
-"""Export or forget what one person said: the exchanges of a user or a session, and the feedback on them."""
+"""Export or forget what one person wrote: the exchanges of a user or a session, and the feedback on them."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class SchemaTrials:
             name: of the model, whose `tokenizer` the schema is compiled for.
 
         Raises:
-            SchemaUnsupported: it is not; the message says why.
+            SchemaUnsupported: it is not; the message has the reason.
             QueueFull: too many schemas wait to be tried, or the machine is too busy for this one.
         """
         check_bounds(schema)
