@@ -10,6 +10,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.representer import RoundTripRepresenter
 from ruamel.yaml.scalarstring import FoldedScalarString
 
 from stages.common.errors import ParamsError
@@ -20,6 +21,15 @@ Changes = Mapping[
 
 LINE_CHARS = 110
 FEEDBACK = {"kind": "feedback", "path": "data/feedback/rows.jsonl"}
+
+
+class _NullWriter(RoundTripRepresenter):
+    """Writes null as a word; a class of its own, because a representer is set for all users of a class."""
+
+
+_NullWriter.add_representer(
+    type(None), lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null")
+)
 
 
 def edit_params(text: str, changes: Changes) -> str:
@@ -51,12 +61,10 @@ def edit_params(text: str, changes: Changes) -> str:
 
 def _make_yaml() -> YAML:
     yaml = YAML()
+    yaml.Representer = _NullWriter
     yaml.preserve_quotes = True
     yaml.width = 10_000  # lines of the file are folded by hand
     yaml.indent(mapping=2, sequence=4, offset=2)
-    yaml.representer.add_representer(
-        type(None), lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null")
-    )
     return yaml
 
 

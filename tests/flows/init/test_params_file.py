@@ -77,3 +77,12 @@ def test_a_file_without_a_feedback_source_gets_one():
 def test_a_missing_section_is_named():
     with pytest.raises(ParamsError, match="no section model_card"):
         edit_params("collect:\n  sources: []\n", {"collect": {}, "model_card": {"name": "a"}})
+
+
+def test_other_yaml_of_the_process_is_written_as_before():
+    """DVC writes its lock with the same library; a null there has no word."""
+    from dvc.utils.serialize import dumps_yaml
+
+    before = dumps_yaml({"limit": None})
+    assert ": null" in edit_params(SHIPPED, CHANGES)
+    assert dumps_yaml({"limit": None}) == before == "limit:\n"
