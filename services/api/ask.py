@@ -12,9 +12,10 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from services import errors
+from services.api.bodies import replay_body
 from services.errors import ApiError
 from services.keys.access import Caller
 
@@ -51,7 +52,7 @@ class AskCheck:
         except ApiError as error:
             response = JSONResponse(error.body(), error.status, error.headers())
             return await response(scope, receive, send)
-        return await self._app(scope, _replay(body, receive), send)
+        return await self._app(scope, replay_body(body, receive), send)
 
 
 def parse_ask_request(body: bytes) -> AskRequest:
@@ -81,16 +82,3 @@ def _find_json_problem(body: bytes) -> str:
     except (RecursionError, ValueError):
         pass
     return "it cannot be read"
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    unread = True
-
-    async def again() -> Message:
-        nonlocal unread
-        if unread:
-            unread = False
-            return {"type": "http.request", "body": body, "more_body": False}
-        return await receive()
-
-    return again

@@ -60,7 +60,7 @@ class BodyLimit:
             body = await self._read(receive)
         except ApiError as error:
             return await self._reject(error, scope, receive, send)
-        return await self._app(scope, _replay(body, receive), send)
+        return await self._app(scope, replay_body(body, receive), send)
 
     async def _read(self, receive: Receive) -> bytes:
         try:
@@ -128,7 +128,8 @@ def _waits_to_send(scope: Scope) -> bool:
     return bool(dict(scope["headers"]).get(b"expect", b"").lower() == b"100-continue")
 
 
-def _replay(body: bytes, receive: Receive) -> Receive:
+def replay_body(body: bytes, receive: Receive) -> Receive:
+    """Return a `receive` that gives a body that was read already, and then what `receive` gives."""
     unread = True
 
     async def again() -> Message:

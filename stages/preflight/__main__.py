@@ -66,13 +66,12 @@ Rejects = dict[str, list[Misfit]]
 
 
 def find_base_problems(params: Params, base: Path, tokenizer: Any, rows: Sequence[Row]) -> list[InputError]:
-    """Return everything about model, licences and disk that would stop the pipeline later."""
-    config = read_config(base)
-    size = count_embedding_rows(config)
+    """Return what would stop the pipeline later in the tokens, the licences and on the disk."""
+    size = count_embedding_rows(read_config(base))
     exported = params.export.gguf
     fetched = read_json(reports("fetch_base") / "metrics.json")
     weights = count_parameters(base)
-    problems = [
+    return [
         *find_unknown_tokens(tokenizer, size, exported),
         *find_license_problems(
             rows, params.validate_.allowed_licenses, params.model_card.license, fetched.get("license")
@@ -81,9 +80,6 @@ def find_base_problems(params: Params, base: Path, tokenizer: Any, rows: Sequenc
             count_needed_bytes(weights, params.export.quantization if exported else None), Path()
         ),
     ]
-    if template := find_template_problems(tokenizer):
-        return [*template, *problems]
-    return problems + (find_export_problems(tokenizer, config, size) if exported else [])
 
 
 def encode_sides(params: Params, base: Path, tokenizer: Any, sides: Sides) -> tuple[FittingSides, Rejects]:
@@ -260,13 +256,18 @@ def main() -> None:
     base = artifacts("fetch_base")
     tokenizer = load_tokenizer(base)
     sides = {side: read_rows(artifacts("split") / f"{side}.parquet") for side in SIDES}
-    problems = find_base_problems(params, base, tokenizer, [row for rows in sides.values() for row in rows])
+    template = find_template_problems(tokenizer)
+    rows = [row for side in sides.values() for row in side]
+    problems = [*template, *find_base_problems(params, base, tokenizer, rows)]
     folder = reports("preflight")
-    if find_template_problems(tokenizer):
+    if template:
         write_json(folder / "metrics.json", {"success": False, "problems": [p.what for p in problems]})
         raise_problems(problems)
+    config = read_config(base)
+    size = count_embedding_rows(config)
+    if params.export.gguf:
+        problems += find_export_problems(tokenizer, config, size)
     fitting, misfits = encode_sides(params, base, tokenizer, sides)
-    size = count_embedding_rows(read_config(base))
     problems += find_row_problems(params, read_task(), size, fitting, misfits)
     limit = params.ask_base.max_new_tokens
     over_limit = [row for row, e in fitting["test"] if len(e.input_ids) - e.prompt_length > limit]
