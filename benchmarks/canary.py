@@ -26,7 +26,7 @@ from benchmarks.machine import machine
 from flows.release.canary import ANALYSES, Kind, Trial, analyse
 from flows.release.outcomes import RequestOutcome
 from stages.common.params.loading import load_params
-from stages.common.statistics import compute_clopper_pearson
+from stages.common.statistics.intervals import compute_clopper_pearson
 
 PARAMS = load_params()
 SETTLE_S = PARAMS.monitoring.window.settle_s

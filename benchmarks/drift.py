@@ -31,7 +31,7 @@ from monitoring.drift.baseline import Baseline, prepare_baseline
 from monitoring.drift.compare import compare_window, has_drifted
 from monitoring.drift.session_sums import sum_sessions
 from stages.common.params.loading import load_params
-from stages.common.statistics import compute_clopper_pearson
+from stages.common.statistics.intervals import compute_clopper_pearson
 
 if TYPE_CHECKING:
     import pandas as pd

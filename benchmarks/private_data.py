@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.common.personal_data import RECOGNISERS, holds
+from stages.common.privacy.personal_data import RECOGNISERS, holds
 
 TEXTS = Path(__file__).parent / "private_texts.jsonl"
 

@@ -21,9 +21,9 @@ from benchmarks.machine import machine
 from flows.demo.__main__ import CHECKOUT
 from flows.demo.checkout import make_checkout, override_params, run_python
 from monitoring.feedback.rows import HELD_OUT
-from stages.common.adapter import read_initial_adapter
 from stages.common.artifacts import artifacts, read_json, reports
 from stages.common.errors import InputError
+from stages.common.model.adapter import read_initial_adapter
 from stages.common.params.loading import load_params
 from stages.common.records import read_rows, write_rows
 from stages.common.sources.feedback import collect_feedback

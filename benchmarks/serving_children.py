@@ -33,9 +33,9 @@ from typing import Any, TextIO, cast
 
 from benchmarks.serving_load import Answer, Run, closed_loop
 from stages.common.artifacts import artifacts, read_json, reports, write_json
-from stages.common.chat import encode_prompt, end_of_turn_ids
+from stages.common.chat.template import encode_prompt, end_of_turn_ids
 from stages.common.logs import set_quiet_environment
-from stages.common.models import load_tokenizer, load_tuned
+from stages.common.model.loading import load_tokenizer, load_tuned
 from stages.common.params.loading import load_params
 from stages.common.records import Row, read_rows
 

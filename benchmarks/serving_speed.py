@@ -27,7 +27,7 @@ from benchmarks.serving_peers import (
 )
 from benchmarks.serving_report import Judge, Plan, Report, ms, note, quantile, settled, speeds
 from stages.common.artifacts import artifacts
-from stages.common.models import load_tokenizer
+from stages.common.model.loading import load_tokenizer
 
 CLIENTS = (1, 8, 32)
 TRANSFORMERS, BARE, OURS = "transformers", "bare engine", "perennial"

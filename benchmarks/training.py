@@ -23,8 +23,8 @@ from typing import Any
 
 from benchmarks.machine import machine
 from stages.common.artifacts import artifacts
-from stages.common.chat import encode_example
-from stages.common.models import load_tokenizer, pick_device
+from stages.common.chat.template import encode_example
+from stages.common.model.loading import load_tokenizer, pick_device
 from stages.common.params.loading import load_params
 from stages.common.records import Row, read_rows
 from stages.finetune.adapter import build_model

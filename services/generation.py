@@ -39,10 +39,10 @@ from services.log_tracebacks import hide_messages
 from services.model_pool import LoadedModel
 from services.startup import RunningService, start, stop
 from services.versions.store import ModelFiles, find_served, get_version
-from stages.common.chat import encode_text
+from stages.common.chat.template import encode_text
 from stages.common.errors import InputError
 from stages.common.logs import set_quiet_environment
-from stages.common.models import load_tokenizer
+from stages.common.model.loading import load_tokenizer
 from stages.common.params.loading import load_params
 from stages.common.records import Message
 from stages.common.task.kinds import make_task

@@ -19,7 +19,7 @@ from services.engines.token_bytes import TokenBytes
 from services.metrics import get_metrics
 from services.versions.aliases import ALIASES, Aliases, read_aliases
 from services.versions.store import ModelFiles
-from stages.common.chat import encode_prompt
+from stages.common.chat.template import encode_prompt
 from stages.common.errors import InputError
 from stages.common.records import Message
 from stages.common.task.kinds import make_task

@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from stages.common.artifacts import artifacts, missing, read_json, reports, write_json
-from stages.common.chat import encode_prompt, hash_template
+from stages.common.chat.template import encode_prompt, hash_template
 from stages.common.errors import InputError
 from stages.common.logs import set_quiet_environment, show_progress
-from stages.common.models import load_tokenizer
+from stages.common.model.loading import load_tokenizer
 from stages.common.params.loading import Params, load_params
 from stages.common.records import Row, read_rows
-from stages.common.statistics import Difference, estimate_difference, sum_by_group
+from stages.common.statistics.intervals import Difference, estimate_difference, sum_by_group
 from stages.common.task.kinds import read_task
 from stages.common.task.metrics import Metric, compute_share
 from stages.common.task.protocol import Task

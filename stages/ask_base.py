@@ -20,14 +20,14 @@ from services.engines.offline import (
     pick_engine,
 )
 from stages.common.artifacts import artifacts, reports, write_json
+from stages.common.chat.fitting import count_reasons, describe_misfits, select_askable
 from stages.common.errors import InputError
-from stages.common.fitting import count_reasons, describe_misfits, select_askable
-from stages.common.generation import encode_questions, write_answers
 from stages.common.logs import get_logger, run_stage, show_progress
-from stages.common.models import load_tokenizer, read_context_tokens
+from stages.common.model.generation import encode_questions, write_answers
+from stages.common.model.loading import load_tokenizer, read_context_tokens
 from stages.common.params.loading import load_params
 from stages.common.records import Row, read_rows
-from stages.common.sizes import choose_max_test_rows, choose_min_test_rows
+from stages.common.statistics.sizes import choose_max_test_rows, choose_min_test_rows
 
 log = get_logger("ask_base")
 

@@ -40,10 +40,10 @@ from monitoring.verdicts import DriftVerdict, read_verdicts
 from services.versions.aliases import ALIASES, read_aliases
 from services.versions.store import read_pipeline_tag
 from stages.common import network
-from stages.common.adapter import FOLDER as ADAPTER
-from stages.common.adapter import clear_initial_adapter
 from stages.common.artifacts import STATE
 from stages.common.errors import InputError
+from stages.common.model.adapter import FOLDER as ADAPTER
+from stages.common.model.adapter import clear_initial_adapter
 from stages.common.params.loading import Params, load_params
 
 CHECKOUT = STATE / "demo"

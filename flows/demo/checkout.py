@@ -20,8 +20,8 @@ import yaml
 
 from stages.common.artifacts import STATE, write_text
 from stages.common.errors import InputError
-from stages.common.git import run_git
 from stages.common.params.loading import load_params
+from stages.common.repository.git import run_git
 
 TAIL_LINES = 15  # of a failed command's output that are shown
 SNAPSHOT_DATE = "2000-01-01T00:00:00Z"  # a fixed one: equal files are an equal commit

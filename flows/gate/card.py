@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stages.common.adapter import WEIGHTS
 from stages.common.artifacts import artifacts, hash_file, read_json, reports
-from stages.common.dvc_lock import compute_dvc_hash
+from stages.common.model.adapter import WEIGHTS
+from stages.common.repository.dvc_lock import compute_dvc_hash
 
 CARD = reports("model_card") / "README.md"
 # Sections of the card that are written from evidence; none may be missing or empty.

@@ -15,7 +15,7 @@ from services.guard import checks
 from services.parity import ParityReport
 from stages.common.params.loop import GateSettings
 from stages.common.records import Row
-from stages.common.statistics import Difference, Floats, estimate_difference, sum_by_group
+from stages.common.statistics.intervals import Difference, Floats, estimate_difference, sum_by_group
 from stages.common.task.metrics import Metric, compute_share
 from stages.common.task.protocol import Task
 

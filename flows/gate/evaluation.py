@@ -217,8 +217,8 @@ class _Trainer:
     def read(cls, root: Path, max_rows: int | None) -> _Trainer:
         import pyarrow.parquet as pq
 
-        from stages.common.chat import encode_prompt, hash_template
-        from stages.common.models import load_tokenizer
+        from stages.common.chat.template import encode_prompt, hash_template
+        from stages.common.model.loading import load_tokenizer
 
         kept = artifacts("evaluate") / "predictions.parquet"
         if not (root / kept).exists():

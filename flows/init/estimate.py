@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from stages.common import run_estimate
-from stages.common.models import pick_device, pick_dtype
+from stages.common.model.loading import pick_device, pick_dtype
 from stages.common.run_estimate import Work, measure_product_speed, read_model_size
-from stages.common.sizes import choose_max_test_rows
 from stages.common.sources.detection.survey import Survey
+from stages.common.statistics.sizes import choose_max_test_rows
 
 CHARS_PER_TOKEN = 4.0  # of English in usual tokenizers, where the base model is not there yet
 FIXED_MINUTES = 2.0  # the stages that neither train nor answer

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from flows.registry.tracking import Registry, convert_errors, open_tracking
-from stages.common.adapter import CONFIG, FOLDER, WEIGHTS, InitialAdapter, put_initial_adapter
 from stages.common.artifacts import hash_file
 from stages.common.errors import InputError
+from stages.common.model.adapter import CONFIG, FOLDER, WEIGHTS, InitialAdapter, put_initial_adapter
 from stages.common.tag import Tag
 
 if TYPE_CHECKING:

@@ -17,12 +17,12 @@ import yaml
 
 from flows.registry.model_versions import ADAPTER_FILES
 from flows.registry.tracking import mask_password
-from stages.common.adapter import WEIGHTS
 from stages.common.artifacts import artifacts, hash_file, missing, read_json, reports
-from stages.common.dvc_lock import LOCK, Lock, compute_dvc_hash, read_lock
 from stages.common.errors import InputError
-from stages.common.git import read_git
+from stages.common.model.adapter import WEIGHTS
 from stages.common.params.loading import Params
+from stages.common.repository.dvc_lock import LOCK, Lock, compute_dvc_hash, read_lock
+from stages.common.repository.git import read_git
 from stages.common.tag import Tag
 
 log = logging.getLogger("flows.registry")

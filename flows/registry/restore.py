@@ -19,9 +19,9 @@ import yaml
 from flows.registry.model_versions import download_adapter, download_file, find_version
 from flows.registry.tracking import Registry
 from services.versions.store import add_pipeline_output, list_versions
-from stages.common.adapter import list_adapter_files
 from stages.common.artifacts import STATE, artifacts, missing, read_json, reports, write_json, write_text
 from stages.common.errors import InputError
+from stages.common.model.adapter import list_adapter_files
 from stages.common.tag import Tag
 from stages.common.task.kinds import TASK_FILE
 

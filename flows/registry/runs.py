@@ -39,13 +39,13 @@ from flows.registry.tracking import (
     open_tracking,
 )
 from services.versions.aliases import ALIASES, read_aliases
-from stages.common.adapter import list_adapter_files
 from stages.common.artifacts import STATE, artifacts, reports
-from stages.common.dvc_lock import LOCK
 from stages.common.errors import InputError
 from stages.common.escaping import escape_markdown
 from stages.common.locks import hold_lock
+from stages.common.model.adapter import list_adapter_files
 from stages.common.params.loading import Params
+from stages.common.repository.dvc_lock import LOCK
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

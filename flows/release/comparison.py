@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flows.release.outcomes import RequestOutcome
-from stages.common.association import apply_holm
-from stages.common.statistics import Floats, compute_sequential_p_values
+from stages.common.statistics.association import apply_holm
+from stages.common.statistics.intervals import Floats, compute_sequential_p_values
 
 # Permutations for one threshold: enough that the smallest p-value of all criteria is well below it.
 PER_THRESHOLD = 5

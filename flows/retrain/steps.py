@@ -28,10 +28,10 @@ from monitoring.feedback import rows
 from services.versions.aliases import ALIASES, read_aliases
 from services.versions.releases import read_releases
 from services.versions.store import add_pipeline_output, read_pipeline_tag
-from stages.common.adapter import FOLDER as START
-from stages.common.adapter import clear_initial_adapter, put_initial_adapter
 from stages.common.artifacts import STATE, read_json
 from stages.common.errors import InputError
+from stages.common.model.adapter import FOLDER as START
+from stages.common.model.adapter import clear_initial_adapter, put_initial_adapter
 from stages.common.params.loading import Params
 from stages.common.tag import Tag
 

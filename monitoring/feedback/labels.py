@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from stages.common.artifacts import artifacts, read_json
 from stages.common.logs import get_logger
-from stages.common.personal_data import RECOGNISERS, holds
+from stages.common.privacy.personal_data import RECOGNISERS, holds
 from stages.common.records import Message, find_conversation_problem, format_canonical_json
 from stages.common.task.kinds import make_task
 from stages.common.task.protocol import Task

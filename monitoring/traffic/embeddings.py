@@ -17,7 +17,7 @@ import numpy.typing as npt
 from monitoring.traffic.columns import VECTOR_SIZE
 from stages.common.errors import InputError
 from stages.common.logs import set_quiet_environment
-from stages.common.models import pick_dtype
+from stages.common.model.loading import pick_dtype
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -31,7 +31,7 @@ from services.keys.access import Access
 from services.metrics import get_metrics
 from services.model_pool import LoadedModel, ModelPool, Route
 from services.schemas.trials import SchemaTrials
-from stages.common.chat import TemplateRefusal, encode_text
+from stages.common.chat.template import TemplateRefusal, encode_text
 from stages.common.params.services import Services
 
 # No token of a known vocabulary is longer than this, so a longer prompt is rejected before it is tokenized.

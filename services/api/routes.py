@@ -31,7 +31,7 @@ from services.events import Feedback, StoreUnavailable
 from services.guard.policy import check_prompt
 from services.keys.access import Caller
 from services.model_pool import LoadedModel
-from stages.common.chat import hash_template
+from stages.common.chat.template import hash_template
 
 PAGE = Path(__file__).parent / "page"
 # The page loads nothing from other hosts, and model output must never run in it.

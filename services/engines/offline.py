@@ -15,17 +15,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from stages.common.chat import end_of_turn_ids
+from stages.common.chat.fitting import limit_answer
+from stages.common.chat.template import end_of_turn_ids
 from stages.common.errors import InputError
-from stages.common.fitting import limit_answer
-from stages.common.generation import (
+from stages.common.model.generation import (
     Answer,
     Question,
     answer_questions,
     check_fit,
     measure_latencies,
 )
-from stages.common.models import load_base, load_tuned, pick_device, pick_dtype
+from stages.common.model.loading import load_base, load_tuned, pick_device, pick_dtype
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from services.engines.protocol import (
     Unsupported,
 )
 from services.engines.worker import Request, StepResult, Worker
-from stages.common.chat import end_of_turn_ids
+from stages.common.chat.template import end_of_turn_ids
 from stages.common.errors import InputError
 
 # Block size of OpenVINO's paged attention on a CPU; a test compares it with the pipeline's own.

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from services.engines.paged.weights import check_llama
 from services.engines.protocol import Engine, EngineError
-from stages.common.draft_corpus import read_corpus
 from stages.common.errors import InputError
+from stages.common.model.draft_corpus import read_corpus
 
 if TYPE_CHECKING:
     from stages.common.params.services import EngineSettings

@@ -17,8 +17,8 @@ from services.engines.grammar import Grammars
 from services.engines.protocol import FinishReason, Sampling, Step, TokenLogprob
 from services.engines.sampling import Sampler
 from services.engines.worker import Request, StepResult, Worker, make_failure
-from stages.common.chat import end_of_turn_ids
-from stages.common.models import load_base, load_tuned, pick_device, pick_dtype
+from stages.common.chat.template import end_of_turn_ids
+from stages.common.model.loading import load_base, load_tuned, pick_device, pick_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +45,7 @@ class TransformersEngine(Worker):
         base: folder of the base model.
         adapter: folder of the adapter, which is merged; None for the base model alone.
         device: `auto`, `cpu`, `cuda` or `mps`.
-        precision: `auto`, `bfloat16` or `float32`; see `stages.common.models.pick_dtype`.
+        precision: `auto`, `bfloat16` or `float32`; see `stages.common.model.loading.pick_dtype`.
         context_tokens: limit of prompt and answer together; None for the model's own.
         threads: None lets torch choose.
         batch_tokens: prefill chunk; other sequences generate a token between two chunks.

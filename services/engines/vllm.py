@@ -29,7 +29,7 @@ from services.engines.protocol import (
     TokenLogprob,
 )
 from stages.common.artifacts import hash_file
-from stages.common.chat import end_of_turn_ids
+from stages.common.chat.template import end_of_turn_ids
 from stages.common.errors import InputError
 
 # LoRA ranks that vLLM can reserve; an adapter gets the next larger one.

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from stages.common.personal_data import RECOGNISERS, find_spans
+from stages.common.privacy.personal_data import RECOGNISERS, find_spans
 
 # A replacement can expose another match, such as a number directly after it. Real texts need two passes; one
 # built to need more has all its letters and digits masked.

@@ -31,9 +31,9 @@ from pathlib import Path
 from typing import Any
 
 from services.guard.text_classifier import TextClassifier, load_classifier
-from stages.common import personal_data
 from stages.common.errors import InputError
-from stages.common.secrets import find_named_secrets
+from stages.common.privacy import personal_data
+from stages.common.privacy.secrets import find_named_secrets
 
 DATA = Path(__file__).parent / "data"
 

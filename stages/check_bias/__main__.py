@@ -1,6 +1,6 @@
 """Check bias: representation and outcome by group in the curated rows; a breach stops the pipeline.
 
-In: `artifacts/curate/rows.parquet` and `rejects.jsonl`; `stages/common/people.csv`.
+In: `artifacts/curate/rows.parquet` and `rejects.jsonl`; `stages/common/privacy/people.csv`.
 Out: `reports/check_bias/metrics.json` (each finding, with a sentence for the model card) and `groups.svg`,
 written before the stage fails.
 Run: `python -m stages.check_bias`

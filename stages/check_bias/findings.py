@@ -10,9 +10,14 @@ from typing import Any
 import numpy as np
 
 from stages.check_bias.groups import list_known_values, read_outcomes, read_values
-from stages.common.association import apply_holm, compute_cramers_v, compute_permutation_p, encode_names
 from stages.common.records import Row
-from stages.common.statistics import compute_wilson
+from stages.common.statistics.association import (
+    apply_holm,
+    compute_cramers_v,
+    compute_permutation_p,
+    encode_names,
+)
+from stages.common.statistics.intervals import compute_wilson
 from stages.common.task.protocol import Task
 
 

@@ -16,7 +16,7 @@ from stages.common.errors import InputError
 from stages.common.records import Message, Row
 from stages.common.task.protocol import Task
 
-LEXICON = Path(__file__).parents[1] / "common" / "people.csv"
+LEXICON = Path(__file__).parents[1] / "common" / "privacy" / "people.csv"
 
 PERSON_PREFIX = "person_"  # person_gender, person_origin: columns of the lexicon
 

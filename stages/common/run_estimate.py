@@ -142,8 +142,8 @@ def read_work(split: Path, base: Path, epochs: int, max_test_rows: int | None) -
     Raises:
         InputError: rows or tokenizer are not there.
     """
-    from stages.common.fitting import encode_fitting
-    from stages.common.models import load_tokenizer
+    from stages.common.chat.fitting import encode_fitting
+    from stages.common.model.loading import load_tokenizer
     from stages.common.records import read_rows
 
     tokenizer = load_tokenizer(base)
@@ -181,9 +181,9 @@ def describe(work: Work, estimate: Estimate, stages: Collection[str] = STAGES) -
 
 def main() -> None:
     """Print the estimate of the stages that are named, or all, for the rows in `artifacts/split`."""
-    from stages.common.models import pick_device, pick_dtype
+    from stages.common.model.loading import pick_device, pick_dtype
     from stages.common.params.loading import load_params
-    from stages.common.sizes import choose_max_test_rows
+    from stages.common.statistics.sizes import choose_max_test_rows
 
     try:
         params: Any = load_params()

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.common.artifacts import artifacts, reports, write_json, write_lines
-from stages.common.conversations import join_conversations
+from stages.common.chat.conversations import join_conversations
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage, show_progress
 from stages.common.params.loading import load_params

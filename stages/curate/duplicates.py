@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-from stages.common.compared_text import find_shared_parts, fold_spelling
 from stages.common.logs import get_logger, show_progress
-from stages.common.near_duplicates import SimilarTexts
 from stages.common.records import Row, format_canonical_json
+from stages.common.similarity.compared_text import find_shared_parts, fold_spelling
+from stages.common.similarity.near_duplicates import SimilarTexts
 from stages.common.task.protocol import Task
 from stages.curate.rules import Rejection
 

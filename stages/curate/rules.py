@@ -7,9 +7,9 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from stages.common.compared_text import has_visible
-from stages.common.personal_data import holds
+from stages.common.privacy.personal_data import holds
 from stages.common.records import Row
+from stages.common.similarity.compared_text import has_visible
 from stages.common.task.protocol import Task
 
 MIN_CHARS_TO_JUDGE = 10  # a shorter question may be all signs: ":-)"

@@ -34,9 +34,9 @@ from stages.common.artifacts import (
     write_text,
 )
 from stages.common.errors import InputError
-from stages.common.generation import Answer, Question, encode_questions, read_answers
 from stages.common.logs import get_logger, run_stage, show_progress
-from stages.common.models import load_tokenizer
+from stages.common.model.generation import Answer, Question, encode_questions, read_answers
+from stages.common.model.loading import load_tokenizer
 from stages.common.params.loading import load_params
 from stages.common.params.stages import AskBase
 from stages.common.records import Row, read_rows

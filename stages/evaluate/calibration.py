@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from stages.common.artifacts import artifacts
-from stages.common.chat import encode_example
-from stages.common.generation import Question
-from stages.common.models import load_tuned, pick_device, pick_dtype
+from stages.common.chat.template import encode_example
+from stages.common.model.generation import Question
+from stages.common.model.loading import load_tuned, pick_device, pick_dtype
 from stages.common.records import Message, Row
 from stages.common.task.protocol import Task
 

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from stages.common.errors import InputError
-from stages.common.generation import Answer, Question
+from stages.common.model.generation import Answer, Question
 from stages.common.records import Row
-from stages.common.sizes import describe_resolution
-from stages.common.statistics import Interval, estimate_difference, estimate_interval, sum_by_group
+from stages.common.statistics.intervals import Interval, estimate_difference, estimate_interval, sum_by_group
+from stages.common.statistics.sizes import describe_resolution
 from stages.common.task.label_metrics import list_classes
 from stages.common.task.metrics import Metric, compute_mean, compute_perplexity, compute_share
 from stages.common.task.protocol import Task

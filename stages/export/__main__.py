@@ -30,14 +30,14 @@ from stages.common.artifacts import (
     write_json,
     write_text,
 )
-from stages.common.chat import end_of_turn_ids
-from stages.common.draft_corpus import encode_corpus, write_corpus
+from stages.common.chat.fitting import encode_fitting
+from stages.common.chat.template import end_of_turn_ids
 from stages.common.errors import InputError
-from stages.common.fitting import encode_fitting
 from stages.common.gguf.model import check_tensors, count_context_tokens, find_architecture, write_gguf
 from stages.common.gguf.vocabulary import count_equal, read_gguf_vocabulary, read_vocabulary
 from stages.common.logs import get_logger, run_stage, show_progress
-from stages.common.models import load_tokenizer, load_tuned
+from stages.common.model.draft_corpus import encode_corpus, write_corpus
+from stages.common.model.loading import load_tokenizer, load_tuned
 from stages.common.params.loading import load_params
 from stages.common.records import Row, read_rows
 from stages.common.task.kinds import read_task

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stages.common.chat import write_served_template
+from stages.common.chat.template import write_served_template
 from stages.common.errors import InputError
 
 # Placeholders for message contents; no template contains them.

@@ -14,12 +14,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from stages.common.adapter import InitialAdapter, check_base, read_initial_adapter
 from stages.common.artifacts import artifacts, read_json, reports, write_json
+from stages.common.chat.fitting import LONG, REFUSED, count_reasons, describe_misfits, encode_fitting
 from stages.common.errors import InputError
-from stages.common.fitting import LONG, REFUSED, count_reasons, describe_misfits, encode_fitting
 from stages.common.logs import get_logger, run_stage
-from stages.common.models import load_tokenizer
+from stages.common.model.adapter import InitialAdapter, check_base, read_initial_adapter
+from stages.common.model.loading import load_tokenizer
 from stages.common.params.loading import load_params
 from stages.common.records import Row, read_rows
 from stages.finetune.batches import encode_rows, select_rows

@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import set_seed
 
-from stages.common.adapter import CONFIG, PAGE, WEIGHTS, InitialAdapter, write_trained_ids
 from stages.common.artifacts import atomic_dir, read_json, write_json
 from stages.common.errors import InputError
 from stages.common.logs import get_logger
-from stages.common.models import load_base, pick_device, pick_dtype
+from stages.common.model.adapter import CONFIG, PAGE, WEIGHTS, InitialAdapter, write_trained_ids
+from stages.common.model.loading import load_base, pick_device, pick_dtype
 from stages.finetune.recipe import Recipe
 
 logger = get_logger("finetune")

@@ -7,11 +7,11 @@ import random
 from collections.abc import Sequence, Set
 from typing import Any
 
-from stages.common.adapter import InitialAdapter
-from stages.common.chat import Encoded
+from stages.common.chat.fitting import LONG, Misfit, count_reasons, describe_misfits, encode_fitting
+from stages.common.chat.template import Encoded
 from stages.common.errors import InputError
-from stages.common.fitting import LONG, Misfit, count_reasons, describe_misfits, encode_fitting
 from stages.common.logs import get_logger
+from stages.common.model.adapter import InitialAdapter
 from stages.common.records import Row
 
 logger = get_logger("finetune")

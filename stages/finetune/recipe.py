@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from stages.common.adapter import InitialAdapter
 from stages.common.artifacts import hash_file
-from stages.common.chat import Encoded
+from stages.common.chat.template import Encoded
+from stages.common.model.adapter import InitialAdapter
 from stages.common.records import format_canonical_json
 
 # Modules of stages/common that decide the adapter, besides all files of this folder.
-SHARED_CODE = ("adapter.py", "models.py")
+SHARED_CODE = ("model/adapter.py", "model/loading.py")
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.common.chat import Encoded
+from stages.common.chat.template import Encoded
 
 ATTENTION = "perennial_shared_prefix"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from stages.common.chat import Encoded
+from stages.common.chat.template import Encoded
 from stages.common.logs import get_logger
 from stages.finetune.answer_loss import compute_loss
 from stages.finetune.fast_lora import keep_freed_memory, slow_down, speed_up

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from stages.common.chat import Encoded
+from stages.common.chat.template import Encoded
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, show_progress
 from stages.finetune.answer_loss import compute_mean_loss, cross_entropy_sum

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from stages.common.artifacts import artifacts, atomic_dir, reports, write_text
-from stages.common.dvc_lock import Lock, read_lock
 from stages.common.errors import InputError
 from stages.common.licenses import to_spdx
 from stages.common.logs import get_logger, run_stage
 from stages.common.params.loading import load_params
 from stages.common.records import Row
+from stages.common.repository.dvc_lock import Lock, read_lock
 from stages.model_card.checks import (
     NEEDED,
     check_adapter,

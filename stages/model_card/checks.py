@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from stages.common.artifacts import artifacts, reports
-from stages.common.dvc_lock import Lock, find_disagreements
 from stages.common.licenses import to_spdx
 from stages.common.records import Row, format_canonical_json
+from stages.common.repository.dvc_lock import Lock, find_disagreements
 from stages.model_card.evidence import BEFORE, SIDES, Evidence, find_metric
 
 # Metrics without which there is no card. `a.b.c`: key c of key b of reports/a/metrics.json.

@@ -9,8 +9,8 @@ from typing import Any
 
 from stages.common.artifacts import artifacts, reports
 from stages.common.errors import InputError
-from stages.common.git import read_git
 from stages.common.records import Row, read_rows
+from stages.common.repository.git import read_git
 
 BEFORE = ("fetch_base", "collect", "curate", "validate", "check_bias", "split", "finetune", "evaluate")
 

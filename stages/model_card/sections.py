@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from stages.common.artifacts import artifacts
-from stages.common.dvc_lock import Lock
 from stages.common.escaping import clean_line, escape_markdown, format_code
 from stages.common.records import Row, format_canonical_json
+from stages.common.repository.dvc_lock import Lock
 from stages.model_card.evidence import SECTIONS, Evidence
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")

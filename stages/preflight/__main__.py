@@ -22,10 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from stages.common.artifacts import artifacts, read_json, reports, write_json, write_text
-from stages.common.chat import read_answer_frame, writes_date
-from stages.common.control_tokens import read_control_tokens
-from stages.common.errors import InputError
-from stages.common.fitting import (
+from stages.common.chat.control_tokens import read_control_tokens
+from stages.common.chat.fitting import (
     LONG,
     REFUSED,
     Fitting,
@@ -35,11 +33,13 @@ from stages.common.fitting import (
     encode_fitting,
     select_askable,
 )
+from stages.common.chat.template import read_answer_frame, writes_date
+from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage
-from stages.common.models import load_tokenizer, read_context_tokens
+from stages.common.model.loading import load_tokenizer, read_context_tokens
 from stages.common.params.loading import Params, load_params
 from stages.common.records import Row, read_rows
-from stages.common.sizes import choose_min_test_rows, choose_min_train_rows
+from stages.common.statistics.sizes import choose_min_test_rows, choose_min_train_rows
 from stages.common.task.kinds import read_task
 from stages.common.task.protocol import Task
 from stages.preflight.base_checks import (

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from stages.common.chat import end_of_turn_ids
+from stages.common.chat.template import end_of_turn_ids
 from stages.common.errors import InputError
 from stages.common.gguf.model import find_architecture, list_tensors
 from stages.common.gguf.vocabulary import read_vocabulary

@@ -7,8 +7,8 @@ from html import escape
 from itertools import groupby
 from typing import Any
 
-from stages.common.chat import Encoded
-from stages.common.control_tokens import read_control_tokens
+from stages.common.chat.control_tokens import read_control_tokens
+from stages.common.chat.template import Encoded
 from stages.common.records import Row
 
 # Nothing runs and nothing is loaded, whatever the rows hold.

@@ -18,13 +18,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from stages.common.artifacts import artifacts, read_json, reports, write_json
-from stages.common.compared_text import find_shared_parts
-from stages.common.conversations import find_shared_exchanges
+from stages.common.chat.conversations import find_shared_exchanges
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage
 from stages.common.params.loading import load_params
 from stages.common.records import read_rows, write_rows
-from stages.common.sizes import choose_min_test_rows, choose_min_train_rows
+from stages.common.similarity.compared_text import find_shared_parts
+from stages.common.statistics.sizes import choose_min_test_rows, choose_min_train_rows
 from stages.common.task.kinds import read_task
 from stages.split.leaks import prove_split, remove_known_answers, remove_near_duplicates
 from stages.split.sides import (

@@ -7,16 +7,16 @@ from collections import Counter
 from collections.abc import Sequence, Set
 from typing import Any
 
-from stages.common.compared_text import SharedParts
-from stages.common.conversations import (
+from stages.common.chat.conversations import (
     Exchange,
     find_known_answers,
     find_rows_that_answer,
     list_exchanges,
 )
 from stages.common.logs import get_logger, show_progress
-from stages.common.near_duplicates import SimilarTexts, find_closest
 from stages.common.records import Row
+from stages.common.similarity.compared_text import SharedParts
+from stages.common.similarity.near_duplicates import SimilarTexts, find_closest
 from stages.split.sides import Sides
 
 logger = get_logger("split")

@@ -10,8 +10,8 @@ import yaml
 
 from flows.registry.tracking import Registry, open_tracking
 from stages.common.artifacts import write_json
-from stages.common.dvc_lock import compute_dvc_hash
 from stages.common.params.loading import load_params
+from stages.common.repository.dvc_lock import compute_dvc_hash
 
 REPO = Path(__file__).resolve().parents[2]
 SQLITE = "sqlite:///.perennial/mlflow.db"

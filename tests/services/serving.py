@@ -19,7 +19,7 @@ from services.model_pool import LoadedModel
 from services.startup import start, stop
 from services.versions.aliases import Aliases, write_aliases
 from services.versions.store import ModelFiles
-from stages.common.models import load_tokenizer
+from stages.common.model.loading import load_tokenizer
 from stages.common.params.loading import load_params
 from tests.tiny import save_model
 
@@ -84,7 +84,7 @@ def paged_files(folder: Path) -> ModelFiles:
 
     from stages.common.gguf.model import write_gguf
     from stages.common.gguf.vocabulary import read_vocabulary
-    from stages.common.models import load_base
+    from stages.common.model.loading import load_base
 
     files = tiny_files(folder)
     merges = (("a", "b"), ("t", "h"))  # GGUF holds no vocabulary without merges

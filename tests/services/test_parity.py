@@ -7,8 +7,8 @@ import pytest
 from services import parity
 from stages.common.artifacts import write_json
 from stages.common.errors import InputError
-from stages.common.generation import answer_questions, encode_questions
-from stages.common.models import load_base, load_tokenizer
+from stages.common.model.generation import answer_questions, encode_questions
+from stages.common.model.loading import load_base, load_tokenizer
 from stages.common.params.loading import load_params
 from stages.common.records import Message, make_row, write_rows
 from stages.common.task.kinds import TASK_FILE

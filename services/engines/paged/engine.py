@@ -14,7 +14,7 @@ from services.engines.paged.ngram_drafter import NgramDrafter
 from services.engines.paged.scheduler import ActiveSequence, Scheduler
 from services.engines.sampling import Sampler
 from services.engines.worker import Request, StepResult, Worker, make_failure
-from stages.common.chat import end_of_turn_ids
+from stages.common.chat.template import end_of_turn_ids
 
 Example = tuple[Sequence[int], Sequence[int]]
 

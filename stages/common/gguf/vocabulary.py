@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.common.chat import end_of_turn_ids, write_served_template
+from stages.common.chat.template import end_of_turn_ids, write_served_template
 from stages.common.errors import InputError
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ def _check_auto_count(value: Any) -> Any:
     raise PydanticCustomError("auto_count", "must be auto or a whole number of at least 1")
 
 
-# A number of rows that follows from the data (stages.common.sizes) unless it is given.
+# A number of rows that follows from the data (stages.common.statistics.sizes) unless it is given.
 AutoCount = Annotated[int | Literal["auto"], PlainValidator(_check_auto_count)]
 
 

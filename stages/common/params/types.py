@@ -11,5 +11,5 @@ Count = Annotated[int, Field(ge=0)]
 PositiveCount = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0.0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
-# Keys of stages.common.personal_data.RECOGNISERS; a test compares them.
+# Keys of stages.common.privacy.personal_data.RECOGNISERS; a test compares them.
 PrivateKind = Literal["email", "phone", "iban", "credit_card", "ipv4", "ssn", "secret"]

@@ -13,7 +13,7 @@ from functools import partial
 
 import numpy as np
 
-from stages.common.statistics import Floats, Statistic
+from stages.common.statistics.intervals import Floats, Statistic
 from stages.common.task.metrics import Metric
 
 INVALID = "(invalid)"

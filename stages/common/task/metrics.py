@@ -1,4 +1,4 @@
-"""A metric of a set of answers, as sums over rows: one line of columns a row (`stages.common.statistics`)."""
+"""A metric of a set of answers, as sums over rows: one line of columns a row (see `statistics.intervals`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stages.common.statistics import Floats, Statistic
+from stages.common.statistics.intervals import Floats, Statistic
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from stages.common.statistics import Floats
+from stages.common.statistics.intervals import Floats
 from stages.common.task.metrics import Metric, compute_mean, compute_ratio, compute_share
 
 BLEU_ORDER = 4

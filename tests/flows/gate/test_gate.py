@@ -21,11 +21,11 @@ from flows.gate.verdict import find_changed_files, format_verdict, read_verdict,
 from services import parity
 from services.versions.aliases import ALIASES, Aliases, Challenger, read_aliases, write_aliases
 from stages.common.artifacts import hash_file, read_json, write_json, write_text
-from stages.common.dvc_lock import compute_dvc_hash
 from stages.common.errors import InputError
 from stages.common.params.loading import load_params
 from stages.common.records import Message, make_row, write_rows
-from stages.common.statistics import Difference
+from stages.common.repository.dvc_lock import compute_dvc_hash
+from stages.common.statistics.intervals import Difference
 from stages.common.task.json_task import JsonTask
 from stages.common.task.kinds import TASK_FILE
 from stages.common.task.text_task import TextTask
@@ -313,7 +313,7 @@ def make_version(root, version, seed):
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from stages.common.models import load_base
+    from stages.common.model.loading import load_base
 
     base, adapter, export = (root / "artifacts" / name for name in ("fetch_base", "finetune", "export"))
     if not base.exists():
@@ -343,8 +343,8 @@ def answers_of(root, rows, limit):
     """Return what the pipeline's model answers."""
     import torch
 
-    from stages.common.generation import answer_questions, encode_questions
-    from stages.common.models import load_tokenizer, load_tuned
+    from stages.common.model.generation import answer_questions, encode_questions
+    from stages.common.model.loading import load_tokenizer, load_tuned
 
     base, adapter = root / "artifacts/fetch_base", root / "artifacts/finetune"
     model, tokenizer = load_tuned(base, adapter, torch.float32, torch.device("cpu")), load_tokenizer(base)

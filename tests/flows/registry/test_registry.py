@@ -21,9 +21,9 @@ from flows.registry.restore import restore
 from flows.registry.runs import register_candidate, verify_candidate
 from flows.registry.tracking import open_tracking
 from flows.registry.verify_adapter import compare
-from stages.common.adapter import read_initial_adapter
 from stages.common.artifacts import read_json, write_json
 from stages.common.errors import InputError
+from stages.common.model.adapter import read_initial_adapter
 from stages.common.tag import Tag
 from tests.flows.pipeline_output import (
     NAME,

@@ -20,9 +20,9 @@ from flows.registry.output import (
 from flows.registry.runs import format_note, register_candidate
 from flows.registry.tracking import open_tracking
 from stages.common.artifacts import write_json
-from stages.common.dvc_lock import compute_dvc_hash
 from stages.common.errors import InputError
 from stages.common.params.loading import Params
+from stages.common.repository.dvc_lock import compute_dvc_hash
 from stages.common.tag import Tag
 from tests.flows.pipeline_output import (
     NAME,

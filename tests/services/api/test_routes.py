@@ -9,7 +9,7 @@ import pytest
 from services.engines.transformers import TransformersEngine
 from services.events import read_exchanges, read_feedback
 from services.model_pool import LoadedModel
-from stages.common.models import load_tokenizer
+from stages.common.model.loading import load_tokenizer
 from tests.services.serving import ask, serving, tiny_files
 
 SCHEMA = {

@@ -3,8 +3,8 @@ import pytest
 from services.engines.paged import offline
 from services.engines.paged.model import PagedModel
 from services.engines.paged.offline import answer_offline
-from stages.common.chat import end_of_turn_ids
-from stages.common.generation import Question, answer_questions
+from stages.common.chat.template import end_of_turn_ids
+from stages.common.model.generation import Question, answer_questions
 from tests.services.engines.makers import tiny
 
 LIMIT = 24

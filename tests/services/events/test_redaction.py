@@ -4,8 +4,8 @@ import random
 import pytest
 
 from services.events.redaction import redact, redact_json
-from stages.common.personal_data import PERSONAL_DATA, find_spans, holds
-from tests.stages.common.test_personal_data import INNOCENT, PERSONAL
+from stages.common.privacy.personal_data import PERSONAL_DATA, find_spans, holds
+from tests.stages.common.privacy.test_personal_data import INNOCENT, PERSONAL
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import yaml
 
 from stages.common.artifacts import read_lines
 from stages.common.errors import InputError
-from stages.common.personal_data import PERSONAL_DATA
+from stages.common.privacy.personal_data import PERSONAL_DATA
 from stages.common.records import Message, make_row, read_rows, write_rows
 from stages.common.task.json_task import JsonTask
 from stages.common.task.text_task import TextTask
@@ -27,7 +27,7 @@ from stages.curate.rules import (
     require_text,
 )
 from stages.curate.spelling import spell_rows
-from tests.stages.common.test_personal_data import PERSONAL
+from tests.stages.common.privacy.test_personal_data import PERSONAL
 
 ROOT = Path(__file__).parents[3]
 

@@ -211,7 +211,7 @@ def test_the_engine_that_serves_gives_the_answers_of_transformers(models, judged
 
     from stages.common.gguf.model import write_gguf
     from stages.common.gguf.vocabulary import read_vocabulary
-    from stages.common.models import load_tokenizer, load_tuned
+    from stages.common.model.loading import load_tokenizer, load_tuned
 
     folder = project(json_rows(), engine="auto")
     tuned = load_tuned(models / "fetch_base", models / "finetune", torch.float32, torch.device("cpu"))

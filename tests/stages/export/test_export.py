@@ -8,9 +8,9 @@ import yaml
 
 from stages import fetch_base
 from stages.common.artifacts import hash_file, read_json, write_json
-from stages.common.chat import encode_prompt
+from stages.common.chat.template import encode_prompt
 from stages.common.errors import InputError
-from stages.common.models import load_tokenizer
+from stages.common.model.loading import load_tokenizer
 from stages.common.records import Message, make_row, write_rows
 from stages.common.task.json_task import JsonTask
 from stages.common.task.kinds import TASK_FILE
@@ -40,7 +40,7 @@ def save_adapter(base, folder, seed=5):
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from stages.common.models import load_base
+    from stages.common.model.loading import load_base
 
     torch.manual_seed(seed)
     model = load_base(base, torch.float32, torch.device("cpu"))
@@ -137,7 +137,7 @@ def test_the_evidence_says_what_was_compared(project):
 def test_llama_cpp_gives_the_likelihoods_of_base_and_adapter_together(project):
     import torch
 
-    from stages.common.models import load_base, load_tuned
+    from stages.common.model.loading import load_base, load_tuned
 
     lay_out(project, initializer_range=0.3)
     export.main()

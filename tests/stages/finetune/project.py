@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from stages.common.adapter import put_initial_adapter
+from stages.common.model.adapter import put_initial_adapter
 from stages.common.records import Message, make_row, write_rows
 from tests.tiny import save_model
 

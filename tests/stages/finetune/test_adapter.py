@@ -4,8 +4,8 @@ import pytest
 import torch
 import yaml
 
-from stages.common.adapter import read_initial_adapter
 from stages.common.errors import InputError
+from stages.common.model.adapter import read_initial_adapter
 from stages.common.params.loading import load_params
 from stages.finetune.__main__ import main
 from stages.finetune.adapter import build_model, load_weights

@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from stages.common.adapter import InitialAdapter
-from stages.common.chat import encode_example
+from stages.common.chat.template import encode_example
 from stages.common.errors import InputError
-from stages.common.models import load_tokenizer
+from stages.common.model.adapter import InitialAdapter
+from stages.common.model.loading import load_tokenizer
 from stages.common.records import Message, make_row
 from stages.finetune.batches import encode_rows, plan_batches, select_rows
 from tests.stages.finetune.project import rows

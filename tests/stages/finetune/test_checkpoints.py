@@ -2,9 +2,9 @@ import os
 
 import pytest
 
-from stages.common.adapter import put_initial_adapter
-from stages.common.chat import Encoded
+from stages.common.chat.template import Encoded
 from stages.common.errors import InputError
+from stages.common.model.adapter import put_initial_adapter
 from stages.finetune.checkpoints import check_free_space, find_checkpoint, mark_complete, remove_other_runs
 from stages.finetune.recipe import Recipe, compute_fingerprint
 

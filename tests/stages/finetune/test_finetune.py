@@ -12,8 +12,8 @@ import time
 import pytest
 import torch
 
-from stages.common.adapter import read_trained_ids
 from stages.common.errors import InputError
+from stages.common.model.adapter import read_trained_ids
 from stages.common.records import read_rows, write_rows
 from stages.finetune import batches
 from stages.finetune.__main__ import main

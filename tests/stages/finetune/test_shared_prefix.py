@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from stages.common.chat import Encoded
+from stages.common.chat.template import Encoded
 from stages.finetune.answer_loss import cross_entropy_sum
 from stages.finetune.shared_prefix import can_share_prefix, lay_out, use_shared_prefix
 from tests.tiny import make_model

@@ -5,9 +5,9 @@ from collections import Counter
 
 import pytest
 
-from stages.common.compared_text import find_shared_parts
-from stages.common.conversations import find_shared_exchanges, join_conversations
+from stages.common.chat.conversations import find_shared_exchanges, join_conversations
 from stages.common.records import Message, make_row
+from stages.common.similarity.compared_text import find_shared_parts
 from stages.split.leaks import prove_split, remove_known_answers, remove_near_duplicates
 from stages.split.sides import Sides
 

@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from stages.common.artifacts import write_json
-from stages.common.compared_text import SharedParts
 from stages.common.errors import InputError
 from stages.common.records import Message, make_row, read_rows, write_rows
+from stages.common.similarity.compared_text import SharedParts
 from stages.common.task.json_task import JsonTask
 from stages.common.task.kinds import TASK_FILE
 from stages.split.__main__ import check_sizes, count_sides, main

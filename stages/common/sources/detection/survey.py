@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from stages.common.personal_data import RECOGNISERS, holds
+from stages.common.privacy.personal_data import RECOGNISERS, holds
 from stages.common.records import Row
 from stages.common.sources.detection.task_kind import TaskKind
 from stages.common.sources.files.entries import shorten

@@ -1,7 +1,7 @@
 """Values for the slots of the templates: people, rooms, devices, free text.
 
-`stages/common/people.csv` is for every language; `lexicon_data/<language>/` has the rest. In a name or text
-with `{person}`, a person's name takes that place when it is used.
+`stages/common/privacy/people.csv` is for every language; `lexicon_data/<language>/` has the rest. In a name
+or text with `{person}`, a person's name takes that place when it is used.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from stages.common.errors import InputError
 
 FOLDER = Path(__file__).parent / "lexicon_data"
-PEOPLE = Path(__file__).parents[2] / "people.csv"
+PEOPLE = Path(__file__).parents[2] / "privacy" / "people.csv"
 PERSON_MARK = "{person}"
 
 

@@ -1,0 +1,1 @@
+"""Chat messages as the base model's tokens."""

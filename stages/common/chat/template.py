@@ -1,0 +1,230 @@
+"""The only place where a chat template is rendered: trainer, judge and server agree by construction.
+
+What is learned is the answer and the token that ends its turn, whatever the template writes around them:
+
+- what it writes between the prompt and the answer (Qwen3's empty think block) belongs to the prompt;
+- what it writes behind the end of the turn (a newline, a second end) is not learned;
+- the day's date is always the same day, so that a model is asked as it was taught, whatever the day;
+- a control token in the text of a message is text (`control_tokens`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from stages.common.chat.control_tokens import read_control_tokens
+from stages.common.errors import InputError
+from stages.common.records import Message
+
+# The day that Llama 3's template falls back to where it is given no other.
+TEMPLATE_DAY = datetime(2024, 7, 26)
+CHOOSE_ANOTHER = "choose an instruction-tuned base model whose chat template does (fetch_base in params.yaml)"
+
+_ANSWER = "perennialanswer"  # found again in what the template writes around it; no template has this word
+_QUESTION = (Message("user", "a"),)
+_DATE_CALL = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+
+
+class TemplateRefusal(InputError):
+    """The chat template does not write this conversation: it has a role or an order that it refuses."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Token ids of a conversation; the first `prompt_length` of them are not learned.
+
+    Attributes:
+        is_changed: whether the template wrote another answer than the row's, as one that cuts blanks does.
+    """
+
+    input_ids: list[int]
+    prompt_length: int
+    is_changed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerFrame:
+    """What a chat template writes around an answer.
+
+    Attributes:
+        before: text between the prompt and the answer; mostly none.
+        end: the token that ends the turn, with what comes between the answer and it.
+        end_id: its id.
+        after: text behind it, which no model writes.
+    """
+
+    before: str
+    end: str
+    end_id: int
+    after: str
+
+
+def encode_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """Return the token ids after which the model writes its answer.
+
+    Raises:
+        InputError: the template refuses the conversation, or is none that a model can be taught with.
+    """
+    return _tokens(tokenizer, _render_prompt(tokenizer, messages))
+
+
+def encode_example(tokenizer: Any, messages: Sequence[Message]) -> Encoded:
+    """Return the token ids of prompt, answer and end of turn.
+
+    The prompt's ids are exactly those of `encode_prompt`, and the answer is tokenised on its own,
+    so that the model learns the very boundary that it will see when it is asked.
+
+    Raises:
+        InputError: the template refuses the conversation, or is none that a model can be taught with.
+    """
+    frame = read_answer_frame(tokenizer)
+    prompt_text = _render_prompt(tokenizer, messages[:-1])
+    answer_text = _cut_answer(prompt_text, _render(tokenizer, messages, add_generation_prompt=False), frame)
+    if answer_text is None:
+        # Mistral's template leaves the system message out once there is an answer. It is asked with one.
+        simple = _render_prompt(tokenizer, _QUESTION)
+        whole = _render(tokenizer, [*_QUESTION, messages[-1]], add_generation_prompt=False)
+        answer_text = _cut_answer(simple, whole, frame)
+    if answer_text is None:
+        raise _rewrites()
+    prompt = _tokens(tokenizer, prompt_text)
+    answer = _tokens(tokenizer, answer_text + frame.end)
+    hidden = read_control_tokens(tokenizer).hide(messages[-1].content)
+    return Encoded(prompt + answer, len(prompt), answer_text != hidden)
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Return the token ids of a text outside a conversation, in which no control token is one."""
+    return _tokens(tokenizer, read_control_tokens(tokenizer).hide(text))
+
+
+def end_of_turn_ids(tokenizer: Any) -> list[int]:
+    """Return the ids that end an answer: the template's end of turn and the tokenizer's end of sequence."""
+    ids = {read_answer_frame(tokenizer).end_id}
+    if tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    return sorted(ids)
+
+
+def hash_template(tokenizer: Any) -> str:
+    """Return the hash of the tokenizer's chat template: two that differ write different prompts."""
+    return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
+
+
+def write_served_template(tokenizer: Any) -> str:
+    """Return the chat template for servers that render it themselves.
+
+    It writes the same prompts as `encode_prompt`: with the day of training, and with what comes between the
+    prompt and the answer.
+    """
+    template = _fix_day(str(tokenizer.chat_template))
+    before = read_answer_frame(tokenizer).before
+    if not before:
+        return template
+    literal = before.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    return f"{template}{{%- if add_generation_prompt %}}{{{{- '{literal}' }}}}{{%- endif %}}"
+
+
+def writes_date(tokenizer: Any) -> bool:
+    """Return whether a chat template writes the date; if it does, that of `TEMPLATE_DAY`."""
+    return _DATE_CALL.search(str(tokenizer.chat_template)) is not None
+
+
+@lru_cache(maxsize=16)
+def _fix_day(template: str) -> str:
+    return _DATE_CALL.sub(lambda call: f"'{TEMPLATE_DAY.strftime(call[2])}'", template)
+
+
+def _cut_answer(prompt_text: str, whole_text: str, frame: AnswerFrame) -> str | None:
+    """Return the answer in a rendered conversation; None if it does not begin with the prompt."""
+    tail = frame.end + frame.after
+    if not whole_text.startswith(prompt_text) or not whole_text[len(prompt_text) :].endswith(tail):
+        return None
+    return whole_text[len(prompt_text) : len(whole_text) - len(tail)]
+
+
+_frames: WeakKeyDictionary[Any, tuple[str, AnswerFrame]] = WeakKeyDictionary()
+
+
+def read_answer_frame(tokenizer: Any) -> AnswerFrame:
+    """Return what the tokenizer's chat template writes around an answer.
+
+    Raises:
+        InputError: there is no template, it changes the prompt once there is an answer, or it writes no
+            token behind the answer that could end it.
+    """
+    template = str(tokenizer.chat_template)
+    if tokenizer in _frames and _frames[tokenizer][0] == template:
+        return _frames[tokenizer][1]
+    frame = _read_answer_frame(tokenizer)
+    _frames[tokenizer] = (template, frame)
+    return frame
+
+
+def _read_answer_frame(tokenizer: Any) -> AnswerFrame:
+    prompt = _render(tokenizer, _QUESTION, add_generation_prompt=True)
+    whole = _render(tokenizer, [*_QUESTION, Message("assistant", _ANSWER)], add_generation_prompt=False)
+    if not whole.startswith(prompt) or whole.count(_ANSWER) != 1:
+        raise _rewrites()
+    before, _, after = whole[len(prompt) :].partition(_ANSWER)
+    control = read_control_tokens(tokenizer)
+    ends = control.find(after)
+    if not ends:
+        raise InputError(
+            f"the base model's chat template writes no end of turn behind the answer, only {after!r}: "
+            "the model would never learn where an answer ends",
+            CHOOSE_ANOTHER,
+        )
+    place = after.index(ends[0]) + len(ends[0])
+    return AnswerFrame(before, after[:place], control.ids[ends[0]], after[place:])
+
+
+def _rewrites() -> InputError:
+    return InputError(
+        "the base model's chat template writes the prompt differently once the answer is there",
+        "choose a base model whose chat template only appends (fetch_base in params.yaml)",
+    )
+
+
+def _render_prompt(tokenizer: Any, messages: Sequence[Message]) -> str:
+    before = read_answer_frame(tokenizer).before
+    return _render(tokenizer, messages, add_generation_prompt=True) + before
+
+
+def _render(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    """Return the conversation as the template writes it, with the control tokens in its messages hidden."""
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        raise InputError(
+            "the base model has no chat template",
+            "choose an instruction-tuned base model (fetch_base in params.yaml)",
+        )
+    control = read_control_tokens(tokenizer)
+    conversation = [{"role": m.role, "content": control.hide(m.content)} for m in messages]
+    try:
+        text = tokenizer.apply_chat_template(
+            conversation,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            chat_template=_fix_day(str(tokenizer.chat_template)),
+        )
+    except TemplateError as error:
+        roles = ", ".join(m.role for m in messages)
+        raise TemplateRefusal(
+            f"the base model's chat template refuses a conversation of {roles}: {error.message}",
+            "leave the role out (for a system message: task.system_prompt: null), merge messages of one role "
+            "that follow each other, or choose another base model (fetch_base in params.yaml)",
+        ) from None
+    return str(text)
+
+
+def _tokens(tokenizer: Any, text: str) -> list[int]:
+    return read_control_tokens(tokenizer).encode(tokenizer, text)

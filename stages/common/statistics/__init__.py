@@ -1,0 +1,1 @@
+"""Intervals, association, and how many rows a test needs."""

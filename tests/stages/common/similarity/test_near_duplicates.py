@@ -1,0 +1,88 @@
+import random
+
+import pytest
+
+from stages.common.similarity.near_duplicates import (
+    SimilarTexts,
+    compute_similarity,
+    extract_grams,
+    find_closest,
+)
+
+
+def find_pairs(texts, threshold):
+    """Return every pair (i, j, similarity) with i < j whose similarity is `threshold` or more."""
+    index = SimilarTexts(threshold, texts)
+    pairs = []
+    for number, text in enumerate(texts):
+        pairs += [(other, number, score) for other, score in index.find_near(text)]
+        index.add(text)
+    return sorted(pairs)
+
+
+def every_pair(texts, threshold):
+    """The pairs found the slow way: each text with each."""
+    sets = [extract_grams(text) for text in texts]
+    scored = [(i, j, compute_similarity(sets[i], sets[j])) for j in range(len(texts)) for i in range(j)]
+    return sorted(pair for pair in scored if pair[2] >= threshold - 1e-9)
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.7, 0.8, 0.9, 1.0])
+def test_the_search_finds_exactly_the_pairs_of_an_all_against_all_search(threshold):
+    rng = random.Random(1)
+    words = [
+        "turn",
+        "on",
+        "off",
+        "the",
+        "kitchen",
+        "light",
+        "lights",
+        "timer",
+        "set",
+        "five",
+        "minutes",
+        "now",
+    ]
+    texts = [" ".join(rng.choices(words, k=rng.randrange(1, 9))) for _ in range(250)]
+    assert find_pairs(texts, threshold) == every_pair(texts, threshold)
+
+
+def test_case_and_space_make_no_difference():
+    assert find_pairs(["Turn ON  the light", "turn on the light"], 1.0) == [(0, 1, 1.0)]
+
+
+def test_similarity_is_shared_grams_over_all_grams():
+    assert compute_similarity(extract_grams("abcd"), extract_grams("bcde")) == pytest.approx(
+        1 / 3
+    )  # bcd of abc, bcd, cde
+
+
+def test_texts_of_a_character_or_two_are_compared_whole():
+    assert find_pairs(["ok", "OK", "no", "", ""], 0.9) == [(0, 1, 1.0), (3, 4, 1.0)]
+
+
+def test_no_texts_have_no_pairs():
+    assert find_pairs([], 0.9) == []
+    assert find_closest([], ["a"]) is None
+    assert find_closest(["a"], []) is None
+
+
+def test_the_index_finds_texts_that_it_was_not_told_to_expect():
+    index = SimilarTexts(0.6, [])
+    index.add("turn on the kitchen light")
+    assert [number for number, _ in index.find_near("turn on the kitchen lights")] == [0]
+
+
+def test_the_closest_pair_is_the_best_of_all():
+    rng = random.Random(2)
+    texts = ["".join(rng.choices("abcde", k=12)) for _ in range(80)]
+    left, right = texts[:30], texts[30:]
+    best = max(compute_similarity(extract_grams(a), extract_grams(b)) for a in left for b in right)
+    i, j, score = find_closest(left, right)
+    assert score == pytest.approx(best)
+    assert compute_similarity(extract_grams(left[i]), extract_grams(right[j])) == pytest.approx(best)
+
+
+def test_texts_with_nothing_in_common_have_similarity_zero():
+    assert find_closest(["abc"], ["xyz"]) == (0, 0, 0.0)
