@@ -10,6 +10,7 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 
 from services import errors
+from services.answering import deadline
 from services.answering.held_tokens import HeldTokens
 from services.answering.request import Delta, Echo, GenerationRequest, Usage, make_request_id
 from services.answering.state import GenerationState, build_exchange
@@ -80,8 +81,7 @@ class ChatHandler:
             except (asyncio.CancelledError, GeneratorExit):
                 # A stored answer was complete: the client only left before the end of the stream.
                 if not state.stored:
-                    state.finish_reason = "cancelled"
-                    self._record_failure(request, state, CLIENT_GONE, "client_gone")
+                    self._record_end(request, state)
                 raise
 
     async def settle(self) -> None:
@@ -266,6 +266,15 @@ class ChatHandler:
 
         _count_request(request, state, status)
         self._background.start(store())
+
+    def _record_end(self, request: GenerationRequest, state: GenerationState) -> None:
+        """Store a request that was cancelled: it took too long, or its client has left."""
+        if deadline.has_passed():
+            error = errors.timed_out(self.settings.request_timeout_s)
+            self._record_failure(request, state, error.status, error.code)
+        else:
+            state.finish_reason = "cancelled"
+            self._record_failure(request, state, CLIENT_GONE, "client_gone")
 
     def _start_shadow(self, request: GenerationRequest, shadow: LoadedModel, shown: str) -> None:
         """Send the request to the challenger too, unseen; skipped above MAX_SHADOWS."""

@@ -10,6 +10,7 @@ from collections.abc import Collection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services import errors
+from services.answering.deadline import DEADLINE
 from services.answering.request import make_request_id
 from services.errors import ApiError
 
@@ -101,6 +102,7 @@ class Deadline:
 
         try:
             async with asyncio.timeout(self._timeout_s) as limit:
+                DEADLINE.set(limit)
                 await self._app(scope, receive, send_in_time)
         except _Stalled:
             return None  # the server closes a connection whose response is incomplete

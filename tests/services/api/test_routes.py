@@ -10,6 +10,7 @@ from services.engines.transformers import TransformersEngine
 from services.events import read_exchanges, read_feedback
 from services.model_pool import LoadedModel
 from stages.common.model.loading import load_tokenizer
+from tests.services.schemas.test_trials import fork
 from tests.services.serving import ask, serving, tiny_files
 
 SCHEMA = {
@@ -322,6 +323,18 @@ def test_a_client_that_goes_away_ends_the_work(server):
         (499, "client_gone", "cancelled")
     ]
     assert kept[0]["completion_tokens"] < 380
+
+
+def test_a_request_that_takes_too_long_is_stored_as_one_and_not_as_a_client_that_left(tmp_path):
+    """The trial of its schema takes longer than the request may."""
+    wanted = {"type": "json_schema", "json_schema": {"schema": fork(40)}}
+    files, guard = tiny_files(tmp_path / "model"), {"max_schema_cpu_s": 20.0}
+    with serving(tmp_path, files, guard=guard, request_timeout_s=1.0) as server, server.client() as client:
+        late = [ask(client, response_format=wanted), ask(client, response_format=wanted, stream=True)]
+        assert [(one.status_code, one.json()["error"]["code"]) for one in late] == [(504, "timed_out")] * 2
+        server.run(server.handler.settle())
+        kept = [(row["status"], row["reason"], row["answer"]) for row in events(server)]
+    assert kept == [(504, "timed_out", None)] * 2
 
 
 def test_the_page_and_its_files_are_served_and_need_nothing_from_elsewhere(client):
