@@ -19,6 +19,7 @@ import psutil
 from fastapi import Request
 from pydantic import Field
 from starlette.types import Scope
+from uvicorn.protocols.http import auto
 
 from services import errors
 from services.answering.handler import ChatHandler
@@ -26,6 +27,7 @@ from services.answering.request import Delta, GenerationRequest
 from services.api.answer import make_error_response
 from services.api.ask import AskCheck
 from services.api.bodies import BodyLimit
+from services.api.heads import make_protocol
 from services.api.middleware import ConcurrencyLimit, Deadline, RequestIds, listens_beyond_loopback
 from services.api.routes import get_request_id, make_app
 from services.api.same_origin import SameOrigin
@@ -56,6 +58,8 @@ PARAMS = load_params()
 SETTINGS = PARAMS.services
 # Read by Uvicorn when BentoML's worker starts it; its default would believe any proxy on this machine.
 os.environ["FORWARDED_ALLOW_IPS"] = ",".join(SETTINGS.access.proxies)
+# BentoML passes no protocol to Uvicorn, which then takes this one.
+auto.AutoHTTPProtocol = make_protocol(SETTINGS.body_timeout_s)
 
 logger = logging.getLogger("services.generation")
 

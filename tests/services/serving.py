@@ -11,6 +11,7 @@ import uvicorn
 from fastapi import Request
 
 from services.api.bodies import BodyLimit
+from services.api.heads import make_protocol
 from services.api.middleware import ConcurrencyLimit, Deadline, RequestIds
 from services.api.routes import make_app
 from services.engines.paged.engine import PagedEngine
@@ -137,7 +138,8 @@ def serving(folder: Path, *versions: ModelFiles, load=load_tiny, keys_required=F
             return running.handler.access.admit(request.headers.get("authorization"), address)
 
         app = wrap(make_app(lambda: running.handler, caller), chosen, running.handler.access)
-        config = uvicorn.Config(app, ADDRESS, 0, log_level="warning", lifespan="off", ws="none")
+        http = make_protocol(chosen.body_timeout_s)
+        config = uvicorn.Config(app, ADDRESS, 0, log_level="warning", lifespan="off", ws="none", http=http)
         server = uvicorn.Server(config)
         serve = asyncio.create_task(server.serve())
         while not (server.started and running.handler.find_problem() is None):

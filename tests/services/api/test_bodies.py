@@ -56,6 +56,55 @@ def test_slow_bodies_take_no_place_from_others_and_end_with_408(server):
             assert b"x-request-id" in head and b"connection: close" in head
 
 
+def test_a_head_that_does_not_arrive_ends_its_connection(server):
+    head = make_head(0)[:-2]  # but for the empty line that ends it
+    with ExitStack() as stack, server.client() as client:
+        silent, half, trickling = (stack.enter_context(connect(server)) for _ in range(3))
+        second = stack.enter_context(connect(server))  # half a head after a whole request
+        second.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n")
+        while not second.recv(65_536).endswith(b"}"):
+            pass
+        half.sendall(head)
+        second.sendall(head)
+        trickling.sendall(b"G")
+        trickling.settimeout(0.2)
+        assert ask(client, max_tokens=2).status_code == 200
+        while trickling.fileno() >= 0:
+            try:
+                if not trickling.recv(1):
+                    break
+            except TimeoutError:
+                trickling.sendall(b"E")
+            except ConnectionResetError:  # it wrote to a closed connection
+                break
+        assert [connection.recv(1) for connection in (silent, half, second)] == [b""] * 3
+        assert ask(client, max_tokens=2).status_code == 200
+
+
+def test_the_time_of_a_head_counts_anew_for_each_request_of_a_connection(server):
+    """All together take longer than one may."""
+    body = b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}'
+    head = make_head(len(body))
+    with connect(server) as connection:
+        for _ in range(2):
+            for piece in (head[:20], head[20:], body[:20]):
+                connection.sendall(piece)
+                time.sleep(0.6)
+            connection.sendall(body[20:])
+            assert connection.recv(65_536).startswith(b"HTTP/1.1 200")
+
+
+def test_a_head_that_is_too_large_ends_its_connection(server):
+    with connect(server) as connection:
+        sent = 0
+        with pytest.raises(OSError):
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n")
+            while sent < 64 * 2**20:
+                connection.sendall(b"X-More: " + b"x" * 8000 + b"\r\n")
+                sent += 8010
+    assert sent < 64 * 2**20
+
+
 def test_answers_that_are_not_read_keep_no_place(server):
     """Ten megabytes of log-probabilities do not fit into the buffers of a connection."""
     body = {"prompt": ["x" * 400] * 20, "max_tokens": 0, "echo": True, "logprobs": 20}
