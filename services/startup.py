@@ -11,7 +11,6 @@ from pathlib import Path
 from services.answering.handler import ChatHandler
 from services.background import run_forever
 from services.events import open_store, prune
-from services.events.redaction import redact
 from services.guard import checks
 from services.keys.access import Access
 from services.keys.key_file import KeyFile
@@ -20,6 +19,7 @@ from services.schemas.trials import SchemaTrials
 from services.versions.aliases import ALIASES
 from stages.common.params.services import Access as AccessSettings
 from stages.common.params.services import Events, Services
+from stages.common.privacy.redaction import redact
 
 MAX_CLIENTS = 100_000  # clients with a rate in memory, about 100 bytes each
 PRUNE_EVERY_S = 86_400.0

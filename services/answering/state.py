@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from services.answering.request import GenerationRequest
 from services.engines.protocol import Step
 from services.events import Exchange
-from services.events.redaction import pseudonymise
 from services.guard.checks import GuardDecision
 from services.model_pool import LoadedModel, Route
+from stages.common.privacy.redaction import pseudonymise
 
 
 @dataclass(slots=True)

@@ -11,10 +11,10 @@ from sqlalchemy import ColumnElement, Engine, select
 from services.events.opening import open_database
 from services.events.pruning import Pruned, delete_selected, release_pages
 from services.events.reading import export_selected
-from services.events.redaction import hash_name
 from services.events.schema import exchanges
 from stages.common.artifacts import STATE, artifacts, reports
 from stages.common.logs import get_logger
+from stages.common.privacy.redaction import hash_name
 
 logger = get_logger("events")
 

@@ -25,7 +25,6 @@ from services.events.database import (
 )
 from services.events.migrations import find_version_problem
 from services.events.opening import migrate_store, translate_errors
-from services.events.redaction import redact, redact_json
 from services.events.schema import (
     EVENT_FIELDS,
     EVENT_VALUES,
@@ -40,6 +39,7 @@ from services.events.schema import (
     feedback,
 )
 from stages.common.logs import get_logger
+from stages.common.privacy.redaction import redact, redact_json
 
 logger = get_logger("events")
 

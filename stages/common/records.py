@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,12 @@ def find_conversation_problem(messages: Sequence[Message]) -> str | None:
     if not messages[-1].content.strip():
         return "no answer: the last message is empty"
     return None
+
+
+def format_reject(row: Row, reason: str, detail: str) -> str:
+    """Return the line of a file of rejects: a JSON object with id, reason, detail and row."""
+    line = {"id": row.id, "reason": reason, "detail": detail, "row": {**asdict(row), "tags": dict(row.tags)}}
+    return json.dumps(line, ensure_ascii=False) + "\n"
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:

@@ -3,7 +3,8 @@
 In: `artifacts/collect/rows.parquet`.
 Out: `artifacts/curate/rows.parquet`, `task.json` with the task that they are rows of (a null `task.labels`
 is resolved here), `rejects.jsonl` with each rejected row and its reason, and `changes.jsonl` with each text
-that was changed, before and after; `reports/curate/metrics.json` with the counts, and `rows.svg`.
+that was changed, before and after (what a row is rejected for as personal data or a secret is in neither);
+`reports/curate/metrics.json` with the counts, and `rows.svg`.
 Run: `python -m stages.curate`
 
 A rule is a function from a row to None (keep) or a `Rejection` with a reason. Rules over the whole table
@@ -16,10 +17,9 @@ two groups are joined, because of what users send.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,16 @@ from stages.common.svg import draw_figure
 from stages.common.task.kinds import TASK_FILE, resolve_task
 from stages.common.task.protocol import Task
 from stages.curate.duplicates import (
+    ROWS_A_STEP,
     TableRule,
     find_conflicting_answers,
     find_contradicting_feedback,
     find_exact_duplicates,
     find_near_duplicates,
+    number_copies,
     sort_feedback_last,
 )
+from stages.curate.private import format_rejects, redact_changes
 from stages.curate.rules import (
     Rejection,
     Rule,
@@ -55,8 +58,6 @@ from stages.curate.spelling import count_changes, format_changes, spell_rows
 
 logger = get_logger("curate")
 
-ROWS_A_STEP = 1000  # of progress
-
 
 def list_rules(params: Curate, task: Task, system_prompt: str | None) -> list[Rule]:
     """Return the rules for one row; what a parameter sets to null is not among them.
@@ -65,6 +66,7 @@ def list_rules(params: Curate, task: Task, system_prompt: str | None) -> list[Ru
         system_prompt: the operator's own; personal data in it, such as an address for support, is no reason.
     """
     rules: list[Rule] = [
+        find_personal_data(params.personal_data, system_prompt),  # the first, so that no other keeps its text
         limit_question_length(params.min_question_chars, params.max_question_chars),
         limit_answer_length(params.max_answer_chars),
         check_answer(task),
@@ -72,7 +74,7 @@ def list_rules(params: Curate, task: Task, system_prompt: str | None) -> list[Ru
     ]
     if params.min_text_share is not None:
         rules.append(require_text(params.min_text_share))
-    return [*rules, find_personal_data(params.personal_data, system_prompt)]
+    return rules
 
 
 def list_table_rules(params: Curate, task: Task) -> list[TableRule]:
@@ -82,7 +84,8 @@ def list_table_rules(params: Curate, task: Task) -> list[TableRule]:
         rules.append(find_contradicting_feedback(task))
         if params.on_conflicting_answers == "drop":
             rules.append(find_conflicting_answers(task))
-    rules.append(find_exact_duplicates)
+    if params.on_exact_duplicates == "drop":
+        rules.append(find_exact_duplicates)
     if params.near_duplicate_threshold is not None:
         rules.append(find_near_duplicates(params.near_duplicate_threshold, task))
     return rules
@@ -128,18 +131,6 @@ def count_rows(
     }
 
 
-def format_rejections(rejected: Sequence[tuple[Row, Rejection]]) -> Iterator[str]:
-    """Yield one JSON object a line: id, reason, detail, row."""
-    for row, rejection in rejected:
-        line = {
-            "id": row.id,
-            "reason": rejection.reason,
-            "detail": rejection.detail,
-            "row": {**asdict(row), "tags": dict(row.tags)},
-        }
-        yield json.dumps(line, ensure_ascii=False) + "\n"
-
-
 def plot_rows(kept: int, by_reason: Mapping[str, int], path: Path) -> None:
     """Plot the rows kept, and those rejected for each reason."""
     names = ["kept", *sorted(by_reason, key=lambda reason: (-by_reason[reason], reason))]
@@ -169,6 +160,7 @@ def main() -> None:
     kept, rejected = apply_rules(
         rows, list_rules(params, task, everything.task.system_prompt), list_table_rules(params, task)
     )
+    kept = number_copies(kept)
     groups = join_conversations(kept)
     joined = len({row.group for row in kept}) - len(set(groups))
     kept = [
@@ -181,8 +173,9 @@ def main() -> None:
         "groups_joined_as_conversations": joined,
     }
     folder = artifacts("curate")
-    write_lines(folder / "rejects.jsonl", format_rejections(rejected))
-    write_lines(folder / "changes.jsonl", format_changes(changes))
+    write_lines(folder / "rejects.jsonl", format_rejects(rejected, params.personal_data))
+    shown = redact_changes(changes, rejected, params.personal_data)
+    write_lines(folder / "changes.jsonl", format_changes(shown))
     if not kept:
         raise InputError(
             f"all {len(rows)} rows were rejected: {counts['rejected_by_reason']}; the first: "

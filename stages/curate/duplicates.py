@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from stages.common.logs import get_logger, show_progress
 from stages.common.records import Row, format_canonical_json
@@ -71,10 +72,24 @@ def find_exact_duplicates(rows: Sequence[Row]) -> dict[int, Rejection]:
     return rejected
 
 
+def number_copies(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows, the second and later of equal ones with an id of their own: `<id>-2`, `<id>-3`.
+
+    Stages tell rows apart by their ids. The group stays: copies without one stay together in the split, which
+    removes those of other groups that would be learned and asked.
+    """
+    seen: Counter[str] = Counter()
+    numbered = []
+    for row in rows:
+        seen[row.id] += 1
+        numbered.append(row if seen[row.id] == 1 else replace(row, id=f"{row.id}-{seen[row.id]}"))
+    return numbered
+
+
 def find_near_duplicates(threshold: float, task: Task) -> TableRule:
     """Return the rule that rejects near duplicates of an earlier prompt with the same answer.
 
-    What many prompts share does not count.
+    What many prompts share does not count. Rows that are equal are `find_exact_duplicates`' concern.
     """
 
     def rule(rows: Sequence[Row]) -> dict[int, Rejection]:
@@ -89,10 +104,14 @@ def find_near_duplicates(threshold: float, task: Task) -> TableRule:
                 continue
             index = SimilarTexts(threshold, (shared.read(rows[number]) for number in numbers))
             kept: list[int] = []
+            kept_ids: set[str] = set()
             for number in numbers:
+                if rows[number].id in kept_ids:
+                    continue
                 near = index.find_or_add(shared.read(rows[number]))
                 if near is None:
                     kept.append(number)
+                    kept_ids.add(rows[number].id)
                 else:
                     earlier, score = near
                     rejected[number] = Rejection(

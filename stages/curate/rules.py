@@ -12,6 +12,7 @@ from stages.common.records import Row
 from stages.common.similarity.compared_text import has_visible
 from stages.common.task.protocol import Task
 
+PERSONAL = "personal_"  # before the kind, in the reason of a row with personal data or a secret
 MIN_CHARS_TO_JUDGE = 10  # a shorter question may be all signs: ":-)"
 
 
@@ -132,7 +133,7 @@ def find_personal_data(kinds: Sequence[str], system_prompt: str | None = None) -
                 continue
             kind = next((kind for kind in kinds if holds(kind, message.content)), None)
             if kind is not None:
-                return Rejection(f"personal_{kind}", f"in the message of the {message.role}")
+                return Rejection(f"{PERSONAL}{kind}", f"in the message of the {message.role}")
         return None
 
     return rule

@@ -14,14 +14,13 @@ checked again without them.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from stages.common.artifacts import artifacts, read_json, reports, write_json, write_text
+from stages.common.artifacts import artifacts, read_json, reports, write_json, write_lines, write_text
 from stages.common.chat.control_tokens import read_control_tokens
 from stages.common.chat.fitting import (
     LONG,
@@ -38,7 +37,7 @@ from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage
 from stages.common.model.loading import load_tokenizer, read_context_tokens
 from stages.common.params.loading import Params, load_params
-from stages.common.records import Row, read_rows
+from stages.common.records import Row, format_reject, read_rows
 from stages.common.statistics.sizes import choose_min_test_rows, choose_min_train_rows
 from stages.common.task.kinds import read_task
 from stages.common.task.protocol import Task
@@ -224,20 +223,6 @@ def describe_side(fitting: Fitting, misfits: Sequence[Misfit]) -> dict[str, Any]
     }
 
 
-def format_rejects(misfits: Sequence[Misfit]) -> str:
-    """Return one JSON object a line: id, reason, detail, row."""
-    lines = (
-        {
-            "id": m.row.id,
-            "reason": m.reason,
-            "detail": m.detail,
-            "row": {**asdict(m.row), "tags": dict(m.row.tags)},
-        }
-        for m in misfits
-    )
-    return "".join(json.dumps(line) + "\n" for line in lines)
-
-
 def raise_problems(problems: Sequence[InputError]) -> None:
     """Raise one InputError with all problems, if there are any."""
     if not problems:
@@ -281,7 +266,8 @@ def main() -> None:
         "text": describe_text(tokenizer, fitting),
     }
     for side in SIDES:
-        write_text(artifacts("preflight") / f"{side}.jsonl", format_rejects(misfits[side]))
+        lines = (format_reject(m.row, m.reason, m.detail) for m in misfits[side])
+        write_lines(artifacts("preflight") / f"{side}.jsonl", lines)
     write_text(
         folder / "learned.html", render_page(tokenizer, fitting["train"][: params.preflight.shown_rows])
     )

@@ -124,6 +124,7 @@ class Curate(Section):
     min_text_share: Share | None = None
     near_duplicate_threshold: Share | None
     on_conflicting_answers: Literal["drop", "keep"] = "drop"
+    on_exact_duplicates: Literal["drop", "keep"] = "drop"
     normalize: tuple[Literal["nfc", "line_ends"], ...] = ("nfc", "line_ends")
     personal_data: tuple[PrivateKind, ...] = ()
 

@@ -40,10 +40,10 @@ from services.events import (
 )
 from services.events.__main__ import main
 from services.events.database import check_url, make_engine
-from services.events.redaction import pseudonymise
 from services.events.schema import metadata
 from stages.common.artifacts import artifacts
 from stages.common.errors import InputError
+from stages.common.privacy.redaction import pseudonymise
 
 ROOT = Path(__file__).parents[3]
 

@@ -14,12 +14,10 @@ from stages.check_bias.plots import plot_groups
 from stages.common.artifacts import read_json, write_json, write_lines, write_text
 from stages.common.errors import InputError, ParamsError
 from stages.common.params.loading import load_params
-from stages.common.records import Message, make_row, write_rows
+from stages.common.records import Message, format_reject, make_row, write_rows
 from stages.common.task.json_task import JsonTask
 from stages.common.task.kinds import TASK_FILE
 from stages.common.task.text_task import TextTask
-from stages.curate.__main__ import format_rejections
-from stages.curate.rules import Rejection
 
 ROOT = Path(__file__).parents[3]
 PEOPLE = {
@@ -289,5 +287,5 @@ def test_too_few_permutations_for_the_alpha_are_refused_before_any_work(project)
 def test_a_rejected_row_is_read_again_whatever_line_its_text_ends(tmp_path, character):
     lost = row(f"one{character}two")
     path = tmp_path / "rejects.jsonl"
-    write_lines(path, format_rejections([(lost, Rejection("near_duplicate", "of another"))]))
+    write_lines(path, [format_reject(lost, "near_duplicate", "of another")])
     assert read_rejected_rows(path) == [lost]

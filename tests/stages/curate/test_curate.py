@@ -273,11 +273,55 @@ def test_rejects_are_written_with_their_rows(project):
     assert read_rows(Path("artifacts/curate/rows.parquet")) == [row("one light on")]
     rejects = [json.loads(line) for line in Path("artifacts/curate/rejects.jsonl").read_text().splitlines()]
     assert [reject["reason"] for reject in rejects] == ["exact_duplicate", "personal_email"]
-    assert rejects[1]["row"]["messages"][0]["content"] == "call a@b.org"
-    assert rejects[1]["id"] == rejects[1]["row"]["id"]
+    assert rejects[0]["row"]["messages"][0]["content"] == "one light on"
+    assert rejects[1]["id"] == rejects[1]["row"]["id"] == row("call a@b.org").id
     report = json.loads(Path("reports/curate/metrics.json").read_text())
     assert (report["rows_in"], report["kept"], report["rejected"]) == (3, 1, 2)
     assert Path("reports/curate/rows.svg").read_bytes().startswith(b"<?xml")
+
+
+def test_no_file_has_what_a_row_was_rejected_for(project):
+    pasted = '{"intent":"On","password":"hunter2hunter2","note":"ann@perennial-mail.net"}'
+    rows = [
+        row(
+            "cafe\u0301 for ann@perennial-mail.net",
+            group="ann@perennial-mail.net",
+            tags={"who": "+49 30 90182345"},
+        ),
+        row("my password is hunter2hunter2 " + "and so on " * 300),  # too long as well
+        row("log me in", pasted),
+        row("too short an answer", "no json of mine"),
+        row("one light on"),
+    ]
+    write_rows(Path("artifacts/collect/rows.parquet"), rows)
+    main()
+    written = [Path("artifacts/curate") / name for name in ("rejects.jsonl", "changes.jsonl")]
+    text = "".join(path.read_text() for path in written)
+    assert not [one for one in ("ann@", "hunter2", "90182345") if one in text]
+    assert "café for [email]" in text and "no json of mine" in text
+    rejects = [json.loads(line) for line in read_lines(written[0])]
+    assert [(r["reason"], r["id"]) for r in rejects] == [
+        ("personal_email", row("café for ann@perennial-mail.net").id),
+        ("personal_secret", rows[1].id),
+        ("personal_email", rows[2].id),
+        ("invalid_answer", rows[3].id),
+    ]
+    assert json.loads(rejects[2]["row"]["messages"][1]["content"])["intent"] == "On"
+
+
+def test_equal_rows_stay_where_they_are_wanted_each_with_an_id_of_its_own(project):
+    rows = [row("one light on"), row("one light on"), row("one light on!"), row("one light on", group="g")]
+    write_rows(Path("artifacts/collect/rows.parquet"), rows)
+    main()
+    assert read_rows(Path("artifacts/curate/rows.parquet")) == rows[:1]
+    project(on_exact_duplicates="keep")
+    main()
+    kept = read_rows(Path("artifacts/curate/rows.parquet"))
+    assert [r.id for r in kept] == [rows[0].id, f"{rows[0].id}-2", f"{rows[0].id}-3"]
+    assert [r.group for r in kept] == [rows[0].id, rows[0].id, "g"]
+    assert {r.question for r in kept} == {"one light on"}
+    reasons = json.loads(Path("reports/curate/metrics.json").read_text())["rejected_by_reason"]
+    assert reasons == {"near_duplicate": 1}
 
 
 def test_no_row_goes_because_of_feedback_wherever_its_source_stands(project):

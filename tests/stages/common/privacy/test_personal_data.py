@@ -5,9 +5,9 @@ from typing import get_args
 import pytest
 
 from benchmarks.private_data import measure, read_cases
-from services.events.redaction import redact
 from stages.common.params.types import PrivateKind
 from stages.common.privacy.personal_data import PERSONAL_DATA, RECOGNISERS, find_emails, find_spans, holds
+from stages.common.privacy.redaction import redact
 
 PERSONAL = {
     "email": ["write to ann.lee+x@mail.example.co.uk now"],

@@ -3,8 +3,8 @@ import random
 
 import pytest
 
-from services.events.redaction import redact, redact_json
 from stages.common.privacy.personal_data import PERSONAL_DATA, find_spans, holds
+from stages.common.privacy.redaction import redact, redact_json
 from tests.stages.common.privacy.test_personal_data import INNOCENT, PERSONAL
 
 
