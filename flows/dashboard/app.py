@@ -30,6 +30,7 @@ from monitoring.report_texts import PAGE_POLICY
 from monitoring.verdicts import WATCH
 from services.api.same_origin import SameOrigin
 from stages.common.errors import InputError
+from stages.common.page_files import PAGE_FILES
 from stages.common.params.loading import load_params
 from stages.common.tag import parse_version
 
@@ -37,7 +38,7 @@ PAGE = Path(__file__).parent / "page"
 LOOK_EVERY_S = 5.0
 FIRST_LOOK_WITHIN_S = 10.0
 STALE_S = 60.0  # older than this, the page shows a warning
-FILES = {"dashboard.css": "text/css", "dashboard.js": "text/javascript", "icon.svg": "image/svg+xml"}
+FILES = {path.name: path for path in (PAGE / "dashboard.css", PAGE / "dashboard.js", *PAGE_FILES.iterdir())}
 POLICY = "; ".join(
     (
         "default-src 'none'",
@@ -138,7 +139,7 @@ def make_app(root: Path, every_s: float = LOOK_EVERY_S) -> FastAPI:
     def file(name: str) -> Response:
         if name not in FILES:
             raise HTTPException(404)
-        return FileResponse(PAGE / name, media_type=FILES[name], headers={"Cache-Control": "no-cache"})
+        return FileResponse(FILES[name], headers={"Cache-Control": "no-cache"})
 
     @app.get("/reports/watch/{window}")
     def report(window: str) -> Response:

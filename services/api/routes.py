@@ -32,6 +32,7 @@ from services.guard.policy import check_prompt
 from services.keys.access import Caller
 from services.model_pool import LoadedModel
 from stages.common.chat.template import hash_template
+from stages.common.page_files import PAGE_FILES
 
 PAGE = Path(__file__).parent / "page"
 # The page loads nothing from other hosts, and model output must never run in it.
@@ -192,6 +193,7 @@ def _add_page(app: FastAPI) -> None:
     async def page() -> FileResponse:
         return FileResponse(PAGE / "index.html", headers=PAGE_HEADERS)
 
+    app.mount("/page/shared", StaticFiles(directory=PAGE_FILES), name="shared")
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
 
 

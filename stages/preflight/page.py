@@ -9,19 +9,23 @@ from typing import Any
 
 from stages.common.chat.control_tokens import read_control_tokens
 from stages.common.chat.template import Encoded
+from stages.common.page_files import read_tokens
 from stages.common.records import Row
 
 # Nothing runs and nothing is loaded, whatever the rows hold.
-HEAD = """<!doctype html>
-<html lang="en"><meta charset="utf-8">
+HEAD = f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <title>What is learned</title>
 <style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f4; padding: 1rem; color: #555; }
-.learned { background: #bfe8d4; color: #08321f; }
-.control { border: 1px solid #999; border-radius: 3px; }
-.learned.control { border-color: #08321f; font-weight: bold; }
+{read_tokens()}
+body {{ font: 15px/1.5 var(--sans); background: var(--ground); color: var(--ink); }}
+body {{ max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
+pre {{ white-space: pre-wrap; overflow-wrap: anywhere; padding: 1rem; }}
+pre {{ background: var(--sunken); color: var(--soft); }}
+.learned {{ background: var(--tint); color: var(--accent-strong); }}
+.control {{ border: 1px solid var(--edge); border-radius: 3px; }}
+.learned.control {{ border-color: var(--accent-strong); font-weight: bold; }}
 </style>
 <h1>What is learned</h1>
 <p>Each row as the model reads it. <span class="learned">Green</span> is learned: the answer and the end of

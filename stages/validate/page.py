@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stages.common.page_files import read_tokens
 from stages.common.records import format_canonical_json
 from stages.validate.suite import ExpectationResult, to_plain
 
@@ -78,9 +79,8 @@ def render_page(result: Any, failures: Sequence[Mapping[str, Any]], facts: Mappi
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    lines = (
-        line.rstrip() for line in template.render(sections=body, failures=failures, **facts).splitlines()
-    )
+    page = template.render(tokens=read_tokens(), sections=body, failures=failures, **facts)
+    lines = (line.rstrip() for line in page.splitlines())
     return "\n".join(line for line in lines if line) + "\n"
 
 

@@ -14,6 +14,8 @@ from starlette.responses import FileResponse, JSONResponse, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from stages.common.page_files import PAGE_FILES
+
 PAGE = Path(__file__).parents[2] / "services" / "api" / "page"
 NAME = "home-intents-smollm2-135m"
 KEY = "a-key-for-tests"
@@ -147,6 +149,7 @@ class PageServer:
         return Starlette(
             routes=[
                 Route("/", lambda request: FileResponse(PAGE / "index.html")),
+                Mount("/page/shared", StaticFiles(directory=PAGE_FILES)),
                 Mount("/page", StaticFiles(directory=PAGE)),
                 Route("/v1/models", self.list_models),
                 Route("/v1/chat/completions", self.chat, methods=["POST"]),
