@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
@@ -16,6 +17,7 @@ from typing import Any, Literal
 from services import errors
 from services.engines.protocol import Engine, EngineError, Sampling
 from services.engines.token_bytes import TokenBytes
+from services.load_failures import MAX_ATTEMPTS, LoadFailures
 from services.metrics import get_metrics
 from services.versions.aliases import ALIASES, Aliases, read_aliases
 from services.versions.store import ModelFiles
@@ -29,6 +31,7 @@ Role = Literal["champion", "challenger", "shadow"]
 UNREAD = (0, 0)  # in place of the alias file's stamp before the first sync; None: there is no file
 POLL_S = 0.25  # how often the alias file is checked
 WARM_UP = Sampling(max_tokens=8)
+RESTARTING = "the engine failed and is restarting"
 
 logger = logging.getLogger("services.model_pool")
 
@@ -41,6 +44,7 @@ class LoadedModel:
     tokenizer: Any
     engine: Engine
     users: int = 0
+    failed: bool = False  # its engine has failed, and that is recorded
     token_bytes: TokenBytes = field(init=False)
 
     def __post_init__(self) -> None:
@@ -122,6 +126,9 @@ class ModelPool:
     initial: str | None = None
     aliases: Aliases = field(default_factory=Aliases)
     problem: str | None = "the model is loading"
+    stopping: bool = False  # nothing is loaded any more
+    _wanted: Aliases = field(default_factory=Aliases)  # of the alias file; `aliases` are what is served
+    _failures: LoadFailures = field(default_factory=LoadFailures)
     _loaded: dict[str, LoadedModel] = field(default_factory=dict)  # by tag, least recently wanted first
     _stamp: tuple[int, int] | None = UNREAD
     _retired: list[LoadedModel] = field(default_factory=list)
@@ -134,62 +141,116 @@ class ModelPool:
             await asyncio.sleep(POLL_S)
 
     async def sync(self) -> None:
-        """Load what the alias file names; on failure the previous versions stay."""
+        """Load what the alias file names; a version that cannot be loaded leaves the others as they are."""
         self._close_retired()
         self._publish_load()
-        stamp = _get_stamp(self.path)
-        if stamp == self._stamp and not self._any_broken():
+        if self.stopping:
             return
         started = time.monotonic()
-        try:
-            aliases = read_aliases(self.path)
-            if aliases.champion is None:
-                aliases = replace(aliases, champion=self.initial)
-            await self._load_aliases(aliases)
-        except (InputError, EngineError, OSError) as error:
-            if self.aliases.champion is None or self._is_broken(self.aliases.champion):
-                self.problem = str(error).splitlines()[0]
-            if self._stamp != stamp:
-                logger.error("the changed %s is ignored: %s", self.path, error)
-        else:
-            before, after = ((one.champion, one.challenger) for one in (self.aliases, aliases))
-            if self._stamp != UNREAD and before != after:
-                get_metrics().switch_s.observe(time.monotonic() - started)
-            self.aliases, self.problem = aliases, None
-            self._publish_roles()
-        self._stamp = stamp
+        changed = self._read_wanted()
+        self._record_broken()
+        missing = [tag for tag in self._list_wanted() if self._needs_loading(tag)]
+        due = [tag for tag in missing if self._failures.may_try(tag)]
+        for tag in due:
+            await self._try_to_load(tag)
+        if changed or due:
+            self._serve_wanted(started)
 
-    async def _load_aliases(self, aliases: Aliases) -> None:
-        if aliases.champion is None:
-            raise InputError("no version is champion", "perennial release promote TAG --first --reason TEXT")
-        challengers = [aliases.challenger.tag] if aliases.challenger else []
-        for tag in [*challengers, aliases.champion]:
+    def _read_wanted(self) -> bool:
+        """Read the alias file if it has changed; return whether there is something new to follow."""
+        stamp = _get_stamp(self.path)
+        if stamp == self._stamp:
+            return False
+        self._stamp = stamp
+        try:
+            wanted = read_aliases(self.path)
+            if wanted.champion is None:
+                wanted = replace(wanted, champion=self.initial)
+            if wanted.champion is None:
+                raise InputError(
+                    "no version is champion", "perennial release promote TAG --first --reason TEXT"
+                )
+        except (InputError, OSError) as error:
+            logger.error("the changed %s is ignored: %s", self.path, error)
+            if self.aliases.champion is None:
+                self.problem = _first_line(error)
+            return False
+        self._wanted = wanted
+        self._failures.forget()
+        return True
+
+    def _list_wanted(self) -> list[str]:
+        """Return the tags that the alias file names, the champion's first: it waits for no challenger."""
+        challenger = self._wanted.challenger
+        tags = [self._wanted.champion, challenger.tag if challenger else None]
+        return [tag for tag in tags if tag is not None]
+
+    def _needs_loading(self, tag: str) -> bool:
+        return tag not in self._loaded or self._is_broken(tag)
+
+    def _record_broken(self) -> None:
+        """Record each engine that has failed since the last sync."""
+        for tag in self._list_wanted():
             model = self._loaded.get(tag)
-            if model is None:
-                model = await self._load(tag)
-            elif model.engine.broken is not None:
-                logger.error("%s: the engine failed (%s); restarting it", tag, model.engine.broken)
-                failed, model = model, await self._load(tag)
-                self._retired.append(failed)
-            self._loaded.pop(tag, None)  # moves it to the end
-            self._loaded[tag] = model
-        surplus = len(self._loaded) - max(self.keep_loaded, len(challengers) + 1)
+            if model is None or model.failed or (reason := model.engine.broken) is None:
+                continue
+            model.failed = True
+            self._failures.record(tag, reason, self._max_attempts(tag))
+            logger.error("%s", self._failures.describe(tag))
+
+    def _max_attempts(self, tag: str) -> float:
+        """Return how often a version is tried: a challenger not for ever, as each load costs the champion."""
+        return math.inf if tag == self._wanted.champion else MAX_ATTEMPTS
+
+    async def _try_to_load(self, tag: str) -> None:
+        """Load a version, in place of one whose engine has failed; record it if that is not possible."""
+        former = self._loaded.get(tag)
+        working = [model for model in self._loaded.values() if model.engine.broken is None]
+        try:
+            model = await self._load(tag)
+        except Exception as error:  # of any engine and any library: only this version has failed
+            # Engines may share a process. A load that ends it is not tried again.
+            harmed = any(other.engine.broken is not None for other in working)
+            self._failures.record(tag, _first_line(error), 0 if harmed else self._max_attempts(tag))
+            expected = isinstance(error, (InputError, EngineError, OSError))
+            logger.error("%s", self._failures.describe(tag), exc_info=None if expected else error)
+            return
+        if former is not None:
+            self._retired.append(former)
+        self._failures.note_loaded(tag)
+        self._loaded[tag] = model
+
+    def _serve_wanted(self, started: float) -> None:
+        """Serve what the alias file names and is loaded; without its champion all stays as it is."""
+        wanted, champion = self._wanted, self._wanted.champion
+        if champion is None or champion not in self._loaded:
+            if self.aliases.champion is None and champion is not None:
+                self.problem = self._failures.describe(champion)
+            return
+        if wanted.challenger is not None and wanted.challenger.tag not in self._loaded:
+            wanted = replace(wanted, challenger=None)
+        before, after = ((one.champion, one.challenger) for one in (self.aliases, wanted))
+        if self.aliases.champion is not None and before != after:
+            get_metrics().switch_s.observe(time.monotonic() - started)
+        self.aliases, self.problem = wanted, None
+        served = [wanted.challenger.tag] if wanted.challenger else []
+        for tag in (*served, champion):
+            self._loaded[tag] = self._loaded.pop(tag)  # moves it to the end
+        surplus = len(self._loaded) - max(self.keep_loaded, len(served) + 1)
         for tag in list(self._loaded)[: max(0, surplus)]:
             self._retired.append(self._loaded.pop(tag))
+        self._publish_roles()
 
     async def _load(self, tag: str) -> LoadedModel:
         logger.info("loading %s …", tag)
         model = await asyncio.to_thread(self.load, tag)
-        await warm_up(model)
+        try:
+            await warm_up(model)
+        except BaseException:
+            model.engine.close()
+            raise
         logger.info("%s is ready", tag)
         return model
-
-    def _any_broken(self) -> bool:
-        """Return whether the champion's or the challenger's engine has failed."""
-        challenger = self.aliases.challenger
-        return self._is_broken(self.aliases.champion) or (
-            challenger is not None and self._is_broken(challenger.tag)
-        )
 
     def _is_broken(self, tag: str | None) -> bool:
         model = self._loaded.get(tag or "")
@@ -239,8 +300,16 @@ class ModelPool:
     def find_problem(self) -> str | None:
         """Return why no request can be answered, or None."""
         if self.problem is None and self._is_broken(self.aliases.champion):
-            return "the engine failed and is restarting"
+            return self._failures.describe(self.aliases.champion or "") or RESTARTING
         return self.problem
+
+    def is_dead(self) -> bool:
+        """Return whether the champion's engine has failed and starting it again has failed repeatedly.
+
+        Another process may help then, where the driver or a library of this one is at fault.
+        """
+        champion = self.aliases.champion or ""
+        return self._is_broken(champion) and self._failures.count(champion) > MAX_ATTEMPTS
 
     def route(self, name: str | None, assignment_key: str) -> Route:
         """Return the model that answers a request.
@@ -259,14 +328,23 @@ class ModelPool:
             for alias, model in models.items():
                 if name in (alias, model.files.tag):
                     return Route(model, "champion" if model is champion else "challenger")
+            self._check_challenger(str(name))
             known = [champion.files.name, *(model.files.tag for model in models.values())]
             raise errors.model_not_found(str(name), known)
         challenger = self.aliases.challenger
         if challenger is None or not is_in_treatment(assignment_key, challenger.tag, challenger.share):
             return Route(champion, "champion")
+        if models["challenger"].engine.broken is not None:
+            return Route(champion, "champion")
         if challenger.mode == "canary":
             return Route(models["challenger"], "challenger")
         return Route(champion, "champion", shadow=models["challenger"])
+
+    def _check_challenger(self, name: str) -> None:
+        """Raise ApiError if `name` is the challenger's and it could not be loaded."""
+        wanted = self._wanted.challenger
+        if wanted is not None and name in ("challenger", wanted.tag):
+            raise errors.not_ready(self._failures.describe(wanted.tag) or "the model is loading")
 
     def close(self) -> None:
         """Stop every engine."""
@@ -295,6 +373,10 @@ async def warm_up(model: LoadedModel) -> None:
             if step.finish_reason:
                 return
     raise EngineError(f"{model.files.tag} returned no answer")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _get_stamp(path: Path) -> tuple[int, int] | None:

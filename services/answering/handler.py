@@ -30,7 +30,7 @@ from services.events import CLIENT_GONE, EventStore, StoreUnavailable
 from services.guard.policy import CheckResult, buffers_output, check_answer, check_prompt
 from services.keys.access import Access
 from services.metrics import get_metrics
-from services.model_pool import LoadedModel, ModelPool, Route
+from services.model_pool import RESTARTING, LoadedModel, ModelPool, Route
 from services.schemas.trials import SchemaTrials
 from stages.common.chat.template import TemplateRefusal, encode_text
 from stages.common.params.services import Services
@@ -221,7 +221,7 @@ class ChatHandler:
             raise errors.overloaded(retry_after_s=1.0) from None
         except EngineError:
             if state.model.engine.broken is not None:  # the pool starts it again
-                raise errors.not_ready("the engine failed and is restarting") from None
+                raise errors.not_ready(RESTARTING) from None
             logger.exception("%s: the engine failed", request.request_id)
             raise errors.engine_failed(request.request_id) from None
         raise errors.engine_failed(request.request_id)
