@@ -9,9 +9,11 @@ import asyncio
 import json
 import logging
 import os
+import signal
 import sys
 from contextlib import aclosing
 from functools import cache
+from types import FrameType
 from typing import Annotated, Any, cast
 
 import bentoml
@@ -38,7 +40,7 @@ from services.errors import ApiError
 from services.events import StoreUnavailable
 from services.keys.access import Caller
 from services.log_tracebacks import hide_messages
-from services.model_pool import LoadedModel
+from services.model_pool import LoadedModel, ModelPool
 from services.startup import RunningService, start, stop
 from services.versions.store import ModelFiles, find_served, get_version
 from stages.common.chat.template import encode_text
@@ -60,6 +62,8 @@ SETTINGS = PARAMS.services
 os.environ["FORWARDED_ALLOW_IPS"] = ",".join(SETTINGS.access.proxies)
 # BentoML passes no protocol to Uvicorn, which then takes this one.
 auto.AutoHTTPProtocol = make_protocol(SETTINGS.body_timeout_s)
+
+WORKER = "_bentoml_impl.worker.service"  # BentoML's module that runs the service in a process of its own
 
 logger = logging.getLogger("services.generation")
 
@@ -84,10 +88,29 @@ def load_model(tag: str) -> LoadedModel:
 
 
 def terminate_server() -> None:
-    """Terminate BentoML's parent process, which would restart this one endlessly with the same error."""
-    parent = psutil.Process().parent()
-    if parent is not None and "bentoml" in " ".join(parent.cmdline()):
+    """Terminate BentoML's parent process, which would restart this one endlessly with the same error.
+
+    Known by this process's own module: a parent may rename itself, and does where setproctitle is installed.
+    """
+    module, parent = sys.modules["__main__"].__spec__, psutil.Process().parent()
+    if parent is not None and module is not None and module.name == WORKER:
         parent.terminate()
+
+
+def stop_loading_on_sigterm(pool: ModelPool) -> None:
+    """Have SIGTERM end the loading of models, besides what it does already.
+
+    BentoML sends it to the processes of engines too. They finish their answers and end, and must not be
+    started again while the service does the same.
+    """
+    former = signal.getsignal(signal.SIGTERM)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        pool.stopping = True
+        if callable(former):
+            former(number, frame)
+
+    signal.signal(signal.SIGTERM, note)
 
 
 def get_handler() -> ChatHandler:
@@ -140,6 +163,7 @@ class Generation:
             logger.error("the service cannot start\n%s", error)
             terminate_server()
             return
+        stop_loading_on_sigterm(_process.running.handler.pool)
         logger.info("serving %s", served)
 
     @bentoml.on_shutdown
@@ -148,6 +172,10 @@ class Generation:
         running, _process.running = _process.running, None
         if running is not None:
             await stop(running)
+
+    async def __is_alive__(self) -> bool:
+        """Return False once the champion's engine has failed and could not be started again."""
+        return _process.running is None or not _process.running.handler.pool.is_dead()
 
     async def __is_ready__(self) -> bool:
         """Return whether requests can be answered now."""
