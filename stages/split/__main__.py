@@ -17,12 +17,13 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from stages.common.artifacts import artifacts, read_json, reports, write_json
+from stages.common.artifacts import artifacts, reports, write_json
 from stages.common.chat.conversations import find_shared_exchanges
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage
 from stages.common.params.loading import load_params
 from stages.common.records import read_rows, write_rows
+from stages.common.row_counts import describe_counts, read_rejected_counts
 from stages.common.similarity.compared_text import find_shared_parts
 from stages.common.statistics.sizes import choose_min_test_rows, choose_min_train_rows
 from stages.common.task.kinds import read_task
@@ -64,29 +65,18 @@ def check_sizes(
     ]
     if not problems:
         return
-    lost = sorted(((count, reason) for reason, count in gone.items() if count), reverse=True)
-    if lost:
-        problems.append("rows that went: " + ", ".join(f"{count:,} {reason}" for count, reason in lost))
+    if lost := describe_counts(gone):
+        problems.append(f"rows that went: {lost}")
     fix = (
         "collect more rows or more groups (for the packaged default: collect.sources rows_per_template), "
         "raise split.test_fraction or split.max_test_rows_per_group, or set split.min_train_rows, "
         "split.min_test_rows and evaluate.min_test_rows to lower numbers"
     )
-    if sum(count for count, _ in lost) > rows_in / 2:
+    if sum(gone.values()) > rows_in / 2:
         fix = f"most rows went for the reasons above: look at these first; then {fix}"
     raise InputError(
         f"the split of {rows_in} rows in {groups_in} groups is too small\n" + "\n".join(problems), fix
     )
-
-
-def read_earlier_losses() -> dict[str, int]:
-    """Return how many rows collect and curate dropped, by reason; nothing for a stage that left no report."""
-    lost: dict[str, int] = {}
-    for stage in ("collect", "curate"):
-        path = reports(stage) / "metrics.json"
-        counts = read_json(path)["rejected_by_reason"] if path.exists() else {}
-        lost |= {f"{reason} ({stage})": count for reason, count in counts.items()}
-    return lost
 
 
 def count_sides(sides: Sides, labels: Mapping[str, str], stratify_by: str | None) -> dict[str, Any]:
@@ -141,7 +131,11 @@ def main() -> None:
     check_sizes(
         sides,
         {
-            **read_earlier_losses(),
+            **{
+                f"{reason} ({stage})": count
+                for stage, counts in read_rejected_counts().items()
+                for reason, count in counts.items()
+            },
             "near duplicates of held-out prompts (split.near_duplicate_threshold)": removed,
             "answers in earlier turns (split)": known,
             "test rows over the limit of a group (split.max_test_rows_per_group)": over_cap,

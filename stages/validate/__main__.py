@@ -9,6 +9,7 @@ Run: `python -m stages.validate`
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage, set_quiet_environment
 from stages.common.params.loading import load_params
 from stages.common.records import read_rows
+from stages.common.row_counts import describe_rejects
 from stages.common.statistics.sizes import choose_min_rows
 from stages.common.task.kinds import read_task
 from stages.validate.page import describe_failure, format_failures, list_failures, render_page
@@ -48,6 +50,27 @@ def find_largest_label(table: pd.DataFrame) -> dict[str, Any] | None:
     return {"count": len(counts), "largest": name, "largest_share": float(counts.max()) / len(table)}
 
 
+def describe_critical(
+    critical: Sequence[Mapping[str, Any]], rows: int, min_rows: int, max_shown_rows: int
+) -> InputError:
+    """Return the error about critical failures; where rows are too few, with where the others went."""
+    what, fixes = format_failures(critical, rows, max_shown_rows), []
+    if rows < min_rows:
+        what = "\n".join([what, *describe_rejects()])
+        fixes.append(
+            "read the rejected rows and correct them or the rule that rejects them (curate), collect more, "
+            "or lower validate.min_rows"
+        )
+    if any(failure["rows"] for failure in critical) or not fixes:
+        folder = reports("validate")
+        fixes.append(
+            f"correct these rows in their source ({folder / 'failures.json'} lists them, "
+            f"{folder / 'data_docs' / 'index.html'} shows all results), or change the expectation or its "
+            "severity under validate in params.yaml"
+        )
+    return InputError(what, "; ".join(fixes))
+
+
 def main() -> None:
     """Validate the curated rows, write the reports, then fail if a critical expectation did."""
     everything = load_params()
@@ -60,8 +83,9 @@ def main() -> None:
     task = read_task()
     table = build_table(rows, task)
     classes = table["label"].nunique() if task.class_name else 0
+    min_rows = choose_min_rows(params.min_rows, split.test_fraction, split.validation_fraction, classes)
     own = list_expectations(
-        min_rows=choose_min_rows(params.min_rows, split.test_fraction, split.validation_fraction, classes),
+        min_rows=min_rows,
         max_rows=params.max_rows,
         allowed_licenses=params.allowed_licenses,
         max_prompt_chars=params.max_prompt_chars,
@@ -99,12 +123,7 @@ def main() -> None:
         logger.log(level, "%s: %s", failure["severity"], describe_failure(failure))
     logger.info("%d of %d expectations met by %d rows", facts["expectations_met"], len(results), len(rows))
     if critical:
-        raise InputError(
-            format_failures(critical, len(rows), params.max_shown_rows),
-            f"correct these rows in their source ({folder / 'failures.json'} lists them, "
-            f"{folder / 'data_docs' / 'index.html'} shows all results), or change the expectation or its "
-            "severity under validate in params.yaml",
-        )
+        raise describe_critical(critical, len(rows), min_rows, params.max_shown_rows)
 
 
 if __name__ == "__main__":

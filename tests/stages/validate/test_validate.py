@@ -226,6 +226,26 @@ def test_a_failed_critical_expectation_shows_its_rows_after_the_reports_are_writ
     assert "bad 0" in Path("reports/validate/data_docs/index.html").read_text()
 
 
+def test_too_few_rows_say_where_the_others_went(project):
+    project(good_rows(12), min_rows=40)
+    write_json(
+        Path("reports/collect/metrics.json"),
+        {"rows": 60, "rejected": 3, "rejected_by_reason": {"no_answer": 1, "broken_json": 2}},
+    )
+    write_json(
+        Path("reports/curate/metrics.json"),
+        {"kept": 12, "rejected": 48, "rejected_by_reason": {"personal_email": 8, "near_duplicate": 40}},
+    )
+    with pytest.raises(InputError) as error:
+        main()
+    for line in (
+        "collect: 60 of 63 rows left; rejected: 2 broken_json, 1 no_answer (artifacts/collect/rejects.jsonl ",
+        "curate: 12 of 60 rows left; rejected: 40 near_duplicate, 8 personal_email (artifacts/curate/rejects",
+    ):
+        assert line in error.value.what
+    assert "read the rejected rows" in error.value.fix and "failures.json" not in error.value.fix
+
+
 def test_a_warning_is_recorded_and_does_not_stop(project):
     severity = dict.fromkeys(SUBJECTS, "critical") | {"licenses": "warning"}
     project([*good_rows(), row("odd", license="unknown")], severity=severity)
