@@ -103,6 +103,8 @@ def write_params(folder: Path, name: str) -> None:
     source = {"kind": "file", "path": f"data/{name}.jsonl", "license": "cc0-1.0", **COLUMNS[name]}
     values["collect"]["sources"] = [source]
     values["task"] |= {"kind": "text", "label_key": None, "stratify_by": None, "slices": []}
+    values["task"]["system_prompt"] = None
+    values["model_card"] |= {"name": name, "intended_use": None, "out_of_scope": None}
     values["curate"]["max_question_chars"] = 20_000
     values["validate"]["max_prompt_chars"] = 20_000
     values["check_bias"]["groups"] = {"language": {"min_representation_ratio": 0.1, "max_cramers_v": 0.5}}

@@ -96,10 +96,17 @@ def _propose_task(found: Findings, tags: Sequence[str], system_prompt: str | Non
         "kind": task.kind,
         "label_key": task.label_key,
         "labels": None,
-        "system_prompt": system_prompt or (None if have_own else SYSTEM_PROMPTS[task.kind]),
+        "system_prompt": _choose_system_prompt(
+            system_prompt, None if have_own else SYSTEM_PROMPTS[task.kind]
+        ),
         "stratify_by": "label" if has_classes else None,
         "slices": [*PERSON_SLICES, *tags],
     }
+
+
+def _choose_system_prompt(given: str | None, usual: str | None) -> str | None:
+    """Return what the user gave, of which '' is none, else the usual one of the kind."""
+    return usual if given is None else given or None
 
 
 def _propose_validate(survey: Survey, license: str, validate: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,8 +154,7 @@ def _propose_card(found: Findings, license: str, params: Mapping[str, Any]) -> d
     }
     if not PERMISSIVE.match(license):
         card["license"] = license
-    if languages:
-        card["language"] = languages
+    card["language"] = languages or None  # null: not stated
     return card
 
 

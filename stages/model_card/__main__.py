@@ -49,12 +49,15 @@ from stages.model_card.sections import (
     build_metadata,
     count_sources,
     describe_limits,
+    list_languages,
     list_lineage,
     list_results,
     render_card,
 )
 
 logger = get_logger("model_card")
+
+NOT_STATED = "not stated."
 
 
 def list_recorded(plots: Mapping[str, Path]) -> list[Path]:
@@ -129,12 +132,14 @@ def main() -> None:
     )
 
     license = to_spdx(params.license) or params.license
+    rows = [row for side in SIDES for row in sides[side]]
+    language = params.language or list_languages(rows)
     metadata = build_metadata(
         params.name,
         license,
-        params.language,
+        language,
         evidence,
-        [row for side in SIDES for row in sides[side]],
+        rows,
         lock.hash_of(artifacts("split") / "test.parquet"),
     )
     body = render_card(
@@ -142,9 +147,9 @@ def main() -> None:
             **describe_training(evidence, sides, adapter, lock),
             "name": params.name,
             "license": license,
-            "language": params.language,
-            "intended_use": params.intended_use.strip(),
-            "out_of_scope": params.out_of_scope.strip(),
+            "language": language,
+            "intended_use": (params.intended_use or NOT_STATED).strip(),
+            "out_of_scope": (params.out_of_scope or NOT_STATED).strip(),
             "plots": sorted(plots),
         }
     )

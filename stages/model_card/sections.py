@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ TEMPLATE = Path(__file__).with_name("card.md.j2")
 
 # The names under which the Hugging Face hub knows our metrics.
 HUB_METRICS = {"slot_f1": "f1", "macro_f1": "f1", "weighted_f1": "f1", "rouge_l": "rouge"}
+
+LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*")
 
 NOT_FOR_THE_HUB = ("finished", "answer_tokens", "length_ratio")
 
@@ -56,7 +59,7 @@ def build_metadata(
         model_name=name,
         base_model=evidence["fetch_base"]["name"],
         datasets=sources,
-        language=list(language),
+        language=list(language) or None,
         library_name="peft",
         pipeline_tag="text-generation",
         tags=["lora", "perennial", report["task"]],
@@ -72,6 +75,11 @@ def to_hub_license(license: str) -> tuple[str, str | None]:
     if license.startswith("LicenseRef-") or " " in license:
         return "other", license.removeprefix("LicenseRef-").lower().replace(" ", "-")
     return license.lower(), None
+
+
+def list_languages(rows: Sequence[Row]) -> list[str]:
+    """Return the languages that the rows' tag `language` names by an ISO 639 code; none where it does not."""
+    return sorted({tag for row in rows if LANGUAGE.fullmatch(tag := row.tags.get("language", ""))})
 
 
 def count_sources(sides: Mapping[str, Sequence[Row]]) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from stages.common.params.checked_yaml import (
     parse,
 )
 from stages.common.params.loop import Flows, Monitoring
+from stages.common.params.packaged import find_packaged_words
 from stages.common.params.services import Services
 from stages.common.params.stages import (
     AskBase,
@@ -114,6 +115,12 @@ def _from_environment(document: Document) -> None:
 
 def _conflicts_across(document: Document, sections: dict[str, Any]) -> Iterator[Problem]:
     """Yield what contradicts the value of another section."""
+    if {"collect", "task", "model_card"} <= sections.keys() and all(
+        sections[name] for name in ("collect", "task", "model_card")
+    ):
+        words = find_packaged_words(sections["collect"], sections["task"], sections["model_card"])
+        for key, problem in words:
+            yield document.line(key), f"{'.'.join(key)} {problem}"
     ask_base, split = sections.get("ask_base"), sections.get("split")
     if not ask_base or not split or "auto" in (ask_base.min_test_rows, split.min_test_rows):
         return

@@ -305,9 +305,9 @@ class ModelCard(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
     license: str
-    language: Annotated[tuple[str, ...], Field(min_length=1)]
-    intended_use: Annotated[str, Field(min_length=1)]
-    out_of_scope: Annotated[str, Field(min_length=1)]
+    language: Annotated[tuple[str, ...], Field(min_length=1)] | None
+    intended_use: Annotated[str, Field(min_length=1)] | None
+    out_of_scope: Annotated[str, Field(min_length=1)] | None
 
 
 def _expectation_types() -> list[str]:

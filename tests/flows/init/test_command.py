@@ -67,6 +67,13 @@ def chat(question, answer, **last):
     }
 
 
+def test_an_empty_system_prompt_is_none(capsys):
+    write_csv("data/support.csv", PAIRS)
+    for options, prompt in (((), "Answer with one label."), (("--system-prompt", ""), None)):
+        assert run("data/support.csv", *options) == 0
+        assert written()["task"]["system_prompt"] == prompt
+
+
 def test_a_label_file_becomes_a_task_with_labels(capsys):
     assert run(write_csv("data/support.csv", PAIRS)) == 0
     params = written()

@@ -26,6 +26,7 @@ def rows_of(side, count):
             "toy/1",
             "apache-2.0",
             group=f"{side}{i // 2}",
+            tags={"language": "en"},
             origin="template",
         )
         for i in range(count)
@@ -265,6 +266,22 @@ def test_the_hub_can_read_the_front_matter(project):
     assert data.language == ["en"]
     by_type = {result.metric_type: result.metric_value for result in data.eval_results}
     assert by_type == {"exact_match": 0.7, "accuracy": 0.9, "f1": 0.8, "perplexity": 1.2}
+
+
+def test_what_nobody_stated_is_said_to_be_not_stated(project):
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    params["model_card"] |= {"intended_use": None, "out_of_scope": None}
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    for side, count in (("train", 24), ("validation", 4), ("test", 10)):
+        rows = [
+            make_row(r.messages, r.source, r.license, r.group, {"language": "Deutsch"}, r.origin)
+            for r in rows_of(side, count)
+        ]
+        write_rows(Path(f"artifacts/split/{side}.parquet"), rows)
+    write_lock()
+    text = card()
+    assert "**Intended use:** not stated." in text and "**Out of scope:** not stated." in text
+    assert "Languages: not stated." in text and "\nlanguage:" not in text
 
 
 def test_the_card_has_no_empty_sections(project):

@@ -4,8 +4,10 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from stages.common.errors import ParamsError
+from stages.common.params import packaged
 from stages.common.params.loading import load_params
 
 SHIPPED = Path(__file__).parents[4] / "params.yaml"
@@ -72,6 +74,28 @@ def test_a_misspelt_key_inside_a_source_gets_the_nearest_of_that_kind(edited):
 def test_a_pair_that_cannot_stand_together_is_refused(edited, old, new, key):
     with pytest.raises(ParamsError, match=key.replace(".", r"\.")):
         edited((old, new))
+
+
+def test_what_is_said_of_the_packaged_rows_cannot_stay_with_others(edited):
+    text = SHIPPED.read_text(encoding="utf-8")
+    shipped = yaml.safe_load(text)
+    assert shipped["model_card"]["name"] == packaged.NAME
+    assert {key: shipped["model_card"][key] for key in packaged.PROSE} == packaged.PROSE
+    assert shipped["task"]["system_prompt"] == packaged.SYSTEM_PROMPT
+    assert shipped["task"]["label_key"] == packaged.LABEL_KEY
+    first = text.index("    - kind: home_intents")
+    packaged_source = text[first : text.index("    - kind: feedback")]
+    own = (packaged_source, "    - kind: file\n      path: data/rows.csv\n      license: mit\n")
+    with pytest.raises(ParamsError, match="3 problems") as error:
+        edited(own)
+    assert all(f"model_card.{key} is" in str(error.value) for key in ("name", *packaged.PROSE))
+    kind = ("  label_key: intent", "  label_key: team")
+    name = (f"name: {packaged.NAME}", "name: tickets")
+    with pytest.raises(ParamsError, match=r"task\.system_prompt is the packaged task's"):
+        edited(own, kind, name)
+    prompt = (packaged.SYSTEM_PROMPT, "Answer with one team.")
+    prose = [(" ".join(words.split()[:3]), "Route") for words in packaged.PROSE.values()]
+    assert edited(own, kind, name, prompt, *prose).model_card.name == "tickets"
 
 
 def test_a_file_outside_data_is_refused_because_dvc_could_not_see_it(edited):

@@ -1,0 +1,48 @@
+"""What `params.yaml` says of the packaged task, which is wrong of a model of other rows.
+
+A test compares these words with the shipped file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from stages.common.params.stages import Collect, HomeIntents, ModelCard
+from stages.common.task.settings import TaskSettings
+
+NAME = "home-intents-smollm2-135m"
+SYSTEM_PROMPT = "Answer with one intent as JSON."
+LABEL_KEY = "intent"
+PROSE = {
+    "intended_use": (
+        "Turn one spoken request to a smart home into one JSON call of a Home Assistant intent, on the "
+        "machine at home."
+    ),
+    "out_of_scope": (
+        "Anything safety-critical (locks and alarms without a confirmation), languages other than English, "
+        "conversations of several turns, and requests outside the intents in the training data."
+    ),
+}
+
+
+def find_packaged_words(
+    collect: Collect, task: TaskSettings, card: ModelCard
+) -> Iterator[tuple[tuple[str, str], str]]:
+    """Yield each key whose value is about the packaged rows, if no source has them, and what to do."""
+    if any(isinstance(source, HomeIntents) for source in collect.sources):
+        return
+    without = "and collect.sources has other rows"
+    if card.name == NAME:
+        yield ("model_card", "name"), f"is the name of the packaged task's model, {without}: choose one"
+    for key, words in PROSE.items():
+        if " ".join((getattr(card, key) or "").split()) == words:
+            yield (
+                ("model_card", key),
+                f"is about the packaged task, {without}: say it of your model, or write null (the card then "
+                "says that it is not stated)",
+            )
+    if task.system_prompt == SYSTEM_PROMPT and (task.kind, task.label_key) != ("json", LABEL_KEY):
+        yield (
+            ("task", "system_prompt"),
+            f"is the packaged task's, {without}: write what fits your answers, or null for none",
+        )
