@@ -22,11 +22,10 @@ class _TimedHead(asyncio.Protocol):
     timeout_s: float
     cycle: Any  # Uvicorn's, of the last request whose head is complete
     _timer: asyncio.TimerHandle | None = None
-    _transport: asyncio.Transport
+    _transport: asyncio.BaseTransport
     _head_bytes = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
         super().connection_made(transport)
         self._transport = transport
         self._start()
