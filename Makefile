@@ -45,7 +45,7 @@ test: $(VENV)/.dev ## the fast tests (under five minutes, no GPU, no network)
 	@python -m pytest -m "not slow" --numprocesses logical --maxprocesses 4 --dist loadfile
 
 test-slow: $(VENV)/.dev ## the slow tests: the real base model, servers, a browser
-	@python -m pytest -m slow
+	@python -m pytest -m slow --numprocesses 2 --dist loadfile --timeout 900
 
 test-all: test test-slow ## every test
 
