@@ -36,7 +36,9 @@ _DVC_CHATTER = re.compile(
     r"^(Running stage '|> |Stage '.*' didn't change|Stage '.*' is cached|Generating lock file"
     r"|Updating lock file|To track the changes with git|\tgit add |To enable auto staging|\tdvc config "
     r"|Use `dvc push`"
-    r"|Data and pipelines are up to date|Reproducing stage )"
+    r"|Data and pipelines are up to date|Reproducing stage "
+    # A list of what a stage left out is empty when all is well.
+    r"|WARNING: '.*' is empty\.$)"
 )
 _DVC_ERROR = re.compile(r"^ERROR: failed to reproduce ")
 

@@ -31,6 +31,7 @@ def test_progress_lines_are_told_from_others(line, progress):
         ("", True),
         ("collect: 20% of the rows", False),
         ("error: data/x.jsonl is empty", False),
+        ("WARNING: 'artifacts/preflight/test.jsonl' is empty.", True),
         ("ERROR: failed to reproduce 'x': failed to run: python x.py, exited with 1", True),
         ("ERROR: failed to reproduce 'x': output 'x.txt' does not exist", False),
     ],
@@ -39,7 +40,7 @@ def test_dvcs_routine_and_drawn_bars_are_left_out_of_the_log(line, chatter):
     assert is_chatter(line) is chatter
 
 
-def test_the_error_of_a_stage_is_its_own_words_with_the_remedy():
+def test_the_error_of_a_stage_is_its_own_words_with_the_fix():
     lines = [
         "curate: begins",
         "error: data/x.jsonl:7: not JSON",
