@@ -25,8 +25,16 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     def find_conflicts(self) -> Iterator[tuple[str, str]]:
-        """Yield the key and the reason of each value that contradicts another."""
+        """Yield the key and the reason of each value that contradicts another of this section."""
         yield from ()
+
+    def find_all_conflicts(self) -> Iterator[tuple[str, str]]:
+        """Yield the conflicts of this section and of the sections in it, whose keys are joined with dots."""
+        yield from self.find_conflicts()
+        for name, field in type(self).model_fields.items():
+            if isinstance(inner := getattr(self, name), Section):
+                for key, text in inner.find_all_conflicts():
+                    yield f"{field.alias or name}.{key}", text
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ def check_section(document: Document, key: str, model: Any) -> tuple[Any, list[P
         return None, list(_described(document, key, model, error))
     return value, [
         (document.line(loc), f"{key}.{inner}: {_shown(_value_at(document.values, loc))} {text}")
-        for inner, text in value.find_conflicts()
+        for inner, text in value.find_all_conflicts()
         for loc in [(key, *(int(part) if part.isdigit() else part for part in inner.split(".")))]
     ]
 

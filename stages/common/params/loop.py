@@ -99,12 +99,6 @@ class Monitoring(Section):
     trigger: TriggerSettings
     feedback: FeedbackSettings
 
-    @override
-    def find_conflicts(self) -> Iterator[tuple[str, str]]:
-        for name, section in (("drift", self.drift), ("trigger", self.trigger)):
-            for key, text in section.find_conflicts():
-                yield f"{name}.{key}", text
-
 
 class TrainingFlow(Section):
     """When the training flow runs."""
