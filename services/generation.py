@@ -84,7 +84,8 @@ def load_model(tag: str) -> LoadedModel:
     tokenizer = load_tokenizer(files.tokenizer)
     # Now, as it takes a second with a large vocabulary: no request should wait for it.
     encode_text(tokenizer, "".join(tokenizer.all_special_tokens))
-    return LoadedModel(files, tokenizer, load_engine(files, tokenizer, SETTINGS.engine))
+    engine = load_engine(files, tokenizer, SETTINGS.engine, SETTINGS.request_timeout_s)
+    return LoadedModel(files, tokenizer, engine)
 
 
 def terminate_server() -> None:

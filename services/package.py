@@ -42,6 +42,7 @@ UV = "0.13.8"  # installs the packages in the image; BentoML would use the newes
 # Not part of the Bento: deployment files, and the training texts of the guard.
 EXCLUDED = shutil.ignore_patterns("__pycache__", "deploy", "train_*.csv", "heldout_*.csv")
 REQUIREMENTS = "requirements.txt"
+LOCK, GPU_LOCK = "requirements.lock", "requirements-gpu.lock"  # vLLM's pins and those of training conflict
 BENTOFILE = "bentofile.yaml"  # JSON is YAML
 # Runs in the folder of staged files, where no other `services` is importable, so that missing files show.
 BUILD = "import sys; from services.package import build_staged; build_staged(sys.argv[1])"
@@ -73,7 +74,7 @@ def build_bento(root: Path, engine: str | None = None) -> str:
         engine: the engine that the Bento runs; None for the one in params.yaml.
 
     Raises:
-        InputError: there is no model, requirements.lock lacks a package, or BentoML failed.
+        InputError: there is no model, the lock lacks a package, or BentoML failed.
     """
     params = load_params(root / "params.yaml")
     settings = params.services
@@ -94,7 +95,7 @@ def stage_files(root: Path, folder: Path, champion: str, engine: str) -> None:
     """Copy the code, parameters and requirements of the service into `folder`.
 
     Raises:
-        InputError: requirements.lock lacks a package that the service needs.
+        InputError: the lock lacks a package that the service needs.
     """
     shutil.copytree(root / "services", folder / "services", ignore=EXCLUDED)
     shutil.copytree(root / "stages" / "common", folder / "stages" / "common", ignore=EXCLUDED)
@@ -107,20 +108,17 @@ def stage_files(root: Path, folder: Path, champion: str, engine: str) -> None:
 
 
 def resolve_requirements(root: Path, engine: str) -> list[str]:
-    """Return the requirements that are installed next to BentoML, pinned to the tested versions.
-
-    vLLM's own pins conflict with requirements.lock, so for vLLM the ranges of pyproject.toml are used.
+    """Return the requirements that are installed next to BentoML, pinned to the locked versions.
 
     Raises:
-        InputError: requirements.lock lacks a package.
+        InputError: the lock lacks a package.
     """
     from packaging.requirements import Requirement
 
     wanted = read_requirements((root / "pyproject.toml").read_text(encoding="utf-8"), engine)
-    if engine == "vllm":
-        return [line for line in wanted if Requirement(line).name != "bentoml"]
-    lock = (root / "requirements.lock").read_text(encoding="utf-8")
-    return resolve_pins(lock, [Requirement(line).name for line in wanted])
+    name = GPU_LOCK if engine == "vllm" else LOCK
+    lock = (root / name).read_text(encoding="utf-8")
+    return resolve_pins(lock, [Requirement(line).name for line in wanted], name)
 
 
 def set_engine(params: str, engine: str) -> str:
@@ -144,10 +142,13 @@ def read_requirements(pyproject: str, engine: str) -> list[str]:
     ]
 
 
-def resolve_pins(lock: str, roots: Iterable[str]) -> list[str]:
+def resolve_pins(lock: str, roots: Iterable[str], name: str = LOCK) -> list[str]:
     """Return the pins of `roots` and all their dependencies, sorted; without BentoML, which pins itself.
 
     The dependency graph comes from the `# via` comments of the lock.
+
+    Args:
+        name: of the lock, for the error.
 
     Raises:
         InputError: a root is not locked.
@@ -157,24 +158,24 @@ def resolve_pins(lock: str, roots: Iterable[str]) -> list[str]:
     pins, needs = read_lock(lock)
     wanted = {str(canonicalize_name(name)) for name in roots}
     if missing := sorted(wanted - pins.keys()):
-        raise InputError(f"requirements.lock has no {', '.join(missing)}", "add them: make lock")
+        raise InputError(f"{name} has no {', '.join(missing)}", "add them: make lock")
     found: set[str] = set()
     while wanted:
         name = wanted.pop()
         found.add(name)
         wanted |= needs[name] - found
-    return [pins[name] for name in sorted(found - {"bentoml"})]
+    return [pin for name in sorted(found - {"bentoml"}) for pin in pins[name]]
 
 
-def read_lock(lock: str) -> tuple[dict[str, str], dict[str, set[str]]]:
-    """Return the pins by package, and the dependencies of each package."""
-    pins: dict[str, str] = {}
+def read_lock(lock: str) -> tuple[dict[str, list[str]], dict[str, set[str]]]:
+    """Return the pins of each package (several, where a marker chooses), and its dependencies."""
+    pins: dict[str, list[str]] = defaultdict(list)
     needs: dict[str, set[str]] = defaultdict(set)
     name = ""
     for line in lock.splitlines():
         if found := re.match(r"([a-z0-9.-]+)==\S+", line):
             name = found[1]
-            pins[name] = line.strip()
+            pins[name].append(line.strip())
         elif name and (reason := re.match(r"\s+#(?: via)?\s+([a-z0-9.-]+)$", line)):
             needs[reason[1]].add(name)
     return pins, needs

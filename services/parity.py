@@ -18,6 +18,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -178,11 +179,12 @@ def compare_with_server(url: str, model: str | None, params: Params, root: Path 
     """Compare the server's answers with those that the stage evaluate stored.
 
     Raises:
-        InputError: the pipeline has not been evaluated, the server serves another model than the one
-            evaluated, or it cannot be reached.
+        InputError: scipy is missing, the pipeline has not been evaluated, the server serves another model
+            than the one evaluated, or it cannot be reached.
     """
     import pyarrow.parquet as pq
 
+    _check_scipy()
     kept = root / artifacts("evaluate") / "predictions.parquet"
     if not kept.exists():
         raise missing(artifacts("evaluate") / "predictions.parquet")
@@ -211,6 +213,15 @@ def compare_with_server(url: str, model: str | None, params: Params, root: Path 
         params,
         read_task(root),
     )
+
+
+def _check_scipy() -> None:
+    """Raise InputError if the intervals cannot be computed, before all rows are asked for nothing."""
+    if find_spec("scipy") is None:
+        raise InputError(
+            "services.parity needs scipy, which comes with training and not with serving",
+            "run it in the environment of training, and give the service's address with --url",
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -33,6 +33,10 @@ MAY_IMPORT = {
 }
 
 
+EXTRAS = {*tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]}
+GPU_EXTRAS = {"serve", "postgres", "gpu"}  # what is installed beside vLLM
+
+
 def modules(package: str) -> list[Path]:
     return sorted((ROOT / package).rglob("*.py"))
 
@@ -273,14 +277,24 @@ def test_the_lock_has_one_version_of_a_package_on_every_python():
     assert len(names) == len(set(names))
 
 
-def test_the_lock_has_every_dependency_within_its_bounds():
+@pytest.mark.parametrize(
+    ("name", "left_out"), [("requirements.lock", {"gpu"}), ("requirements-gpu.lock", EXTRAS - GPU_EXTRAS)]
+)
+def test_a_lock_has_every_dependency_within_its_bounds(name, left_out):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    lock = (ROOT / name).read_text(encoding="utf-8")
     locked = dict(re.findall(r"^([a-z0-9.-]+)==(\S+)", lock, re.M))
-    extras = project["optional-dependencies"]
-    groups = [project["dependencies"], *(lines for extra, lines in extras.items() if extra != "gpu")]
-    for asked in (Requirement(line) for lines in groups for line in lines):
+    asked_for = [line for extra in EXTRAS - left_out for line in project["optional-dependencies"][extra]]
+    for asked in map(Requirement, [*project["dependencies"], *asked_for]):
         assert locked[canonicalize_name(asked.name)] in asked.specifier, f"{asked}: run make lock"
+
+
+def test_the_lock_for_vllm_is_whole_and_names_no_index():
+    """It is installed without a resolver, as an old pip finds no versions: CUDA's packages are in it."""
+    text = (ROOT / "requirements-gpu.lock").read_text(encoding="utf-8")
+    assert "://" not in text and "--index" not in text and "--find" not in text
+    names = {line.split("==")[0] for line in text.splitlines() if "==" in line}
+    assert {"vllm", "torch", "nvidia-nccl-cu13", "nvidia-cudnn-cu13", "bentoml"} <= names
 
 
 def test_the_supported_pythons_are_the_same_everywhere():

@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,9 @@ def format_private_params(params: Params, folder: Path) -> str:
         "requests_per_minute": None,
         "tokens_per_day": None,
     }
+    if section["engine"]["kind"] == "vllm" and find_spec("vllm") is None:
+        # vLLM has an environment of its own. Here an engine of the training's environment asks both versions.
+        section["engine"]["kind"] = "auto"
     section["events"] |= {"url": get_events_url(folder), "retention_days": None}
     guard = section["guard"]
     guard |= {key: "record" for key, value in guard.items() if value == "enforce"}

@@ -43,14 +43,7 @@ def compile_schema(schema: str, tokens: Any) -> Any:
     from llguidance import LLMatcher
 
     try:
-        parsed = json.loads(schema)
-        if parsed is True:
-            parsed = {}
-        if not isinstance(parsed, dict):
-            raise SchemaUnsupported("the JSON schema must be an object; false allows no answer")
-        grammar = LLMatcher.grammar_from_json_schema(
-            json.dumps(parsed), overrides={"whitespace_pattern": WHITESPACE}
-        )
+        grammar = LLMatcher.grammar_from_json_schema(set_whitespace(schema))
         matcher = _make_matcher(tokens, grammar)
     except SchemaUnsupported:
         raise
@@ -60,6 +53,22 @@ def compile_schema(schema: str, tokens: Any) -> Any:
         reason = matcher.get_error().partition("\n")[0]
         raise SchemaUnsupported(f"the JSON schema cannot be compiled: {reason}")
     return matcher
+
+
+def set_whitespace(schema: str) -> str:
+    """Return a JSON schema with the white space that we allow, as llguidance reads it under every engine.
+
+    Raises:
+        SchemaUnsupported: it is not an object.
+    """
+    parsed = json.loads(schema)
+    if parsed is True:
+        parsed = {}
+    if not isinstance(parsed, dict):
+        raise SchemaUnsupported("the JSON schema must be an object; false allows no answer")
+    own = parsed.get("x-guidance")
+    options = {**(own if isinstance(own, dict) else {}), "whitespace_pattern": WHITESPACE}
+    return json.dumps({**parsed, "x-guidance": options})
 
 
 def _make_matcher(tokens: Any, grammar: str) -> Any:

@@ -57,13 +57,16 @@ class ModelFiles(Protocol):
 OPENVINO_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
-def load_engine(files: ModelFiles, tokenizer: Any, settings: EngineSettings) -> Engine:
+def load_engine(files: ModelFiles, tokenizer: Any, settings: EngineSettings, drain_s: float = 0.0) -> Engine:
     """Load a model into the engine for this machine.
+
+    Args:
+        drain_s: time that a process of the engine has to finish its answers after SIGTERM.
 
     Raises:
         InputError: the configured engine cannot run here, or not with these files.
     """
-    kind = choose_kind(settings.kind, files.tokenizer, files.gguf, files.base)
+    kind = choose_kind(settings.kind, files.tokenizer, files.gguf, files.base, settings.gpus)
     logger.info("loading %s %s into the engine %s", files.name, files.version, kind)
     common: dict[str, Any] = {
         "max_running": settings.max_running,
@@ -79,10 +82,13 @@ def load_engine(files: ModelFiles, tokenizer: Any, settings: EngineSettings) -> 
     if kind == "vllm":
         from services.engines.vllm import VllmEngine
 
-        return VllmEngine(files.base, files.adapter, tokenizer, **common)
+        memory = {"gpu_memory": settings.gpu_memory, "drain_s": drain_s}
+        return VllmEngine(files.base, files.adapter, tokenizer, **memory, **common)
     from services.engines.transformers import TransformersEngine
 
-    return TransformersEngine(files.base, files.adapter, tokenizer, threads=settings.threads, **common)
+    # A GPU that is not reserved is left to whom it may belong, such as a training.
+    common |= {"threads": settings.threads, "device": "auto" if settings.gpus or not _count_gpus() else "cpu"}
+    return TransformersEngine(files.base, files.adapter, tokenizer, **common)
 
 
 def _load_on_openvino(
@@ -115,13 +121,16 @@ def check_gpus(settings: EngineSettings) -> None:
         )
 
 
-def choose_kind(wanted: str, folder: Path, gguf: Path | None, base: Path | None) -> str:
+def choose_kind(wanted: str, folder: Path, gguf: Path | None, base: Path | None, gpus: int) -> str:
     """Return the engine for these files on this machine: `vllm`, `paged`, `openvino` or `transformers`.
+
+    `auto` takes a GPU only if one is reserved: by default a training has it.
 
     Args:
         wanted: one of them, or `auto`.
         folder: has the model's `config.json`.
         gguf, base: the model in each format; None without it.
+        gpus: that are reserved.
 
     Raises:
         InputError: the configured engine cannot run here, or no engine can.
@@ -139,11 +148,13 @@ def choose_kind(wanted: str, folder: Path, gguf: Path | None, base: Path | None)
                 "set services.engine.kind: auto in params.yaml, which picks an engine that can run here",
             )
         return wanted
-    order: tuple[str, ...] = ("vllm", "transformers", "paged", "openvino")
-    if not _count_gpus():
-        order = ("paged", "openvino", "transformers")
+    order = ("vllm", "transformers", "paged", "openvino") if gpus else ("paged", "openvino", "transformers")
+    if not gpus and (seen := _count_gpus()):
+        logger.info("the CPU computes: services.engine.gpus is 0, though torch sees %d", seen)
     for kind in order:
         if reasons[kind] is None:
+            if gpus and kind != "vllm":
+                logger.warning("the GPU is served by %s, which is several times slower than vLLM", kind)
             return kind
         logger.info("not using the engine %s: %s", kind, reasons[kind])
     raise InputError(
@@ -180,6 +191,10 @@ def _reason_against_openvino(folder: Path, gguf: Path | None) -> str | None:
 
 
 def _count_gpus() -> int:
+    """Return the number of GPUs that torch sees, which CUDA_VISIBLE_DEVICES can limit.
+
+    NVIDIA's management library counts them. `is_available` would initialise CUDA in this process.
+    """
     import torch
 
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return torch.cuda.device_count()

@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import itertools
 import json
+import math
 import os
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from services.engines.grammar import Grammars, compile_apart
+from services.engines.grammar import Grammars, compile_apart, set_whitespace
 from services.engines.protocol import (
     ContextOverflow,
     EngineError,
@@ -45,9 +46,11 @@ class VllmEngine:
         context_tokens: limit of prompt and answer together; None for the model's own.
         max_adapters: versions served at the same time, such as champion and challenger.
         gpu_memory: share of the GPU's memory for vLLM.
+        drain_s: time to finish answers in once SIGTERM has reached vLLM's process.
 
     Raises:
         InputError: vLLM is not installed, or the adapter's rank is too high for it.
+        EngineError: vLLM does not start.
     """
 
     name = "vllm"
@@ -63,34 +66,36 @@ class VllmEngine:
         context_tokens: int | None = None,
         max_adapters: int = 3,
         gpu_memory: float = 0.9,
+        drain_s: float = 0.0,
     ) -> None:
         self.max_running = max_running
         self._max_waiting = max_waiting
         self._vllm = _import_vllm()
-        key = _hash_model(base)
-        if key not in _CORES:
-            arguments = self._vllm.AsyncEngineArgs(
-                model=str(base),
-                enable_lora=True,
-                max_loras=max_adapters,
-                max_lora_rank=_pick_rank(adapter),
-                max_num_seqs=max_running,
-                max_model_len=context_tokens,
-                gpu_memory_utilization=gpu_memory,
-                enable_prefix_caching=True,
-                # llguidance, as in the other engines, so that schemas mean the same everywhere.
-                structured_outputs_config=self._vllm.StructuredOutputsConfig(
-                    backend="guidance", disable_any_whitespace=True
-                ),
-                disable_log_stats=True,
-            )
-            _CORES[key] = _Core(key, self._vllm.AsyncLLMEngine.from_engine_args(arguments))
-        self._core = _CORES[key]
+        self._end_ids = frozenset(end_of_turn_ids(tokenizer))
+        arguments = {
+            "model": str(base),
+            "enable_lora": True,
+            "max_loras": max_adapters,
+            "max_lora_rank": _pick_rank(adapter),
+            "max_num_seqs": max_running,
+            "max_model_len": context_tokens,
+            "gpu_memory_utilization": gpu_memory,
+            "enable_prefix_caching": True,
+            # llguidance, as in the other engines, so that schemas mean the same everywhere.
+            "structured_outputs_config": self._vllm.StructuredOutputsConfig(
+                backend="guidance", disable_any_whitespace=True
+            ),
+            "disable_log_stats": True,
+            "shutdown_timeout": math.ceil(drain_s),
+        }
+        self._core = _share_core(_hash_model(base), self._vllm, arguments)
+        if adapter is not None:
+            _check_rank(adapter, self._core.max_rank)
         settings = self._core.model.model_config
         self.context_tokens: int = settings.max_model_len
-        self._end_ids = frozenset(end_of_turn_ids(tokenizer))
         self._grammars = Grammars(tokenizer, settings.get_vocab_size(), min(self._end_ids))
         self._lora = None if adapter is None else self._make_lora(adapter)
+        self._lora_loaded = adapter is None
         self._core.users += 1
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting: set[str] = set()
@@ -110,6 +115,7 @@ class VllmEngine:
         """Generate an answer to a prompt; see `Engine.generate`."""
         await self._check(prompt, sampling)
         self._loop = asyncio.get_running_loop()
+        await self._load_lora()
         number = str(next(self._core.numbers))
         self._waiting.add(number)
         outputs = self._core.model.generate(
@@ -150,10 +156,20 @@ class VllmEngine:
             raise QueueFull(f"{len(self._running)} requests run and {len(self._waiting)} wait already")
         await compile_apart(self._grammars.compile_for, sampling)
 
+    async def _load_lora(self) -> None:
+        """Load the adapter by itself: if that fails within a step of requests, vLLM's process ends."""
+        if self._lora_loaded:
+            return
+        try:
+            await self._core.model.add_lora(self._lora)
+        except Exception as error:  # vLLM's call to its process raises nothing narrower
+            raise EngineError(f"vLLM cannot load the adapter: {error}") from error
+        self._lora_loaded = True
+
     def _make_parameters(self, sampling: Sampling, room: int) -> Any:
         structured = None
         if sampling.json_schema is not None:
-            structured = self._vllm.StructuredOutputsParams(json=sampling.json_schema)
+            structured = self._vllm.StructuredOutputsParams(json=set_whitespace(sampling.json_schema))
         elif sampling.choices:
             structured = self._vllm.StructuredOutputsParams(choice=list(sampling.choices))
         return self._vllm.SamplingParams(
@@ -194,7 +210,7 @@ class VllmEngine:
             return
         self._closed = "the engine is closed"
         self._core.users -= 1
-        if not self._core.users:
+        if not self._core.users and _CORES.get(self._core.key) is self._core:
             del _CORES[self._core.key]
         if self._loop is not None and not self._loop.is_closed():
             asyncio.run_coroutine_threadsafe(self._unload(), self._loop)
@@ -217,17 +233,43 @@ class VllmEngine:
 
 
 class _Core:
-    """A vLLM process, shared by the engines of all adapters of one base model."""
+    """A vLLM process, shared by the engines of all adapters of one base model.
 
-    def __init__(self, key: str, model: Any) -> None:
+    Attributes:
+        max_rank: of the adapters that it can load.
+        users: engines that are not closed.
+    """
+
+    def __init__(self, key: str, model: Any, max_rank: int) -> None:
         self.key = key
         self.model = model
+        self.max_rank = max_rank
         self.users = 0
         self.numbers = itertools.count()
         self.adapters = itertools.count(1)  # 0 means no adapter to vLLM
 
 
 _CORES: dict[str, _Core] = {}  # by content of the base model, since each version has its own folder
+
+
+def _share_core(key: str, vllm: Any, arguments: dict[str, Any]) -> _Core:
+    """Return the running vLLM of a base model; start it if there is none, or if it has ended.
+
+    Raises:
+        EngineError: it does not start.
+    """
+    core = _CORES.get(key)
+    if core is not None and core.model.errored:
+        del _CORES[key]
+        core.model.shutdown()  # what is left of it holds memory of the GPU
+        core = None
+    if core is None:
+        try:
+            model = vllm.AsyncLLMEngine.from_engine_args(vllm.AsyncEngineArgs(**arguments))
+        except Exception as error:  # of CUDA, torch or vLLM
+            raise EngineError(f"vLLM does not start, its log has the cause: {error}") from error
+        core = _CORES[key] = _Core(key, model, arguments["max_lora_rank"])
+    return core
 
 
 def _hash_model(base: Path) -> str:
@@ -255,7 +297,7 @@ def _pick_rank(adapter: Path | None) -> int:
     """Return the LoRA rank to reserve: the adapter's, and at least 64 for later versions."""
     if adapter is None:
         return 64
-    rank = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+    rank = _read_rank(adapter)
     if rank > RANKS[-1]:
         raise InputError(
             f"{adapter} has rank {rank}; vLLM supports up to {RANKS[-1]}",
@@ -264,9 +306,29 @@ def _pick_rank(adapter: Path | None) -> int:
     return next(reserved for reserved in RANKS if reserved >= max(rank, 64))
 
 
+def _check_rank(adapter: Path, reserved: int) -> None:
+    """Raise InputError for an adapter that a running vLLM has no room for; loading it would end vLLM."""
+    if (rank := _read_rank(adapter)) > reserved:
+        raise InputError(
+            f"{adapter} has rank {rank}, and the running vLLM reserved {reserved} when it started",
+            f"lower finetune.lora.rank in params.yaml to {reserved}; or make this version the champion and "
+            "restart the service, as the champion's rank is what is reserved",
+        )
+
+
+def _read_rank(adapter: Path) -> int:
+    """Return the largest rank of an adapter's layers."""
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    return max([config["r"], *(config.get("rank_pattern") or {}).values()])
+
+
 def _import_vllm() -> Any:
     """Return the names that we use of vLLM."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # no usage reports
+    # A forked process cannot use CUDA once this one has, and this one has threads, whose locks a fork breaks.
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    # FlashInfer's sampler is compiled when vLLM starts, with nvcc, which a driver does not bring.
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     try:
         from vllm import SamplingParams
         from vllm.config import StructuredOutputsConfig

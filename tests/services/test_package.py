@@ -63,7 +63,7 @@ def test_a_root_that_is_not_locked_is_named():
 
 def test_the_lock_says_what_brings_what():
     pins, needs = read_lock(LOCK)
-    assert pins["httpx"] == "httpx==0.28"
+    assert pins["httpx"] == ["httpx==0.28"]
     assert needs["prefect"] == {"httpx", "typer"}
 
 
@@ -75,10 +75,14 @@ def test_a_bento_has_exact_versions_of_what_serving_needs_and_leaves_training_at
     assert not names & {"prefect", "dvc", "great-expectations", "mlflow", "evidently", "pytest"}
 
 
-def test_a_bento_for_vllm_leaves_the_choice_of_versions_to_vllm():
-    lines = resolve_requirements(ROOT, "vllm")
-    assert any(line.startswith("vllm==") for line in lines)
-    assert any(line.startswith("torch==") for line in lines)
+def test_a_bento_for_vllm_has_the_versions_that_were_resolved_for_it():
+    pins = resolve_requirements(ROOT, "vllm")
+    names = {pin.partition("==")[0] for pin in pins}
+    assert all("==" in pin for pin in pins)
+    assert {"vllm", "torch", "transformers", "psycopg-binary", "nvidia-nccl-cu13"} <= names
+    setuptools = [pin for pin in pins if pin.startswith("setuptools==")]
+    assert len(setuptools) == 2 and all("python_full_version" in pin for pin in setuptools)
+    assert not names & {"bentoml", "prefect", "dvc", "pytest"}
 
 
 @pytest.mark.parametrize("engine", ["auto", "paged", "openvino", "transformers", "vllm"])
@@ -156,7 +160,7 @@ def project(tmp_path):
     root.mkdir()
     for name in ("services", "stages"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "requirements.lock", "params.yaml"):
+    for name in ("pyproject.toml", "requirements.lock", "requirements-gpu.lock", "params.yaml"):
         shutil.copy2(ROOT / name, root)
     # So that it shows whose code answers: this copy's, or the one that is installed here.
     with (root / "services/api/page/page.css").open("a") as page:

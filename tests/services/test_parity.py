@@ -107,6 +107,13 @@ def test_a_server_that_is_not_there_is_named_with_what_to_do(project, params):
         parity.compare_with_server("http://127.0.0.1:9", None, params, project)
 
 
+def test_missing_scipy_is_told_before_any_row_is_asked(project, params, monkeypatch):
+    monkeypatch.setattr(parity, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="needs scipy") as refused:
+        parity.compare_with_server("http://127.0.0.1:9", None, params, project)
+    assert "--url" in refused.value.fix
+
+
 def test_a_report_can_be_written_as_json(project, params, tmp_path):
     from dataclasses import asdict
 

@@ -20,6 +20,7 @@ class EngineSettings(Section):
 
     kind: Literal["auto", "paged", "openvino", "transformers", "vllm"]
     gpus: Count
+    gpu_memory: Annotated[float, Field(gt=0.0, le=1.0)]
     threads: PositiveCount | None
     context_tokens: Annotated[int, Field(ge=64)]
     max_running: PositiveCount
@@ -34,7 +35,12 @@ class EngineSettings(Section):
                 f"is set, but kind: {self.kind} computes on the CPU; set it to 0, or take another kind",
             )
         if self.kind == "vllm" and not self.gpus:
-            yield "gpus", "is 0, but kind: vllm needs a GPU; set it to 1 or more"
+            yield "gpus", "is 0, but kind: vllm needs a GPU; set it to 1"
+        if self.gpus > 1:
+            yield (
+                "gpus",
+                f"is {self.gpus}, but a service computes on one GPU; set it to 1, and run more services",
+            )
 
 
 class Versions(Section):

@@ -305,6 +305,15 @@ def test_the_private_server_has_files_of_its_own_and_no_user_limits(tmp_path):
     assert private_server.end_leftovers(tmp_path) == 1 and not folder.exists()
 
 
+def test_the_private_server_runs_without_vllm_which_has_an_environment_of_its_own(tmp_path):
+    engine = SHIPPED.services.engine.model_copy(update={"kind": "vllm", "gpus": 1})
+    services = SHIPPED.services.model_copy(update={"engine": engine})
+    params = SHIPPED.model_copy(update={"services": services})
+    folder = private_server.make_folder(tmp_path, params, NEW, OLD, "id")
+    found = load_params(folder / "params.yaml").services.engine
+    assert (found.kind, found.gpus) == ("auto", 1)
+
+
 LIMIT = 6  # tokens of an answer
 
 

@@ -19,13 +19,14 @@ def machine(monkeypatch):
     return set_machine
 
 
-def choose(wanted="auto", gguf=True, base=True, folder=None):
+def choose(wanted="auto", gguf=True, base=True, folder=None, gpus=0):
     made = tiny()
     return choose_kind(
         wanted,
         folder or made.folder,
         made.folder / "model.gguf" if gguf else None,
         made.folder if base else None,
+        gpus,
     )
 
 
@@ -37,12 +38,34 @@ def test_a_cpu_gets_openvino_and_else_transformers(machine):
     assert choose() == "transformers"
 
 
-def test_a_gpu_gets_vllm_and_else_transformers(machine):
+def test_a_gpu_that_is_reserved_gets_vllm_and_else_transformers(machine, caplog):
     machine(gpus=1, wheels=("openvino_genai", "vllm"))
-    assert choose() == "vllm"
-    assert choose(base=False) == "openvino"
+    assert choose(gpus=1) == "vllm"
+    assert choose(gpus=1, base=False) == "openvino"
     machine(gpus=1)
-    assert choose() == "transformers"
+    assert choose(gpus=1) == "transformers"
+    assert "slower than vLLM" in caplog.text
+
+
+def test_a_gpu_that_is_not_reserved_is_left_alone(machine, caplog):
+    machine(gpus=1, wheels=("openvino_genai", "vllm"))
+    caplog.set_level("INFO")
+    assert choose() == "openvino"
+    assert "services.engine.gpus is 0" in caplog.text
+    assert choose(gguf=False) == "transformers"
+
+
+def test_gpus_are_counted_without_initialising_cuda(monkeypatch):
+    """A process forked after `is_available` cannot use CUDA: vLLM's would not start."""
+    import torch
+
+    def initialise():
+        raise AssertionError("this initialises CUDA")
+
+    for name in ("is_available", "init", "_lazy_init", "current_device", "mem_get_info"):
+        monkeypatch.setattr(torch.cuda, name, initialise)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_gpus(SimpleNamespace(gpus=2))
 
 
 def test_an_architecture_that_openvino_does_not_read_gets_transformers(machine, tmp_path):
@@ -84,10 +107,10 @@ def test_gpus_that_are_not_there_are_refused(machine):
         check_gpus(SimpleNamespace(gpus=1))
 
 
-@pytest.mark.parametrize("kind", ["paged", "openvino", "transformers"])
-def test_the_engine_is_loaded_with_the_settings(kind):
+@pytest.fixture
+def files():
     made = tiny()
-    files = SimpleNamespace(
+    return SimpleNamespace(
         name="tiny",
         version="0" * 12,
         tokenizer=made.folder,
@@ -95,9 +118,37 @@ def test_the_engine_is_loaded_with_the_settings(kind):
         base=made.folder,
         adapter=None,
     )
-    settings = SimpleNamespace(
-        kind=kind, gpus=0, threads=1, context_tokens=64, max_running=3, max_waiting=2, kv_cache_mib=16
+
+
+def settings(kind, gpus=0):
+    return SimpleNamespace(
+        kind=kind,
+        gpus=gpus,
+        gpu_memory=0.5,
+        threads=1,
+        context_tokens=64,
+        max_running=3,
+        max_waiting=2,
+        kv_cache_mib=16,
     )
-    engine = load_engine(files, made.tokenizer, settings)
+
+
+@pytest.mark.parametrize("kind", ["paged", "openvino", "transformers"])
+def test_the_engine_is_loaded_with_the_settings(files, kind):
+    engine = load_engine(files, tiny().tokenizer, settings(kind))
     assert (engine.name, engine.context_tokens, engine.max_running) == (kind, 64, 3)
     engine.close()
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(0, "cpu"), (1, "auto")])
+def test_transformers_takes_the_gpu_only_if_it_is_reserved(machine, monkeypatch, files, gpus, device):
+    machine(gpus=1)
+    monkeypatch.setattr("services.engines.transformers.TransformersEngine", lambda *_, **made: made)
+    assert load_engine(files, None, settings("transformers", gpus))["device"] == device
+
+
+def test_vllm_gets_its_share_of_the_memory_and_the_time_to_finish(machine, monkeypatch, files):
+    machine(gpus=1, wheels=("vllm",))
+    monkeypatch.setattr("services.engines.vllm.VllmEngine", lambda *_, **made: made)
+    made = load_engine(files, None, settings("vllm", 1), drain_s=120.0)
+    assert (made["gpu_memory"], made["drain_s"]) == (0.5, 120.0)

@@ -1,6 +1,8 @@
-"""What is asked of vLLM, and what its answers become: vLLM itself needs a GPU and is stood in for here."""
+"""What is asked of vLLM, and what its answers become. A stand-in plays vLLM; `tests/vllm` runs it."""
 
 import asyncio
+import json
+import os
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -29,13 +31,16 @@ class StandIn:
     def __init__(self, arguments):
         self.arguments = arguments
         self.model_config = SimpleNamespace(max_model_len=64, get_vocab_size=lambda: 260)
-        self.asked, self.ended, self.removed = [], [], []
+        self.asked, self.ended, self.removed, self.added = [], [], [], []
+        self.environment = dict(os.environ)
         self.errored = self.down = False
         self.outputs = []
         self.error = None
 
     @classmethod
     def from_engine_args(cls, arguments):
+        if arguments.gpu_memory_utilization > 1:
+            raise RuntimeError("Engine core initialization failed")
         return cls(arguments)
 
     async def generate(self, prompt, parameters, number, lora_request=None):
@@ -51,6 +56,11 @@ class StandIn:
 
     async def abort(self, numbers):
         pass
+
+    async def add_lora(self, lora):
+        if "bad" in lora.lora_path:
+            raise Exception("Call to add_lora method failed: no such layer")
+        self.added.append(lora.lora_int_id)
 
     async def remove_lora(self, number):
         self.removed.append(number)
@@ -86,10 +96,15 @@ def vllm(monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
 
 
+def make_adapter(folder, config='{"r": 80}'):
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(config)
+    return folder
+
+
 @pytest.fixture
 def adapter(tmp_path):
-    (tmp_path / "adapter_config.json").write_text('{"r": 80}')
-    return tmp_path
+    return make_adapter(tmp_path / "adapter")
 
 
 @pytest.fixture
@@ -126,7 +141,10 @@ def test_the_parameters_are_translated(engine):
     assert parameters.max_tokens == 62  # the context has 64
     assert (parameters.temperature, parameters.top_p, parameters.seed) == (0.7, 0.9, 3)
     assert (parameters.frequency_penalty, parameters.presence_penalty, parameters.logprobs) == (0.1, 0.2, 4)
-    assert parameters.structured_outputs.json == '{"type": "boolean"}'
+    assert json.loads(parameters.structured_outputs.json) == {
+        "type": "boolean",
+        "x-guidance": {"whitespace_pattern": "[ ]?"},
+    }
     assert (parameters.stop_token_ids, parameters.output_kind) == ([1], "delta")
     assert lora.lora_int_id == 1
 
@@ -140,6 +158,62 @@ def test_logprobs_are_the_written_tokens_and_the_best_others(engine):
 
 def test_a_rank_between_vllms_gets_the_next(engine):
     assert engine._core.model.arguments.max_lora_rank == 128
+
+
+def test_an_adapter_that_the_running_vllm_has_no_room_for_is_refused_before_vllm_sees_it(engine, tmp_path):
+    for config in ('{"r": 200}', '{"r": 8, "rank_pattern": {"q_proj": 256}}'):
+        folder = make_adapter(tmp_path / str(len(config)), config)
+        with pytest.raises(InputError, match=r"has rank (200|256), and the running vLLM reserved 128"):
+            VllmEngine(tiny().folder, folder, tiny().tokenizer)
+    assert engine.broken is None
+
+
+def test_an_adapter_that_vllm_cannot_load_is_an_error_and_no_request_of_it_reaches_vllm(engine, tmp_path):
+    other = VllmEngine(tiny().folder, make_adapter(tmp_path / "bad"), tiny().tokenizer)
+    with pytest.raises(EngineError, match="no such layer"):
+        ask(other, Sampling(1))
+    assert engine._core.model.asked == [] and engine.broken is None
+    other.close()
+
+
+def test_an_adapter_is_loaded_once_and_before_its_first_request(engine):
+    engine._core.model.outputs = [output([7], "length")]
+    ask(engine, Sampling(1))
+    ask(engine, Sampling(1))
+    assert engine._core.model.added == [1]
+
+
+def test_a_vllm_that_has_ended_is_started_anew(engine, adapter):
+    dead = engine._core.model
+    dead.errored = True
+    other = VllmEngine(tiny().folder, adapter, tiny().tokenizer)
+    assert other._core.model is not dead and other.broken is None
+    assert dead.down, "it may hold memory of the GPU"
+    assert engine.broken
+    engine.close()
+    third = VllmEngine(tiny().folder, adapter, tiny().tokenizer)
+    assert third._core is other._core, "closing an engine of the dead one leaves the new one"
+    other.close()
+    third.close()
+
+
+def test_a_vllm_that_does_not_start_is_an_engine_error_and_not_kept():
+    with pytest.raises(EngineError, match="initialization failed"):
+        VllmEngine(tiny().folder, None, tiny().tokenizer, gpu_memory=2.0)
+    made = VllmEngine(tiny().folder, None, tiny().tokenizer)
+    assert made.broken is None
+    made.close()
+
+
+def test_vllm_starts_its_process_by_spawn_and_compiles_no_sampler(engine):
+    assert engine._core.model.environment["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
+    assert engine._core.model.environment["VLLM_USE_FLASHINFER_SAMPLER"] == "0"
+
+
+def test_vllm_finishes_its_answers_after_sigterm():
+    made = VllmEngine(tiny().folder, None, tiny().tokenizer, drain_s=119.5)
+    assert made._core.model.arguments.shutdown_timeout == 120
+    made.close()
 
 
 def test_closing_the_generator_aborts(engine):

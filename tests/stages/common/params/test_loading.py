@@ -159,3 +159,16 @@ def test_the_check_exits_2_within_three_seconds_before_anything_heavy_is_importe
         line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time")
     }
     assert took < 60, "bounded only; docs/benchmarks.md has the figure"
+
+
+@pytest.mark.parametrize(
+    ("kind", "gpus", "message"),
+    [
+        ("vllm", 0, "kind: vllm needs a GPU"),
+        ("paged", 1, "computes on the CPU"),
+        ("auto", 2, "a service computes on one GPU"),
+    ],
+)
+def test_gpus_that_an_engine_cannot_use_are_refused(edited, kind, gpus, message):
+    with pytest.raises(ParamsError, match=message):
+        edited(("    kind: auto #", f"    kind: {kind} #"), ("gpus: 0 #", f"gpus: {gpus} #"))
