@@ -142,13 +142,13 @@ def read_requirements(pyproject: str, engine: str) -> list[str]:
     ]
 
 
-def resolve_pins(lock: str, roots: Iterable[str], name: str = LOCK) -> list[str]:
+def resolve_pins(lock: str, roots: Iterable[str], source: str = LOCK) -> list[str]:
     """Return the pins of `roots` and all their dependencies, sorted; without BentoML, which pins itself.
 
     The dependency graph comes from the `# via` comments of the lock.
 
     Args:
-        name: of the lock, for the error.
+        source: the lock's name, for the error.
 
     Raises:
         InputError: a root is not locked.
@@ -158,7 +158,7 @@ def resolve_pins(lock: str, roots: Iterable[str], name: str = LOCK) -> list[str]
     pins, needs = read_lock(lock)
     wanted = {str(canonicalize_name(name)) for name in roots}
     if missing := sorted(wanted - pins.keys()):
-        raise InputError(f"{name} has no {', '.join(missing)}", "add them: make lock")
+        raise InputError(f"{source} has no {', '.join(missing)}", "add them: make lock")
     found: set[str] = set()
     while wanted:
         name = wanted.pop()

@@ -82,8 +82,8 @@ def load_engine(files: ModelFiles, tokenizer: Any, settings: EngineSettings, dra
     if kind == "vllm":
         from services.engines.vllm import VllmEngine
 
-        memory = {"gpu_memory": settings.gpu_memory, "drain_s": drain_s}
-        return VllmEngine(files.base, files.adapter, tokenizer, **memory, **common)
+        common |= {"gpu_memory": settings.gpu_memory, "drain_s": drain_s}
+        return VllmEngine(files.base, files.adapter, tokenizer, **common)
     from services.engines.transformers import TransformersEngine
 
     # A GPU that is not reserved is left to whom it may belong, such as a training.

@@ -319,7 +319,7 @@ def _check_rank(adapter: Path, reserved: int) -> None:
 def _read_rank(adapter: Path) -> int:
     """Return the largest rank of an adapter's layers."""
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    return max([config["r"], *(config.get("rank_pattern") or {}).values()])
+    return max(int(rank) for rank in (config["r"], *(config.get("rank_pattern") or {}).values()))
 
 
 def _import_vllm() -> Any:
