@@ -93,6 +93,22 @@ def test_every_image_of_compose_has_a_version(compose):
         assert re.fullmatch(r"\$\{PERENNIAL_IMAGE:\?.*\}|[\w./-]+:v?\d+\.\d+[\w.-]*", image), (name, image)
 
 
+def test_compose_on_a_gpu_mounts_nothing_twice_and_gives_the_gpu_to_who_computes(compose):
+    """Compose appends the list of an override to the list of the base."""
+    override = yaml.safe_load((DEPLOY / "compose.gpu.yaml").read_text())["services"]
+    for name, service in override.items():
+        base = compose["services"][name]
+        mounts = [entry.partition(":")[0] for entry in base.get("tmpfs", []) + service.get("tmpfs", [])]
+        assert len(mounts) == len(set(mounts)), (name, mounts)
+        (device,) = service["deploy"]["resources"]["reservations"]["devices"]
+        assert device["capabilities"] == ["gpu"]
+    assert override.keys() == {"service", "worker"}
+    (cache,) = override["service"]["tmpfs"]
+    assert "exec" in cache and cache.startswith(override["service"]["environment"]["HOME"] + ":")
+    (argument,) = override["worker"]["build"]["args"]
+    assert f"ARG {argument}=" in (DEPLOY / "Dockerfile").read_text()
+
+
 def test_compose_listens_on_loopback_only(compose):
     ports = [port for service in compose["services"].values() for port in service.get("ports", ())]
     assert len(ports) == 4
@@ -279,6 +295,34 @@ def test_secrets_come_from_secrets():
     spec = pod(manifests(DEPLOY / "kubernetes/base"))
     variables = {entry["name"]: entry for entry in spec["containers"][0]["env"]}
     assert "secretKeyRef" in variables["PERENNIAL_EVENTS_URL"]["valueFrom"]
+
+
+def test_a_pod_with_a_gpu_has_its_runtime_and_a_probe_that_sees_a_dead_engine():
+    """Before kustomize too, which this machine may lack."""
+    (patch,) = [
+        document
+        for document in manifests(DEPLOY / "kubernetes/overlays/gpu")
+        if document["kind"] == "Deployment"
+    ]
+    spec = patch["spec"]["template"]["spec"]
+    assert spec["runtimeClassName"] == "nvidia"
+    assert "httpGet" not in spec["containers"][0]["livenessProbe"], "the path is the base's"
+    (worker,) = manifests(DEPLOY / "kubernetes/worker-gpu")
+    assert worker["spec"]["template"]["spec"]["runtimeClassName"] == "nvidia"
+    base = by_kind(manifests(DEPLOY / "kubernetes/worker"))["Deployment"]
+    (container,) = worker["spec"]["template"]["spec"]["containers"]
+    assert worker["metadata"]["name"] == base["metadata"]["name"]
+    assert container["name"] == base["spec"]["template"]["spec"]["containers"][0]["name"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
+
+
+def test_the_worker_on_a_gpu_fits_the_schemas_of_kubernetes():
+    documents = rendered(DEPLOY / "kubernetes/worker-gpu")
+    for document in documents:
+        check(document)
+    (container,) = pod(documents)["containers"]
+    assert container["image"] == "perennial-tools:0.1.0-gpu"
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
 
 
 def test_gpus_are_asked_for_in_the_gpu_overlay_only():
