@@ -72,7 +72,7 @@ COMMANDS = {
             *("verdicts", "monitoring.verdicts", "List or show the drift verdicts.", ("monitor",)),
             subcommands=("list", "show"),
         ),
-        Command("feedback", "monitoring.feedback", "Show the rows that feedback would become.", ("monitor",)),
+        Command("feedback", "flows.feedback", "Show the rows that feedback would become.", ("monitor",)),
         Command(
             "retrain", "flows.retrain", "Train, judge and release a candidate.", ("core", "serve", "monitor")
         ),

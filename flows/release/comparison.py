@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,10 +84,26 @@ def _hold_without_one_key(
         ours, theirs = ([one for one in side if one.key != key] for side in (new, old))
         rest = {one.name: one for one in _compare(ours, theirs, alpha)} if ours and theirs else {}
         if found.name not in rest or rest[found.name].passed:
-            voter = f"the key {key}" if key else "requests without a key"
-            summary = f"{found.summary}, by the votes of {voter} alone: not decisive"
+            # None of the votes decides now: whose they are is told of all of them.
+            summary = (
+                f"{found.summary}, by the votes of {_name_voter(key)} alone: not decisive "
+                f"(votes: {_describe_votes(voters)})"
+            )
             return replace(found, passed=True, summary=summary)
     return found
+
+
+def _name_voter(key: str | None) -> str:
+    return f"the key {key}" if key else "requests without a key"
+
+
+def _describe_votes(voters: Mapping[str | None, int]) -> str:
+    """Return how many votes came from whom, the most first."""
+    ordered = sorted(voters.items(), key=lambda voter: (-voter[1], voter[0] or ""))
+    parts = [f"{votes} of {_name_voter(key)}" for key, votes in ordered[:MAX_VOTERS]]
+    if len(ordered) > MAX_VOTERS:
+        parts.append(f"{sum(votes for _, votes in ordered[MAX_VOTERS:])} of other keys")
+    return ", ".join(parts)
 
 
 def _compare(

@@ -1,6 +1,6 @@
 """Rules that exclude labels: from flooding users and keys, from disagreement, from repetition.
 
-Each takes labels and returns the kept ones, with the number of excluded ones by reason.
+Each takes labels and returns the kept ones, with the number of excluded ones by reason and API key.
 """
 
 from __future__ import annotations
@@ -8,38 +8,39 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from monitoring.feedback.labels import Label
+from monitoring.feedback.labels import Excluded, Label, name_key
 
 
 def _in_time(label: Label) -> tuple[float, str, str]:
     return label.at, label.request_id, label.key or ""
 
 
-def keep_newest(labels: Sequence[Label], limit: int, reason: str) -> tuple[list[Label], Counter[str]]:
+def keep_newest(labels: Sequence[Label], limit: int, reason: str) -> tuple[list[Label], Excluded]:
     """Keep the newest labels, at most `limit`."""
-    kept = sorted(labels, key=_in_time)[max(0, len(labels) - limit) :]
-    return kept, _left_out(reason, len(labels) - len(kept))
+    ordered = sorted(labels, key=_in_time)
+    first = max(0, len(labels) - limit)
+    return ordered[first:], _exclude(reason, ordered[:first])
 
 
-def keep_newest_per_person(labels: list[Label]) -> tuple[list[Label], Counter[str]]:
+def keep_newest_per_person(labels: list[Label]) -> tuple[list[Label], Excluded]:
     """Keep the newest label per person and prompt; an unknown person is a new one each time."""
     kept: dict[tuple[str, str], Label] = {}
-    left_out: Counter[str] = Counter()
+    left_out: Excluded = Counter()
     for label in sorted(labels, key=_in_time):
         asker = (label.asker or f"request {label.request_id}", label.prompt_hash)
-        if asker in kept:
-            left_out["duplicate" if kept[asker].same == label.same else "superseded"] += 1
+        if (older := kept.get(asker)) is not None:
+            left_out["duplicate" if older.same == label.same else "superseded", name_key(older.key)] += 1
         kept[asker] = label
     return list(kept.values()), left_out
 
 
-def limit_users(labels: list[Label], max_rows: int) -> tuple[list[Label], Counter[str]]:
+def limit_users(labels: list[Label], max_rows: int) -> tuple[list[Label], Excluded]:
     """Keep the newest labels of each person; unknown people have no limit here."""
     of: defaultdict[str | None, list[Label]] = defaultdict(list)
     for label in labels:
         of[label.asker].append(label)
     kept = of.pop(None, [])
-    left_out: Counter[str] = Counter()
+    left_out: Excluded = Counter()
     for own in of.values():
         some, gone = keep_newest(own, max_rows, "user_limit")
         kept += some
@@ -49,7 +50,7 @@ def limit_users(labels: list[Label], max_rows: int) -> tuple[list[Label], Counte
 
 def limit_keys(
     labels: list[Label], share: float, at_least: int, keys: int, exchanges: int
-) -> tuple[list[Label], Counter[str]]:
+) -> tuple[list[Label], Excluded]:
     """Keep the newest labels of each API key, up to its share (never below `at_least`).
 
     The share is of the labels, and the keys that count are those that give any. Where fewer give than
@@ -77,7 +78,7 @@ def limit_keys(
     else:
         even = 1 / max(1, len(of) + bool(kept))
         limit = find_highest_limit(sizes, len(kept), share) or find_highest_limit(sizes, len(kept), even)
-    left_out: Counter[str] = Counter()
+    left_out: Excluded = Counter()
     for own in of.values():
         some, gone = keep_newest(own, max(limit, at_least), "key_share")
         kept += some
@@ -103,7 +104,7 @@ def find_highest_limit(sizes: Sequence[int], others: int, share: float) -> int:
     return low
 
 
-def keep_agreed(labels: list[Label], min_agreement: float) -> tuple[list[Label], Counter[str]]:
+def keep_agreed(labels: list[Label], min_agreement: float) -> tuple[list[Label], Excluded]:
     """Keep the label that enough people agree on, per prompt; without agreement all are excluded.
 
     A person has one vote. Where several keys label a question, each key has one: names of users are what a
@@ -113,17 +114,16 @@ def keep_agreed(labels: list[Label], min_agreement: float) -> tuple[list[Label],
     for label in labels:
         of[label.prompt_hash].append(label)
     kept: list[Label] = []
-    left_out: Counter[str] = Counter()
+    left_out: Excluded = Counter()
     for own in of.values():
         votes = _votes(own)
         same, most = max(votes.items(), key=lambda vote: (vote[1], vote[0]))
         if len(votes) > 1 and most < min_agreement * sum(votes.values()) - 1e-9:
-            left_out["contradiction"] += len(own)
+            left_out += _exclude("contradiction", own)
             continue
-        right = [label for label in own if label.same == same]
-        left_out["outvoted"] += len(own) - len(right)
-        kept += right
-    return kept, +left_out
+        kept += [label for label in own if label.same == same]
+        left_out += _exclude("outvoted", [label for label in own if label.same != same])
+    return kept, left_out
 
 
 def _votes(labels: Sequence[Label]) -> dict[str, float]:
@@ -138,13 +138,16 @@ def _votes(labels: Sequence[Label]) -> dict[str, float]:
     return dict(votes)
 
 
-def keep_one_per_prompt(labels: list[Label]) -> tuple[list[Label], Counter[str]]:
+def keep_one_per_prompt(labels: list[Label]) -> tuple[list[Label], Excluded]:
     """Keep the newest label per prompt; all labels of a prompt are equal at this point."""
     of: dict[str, Label] = {}
+    left_out: Excluded = Counter()
     for label in sorted(labels, key=_in_time):
+        if (older := of.get(label.prompt_hash)) is not None:
+            left_out["duplicate", name_key(older.key)] += 1
         of[label.prompt_hash] = label
-    return list(of.values()), _left_out("duplicate", len(labels) - len(of))
+    return list(of.values()), left_out
 
 
-def _left_out(reason: str, count: int) -> Counter[str]:
-    return Counter({reason: count} if count else {})
+def _exclude(reason: str, labels: Sequence[Label]) -> Excluded:
+    return Counter((reason, name_key(label.key)) for label in labels)

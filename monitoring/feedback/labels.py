@@ -36,6 +36,7 @@ PLACEHOLDERS = tuple(f"[{kind}]" for kind in RECOGNISERS)  # what the event stor
 COMPACT, SPACED = (",", ":"), (", ", ": ")  # how JSON answers are written
 
 Kind = Literal["correction", "thumb"]
+Excluded = Counter[tuple[str, str]]  # rows that are left out, by reason and name of the API key
 
 # Reasons by which rows are left out, in the order of the rules, with what a person reads.
 REASONS = {
@@ -130,7 +131,7 @@ class Counts:
 
     exchanges: int = 0
     given: int = 0
-    left_out: Counter[str] = field(default_factory=Counter)
+    left_out: Excluded = field(default_factory=Counter)
     styles: Counter[tuple[str, str]] = field(default_factory=Counter)
     keys: set[str] = field(default_factory=set)
     said_by_key: Counter[str] = field(default_factory=Counter)
@@ -160,16 +161,16 @@ def read_labels(
             asker = _asker(exchange, key)
             counts.given += 1
             counts.keys |= {key} - {None}
-            counts.said_by_key[key or "(none)"] += 1
+            counts.said_by_key[name_key(key)] += 1
             counts.said_by_user[make_pseudonym(asker)] += 1
             try:
                 label = label_of(exchange, feedback, key, asker, settings, task)
             except LeftOut as reason:
-                counts.left_out[str(reason)] += 1
+                counts.left_out[str(reason), name_key(key)] += 1
                 continue
             except Exception as error:  # of any kind: one event must not end all learning
                 logger.warning("no label from the feedback on %s: %r", exchange["request_id"], error)
-                counts.left_out["corrupt"] += 1
+                counts.left_out["corrupt", name_key(key)] += 1
                 continue
             counts.styles[_style(exchange["answer"])] += 1
             yield label
@@ -310,6 +311,11 @@ def _style(answer: str | None) -> tuple[str, str]:
         )
     except (ValueError, RecursionError):
         return COMPACT
+
+
+def name_key(key: str | None) -> str:
+    """Return the name of an API key in the report."""
+    return key or "(none)"
 
 
 def make_pseudonym(asker: str | None) -> str:

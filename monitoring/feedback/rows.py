@@ -19,16 +19,13 @@ be learned. A user may try to poison the model by feedback, so every rule of `mo
 Some questions are kept apart to judge a challenger by. Which ones follows from a hash of the question: the
 same question is on the same side in every retraining, and one that was ever held out is never learned.
 
-Run: `perennial feedback [--write]` to see what the feedback in the event store would become.
+`perennial feedback` (`flows.feedback`) shows what the feedback in the event store would become.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -48,11 +45,12 @@ from monitoring.feedback.labels import (
     REASONS,
     SPACED,
     Counts,
+    Excluded,
     Label,
     ServedTask,
     make_pseudonym,
+    name_key,
     read_labels,
-    read_served_task,
 )
 from services.events import read_joined
 from stages.common.artifacts import STATE, read_lines, reports, write_json, write_text
@@ -108,11 +106,11 @@ def label_rows(
         labels += read_labels(batch, end, settings, task, counts)
     steps = {"labels": len(labels)}
 
-    def share_keys(some: list[Label]) -> tuple[list[Label], Counter[str]]:
+    def share_keys(some: list[Label]) -> tuple[list[Label], Excluded]:
         share, at_least = settings.max_share_per_key, settings.max_rows_per_user
         return limit_keys(some, share, at_least, len(counts.keys), counts.exchanges)
 
-    rules: tuple[tuple[str, Callable[[list[Label]], tuple[list[Label], Counter[str]]]], ...] = (
+    rules: tuple[tuple[str, Callable[[list[Label]], tuple[list[Label], Excluded]]], ...] = (
         ("newest of a person", keep_newest_per_person),
         ("users", lambda some: limit_users(some, settings.max_rows_per_user)),
         ("keys", share_keys),
@@ -157,13 +155,13 @@ def _report(
 ) -> dict[str, Any]:
     rows = [*sides[False], *sides[True]]
     by_user = Counter(make_pseudonym(label.asker) for label in labels)
-    by_key = Counter(label.key or "(none)" for label in labels)
+    by_key = Counter(name_key(label.key) for label in labels)
     # The users with the most feedback come first: a flood is seen even if its rows were left out.
     users = sorted(counts.said_by_user, key=lambda name: (-counts.said_by_user[name], name))[:MAX_NAMED]
     return {
         "exchanges": counts.exchanges,
         "given": counts.given,
-        "left_out": {reason: counts.left_out[reason] for reason in REASONS if counts.left_out[reason]},
+        "left_out": _by_reason(counts.left_out, counts.said_by_key),
         "labelled_rows": len(rows),
         "rows_train": len(sides[False]),
         "rows_holdout": len(sides[True]),
@@ -172,9 +170,20 @@ def _report(
         "by_label": _by_label(rows),
         "by_user": [{"user": u, "given": counts.said_by_user[u], "rows": by_user[u]} for u in users],
         "by_key": {
-            key: {"given": counts.said_by_key[key], "rows": by_key[key]} for key in sorted(counts.said_by_key)
+            key: {
+                "given": counts.said_by_key[key],
+                "rows": by_key[key],
+                "left_out": _by_reason(counts.left_out, [key]),
+            }
+            for key in sorted(counts.said_by_key)
         },
     }
+
+
+def _by_reason(left_out: Excluded, keys: Iterable[str]) -> dict[str, int]:
+    """Return how many rows of these API keys are left out, by reason."""
+    counts = {reason: sum(left_out[reason, key] for key in keys) for reason in REASONS}
+    return {reason: count for reason, count in counts.items() if count}
 
 
 def _by_label(rows: Sequence[Row]) -> dict[str, int]:
@@ -259,28 +268,14 @@ def format_report(report: Mapping[str, Any]) -> str:
         lines += [f"| {one['user']} | {one['given']:,} | {one['rows']:,} |" for one in report["by_user"]]
         lines.append("")
     if set(report["by_key"]) - {"(none)"}:
-        lines += ["| key | feedback | rows |", "|---|---:|---:|"]
-        lines += [f"| {key} | {one['given']:,} | {one['rows']:,} |" for key, one in report["by_key"].items()]
+        lines += ["| key | feedback | rows | excluded |", "|---|---:|---:|---|"]
+        lines += [
+            f"| {key} | {one['given']:,} | {one['rows']:,} | {_format_counts(one['left_out'])} |"
+            for key, one in report["by_key"].items()
+        ]
         lines.append("")
     return "\n".join(lines)
 
 
-def main(words: Sequence[str] | None = None) -> None:
-    """Show the rows that the feedback in the event store would become; write them with --write."""
-    from stages.common.params.loading import load_params
-
-    parser = argparse.ArgumentParser(prog="perennial feedback", description="Feedback as rows.")
-    parser.add_argument("--write", action="store_true", help=f"write {ROWS}, {HELD_OUT} and {REPORT}, too")
-    arguments = parser.parse_args(sys.argv[1:] if words is None else words)
-    params, root = load_params(), Path()
-    labelled = label_rows(
-        params.services.events.url,
-        0.0,
-        time.time(),
-        params.monitoring.feedback,
-        read_served_task(root, params),
-        read_held_out_before(root),
-    )
-    sys.stdout.write(format_report(labelled.report))
-    if arguments.write:
-        write_labelled(root, labelled)
+def _format_counts(left_out: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason} {count:,}" for reason, count in left_out.items()) or "none"

@@ -28,7 +28,7 @@ from services.api.responses import CHAT, COMPLETION, ResponseFormatter
 from services.api.schemas import ChatRequest, CompletionRequest, FeedbackRequest
 from services.errors import ApiError
 from services.events import Feedback, StoreUnavailable
-from services.guard.policy import check_prompt
+from services.guard import policy
 from services.keys.access import Caller
 from services.model_pool import LoadedModel
 from stages.common.chat.template import hash_template
@@ -157,13 +157,13 @@ def get_request_id(request: Request) -> str:
 
 
 def check_correction(correction: str, handler: ChatHandler) -> None:
-    """Have the guard look at a correction as at a prompt: it may become an answer that a model learns.
+    """Have the guard look at a correction, which may become an answer that a model learns.
 
     Raises:
         ApiError: a check that is enforced rejects it.
     """
-    asked = [{"role": "user", "content": correction}]
-    for result in check_prompt(asked, handler.pool.champion.control_tokens, handler.settings.guard):
+    settings = handler.settings.guard
+    for result in policy.check_correction(correction, handler.pool.champion.control_tokens, settings):
         if result.policy == "enforce" and not result.decision.allow:
             raise errors.content_refused(result.decision.reason or result.check, "correction")
 

@@ -37,6 +37,18 @@ def check_prompt(
         yield CheckResult("toxicity", settings.toxicity, checks.check_toxicity(messages))
 
 
+def check_correction(
+    correction: str, control_tokens: Sequence[str], settings: Guard
+) -> Iterator[CheckResult]:
+    """Yield the result of each check of a correction: as of a prompt, and of secrets as in an answer.
+
+    A model may learn it as an answer, and no check of the exchange has seen it.
+    """
+    yield from check_prompt([{"role": "user", "content": correction}], control_tokens, settings)
+    if settings.secrets != "off":
+        yield CheckResult("secrets", settings.secrets, checks.check_secrets(correction))
+
+
 def check_answer(
     text: str,
     schema: str | None,

@@ -4,7 +4,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-import yaml
 
 from monitoring.feedback.label_rules import find_highest_limit
 from monitoring.feedback.labels import (
@@ -24,7 +23,6 @@ from monitoring.feedback.rows import (
     format_report,
     is_held_out,
     label_rows,
-    main,
     read_held_out_before,
     read_labelled,
     summarise_exclusions,
@@ -372,7 +370,25 @@ def test_no_key_gives_more_than_its_share_whatever_users_it_invents(events):
     assert "flood 199" in floods
     assert labelled.report["left_out"] == {"key_share": 180}
     assert summarise_exclusions(labelled.report) == "180 of 260 left out, most: over `max_share_per_key`"
-    assert labelled.report["by_key"]["mallory"] == {"given": 200, "rows": 20}
+    left_out = {"key_share": 180}
+    assert labelled.report["by_key"]["mallory"] == {"given": 200, "rows": 20, "left_out": left_out}
+
+
+def test_what_is_left_out_is_told_of_every_key_with_its_reasons(events):
+    for number in range(40):
+        events.asks(f"flood {number}", correction=OFF, key_id="mallory", user=f"u{number}")
+    for number in range(3):
+        events.asks("all say this", correction=ON, key_id="app", user=f"a{number}")
+    events.asks("thanks", thumb=-1, key_id="app")
+    events.asks("one more", correction="no JSON")
+    labelled = events.rows(FEW_A_USER)
+    by_key = {key: one["left_out"] for key, one in labelled.report["by_key"].items()}
+    assert by_key == {
+        "(none)": {"invalid": 1},
+        "app": {"no_label": 1, "duplicate": 2},
+        "mallory": {"key_share": 39},
+    }
+    assert "| app | 4 | 1 | no_label 1, duplicate 2 |" in format_report(labelled.report)
 
 
 def test_a_key_may_always_give_what_one_user_may(events):
@@ -380,8 +396,9 @@ def test_a_key_may_always_give_what_one_user_may(events):
         events.asks(f"honest {number}", correction=ON, key_id="app", user=f"u{number}")
     events.asks("one more", correction=ON, key_id="another", user="ann")
     labelled = events.rows()
-    assert labelled.report["by_key"]["app"] == {"given": 300, "rows": 50}
-    assert labelled.report["by_key"]["another"] == {"given": 1, "rows": 1}
+    left_out = {"key_share": 250}
+    assert labelled.report["by_key"]["app"] == {"given": 300, "rows": 50, "left_out": left_out}
+    assert labelled.report["by_key"]["another"] == {"given": 1, "rows": 1, "left_out": {}}
     assert labelled.report["left_out"] == {"key_share": 250}
 
 
@@ -601,23 +618,6 @@ def test_the_task_is_read_from_what_is_served(tmp_path):
     assert task.max_answer_chars == params.curate.max_answer_chars
     with pytest.raises(InputError, match=r"serving\.json is not there"):
         read_served_task(tmp_path, params)
-
-
-def test_the_command_shows_the_report_and_writes_only_if_asked(events, tmp_path, monkeypatch, capsys):
-    events.asks("a", correction=ON)
-    events.store()
-    monkeypatch.chdir(tmp_path)
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    params["services"]["events"]["url"] = events.url
-    Path("params.yaml").write_text(yaml.safe_dump(params))
-    Path("artifacts/export").mkdir(parents=True)
-    keys = {"task": JsonTask("intent").describe(), "answer_schema": SCHEMA, "system_prompt": None}
-    Path("artifacts/export/serving.json").write_text(json.dumps(keys))
-    main([])
-    assert "1 pieces of feedback on 1 answers" in capsys.readouterr().out
-    assert not ROWS.exists()
-    main(["--write"])
-    assert len(read_labelled(ROWS)) + len(read_labelled(HELD_OUT)) == 1
 
 
 @pytest.mark.slow
