@@ -68,47 +68,85 @@ class ParityReport:
     reasons: tuple[str, ...]
 
 
-def compare(
-    rows: Sequence[Row],
-    trainer: Sequence[str],
-    served: Sequence[ServedAnswer],
-    prompt_tokens: Sequence[int],
-    same_template: bool,
-    version: str,
-    params: Params,
-    task: Task,
-) -> ParityReport:
+@dataclass(frozen=True, slots=True)
+class TrainerSide:
+    """The trainer's side of the comparison: test rows, and for each the answer and the prompt's tokens."""
+
+    rows: tuple[Row, ...]
+    answers: tuple[str, ...]
+    prompt_tokens: tuple[int, ...]
+    template_sha256: str
+    task: Task
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSide:
+    """The server's side: its version, its chat template, and its answers to the same rows."""
+
+    version: str
+    template_sha256: str
+    answers: tuple[ServedAnswer, ...]
+
+
+def read_trainer_side(root: Path, max_rows: int | None) -> TrainerSide:
+    """Return what the stage evaluate stored, of at most `max_rows` test rows.
+
+    Raises:
+        InputError: the pipeline has not been evaluated.
+    """
+    import pyarrow.parquet as pq
+
+    kept = artifacts("evaluate") / "predictions.parquet"
+    if not (root / kept).exists():
+        raise missing(kept)
+    table = pq.read_table(root / kept, columns=["id", "tuned"]).to_pydict()
+    answers = dict(zip(table["id"], table["tuned"], strict=True))
+    rows = [row for row in read_rows(root / artifacts("split") / "test.parquet") if row.id in answers]
+    rows = rows[:max_rows]
+    tokenizer = load_tokenizer(root / artifacts("fetch_base"))
+    return TrainerSide(
+        tuple(rows),
+        tuple(answers[row.id] for row in rows),
+        tuple(len(encode_prompt(tokenizer, row.prompt)) for row in rows),
+        hash_template(tokenizer),
+        read_task(root),
+    )
+
+
+def compare(trainer: TrainerSide, server: ServerSide, params: Params) -> ParityReport:
     """Compare two models' answers to the same rows.
 
     The limit applies to the paired difference itself, not to its interval: two ways to compute one model
     should not differ at all, and rows that rounding decides go in both directions.
     """
-    evaluate = params.evaluate
+    evaluate, rows = params.evaluate, trainer.rows
     ours, theirs = (
-        _exact_match(rows, texts, task) for texts in (trainer, [answer.text for answer in served])
+        _exact_match(rows, texts, trainer.task)
+        for texts in (trainer.answers, [answer.text for answer in server.answers])
     )
     groups = [row.group for row in rows]
     before, after = sum_by_group(ours.columns, groups), sum_by_group(theirs.columns, groups)
     change = estimate_difference(
         before, after, ours.statistic, evaluate.confidence, evaluate.resamples, evaluate.seed, ours.scale
     )
-    differ = sum(answer.prompt_tokens != count for answer, count in zip(served, prompt_tokens, strict=True))
+    pairs = list(zip(trainer.answers, trainer.prompt_tokens, server.answers, strict=True))
+    differ = sum(answer.prompt_tokens != count for _, count, answer in pairs)
     limit = params.services.parity.max_exact_match_loss
     reasons = []
-    if not same_template:
+    if server.template_sha256 != trainer.template_sha256:
         reasons.append("the server's chat template is not the trainer's")
     if differ:
         reasons.append(f"{differ} of {len(rows)} prompts have a different number of tokens on the server")
     if change.value < -limit - 1e-12:
         reasons.append(f"exact match falls by {-change.value:.4f}, and the limit is {limit}")
     return ParityReport(
-        version=version,
+        version=server.version,
         agrees=not reasons,
         rows=len(rows),
         trainer_exact_match=float(ours.by_row().mean()),
         served_exact_match=float(theirs.by_row().mean()),
         exact_match=change,
-        same_answers=sum(t == s.text for t, s in zip(trainer, served, strict=True)) / len(rows),
+        same_answers=sum(text == answer.text for text, _, answer in pairs) / len(rows),
         templates_differ=differ,
         reasons=tuple(reasons),
     )
@@ -182,16 +220,8 @@ def compare_with_server(url: str, model: str | None, params: Params, root: Path 
         InputError: scipy is missing, the pipeline has not been evaluated, the server serves another model
             than the one evaluated, or it cannot be reached.
     """
-    import pyarrow.parquet as pq
-
     _check_scipy()
-    kept = root / artifacts("evaluate") / "predictions.parquet"
-    if not kept.exists():
-        raise missing(artifacts("evaluate") / "predictions.parquet")
-    table = pq.read_table(kept, columns=["id", "tuned"]).to_pydict()
-    trainer = dict(zip(table["id"], table["tuned"], strict=True))
-    rows = [row for row in read_rows(root / artifacts("split") / "test.parquet") if row.id in trainer]
-    rows = rows[: params.services.parity.max_rows]
+    trainer = read_trainer_side(root, params.services.parity.max_rows)
     key = os.environ.get("PERENNIAL_API_KEY")
     about = asyncio.run(fetch_model(url, model, key))
     expected = read_json(root / artifacts("export") / "serving.json")["version"]
@@ -200,19 +230,10 @@ def compare_with_server(url: str, model: str | None, params: Params, root: Path 
             f"{url} serves version {about['version']}, and the evaluated version is {expected}",
             f"select that version: --model NAME:{expected}",
         )
-    tokenizer = load_tokenizer(root / artifacts("fetch_base"))
     limit = read_json(root / reports("evaluate") / "metrics.json")["answer_limit_tokens"]
-    served = asyncio.run(ask_all(url, model, rows, limit, params.services.parity.concurrency, key))
-    return compare(
-        rows,
-        [trainer[row.id] for row in rows],
-        served,
-        [len(encode_prompt(tokenizer, row.prompt)) for row in rows],
-        about["template_sha256"] == hash_template(tokenizer),
-        expected,
-        params,
-        read_task(root),
-    )
+    concurrency = params.services.parity.concurrency
+    answers = asyncio.run(ask_all(url, model, trainer.rows, limit, concurrency, key))
+    return compare(trainer, ServerSide(expected, about["template_sha256"], tuple(answers)), params)
 
 
 def _check_scipy() -> None:

@@ -32,7 +32,6 @@ from stages.common.artifacts import (
     STATE,
     artifacts,
     atomic_write,
-    missing,
     read_json,
     reports,
     write_json,
@@ -42,7 +41,6 @@ from stages.common.params.loading import Params
 from stages.common.params.loop import GateSettings
 from stages.common.records import Row, format_canonical_json, read_rows
 from stages.common.tag import Tag
-from stages.common.task.kinds import read_task
 from stages.common.task.protocol import Task
 
 GATE = STATE / "gate"
@@ -140,15 +138,15 @@ def evaluate_candidate(root: Path, params: Params, tag: str, production: Path | 
     if champion is not None:
         get_version(champion)
     folder = production / GATE / Tag.parse(tag).version
-    trainer, task = _Trainer.read(root, params.services.parity.max_rows), read_task(root)
-    gate = params.flows.retrain.gate
+    trainer = parity.read_trainer_side(root, params.services.parity.max_rows)
+    gate, task = params.flows.retrain.gate, trainer.task
     longest = params.services.answers.default_max_tokens
     new = read_new_test(root, production, task, gate, longest) if champion else None
     old = read_old_test(root, production, champion, task, gate) if champion else None
     tests = {"parity": EvalSet(trainer.rows, _read_answer_limit(root), {})}
     tests |= {name: test for name, test in (("new", new), ("old", old)) if test}
     answers = _answers(production, params, tag, champion, tests, folder / "answers.json")
-    verdict = trainer.compare(answers, params, tag)
+    verdict = parity.compare(trainer, _read_server_side(trainer, answers, tag), params)
     write_json(production / reports("parity") / f"{verdict.version}.json", asdict(verdict))
     write_json(folder / "parity.json", asdict(verdict))
     card = find_card_problems(root)
@@ -203,54 +201,10 @@ def read_old_test(root: Path, production: Path, champion: str, task: Task, setti
     return _sample(kept, settings, _read_answer_limit(root), excluded)
 
 
-@dataclass(frozen=True, slots=True)
-class _Trainer:
-    """The trainer's side of the comparison with the server: rows, answers, prompt lengths."""
-
-    rows: tuple[Row, ...]
-    answers: tuple[str, ...]
-    prompt_tokens: tuple[int, ...]
-    template: str
-    task: Task
-
-    @classmethod
-    def read(cls, root: Path, max_rows: int | None) -> _Trainer:
-        import pyarrow.parquet as pq
-
-        from stages.common.chat.template import encode_prompt, hash_template
-        from stages.common.model.loading import load_tokenizer
-
-        kept = artifacts("evaluate") / "predictions.parquet"
-        if not (root / kept).exists():
-            raise missing(kept)
-        table = pq.read_table(root / kept, columns=["id", "tuned"]).to_pydict()
-        answers = dict(zip(table["id"], table["tuned"], strict=True))
-        rows = [row for row in read_rows(root / artifacts("split") / "test.parquet") if row.id in answers]
-        rows = rows[:max_rows]
-        tokenizer = load_tokenizer(root / artifacts("fetch_base"))
-        return cls(
-            tuple(rows),
-            tuple(answers[row.id] for row in rows),
-            tuple(len(encode_prompt(tokenizer, row.prompt)) for row in rows),
-            hash_template(tokenizer),
-            read_task(root),
-        )
-
-    def compare(self, answers: Mapping[str, Any], params: Params, tag: str) -> parity.ParityReport:
-        served = [
-            parity.ServedAnswer(answer["candidate"], answer["prompt_tokens"])
-            for answer in (answers["parity"][row.id] for row in self.rows)
-        ]
-        return parity.compare(
-            self.rows,
-            self.answers,
-            served,
-            self.prompt_tokens,
-            answers["template_sha256"] == self.template,
-            Tag.parse(tag).version,
-            params,
-            self.task,
-        )
+def _read_server_side(trainer: parity.TrainerSide, answers: Mapping[str, Any], tag: str) -> parity.ServerSide:
+    kept = (answers["parity"][row.id] for row in trainer.rows)
+    served = tuple(parity.ServedAnswer(one["candidate"], one["prompt_tokens"]) for one in kept)
+    return parity.ServerSide(Tag.parse(tag).version, answers["template_sha256"], served)
 
 
 def _check_candidate(root: Path, tag: str) -> None:
