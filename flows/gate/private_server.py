@@ -23,26 +23,25 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 import services
 from flows.common import processes
 from services.versions.aliases import ALIASES, Aliases, Challenger, write_aliases
 from stages.common import network
 from stages.common.artifacts import STATE, read_json, write_json, write_text
 from stages.common.errors import InputError
+from stages.common.locks import hold_lock, try_file_lock
 from stages.common.logs import QUIET_ENVIRONMENT
 from stages.common.params.loading import Params
 
 PREFIX = "gate-service-"  # of each server's folder below .perennial
 OWNER = "owner.json"
+LOCK = "owner.lock"
 LOG = STATE / "logs" / "gate-service.log"
 CODE = Path(services.__file__).resolve().parents[1]  # the folder that holds `services` and `stages`
 START_WITHIN_S = 600.0  # to load two versions on a busy machine
 POLL_S = 0.2
 LOG_EVERY_S = 10.0
 STOP_PATIENCE_S = 15.0
-SAME_START_S = 1.0  # processes with equal ids that started further apart are different processes
 LAST_LINES = 15  # of the log, in the error when the server does not start
 MAX_MESSAGES = 1000  # of a conversation, so that no test row is rejected for its length
 
@@ -76,9 +75,8 @@ def serve(root: Path, params: Params, candidate: str, champion: str | None) -> I
     """
     end_leftovers(root)
     run_id = uuid.uuid4().hex
-    folder = make_folder(root, params, candidate, champion, run_id)
     port = network.free_port()
-    with processes.run_watchdog(run_id):
+    with own_folder(root, params, candidate, champion, run_id) as folder, processes.run_watchdog(run_id):
         process = _start(folder, root / LOG, run_id, port)
         try:
             url = f"http://127.0.0.1:{port}"
@@ -86,19 +84,28 @@ def serve(root: Path, params: Params, candidate: str, champion: str | None) -> I
             yield PrivateServer(url, candidate, champion, process.pid)
         finally:
             _stop(process, run_id)
-            shutil.rmtree(folder, ignore_errors=True)
 
 
-def make_folder(root: Path, params: Params, candidate: str, champion: str | None, run_id: str) -> Path:
-    """Create the server's working folder with its alias file and parameters; return the folder."""
+@contextmanager
+def own_folder(
+    root: Path, params: Params, candidate: str, champion: str | None, run_id: str
+) -> Iterator[Path]:
+    """Create the server's working folder with its alias file and parameters; remove it after the block.
+
+    It is locked as long as its owner lives: the kernel knows, whatever happens to clocks and process numbers.
+    """
     (root / STATE).mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=root / STATE)).resolve()
-    # Written first: a folder without an owner is one whose creation was killed.
-    write_json(folder / OWNER, {"run_id": run_id, **_identity(psutil.Process())})
-    other = Challenger(champion, 0.0, "canary") if champion else None
-    write_aliases(folder / ALIASES, Aliases(candidate, other))
-    write_text(folder / "params.yaml", format_private_params(params, folder))
-    return folder
+    with hold_lock(folder / LOCK):
+        try:
+            # Written first: a folder without an owner is one whose creation was killed.
+            write_json(folder / OWNER, {"run_id": run_id, "pid": os.getpid()})
+            other = Challenger(champion, 0.0, "canary") if champion else None
+            write_aliases(folder / ALIASES, Aliases(candidate, other))
+            write_text(folder / "params.yaml", format_private_params(params, folder))
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def format_private_params(params: Params, folder: Path) -> str:
@@ -144,28 +151,18 @@ def end_leftovers(root: Path) -> int:
             owner: dict[str, Any] = read_json(folder / OWNER)
         except InputError:
             # A folder that is being created has no owner yet; it is left alone.
+            # By the clock alone: there is no lock yet. One that was set takes an empty folder at most.
             if time.time() - folder.stat().st_mtime > START_WITHIN_S:
                 shutil.rmtree(folder, ignore_errors=True)
             continue
-        if _lives(owner):
-            continue
+        with try_file_lock(folder / LOCK) as is_free:
+            if not is_free:
+                continue
         if processes.terminate_orphans(owner["run_id"]):
             logger.warning("ended a private server that a killed gate (pid %d) left running", owner["pid"])
         shutil.rmtree(folder, ignore_errors=True)
         ended += 1
     return ended
-
-
-def _identity(process: psutil.Process) -> dict[str, Any]:
-    # The process id alone is not enough: ids are reused.
-    return {"pid": process.pid, "created": process.create_time()}
-
-
-def _lives(owner: dict[str, Any]) -> bool:
-    try:
-        return bool(abs(psutil.Process(owner["pid"]).create_time() - owner["created"]) < SAME_START_S)
-    except psutil.Error:
-        return False
 
 
 def _start(folder: Path, log: Path, run_id: str, port: int) -> subprocess.Popen[bytes]:

@@ -292,17 +292,22 @@ def test_the_private_server_has_files_of_its_own_and_no_user_limits(tmp_path):
     finetune = SHIPPED.finetune.model_copy(update={"learning_rate": 1e-5})  # which YAML would read as a word
     services = SHIPPED.services.model_copy(update={"access": access, "guard": limits})
     params = SHIPPED.model_copy(update={"services": services, "finetune": finetune})
-    folder = private_server.make_folder(tmp_path, params, NEW, OLD, "id")
-    found = load_params(folder / "params.yaml")
-    assert read_aliases(folder / ALIASES) == Aliases(NEW, Challenger(OLD, 0.0, "canary"))
-    assert not (tmp_path / ALIASES).exists()
+    with private_server.own_folder(tmp_path, params, NEW, OLD, "id") as folder:
+        found = load_params(folder / "params.yaml")
+        assert read_aliases(folder / ALIASES) == Aliases(NEW, Challenger(OLD, 0.0, "canary"))
+    assert not folder.exists() and not (tmp_path / ALIASES).exists()
     assert found.services.events.url == f"sqlite:///{folder}/events.db"
     assert (found.services.access.keys, found.services.access.requests_per_minute) == ("auto", None)
     assert (found.services.guard.secrets, found.services.guard.toxicity) == ("record", "off")
     assert found.finetune.learning_rate == 1e-5
-    assert private_server.end_leftovers(tmp_path) == 0 and folder.exists(), "its owner lives"
-    write_json(folder / "owner.json", read_json(folder / "owner.json") | {"created": 1.0})
-    assert private_server.end_leftovers(tmp_path) == 1 and not folder.exists()
+
+
+def test_the_folder_of_a_private_server_is_its_owners_as_long_as_it_lives(tmp_path):
+    with private_server.own_folder(tmp_path, SHIPPED, NEW, OLD, "id") as folder:
+        assert private_server.end_leftovers(tmp_path) == 0 and folder.exists()
+        left = shutil.copytree(folder, folder.with_name(f"{folder.name}-killed"))  # which no one holds
+        assert private_server.end_leftovers(tmp_path) == 1
+        assert folder.exists() and not left.exists()
 
 
 def test_the_private_server_runs_without_vllm_which_has_an_environment_of_its_own(tmp_path):
@@ -449,7 +454,7 @@ def test_a_killed_gate_leaves_no_server_running(project):
         run_id = read_json(folder / "owner.json")["run_id"]
         assert len(processes.find_orphans(run_id)) >= 2, "BentoML's parent and its worker"
         owner.send_signal(signal.SIGKILL)
-    until = time.monotonic() + 30
+    until = time.monotonic() + 120
     while processes.find_orphans(run_id) and time.monotonic() < until:
         time.sleep(0.2)
     assert processes.find_orphans(run_id) == []
