@@ -48,6 +48,7 @@ from stages.common.errors import InputError
 from stages.common.logs import set_quiet_environment
 from stages.common.model.loading import load_tokenizer
 from stages.common.params.loading import load_params
+from stages.common.parent import end_with_parent
 from stages.common.records import Message
 from stages.common.task.kinds import make_task
 
@@ -88,14 +89,19 @@ def load_model(tag: str) -> LoadedModel:
     return LoadedModel(files, tokenizer, engine)
 
 
-def terminate_server() -> None:
-    """Terminate BentoML's parent process, which would restart this one endlessly with the same error.
+def find_server() -> psutil.Process | None:
+    """Return BentoML's parent process, which starts this one again when it ends; None without one.
 
     Known by this process's own module: a parent may rename itself, and does where setproctitle is installed.
     """
-    module, parent = sys.modules["__main__"].__spec__, psutil.Process().parent()
-    if parent is not None and module is not None and module.name == WORKER:
-        parent.terminate()
+    module = sys.modules["__main__"].__spec__
+    return psutil.Process().parent() if module is not None and module.name == WORKER else None
+
+
+def terminate_server() -> None:
+    """Terminate BentoML's parent process, which would restart this one endlessly with the same error."""
+    if (server := find_server()) is not None:
+        server.terminate()
 
 
 def stop_loading_on_sigterm(pool: ModelPool) -> None:
@@ -154,6 +160,8 @@ class Generation:
     @bentoml.on_startup
     async def start(self) -> None:
         """Start loading the champion: the process is live at once, and ready once the model answers."""
+        if (server := find_server()) is not None:
+            end_with_parent(server.pid)  # else this one would keep the port, and no one could end it by name
         try:
             check_gpus(SETTINGS.engine)
             served = await asyncio.to_thread(

@@ -28,6 +28,7 @@ from stages.common.artifacts import write_json, write_text
 from stages.common.errors import InputError
 from stages.common.logs import set_quiet_environment
 from stages.common.params.loading import load_params
+from stages.common.parent import end_with_parent, make_parent_variable
 from stages.common.repository.git import read_git
 from stages.common.tag import Tag
 
@@ -226,6 +227,7 @@ def _describe(champion: str, engine: str) -> str:
 def _run_build(folder: Path, spec: BentoSpec) -> str:
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [sys.executable, "-c", BUILD, json.dumps(asdict(spec))]
+    clean |= make_parent_variable()
     built = subprocess.run(command, cwd=folder, env=clean, stdout=subprocess.PIPE, text=True)
     if built.returncode:
         raise InputError(
@@ -236,6 +238,7 @@ def _run_build(folder: Path, spec: BentoSpec) -> str:
 
 def build_staged(spec_json: str) -> None:
     """Build the Bento from the working directory, and print its tag."""
+    end_with_parent()
     set_quiet_environment()
     import bentoml
 

@@ -7,6 +7,7 @@ continued by the next: the run counts as finished only when its version is regis
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -45,6 +46,7 @@ from stages.common.escaping import escape_markdown
 from stages.common.locks import hold_lock
 from stages.common.model.adapter import list_adapter_files
 from stages.common.params.loading import Params
+from stages.common.parent import make_parent_variable
 from stages.common.repository.dvc_lock import LOCK
 
 if TYPE_CHECKING:
@@ -136,6 +138,7 @@ def verify_candidate(registry: Registry, candidate: Candidate) -> None:
                 timeout=VERIFY_TIMEOUT_S,
                 check=False,
                 cwd=Path(__file__).parents[2],
+                env={**os.environ, **make_parent_variable()},
             )
         except subprocess.TimeoutExpired:
             raise InputError(

@@ -16,6 +16,7 @@ from stages.common.chat.template import encode_prompt
 from stages.common.errors import InputError
 from stages.common.logs import run_stage
 from stages.common.model.loading import load_base, load_tokenizer, pick_device, pick_dtype
+from stages.common.parent import end_with_parent
 from stages.common.records import read_rows
 
 
@@ -63,6 +64,7 @@ def compare(base: Path, trained: Path, reloaded: Path, prompts: Sequence[Sequenc
 
 def main() -> None:
     """Compare two adapters, and print how much they change."""
+    end_with_parent()
     parser = argparse.ArgumentParser(prog="python -m flows.registry.verify_adapter")
     for name in ("base", "trained", "reloaded", "rows"):
         parser.add_argument(f"--{name}", type=Path, required=True)

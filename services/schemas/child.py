@@ -22,6 +22,7 @@ from services.engines.grammar import Grammar, compile_schema
 from services.engines.protocol import SchemaUnsupported
 from services.guard.checks import check_schema
 from stages.common.errors import InputError
+from stages.common.parent import end_with_parent
 
 NICENESS = 5  # answers come before the trial of a schema
 MAX_MIB = 512  # memory that one job may take
@@ -71,6 +72,7 @@ def limit(cpu_s: float) -> Any:
 
 def main() -> None:
     """Do jobs until the input ends, which it does with the service."""
+    end_with_parent()  # in the middle of a job, too, when the input's end would not be seen
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the service decides when this ends
     os.nice(NICENESS)
     output = os.fdopen(os.dup(1), "w", encoding="utf-8")

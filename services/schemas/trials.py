@@ -23,6 +23,7 @@ from typing import Any
 from services.engines.protocol import QueueFull, SchemaUnsupported
 from services.guard.checks import GuardDecision
 from services.schemas.bounds import check_bounds
+from stages.common.parent import make_parent_variable
 
 MAX_WAITING = 64  # jobs that wait for a process; more are refused
 MAX_VERDICTS = 1024  # schemas whose verdict is remembered
@@ -152,7 +153,7 @@ class _Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, **make_parent_variable(), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         )
 
     def has_ended(self) -> bool:

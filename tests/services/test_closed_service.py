@@ -5,8 +5,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import httpx
+import psutil
 import pytest
 
 from stages.common import network
@@ -16,10 +18,9 @@ from tests.services.tiny_checkout import make_checkout
 SECRET = "zoe@example.com 4111111111111111"
 
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory):
-    """Yield the service's address and its log; twenty requests a minute are allowed from one address."""
-    folder = tmp_path_factory.mktemp("service")
+@contextmanager
+def served(folder):
+    """Run the service in a checkout of its own, as `make serve` does; yield its process, address and log."""
     root = make_checkout(folder, {"requests_per_minute: null": "requests_per_minute: 20"})
     port, log = network.free_port(), folder / "log"
     environment = {
@@ -39,10 +40,29 @@ def service(tmp_path_factory):
         while (answer := network.get(f"{url}/readyz")) is None or answer[0] != 200:
             assert process.poll() is None and time.monotonic() < until, log.read_text()
             time.sleep(0.2)
-        yield url, log
+        yield process, url, log
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory):
+    """Yield the service's address and its log; twenty requests a minute are allowed from one address."""
+    with served(tmp_path_factory.mktemp("service")) as (_, url, log):
+        yield url, log
+
+
+@pytest.mark.slow
+def test_the_worker_ends_when_bentomls_parent_process_is_killed(tmp_path):
+    with served(tmp_path) as (process, url, _):
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert children
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        _, alive = psutil.wait_procs(children, timeout=120)
+        assert alive == []
+        assert network.get(f"{url}/livez") is None
 
 
 @pytest.mark.slow
