@@ -135,7 +135,7 @@ def trial(scenario: Scenario, seed: int) -> int | None:
         old = [replace(one, at=min(one.at, 0.0)) for one in old]
         others = users if scenario.same_users else rng.random(users.shape)
         new = _drawn(rng, others, scenario.rates, "u" if scenario.same_users else "n", needed, 0.0)
-    done, comparison = 0, Trial(scenario.kind, "m:new", "m:old", 0.0, needed, SETTLE_S)
+    done, comparison = 0, Trial(scenario.kind, "m:new", "m:old", 0.0, 0.0, 0.0, needed, SETTLE_S)
     for share in ANALYSES:
         now = new[math.ceil(share * needed) - 1].at + SETTLE_S
         ours, theirs = ([one for one in side if one.at < now] for side in (new, old))

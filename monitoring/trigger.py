@@ -7,23 +7,35 @@ exactly what is missing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from monitoring.verdicts import DriftVerdict, TriggerDecision
 from stages.common.params.loop import TriggerSettings
 
-__all__ = ["TriggerDecision", "decide", "find_drift_start"]
+__all__ = ["Readiness", "TriggerDecision", "decide", "find_drift_start"]
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """What a retraining needs besides drift.
+
+    Attributes:
+        labelled_rows: rows that it could learn from; left_out: why there are not more, in words.
+        since_retraining_s: since the end of the last one, whatever came of it; None if there was none.
+        running: one is under way.
+        pinned: the champion is held by hand; a text is the reason.
+    """
+
+    labelled_rows: int
+    since_retraining_s: float | None
+    running: bool
+    pinned: str | bool | None
+    left_out: str = ""
 
 
 def decide(
-    verdicts: Sequence[DriftVerdict],
-    labelled_rows: int,
-    last_retraining_at: float | None,
-    running: bool,
-    pinned: str | bool | None,
-    settings: TriggerSettings,
-    now: float,
-    left_out: str = "",
+    verdicts: Sequence[DriftVerdict], readiness: Readiness, settings: TriggerSettings, now: float
 ) -> TriggerDecision:
     """Return whether a retraining starts.
 
@@ -33,12 +45,7 @@ def decide(
     Args:
         verdicts: on the windows of the champion that serves now, oldest first. Windows that were not judged
             neither count nor break a row of drifted ones.
-        labelled_rows: rows that a retraining could learn from.
-        last_retraining_at: unix s of the end of the last one, whatever came of it; None if there was none.
-        running: a retraining is under way.
-        pinned: the champion is held by hand; a text is the reason.
         now: unix s.
-        left_out: why there are not more labelled rows, in words.
     """
     recent = _recent(verdicts, settings)
     drifted = [verdict for verdict in recent if _counts(verdict, settings)]
@@ -51,18 +58,18 @@ def decide(
         windows = "window" if missing == 1 else "windows"
         return TriggerDecision(False, seen, (f"{missing} more drifted {windows} of the next ones",))
     needs = []
-    if labelled_rows < settings.min_labelled_rows:
-        lacking = settings.min_labelled_rows - labelled_rows
-        why = f" ({left_out})" if left_out else ""
+    if readiness.labelled_rows < settings.min_labelled_rows:
+        lacking = settings.min_labelled_rows - readiness.labelled_rows
+        why = f" ({readiness.left_out})" if readiness.left_out else ""
         needs.append(f"{lacking:,} more labelled {'row' if lacking == 1 else 'rows'}{why}")
-    if last_retraining_at is not None:
-        until = last_retraining_at + settings.cooldown_hours * 3600.0
-        if now < until:
-            needs.append(f"cooldown until {_clock(until, now)}")
-    if running:
+    if readiness.since_retraining_s is not None:
+        left_s = settings.cooldown_hours * 3600.0 - readiness.since_retraining_s
+        if left_s > 0:
+            needs.append(f"cooldown until {_clock(now + left_s, now)}")
+    if readiness.running:
         needs.append("the running retraining to end")
-    if pinned:
-        reason = f" ({pinned})" if isinstance(pinned, str) else ""
+    if readiness.pinned:
+        reason = f" ({readiness.pinned})" if isinstance(readiness.pinned, str) else ""
         needs.append(f"the champion to be unpinned{reason}: perennial release unpin")
     return TriggerDecision(not needs, seen, tuple(needs))
 

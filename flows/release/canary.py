@@ -14,12 +14,12 @@ by when it is run.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from flows.common.clock import Moment, compute_elapsed_s, read_moment
 from flows.release.comparison import CanaryCriterion, compare
 from flows.release.outcomes import RequestOutcome, read_last_outcomes, read_outcomes, resolve_store_url
 from services.versions.aliases import ALIASES, read_aliases
@@ -43,6 +43,8 @@ class Trial:
     Attributes:
         baseline: tag of the version it is compared with.
         since: start of the canary, or of the version's time as champion, unix s.
+        start: requests from then on count; before `since` if the clock was set back.
+        waited_s: how long a canary has run, whatever the clock says; 0 for a bake period, which has no end.
         needed: requests of the version to wait for.
         settle_s: wait for feedback on the last request of an analysis.
     """
@@ -51,6 +53,8 @@ class Trial:
     tag: str
     baseline: str
     since: float
+    start: float
+    waited_s: float
     needed: int
     settle_s: float
 
@@ -62,6 +66,7 @@ class CanaryVerdict:
     Attributes:
         requests, baseline_requests: answered by the version, and by its baseline.
         timed_out: too few users came in time, and flows.retrain.canary.on_timeout decided.
+        start: see `Trial`; began: the first look at a canary.
         analyses: how many of `ANALYSES` were done.
         alpha: of all analyses together.
     """
@@ -80,6 +85,8 @@ class CanaryVerdict:
     alpha: float
     criteria: tuple[CanaryCriterion, ...]
     summary: str
+    start: float | None = None
+    began: Moment | None = None
 
 
 def judge_canary(
@@ -93,17 +100,28 @@ def judge_canary(
     Raises:
         InputError: there is no challenger, or the event store cannot be read.
     """
-    now = time.time() if now is None else now
+    moment = read_moment(now)
     aliases = read_aliases(root / ALIASES)
     challenger = aliases.challenger
     if challenger is None or challenger.since is None or aliases.champion is None:
         raise InputError("no version is in canary", "perennial release canary TAG --reason TEXT")
-    since = challenger.since
-    trial = Trial("canary", challenger.tag, aliases.champion, since, settings.min_requests, settle_s)
+    known = _read_known(root, challenger.tag, "canary", challenger.since)
+    began = _find_beginning(known, challenger.since, moment)
+    trial = Trial(
+        "canary",
+        challenger.tag,
+        aliases.champion,
+        challenger.since,
+        _find_start(known, challenger.since, moment),
+        compute_elapsed_s(began, moment),
+        settings.min_requests,
+        settle_s,
+    )
     url = resolve_store_url(root, url)
-    new = list(read_outcomes(url, since, now, trial.tag, "challenger"))
-    old = list(read_outcomes(url, since, now, trial.baseline, "champion"))
-    return _write(root, analyse(trial, new, old, settings, now, _count_analyses(root, trial)))
+    new = list(read_outcomes(url, trial.start, moment.at, trial.tag, "challenger"))
+    old = list(read_outcomes(url, trial.start, moment.at, trial.baseline, "champion"))
+    verdict = analyse(trial, new, old, settings, moment.at, _count_analyses(known))
+    return _write(root, replace(verdict, began=began))
 
 
 def judge_bake(
@@ -119,19 +137,38 @@ def judge_bake(
     Raises:
         InputError: the event store cannot be read.
     """
-    now = time.time() if now is None else now
+    moment = read_moment(now)
     aliases = read_aliases(root / ALIASES)
     champion, replaced, since = aliases.champion, aliases.replaced, aliases.champion_since
     if champion is None or replaced is None or since is None or not settings.bake_requests:
         return None
-    known = _read(root, champion).get("bake")
-    if known is not None and known["since"] == since and known["state"] == "good":
+    known = _read_known(root, champion, "bake", since)
+    if known is not None and known["state"] == "good":
         return None
-    trial = Trial("bake", champion, replaced, since, settings.bake_requests, settle_s)
+    start = _find_start(known, since, moment)
+    trial = Trial("bake", champion, replaced, since, start, 0.0, settings.bake_requests, settle_s)
     url = resolve_store_url(root, url)
-    new = list(read_outcomes(url, since, now, champion, "champion", settings.bake_requests))
+    new = list(read_outcomes(url, trial.start, moment.at, champion, "champion", trial.needed))
     old = read_last_outcomes(url, since, replaced, len(new))
-    return _write(root, analyse(trial, new, old, settings, now, _count_analyses(root, trial)))
+    return _write(root, analyse(trial, new, old, settings, moment.at, _count_analyses(known)))
+
+
+def _read_known(root: Path, tag: str, kind: Kind, since: float) -> dict[str, Any] | None:
+    """Return what the last look at a trial wrote; None at the first look."""
+    known: dict[str, Any] | None = _read(root, tag).get(kind)
+    return known if known is not None and known["since"] == since else None
+
+
+def _find_start(known: dict[str, Any] | None, since: float, now: Moment) -> float:
+    """Return from when on requests count: since the trial began, or since the clock was set back."""
+    earlier = known.get("start") if known else None
+    return min(since, now.at, since if earlier is None else earlier)
+
+
+def _find_beginning(known: dict[str, Any] | None, since: float, now: Moment) -> Moment:
+    """Return the first look at a trial: it comes within seconds, and its clock is one that nobody sets."""
+    began = known.get("began") if known else None
+    return Moment(**began) if began else replace(now, at=min(since, now.at))
 
 
 def analyse(
@@ -154,6 +191,7 @@ def analyse(
         kind=trial.kind,
         state="wait",
         since=trial.since,
+        start=trial.start,
         made_at=now,
         requests=len(new),
         needed=trial.needed,
@@ -177,7 +215,7 @@ def analyse(
             verdict = replace(blank, state="good", analyses=len(ANALYSES), summary=summary)
         if verdict.state == "bad":
             return verdict
-    timed_out = trial.kind == "canary" and now - trial.since > 60.0 * settings.max_minutes
+    timed_out = trial.kind == "canary" and trial.waited_s > 60.0 * settings.max_minutes
     if verdict.state == "wait" and timed_out:
         return _decide_at_timeout(verdict, new, old, settings, now)
     return verdict
@@ -252,12 +290,9 @@ def _decide_at_timeout(
     return replace(verdict, state=state, timed_out=True, summary=summary)
 
 
-def _count_analyses(root: Path, trial: Trial) -> int:
-    """Return how many analyses of this trial its report has."""
-    known = _read(root, trial.tag).get(trial.kind)
-    if known is None or known["since"] != trial.since or known["state"] != "wait":
-        return 0
-    return int(known["analyses"])
+def _count_analyses(known: dict[str, Any] | None) -> int:
+    """Return how many analyses of a trial its report has."""
+    return int(known["analyses"]) if known is not None and known["state"] == "wait" else 0
 
 
 def read_trials(root: Path, tag: str) -> list[CanaryVerdict]:
@@ -268,13 +303,16 @@ def read_trials(root: Path, tag: str) -> list[CanaryVerdict]:
     """
     found = [values for values in map(_read(root, tag).get, ("canary", "bake")) if values]
     try:
-        return [
-            CanaryVerdict(**{**one, "criteria": tuple(CanaryCriterion(**each) for each in one["criteria"])})
-            for one in found
-        ]
+        return [_make_verdict(one) for one in found]
     except (KeyError, TypeError) as error:
         path = Tag.parse(tag).report("canary")
         raise InputError(f"{path} is not a canary report: {error!r}", "remove it") from None
+
+
+def _make_verdict(values: dict[str, Any]) -> CanaryVerdict:
+    criteria = tuple(CanaryCriterion(**each) for each in values["criteria"])
+    began = values.get("began")
+    return CanaryVerdict(**{**values, "criteria": criteria, "began": Moment(**began) if began else None})
 
 
 def _read(root: Path, tag: str) -> dict[str, Any]:

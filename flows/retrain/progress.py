@@ -9,13 +9,15 @@ lock belongs to a retraining that was killed, and the next one continues it.
 from __future__ import annotations
 
 import json
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from flows.common.clock import Moment, compute_elapsed_s, read_moment
 from stages.common.artifacts import STATE, read_json, write_json, write_text
 from stages.common.errors import InputError
 from stages.common.locks import try_file_lock
@@ -25,6 +27,8 @@ Outcome = Literal["promoted", "rejected", "unchanged", "abandoned"]
 RECORD = STATE / "retrain.json"
 HISTORY = STATE / "retrainings.jsonl"
 STEPS: tuple[Step, ...] = ("gather", "train", "record", "gate", "canary")
+
+logger = logging.getLogger("flows.retrain.progress")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,7 @@ class RetrainState:
 
 @dataclass(frozen=True, slots=True)
 class RetrainResult:
-    """How a retraining ended, `at` in unix s."""
+    """How a retraining ended, `at` in unix s; `ended` is the same by a clock that nobody sets."""
 
     id: str
     at: float
@@ -63,6 +67,7 @@ class RetrainResult:
     summary: str
     champion: str | None
     candidate: str | None
+    ended: Moment | None = None
 
 
 @contextmanager
@@ -117,11 +122,11 @@ def read_state(root: Path) -> RetrainState | None:
 
 def finish(root: Path, state: RetrainState, outcome: Outcome, summary: str) -> RetrainResult:
     """Append the result of a retraining to the history and remove its state."""
-    result = RetrainResult(state.id, time.time(), outcome, summary, state.champion, state.candidate)
+    ended = read_moment()
+    result = RetrainResult(state.id, ended.at, outcome, summary, state.champion, state.candidate, ended)
     before = read_history(root)
     if not any(one.id == result.id for one in before):  # killed between the two files
-        lines = [json.dumps(asdict(one), sort_keys=True) + "\n" for one in (*before, result)]
-        write_text(root / HISTORY, "".join(lines))
+        _write_history(root, [*before, result])
     (root / RECORD).unlink(missing_ok=True)
     return result
 
@@ -135,8 +140,39 @@ def read_history(root: Path) -> list[RetrainResult]:
     path = root / HISTORY
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     try:
-        return [RetrainResult(**json.loads(line)) for line in lines]
+        return [_read_result(line) for line in lines]
     except (ValueError, TypeError) as error:
         raise InputError(
             f"{path} is not a history of retrainings ({error})", "remove the broken line"
         ) from None
+
+
+def _read_result(line: str) -> RetrainResult:
+    values = json.loads(line)
+    ended = values.get("ended")
+    return RetrainResult(**{**values, "ended": Moment(**ended) if ended else None})
+
+
+def _write_history(root: Path, results: Sequence[RetrainResult]) -> None:
+    write_text(root / HISTORY, "".join(json.dumps(asdict(one), sort_keys=True) + "\n" for one in results))
+
+
+def measure_pause(root: Path, now: Moment) -> float | None:
+    """Return the seconds since the last retraining ended; None if there was none.
+
+    An end in the future is moved to now, once: the clock was wrong then, and no pause should last until it
+    is right again.
+
+    Raises:
+        InputError: the history cannot be read.
+    """
+    results = read_history(root)
+    if not results:
+        return None
+    last = results[-1]
+    ended = last.ended or Moment(last.at, "", 0.0)
+    if ended.at > now.at and (not ended.boot or ended.boot != now.boot):
+        logger.warning("the last retraining ended in the future: the clock was wrong; it counts from now on")
+        ended = now
+        _write_history(root, [*results[:-1], replace(last, at=now.at, ended=now)])
+    return compute_elapsed_s(ended, now)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from flows.common.guarded_task import read_guarded_task
+from flows.common.guarded_task import label_traffic
 from flows.gate.evaluation import keep_test_rows
 from flows.gate.judge import run_gate
 from flows.gate.verdict import read_verdict
@@ -72,18 +72,16 @@ def resume_or_start(
             return left
         progress.finish(root, left, "abandoned", f"{champion} became champion meanwhile")
     if since is None:
-        since = aliases.champion_since or 0.0
+        # Not after now, even if the clock was set back: no traffic would be new.
+        since = min(aliases.champion_since or 0.0, time.time())
     return progress.start(root, reason, verdict, champion, since)
 
 
 def gather(root: Path, params: Params, run: RetrainState) -> RetrainState:
     """Write the rows to learn, the rows held out for the gate, and the adapter to start from."""
     keep_test_rows(root)
-    task = read_guarded_task(root, params)
-    url, settings = params.services.events.url, params.monitoring.feedback
-    held_out = rows.read_held_out_before(root)
-    labelled = rows.label_rows(url, 0.0, run.until, settings, task, held_out)
-    recent = rows.label_rows(url, run.since, run.until, settings, task, held_out)
+    labelled = label_traffic(root, params, 0.0, run.until)
+    recent = label_traffic(root, params, run.since, run.until)
     rows.write_labelled(root, replace(labelled, holdout=recent.holdout))
     logger.info("%s", rows.format_report(labelled.report))
     _put_start(root, params, run.champion)

@@ -18,7 +18,8 @@ from prefect.client.schemas.objects import State
 from prefect.events import emit_event
 from prefect.states import Completed
 
-from flows.common.guarded_task import read_guarded_task
+from flows.common.clock import read_moment
+from flows.common.guarded_task import label_traffic
 from flows.common.notifications import notify
 from flows.common.prefect_api import run_as_task
 from flows.registry.tracking import Registry
@@ -105,8 +106,9 @@ def _watch(root: Path, params: Params) -> WatchResult:
     if regression is not None:
         summary = f"{champion} was rolled back: {regression}"
         return WatchResult(summary, rolled_back=champion, problems=tuple(problems))
+    now = time.time()
     reference = run_as_task(
-        "read_reference", lambda: read_reference(params.services.events.url, champion, params.monitoring)
+        "read_reference", lambda: read_reference(params.services.events.url, champion, params.monitoring, now)
     )
     if reference is None:
         wanted = params.monitoring.reference.rows
@@ -119,7 +121,7 @@ def _watch(root: Path, params: Params) -> WatchResult:
         reference,
         params.monitoring,
         lambda known: _decide(root, params, champion, known),
-        now=time.time(),
+        now=now,
         limit=params.flows.watch.max_windows,
     ):
         logger.info("%s %s", verdict.id, verdict.summary)
@@ -159,32 +161,23 @@ def _check_bake(root: Path, params: Params) -> str | None:
 def _decide(root: Path, params: Params, champion: str, known: Sequence[DriftVerdict]) -> TriggerDecision:
     """Decide whether the last verdict triggers a retraining; count labelled rows only if it may."""
     settings = params.monitoring.trigger
-    ended = progress.read_history(root)
+    now = read_moment()
+    since_retraining_s = progress.measure_pause(root, now)
 
     def decide(labelled_rows: int, left_out: str = "") -> TriggerDecision:
-        return trigger.decide(
-            known,
-            labelled_rows=labelled_rows,
-            last_retraining_at=ended[-1].at if ended else None,
-            running=progress.is_running(root),
-            pinned=read_aliases(root / ALIASES).pinned,
-            settings=settings,
-            now=time.time(),
-            left_out=left_out,
+        readiness = trigger.Readiness(
+            labelled_rows,
+            since_retraining_s,
+            progress.is_running(root),
+            read_aliases(root / ALIASES).pinned,
+            left_out,
         )
+        return trigger.decide(known, readiness, settings, now.at)
 
     # Reading all feedback takes longer than the verdict itself.
     if not decide(settings.min_labelled_rows).fires:
         return decide(0)
-    task_ = read_guarded_task(root, params)
-    report = rows.label_rows(
-        params.services.events.url,
-        0.0,
-        time.time(),
-        params.monitoring.feedback,
-        task_,
-        rows.read_held_out_before(root),
-    ).report
+    report = label_traffic(root, params, 0.0, now.at).report
     return decide(report["labelled_rows"], rows.summarise_exclusions(report))
 
 

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from monitoring.trigger import decide, find_drift_start
+from monitoring.trigger import Readiness, decide, find_drift_start
 from monitoring.verdicts import DriftTypeVerdict, DriftVerdict, Period
 from stages.common.params.loop import TriggerSettings
 
@@ -31,13 +31,11 @@ def window(place, *drifted, judged=True):
 def decided(verdicts, **changed):
     known = {
         "labelled_rows": 150,
-        "last_retraining_at": None,
+        "since_retraining_s": None,
         "running": False,
         "pinned": None,
-        "settings": SETTINGS,
-        "now": NOON,
     }
-    return decide(verdicts, **{**known, **changed})
+    return decide(verdicts, Readiness(**{**known, **changed}), SETTINGS, NOON)
 
 
 DRIFT = [window(1), window(2, "input"), window(3, "quality")]
@@ -81,9 +79,9 @@ def test_no_windows_at_all_is_no_drift():
         ({"labelled_rows": 77}, "23 more labelled rows"),
         ({"labelled_rows": 99}, "1 more labelled row"),
         ({"labelled_rows": 40, "left_out": "most said no more"}, "60 more labelled rows (most said no more)"),
-        ({"last_retraining_at": NOON - 9.5 * 3600}, "cooldown until 14:30 UTC"),
-        ({"last_retraining_at": NOON - 60}, "cooldown until 23:59 UTC"),
-        ({"last_retraining_at": NOON}, "cooldown until 2025-11-26 00:00 UTC"),
+        ({"since_retraining_s": 9.5 * 3600}, "cooldown until 14:30 UTC"),
+        ({"since_retraining_s": 60.0}, "cooldown until 23:59 UTC"),
+        ({"since_retraining_s": 0.0}, "cooldown until 2025-11-26 00:00 UTC"),
         ({"running": True}, "the running retraining to end"),
         ({"pinned": "audit"}, "the champion to be unpinned (audit): perennial release unpin"),
     ],
@@ -103,9 +101,8 @@ def test_everything_that_is_missing_is_said_at_once():
 
 
 def test_the_cooldown_ends_on_the_second():
-    ended = NOON - 12 * 3600
-    assert decided(DRIFT, last_retraining_at=ended).fires
-    assert not decided(DRIFT, last_retraining_at=ended + 1).fires
+    assert decided(DRIFT, since_retraining_s=12 * 3600).fires
+    assert not decided(DRIFT, since_retraining_s=12 * 3600 - 1).fires
 
 
 def test_new_traffic_begins_with_the_oldest_drifted_window_that_counts():

@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from flows.release import comparison
+from flows.common.clock import Moment
+from flows.release import canary, comparison
 from flows.release.canary import ANALYSES, Trial, analyse, judge_bake, judge_canary
 from flows.release.outcomes import RequestOutcome, read_outcomes
 from services.events import Exchange, Feedback, open_store
@@ -44,7 +45,8 @@ def traffic(count, *, users, start=0.0, step=1.0, bad=0.0, prefix="u", seed=0, f
 
 
 def judged(new, old, *, kind="canary", needed=100, now=6000.0, since=0.0, settings=SETTINGS):
-    return analyse(Trial(kind, NEW, OLD, since, needed, settle_s=5.0), new, old, settings, now)
+    trial = Trial(kind, NEW, OLD, since, since, waited_s=now - since, needed=needed, settle_s=5.0)
+    return analyse(trial, new, old, settings, now)
 
 
 def test_a_challenger_as_good_as_the_champion_is_good_once_enough_have_asked():
@@ -286,6 +288,16 @@ def voting(count, key, *, users, field, bad=True, start=0.0):
     ]
 
 
+def test_whose_votes_do_not_decide_is_told_of_all_keys():
+    honest = voting(80, "honest", users=80, field="thumb_down", bad=False)
+    honest[:3] = voting(3, "honest", users=3, field="thumb_down")
+    flood = voting(40, "mallory", users=40, field="thumb_down", start=200.0)
+    champion = voting(400, "honest", users=300, field="thumb_down", bad=False)
+    verdict = judged([*honest, *flood], champion, needed=120)
+    assert verdict.state == "good"
+    assert "(votes: 40 of the key mallory, 3 of the key honest)" in verdict.summary
+
+
 @pytest.mark.parametrize("field", ["thumb_down", "corrected"])
 @pytest.mark.parametrize("kind", ["canary", "bake"])
 def test_one_key_with_invented_users_does_not_end_a_canary_and_two_do(field, kind):
@@ -372,3 +384,55 @@ def test_a_champion_that_fails_in_its_bake_period_stays_bad_until_a_rollback(tmp
     assert (verdict.state, verdict.analyses) == ("bad", 1)
     assert "failed: 100.0% of its requests, 0.0% of the baseline's" in verdict.summary
     assert judge_bake(tmp_path, URL, SETTINGS, 30.0, now=3001.0).state == "bad"
+
+
+YEAR_S = 365 * 86_400.0
+BEGAN = 2 * YEAR_S
+
+
+def canary_traffic(first, start, count):
+    """Return a challenger's and its champion's requests, one of each a second."""
+    new = [(exchange(first + n, start + n, NEW, "challenger"), []) for n in range(count)]
+    return new + [(exchange(first + 500 + n, start + n, OLD, "champion"), []) for n in range(count)]
+
+
+def look(root, now, passed_s):
+    """Look at the canary when `passed_s` have passed, at a time that its clock says."""
+    moment = Moment(now, "boot", passed_s)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(canary, "read_moment", lambda _: moment)
+        return judge_canary(root, URL, SETTINGS, 30.0)
+
+
+@pytest.mark.parametrize("set_by_s", [-YEAR_S, YEAR_S])
+def test_a_clock_that_is_set_neither_ends_a_canary_nor_holds_it_up(tmp_path, record, set_by_s):
+    write_aliases(tmp_path / ALIASES, Aliases(OLD, Challenger(NEW, 0.2, "canary", since=BEGAN)))
+    record(canary_traffic(0, BEGAN + 1.0, 10))
+    assert look(tmp_path, BEGAN + 20.0, 20.0).requests == 10
+    first = look(tmp_path, BEGAN + set_by_s + 30.0, 30.0)
+    assert (first.state, first.timed_out) == ("wait", False)
+    record(canary_traffic(1000, BEGAN + set_by_s + 40.0, 110))
+    verdict = look(tmp_path, BEGAN + set_by_s + 300.0, 300.0)
+    assert (verdict.state, verdict.timed_out, verdict.since) == ("good", False, BEGAN)
+
+
+@pytest.mark.parametrize("set_by_s", [-YEAR_S, 0.0, YEAR_S])
+def test_a_canary_with_too_few_users_ends_after_the_time_that_really_passed(tmp_path, record, set_by_s):
+    write_aliases(tmp_path / ALIASES, Aliases(OLD, Challenger(NEW, 0.2, "canary", since=BEGAN)))
+    record(canary_traffic(0, BEGAN + 1.0, 10))
+    longest = SETTINGS.max_minutes * 60.0
+    assert look(tmp_path, BEGAN + 20.0, 20.0).state == "wait"
+    assert look(tmp_path, BEGAN + set_by_s + longest, longest).state == "wait"
+    verdict = look(tmp_path, BEGAN + set_by_s + longest + 30.0, longest + 30.0)
+    assert (verdict.state, verdict.timed_out) == ("bad", True)
+
+
+def test_a_bake_period_goes_on_when_the_clock_is_set_back(tmp_path, record):
+    settings = SETTINGS.model_copy(update={"bake_requests": 80})
+    write_aliases(tmp_path / ALIASES, replace(PROMOTED, champion_since=BEGAN))
+    record([(exchange(n, BEGAN - 100.0 + n, OLD, "champion"), []) for n in range(60)])
+    back = BEGAN - YEAR_S
+    assert judge_bake(tmp_path, URL, settings, 30.0, now=back).state == "wait"
+    record([(exchange(100 + n, back + 1.0 + n, NEW, "champion", 503), []) for n in range(40)])
+    verdict = judge_bake(tmp_path, URL, settings, 30.0, now=back + 100.0)
+    assert (verdict.state, verdict.requests, verdict.baseline_requests) == ("bad", 40, 40)

@@ -1,10 +1,13 @@
 """One retraining at a time, and a record that outlives a kill."""
 
+import json
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 
+from flows.common.clock import Moment
 from flows.retrain import progress
 from stages.common.errors import InputError
 
@@ -68,3 +71,40 @@ def test_a_record_of_something_else_is_named_with_its_remedy(tmp_path, name):
     read = {"retrain.json": progress.read_state, "retrainings.jsonl": progress.read_history}[name]
     with pytest.raises(InputError, match=rf"{name} is not .*\n  fix: remove"):
         read(tmp_path)
+
+
+YEAR_S = 365 * 86_400.0
+
+
+def end_at(root, moment):
+    """End a retraining at a moment; return its result."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(progress, "read_moment", lambda: moment)
+        return progress.finish(
+            root, progress.start(root, "drift", None, "m:1", since=0.0), "rejected", "worse"
+        )
+
+
+def test_without_a_retraining_there_is_no_pause(tmp_path):
+    assert progress.measure_pause(tmp_path, Moment(1.0, "boot", 1.0)) is None
+
+
+@pytest.mark.parametrize("set_by_s", [-YEAR_S, 0.0, YEAR_S])
+def test_the_pause_after_a_retraining_is_as_long_as_it_was_however_the_clock_is_set(tmp_path, set_by_s):
+    end_at(tmp_path, Moment(2 * YEAR_S, "boot", 100.0))
+    assert progress.measure_pause(tmp_path, Moment(2 * YEAR_S + set_by_s, "boot", 3700.0)) == 3600.0
+
+
+def test_an_end_in_the_future_counts_from_the_first_look_after_the_machine_was_started_again(tmp_path):
+    end_at(tmp_path, Moment(2 * YEAR_S, "boot", 100.0))
+    now = Moment(YEAR_S, "another", 5.0)
+    assert progress.measure_pause(tmp_path, now) == 0.0
+    assert progress.measure_pause(tmp_path, Moment(YEAR_S + 60.0, "another", 65.0)) == 60.0
+    assert progress.measure_pause(tmp_path, Moment(YEAR_S + 90.0, "a third", 1.0)) == 90.0
+
+
+def test_the_history_of_an_older_version_has_no_second_clock(tmp_path):
+    result = end_at(tmp_path, Moment(1000.0, "boot", 100.0))
+    path = tmp_path / progress.HISTORY
+    path.write_text(json.dumps({k: v for k, v in asdict(result).items() if k != "ended"}) + "\n")
+    assert progress.measure_pause(tmp_path, Moment(1060.0, "boot", 9.0)) == 60.0
