@@ -312,7 +312,7 @@ def _add_figures(snapshot: Snapshot, verdict: DriftVerdict, now: Drawn) -> None:
         (MeanValue(column="thumb"), now.means.get("thumb")),
         (MeanValue(column="corrected"), now.means.get("corrected")),
         (MeanValue(column="failed"), now.means.get("failed")),
-        (QuantileValue(column="total_s", quantile=0.95), verdict.service.get("total_s_p95")),
+        (QuantileValue(column="total_s", quantile=0.95), verdict.service.get("total_p95_s")),
     ]
     for metric, value in figures:
         if value is None or not math.isfinite(value):

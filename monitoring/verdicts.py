@@ -114,7 +114,7 @@ class DriftVerdict:
         quarantined: corrupt events by reason, left out of all figures.
         late_rows: exchanges of this window that reached the store after it was judged.
         alpha: chance that this check raises an alarm on unchanged traffic.
-        service: figures of the window such as "total_s_p95"; None where nothing was measured.
+        service: figures of the window such as "total_p95_s"; None where nothing was measured.
         problems: what failed after the window was judged: the decision on a retraining, a page.
     """
 

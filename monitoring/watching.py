@@ -67,31 +67,42 @@ class ReferenceTraffic:
     Attributes:
         tag: NAME:VERSION of the champion.
         columns: what is looked at.
-        baseline: its sums, by session.
+        baseline: its sums, by session; or why no window can be compared with it.
     """
 
     tag: str
     window: Window
     columns: tuple[Column, ...]
-    baseline: Baseline
+    baseline: Baseline | str
 
 
-def read_reference(url: str, tag: str, settings: Monitoring) -> ReferenceTraffic | None:
-    """Return the champion's reference traffic, or None while there is too little of it.
+def read_reference(url: str, tag: str, settings: Monitoring, now: float) -> ReferenceTraffic | None:
+    """Return the champion's reference traffic until `now` (unix s), or None while there is too little of it.
 
     Raises:
-        InputError: the store cannot be read.
+        InputError: the store cannot be read, or a package is not installed.
     """
-    window = find_reference_window(url, tag, settings.reference)
+    window = find_reference_window(url, tag, settings.reference, now)
     if window is None:
         return None
-    columns = list_watched_columns((page.batch for page in read_window(url, window, tag)), settings.features)
-    baseline = prepare_baseline(
-        lambda: _tables(url, window, tag, columns, settings),
-        columns,
-        settings.drift,
-        settings.features.max_categories,
-    )
+    columns: tuple[Column, ...] = ()
+    try:
+        batches = (page.batch for page in read_window(url, window, tag))
+        columns = list_watched_columns(batches, settings.features)
+        baseline: Baseline | str = prepare_baseline(
+            lambda: _tables(url, window, tag, columns, settings),
+            columns,
+            settings.drift,
+            settings.features.max_categories,
+        )
+    except InputError:
+        raise
+    except Exception as error:  # of any kind: it would end the watching until these events are pruned
+        logger.warning("the reference traffic of %s cannot be used", tag, exc_info=error)
+        baseline = (
+            f"the first {window.rows} exchanges cannot be compared with: {describe_failure(error)}; "
+            "set monitoring.reference.rows higher"
+        )
     return ReferenceTraffic(tag, window, columns, baseline)
 
 
@@ -200,26 +211,47 @@ def judge(
         version=tag.version,
         made_at=now,
         window=Period(window.start, window.end, window.rows, 0),
-        reference=usual.baseline.period,
+        reference=None if isinstance(usual.baseline, str) else usual.baseline.period,
         judged=False,
         why_not=None,
         drifted=False,
         alpha=settings.drift.alpha,
     )
+    if isinstance(usual.baseline, str):
+        return replace(blank, why_not=usual.baseline)
     try:
-        return _compare(root, url, usual, window, settings, blank)
-    except InputError:
-        raise
+        return _compare(root, url, usual, usual.baseline, window, settings, blank)
+    except InputError as error:
+        if not _alone_cannot_be_read(url, window, usual):
+            raise
+        logger.warning("%s: %s", window.name, error)
+        why_not = f"its rows cannot be read: {describe_failure(error)}"
+        return replace(blank, why_not=why_not, problems=(why_not,))
     except Exception as error:  # of any kind: the next window must be judged
         logger.warning("%s: the comparison failed", window.name, exc_info=error)
         why_not = f"the comparison failed: {describe_failure(error)}"
         return replace(blank, why_not=why_not, problems=(why_not,))
 
 
+def _alone_cannot_be_read(url: str, window: Window, usual: ReferenceTraffic) -> bool:
+    """Return whether the rows of a window cannot be read though the store can: those of the reference are."""
+    return not _can_be_read(url, window, usual.tag) and _can_be_read(url, usual.window, usual.tag)
+
+
+def _can_be_read(url: str, window: Window, tag: str) -> bool:
+    try:
+        for _ in read_window(url, window, tag):
+            pass
+    except InputError:
+        return False
+    return True
+
+
 def _compare(
     root: Path,
     url: str,
     usual: ReferenceTraffic,
+    baseline: Baseline,
     window: Window,
     settings: Monitoring,
     blank: DriftVerdict,
@@ -232,14 +264,14 @@ def _compare(
     path = get_window_folder(root, window.name) / "quarantined.jsonl"
     batches = quarantine_to(path, pages, quarantined, unreadable)
     tables = compute_feature_tables(batches, usual.columns, settings.features, unreadable=unreadable)
-    summed = sum_sessions(tap_service_sums(tables, service), usual.baseline.binning)
+    summed = sum_sessions(tap_service_sums(tables, service), baseline.binning)
     why_not = None
     if summed.rows < settings.window.min_rows:
         why_not = f"{summed.rows} rows; monitoring.window.min_rows is {settings.window.min_rows}"
     else:
         alpha = settings.drift.alpha / len(DECIDING)
-        why_not = explain_too_few_sessions(summed.sessions, usual.baseline.sums.sessions, alpha)
-    drift_types = () if why_not else compare_window(usual.baseline, summed, settings.drift)
+        why_not = explain_too_few_sessions(summed.sessions, baseline.sums.sessions, alpha)
+    drift_types = () if why_not else compare_window(baseline, summed, settings.drift)
     return replace(
         blank,
         window=replace(get_period(summed), start=window.start, end=window.end),

@@ -46,7 +46,7 @@ def prepare_baseline(
         tables: gives the reference's tables; called twice, once to find the bins, once to sum.
 
     Raises:
-        InputError: the reference is empty.
+        ValueError: the reference is empty.
     """
     binning = plan_bins(tables(), columns, max_categories, settings.blocks, settings.seed)
     return Baseline(binning, sum_sessions(tables(), binning))

@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from monitoring.traffic.columns import VECTOR_SIZE, Column
-from stages.common.errors import InputError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -90,7 +89,7 @@ def plan_bins(
     """Return the binning, from a first pass over the reference.
 
     Raises:
-        InputError: the reference has no rows.
+        ValueError: the reference has no rows.
     """
     seen = {column.name: _Seen(column, seed) for column in columns}
     rows = 0
@@ -102,7 +101,7 @@ def plan_bins(
             for each in seen.values():
                 each.add(table, np.array(names, dtype=object)[codes], gives_anchors(keys)[codes])
     if not rows:
-        raise InputError("the reference has no rows", "watch again when the champion has answered more")
+        raise ValueError("the reference has no rows")
     planned = [each for column in columns for each in seen[column.name].planned(max_categories, seed)]
     return Binning(tuple(planned), max_sessions, seed)
 

@@ -62,15 +62,16 @@ class Page:
     quarantined: tuple[QuarantinedEvent, ...]
 
 
-def find_reference_window(url: str, tag: str, settings: Reference) -> Window | None:
+def find_reference_window(url: str, tag: str, settings: Reference, now: float) -> Window | None:
     """Return the first exchanges that a version answered as champion, or None while there are too few.
 
-    Exchanges that share their time with the last one are in it too.
+    Exchanges that share their time with the last one are in it too. Those after `now` (unix s) are not: the
+    clock was wrong when they came, and no window would close before it is right again.
 
     Raises:
         InputError: the store cannot be read.
     """
-    times = read_times(url, 0.0, math.inf, parse_version(tag), WATCHED_ROLE)
+    times = read_times(url, 0.0, math.nextafter(now, math.inf), parse_version(tag), WATCHED_ROLE)
     first = last = 0.0
     rows = 0
     for time in times:

@@ -104,6 +104,7 @@ def _queue_pool() -> Any:
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _: Any) -> None:
+    connection.text_factory = _decode_text
     connection.execute("PRAGMA auto_vacuum=INCREMENTAL")  # only affects a new file
     _use_wal(connection)
     connection.execute("PRAGMA synchronous=FULL")  # in WAL mode: one fsync per commit, before it returns
@@ -111,6 +112,11 @@ def _prepare_sqlite(connection: sqlite3.Connection, _: Any) -> None:
     connection.execute(
         "PRAGMA journal_size_limit=67108864"
     )  # bytes of the log that are kept after a checkpoint
+
+
+def _decode_text(data: bytes) -> str:
+    """Return a stored text; SQLite does not check its bytes, and a damaged one must not end all reading."""
+    return data.decode("utf-8", "replace")
 
 
 def _use_wal(connection: sqlite3.Connection) -> None:

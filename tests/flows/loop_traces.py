@@ -72,7 +72,7 @@ def verdict(end, *, drifted=False, version="4b5c6d7e8f90", judged=True, rows=500
         drift_types=drift_types if judged else (),
         quarantined={"no user message": 2},
         alpha=0.005,
-        service={"total_s_p95": 0.61},
+        service={"total_p95_s": 0.61},
         trigger=TriggerDecision(
             drifted, "2 of the last 3 windows drifted", () if drifted else ("23 more labelled rows",)
         ),

@@ -44,7 +44,7 @@ DRIFTED = DriftVerdict(
     quarantined={"no user message": 3},
     late_rows=2,
     alpha=0.005,
-    service={"total_s_p95": 1.25, "cost_per_1000": None},
+    service={"total_p95_s": 1.25, "cost_per_1000": None},
     trigger=TriggerDecision(False, "1 of the last 3", ("23 more labelled rows",)),
 )
 QUIET = replace(

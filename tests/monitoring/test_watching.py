@@ -13,6 +13,7 @@ from stages.common.params.loading import load_params
 from tests.monitoring.store import VERSION, add, exchange, stored
 
 TAG = f"toy:{VERSION}"
+NOW = 1e6
 USUAL = (
     "turn on the {} light",
     "is the {} door locked",
@@ -53,24 +54,24 @@ def url(tmp_path):
     return f"sqlite:///{tmp_path}/events.db"
 
 
-def look_once(root, url, usual, settings, now=1e6, limit=50):
+def look_once(root, url, usual, settings, now=NOW, limit=50):
     return list(judge_new_windows(root, url, usual, settings, lambda _: NOT_DECIDED, now=now, limit=limit))
 
 
 def test_while_the_champion_has_answered_too_little_there_is_no_usual_traffic(url, settings):
     stored(url, *some(0, 599))
-    assert read_reference(url, TAG, settings) is None
+    assert read_reference(url, TAG, settings, NOW) is None
 
 
 def test_without_a_store_the_look_fails_loudly(url, settings):
     with pytest.raises(InputError, match=r"events\.db"):
-        read_reference(url, TAG, settings)
+        read_reference(url, TAG, settings, NOW)
 
 
 @pytest.mark.slow
 def test_each_window_is_judged_once_and_a_change_is_found_in_its_first_window(tmp_path, url, settings):
     stored(url, *some(0, 600), *some(600, 400), *some(1000, 200, GERMAN))
-    usual = read_reference(url, TAG, settings)
+    usual = read_reference(url, TAG, settings, NOW)
     (first,) = look_once(tmp_path, url, usual, settings, limit=1)
     assert (first.judged, first.drifted, first.window.rows) == (True, False, 200)
 
@@ -88,7 +89,7 @@ def test_each_window_is_judged_once_and_a_change_is_found_in_its_first_window(tm
 @pytest.mark.slow
 def test_a_window_that_is_not_closed_waits(tmp_path, url, settings):
     stored(url, *some(0, 800))
-    usual = read_reference(url, TAG, settings)
+    usual = read_reference(url, TAG, settings, NOW)
     assert look_once(tmp_path, url, usual, settings, now=1000.0 + 799 + 9) == []
     assert len(look_once(tmp_path, url, usual, settings, now=1000.0 + 799 + 11)) == 1
 
@@ -97,7 +98,7 @@ def test_a_window_that_is_not_closed_waits(tmp_path, url, settings):
 def test_corrupt_events_are_set_aside_and_late_ones_counted(tmp_path, url, settings):
     broken = [exchange(700 + n, at=1700.5 + n, request_id=f"broken{n}", messages="no JSON") for n in range(3)]
     stored(url, *some(0, 600), *some(600, 197), *broken)
-    usual = read_reference(url, TAG, settings)
+    usual = read_reference(url, TAG, settings, NOW)
     (verdict,) = look_once(tmp_path, url, usual, settings)
     assert sum(verdict.quarantined.values()) == 3 and verdict.window.rows == 197
     lines = (get_window_folder(tmp_path, verdict.id) / "quarantined.jsonl").read_text().splitlines()
@@ -121,7 +122,7 @@ def test_a_window_of_too_few_sessions_says_that_it_shows_nothing_and_what_to_sen
     tmp_path, url, settings, users
 ):
     stored(url, *of_users([*some(0, 600), *some(600, 200, GERMAN)], users))
-    (verdict,) = look_once(tmp_path, url, read_reference(url, TAG, settings), settings)
+    (verdict,) = look_once(tmp_path, url, read_reference(url, TAG, settings, NOW), settings)
     assert not verdict.judged and not verdict.drifted
     assert verdict.why_not.startswith(f"{users} session{'s' * (users > 1)}; needs 10: send the field session")
     assert "not judged" in verdict.summary
@@ -129,7 +130,7 @@ def test_a_window_of_too_few_sessions_says_that_it_shows_nothing_and_what_to_sen
 
 def test_a_reference_of_too_few_sessions_says_how_to_get_another(tmp_path, url, settings):
     stored(url, *of_users(some(0, 600), 1), *some(600, 200))
-    (verdict,) = look_once(tmp_path, url, read_reference(url, TAG, settings), settings)
+    (verdict,) = look_once(tmp_path, url, read_reference(url, TAG, settings, NOW), settings)
     assert verdict.why_not.startswith("1 session in the reference; needs 10")
     assert "monitoring.reference.rows" in verdict.why_not
 
@@ -137,7 +138,7 @@ def test_a_reference_of_too_few_sessions_says_how_to_get_another(tmp_path, url, 
 @pytest.mark.slow
 def test_ten_users_are_enough_to_find_another_language_and_the_power_is_told(tmp_path, url, settings):
     stored(url, *of_users([*some(0, 600), *some(600, 200), *some(800, 200, GERMAN)], 10))
-    quiet, german = look_once(tmp_path, url, read_reference(url, TAG, settings), settings)
+    quiet, german = look_once(tmp_path, url, read_reference(url, TAG, settings, NOW), settings)
     assert german.drifted and "language" in {change.column for change in german.changes}
     power = {one.drift_type: one.smallest_change for one in quiet.drift_types}
     assert all(0.0 < power[name] <= 1.0 for name in ("input", "output", "quality"))
@@ -158,7 +159,7 @@ NO_ANSWER = {
 def test_a_window_of_failures_is_judged_and_drawn_and_the_next_one_is_looked_at(tmp_path, url, settings):
     outage = [exchange(number, session=f"s{number // 5}", **NO_ANSWER) for number in range(600, 800)]
     stored(url, *some(0, 600), *outage, *some(800, 200))
-    usual = read_reference(url, TAG, settings)
+    usual = read_reference(url, TAG, settings, NOW)
     bad, good = look_once(tmp_path, url, usual, settings)
     assert bad.drifted and "failed: 0 % -> 100 %" in bad.summary
     assert (bad.problems, good.problems, good.drifted) == ((), (), False)
@@ -170,7 +171,7 @@ def test_a_window_of_failures_is_judged_and_drawn_and_the_next_one_is_looked_at(
 def test_a_reference_without_a_whole_answer_can_be_compared_with(tmp_path, url, settings):
     outage = [exchange(number, session=f"s{number // 5}", **NO_ANSWER) for number in range(600)]
     stored(url, *outage, *some(600, 200))
-    (verdict,) = look_once(tmp_path, url, read_reference(url, TAG, settings), settings)
+    (verdict,) = look_once(tmp_path, url, read_reference(url, TAG, settings, NOW), settings)
     assert verdict.judged and verdict.problems == ()
 
 
@@ -186,7 +187,7 @@ def test_half_of_a_surrogate_pair_ends_neither_the_reference_nor_a_window(tmp_pa
         replace(one, answer=HALF, messages=HALF_ASKED) for one in usual[first : first + 150]
     ]
     stored(url, *usual)
-    (verdict,) = look_once(tmp_path, url, read_reference(url, TAG, settings), settings)
+    (verdict,) = look_once(tmp_path, url, read_reference(url, TAG, settings, NOW), settings)
     assert verdict.judged and verdict.problems == ()
     assert read_verdicts(tmp_path) == [verdict]
 
@@ -205,7 +206,7 @@ def no_workspace(root):
 @pytest.mark.parametrize("breaking", [no_report, no_workspace])
 def test_a_page_that_cannot_be_written_is_told_and_the_verdict_is_there(tmp_path, url, settings, breaking):
     stored(url, *some(0, 600), *some(600, 400))
-    usual = read_reference(url, TAG, settings)
+    usual = read_reference(url, TAG, settings, NOW)
     breaking(tmp_path)
     first, second = look_once(tmp_path, url, usual, settings)
     (problem,) = first.problems
@@ -220,7 +221,7 @@ def test_a_decision_that_fails_is_told_and_the_verdict_is_there(tmp_path, url, s
         update={"window": settings.window.model_copy(update={"rows": 20, "min_rows": 100})}
     )
     stored(url, *some(0, 640))
-    usual = read_reference(url, TAG, few)
+    usual = read_reference(url, TAG, few, NOW)
 
     def decide(_):
         raise OSError("the disk is full")
@@ -238,7 +239,7 @@ def test_a_broken_verdict_is_set_aside_and_its_window_judged_again(tmp_path, url
         update={"window": settings.window.model_copy(update={"rows": 20, "min_rows": 100})}
     )
     stored(url, *some(0, 640))
-    usual = read_reference(url, TAG, few)
+    usual = read_reference(url, TAG, few, NOW)
     first, second = look_once(tmp_path, url, usual, few)
     path = get_window_folder(tmp_path, second.id) / "verdict.json"
     path.write_text('{"id": ')
@@ -252,7 +253,7 @@ def test_windows_that_end_in_the_future_do_not_end_the_watching(tmp_path, url, s
         update={"window": settings.window.model_copy(update={"rows": 20, "min_rows": 100})}
     )
     stored(url, *some(0, 620))
-    usual = read_reference(url, TAG, few)
+    usual = read_reference(url, TAG, few, NOW)
     add(url, *(exchange(2000 + n, at=5e8 + n) for n in range(20)))  # the clock is wrong by years,
     assert len(look_once(tmp_path, url, usual, few, now=6e8)) == 2
     add(url, *(exchange(3000 + n) for n in range(40)))  # and right again
@@ -265,7 +266,7 @@ def test_a_window_with_too_few_rows_is_set_down_and_not_judged(tmp_path, url, se
     by_time = settings.window.model_copy(update={"kind": "time", "hours": 0.05, "min_rows": 100})
     settings = settings.model_copy(update={"window": by_time})
     stored(url, *some(0, 600), *some(600, 50), *some(1000, 200))
-    usual = read_reference(url, TAG, settings)
+    usual = read_reference(url, TAG, settings, NOW)
     verdicts = look_once(tmp_path, url, usual, settings)
     few = [verdict for verdict in verdicts if not verdict.judged]
     assert few and "min_rows" in few[0].why_not and not few[0].drifted

@@ -23,6 +23,7 @@ from tests.monitoring.store import VERSION, add, exchange, feedback, stored
 
 ALL = Window(0.0, 1e12, 0, "all")
 TAG = f"toy:{VERSION}"
+NOW = 4e9
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def reference(rows):
     return Reference.model_construct(rows=rows)
 
 
-def cut(url, settings, after=0.0, now=4e9, limit=100):
+def cut(url, settings, after=0.0, now=NOW, limit=100):
     return find_closed_windows(url, after, TAG, settings, now, limit)
 
 
@@ -148,7 +149,7 @@ def test_the_reference_is_what_the_version_answered_first_as_champion(url):
         *(exchange(number, role="challenger") for number in range(3, 6)),
         *(exchange(number) for number in range(6, 16)),
     )
-    window = find_reference_window(url, TAG, reference(rows=4))
+    window = find_reference_window(url, TAG, reference(rows=4), NOW)
     assert (window.rows, window.start) == (4, 1006.0)
     assert ids(url, window) == ["r00006", "r00007", "r00008", "r00009"]
     assert cut(url, by_count(4), after=window.end)[0].start == window.end
@@ -156,8 +157,8 @@ def test_the_reference_is_what_the_version_answered_first_as_champion(url):
 
 def test_there_is_no_reference_while_there_are_too_few_rows(url):
     stored(url, *(exchange(number) for number in range(5)))
-    assert find_reference_window(url, TAG, reference(rows=6)) is None
-    assert find_reference_window(url, TAG, reference(rows=5)).rows == 5
+    assert find_reference_window(url, TAG, reference(rows=6), NOW) is None
+    assert find_reference_window(url, TAG, reference(rows=5), NOW).rows == 5
 
 
 def test_only_what_the_champion_answered_is_watched_with_its_errors_and_refusals(url):
@@ -251,9 +252,16 @@ def test_what_the_reader_sets_aside_is_counted_and_written_too(url, tmp_path):
     assert [json.loads(line)["request_id"] for line in path.read_text().splitlines()] == ["r00002", "r00001"]
 
 
+def test_the_reference_has_nothing_from_the_future_of_a_clock_that_was_wrong(url):
+    stored(url, *(exchange(number) for number in range(3)), *(exchange(10 + n, at=5e9 + n) for n in range(3)))
+    assert find_reference_window(url, TAG, reference(rows=4), NOW) is None
+    add(url, exchange(20))
+    assert find_reference_window(url, TAG, reference(rows=4), NOW).end < NOW
+
+
 def test_a_time_beyond_any_calendar_has_a_window_too(url):
     stored(url, *(exchange(number, at=1e15 + number) for number in range(60)))
-    window = find_reference_window(url, TAG, Reference(rows=50))
+    window = find_reference_window(url, TAG, Reference(rows=50), 2e15)
     assert window is not None and window.name.startswith("99991231T235959")
 
 
@@ -276,6 +284,6 @@ def test_events_that_come_after_the_window_was_cut_are_late(url):
 
 def test_a_store_that_is_not_there_is_an_error_of_the_user(url):
     with pytest.raises(InputError, match="no event store"):
-        find_reference_window(url, TAG, reference(rows=4))
+        find_reference_window(url, TAG, reference(rows=4), NOW)
     with pytest.raises(InputError, match="no event store"):
         cut(url, by_count(3))

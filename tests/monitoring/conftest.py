@@ -1,0 +1,3 @@
+from tests.services.conftest import postgresql
+
+__all__ = ["postgresql"]
