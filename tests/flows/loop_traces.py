@@ -4,7 +4,7 @@ import asyncio
 import json
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from flows.gate.verdict import Criterion, GateVerdict
@@ -18,8 +18,9 @@ from monitoring.verdicts import (
     TriggerDecision,
     write_verdict,
 )
-from services.events import Exchange, Feedback, open_store
+from services.events import Feedback, open_store
 from stages.common.artifacts import write_json
+from tests.exchanges import EXCHANGE
 
 ROOT = Path(__file__).parents[2]
 NAME = "home-assistant-intents"
@@ -124,31 +125,16 @@ def release(at, action, tag, champion, reason):
 
 
 def exchange(number, at, *, version="4b5c6d7e8f90", status=200, valid=True, role="champion"):
-    return Exchange(
+    return replace(
+        EXCHANGE,
         request_id=f"r{number}",
         received_at=at,
-        route="/v1/chat/completions",
-        key_id=None,
-        user=None,
         session=f"s{number // 5}",
         role=role,
-        shadow_of=None,
         model=NAME,
         version=version,
-        messages='[{"role": "user", "content": "turn on the light"}]',
-        parameters="{}",
         status=status,
-        reason=None,
-        answer="{}",
-        finish_reason="stop",
-        prompt_tokens=10,
-        completion_tokens=5,
-        queue_s=0.01,
-        first_token_s=0.1,
-        total_s=0.3,
-        verdicts="{}",
         valid_output=valid,
-        mean_logprob=-0.1,
     )
 
 

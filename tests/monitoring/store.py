@@ -4,36 +4,9 @@ from dataclasses import replace
 
 from sqlalchemy import insert
 
-from services.events import EVENT_FIELDS, TABLES, Exchange, Feedback, open_store
+from services.events import EVENT_FIELDS, TABLES, Feedback, open_store
 from services.events.database import check_url, make_engine
-
-VERSION = "0123456789ab"
-EXCHANGE = Exchange(
-    request_id="r0",
-    received_at=1000.0,
-    route="/v1/chat/completions",
-    key_id=None,
-    user=None,
-    session=None,
-    role="champion",
-    shadow_of=None,
-    model="toy",
-    version=VERSION,
-    messages='[{"role": "user", "content": "turn on the light"}]',
-    parameters="{}",
-    status=200,
-    reason=None,
-    answer='{"intent":"On"}',
-    finish_reason="stop",
-    prompt_tokens=5,
-    completion_tokens=4,
-    queue_s=0.001,
-    first_token_s=0.1,
-    total_s=0.5,
-    verdicts='{"toxicity": [true, null]}',
-    valid_output=True,
-    mean_logprob=-0.1,
-)
+from tests.exchanges import EXCHANGE
 
 
 def exchange(number, at=None, **changes):

@@ -10,7 +10,8 @@ from monitoring.verdicts import NOT_DECIDED, get_window_folder, read_verdicts
 from monitoring.watching import judge_new_windows, read_reference
 from stages.common.errors import InputError
 from stages.common.params.loading import load_params
-from tests.monitoring.store import VERSION, add, exchange, stored
+from tests.exchanges import VERSION
+from tests.monitoring.store import add, exchange, stored
 
 TAG = f"toy:{VERSION}"
 NOW = 1e6

@@ -1,6 +1,7 @@
 """The whole service around a tiny model, reached by HTTP: real engine, real store, real sockets."""
 
 import asyncio
+import json
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -190,3 +191,12 @@ def ask(client: httpx.Client, content: str = "Hello", **fields):
     """Ask one question and return the response."""
     body = {"messages": [{"role": "user", "content": content}], **fields}
     return client.post("/v1/chat/completions", json=body)
+
+
+def stream(client: httpx.Client, path: str, **fields) -> list[dict]:
+    """Stream an answer and return its chunks."""
+    with client.stream("POST", path, json={"stream": True, **fields}) as response:
+        assert response.status_code == 200, response.read()
+        lines = [line for line in response.iter_lines() if line]
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]

@@ -1,7 +1,6 @@
 """The canary and the bake period: as good, worse, and which requests count; read from a real event store."""
 
 import asyncio
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -11,11 +10,12 @@ from flows.common.clock import Moment
 from flows.release import canary, comparison
 from flows.release.canary import ANALYSES, Trial, analyse, judge_bake, judge_canary
 from flows.release.outcomes import RequestOutcome, read_outcomes
-from services.events import Exchange, Feedback, open_store
+from services.events import Feedback, open_store
 from services.versions.aliases import ALIASES, Aliases, Challenger, write_aliases
 from stages.common.artifacts import read_json
 from stages.common.errors import InputError
 from stages.common.params.loading import load_params
+from tests.exchanges import EXCHANGE
 from tests.services.serving import ROOT
 
 PARAMS = load_params(ROOT / "params.yaml")
@@ -182,31 +182,18 @@ async def _record(kept, rows):
 
 
 def exchange(n, at, tag, role, status=200, user=None, answer="on"):
-    return Exchange(
+    answered = status == 200
+    return replace(
+        EXCHANGE,
         request_id=f"r{n:05}",
         received_at=at,
-        route="/v1/chat/completions",
-        key_id=None,
         user=user or f"u{n % 20}",
-        session=None,
         role=role,
-        shadow_of=None,
-        model="m",
         version=tag.partition(":")[2],
-        messages=json.dumps([{"role": "user", "content": "light"}]),
-        parameters="{}",
         status=status,
-        reason=None,
-        answer=answer if status == 200 else None,
-        finish_reason="stop" if status == 200 else None,
-        prompt_tokens=3,
-        completion_tokens=1,
-        queue_s=0.0,
-        first_token_s=0.1,
-        total_s=0.2,
-        verdicts="{}",
-        valid_output=True if status == 200 else None,
-        mean_logprob=-0.1,
+        answer=answer if answered else None,
+        finish_reason="stop" if answered else None,
+        valid_output=True if answered else None,
     )
 
 

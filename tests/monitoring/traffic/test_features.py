@@ -14,7 +14,8 @@ from monitoring.traffic.service_metrics import ServiceSums, compute_cost_per_100
 from monitoring.traffic.windows import QuarantinedEvent, Window, read_window
 from services.events import get_joined_schema
 from stages.common.params.loop import FeatureSettings
-from tests.monitoring.store import VERSION, exchange, feedback, stored
+from tests.exchanges import VERSION
+from tests.monitoring.store import exchange, feedback, stored
 
 SETTINGS = FeatureSettings(max_categories=4, embeddings="ngrams", cost_per_hour=0.0)
 PLAIN = FeatureSettings(max_categories=4, embeddings="none", cost_per_hour=0.0)

@@ -19,7 +19,8 @@ from monitoring.traffic.windows import (
 )
 from stages.common.errors import InputError
 from stages.common.params.loop import Reference, WindowSettings
-from tests.monitoring.store import VERSION, add, exchange, feedback, stored
+from tests.exchanges import VERSION
+from tests.monitoring.store import add, exchange, feedback, stored
 
 ALL = Window(0.0, 1e12, 0, "all")
 TAG = f"toy:{VERSION}"

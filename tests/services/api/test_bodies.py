@@ -18,11 +18,8 @@ LIMIT = 1_000_000  # of params.yaml
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("service")
-    engine = {"max_running": 2, "max_waiting": 2}
-    with serving(folder, tiny_files(folder / "model"), body_timeout_s=3.0, engine=engine) as running:
-        yield running
+def changes():
+    return {"body_timeout_s": 3.0, "engine": {"max_running": 2, "max_waiting": 2}}
 
 
 def connect(server):

@@ -4,8 +4,6 @@ import json
 
 import pytest
 
-from tests.services.serving import serving, tiny_files
-
 pytestmark = pytest.mark.slow
 
 QUESTION = "turn on the lights"
@@ -18,13 +16,8 @@ SCHEMA = {
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clients")
-    answers = {"default_max_tokens": 8, "max_tokens": 64}
-    with serving(
-        folder, tiny_files(folder / "model"), answers=answers, guard={"max_prompt_tokens": 300}
-    ) as running:
-        yield running
+def changes():
+    return {"answers": {"default_max_tokens": 8, "max_tokens": 64}, "guard": {"max_prompt_tokens": 300}}
 
 
 @pytest.fixture(scope="module")

@@ -1,39 +1,23 @@
 """/v1/completions: lists of prompts, echo and log-probabilities of prompts; and tokens at stop strings."""
 
-import json
 import math
 
 import pytest
 
-from tests.services.serving import ask, serving, tiny_files
+from tests.services.serving import ask, serving, stream, tiny_files
 
 PATH = "/v1/completions"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("service")
-    with serving(folder, tiny_files(folder / "model"), guard={"max_prompts": 20}) as running:
-        yield running
-
-
-@pytest.fixture
-def client(server):
-    with server.client() as client:
-        yield client
+def changes():
+    return {"guard": {"max_prompts": 20}}
 
 
 def complete(client, prompt, **fields):
     answer = client.post(PATH, json={"prompt": prompt, "max_tokens": 4, **fields})
     assert answer.status_code == 200, answer.text
     return answer.json()
-
-
-def stream(client, path, **body):
-    with client.stream("POST", path, json={"stream": True, **body}) as response:
-        lines = [line for line in response.iter_lines() if line]
-    assert lines[-1] == "data: [DONE]"
-    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
 
 
 def ids_of(server, text):

@@ -4,21 +4,12 @@ import json
 
 import pytest
 
-from tests.services.serving import ask, serving, tiny_files
+from tests.services.serving import ask, serving, stream, tiny_files
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("service")
-    limits = {"answers": {"max_tokens": 12, "default_max_tokens": 4}, "guard": {"max_prompt_tokens": 200}}
-    with serving(folder, tiny_files(folder / "model"), **limits) as running:
-        yield running
-
-
-@pytest.fixture
-def client(server):
-    with server.client() as client:
-        yield client
+def changes():
+    return {"answers": {"max_tokens": 12, "default_max_tokens": 4}, "guard": {"max_prompt_tokens": 200}}
 
 
 def refused(answer):
@@ -214,12 +205,6 @@ def test_a_body_that_cannot_be_read_is_told_why(client, content, headers, status
     assert words in answer.json()["error"]["message"]
 
 
-def stream(client, path, **fields):
-    with client.stream("POST", path, json={"stream": True, "max_tokens": 6, **fields}) as response:
-        lines = [line for line in response.iter_lines() if line]
-    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
-
-
 @pytest.mark.parametrize(
     ("path", "prompt"),
     [
@@ -229,8 +214,8 @@ def stream(client, path, **fields):
 )
 def test_usage_is_streamed_once_and_only_where_it_is_asked_for(client, path, prompt):
     usage = client.post(path, json={**prompt, "max_tokens": 6}).json()["usage"]
-    chunks = stream(client, path, **prompt, stream_options={"include_usage": True})
+    chunks = stream(client, path, **prompt, max_tokens=6, stream_options={"include_usage": True})
     assert [chunk["usage"] for chunk in chunks] == [None] * (len(chunks) - 1) + [usage]
     assert [bool(chunk["choices"]) for chunk in chunks] == [True] * (len(chunks) - 1) + [False]
     for options in ({}, {"stream_options": {"include_usage": False}}):
-        assert all("usage" not in chunk for chunk in stream(client, path, **prompt, **options))
+        assert all("usage" not in chunk for chunk in stream(client, path, **prompt, max_tokens=6, **options))

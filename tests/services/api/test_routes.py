@@ -11,8 +11,10 @@ from services.events import read_exchanges, read_feedback
 from services.model_pool import LoadedModel
 from stages.common.model.loading import load_tokenizer
 from tests.services.schemas.test_trials import fork
-from tests.services.serving import ask, serving, tiny_files
+from tests.services.serving import ask, serving, stream, tiny_files
 
+CHAT = "/v1/chat/completions"
+HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -29,30 +31,13 @@ def long_message(size):
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("service")
-    with serving(folder, tiny_files(folder / "model"), guard={"max_messages": 8}) as running:
-        yield running
-
-
-@pytest.fixture
-def client(server):
-    with server.client() as client:
-        yield client
+def changes():
+    return {"guard": {"max_messages": 8}}
 
 
 def events(server, read=read_exchanges):
     url = server.handler.settings.events.url
     return [row for batch in read(url, 0.0, time.time() + 60) for row in batch.to_pylist()]
-
-
-def streamed(client, **fields):
-    body = {"messages": [{"role": "user", "content": "Hello"}], "stream": True, **fields}
-    with client.stream("POST", "/v1/chat/completions", json=body) as response:
-        assert response.status_code == 200, response.read()
-        lines = [line for line in response.iter_lines() if line]
-    assert lines[-1] == "data: [DONE]"
-    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
 
 
 def test_an_answer_has_openais_shape_with_its_usage_and_its_version(client):
@@ -72,7 +57,7 @@ def test_an_answer_has_openais_shape_with_its_usage_and_its_version(client):
 
 def test_a_stream_says_what_the_whole_answer_says(client):
     whole = ask(client, max_tokens=12).json()
-    chunks = streamed(client, max_tokens=12, stream_options={"include_usage": True})
+    chunks = stream(client, CHAT, **HELLO, max_tokens=12, stream_options={"include_usage": True})
     assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     texts = [choice["delta"].get("content", "") for chunk in chunks for choice in chunk["choices"]]
     assert "".join(texts) == whole["choices"][0]["message"]["content"]
@@ -103,7 +88,7 @@ def test_a_schema_is_held_whole_and_streamed(client):
     answer = ask(client, max_tokens=64, response_format=wanted, temperature=1.0, seed=3).json()
     value = json.loads(answer["choices"][0]["message"]["content"])
     assert value["intent"] in ("on", "off") and 0 <= value["level"] <= 9
-    chunks = streamed(client, max_tokens=64, response_format=wanted)
+    chunks = stream(client, CHAT, **HELLO, max_tokens=64, response_format=wanted)
     text = "".join(choice["delta"].get("content", "") for chunk in chunks for choice in chunk["choices"])
     assert set(json.loads(text)) == {"intent", "level"}
 

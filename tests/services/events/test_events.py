@@ -19,7 +19,6 @@ from monitoring.workspace import WORKSPACE
 from services.events import (
     NOT_REACHED,
     BadEvent,
-    Exchange,
     Feedback,
     Person,
     Pruned,
@@ -44,34 +43,20 @@ from services.events.schema import metadata
 from stages.common.artifacts import artifacts
 from stages.common.errors import InputError
 from stages.common.privacy.redaction import pseudonymise
+from tests import exchanges
 
 ROOT = Path(__file__).parents[3]
 
-EXCHANGE = Exchange(
-    request_id="r0",
+# As the service records one: with a key, a time and a duration that no float32 could hold.
+EXCHANGE = replace(
+    exchanges.EXCHANGE,
     received_at=1000.25,
-    route="/v1/chat/completions",
     key_id="k1",
-    user=None,
     session="s1",
-    role="champion",
-    shadow_of=None,
-    model="toy",
-    version="0123456789ab",
     messages='[{"role": "user", "content": "light on"}]',
     parameters='{"max_tokens": 9}',
-    status=200,
-    reason=None,
-    answer='{"intent":"On"}',
-    finish_reason="stop",
-    prompt_tokens=5,
-    completion_tokens=4,
-    queue_s=0.001,
-    first_token_s=0.1,
     total_s=1 / 3,
     verdicts='{"injection": [true, null]}',
-    valid_output=True,
-    mean_logprob=-0.1,
 )
 FEEDBACK = Feedback("f0", "r0", 1001.5, None, -1, '{"intent":"Off"}', "no")
 
