@@ -47,24 +47,30 @@ COMMANDS = {
     "Train": (
         Command("init", "flows.init", "Set up params.yaml for your own data.", ("core",)),
         Command("run", "flows.training", "Run the pipeline: collect, check, train, evaluate.", ("core",)),
-        Command("params", "stages.common.params", "Check params.yaml, and nothing else."),
+        Command("params", "stages.common.params", "Check params.yaml; run nothing."),
     ),
     "Serve": (
         Command(
             *("serve", "bentoml", "Serve the champion: OpenAI's API and a page.", ("serve",)),
             arguments=("serve", "services.generation:Generation"),
         ),
-        Command("up", "flows.up", "Run the service, Prefect, MLflow, Evidently and one page.", ("core",)),
+        Command(
+            "up", "flows.up", "Run the service, Prefect, MLflow, Evidently and the dashboard.", ("core",)
+        ),
         Command(
             *("keys", "services.keys", "Add, list or revoke API keys."),
             subcommands=("add", "list", "revoke"),
         ),
         Command(
-            *("events", "services.events", "Export, prune, forget or migrate the event store.", ("serve",)),
+            *("events", "services.events", "Export, prune or migrate events; forget a person.", ("serve",)),
             subcommands=("export", "prune", "forget", "migrate"),
         ),
-        Command("parity", "services.parity", "Compare the service with the trainer.", ("core", "serve")),
-        Command("package", "services.package", "Pack the model and the service as a Bento.", ("serve",)),
+        Command(
+            "parity", "services.parity", "Compare the served model with the trained one.", ("core", "serve")
+        ),
+        Command(
+            "package", "services.package", "Package the champion and the service as a Bento.", ("serve",)
+        ),
     ),
     "Improve": (
         Command("watch", "flows.watch", "Test the traffic for drift once.", ("core", "monitor")),
@@ -72,7 +78,7 @@ COMMANDS = {
             *("verdicts", "monitoring.verdicts", "List or show the drift verdicts.", ("monitor",)),
             subcommands=("list", "show"),
         ),
-        Command("feedback", "flows.feedback", "Show the rows that feedback would become.", ("monitor",)),
+        Command("feedback", "flows.feedback", "Show the training rows that feedback yields.", ("monitor",)),
         Command(
             "retrain", "flows.retrain", "Train, judge and release a candidate.", ("core", "serve", "monitor")
         ),

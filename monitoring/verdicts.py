@@ -341,8 +341,10 @@ def main(words: Sequence[str] | None = None) -> int:
         prog="perennial verdicts", description="Show the drift verdicts of the windows of traffic."
     )
     commands = parser.add_subparsers(dest="command", metavar="list | show")
-    commands.add_parser("list", help="one line a window, oldest first (the default)")
-    commands.add_parser("show", help="all of one window").add_argument("id", help="as `list` names it")
+    commands.add_parser("list", help="one line per window, oldest first (default)")
+    commands.add_parser("show", help="everything about one window").add_argument(
+        "id", help="id of the window, as `list` shows it"
+    )
     options = parser.parse_args(words)
     try:
         lines = (

@@ -251,7 +251,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     parser = argparse.ArgumentParser(
-        prog="perennial parity", description="Compare the served with the trained model."
+        prog="perennial parity",
+        description="Compare the served model with the trained one, on the test rows.",
     )
     parser.add_argument("--url", help="address of the service (default: services.host and services.port)")
     parser.add_argument("--model", help="NAME:VERSION (default: the champion)")

@@ -1,10 +1,10 @@
 """Run the whole loop on generated traffic, in minutes: drift, retraining, gate, canary, promotion.
 
-In a checkout of its own (`.perennial/demo`; the project's files stay as they are) a model is trained and
-served. Users ask what it was trained on; then the traffic changes: phrasings it never saw, a new wing of the
-house, German. Drift is detected, the users' corrections become training rows, and the candidate passes the
-gate and a canary before it is promoted; a poisoned one is rejected. It is the service, the flows and the
-pages of `make up`; nothing is simulated but the users.
+A model is trained and served in a separate checkout (`.perennial/demo`; the project's files are not
+changed). Users ask what it was trained on; then the traffic changes: new phrasings, a new wing of the house,
+German. Drift is detected, the users' corrections become training rows, and the candidate passes the gate and
+a canary before it is promoted; a poisoned one is rejected. Service, flows and pages are those of `make up`;
+only the users are simulated.
 
     perennial demo           # the whole demo
     perennial demo --show    # the pages of the last demo again, until Ctrl-C

@@ -47,24 +47,32 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "data", type=Path, help="a file of rows, or a folder of them; copied to data/ if elsewhere"
     )
-    parser.add_argument("--license", required=True, help="SPDX id under which you may train on the rows")
+    parser.add_argument(
+        "--license", required=True, help="license under which you may train on the rows, as an SPDX id"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would change, and write nothing")
     parser.add_argument("--origin", choices=ORIGINS, default="human", help="who wrote the rows")
-    parser.add_argument("--system-prompt", help="put before rows that have none; '' for none")
+    parser.add_argument("--system-prompt", help="system prompt of rows that have none; '' for none")
     parser.add_argument(
         "--language", action="append", help="ISO 639 code, instead of detecting it; may be repeated"
     )
     task = parser.add_argument_group("task, where detection is in doubt")
-    task.add_argument("--kind", choices=("json", "label", "text"), help="what an answer is")
-    task.add_argument("--label-key", help="the key of a JSON answer that names its class")
+    task.add_argument("--kind", choices=("json", "label", "text"), help="kind of answer")
+    task.add_argument("--label-key", help="key of a JSON answer whose value is its class")
     reading = parser.add_argument_group("format and columns, where detection is in doubt")
     reading.add_argument("--format", choices=("jsonl", "json", "csv", "parquet"))
-    reading.add_argument("--encoding", help="such as cp1252")
-    reading.add_argument("--delimiter", type=_read_delimiter, help="of CSV; one character, or 'tab'")
+    reading.add_argument("--encoding", help="encoding of the file, such as cp1252")
     reading.add_argument(
-        "--column-names", metavar="NAMES", type=_split_names, default=(), help="of a CSV without a header"
+        "--delimiter", type=_read_delimiter, help="delimiter of a CSV: one character, or 'tab'"
     )
-    reading.add_argument("--records-key", help="the key of the rows in a JSON object")
+    reading.add_argument(
+        "--column-names",
+        metavar="NAMES",
+        type=_split_names,
+        default=(),
+        help="column names of a CSV without a header, separated by commas",
+    )
+    reading.add_argument("--records-key", help="key of the rows in a JSON object")
     reading.add_argument("--shape", choices=("chat", "sharegpt", "alpaca", "pair"))
     for part in ("messages", "prompt", "context", "completion", "system", "group"):
         reading.add_argument(f"--{part}-column", metavar="NAME")
@@ -73,7 +81,7 @@ def _make_parser() -> argparse.ArgumentParser:
         metavar="NAMES",
         type=_split_names,
         default=(),
-        help="kept as tags; separated by commas",
+        help="columns to keep as tags, separated by commas",
     )
     return parser
 

@@ -27,7 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="perennial registry", description="MLflow's record of this model.")
+    parser = argparse.ArgumentParser(
+        prog="perennial registry", description="Log a run in MLflow, or restore a version from it."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     register = commands.add_parser("register", help="log the newest pipeline run, and register its adapter")
     register.add_argument("--trigger", default="hand", help="what started the training, for the run's tags")

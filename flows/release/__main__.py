@@ -28,12 +28,12 @@ from stages.common.params.loading import load_params
 
 MAX_RELEASES = 10  # shown by `status`
 HELP = {
-    "canary": "give some users its answers, and compare",
-    "promote": "make it the champion: all users get its answers",
-    "reject": "end its canary",
+    "canary": "serve a version to some users, and compare it with the champion",
+    "promote": "make a version the champion: all users get its answers",
+    "reject": "end the canary of a version",
     "rollback": "make the former champion the champion again",
-    "pin": "let nothing replace the champion",
-    "unpin": "let releases replace the champion again",
+    "pin": "keep the champion: no release replaces it until unpin",
+    "unpin": "allow releases to replace the champion again",
 }
 
 
@@ -88,26 +88,30 @@ def _parser() -> argparse.ArgumentParser:
         description="Show or move the aliases; the gate's verdicts decide what may be released.",
     )
     commands = parser.add_subparsers(dest="action", required=True)
-    commands.add_parser("status", help="the aliases, and the last releases")
+    commands.add_parser("status", help="show the aliases and the last releases")
     for action, meaning in HELP.items():
-        command = commands.add_parser(action, help=meaning)
+        command = commands.add_parser(action, help=meaning, description=f"{meaning.capitalize()}.")
         command.set_defaults(tag=None, share=None, mode="canary", first=False)
         if action not in ("pin", "unpin"):
             command.add_argument("tag", nargs="?" if action == "rollback" else None, help="NAME:VERSION")
         if action == "canary":
-            command.add_argument("--share", type=_share, help="of the users; flows.retrain.canary.share")
+            command.add_argument(
+                "--share", type=_share, help="share of the users (default: flows.retrain.canary.share)"
+            )
             command.add_argument(
                 "--mode",
                 choices=get_args(Mode),
                 default="canary",
-                help="canary: these users get its answers (default); shadow: it is asked the same, not shown",
+                help="canary: these users get its answers (default); shadow: it answers, but no user sees it",
             )
         if action == "promote":
             command.add_argument(
-                "--first", action="store_true", help="without the gate's verdict, while there is no champion"
+                "--first", action="store_true", help="promote without the gate, while there is no champion"
             )
-        command.add_argument("--reason", required=True, help="for the journal")
-        command.add_argument("--by", default=getpass.getuser(), help="name for the journal")
+        command.add_argument("--reason", required=True, help="reason, for the journal")
+        command.add_argument(
+            "--by", default=getpass.getuser(), help="your name, for the journal (default: the login name)"
+        )
     return parser
 
 

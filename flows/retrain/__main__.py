@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Retrain; return the exit code."""
     parser = argparse.ArgumentParser(prog="perennial retrain", description=__doc__)
-    parser.add_argument("--reason", default="by hand", help="why, for the record")
+    parser.add_argument("--reason", default="by hand", help="reason, for the record")
     options = parser.parse_args(arguments)
     return run_command(lambda: _retrain(Path.cwd(), options.reason))
 

@@ -46,9 +46,11 @@ def _parser() -> argparse.ArgumentParser:
         "`dvc repro` gives the same files without Prefect.",
     )
     parser.add_argument("--force", action="store_true", help="run every stage, changed or not")
-    parser.add_argument("--until", metavar="STAGE", help="run this stage and what it needs, not what follows")
     parser.add_argument(
-        "--no-wait", action="store_true", help="fail if another run is at work in this folder"
+        "--until", metavar="STAGE", help="run this stage and those it depends on, and no later one"
+    )
+    parser.add_argument(
+        "--no-wait", action="store_true", help="fail instead of waiting for another run in this checkout"
     )
     return parser
 

@@ -1,11 +1,11 @@
-"""Everything under one supervisor: `perennial up`, or `make up`.
+"""Run everything under one supervisor: `perennial up`, or `make up`.
 
-The service, Prefect's server and what executes due runs, MLflow, Evidently, and the page that shows all at a
-glance. One that dies is restarted; all end with this process, on Ctrl-C, SIGTERM or its death.
+Starts the service, Prefect's server and a runner for due flow runs, MLflow, Evidently and the dashboard. A
+program that dies is restarted; all of them end with this process, on Ctrl-C, SIGTERM or its death.
 
-Where they listen is `flows.pages` and `services` in params.yaml. PREFECT_SERVER_API_HOST and
-PREFECT_SERVER_API_PORT go before `flows.pages.prefect`; further names that a page is called by are in
-PERENNIAL_PAGE_HOSTS, with commas between them.
+The ports are `flows.pages` and `services.port` in params.yaml. PREFECT_SERVER_API_HOST and
+PREFECT_SERVER_API_PORT override `flows.pages.prefect`. PERENNIAL_PAGE_HOSTS has further host names that the
+pages accept, separated by commas.
 """
 
 from __future__ import annotations

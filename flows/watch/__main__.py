@@ -1,6 +1,6 @@
-"""Check production by hand: `perennial watch`.
+"""Test production traffic for drift once, by hand: `perennial watch`.
 
-Tests the windows that have closed since the last check for drift. If they trigger a retraining, it runs in
+Tests the windows that have closed since the last check. If they trigger a retraining, it runs in
 this process, unless `--no-retrain` or `flows.watch.retrain: false` is set.
 """
 

@@ -28,18 +28,22 @@ class _OneLineParser(argparse.ArgumentParser):
 
 
 def _arguments(words: Sequence[str]) -> argparse.Namespace:
-    parser = _OneLineParser(prog="perennial events", description="The event store.")
+    parser = _OneLineParser(
+        prog="perennial events", description="Export, prune or migrate the event store, or forget a person."
+    )
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="export | prune | forget | migrate"
     )
     export = commands.add_parser("export", help="write exchanges and feedback as Parquet")
-    export.add_argument("--from", dest="start", type=_instant, help="2026-01-01T00:00, UTC")
-    export.add_argument("--to", dest="end", type=_instant, help="not included")
+    export.add_argument(
+        "--from", dest="start", type=_instant, help="start of the range, such as 2026-01-01T00:00 (UTC)"
+    )
+    export.add_argument("--to", dest="end", type=_instant, help="end of the range, not included")
     _add_person(export, required=False)
     export.add_argument("--out", type=Path, required=True, help="the file to write")
     older = commands.add_parser("prune", help="delete old exchanges and their feedback")
     older.add_argument("--older-than-days", type=_days, required=True)
-    gone = commands.add_parser("forget", help="delete what one person wrote, and the feedback on it")
+    gone = commands.add_parser("forget", help="delete the exchanges of one person, with their feedback")
     _add_person(gone, required=True)
     commands.add_parser("migrate", help="create the store, or upgrade its schema")
     for command in commands.choices.values():
@@ -58,8 +62,8 @@ def _arguments(words: Sequence[str]) -> argparse.Namespace:
 
 def _add_person(command: argparse.ArgumentParser, required: bool) -> None:
     person = command.add_mutually_exclusive_group(required=required)
-    person.add_argument("--user", help="the user that requests named, as it was sent")
-    person.add_argument("--session", help="the session that requests named, as it was sent")
+    person.add_argument("--user", help="`user` of the requests, as it was sent")
+    person.add_argument("--session", help="`session` of the requests, as it was sent")
 
 
 def _person(arguments: argparse.Namespace) -> Person | None:

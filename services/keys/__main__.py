@@ -4,8 +4,8 @@
     perennial keys list
     perennial keys revoke NAME
 
-A key is shown once, when it is made; the file stores its SHA-256. Running servers pick up a change within a
-second. As long as the file has never held a key, requests need none and are limited by address. From the
+A key is shown once, when it is created; the file stores its SHA-256. Running servers pick up a change within
+a second. As long as the file has never held a key, requests need none and are limited by address. From the
 first key on, every request needs one, even if the file is lost later. Each server process counts rates and
 quotas in memory, so a restart resets them.
 """
@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         "--file", type=Path, help="key file (default: services.access.keys_file in params.yaml)"
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("add", help="make a key and print it once")
+    add = commands.add_parser("add", help="create a key and print it once")
     add.add_argument("name")
     add.add_argument("--requests-per-minute", type=int, help="rate limit (default: the server's)")
     add.add_argument("--tokens-per-day", type=int, help="daily quota (default: the server's)")

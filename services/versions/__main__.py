@@ -24,12 +24,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code."""
     set_quiet_environment()
     parser = argparse.ArgumentParser(
-        prog="perennial versions", description="The model versions in the store."
+        prog="perennial versions", description="List, show or add the model versions in the store."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="the stored versions, with their aliases")
+    commands.add_parser("list", help="list the stored versions, with their aliases")
     commands.add_parser("add", help="copy the pipeline's newest model into the store")
-    show = commands.add_parser("show", help="where the files of one version are, and what it is")
+    show = commands.add_parser("show", help="show a version: its files, its base model and its task")
     show.add_argument("tag", help="NAME:VERSION")
     options = parser.parse_args(arguments)
     try:

@@ -134,9 +134,7 @@ def _conflicts_across(document: Document, sections: dict[str, Any]) -> Iterator[
 
 def main() -> None:
     """Check `params.yaml` and exit 2 with all its problems, or 0."""
-    parser = argparse.ArgumentParser(
-        prog="perennial params", description="Check params.yaml, and nothing else."
-    )
+    parser = argparse.ArgumentParser(prog="perennial params", description="Check params.yaml; run nothing.")
     parser.add_argument("file", nargs="?", type=Path, default=Path("params.yaml"))
     try:
         load_params(parser.parse_args().file)
