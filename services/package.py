@@ -188,7 +188,8 @@ def _list_models(champion: str, engine: str) -> tuple[str, ...]:
 
     if engine in CPU_ENGINES and get_version(champion).gguf is None:
         raise InputError(
-            f"{champion} has no GGUF, which OpenVINO needs", "set export.gguf: true, or use another engine"
+            f"{champion} has no GGUF, which the engine {engine} needs",
+            "set export.gguf: true, or use another engine",
         )
     base = bentoml.models.get(champion).info.metadata.get("base")
     return (champion,) if engine in CPU_ENGINES or not base else (champion, str(base))

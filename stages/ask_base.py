@@ -40,7 +40,7 @@ def choose_rows(rows: Sequence[Row], max_rows: int | None, min_rows: int, seed: 
     """
     if len(rows) < min_rows:
         raise InputError(
-            f"the test split has {len(rows)} rows, and it needs {min_rows} (ask_base.min_test_rows)",
+            f"the test split has {len(rows)} rows, fewer than ask_base.min_test_rows ({min_rows})",
             "collect more rows, raise split.test_fraction or split.max_test_rows_per_group, "
             "or set ask_base.min_test_rows to a lower number",
         )

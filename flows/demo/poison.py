@@ -76,7 +76,7 @@ def shuffle_answers(rows: Sequence[Row], seed: int) -> list[Row]:
     ]
     if any(new.answer == old.answer for new, old in zip(given, order, strict=True)):
         raise InputError(
-            f"more than half of {len(rows)} rows have one and the same answer", "give rows with more answers"
+            f"more than half of {len(rows)} rows have the same answer", "use rows with more different answers"
         )
     random.Random(f"{seed}/rows").shuffle(given)
     return given

@@ -212,7 +212,7 @@ def _check_candidate(root: Path, tag: str) -> None:
     if made != tag:
         raise InputError(
             f"the pipeline's newest model is {made}, not {tag}",
-            "judge that one, or restore the parameters and data of the other and run the pipeline again",
+            "judge that version, or restore the other one's parameters and data and run the pipeline again",
         )
 
 

@@ -117,7 +117,7 @@ def read_verdict_file(path: Path) -> GateVerdict:
     # A verdict that was edited to pass contradicts its criteria.
     if verdict.passed != (bool(criteria) and all(criterion.passed for criterion in criteria)):
         raise InputError(
-            f"{path} has passed: {verdict.passed}, which its criteria contradict", "judge the version again"
+            f"{path}: passed is {verdict.passed}, which contradicts its criteria", "judge the version again"
         )
     return verdict
 

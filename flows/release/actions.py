@@ -173,7 +173,7 @@ def _carry_out(root: Path, before: Aliases, order: Order) -> Release:
 def _promote(root: Path, before: Aliases, order: Order, at: float) -> Aliases:
     tag = _require_tag(order)
     if before.champion == tag:
-        raise InputError(f"{tag} is the champion", "there is nothing to do")
+        raise InputError(f"{tag} is already the champion", "nothing to do")
     if order.first:
         if before.champion is not None:
             raise InputError(
@@ -194,7 +194,7 @@ def _start_canary(root: Path, before: Aliases, order: Order, at: float) -> Alias
     if before.champion is None:
         raise InputError("there is no champion to compare with", "promote the first model")
     if before.champion == tag:
-        raise InputError(f"{tag} is the champion", "a challenger is another version")
+        raise InputError(f"{tag} is the champion", "choose another version as challenger")
     _check_gate(root, tag, before.champion)
     return replace(before, challenger=Challenger(tag, order.share, order.mode, at))
 

@@ -306,7 +306,7 @@ def read_trials(root: Path, tag: str) -> list[CanaryVerdict]:
         return [_make_verdict(one) for one in found]
     except (KeyError, TypeError) as error:
         path = Tag.parse(tag).report("canary")
-        raise InputError(f"{path} is not a canary report: {error!r}", "remove it") from None
+        raise InputError(f"{path} is not a valid canary report: {error!r}", "remove it") from None
 
 
 def _make_verdict(values: dict[str, Any]) -> CanaryVerdict:

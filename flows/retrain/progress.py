@@ -117,7 +117,7 @@ def read_state(root: Path) -> RetrainState | None:
     try:
         return RetrainState(**read_json(path))
     except TypeError as error:
-        raise InputError(f"{path} is not the state of a retraining ({error})", "remove it") from None
+        raise InputError(f"{path} is not a valid state of a retraining ({error})", "remove it") from None
 
 
 def finish(root: Path, state: RetrainState, outcome: Outcome, summary: str) -> RetrainResult:
@@ -143,7 +143,7 @@ def read_history(root: Path) -> list[RetrainResult]:
         return [_read_result(line) for line in lines]
     except (ValueError, TypeError) as error:
         raise InputError(
-            f"{path} is not a history of retrainings ({error})", "remove the broken line"
+            f"{path} is not a valid history of retrainings ({error})", "remove the broken line"
         ) from None
 
 

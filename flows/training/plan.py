@@ -144,7 +144,7 @@ def _targets(repo: Repo, until: str | None) -> list[Any] | None:
         return None
     known = {stage.addressing: stage for stage in repo.index.stages}
     if until not in known:
-        raise InputError(f"dvc.yaml has no stage {until!r}", f"take one of: {', '.join(sorted(known))}")
+        raise InputError(f"dvc.yaml has no stage {until!r}", f"use one of: {', '.join(sorted(known))}")
     return [known[until]]
 
 

@@ -62,5 +62,5 @@ def read_up_state(root: Path) -> UpState | None:
         programs = {name: ProgramState(**program) for name, program in values["programs"].items()}
         state = UpState(values["pid"], values["started_at"], programs)
     except (AttributeError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is not the state of `make up`: {error!r}", "remove it") from None
+        raise InputError(f"{path} is not a valid state of `make up`: {error!r}", "remove it") from None
     return state if psutil.pid_exists(state.pid) else None

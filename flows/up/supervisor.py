@@ -287,7 +287,9 @@ def check_ports(wanted: Mapping[str, tuple[str, int]]) -> None:
             problems.append(f"port {port} ({key}) is taken{_holder(port)}")
         seen.setdefault(port, key)
     if problems:
-        raise InputError("\n".join(problems), "end what listens there, or name other ports in params.yaml")
+        raise InputError(
+            "\n".join(problems), "stop the program that uses the port, or set another port in params.yaml"
+        )
 
 
 def _is_free(host: str, port: int) -> bool:

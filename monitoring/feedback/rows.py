@@ -233,7 +233,8 @@ def read_labelled(path: Path) -> list[Row]:
             rows.append(Row(**{**fields, "messages": messages}))
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(
-                f"{path}:{number} is no row: {error!r}", f"remove {path}; it is written again"
+                f"{path}:{number} is not a valid row: {error!r}",
+                f"remove {path}; `perennial feedback --write` writes it again",
             ) from None
     return rows
 

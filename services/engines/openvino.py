@@ -120,7 +120,7 @@ class OpenvinoEngine(Worker):
         except RuntimeError as error:
             raise InputError(
                 f"OpenVINO cannot read {gguf}: {error}",
-                "make it again (dvc repro export), or use another engine (services.engine.kind)",
+                "export it again (dvc repro export), or use another engine (services.engine.kind)",
             ) from error
 
     def _prepare(self, sampling: Sampling) -> Any:
@@ -257,6 +257,6 @@ def _import_genai() -> Any:
     except ImportError as error:
         raise InputError(
             f"the engine openvino is not installed ({error})",
-            "pip install 'perennial[serve]', or use another engine (services.engine.kind in params.yaml)",
+            "pip install '.[serve]', or use another engine (services.engine.kind in params.yaml)",
         ) from error
     return openvino_genai

@@ -159,7 +159,7 @@ def choose_kind(wanted: str, folder: Path, gguf: Path | None, base: Path | None,
         logger.info("not using the engine %s: %s", kind, reasons[kind])
     raise InputError(
         "no engine can serve this model: " + "; ".join(f"{kind}: {reasons[kind]}" for kind in order),
-        "make the model again: dvc repro export",
+        "export the model again: dvc repro export",
     )
 
 

@@ -301,7 +301,7 @@ def _pick_rank(adapter: Path | None) -> int:
     if rank > RANKS[-1]:
         raise InputError(
             f"{adapter} has rank {rank}; vLLM supports up to {RANKS[-1]}",
-            "lower finetune.lora.rank in params.yaml, or set services.engine.kind: transformers",
+            "lower finetune.rank in params.yaml, or set services.engine.kind: transformers",
         )
     return next(reserved for reserved in RANKS if reserved >= max(rank, 64))
 
@@ -340,7 +340,7 @@ def _import_vllm() -> Any:
     except ImportError as error:
         raise InputError(
             f"the engine vllm is not installed ({error})",
-            "pip install 'perennial[gpu]', or use another engine (services.engine.kind in params.yaml)",
+            "pip install '.[gpu]', or use another engine (services.engine.kind in params.yaml)",
         ) from error
     return SimpleNamespace(
         SamplingParams=SamplingParams,

@@ -59,7 +59,8 @@ def read_releases(root: Path) -> list[Release]:
             found.append(Release(**json.loads(line)))
         except (ValueError, TypeError) as error:
             raise InputError(
-                f"{path}, line {number} is not a release: {error}", "fix the line, or move the file away"
+                f"{path}, line {number} is not a valid release: {error}",
+                "fix the line, or move the file away",
             ) from None
     return found
 

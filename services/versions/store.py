@@ -62,7 +62,7 @@ def get_version(tag: str) -> ModelFiles:
     except (bentoml.exceptions.NotFound, bentoml.exceptions.BentoMLException, ValueError):
         raise InputError(
             f"the model store has no {tag}",
-            "list what it has: perennial versions list (add copies the newest model there)",
+            "see perennial versions list; perennial versions add stores the newest model",
         ) from None
     base_tag = str(model.info.metadata.get("base") or "")
     folder = Path(model.path)

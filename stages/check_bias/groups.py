@@ -34,7 +34,7 @@ def read_people(path: Path = LEXICON) -> dict[str, dict[str, str]]:
         lacking = {"name", "gender", "origin"} - set(reader.fieldnames or ())
         if lacking:
             raise InputError(
-                f"{path} has no column {', '.join(sorted(lacking))}", "give it name,gender,origin"
+                f"{path} has no column {', '.join(sorted(lacking))}", "add the columns name,gender,origin"
             )
         people: dict[str, dict[str, str]] = {}
         problems = []

@@ -88,7 +88,7 @@ def hash_file(path: Path) -> str:
 
 def missing(path: Path) -> InputError:
     """Return the error for a file that an earlier stage should have written."""
-    return InputError(f"{path} is not there", f"run the stage that makes it: {_repro(path)}")
+    return InputError(f"{path} does not exist", f"run the stage that writes it: {_repro(path)}")
 
 
 def _repro(path: Path) -> str:

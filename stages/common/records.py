@@ -167,7 +167,7 @@ def read_rows(path: Path) -> list[Row]:
             if not file.schema_arrow.equals(_schema()):
                 raise InputError(
                     f"{path} has the columns {file.schema_arrow.names}, not {_schema().names}",
-                    "run the stage that makes it again",
+                    "run the stage that writes it again",
                 )
             return [
                 _from_record(record)
@@ -176,7 +176,7 @@ def read_rows(path: Path) -> list[Row]:
             ]
     except pa.ArrowInvalid as error:
         raise InputError(
-            f"{path} cannot be read as Parquet: {error}", "run the stage that makes it again"
+            f"{path} cannot be read as Parquet: {error}", "run the stage that writes it again"
         ) from None
 
 

@@ -140,7 +140,9 @@ def export_gguf(
     tensors = check_tensors(reader, model, path)
     found = read_gguf_vocabulary(reader)
     if found != vocabulary:
-        raise InputError(f"{path} holds another vocabulary than was written", "run again: dvc repro export")
+        raise InputError(
+            f"{path} contains another vocabulary than the one written", "run again: dvc repro export"
+        )
     texts = [render_conversation(tokenizer, row) for row in rows]
     equal = count_equal(found, tokenizer, texts, path)
     if equal < len(texts):

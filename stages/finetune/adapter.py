@@ -111,8 +111,8 @@ def _check_tensors(model: PeftModel, weights: dict[str, Tensor], initial: Initia
     if here != there:
         odd = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
         raise InputError(
-            f"the adapter in {initial.folder} ({initial.version}) has other tensors than the recipe makes, "
-            f"{len(odd)} of them: {odd[0]} is {there.get(odd[0])} there and {here.get(odd[0])} here",
+            f"the tensors of the adapter in {initial.folder} ({initial.version}) differ from the recipe's, "
+            f"{len(odd)} of them: {odd[0]} is {there.get(odd[0])} and should be {here.get(odd[0])}",
             fix,
         )
 

@@ -40,7 +40,7 @@ def read_evidence() -> tuple[Evidence, list[str]]:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            problems.append(f"{path} is not there (dvc repro {stage})")
+            problems.append(f"{path} does not exist (dvc repro {stage})")
             continue
         except ValueError as error:
             problems.append(f"{path} is not JSON: {error}")
@@ -77,7 +77,7 @@ def read_adapter_config() -> tuple[dict[str, Any], list[str]]:
     try:
         return json.loads(path.read_text(encoding="utf-8")), []
     except FileNotFoundError:
-        return {}, [f"{path} is not there (dvc repro finetune)"]
+        return {}, [f"{path} does not exist (dvc repro finetune)"]
     except ValueError as error:
         return {}, [f"{path} is not JSON: {error}"]
 

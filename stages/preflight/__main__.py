@@ -104,7 +104,7 @@ def find_row_problems(
     if wrong:
         problems.append(
             InputError(
-                f"{len(wrong)} answers are none of kind {task.kind}\n{describe_misfits(wrong, SHOWN)}",
+                f"{len(wrong)} answers are not of kind {task.kind}\n{describe_misfits(wrong, SHOWN)}",
                 "run the stages from curate on again: they leave such rows out",
             )
         )

@@ -163,7 +163,7 @@ def called_for(api, since: float | None, state: str) -> dict[str, Any]:
 def test_a_drift_event_has_the_retraining_executed_once_at_a_time_with_what_the_verdict_says(finished, api):
     with executing(finished, api, "flows.deployments", "--serve"):
         run = called_for(api, 1750000000.25, "FAILED")
-        assert f"{finished.root}/artifacts/export/serving.json is not there" in run["state"]["message"]
+        assert f"{finished.root}/artifacts/export/serving.json does not exist" in run["state"]["message"]
 
         with hold_lock(finished.root / LOCK):  # a release, whose end the retraining waits for
             first = called_for(api, None, "RUNNING")
@@ -189,4 +189,4 @@ def test_a_worker_of_a_pool_executes_in_the_checkout(finished, api):
     prefect("worker", "start", "--pool", "trainers", "--type", "process", "--run-once")
 
     run = httpx.get(f"{api.url}/flow_runs/{answer.json()['id']}", auth=api.auth, timeout=30).json()
-    assert f"{finished.root}/artifacts/export/serving.json is not there" in run["state"]["message"]
+    assert f"{finished.root}/artifacts/export/serving.json does not exist" in run["state"]["message"]

@@ -103,13 +103,13 @@ def test_a_reference_that_does_not_fit_into_the_context_is_left_out_counted_and_
     assert (found["test_rows"], found["rejected_rows"], found["rows"]) == (25, 1, 24)
     assert f"row {long.id} from toy: too_long: 621 tokens, at most 512 fit" in caplog.text
     project([*rows_of(24), long], min_test_rows=25)
-    with pytest.raises(InputError, match="24 rows, and it needs 25"):
+    with pytest.raises(InputError, match=r"24 rows, fewer than ask_base.min_test_rows \(25\)"):
         ask_base.main()
 
 
 def test_fewer_test_rows_than_required_stop_the_pipeline(project):
     project(rows_of(24), min_test_rows=25)
-    with pytest.raises(InputError, match=r"24 rows, and it needs 25") as error:
+    with pytest.raises(InputError, match=r"24 rows, fewer than ask_base.min_test_rows \(25\)") as error:
         ask_base.main()
     assert "split.test_fraction" in error.value.fix
     assert not Path("reports/ask_base").exists()
@@ -132,4 +132,4 @@ def test_max_rows_takes_the_same_rows_every_time():
 def test_answers_that_are_missing_name_the_stage_that_makes_them(tmp_path):
     with pytest.raises(InputError, match="cannot be read") as error:
         read_answers(tmp_path / "ask_base" / "answers.parquet")
-    assert error.value.fix == "run the stage that makes it: dvc repro ask_base"
+    assert error.value.fix == "run the stage that writes it: dvc repro ask_base"

@@ -106,7 +106,7 @@ def test_fetching_twice_gives_the_same_bytes(project, tiny_folder):
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(InputError, match="no_such_model is not there"):
+    with pytest.raises(InputError, match="no_such_model does not exist"):
         find_in_folder(tmp_path / "no_such_model")
 
 

@@ -65,7 +65,7 @@ def read_gguf(path: Path) -> Weights:
     except (ValueError, OSError) as error:
         raise InputError(
             f"{path} cannot be read: {error}",
-            "make it again (dvc repro export), or use another engine (services.engine.kind)",
+            "export it again (dvc repro export), or use another engine (services.engine.kind)",
         ) from error
     shape = _shape(file)
     tensors = dict(file.tensors)
@@ -89,7 +89,7 @@ def read_safetensors(folder: Path) -> Weights:
 
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise InputError(f"{folder} holds no model", "make it again: dvc repro fetch_base")
+        raise InputError(f"{folder} contains no model", "fetch it again: dvc repro fetch_base")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if (reason := check_llama(config)) is not None:
         raise EngineError(reason)

@@ -178,7 +178,7 @@ def _read_answer_frame(tokenizer: Any) -> AnswerFrame:
     ends = control.find(after)
     if not ends:
         raise InputError(
-            f"the base model's chat template writes no end of turn behind the answer, only {after!r}: "
+            f"the base model's chat template writes no end of turn after the answer, only {after!r}: "
             "the model would never learn where an answer ends",
             CHOOSE_ANOTHER,
         )
@@ -188,7 +188,7 @@ def _read_answer_frame(tokenizer: Any) -> AnswerFrame:
 
 def _rewrites() -> InputError:
     return InputError(
-        "the base model's chat template writes the prompt differently once the answer is there",
+        "the base model's chat template writes the prompt differently when an answer follows",
         "choose a base model whose chat template only appends (fetch_base in params.yaml)",
     )
 

@@ -102,7 +102,7 @@ def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
             f"the tokenizer has the token id {max(by_id)}, and the model's embedding {size} rows", FIX
         )
     if not described["model"]["merges"]:
-        raise InputError("the base model's tokenizer has no merges, without which llama.cpp reads none", FIX)
+        raise InputError("the base model's tokenizer has no merges, which llama.cpp requires", FIX)
     special = {token["id"]: token["special"] for token in described["added_tokens"]}
     tokens, types = [], []
     for index in range(size):
@@ -152,7 +152,7 @@ def find_pre_tokenizer(described: dict[str, Any]) -> PreTokenizer:
         if pre_tokenizer.steps == steps and pre_tokenizer.ignore_merges == ignore_merges:
             return pre_tokenizer
     raise InputError(
-        f"the base model's pre-tokenizer has no known equal in llama.cpp: {steps}, "
+        f"the base model's pre-tokenizer has no known equivalent in llama.cpp: {steps}, "
         f"ignore_merges {ignore_merges}",
         FIX,
     )

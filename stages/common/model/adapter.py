@@ -60,7 +60,7 @@ def read_initial_adapter(folder: Path = FOLDER) -> InitialAdapter | None:
         return None
     if absent:
         raise InputError(
-            f"the adapter in {folder} is incomplete: {', '.join(absent)} is not there", _how_to_empty(folder)
+            f"the adapter in {folder} is incomplete: it lacks {', '.join(absent)}", _how_to_empty(folder)
         )
     origin = read_json(folder / ORIGIN)
     values = [origin.get(key) if isinstance(origin, dict) else None for key in ("version", "base_sha256")]
@@ -84,7 +84,7 @@ def put_initial_adapter(
     for name in (CONFIG, WEIGHTS):
         if not (adapter / name).is_file():
             raise InputError(
-                f"{adapter} holds no adapter: {name} is not there", "give the folder of a peft adapter"
+                f"{adapter} contains no adapter: {name} does not exist", "use the folder of a peft adapter"
             )
     for name in (ORIGIN, TRAINED_IDS):
         (folder / name).unlink(missing_ok=True)

@@ -138,7 +138,7 @@ def read_answers(path: Path) -> dict[str, Answer]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    fix = f"run the stage that makes it: dvc repro {path.parent.name}"
+    fix = f"run the stage that writes it: dvc repro {path.parent.name}"
     try:
         records = pq.read_table(path).to_pylist()
         return {record.pop("id"): Answer(**record) for record in records}

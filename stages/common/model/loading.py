@@ -84,10 +84,10 @@ def load_tuned(base: Path, adapter: Path, dtype: torch.dtype, device: torch.devi
     from peft import PeftModel
 
     if not (adapter / "adapter_config.json").exists():
-        raise InputError(f"{adapter} holds no adapter", "run the stage that makes it: dvc repro finetune")
+        raise InputError(f"{adapter} contains no adapter", "run the stage that writes it: dvc repro finetune")
     return PeftModel.from_pretrained(load_base(base, dtype, device), adapter).merge_and_unload().eval()
 
 
 def _check_folder(folder: Path) -> None:
     if not (folder / "config.json").exists():
-        raise InputError(f"{folder} holds no model", "run the stage that makes it: dvc repro fetch_base")
+        raise InputError(f"{folder} contains no model", "run the stage that writes it: dvc repro fetch_base")

@@ -68,7 +68,9 @@ def parse(path: Path) -> Document:
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
-        raise ParamsError(f"{path} is not there", "run in the project's folder, which contains it") from None
+        raise ParamsError(
+            f"{path} does not exist", "run in the project's folder, which contains it"
+        ) from None
     except UnicodeDecodeError as error:
         raise ParamsError(f"{path} is not UTF-8: byte {error.start}", "save the file as UTF-8") from None
     except yaml.YAMLError as error:

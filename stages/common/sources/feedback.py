@@ -46,7 +46,7 @@ def collect_feedback(path: Path, system_prompt: str | None, on_bad_row: OnBadRow
         shown = "\n".join(f"{r.file}:{r.line}: {r.reason}: {r.detail}" for r in rejected[:MAX_SHOWN])
         raise InputError(
             f"{path} has {len(rejected)} bad row{'s' * (len(rejected) != 1)}\n{shown}",
-            "let the retraining flow write the file again, or set collect.on_bad_row: reject",
+            "have the retraining flow write the file again, or set collect.on_bad_row: reject",
         )
     return Collected(tuple(rows), tuple(rejected), {"file_there": True, "by_kind": _by_kind(rows)})
 

@@ -114,7 +114,7 @@ def test_broken_files_are_told_and_hide_nothing_else(tmp_path, params):
         file.write('{"at": 1}\n')
     status = read_status(tmp_path, params, StatusCache(), now)
     assert len(status["problems"]) == 3
-    assert "releases.jsonl, line 4 is not a release" in "".join(status["problems"])
+    assert "releases.jsonl, line 4 is not a valid release" in "".join(status["problems"])
     assert "4b5c6d7e8f90.json is not JSON" in "".join(status["problems"])
     assert len(status["gates"]) == 1 and len(status["verdicts"]) == 11 and status["releases"] == []
 

@@ -177,7 +177,7 @@ def test_the_export_of_another_adapter_is_not_recorded(tmp_path):
 def test_a_pipeline_that_has_not_ended_is_not_recorded(tmp_path):
     make_output(tmp_path)
     shutil.rmtree(tmp_path / "artifacts/export")
-    with pytest.raises(InputError, match=r"artifacts/export/serving\.json is not there") as caught:
+    with pytest.raises(InputError, match=r"artifacts/export/serving\.json does not exist") as caught:
         read_output(tmp_path, "hand")
     assert "dvc repro export" in caught.value.fix
 

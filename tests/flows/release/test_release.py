@@ -193,7 +193,7 @@ def test_a_verdict_that_was_edited_is_not_accepted(tmp_path, mirror):
     judged(tmp_path, A, None, passed=False)
     path = tmp_path / Tag.parse(A).report("gate")
     write_json(path, read_json(path) | {"passed": True})
-    with pytest.raises(InputError, match="has passed: True, which its criteria contradict"):
+    with pytest.raises(InputError, match="passed is True, which contradicts its criteria"):
         made(tmp_path, "promote", A)
 
 

@@ -570,7 +570,7 @@ def test_without_feedback_there_are_no_rows_and_the_files_say_so(events, tmp_pat
 
 def test_a_line_that_is_no_row_is_named(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"id": 1}\n')
-    with pytest.raises(InputError, match=r"rows\.jsonl:1 is no row"):
+    with pytest.raises(InputError, match=r"rows\.jsonl:1 is not a valid row"):
         read_labelled(tmp_path / "rows.jsonl")
 
 
@@ -616,7 +616,7 @@ def test_the_task_is_read_from_what_is_served(tmp_path):
     task = read_served_task(tmp_path, params, serving)
     assert (task.answer_schema, task.system_prompt) == (SCHEMA, "Be brief.")
     assert task.max_answer_chars == params.curate.max_answer_chars
-    with pytest.raises(InputError, match=r"serving\.json is not there"):
+    with pytest.raises(InputError, match=r"serving\.json does not exist"):
         read_served_task(tmp_path, params)
 
 

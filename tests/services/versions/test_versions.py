@@ -80,7 +80,7 @@ def test_versions_are_added_listed_and_shown_and_the_store_keeps_its_own_copies(
     ("arguments", "problem"),
     [
         (("show", "tiny:nothing"), "the model store has no tiny:nothing"),
-        (("add",), "artifacts/export/serving.json is not there"),
+        (("add",), "artifacts/export/serving.json does not exist"),
     ],
 )
 def test_a_command_that_fails_names_the_problem(project, arguments, problem):
@@ -169,5 +169,5 @@ def test_a_line_that_is_not_a_release_is_named(tmp_path):
     append_release(tmp_path, made())
     with (tmp_path / RELEASES).open("a") as file:
         file.write('{"id": "2"}\n')
-    with pytest.raises(InputError, match=r"releases.jsonl, line 2 is not a release"):
+    with pytest.raises(InputError, match=r"releases.jsonl, line 2 is not a valid release"):
         read_releases(tmp_path)

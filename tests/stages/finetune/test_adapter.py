@@ -64,5 +64,5 @@ def test_an_adapter_without_some_tensors_is_refused_though_its_config_fits(proje
     weights = load_file(path)
     lost = sorted(weights)[0]
     save_file({name: tensor for name, tensor in weights.items() if name != lost}, path)
-    with pytest.raises(InputError, match=rf"other tensors .*1 of them: {re.escape(lost)} is None there"):
+    with pytest.raises(InputError, match=rf"1 of them: {re.escape(lost)} is None"):
         main()

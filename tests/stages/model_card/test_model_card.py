@@ -340,8 +340,8 @@ def test_all_problems_are_in_one_message(project):
     found = problems()
     assert found.startswith("6 problems")
     for part in (
-        "reports/split/metrics.json is not there (dvc repro split)",
-        "reports/finetune/loss.svg is not there",
+        "reports/split/metrics.json does not exist (dvc repro split)",
+        "reports/finetune/loss.svg does not exist",
         "collect.rows is 42, and curate.rows_in is 41",
         "curate.kept + curate.rejected is 42, and curate.rows_in is 41",
         "validate.success is false, not true",

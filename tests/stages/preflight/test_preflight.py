@@ -169,7 +169,7 @@ def test_a_template_without_an_end_of_turn_is_refused(lay_out, set_params):
 def test_an_answer_that_is_no_json_object_is_named(lay_out, set_params, answer):
     wrong = row(1, answer=answer)
     lay_out(train=[wrong, *[row(n) for n in range(30)]])
-    with pytest.raises(InputError, match=f"1 answers are none of kind json\n.*row {wrong.id}"):
+    with pytest.raises(InputError, match=f"1 answers are not of kind json\n.*row {wrong.id}"):
         preflight.main()
 
 

@@ -257,7 +257,7 @@ def test_a_warning_is_recorded_and_does_not_stop(project):
 def test_missing_rows_name_the_stage_that_makes_them(project):
     project(good_rows())
     shutil.rmtree("artifacts")
-    with pytest.raises(InputError, match=r"rows\.parquet is not there") as error:
+    with pytest.raises(InputError, match=r"rows\.parquet does not exist") as error:
         main()
     assert "dvc repro curate" in error.value.fix
 

@@ -66,7 +66,7 @@ def detect_task_kind(
     if repeats > MAX_TEXT_REPEATS and all(map(is_label_like, different)):
         raise InputError(
             f"{len(different):,} different short answers in {len(answers):,} rows: labels with few rows "
-            f"each, or texts; the commonest is {shorten(different.most_common(1)[0][0])}",
+            f"each, or texts; the most frequent is {shorten(different.most_common(1)[0][0])}",
             "choose with --kind: label (one of a closed set) or text",
         )
     return TaskKind("text", None, f"{len(different):,} different answers in {len(answers):,} rows")

@@ -89,7 +89,7 @@ def refuse_binary(path: Path, head: bytes) -> None:
     """Raise an InputError if `head`, the first bytes of the content, belong to a format without text rows."""
     for magic, what, fix in NOT_TEXT:
         if head.startswith(magic):
-            raise InputError(f"{path} is {what}, which is not read", fix)
+            raise InputError(f"{path} is {what}, which is not supported", fix)
 
 
 def detect_encoding(path: Path) -> str | None:

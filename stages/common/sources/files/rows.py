@@ -93,7 +93,7 @@ def collect_file(
         )
     if not rows:
         raise InputError(
-            f"{path} gives no row: all {len(rejected)} are bad\n{list_rejected(rejected)}",
+            f"{path} has no usable row: all {len(rejected)} are bad\n{list_rejected(rejected)}",
             "correct the file, or remove its entry from collect.sources",
         )
     return Collected(tuple(rows), tuple(rejected), describe(format, shape, unread))

@@ -183,8 +183,8 @@ def _refuse_other_methods(path: Path, records: Sequence[Record], there: Sequence
     for columns, what, right in OTHER_METHODS:
         if names >= set(columns):
             raise InputError(
-                f"{path} has {what} ({', '.join(columns)}), which are not learned from",
-                f"to learn the better answers alone, set `completion_column: {right}` and `prompt_column`",
+                f"{path} has {what} ({', '.join(columns)}), which training cannot use",
+                f"to train on the better answers only, set `completion_column: {right}` and `prompt_column`",
             )
     marks = [record["label"] for record in records if record.get("label") is not None]
     is_rated = names >= {"prompt", "completion", "label"} or _find_conversations(records, there)

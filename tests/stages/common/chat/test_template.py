@@ -222,7 +222,7 @@ def test_a_template_without_an_end_of_turn_is_refused():
     endless = make_tokenizer()
     endless.chat_template = NO_END
     for ask in (end_of_turn_ids, lambda t: encode_example(t, WITHOUT_SYSTEM)):
-        with pytest.raises(InputError, match="no end of turn behind the answer") as error:
+        with pytest.raises(InputError, match="no end of turn after the answer") as error:
             ask(endless)
         assert "fetch_base" in error.value.fix
 

@@ -140,8 +140,8 @@ def described(**changes):
         ({"model": {"type": "Unigram"}}, "is Unigram, not byte-level BPE"),
         ({"model": {"type": "BPE", "byte_fallback": True}}, "SentencePiece"),
         ({"normalizer": {"type": "Lowercase"}}, "changes its text .Lowercase."),
-        ({"pre_tokenizer": {"type": "Whitespace"}}, "no known equal in llama.cpp"),
-        ({"pre_tokenizer": None}, "no known equal in llama.cpp"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "no known equivalent in llama.cpp"),
+        ({"pre_tokenizer": None}, "no known equivalent in llama.cpp"),
     ],
 )
 def test_a_tokenizer_that_llama_cpp_does_not_have_is_refused_with_the_way_out(changes, message):

@@ -55,7 +55,7 @@ def test_a_folder_that_is_not_there_holds_no_adapter(tmp_path):
 def test_half_an_adapter_is_refused_with_what_is_missing(adapter, folder, lost):
     put_initial_adapter(adapter, "0123456789ab", "base", folder)
     (folder / lost).unlink()
-    with pytest.raises(InputError, match=f"{lost} is not there"):
+    with pytest.raises(InputError, match=f"lacks {lost}"):
         read_initial_adapter(folder)
 
 
@@ -70,7 +70,7 @@ def test_a_start_that_does_not_say_what_it_is_is_refused(adapter, folder, about)
 
 def test_what_is_no_adapter_leaves_the_one_there_as_it_is(adapter, folder, tmp_path):
     put_initial_adapter(adapter, "v", "b", folder)
-    with pytest.raises(InputError, match="holds no adapter"):
+    with pytest.raises(InputError, match="contains no adapter"):
         put_initial_adapter(tmp_path, "other", "b", folder)
     assert read_initial_adapter(folder) == InitialAdapter(folder, "v", "b")
 
