@@ -205,9 +205,7 @@ def check_lock(lock: Lock, paths: Sequence[Path]) -> list[str]:
     """Return the stages that DVC has not run, and files that differ from what it recorded."""
     absent = [stage for stage in BEFORE if stage not in lock.params]
     if len(absent) == len(BEFORE):
-        return [
-            "dvc.lock is missing or empty: DVC did not write the files here (dvc repro model_card)"
-        ]
+        return ["dvc.lock is missing or empty: DVC did not write the files here (dvc repro model_card)"]
     problems = [f"dvc.lock has no entry for {stage} (dvc repro {stage})" for stage in absent]
     return problems + find_disagreements(lock, paths)
 
