@@ -19,7 +19,6 @@ from stages.common.errors import InputError
 
 # A package that only this extra of pyproject.toml installs.
 MARKERS = {"core": "prefect", "serve": "bentoml", "monitor": "mlflow"}
-LOOP = tuple(MARKERS)
 # What every checkout has, and every command reads or writes next to.
 CHECKOUT = ("params.yaml", "dvc.yaml")
 

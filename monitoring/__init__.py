@@ -1,1 +1,1 @@
-"""Watching: drift in what production asks and what the model answers."""
+"""Watch production: drift of requests, of answers and of quality; feedback as training rows."""

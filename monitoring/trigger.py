@@ -1,4 +1,4 @@
-"""Decide whether drift starts a retraining: one odd window does not, nor drift without labels to learn from.
+"""Decide whether drift starts a retraining: enough windows have drifted, and there are enough labels.
 
 In: the verdicts on the champion's windows, and the state of retrainings. Out: a decision that lists
 exactly what is missing.

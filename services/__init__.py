@@ -1,1 +1,1 @@
-"""Serving: the Bento service over the newest model."""
+"""Serve the champion with BentoML: API, engines, guard, event store."""

@@ -1,4 +1,4 @@
-"""Tracebacks in the log of the service: where an error was raised, without the contents of a request.
+"""Format tracebacks for the log of the service without the contents of a request.
 
 The message of most exceptions may quote what a user sent: a key that is not in a dict, a value that is no
 number, the parameters of a statement. What the machine itself reports (no memory, no file, a failed kernel)

@@ -1,4 +1,4 @@
-"""What traffic teaches: feedback as rows of the served task, with the guard's look at each correction."""
+"""Turn feedback into rows of the served task; the guard checks each correction."""
 
 from __future__ import annotations
 

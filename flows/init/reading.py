@@ -1,4 +1,4 @@
-"""The user's files: find them, detect how they are read, and read their rows."""
+"""Find the user's files, detect their format, and read their rows."""
 
 from __future__ import annotations
 

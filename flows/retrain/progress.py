@@ -1,4 +1,4 @@
-"""The state of the retraining under way, the lock on it, and the results of earlier ones.
+"""The state of the current retraining, the lock on it, and the results of earlier ones.
 
 `.perennial/retrain.lock` is locked by the kernel as long as a process works on a retraining.
 `.perennial/retrain.json` is its state after each step; it is removed at the end, so a state without a

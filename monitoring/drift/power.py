@@ -1,4 +1,4 @@
-"""What a comparison could have found: without it "no drift" may mean that none could have been seen.
+"""The power of a comparison: the smallest change that it would have detected.
 
 Two limits. Sessions are shuffled, and where there are few of them, there are too few shuffles for a small
 p-value: such a window is not judged. Where there are enough, a change must be large enough to be seen next to

@@ -1,4 +1,4 @@
-"""Tokens are given away with their text: none that begins behind a stop string, nor before it is clear."""
+"""Hold tokens back until their text is released: none after a stop string, and none that may begin one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Request bodies to generation requests."""
+"""Convert request bodies to generation requests."""
 
 from __future__ import annotations
 

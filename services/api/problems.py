@@ -1,4 +1,4 @@
-"""What is told of a body that cannot be read or has a field that cannot be taken."""
+"""Describe why a body cannot be read or a field cannot be accepted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which checks the settings ask for, on a prompt and on an answer."""
+"""Run the checks that the settings enable, on a prompt and on an answer."""
 
 from __future__ import annotations
 

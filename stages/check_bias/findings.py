@@ -1,4 +1,4 @@
-"""Measure and judge groups: check_representation, and association with outcome and rejection."""
+"""Measure groups of rows and judge them: representation, and association with outcome and rejection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What users wrote, put into a page, a picture, a table or a message as text: one function for each format.
+"""Escape text of users for pages, plots, tables and messages: one function for each format.
 
 Nothing that comes out of them runs, is laid out, links or calls anyone. They are for one value; the text
 around it is ours.

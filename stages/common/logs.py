@@ -1,4 +1,4 @@
-"""How a stage speaks: log lines, progress, and how it ends."""
+"""Log lines, progress and exit codes of a stage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What collect and curate rejected: an error about too few rows tells where the others went."""
+"""Count what collect and curate rejected, for errors about too few rows."""
 
 from __future__ import annotations
 

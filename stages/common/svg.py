@@ -1,4 +1,4 @@
-"""Figures as SVG files: they open offline, and equal data gives equal bytes."""
+"""Write figures as SVG files: they open offline, and equal data gives equal bytes."""
 
 from __future__ import annotations
 

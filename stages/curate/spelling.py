@@ -1,4 +1,4 @@
-"""One spelling of the rows' texts: what is changed in them, and nothing else is."""
+"""Normalise the spelling of texts: Unicode's NFC and line ends, and nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far the probabilities of a closed set of answers can be trusted.
+"""Calibration of the probabilities of a closed set of answers.
 
 The probability of an answer is what constrained decoding would draw it with: at each of its tokens, the
 softmax over the tokens that continue some answer of the set. So the probabilities of all answers sum to 1,

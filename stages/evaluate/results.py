@@ -1,4 +1,4 @@
-"""From two models' answers to figures with intervals: metrics, differences, slices and classes."""
+"""Compute metrics with intervals from two models' answers: differences, slices and classes."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Stage preflight: what cannot work is refused before training."""
+"""Stage preflight: stop before training if something cannot work."""

@@ -1,4 +1,4 @@
-"""Preflight: refuse what cannot work before anything costly runs, and count what will be trained and judged.
+"""Preflight: stop if something cannot work, before anything costly runs; count the tokens of every row.
 
 In: `artifacts/split/{train,validation,test}.parquet`, `artifacts/fetch_base/`, `artifacts/curate/task.json`;
 `reports/fetch_base/metrics.json`.

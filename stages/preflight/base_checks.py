@@ -1,4 +1,4 @@
-"""What would stop the pipeline after training: the base model, its tokenizer, licences or the disk."""
+"""Check before training what would stop the pipeline after it: base model, tokenizer, licences, disk."""
 
 from __future__ import annotations
 

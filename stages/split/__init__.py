@@ -1,1 +1,1 @@
-"""Stage split: train, validation and test, and the proof that nothing crosses."""
+"""Stage split: train, validation and test, and the proof that no row leaks between them."""

@@ -1,4 +1,4 @@
-"""What must not be learned: rows like those that are asked. Found, removed, and proved to be gone."""
+"""Leaks: find training rows that nearly equal test rows, remove them, and prove that none is left."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rows are on which side: whole groups, label by label."""
+"""Assign rows to train, validation and test: whole groups, label by label."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The only place where a chat template is rendered: trainer, judge and server agree by construction.
+"""Render chat templates, for trainer, evaluation and server alike: no other module does.
 
 What is learned is the answer and the token that ends its turn, whatever the template writes around them:
 

@@ -1,4 +1,4 @@
-"""The sections `monitoring` and `flows` of `params.yaml`: what is watched, and when what is done about it."""
+"""The sections `monitoring` and `flows` of `params.yaml`: drift, feedback, and when flows run."""
 
 from __future__ import annotations
 

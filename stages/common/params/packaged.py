@@ -1,4 +1,4 @@
-"""What `params.yaml` says of the packaged task, which is wrong of a model of other rows.
+"""Values of `params.yaml` that describe the packaged task, and are wrong for a model of other rows.
 
 A test compares these words with the shipped file.
 """

@@ -1,4 +1,4 @@
-"""What of a prompt is compared with other prompts: not its spelling, and not what many prompts share.
+"""The part of a prompt that is compared with other prompts: without spelling, and without what many share.
 
 Two prompts that a reader takes for one must be one text here: invisible characters, case, width, runs of
 space and punctuation are left out. An instruction that many prompts repeat is left out, too: it would make

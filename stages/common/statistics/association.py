@@ -1,4 +1,4 @@
-"""Whether two properties of rows go together, when rows of one template resemble each other."""
+"""Test whether two properties of rows are associated, when rows of one template resemble each other."""
 
 from __future__ import annotations
 

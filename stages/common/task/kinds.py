@@ -1,4 +1,4 @@
-"""From settings, or from what a stage has written, to a task."""
+"""Make the task from settings, or from what a stage has written."""
 
 from __future__ import annotations
 

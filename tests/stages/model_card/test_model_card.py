@@ -410,7 +410,7 @@ def test_a_file_that_dvc_did_not_record_is_named(project, path):
 
 def test_without_dvc_lock_the_error_has_the_fix(project):
     Path("dvc.lock").unlink()
-    with pytest.raises(InputError, match=r"not made by DVC \(dvc repro model_card\)"):
+    with pytest.raises(InputError, match=r"DVC did not write the files here \(dvc repro model_card\)"):
         main()
 
 

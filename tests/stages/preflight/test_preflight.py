@@ -278,7 +278,7 @@ def test_all_problems_are_in_one_message(lay_out, set_params):
     set_params(model_card__license="my own")
     with pytest.raises(InputError, match="4 problems, found before training") as error:
         preflight.main()
-    for part in ("<image>", "SPDX", "none of kind json", "train: 2 rows are left of 2"):
+    for part in ("<image>", "SPDX", "not of kind json", "train: 2 rows are left of 2"):
         assert part in error.value.what
 
 

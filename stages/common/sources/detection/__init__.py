@@ -1,1 +1,1 @@
-"""What a set of rows is: the kind of its task, and what a person should know before training on it."""
+"""Describe a set of rows: the kind of its task, and what a person should know before training on it."""

@@ -1,4 +1,4 @@
-"""What to know of rows before training on them: size, classes, duplicates, personal data, oddities."""
+"""Survey rows before training on them: size, classes, duplicates, personal data, oddities."""
 
 from __future__ import annotations
 

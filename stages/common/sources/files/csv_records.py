@@ -194,7 +194,7 @@ def detect_dialect(text: str, path: Path, delimiter: str | None = None) -> Diale
     if len(fitting) > 1:
         names = " and ".join(repr(dialect.delimiter) for dialect in fitting)
         raise InputError(
-            f"{path}: the delimiter could be any of {names}",
+            f"{path}: {names} are equally likely delimiters",
             "set `delimiter` in its entry of collect.sources",
         )
     return fitting[0]

@@ -1,4 +1,4 @@
-"""Which format a file has, and its raw records."""
+"""Detect the format of a file, and read its raw records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which columns of a file are the conversation.
+"""Detect the columns of a file that are the conversation.
 
 Two structures: a list of turns (OpenAI's chat, ShareGPT), and a prompt with its completion (Alpaca, question
 and answer, text and label). What the entry of the source names is taken; the rest is detected from the first

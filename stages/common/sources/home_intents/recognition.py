@@ -1,4 +1,4 @@
-"""What the recogniser of Home Assistant makes of a sentence."""
+"""Recognise sentences with Home Assistant's own recogniser."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ def test_the_header_decides_between_delimiters(tmp_path):
 
 def test_two_delimiters_that_fit_alike_are_named_with_the_key_that_decides(tmp_path):
     path = write(tmp_path / "a.csv", "a;b,c\n1;2,3\n")
-    with pytest.raises(InputError, match="',' and ';' fit") as error:
+    with pytest.raises(InputError, match="',' and ';' are equally likely") as error:
         read(path)
     assert "delimiter" in str(error.value)
     assert read(path, delimiter=";") == [{"a": "1", "b,c": "2,3"}]
