@@ -19,7 +19,9 @@ from stages.common.params.loading import load_params
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Show the rows that the feedback in the event store would become; return the exit code."""
-    parser = argparse.ArgumentParser(prog="perennial feedback", description="Show the training rows that feedback would become.")
+    parser = argparse.ArgumentParser(
+        prog="perennial feedback", description="Show the training rows that feedback would become."
+    )
     written = f"{rows.ROWS}, {rows.HELD_OUT} and {rows.REPORT}"
     parser.add_argument("--write", action="store_true", help=f"also write {written}")
     options = parser.parse_args(arguments)
