@@ -311,7 +311,7 @@ def _check_rank(adapter: Path, reserved: int) -> None:
     if (rank := _read_rank(adapter)) > reserved:
         raise InputError(
             f"{adapter} has rank {rank}, and the running vLLM reserved {reserved} when it started",
-            f"lower finetune.lora.rank in params.yaml to {reserved}; or make this version the champion and "
+            f"lower finetune.rank in params.yaml to {reserved}; or make this version the champion and "
             "restart the service, as the champion's rank is what is reserved",
         )
 
