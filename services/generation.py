@@ -41,6 +41,7 @@ from services.events import StoreUnavailable
 from services.keys.access import Caller
 from services.log_tracebacks import hide_messages
 from services.model_pool import LoadedModel, ModelPool
+from services.parent import end_with_parent
 from services.startup import RunningService, start, stop
 from services.versions.store import ModelFiles, find_served, get_version
 from stages.common.chat.template import encode_text
@@ -48,7 +49,6 @@ from stages.common.errors import InputError
 from stages.common.logs import set_quiet_environment
 from stages.common.model.loading import load_tokenizer
 from stages.common.params.loading import load_params
-from stages.common.parent import end_with_parent
 from stages.common.records import Message
 from stages.common.task.kinds import make_task
 

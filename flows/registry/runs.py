@@ -39,6 +39,7 @@ from flows.registry.tracking import (
     mask_password,
     open_tracking,
 )
+from services.parent import make_parent_variable
 from services.versions.aliases import ALIASES, read_aliases
 from stages.common.artifacts import STATE, artifacts, reports
 from stages.common.errors import InputError
@@ -46,7 +47,6 @@ from stages.common.escaping import escape_markdown
 from stages.common.locks import hold_lock
 from stages.common.model.adapter import list_adapter_files
 from stages.common.params.loading import Params
-from stages.common.parent import make_parent_variable
 from stages.common.repository.dvc_lock import LOCK
 
 if TYPE_CHECKING:

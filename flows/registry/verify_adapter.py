@@ -12,11 +12,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from services.parent import end_with_parent
 from stages.common.chat.template import encode_prompt
 from stages.common.errors import InputError
 from stages.common.logs import run_stage
 from stages.common.model.loading import load_base, load_tokenizer, pick_device, pick_dtype
-from stages.common.parent import end_with_parent
 from stages.common.records import read_rows
 
 

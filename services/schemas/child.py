@@ -21,8 +21,8 @@ from llguidance import LLTokenizer
 from services.engines.grammar import Grammar, compile_schema
 from services.engines.protocol import SchemaUnsupported
 from services.guard.checks import check_schema
+from services.parent import end_with_parent
 from stages.common.errors import InputError
-from stages.common.parent import end_with_parent
 
 NICENESS = 5  # answers come before the trial of a schema
 MAX_MIB = 512  # memory that one job may take

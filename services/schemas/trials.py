@@ -22,8 +22,8 @@ from typing import Any
 
 from services.engines.protocol import QueueFull, SchemaUnsupported
 from services.guard.checks import GuardDecision
+from services.parent import make_parent_variable
 from services.schemas.bounds import check_bounds
-from stages.common.parent import make_parent_variable
 
 MAX_WAITING = 64  # jobs that wait for a process; more are refused
 MAX_VERDICTS = 1024  # schemas whose verdict is remembered
