@@ -17,6 +17,8 @@ MAX_BOUND = 2**53
 MIN_BOUND = 1e-9  # smaller ones are written with an exponent, which the grammar's patterns do not have
 MAX_COUNT = 10_000  # of characters, items and properties
 MAX_MULTIPLE = 5_000  # a grammar has a state for every remainder
+# Wherever a property may begin, a grammar has four items for each that is optional, and at most 2,000 in all.
+MAX_OPTIONAL = 498
 
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 COUNTS = tuple(
@@ -52,10 +54,25 @@ def check_bounds(schema: str) -> None:
         if isinstance(value, list):
             parts += ((part, depth + 1, is_schema) for part in value)
         elif isinstance(value, dict):
+            if is_schema:
+                _check_optional(value)
             for key, part in value.items():
                 if is_schema:
                     _check_number(key, part)
                 parts.append((part, depth + 1, is_schema and key not in VALUES))
+
+
+def _check_optional(schema: dict[str, Any]) -> None:
+    properties, required = schema.get("properties"), schema.get("required")
+    if not isinstance(properties, dict):
+        return
+    named = [name for name in required if isinstance(name, str)] if isinstance(required, list) else []
+    optional = len(properties.keys() - set(named))
+    if optional > MAX_OPTIONAL:
+        raise SchemaUnsupported(
+            f"the JSON schema has an object with {optional} properties that are not required; "
+            f"at most {MAX_OPTIONAL} are held"
+        )
 
 
 def _check_number(key: str, value: Any) -> None:

@@ -39,10 +39,18 @@ def ask_for(client, schema, **fields):
 
 
 def test_a_grammar_that_outgrows_its_limits_is_a_fault_of_that_request(client):
-    many = {f"k{n}": {"type": "string"} for n in range(501)}
-    refused = ask_for(client, {"type": "object", "properties": many})
+    many = [{f"{c}{n}": {"type": "string"} for n in range(300)} for c in "ab"]
+    objects = [{"type": "object", "properties": properties} for properties in many]
+    refused = ask_for(client, {"anyOf": objects})
     assert (refused.status_code, refused.json()["error"]["param"]) == (422, "response_format"), refused.text
+    assert "outgrew" in refused.json()["error"]["message"]
     assert ask(client, max_tokens=2).status_code == 200
+
+
+def test_more_optional_properties_than_a_grammar_holds_are_refused_before_decoding(client):
+    many = {f"k{n}": {"type": "string"} for n in range(501)}
+    refused = ask_for(client, {"type": "object", "properties": many}, stream=True)
+    assert refused.status_code == 422 and "501 properties" in refused.json()["error"]["message"]
 
 
 def test_while_eight_clients_send_the_worst_schemas_all_others_are_answered(server, client):

@@ -15,6 +15,7 @@ from services.schemas.bounds import (
     MAX_COUNT,
     MAX_DEPTH,
     MAX_MULTIPLE,
+    MAX_OPTIONAL,
     MAX_PARTS,
     MAX_SCHEMA_CHARS,
     check_bounds,
@@ -50,9 +51,16 @@ def nested(levels):
     return schema
 
 
+def optional(count, **more):
+    return {"type": "object", "properties": {f"k{n}": {"type": "string"} for n in range(count)}, **more}
+
+
 @pytest.mark.parametrize(
     ("schema", "named"),
     [
+        (optional(MAX_OPTIONAL + 1), "499 properties that are not required"),
+        ({"items": {"anyOf": [optional(600, required=["k0"])]}}, "599 properties"),
+        (optional(501, required=5), "501 properties"),
         ({"enum": ["x" * MAX_SCHEMA_CHARS]}, "characters"),
         (nested(MAX_DEPTH), "levels deep"),
         ({"enum": [0] * MAX_PARTS}, "parts"),
@@ -79,6 +87,9 @@ def test_a_schema_beyond_a_bound_is_refused_by_name(schema, named):
         True,
         {},
         nested(MAX_DEPTH - 1),
+        optional(MAX_OPTIONAL),
+        optional(800, required=[f"k{n}" for n in range(800)]),
+        {"enum": [optional(600)]},
         {"properties": {"minimum": {"type": "string"}, "maxLength": True, "multipleOf": {"const": 2**70}}},
         {"enum": [2**70, {"minimum": 1e308}], "default": {"multipleOf": -1}, "examples": [{"maxItems": -1}]},
         {"minimum": 0, "maximum": -0.0, "multipleOf": MAX_MULTIPLE, "minLength": 0, "maxLength": MAX_COUNT},
@@ -111,6 +122,23 @@ def draw(grammar, random, end, limit=40):
 
 TOKENIZER = make_tokenizer()
 ALPHABET = {n: TOKENIZER.decode([n]).encode() for n in range(2, 258)}
+
+
+@pytest.mark.parametrize("count", [MAX_OPTIONAL, MAX_OPTIONAL + 2])
+def test_as_many_optional_properties_are_allowed_as_a_grammar_holds(count):
+    """Two more end it in the middle of the answer."""
+    grammar = Grammars(TOKENIZER, 258, 1).compile(json.dumps(optional(count)))
+
+    def write(text):
+        for token in TOKENIZER(text, add_special_tokens=False)["input_ids"]:
+            assert grammar.allowed()[token]
+            grammar.take(token)
+
+    if count == MAX_OPTIONAL:
+        write('{"k0": "a", "k1": "b"}')
+    else:
+        with pytest.raises(SchemaUnsupported, match="outgrew"):
+            write('{"k0": "a", "k1": "b"}')
 
 
 @pytest.mark.parametrize("kind", ["integer", "number"])
