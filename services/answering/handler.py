@@ -118,11 +118,11 @@ class ChatHandler:
                 yield Delta(text, step.logprobs)
         last, logprobs, end = (state.text, (), None) if buffered else (text, step.logprobs, step.end)
         await self._check_answer(request, state)
+        state.stored = True  # even if the client leaves before it is written
         try:
             await self._store_exchange(request, state, 200, None)
         except StoreUnavailable:
             raise errors.store_unavailable() from None
-        state.stored = True
         _count_request(request, state, 200)
         _observe_answer(state)
         usage = Usage(state.prompt_tokens, state.completion_tokens)

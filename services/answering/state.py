@@ -22,7 +22,7 @@ class GenerationState:
     Attributes:
         started: monotonic time, s.
         decisions: the guard's, by check.
-        stored: whether the event is stored.
+        stored: whether the store has the event, written or about to be.
     """
 
     route: Route

@@ -1,13 +1,14 @@
 """The routes, asked as clients ask them: a real engine, a real store, real sockets."""
 
 import json
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from services.engines.transformers import TransformersEngine
-from services.events import read_exchanges, read_feedback
+from services.events import Feedback, read_exchanges, read_feedback
 from services.model_pool import LoadedModel
 from stages.common.model.loading import load_tokenizer
 from tests.services.schemas.test_trials import fork
@@ -308,6 +309,28 @@ def test_a_client_that_goes_away_ends_the_work(server):
         (499, "client_gone", "cancelled")
     ]
     assert kept[0]["completion_tokens"] < 380
+
+
+def test_a_client_that_leaves_while_its_event_is_written_makes_no_second_one(tmp_path, caplog, monkeypatch):
+    served = serving(tmp_path, tiny_files(tmp_path / "model"), events={"group_wait_ms": 2000})
+    body = {"messages": [{"role": "user", "content": "Hello"}], "stream": True, "max_tokens": 2}
+    with served as server:
+        store, given = server.handler.store, threading.Event()
+        record = store.record
+
+        async def record_and_tell(event):
+            given.set()
+            await record(event)
+
+        monkeypatch.setattr(store, "record", record_and_tell)
+        with server.client() as client, client.stream("POST", "/v1/chat/completions", json=body):
+            assert given.wait(60)
+        while server.handler.pool.champion.users:
+            time.sleep(0.01)
+        server.run(server.handler.settle())
+        server.run(record_and_tell(Feedback("fb_1", "req_1", 0.0, None, 1, None, None)))  # behind all others
+    assert [row["status"] for row in events(server)] == [200]
+    assert not [record for record in caplog.records if "failed" in record.getMessage()]
 
 
 def test_a_request_that_takes_too_long_is_stored_as_one_and_not_as_a_client_that_left(tmp_path):
