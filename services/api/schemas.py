@@ -13,10 +13,11 @@ UNSUPPORTED = "unsupported_field"  # type of pydantic's errors for a field that 
 BROKEN_TEXT = "broken_text"  # type of pydantic's errors for text that is not Unicode
 MAX_STOPS = 4  # as OpenAI has it
 MAX_ALTERNATIVES = 20
+MAX_MESSAGES = 2_000  # that are looked at; services.guard.max_messages is what a conversation may have
 
 
 _NO_TOKENS = "0 is only possible with echo, which repeats the prompt"
-_Prompt = Annotated[str, Field(min_length=1)] | Annotated[list[int], Field(min_length=1)]
+_Prompt = Annotated[str, Field(min_length=1)] | Annotated[list[int], Field(min_length=1, fail_fast=True)]
 
 
 class _Body(BaseModel):
@@ -50,7 +51,7 @@ class ChatMessage(_Body):
     """One turn of a conversation; `developer` is OpenAI's newer word for `system`."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
 
     @field_validator("content", mode="before")
     @classmethod
@@ -106,7 +107,7 @@ class _Sampled(_Body):
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = None
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     frequency_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] | None = None
@@ -136,7 +137,8 @@ class _Sampled(_Body):
 class ChatRequest(_Sampled):
     """The body of /v1/chat/completions. Unlike at OpenAI, the default temperature is 0."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    # The first error is told, and a body has room for a hundred thousands.
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
@@ -151,7 +153,7 @@ class ChatRequest(_Sampled):
 class CompletionRequest(_Sampled):
     """The body of /v1/completions: raw text or token ids, without a chat template."""
 
-    prompt: _Prompt | list[_Prompt]
+    prompt: _Prompt | Annotated[list[_Prompt], Field(fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
     echo: bool | None = None

@@ -3,7 +3,9 @@
 import json
 
 import pytest
+from pydantic import ValidationError
 
+from services.api.schemas import ChatRequest, CompletionRequest
 from tests.services.serving import ask, serving, stream, tiny_files
 
 
@@ -219,3 +221,20 @@ def test_usage_is_streamed_once_and_only_where_it_is_asked_for(client, path, pro
     assert [bool(chunk["choices"]) for chunk in chunks] == [True] * (len(chunks) - 1) + [False]
     for options in ({}, {"stream_options": {"include_usage": False}}):
         assert all("usage" not in chunk for chunk in stream(client, path, **prompt, max_tokens=6, **options))
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (ChatRequest, {"messages": [1] * 300_000}),
+        (ChatRequest, {"messages": [{"role": "user", "content": "x"}] * 20_000}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [{"type": "text"}] * 50_000}]}),
+        (ChatRequest, {"messages": [{"role": "user", "content": "x"}], "stop": [1] * 300_000}),
+        (CompletionRequest, {"prompt": [[0.5]] * 100_000}),
+    ],
+)
+def test_of_a_large_body_the_first_error_is_enough(kind, body):
+    """A hundred thousand errors take seconds in which nobody else is answered."""
+    with pytest.raises(ValidationError) as refused:
+        kind.model_validate(body)
+    assert refused.value.error_count() <= 3  # one a member of a union
