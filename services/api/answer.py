@@ -86,7 +86,11 @@ class AnswerResponse(Response):
             await make_error_response(error, request.request_id)(scope, receive, send)
             return
         headers = {"X-Request-Id": request.request_id}
-        response = Response(formatter.format_whole(whole), 200, headers, "application/json")
+        if request.sampling.logprobs is None:
+            content = formatter.format_whole(whole)
+        else:  # of a whole prompt they are megabytes, and others are not to wait for their formatting
+            content = await asyncio.to_thread(formatter.format_whole, whole)
+        response = Response(content, 200, headers, "application/json")
         await response(scope, receive, send)
 
     async def _generate(self, route: Route) -> Answers:
@@ -131,7 +135,10 @@ class AnswerResponse(Response):
         opened: set[int] = set()
         try:
             while True:
-                chunk = formatter.format_chunk(delta, place)
+                if delta.echo is None:
+                    chunk = formatter.format_chunk(delta, place)
+                else:
+                    chunk = await asyncio.to_thread(formatter.format_chunk, delta, place)
                 if place not in opened:
                     opened.add(place)
                     chunk = formatter.format_opening(place) + chunk

@@ -16,6 +16,8 @@ from services.engines.protocol import FinishReason, Step, TokenLogprob
 from services.engines.sampling import Sampler
 
 MAX_DRAFT_TOKENS = 16
+# Of a step, where others generate: a token's log-probabilities take longer than the token itself.
+MAX_SCORED_TOKENS = 16
 
 
 @dataclass(slots=True, eq=False)
@@ -187,14 +189,18 @@ class Scheduler:
         budget = self._step_tokens
         generating = sum(1 for s in self._running if s.computed == len(s.tokens) - 1)
         plan: dict[int, _Planned] = {}
+        scored = MAX_SCORED_TOKENS if generating else budget
         # Sequences with one token to compute generate; the others prefill.
         for sequence in sorted(self._running, key=lambda s: (s.computed < len(s.tokens) - 1, s.admitted)):
-            if budget < 1:
-                break
-            planned = self._plan_sequence(sequence, budget, generating)
+            is_scored = sequence.prompt_logprobs is not None
+            room = min(budget, scored) if is_scored else budget
+            if room < 1:
+                continue
+            planned = self._plan_sequence(sequence, room, generating)
             if self._allocate(planned, plan):
                 plan[id(sequence)] = planned
                 budget -= len(planned.new) + len(planned.draft)
+                scored -= len(planned.new) if is_scored else 0
         return list(plan.values())
 
     def _plan_sequence(self, sequence: ActiveSequence, budget: int, generating: int) -> _Planned:

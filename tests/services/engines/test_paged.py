@@ -4,8 +4,9 @@ import pytest
 
 from services.engines.paged.blocks import BlockPool, PrefixCache
 from services.engines.paged.engine import PagedEngine
-from services.engines.paged.model import pad_count
+from services.engines.paged.model import PagedModel, pad_count
 from services.engines.paged.ngram_drafter import NgramDrafter, get_break_even_probability
+from services.engines.paged.scheduler import MAX_SCORED_TOKENS
 from services.engines.protocol import EngineError, Load, Sampling
 from services.engines.sampling import Sampler
 from stages.common.errors import InputError
@@ -69,6 +70,37 @@ def test_a_seed_draws_the_same_with_and_without_speculation(make):
     speculated = ask_all(engine, prompts, sampling)
     assert [one[:2] for one in speculated] == [one[:2] for one in plain]
     assert engine.scheduler.accepted > 0
+
+
+def test_a_prompt_whose_tokens_are_scored_leaves_a_step_short_while_others_generate(make, monkeypatch):
+    steps, step = [], PagedModel.step
+    scored = Sampling(1, logprobs=2, prompt_logprobs=True)
+    prompts = [ids_of("y" * 150), ids_of("z" * 70)]
+
+    def count_and_step(model, inputs):
+        steps.append([(len(one.token_ids), one.rows) for one in inputs])
+        return step(model, inputs)
+
+    async def score(engine, prompt):
+        (first,) = [step async for step in engine.generate(prompt, scored)]
+        return [entry.token_id for entry in first.prompt_logprobs], first.prompt_logprobs[-1].logprob
+
+    async def beside(engine):
+        others = asyncio.create_task(answer(engine, ids_of("hello"), Sampling(200)))
+        while not steps:
+            await asyncio.sleep(0.001)
+        return await asyncio.gather(*(score(engine, prompt) for prompt in prompts)), await others
+
+    monkeypatch.setattr(PagedModel, "step", count_and_step)
+    engine = make(speculate=False)
+    found, other = asyncio.run(beside(engine))
+    # Those that generate come first, with one token each.
+    busy = [[rows for _, rows in one[1:]] for one in steps if len(one) > 1 and one[0][0] == 1]
+    assert len(busy) > 10 and max(map(sum, busy)) <= MAX_SCORED_TOKENS
+    assert other[:2] == expected(ids_of("hello"), 200)
+    for (ids, last), prompt in zip(found, prompts, strict=True):
+        assert ids == prompt[1:]
+        assert last == pytest.approx(asyncio.run(score(engine, prompt))[1], abs=1e-3)
 
 
 @pytest.mark.parametrize("shared", [1, 17, 31, 32, 33, 80])
