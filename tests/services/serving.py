@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import uvicorn
 from fastapi import Request
+from uvicorn.loops.auto import auto_loop_factory
 
 from services.api.bodies import BodyLimit
 from services.api.heads import make_protocol
@@ -156,7 +157,8 @@ def serving(folder: Path, *versions: ModelFiles, load=load_tiny, keys_required=F
 
     def target() -> None:
         try:
-            asyncio.run(run())
+            with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:  # the real service's loop
+                runner.run(run())
         except BaseException as error:
             state["error"] = error
             ready.set()
