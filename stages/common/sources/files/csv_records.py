@@ -282,7 +282,7 @@ def _read_header(path: Path, record: Record | None) -> list[str]:
 
 def check_header(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Raise an InputError if the names of the columns look like the values of a first row."""
-    for name in rows[0] if len(rows) >= MIN_ROWS_TO_JUDGE else ():
+    for name in filter(None, rows[0] if len(rows) >= MIN_ROWS_TO_JUDGE else ()):
         same = sum(row.get(name) == name for row in rows)
         if len(name) > MAX_NAME_CHARS or same > MAX_NAME_SHARE * len(rows):
             raise InputError(

@@ -51,7 +51,8 @@ def _pair_turns(fields: Record, shape: Shape) -> list[Turn]:
     if is_conversation(question) and not isinstance(question, str):
         turns = parse_turns(question)
     else:
-        text = _join(_read_text(prompt, question, "no_question"), fields.get(shape.context or ""))
+        context = fields.get(shape.context) if shape.context else None
+        text = _join(_read_text(prompt, question, "no_question"), context)
         turns = [*_history(fields, shape), Turn(Message("user", text))]
     if is_conversation(answer) and not isinstance(answer, str):
         return [*turns, *parse_turns(answer)]
@@ -62,7 +63,7 @@ def _pair_turns(fields: Record, shape: Shape) -> list[Turn]:
 
 def _history(fields: Record, shape: Shape) -> list[Turn]:
     """Return earlier turns: Alpaca's list of pairs of question and answer."""
-    past = fields.get(shape.history or "")
+    past = fields.get(shape.history) if shape.history else None
     if past in (None, "", []):
         return []
     turns = []

@@ -79,7 +79,7 @@ def collect_file(
             if isinstance(entry.fields, BadRow):
                 raise entry.fields
             unread.update(
-                str(n) for n, value in entry.fields.items() if n not in read and value not in (None, "")
+                str(n) for n, value in entry.fields.items() if n and n not in read and value not in (None, "")
             )
             rows.append(to_row(entry.fields, str(path), license, origin, shape, columns, system_prompt))
         except BadRow as bad:

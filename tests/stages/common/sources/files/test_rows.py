@@ -87,6 +87,17 @@ def test_csv_rows_with_quoted_commas_and_lines_are_read(tmp_path):
     assert [(r.question, r.answer) for r in collect(path).rows] == [("a, b", "one\ntwo"), ("c", "d")]
 
 
+def test_a_column_without_a_name_is_not_read(tmp_path):
+    """As pandas writes the index, and spreadsheets the empty columns at the end."""
+    indexed = write(tmp_path / "pandas.csv", ",question,answer", *(f"{n},{n}+1?,{n + 1}" for n in range(20)))
+    padded = write(tmp_path / "sheet.csv", "QUESTION,ANSWER,,", *(f"{n}+1?,{n + 1},," for n in range(20)))
+    for path in (indexed, padded):
+        found = collect(path)
+        assert [row.prompt[-1].content for row in found.rows] == [f"{n}+1?" for n in range(20)]
+        assert [row.answer for row in found.rows] == [str(n + 1) for n in range(20)]
+        assert not found.rejected
+
+
 def test_csv_may_hold_chat_messages_as_json(tmp_path):
     path = tmp_path / "rows.csv"
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
