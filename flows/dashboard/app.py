@@ -30,9 +30,9 @@ from monitoring.report_texts import PAGE_POLICY
 from monitoring.verdicts import WATCH
 from services.api.same_origin import SameOrigin
 from stages.common.errors import InputError
-from stages.common.page_files import PAGE_FILES
+from stages.common.page.shared import PAGE_FILES
 from stages.common.params.loading import load_params
-from stages.common.tag import parse_version
+from stages.common.tag import Tag, parse_version
 
 PAGE = Path(__file__).parent / "page"
 LOOK_EVERY_S = 5.0
@@ -176,6 +176,7 @@ def _environment() -> Environment:
         "machine_time": lambda at: datetime.fromtimestamp(at).astimezone().isoformat(timespec="seconds"),
         "duration": format_duration,
         "version": parse_version,
+        "model_name": lambda tag: Tag.parse(tag).name,
         "number": format_number,
     }
     return environment

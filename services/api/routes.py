@@ -32,7 +32,7 @@ from services.guard import policy
 from services.keys.access import Caller
 from services.model_pool import LoadedModel
 from stages.common.chat.template import hash_template
-from stages.common.page_files import PAGE_FILES
+from stages.common.page.shared import PAGE_FILES
 
 PAGE = Path(__file__).parent / "page"
 # The page loads nothing from other hosts, and model output must never run in it.

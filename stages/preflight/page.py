@@ -9,7 +9,7 @@ from typing import Any
 
 from stages.common.chat.control_tokens import read_control_tokens
 from stages.common.chat.template import Encoded
-from stages.common.page_files import read_tokens
+from stages.common.page.shared import read_tokens
 from stages.common.records import Row
 
 # Nothing runs and nothing is loaded, whatever the rows hold.

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.common.page_files import read_tokens
+from stages.common.page.shared import read_tokens
 from stages.common.records import format_canonical_json
 from stages.validate.suite import ExpectationResult, to_plain
 

@@ -14,7 +14,7 @@ from starlette.responses import FileResponse, JSONResponse, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from stages.common.page_files import PAGE_FILES
+from stages.common.page.shared import PAGE_FILES
 
 PAGE = Path(__file__).parents[2] / "services" / "api" / "page"
 NAME = "home-intents-smollm2-135m"

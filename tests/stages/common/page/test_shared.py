@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from stages.common.page_files import PAGE_FILES, read_tokens
+from stages.common.page.shared import PAGE_FILES, read_tokens
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 STYLED = [
     *sorted((ROOT / "services/api/page").glob("*.css")),
     *sorted((ROOT / "flows/dashboard/page").glob("*.css")),

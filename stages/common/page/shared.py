@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-PAGE_FILES = Path(__file__).parent / "page"
+PAGE_FILES = Path(__file__).parent / "files"
 
 
 def read_tokens() -> str:

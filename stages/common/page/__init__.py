@@ -1,0 +1,1 @@
+"""HTML pages: the files that all of them share."""
