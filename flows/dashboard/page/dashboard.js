@@ -11,7 +11,7 @@ async function refresh() {
     fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
   } catch {
     document.body.dataset.lost = "";
-    document.querySelector("#looked").textContent = "This page is not being served any more: make up starts it again.";
+    document.querySelector("#looked").textContent = "The dashboard is not running any more: start it with make up.";
     return;
   }
   delete document.body.dataset.lost;

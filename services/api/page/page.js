@@ -3,7 +3,7 @@
 import { markRecords, markWords } from "./compare.js";
 import { announce, byId, drawCard, drawText, drawWaiting, element, fromTemplate } from "./draw.js";
 import { call, KEY, RequestError, RETRYABLE, streamAnswer, TITLES } from "./service.js";
-import { compact, humane, humaneTime, humaneWait, indented, isRecord, jsonProblem, looksLikeJson, parse, parseSoFar } from "./text.js";
+import { compact, humane, humaneTime, formatWait, indented, isRecord, jsonProblem, looksLikeJson, parse, parseSoFar } from "./text.js";
 
 const [question, send, stopButton] = ["question", "send", "stop"].map(byId);
 const [left, right, sideBySide] = ["left", "right", "side-by-side"].map(byId);
@@ -26,7 +26,7 @@ class Panel {
     this.part(".alias").textContent = aliasOf(model);
     this.part(".version").textContent = model.perennial?.version ?? model.id;
     this.root.setAttribute("aria-label", `Answer of ${nameOf(model)}`);
-    this.part(".feedback").setAttribute("aria-label", `Your opinion on the answer of ${nameOf(model)}`);
+    this.part(".feedback").setAttribute("aria-label", `Feedback on the answer of ${nameOf(model)}`);
     this.part(".raw-toggle").onclick = () => this.showRaw(this.part(".raw-toggle").ariaPressed !== "true");
     this.part(".trouble button").onclick = () => this.retry();
     this.wireFeedback();
@@ -268,7 +268,7 @@ function countDown(button, seconds) {
   const tick = () => {
     const leftS = Math.ceil((until - Date.now()) / 1000);
     button.ariaDisabled = String(leftS > 0);
-    button.textContent = leftS > 0 ? `Try again in ${humaneWait(leftS)}` : "Try again";
+    button.textContent = leftS > 0 ? `Try again in ${formatWait(leftS)}` : "Try again";
     if (leftS > 0) return;
     clearInterval(button.timer);
     if (seconds) announce("You can try again now.");

@@ -85,7 +85,7 @@ export function jsonProblem(text) {
 export const humaneTime = (ms) => (ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(1)} s`);
 
 /** Format a wait in hours, minutes or seconds: a quota may reset only at midnight. */
-export function humaneWait(seconds) {
+export function formatWait(seconds) {
   if (seconds < 120) return `${seconds} s`;
   return seconds < 7200 ? `${Math.ceil(seconds / 60)} min` : `${Math.ceil(seconds / 3600)} h`;
 }
