@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from stages.common.privacy.personal_data import holds
+from stages.common.privacy.personal_data import find_kind
 from stages.common.records import Row
 from stages.common.similarity.compared_text import has_visible
 from stages.common.task.protocol import Task
@@ -102,7 +102,11 @@ def require_text(min_share: float) -> Rule:
 
     def rule(row: Row) -> Rejection | None:
         visible = "".join(row.question.split())
-        if len(visible) < MIN_CHARS_TO_JUDGE or sum(map(str.isalnum, visible)) >= min_share * len(visible):
+        if (
+            visible.isalnum()
+            or len(visible) < MIN_CHARS_TO_JUDGE
+            or sum(map(str.isalnum, visible)) >= min_share * len(visible)
+        ):
             return None
         share = sum(map(_is_text, visible)) / len(visible)
         if share >= min_share:
@@ -131,7 +135,7 @@ def find_personal_data(kinds: Sequence[str], system_prompt: str | None = None) -
         for message in row.messages:
             if message.role == "system" and message.content.strip() == own:
                 continue
-            kind = next((kind for kind in kinds if holds(kind, message.content)), None)
+            kind = find_kind(kinds, message.content)
             if kind is not None:
                 return Rejection(f"{PERSONAL}{kind}", f"in the message of the {message.role}")
         return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from itertools import pairwise
 
@@ -201,7 +201,8 @@ PERSONAL_DATA: dict[str, Callable[[str], Iterator[Span]]] = {
     "ssn": find_ssns,
 }
 # What every kind has at least: an @ or another way to write it, a digit, or a long run of letters.
-MAY_HOLD = re.compile(r"[@\d&()\[]"), re.compile(r"[A-Za-z_-]{16}"), re.compile("PRIVATE KEY")
+MAY_HOLD = re.compile(r"[@\d&()\[]")
+LONG_RUN = re.compile(r"[A-Za-z_-]{16}")
 RECOGNISERS = {**PERSONAL_DATA, "secret": find_secrets}
 
 
@@ -225,14 +226,22 @@ def holds(kind: str, text: str) -> bool:
 
     Reserved domains, names of documentation, numbers for fiction and addresses of machines are no person's.
     """
+    return find_kind([kind], text) is not None
+
+
+def find_kind(kinds: Iterable[str], text: str) -> str | None:
+    """Return the first of `kinds` that `text` contains a person's data of, or a secret; None for none."""
     if not _may_hold(text):
-        return False
+        return None
     plain, _ = _fold(text)
-    return any(not _is_no_person(kind, plain, start, end) for start, end in RECOGNISERS[kind](plain))
+    for kind in kinds:
+        if any(not _is_no_person(kind, plain, start, end) for start, end in RECOGNISERS[kind](plain)):
+            return kind
+    return None
 
 
 def _may_hold(text: str) -> bool:
-    return any(hint.search(text) for hint in MAY_HOLD)
+    return bool(MAY_HOLD.search(text) or LONG_RUN.search(text)) or "PRIVATE KEY" in text
 
 
 def _fold(text: str) -> tuple[str, list[int] | None]:
