@@ -26,7 +26,8 @@ from stages.common.logs import get_logger, run_stage, show_progress
 from stages.common.model.generation import encode_questions, write_answers
 from stages.common.model.loading import load_tokenizer, read_context_tokens
 from stages.common.params.loading import load_params
-from stages.common.records import Row, read_rows
+from stages.common.records import Row, count_chars, read_rows
+from stages.common.spool import spool
 from stages.common.statistics.sizes import choose_max_test_rows, choose_min_test_rows
 
 log = get_logger("ask_base")
@@ -62,12 +63,19 @@ def main() -> None:
     all_rows = read_rows(artifacts("split") / "test.parquet")
     base = artifacts("fetch_base")
     tokenizer = load_tokenizer(base)
-    askable, misfits = select_askable(tokenizer, all_rows, settings.max_new_tokens, read_context_tokens(base))
+    askable, misfits = select_askable(
+        tokenizer,
+        all_rows,
+        settings.max_new_tokens,
+        read_context_tokens(base),
+        lambda done: show_progress(log, done, len(all_rows), "rows encoded"),
+    )
     if misfits:
         log.warning("%d test rows left out: %s", len(misfits), count_reasons(misfits))
         log.warning("left out:\n%s", describe_misfits(misfits, 3))
     max_rows, min_rows = choose_max_test_rows(settings.max_rows), choose_min_test_rows(settings.min_test_rows)
-    rows = choose_rows([row for row, _ in askable], max_rows, min_rows, settings.seed)
+    askable_rows = spool((row for row, _ in askable), count_chars)
+    rows = choose_rows(askable_rows, max_rows, min_rows, settings.seed)
     questions = encode_questions(tokenizer, rows)
     limit = answer_limit(questions, settings.max_new_tokens)
     over_limit = sum(len(question.reference) > limit for question in questions)

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from stages.common.artifacts import artifacts, reports, write_json, write_text
+from stages.common.artifacts import artifacts, reports, write_json, write_lines
 from stages.common.errors import InputError
-from stages.common.logs import get_logger, run_stage
+from stages.common.logs import get_logger, run_stage, show_count
 from stages.common.params.loading import load_params
 from stages.common.params.stages import Feedback, File, HomeIntents
 from stages.common.records import Row, write_rows
@@ -50,7 +50,14 @@ def collect_source(
     if isinstance(source, File):
         options, columns = FormatOptions.of(source), Columns.of(source)
         return collect_file(
-            Path(source.path), source.license, source.origin, options, columns, system_prompt, on_bad_row
+            Path(source.path),
+            source.license,
+            source.origin,
+            options,
+            columns,
+            system_prompt,
+            on_bad_row,
+            lambda done: show_count(logger, done, f"rows of {source.path} read"),
         )
     from stages.common.sources.home_intents.collect import collect_home_intents
 
@@ -67,15 +74,20 @@ def collect_source(
 
 def count_rows(named: Sequence[tuple[str, Collected]]) -> dict[str, Any]:
     """Return the counts of the report: in all, and by source."""
-    rows = [row for _, collected in named for row in collected.rows]
-    rejected = [reject for _, collected in named for reject in collected.rejected]
+    licenses: Counter[str] = Counter()
+    origins: Counter[str] = Counter()
+    groups = set()
+    for row in chain_rows(named):
+        licenses[row.license] += 1
+        origins[row.origin] += 1
+        groups.add(row.group)
     return {
-        "rows": len(rows),
-        "rejected": len(rejected),
-        "groups": len({row.group for row in rows}),
-        "by_license": count_values(row.license for row in rows),
-        "by_origin": count_values(row.origin for row in rows),
-        "rejected_by_reason": count_values(reject.reason for reject in rejected),
+        "rows": sum(len(collected.rows) for _, collected in named),
+        "rejected": sum(len(collected.rejected) for _, collected in named),
+        "groups": len(groups),
+        "by_license": dict(sorted(licenses.items())),
+        "by_origin": dict(sorted(origins.items())),
+        "rejected_by_reason": count_values(reject.reason for reject in chain_rejected(named)),
         "sources": [
             {
                 "name": name,
@@ -93,9 +105,19 @@ def count_values(values: Any) -> dict[str, int]:
     return dict(sorted(Counter(values).items()))
 
 
-def format_rejected(rejected: Sequence[Rejected]) -> str:
-    """Return one JSON object a line: file, line, reason, detail, content."""
-    return "".join(json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in rejected)
+def chain_rows(named: Sequence[tuple[str, Collected]]) -> Iterator[Row]:
+    """Yield the rows of all sources."""
+    return (row for _, collected in named for row in collected.rows)
+
+
+def chain_rejected(named: Sequence[tuple[str, Collected]]) -> Iterator[Rejected]:
+    """Yield the rejected entries of all sources."""
+    return (reject for _, collected in named for reject in collected.rejected)
+
+
+def format_rejected(rejected: Iterable[Rejected]) -> Iterator[str]:
+    """Yield one JSON object a line: file, line, reason, detail, content."""
+    return (json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in rejected)
 
 
 def main() -> None:
@@ -124,16 +146,15 @@ def main() -> None:
                 "%s: not read: %s", name, ", ".join(f"{column} ({n} rows)" for column, n in unread.items())
             )
         named.append((name, collected))
-    rows: list[Row] = [row for _, collected in named for row in collected.rows]
-    if not rows:
+    if not any(collected.rows for _, collected in named):
         raise InputError("the sources have no row", "add one that has some to collect.sources")
-    rejected = [reject for _, collected in named for reject in collected.rejected]
     folder = artifacts("collect")
-    write_text(folder / "rejects.jsonl", format_rejected(rejected))
-    write_rows(folder / "rows.parquet", rows)
-    write_json(reports("collect") / "metrics.json", count_rows(named))
-    if rejected:
-        logger.warning("%d rejected, in %s", len(rejected), folder / "rejects.jsonl")
+    write_lines(folder / "rejects.jsonl", format_rejected(chain_rejected(named)))
+    write_rows(folder / "rows.parquet", chain_rows(named))
+    counts = count_rows(named)
+    write_json(reports("collect") / "metrics.json", counts)
+    if counts["rejected"]:
+        logger.warning("%d rejected, in %s", counts["rejected"], folder / "rejects.jsonl")
 
 
 if __name__ == "__main__":

@@ -216,7 +216,7 @@ def _check_candidate(root: Path, tag: str) -> None:
         )
 
 
-def _training_rows(root: Path) -> list[Row]:
+def _training_rows(root: Path) -> Sequence[Row]:
     return read_rows(root / artifacts("split") / "train.parquet")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -95,7 +96,7 @@ def check_groups(
     """
     outcomes = read_outcomes(kept, task)
     decisions = ["kept"] * len(kept) + ["rejected"] * len(rejected)
-    templates = [row.group for row in (*kept, *rejected)]
+    templates = [row.group for row in chain(kept, rejected)]
     findings: list[Finding] = []
     associations: list[Association] = []
     shares: dict[str, list[Share]] = {}

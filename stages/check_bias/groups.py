@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from stages.common.artifacts import missing, read_lines
+from stages.common.artifacts import missing
 from stages.common.errors import InputError
-from stages.common.records import Message, Row
+from stages.common.records import Message, Row, count_chars
+from stages.common.spool import spool
 from stages.common.task.protocol import Task
 
 LEXICON = Path(__file__).parents[1] / "common" / "privacy" / "people.csv"
@@ -99,7 +100,7 @@ def read_outcomes(rows: Sequence[Row], task: Task) -> list[str]:
     return [names[quarter] for quarter in np.searchsorted(bounds, lengths, side="left")]
 
 
-def read_rejected_rows(path: Path) -> list[Row]:
+def read_rejected_rows(path: Path) -> Sequence[Row]:
     """Read the rows that curate rejected.
 
     Raises:
@@ -107,9 +108,11 @@ def read_rejected_rows(path: Path) -> list[Row]:
     """
     if not path.exists():
         raise missing(path)
-    rows = []
-    for line in read_lines(path):
-        row = json.loads(line)["row"]
-        messages = tuple(Message(m["role"], m["content"]) for m in row["messages"])
-        rows.append(Row(**{**row, "messages": messages}))
-    return rows
+    with path.open(encoding="utf-8", newline="\n") as lines:  # U+2028 and U+0085 end no line
+        return spool(map(_read_rejected_row, lines), count_chars)
+
+
+def _read_rejected_row(line: str) -> Row:
+    row = json.loads(line)["row"]
+    messages = tuple(Message(m["role"], m["content"]) for m in row["messages"])
+    return Row(**{**row, "messages": messages})

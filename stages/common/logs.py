@@ -86,6 +86,14 @@ class _Progress:
     last_line_at: float = -PROGRESS_INTERVAL_S
 
 
+def show_count(logger: logging.Logger, done: int, what: str) -> None:
+    """Log how much is done where no one knows of how much: at most one line a second."""
+    now = time.monotonic()
+    if now - _Progress.last_line_at >= PROGRESS_INTERVAL_S:
+        _Progress.last_line_at = now
+        logger.info("%s %s", f"{done:,}", what)
+
+
 def show_progress(logger: logging.Logger, done: int, total: int, note: str = "") -> None:
     """Show that `done` of `total` steps are finished.
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from stages.common.artifacts import atomic_write, missing
 from stages.common.errors import InputError
+from stages.common.spool import pick, spool
 
 ROLES = ("system", "user", "assistant")
 ORIGINS = ("human", "template", "synthetic", "feedback")
@@ -151,8 +152,27 @@ def _to_table(rows: Sequence[Row]) -> Any:
     return pa.table(columns, schema=_schema())
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Read the rows that `write_rows` wrote.
+def count_chars(row: Row) -> int:
+    """Return the characters of a row's messages."""
+    return sum(len(message.content) for message in row.messages)
+
+
+def leave_out_feedback(rows: Sequence[Row]) -> Sequence[Row]:
+    """Return the rows that are not feedback from production."""
+    own = [number for number, row in enumerate(rows) if row.origin != "feedback"]
+    return pick(rows, own) if len(own) < len(rows) else rows
+
+
+def sort_feedback_last(rows: Sequence[Row]) -> Sequence[Row]:
+    """Return the rows in their order, with those from feedback after the others."""
+    is_feedback = [row.origin == "feedback" for row in rows]
+    return pick(rows, sorted(range(len(rows)), key=is_feedback.__getitem__)) if any(is_feedback) else rows
+
+
+def read_rows(path: Path) -> Sequence[Row]:
+    """Return the rows that `write_rows` wrote: a list, or a spool if their texts are large.
+
+    A row of a spool is read again each time it is asked for: go through them once, in their order.
 
     Raises:
         InputError: the file is not there, is not Parquet, or has other columns.
@@ -169,11 +189,12 @@ def read_rows(path: Path) -> list[Row]:
                     f"{path} has the columns {file.schema_arrow.names}, not {_schema().names}",
                     "run the stage that writes it again",
                 )
-            return [
+            rows = (
                 _from_record(record)
                 for batch in file.iter_batches(ROWS_A_BATCH)
                 for record in batch.to_pylist()
-            ]
+            )
+            return spool(rows, count_chars)
     except pa.ArrowInvalid as error:
         raise InputError(
             f"{path} cannot be read as Parquet: {error}", "run the stage that writes it again"

@@ -29,7 +29,15 @@ from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage, show_progress
 from stages.common.params.loading import load_params
 from stages.common.params.stages import Curate
-from stages.common.records import Row, read_rows, write_rows
+from stages.common.records import (
+    Row,
+    count_chars,
+    leave_out_feedback,
+    read_rows,
+    sort_feedback_last,
+    write_rows,
+)
+from stages.common.spool import pick, spool
 from stages.common.svg import draw_figure
 from stages.common.task.kinds import TASK_FILE, resolve_task
 from stages.common.task.protocol import Task
@@ -41,7 +49,6 @@ from stages.curate.duplicates import (
     find_exact_duplicates,
     find_near_duplicates,
     number_copies,
-    sort_feedback_last,
 )
 from stages.curate.private import format_rejects, redact_changes
 from stages.curate.rules import (
@@ -93,7 +100,7 @@ def list_table_rules(params: Curate, task: Task) -> list[TableRule]:
 
 def apply_rules(
     rows: Sequence[Row], rules: Sequence[Rule], table_rules: Sequence[TableRule]
-) -> tuple[list[Row], list[tuple[Row, Rejection]]]:
+) -> tuple[Sequence[Row], Sequence[tuple[Row, Rejection]]]:
     """Return the rows kept, and the rows rejected with their reasons, both in their order."""
     rejections: dict[int, Rejection] = {}
     for number, row in enumerate(rows):
@@ -104,10 +111,11 @@ def apply_rules(
             show_progress(logger, number + 1, len(rows), "rules")
     for table_rule in table_rules:
         left = [number for number in range(len(rows)) if number not in rejections]
-        found = table_rule([rows[number] for number in left])
+        found = table_rule(pick(rows, left))
         rejections |= {left[place]: rejection for place, rejection in found.items()}
-    kept = [row for number, row in enumerate(rows) if number not in rejections]
-    return kept, [(rows[number], rejections[number]) for number in sorted(rejections)]
+    kept = pick(rows, [number for number in range(len(rows)) if number not in rejections])
+    rejected = ((rows[number], rejections[number]) for number in sorted(rejections))
+    return kept, spool(rejected, lambda pair: count_chars(pair[0]))
 
 
 def count_rows(
@@ -120,14 +128,19 @@ def count_rows(
     """
     if rows_in != len(kept) + len(rejected):
         raise AssertionError(f"{rows_in} rows went in, {len(kept)} were kept and {len(rejected)} rejected")
+    sources: Counter[str] = Counter()
+    groups = set()
+    for row in kept:
+        sources[row.source] += 1
+        groups.add(row.group)
     return {
         "rows_in": rows_in,
         "kept": len(kept),
         "rejected": len(rejected),
         "kept_share": round(len(kept) / rows_in, 6) if rows_in else 0.0,
         "rejected_by_reason": dict(sorted(Counter(rejection.reason for _, rejection in rejected).items())),
-        "kept_by_source": dict(sorted(Counter(row.source for row in kept).items())),
-        "groups_kept": len({row.group for row in kept}),
+        "kept_by_source": dict(sorted(sources.items())),
+        "groups_kept": len(groups),
     }
 
 
@@ -155,21 +168,17 @@ def main() -> None:
         sort_feedback_last(read_rows(artifacts("collect") / "rows.parquet")), params.normalize
     )
     # Feedback adds no label to a closed set.
-    own = [row for row in rows if row.origin != "feedback"] or rows
-    task = resolve_task(everything.task, [row.answer for row in own])
+    own = leave_out_feedback(rows) or rows
+    task = resolve_task(everything.task, (row.answer for row in own))
     kept, rejected = apply_rules(
         rows, list_rules(params, task, everything.task.system_prompt), list_table_rules(params, task)
     )
-    kept = number_copies(kept)
     groups = join_conversations(kept)
-    joined = len({row.group for row in kept}) - len(set(groups))
-    kept = [
-        row if row.group == group else replace(row, group=group)
-        for row, group in zip(kept, groups, strict=True)
-    ]
-    counts = {
-        **count_rows(len(rows), kept, rejected),
+    counts = count_rows(len(rows), kept, rejected)
+    joined = counts["groups_kept"] - len(set(groups))
+    counts |= {
         **count_changes(changes),
+        "groups_kept": len(set(groups)),
         "groups_joined_as_conversations": joined,
     }
     folder = artifacts("curate")
@@ -182,7 +191,13 @@ def main() -> None:
             f"{rejected[0][1].detail}",
             f"read the reasons in {folder / 'rejects.jsonl'}, then correct the data or the limits",
         )
-    write_rows(folder / "rows.parquet", kept)
+    write_rows(
+        folder / "rows.parquet",
+        number_copies(
+            row if row.group == group else replace(row, group=group)
+            for row, group in zip(kept, groups, strict=True)
+        ),
+    )
     write_json(TASK_FILE, task.describe())
     write_json(reports("curate") / "metrics.json", counts)
     plot_rows(len(kept), counts["rejected_by_reason"], reports("curate") / "rows.svg")

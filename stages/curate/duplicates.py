@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from stages.common.logs import get_logger, show_progress
-from stages.common.records import Row, format_canonical_json
+from stages.common.records import Row, format_canonical_json, leave_out_feedback
 from stages.common.similarity.compared_text import find_shared_parts, fold_spelling
-from stages.common.similarity.near_duplicates import SimilarTexts
+from stages.common.similarity.near_duplicates import find_near_earlier
 from stages.common.task.protocol import Task
 from stages.curate.rules import Rejection
 
@@ -20,24 +21,22 @@ ROWS_A_STEP = 1000  # of progress
 TableRule = Callable[[Sequence[Row]], dict[int, Rejection]]
 
 
-def sort_feedback_last(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows in their order, with those from feedback after the others."""
-    return sorted(rows, key=lambda row: row.origin == "feedback")
-
-
 def find_contradicting_feedback(task: Task) -> TableRule:
     """Return the rule that rejects feedback whose prompt has another answer in other rows."""
 
     def rule(rows: Sequence[Row]) -> dict[int, Rejection]:
-        answers: dict[str, set[str]] = defaultdict(set)
+        asked = {_hash_prompt(row) for row in rows if row.origin == "feedback"}
+        if not asked:
+            return {}
+        answers: dict[bytes, set[str]] = defaultdict(set)
         for row in rows:
-            if row.origin != "feedback":
-                answers[_prompt_key(row)].add(task.canonical(row.answer))
+            if row.origin != "feedback" and (prompt := _hash_prompt(row)) in asked:
+                answers[prompt].add(task.canonical(row.answer))
         return {
             number: Rejection("contradicting_feedback", "other rows have another answer to this prompt")
             for number, row in enumerate(rows)
             if row.origin == "feedback"
-            and answers.get(_prompt_key(row), set()) - {task.canonical(row.answer)}
+            and answers.get(_hash_prompt(row), set()) - {task.canonical(row.answer)}
         }
 
     return rule
@@ -47,16 +46,18 @@ def find_conflicting_answers(task: Task) -> TableRule:
     """Return the rule that rejects all rows of a prompt with several answers: any of them may be wrong."""
 
     def rule(rows: Sequence[Row]) -> dict[int, Rejection]:
-        answers: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+        by_prompt: dict[bytes, list[int]] = defaultdict(list)
         for number, row in enumerate(rows):
-            answers[_prompt_key(row)][task.canonical(row.answer)].append(number)
-        return {
-            number: Rejection("conflicting_answer", f"{len(by_answer)} different answers to one prompt")
-            for by_answer in answers.values()
-            if len(by_answer) > 1
-            for numbers in by_answer.values()
-            for number in numbers
-        }
+            by_prompt[_hash_prompt(row)].append(number)
+        rejected: dict[int, Rejection] = {}
+        for numbers in by_prompt.values():
+            if len(numbers) == 1:
+                continue
+            different = len({task.canonical(rows[number].answer) for number in numbers})
+            if different > 1:
+                rejection = Rejection("conflicting_answer", f"{different} different answers to one prompt")
+                rejected |= dict.fromkeys(numbers, rejection)
+        return rejected
 
     return rule
 
@@ -72,18 +73,16 @@ def find_exact_duplicates(rows: Sequence[Row]) -> dict[int, Rejection]:
     return rejected
 
 
-def number_copies(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows, the second and later of equal ones with an id of their own: `<id>-2`, `<id>-3`.
+def number_copies(rows: Iterable[Row]) -> Iterator[Row]:
+    """Yield the rows, the second and later of equal ones with an id of their own: `<id>-2`, `<id>-3`.
 
     Stages tell rows apart by their ids. The group stays: copies without one stay together in the split, which
     removes those of other groups that would be learned and asked.
     """
     seen: Counter[str] = Counter()
-    numbered = []
     for row in rows:
         seen[row.id] += 1
-        numbered.append(row if seen[row.id] == 1 else replace(row, id=f"{row.id}-{seen[row.id]}"))
-    return numbered
+        yield row if seen[row.id] == 1 else replace(row, id=f"{row.id}-{seen[row.id]}")
 
 
 def find_near_duplicates(threshold: float, task: Task) -> TableRule:
@@ -93,37 +92,40 @@ def find_near_duplicates(threshold: float, task: Task) -> TableRule:
     """
 
     def rule(rows: Sequence[Row]) -> dict[int, Rejection]:
-        shared = find_shared_parts([row for row in rows if row.origin != "feedback"] or rows)
-        by_answer: dict[str, list[int]] = defaultdict(list)
+        shared = find_shared_parts(leave_out_feedback(rows) or rows)
+        by_answer: dict[bytes, list[int]] = defaultdict(list)
+        first: dict[str, int] = {}
+        ids = []
         for number, row in enumerate(rows):
-            by_answer[task.canonical(row.answer)].append(number)
-        rejected = {}
+            ids.append(row.id)
+            if first.setdefault(row.id, number) == number:
+                by_answer[_hash_text(task.canonical(row.answer))].append(number)
+        rejected: dict[int, Rejection] = {}
         done = 0
         for numbers in by_answer.values():
-            if len(numbers) == 1:
-                continue
-            index = SimilarTexts(threshold, (shared.read(rows[number]) for number in numbers))
             kept: list[int] = []
-            kept_ids: set[str] = set()
-            for number in numbers:
-                if rows[number].id in kept_ids:
-                    continue
-                near = index.find_or_add(shared.read(rows[number]))
+            texts = (shared.read(rows[number]) for number in numbers)
+            near_ones = find_near_earlier(texts, threshold) if len(numbers) > 1 else [None]
+            for number, near in zip(numbers, near_ones, strict=True):
                 if near is None:
                     kept.append(number)
-                    kept_ids.add(rows[number].id)
                 else:
                     earlier, score = near
-                    rejected[number] = Rejection(
-                        "near_duplicate", f"{score:.3f} like {rows[kept[earlier]].id}"
-                    )
+                    rejected[number] = Rejection("near_duplicate", f"{score:.3f} like {ids[kept[earlier]]}")
                 done += 1
                 if done % ROWS_A_STEP == 0:
                     show_progress(logger, done, len(rows), "near duplicates")
-        return rejected
+        copies = {number: first[row_id] for number, row_id in enumerate(ids) if first[row_id] in rejected}
+        return {number: rejected[original] for number, original in copies.items()}
 
     return rule
 
 
-def _prompt_key(row: Row) -> str:
-    return format_canonical_json([[message.role, fold_spelling(message.content)] for message in row.prompt])
+def _hash_prompt(row: Row) -> bytes:
+    """Return a hash of the prompt in one spelling: as texts, the prompts would be in memory once more."""
+    folded = [[message.role, fold_spelling(message.content)] for message in row.prompt]
+    return _hash_text(format_canonical_json(folded))
+
+
+def _hash_text(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", errors="surrogatepass"), digest_size=16).digest()

@@ -24,15 +24,15 @@ def format_rejects(rejected: Rejected, kinds: Sequence[str]) -> Iterator[str]:
         yield format_reject(shown, rejection.reason, rejection.detail)
 
 
-def redact_changes(changes: Iterable[Change], rejected: Rejected, kinds: Sequence[str]) -> list[Change]:
-    """Return the changes, redacted where their row was rejected for personal data."""
+def redact_changes(changes: Iterable[Change], rejected: Rejected, kinds: Sequence[str]) -> Iterator[Change]:
+    """Yield the changes, redacted where their row was rejected for personal data."""
     private = {row.id for row, rejection in rejected if is_private(rejection)}
-    return [
+    return (
         replace(change, before=redact_text(change.before, kinds), after=redact_text(change.after, kinds))
         if change.row in private
         else change
         for change in changes
-    ]
+    )
 
 
 def is_private(rejection: Rejection) -> bool:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stages.common.records import Message, Row, make_row
+from stages.common.records import Message, Row, count_chars, make_row
+from stages.common.spool import Spool, spool
 
 
 def compose_characters(text: str) -> str:
@@ -36,13 +37,13 @@ class Change:
     after: str
 
 
-def spell_rows(rows: Iterable[Row], names: Sequence[str]) -> tuple[list[Row], list[Change]]:
+def spell_rows(rows: Iterable[Row], names: Sequence[str]) -> tuple[Sequence[Row], Sequence[Change]]:
     """Return the rows with the named changes, each with the id of its new text, and what was changed."""
-    changes: list[Change] = []
-    return [_spell_row(row, names, changes) for row in rows], changes
+    changes: Spool[Change] = Spool(lambda change: len(change.before) + len(change.after))
+    return spool((_spell_row(row, names, changes) for row in rows), count_chars), changes
 
 
-def _spell_row(row: Row, names: Sequence[str], changes: list[Change]) -> Row:
+def _spell_row(row: Row, names: Sequence[str], changes: Spool[Change]) -> Row:
     messages, changed = [], []
     for message in row.messages:
         text, applied = message.content, []
@@ -58,17 +59,20 @@ def _spell_row(row: Row, names: Sequence[str], changes: list[Change]) -> Row:
         return row
     group = None if row.group == row.id else row.group
     new = make_row(messages, row.source, row.license, group=group, tags=row.tags, origin=row.origin)
-    changes += [
-        Change(new.id, message.role, names, message.content, text) for message, names, text in changed
-    ]
+    for message, applied_names, text in changed:
+        changes.append(Change(new.id, message.role, applied_names, message.content, text))
     return new
 
 
-def count_changes(changes: Sequence[Change]) -> dict[str, Any]:
+def count_changes(changes: Iterable[Change]) -> dict[str, Any]:
     """Return how many rows were changed, and in how many messages each change was made."""
-    made = Counter(name for change in changes for name in change.names)
+    made: Counter[str] = Counter()
+    rows = set()
+    for change in changes:
+        made.update(change.names)
+        rows.add(change.row)
     return {
-        "rows_changed": len({change.row for change in changes}),
+        "rows_changed": len(rows),
         "messages_changed_by": dict(sorted(made.items())),
     }
 

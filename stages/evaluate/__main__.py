@@ -103,7 +103,7 @@ def read_test(all_rows: Sequence[Row], base: Mapping[str, Answer]) -> list[Row]:
     Raises:
         InputError: a row is not in the test split.
     """
-    by_id = {row.id: row for row in all_rows}
+    by_id = {row.id: row for row in all_rows if row.id in base}
     if unknown := [row_id for row_id in base if row_id not in by_id]:
         raise InputError(
             f"the base model was asked {len(unknown)} rows that are not in the test split: {unknown[:3]}",

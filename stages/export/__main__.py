@@ -40,6 +40,7 @@ from stages.common.model.draft_corpus import encode_corpus, write_corpus
 from stages.common.model.loading import load_tokenizer, load_tuned
 from stages.common.params.loading import load_params
 from stages.common.records import Row, read_rows
+from stages.common.spool import pick
 from stages.common.task.kinds import read_task
 from stages.common.task.protocol import Schema, Task
 from stages.export.modelfile import format_modelfile, read_chat_format
@@ -96,8 +97,9 @@ def learn_answers(rows: Sequence[Row], task: Task) -> Answers:
 
 def find_common_system_prompt(rows: Sequence[Row]) -> str | None:
     """Return the system message that all rows begin with, or None if they differ or have none."""
-    prompts = {row.messages[0].content if row.messages[0].role == "system" else None for row in rows}
-    return prompts.pop() if len(prompts) == 1 else None
+    prompts = (row.messages[0].content if row.messages[0].role == "system" else None for row in rows)
+    first = next(prompts, None)
+    return first if all(prompt == first for prompt in prompts) else None
 
 
 def copy_tokenizer(base: Path, into: Path) -> None:
@@ -211,8 +213,9 @@ def main() -> None:
     tokenizer = load_tokenizer(base)  # raises InputError if there is no base model yet
     fetched = read_json(reports("fetch_base") / "metrics.json")
     # Without the rows that the chat template refuses: nothing was learned from them.
-    fitting, _ = encode_fitting(tokenizer, read_rows(artifacts("split") / "train.parquet"))
-    rows = [row for row, _ in fitting]
+    train = read_rows(artifacts("split") / "train.parquet")
+    refused = {misfit.row.id for misfit in encode_fitting(tokenizer, train)[1]}
+    rows = pick(train, [number for number, row in enumerate(train) if row.id not in refused])
     task = read_task()
     answers = learn_answers(rows, task)
     system_prompt = find_common_system_prompt(rows)

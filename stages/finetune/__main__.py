@@ -12,16 +12,25 @@ Only the answers are learned. A killed run resumes from its last complete checkp
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from stages.common.artifacts import artifacts, read_json, reports, write_json
-from stages.common.chat.fitting import LONG, REFUSED, count_reasons, describe_misfits, encode_fitting
+from stages.common.chat.fitting import (
+    LONG,
+    REFUSED,
+    count_reasons,
+    count_token_bytes,
+    describe_misfits,
+    encode_fitting,
+)
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage
 from stages.common.model.adapter import InitialAdapter, check_base, read_initial_adapter
 from stages.common.model.loading import load_tokenizer
 from stages.common.params.loading import load_params
 from stages.common.records import Row, read_rows
+from stages.common.spool import spool
 from stages.finetune.batches import encode_rows, select_rows
 from stages.finetune.checkpoints import CHECKPOINTS, remove_other_runs
 from stages.finetune.plots import plot_loss
@@ -31,14 +40,14 @@ from stages.finetune.result import write_loss_csv
 logger = get_logger("finetune")
 
 
-def read_training_rows() -> list[Row]:
+def read_training_rows() -> Sequence[Row]:
     """Read the training rows.
 
     Raises:
         InputError: there are none.
     """
     path = artifacts("split") / "train.parquet"
-    rows = list(read_rows(path))
+    rows = read_rows(path)
     if not rows:
         raise InputError(f"{path} has no rows", "check reports/split/metrics.json")
     return rows
@@ -66,7 +75,7 @@ def main() -> None:
     validated, not_validated = encode_fitting(
         tokenizer, read_rows(artifacts("split") / "validation.parquet"), params.max_length
     )
-    validation = [example for _, example in validated]
+    validation = spool((example for _, example in validated), count_token_bytes)
     for rows_of, left_out in (("training", misfits), ("validation", not_validated)):
         if left_out:
             logger.warning(

@@ -7,12 +7,21 @@ import random
 from collections.abc import Sequence, Set
 from typing import Any
 
-from stages.common.chat.fitting import LONG, Misfit, count_reasons, describe_misfits, encode_fitting
+from stages.common.chat.fitting import (
+    LONG,
+    Misfit,
+    count_reasons,
+    count_token_bytes,
+    describe_misfits,
+    encode_fitting,
+    select_misfits,
+)
 from stages.common.chat.template import Encoded
 from stages.common.errors import InputError
-from stages.common.logs import get_logger
+from stages.common.logs import get_logger, show_progress
 from stages.common.model.adapter import InitialAdapter
 from stages.common.records import Row
+from stages.common.spool import pick, spool
 
 logger = get_logger("finetune")
 
@@ -26,7 +35,7 @@ def select_rows(
     trained_ids: Set[str],
     replay_share: float,
     seed: int,
-) -> list[Row]:
+) -> Sequence[Row]:
     """Return the rows that are new to the adapter of `initial`, and a share of those it was trained on.
 
     The share is drawn by a hash of the row ids and differs between initial adapters, so that over several
@@ -39,7 +48,7 @@ def select_rows(
         InputError: no row is left.
     """
     if initial is None:
-        return list(rows)
+        return rows
     if replay_share < 1 and not trained_ids:
         logger.warning(
             "the adapter of %s does not record the rows it was trained on: all rows are used", initial.version
@@ -49,25 +58,27 @@ def select_rows(
         digest = hashlib.blake2b(f"{seed}/{initial.version}/{row.id}".encode(), digest_size=8).digest()
         return int.from_bytes(digest) < replay_share * 2**64
 
-    chosen = [row for row in rows if row.id not in trained_ids or is_drawn(row)]
+    chosen = [n for n, row in enumerate(rows) if row.id not in trained_ids or is_drawn(row)]
     if rows and not chosen:
         raise InputError(
             f"the adapter of {initial.version} was trained on all {len(rows)} training rows already",
             "raise finetune.replay_share, or set finetune.warm_start_from: null",
         )
-    return chosen
+    return pick(rows, chosen)
 
 
 def encode_rows(
     tokenizer: Any, rows: Sequence[Row], max_length: int, on_long_row: str
-) -> tuple[list[Encoded], list[Misfit]]:
+) -> tuple[Sequence[Encoded], Sequence[Misfit]]:
     """Return the rows as token ids, and those left out: longer than `max_length`, or refused by the template.
 
     Raises:
         InputError: a row is too long and `on_long_row` is `stop`, or no row is left.
     """
-    fitting, misfits = encode_fitting(tokenizer, rows, max_length)
-    long = [misfit for misfit in misfits if misfit.reason == LONG]
+    fitting, misfits = encode_fitting(
+        tokenizer, rows, max_length, lambda done: show_progress(logger, done, len(rows), "rows encoded")
+    )
+    long = select_misfits(misfits, LONG)
     if long and on_long_row == "stop":
         raise InputError(
             f"{len(long)} of {len(rows)} rows are longer than {max_length} tokens:\n{describe_misfits(long)}",
@@ -79,7 +90,7 @@ def encode_rows(
             "raise finetune.max_length for rows that are too long; for rows that the chat template refuses, "
             "set task.system_prompt: null, correct their roles, or choose another base model",
         )
-    return [example for _, example in fitting], misfits
+    return spool((example for _, example in fitting), count_token_bytes), misfits
 
 
 def plan_batches(lengths: Sequence[int], batch_size: int, epochs: int, seed: int) -> list[list[int]]:

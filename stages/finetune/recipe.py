@@ -50,9 +50,7 @@ def compute_fingerprint(
     shared = [here.parent / "common" / name for name in SHARED_CODE]
     parts = {
         "recipe": asdict(recipe),
-        "rows": hashlib.sha256(
-            json.dumps([[e.prompt_length, e.input_ids] for e in examples]).encode()
-        ).hexdigest(),
+        "rows": _hash_examples(examples),
         "base": {p.name: hash_file(p) for p in sorted(base.iterdir()) if p.is_file()},
         "initial": {p.name: hash_file(p) for p in initial.files} if initial else {},
         "code": {p.name: hash_file(p) for p in sorted(here.glob("*.py"))},
@@ -60,3 +58,13 @@ def compute_fingerprint(
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
     }
     return hashlib.sha256(format_canonical_json(parts).encode()).hexdigest()[:16]
+
+
+def _hash_examples(examples: Sequence[Encoded]) -> str:
+    """Return the hash of a JSON list of prompt lengths and token ids, which is never all in memory."""
+    digest = hashlib.sha256(b"[")
+    for number, example in enumerate(examples):
+        comma = ", " if number else ""
+        digest.update((comma + json.dumps([example.prompt_length, example.input_ids])).encode())
+    digest.update(b"]")
+    return digest.hexdigest()

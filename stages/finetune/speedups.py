@@ -7,6 +7,7 @@ from typing import Any
 
 from stages.common.chat.template import Encoded
 from stages.common.logs import get_logger
+from stages.common.spool import pick
 from stages.finetune.answer_loss import compute_loss
 from stages.finetune.fast_lora import keep_freed_memory, slow_down, speed_up
 from stages.finetune.shared_prefix import can_share_prefix, lay_out, use_shared_prefix
@@ -25,7 +26,8 @@ def speed_up_training(model: Any, examples: Sequence[Encoded], pad_id: int) -> t
     """
     keep_freed_memory()
     base = model.get_base_model()
-    few = sorted(examples, key=lambda e: len(e.input_ids))[-4:]
+    lengths = [len(example.input_ids) for example in examples]
+    few = pick(examples, sorted(range(len(examples)), key=lengths.__getitem__)[-4:])
     plain = compute_loss(model, lay_out(few, pad_id, share_prefix=False))
     usual_attention = base.config._attn_implementation
     share_prefix = can_share_prefix(base)

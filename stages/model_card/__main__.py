@@ -24,6 +24,7 @@ from stages.common.logs import get_logger, run_stage
 from stages.common.params.loading import load_params
 from stages.common.records import Row
 from stages.common.repository.dvc_lock import Lock, read_lock
+from stages.common.spool import join
 from stages.model_card.checks import (
     NEEDED,
     check_adapter,
@@ -132,7 +133,7 @@ def main() -> None:
     )
 
     license = to_spdx(params.license) or params.license
-    rows = [row for side in SIDES for row in sides[side]]
+    rows = join(join(sides["train"], sides["validation"]), sides["test"])
     language = params.language or list_languages(rows)
     metadata = build_metadata(
         params.name,

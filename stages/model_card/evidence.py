@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,9 +60,9 @@ def find_metric(evidence: Evidence, name: str) -> Any:
     return found
 
 
-def read_sides() -> tuple[dict[str, list[Row]], list[str]]:
+def read_sides() -> tuple[dict[str, Sequence[Row]], list[str]]:
     """Return the rows of each side of the split, and a problem for each file that cannot be read."""
-    sides: dict[str, list[Row]] = {}
+    sides: dict[str, Sequence[Row]] = {}
     problems = []
     for side in SIDES:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def build_metadata(
     license: str,
     language: Sequence[str],
     evidence: Evidence,
-    rows: Sequence[Row],
+    rows: Iterable[Row],
     test_hash: str | None,
 ) -> Any:
     """Return the card's metadata, with the results as the hub's model index."""

@@ -15,8 +15,9 @@ checked again without them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,15 @@ from stages.common.chat.fitting import (
     describe_misfits,
     encode_fitting,
     select_askable,
+    select_misfits,
 )
-from stages.common.chat.template import read_answer_frame, writes_date
+from stages.common.chat.template import Encoded, read_answer_frame, writes_date
 from stages.common.errors import InputError
-from stages.common.logs import get_logger, run_stage
+from stages.common.logs import get_logger, run_stage, show_progress
 from stages.common.model.loading import load_tokenizer, read_context_tokens
 from stages.common.params.loading import Params, load_params
-from stages.common.records import Row, format_reject, read_rows
+from stages.common.records import Row, count_chars, format_reject, read_rows
+from stages.common.spool import spool
 from stages.common.statistics.sizes import choose_min_test_rows, choose_min_train_rows
 from stages.common.task.kinds import read_task
 from stages.common.task.protocol import Task
@@ -58,13 +61,14 @@ logger = get_logger("preflight")
 
 SIDES = ("train", "validation", "test")
 SHOWN = 10  # rows in a message; the files of rejects have all
+SHOWN_CHANGED = 3
 
 Sides = Mapping[str, Sequence[Row]]
 FittingSides = dict[str, Fitting]
-Rejects = dict[str, list[Misfit]]
+Rejects = dict[str, Sequence[Misfit]]
 
 
-def find_base_problems(params: Params, base: Path, tokenizer: Any, rows: Sequence[Row]) -> list[InputError]:
+def find_base_problems(params: Params, base: Path, tokenizer: Any, rows: Iterable[Row]) -> list[InputError]:
     """Return what would stop the pipeline later in the tokens, the licences and on the disk."""
     size = count_embedding_rows(read_config(base))
     exported = params.export.gguf
@@ -87,11 +91,22 @@ def encode_sides(params: Params, base: Path, tokenizer: Any, sides: Sides) -> tu
     fitting: FittingSides = {}
     misfits: Rejects = {}
     for side in ("train", "validation"):
-        fitting[side], misfits[side] = encode_fitting(tokenizer, sides[side], params.finetune.max_length)
+        fitting[side], misfits[side] = encode_fitting(
+            tokenizer, sides[side], params.finetune.max_length, follow(side, len(sides[side]))
+        )
     fitting["test"], misfits["test"] = select_askable(
-        tokenizer, sides["test"], params.ask_base.max_new_tokens, context
+        tokenizer,
+        sides["test"],
+        params.ask_base.max_new_tokens,
+        context,
+        follow("test", len(sides["test"])),
     )
     return fitting, misfits
+
+
+def follow(side: str, rows: int) -> Callable[[int], None]:
+    """Return a function that shows how many rows of a side are encoded."""
+    return lambda done: show_progress(logger, done, rows, f"{side} rows encoded")
 
 
 def find_row_problems(
@@ -99,8 +114,15 @@ def find_row_problems(
 ) -> list[InputError]:
     """Return why these rows cannot be trained on and judged: which ones, and where the others went."""
     problems = []
-    left = [row for side in SIDES for row, _ in fitting[side]]
-    wrong = [Misfit(row, "invalid_answer", p) for row in left if (p := task.find_problem(row.answer))]
+    wrong = spool(
+        (
+            Misfit(row, "invalid_answer", problem)
+            for side in SIDES
+            for row, _ in fitting[side]
+            if (problem := task.find_problem(row.answer))
+        ),
+        lambda misfit: count_chars(misfit.row),
+    )
     if wrong:
         problems.append(
             InputError(
@@ -108,12 +130,15 @@ def find_row_problems(
                 "run the stages from curate on again: they leave such rows out",
             )
         )
-    beyond = [
-        Misfit(row, "unknown_token", f"the id {top}, and the embedding has {embedding_rows} rows")
-        for side in SIDES
-        for row, example in fitting[side]
-        if (top := max(example.input_ids)) >= embedding_rows
-    ]
+    beyond = spool(
+        (
+            Misfit(row, "unknown_token", f"the id {top}, and the embedding has {embedding_rows} rows")
+            for side in SIDES
+            for row, example in fitting[side]
+            if (top := max(example.input_ids)) >= embedding_rows
+        ),
+        lambda misfit: count_chars(misfit.row),
+    )
     if beyond:
         problems.append(
             InputError(
@@ -122,7 +147,7 @@ def find_row_problems(
                 "choose a base model whose tokenizer fits it (fetch_base in params.yaml)",
             )
         )
-    refused = [m for side in SIDES for m in misfits[side] if m.reason == REFUSED]
+    refused = select_misfits(chain.from_iterable(misfits[side] for side in SIDES), REFUSED)
     if refused and params.preflight.on_refused_row == "stop":
         problems.append(
             InputError(
@@ -130,7 +155,7 @@ def find_row_problems(
                 "correct these rows, or set preflight.on_refused_row: drop",
             )
         )
-    long = [m for side in ("train", "validation") for m in misfits[side] if m.reason == LONG]
+    long = select_misfits(chain(misfits["train"], misfits["validation"]), LONG)
     if long and params.finetune.on_long_row == "stop":
         problems.append(
             InputError(
@@ -180,21 +205,22 @@ def _suggest_fix(side: str, reasons: Mapping[str, int]) -> str:
 
 def describe_text(tokenizer: Any, fitting: FittingSides) -> dict[str, Any]:
     """Return what the rows hold that is not read as it is written, with the first rows of each kind."""
-    rows = [pair for side in SIDES for pair in fitting[side]]
     control = read_control_tokens(tokenizer)
-    held = {
-        row.id: tokens
-        for row, _ in rows
-        if (tokens := control.find("\n".join(m.content for m in row.messages)))
-    }
-    changed = [(row, example) for row, example in rows if example.is_changed]
+    held: dict[str, set[str]] = {}
+    changed = 0
+    first_changed: list[tuple[Row, Encoded]] = []
+    for row, example in chain.from_iterable(fitting[side] for side in SIDES):
+        if tokens := control.find("\n".join(m.content for m in row.messages)):
+            held[row.id] = set(tokens)
+        if example.is_changed:
+            changed += 1
+            if len(first_changed) < SHOWN_CHANGED:
+                first_changed.append((row, example))
     return {
         "rows_with_control_tokens_as_text": len(held),
-        "control_tokens_as_text": dict(
-            sorted(Counter(t for tokens in held.values() for t in set(tokens)).items())
-        ),
+        "control_tokens_as_text": dict(sorted(Counter(chain.from_iterable(held.values())).items())),
         "first_rows_with_control_tokens": sorted(held)[:SHOWN],
-        "answers_changed_by_the_template": len(changed),
+        "answers_changed_by_the_template": changed,
         "first_answers_changed": [
             {
                 "id": row.id,
@@ -203,15 +229,16 @@ def describe_text(tokenizer: Any, fitting: FittingSides) -> dict[str, Any]:
                     example.input_ids[example.prompt_length :], clean_up_tokenization_spaces=False
                 ),
             }
-            for row, example in changed[:3]
+            for row, example in first_changed
         ],
     }
 
 
 def describe_side(fitting: Fitting, misfits: Sequence[Misfit]) -> dict[str, Any]:
     """Return the rows of a side: how many are left, why others are not, and how long they are."""
-    lengths = [len(example.input_ids) for _, example in fitting]
-    learned = [len(example.input_ids) - example.prompt_length for _, example in fitting]
+    sizes = [(len(example.input_ids), example.prompt_length) for _, example in fitting]
+    lengths = [tokens for tokens, _ in sizes]
+    learned = [tokens - prompt for tokens, prompt in sizes]
     return {
         "rows_in": len(fitting) + len(misfits),
         "rows": len(fitting),
@@ -242,7 +269,7 @@ def main() -> None:
     tokenizer = load_tokenizer(base)
     sides = {side: read_rows(artifacts("split") / f"{side}.parquet") for side in SIDES}
     template = find_template_problems(tokenizer)
-    rows = [row for side in sides.values() for row in side]
+    rows = chain.from_iterable(sides.values())
     problems = [*template, *find_base_problems(params, base, tokenizer, rows)]
     folder = reports("preflight")
     if template:
@@ -255,7 +282,7 @@ def main() -> None:
     fitting, misfits = encode_sides(params, base, tokenizer, sides)
     problems += find_row_problems(params, read_task(), size, fitting, misfits)
     limit = params.ask_base.max_new_tokens
-    over_limit = [row for row, e in fitting["test"] if len(e.input_ids) - e.prompt_length > limit]
+    over_limit = [row.id for row, e in fitting["test"] if len(e.input_ids) - e.prompt_length > limit]
     frame = read_answer_frame(tokenizer)
     evidence = {
         "success": not problems,
@@ -277,7 +304,7 @@ def main() -> None:
 
 
 def report_findings(
-    evidence: Mapping[str, Any], misfits: Rejects, over_limit: Sequence[Row], max_new_tokens: int
+    evidence: Mapping[str, Any], misfits: Rejects, over_limit: Sequence[str], max_new_tokens: int
 ) -> None:
     """Log what is left out, changed or cannot be judged right."""
     for side in SIDES:
@@ -307,7 +334,7 @@ def report_findings(
             "%d test answers are longer than ask_base.max_new_tokens (%d), so that no answer can match: %s",
             len(over_limit),
             max_new_tokens,
-            ", ".join(row.id for row in over_limit[:3]),
+            ", ".join(over_limit[:3]),
         )
     if before := evidence["template"]["before"]:
         logger.info("the template writes %r before an answer: it is part of the prompt", before)

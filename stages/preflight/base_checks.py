@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,18 +81,22 @@ def _list_tensor_names(config: Any) -> list[str]:
 
 
 def find_license_problems(
-    rows: Sequence[Row], allowed: Iterable[str], model_license: str, base_license: str | None
+    rows: Iterable[Row], allowed: Iterable[str], model_license: str, base_license: str | None
 ) -> list[InputError]:
     """Return the licences that the model card would refuse after training."""
     known = {to_spdx(name) for name in allowed}
     lines = []
-    for license in sorted({row.license for row in rows}):
-        those = [row for row in rows if row.license == license]
-        named = ", ".join(sorted({row.source for row in those}))
+    sources: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for row in rows:
+        sources[row.license][row.source] += 1
+    for license, by_source in sorted(sources.items()):
+        named = ", ".join(sorted(by_source))
         if to_spdx(license) is None:
-            lines.append(f"{license!r} of {len(those)} rows from {named} is not an SPDX expression")
+            lines.append(f"{license!r} of {by_source.total()} rows from {named} is not an SPDX expression")
         elif to_spdx(license) not in known:
-            lines.append(f"{license!r} of {len(those)} rows from {named} is not in validate.allowed_licenses")
+            lines.append(
+                f"{license!r} of {by_source.total()} rows from {named} is not in validate.allowed_licenses"
+            )
     stated = {"model_card.license": model_license, "the base model's licence": base_license}
     for what, one in stated.items():
         if one is not None and to_spdx(one) is None:

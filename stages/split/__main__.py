@@ -22,9 +22,10 @@ from stages.common.chat.conversations import find_shared_exchanges
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage
 from stages.common.params.loading import load_params
-from stages.common.records import read_rows, write_rows
+from stages.common.records import leave_out_feedback, read_rows, write_rows
 from stages.common.row_counts import describe_counts, read_rejected_counts
 from stages.common.similarity.compared_text import find_shared_parts
+from stages.common.spool import pick
 from stages.common.statistics.sizes import choose_min_test_rows, choose_min_train_rows
 from stages.common.task.kinds import read_task
 from stages.split.leaks import prove_split, remove_known_answers, remove_near_duplicates
@@ -105,8 +106,9 @@ def main() -> None:
     task = read_task()
     rows = read_rows(artifacts("curate") / "rows.parquet")
     # A table with feedback only is split like any other.
-    asked = [row for row in rows if row.origin != "feedback"] or rows
-    feedback = [row for row in rows if row.origin == "feedback"] if len(asked) < len(rows) else []
+    asked = leave_out_feedback(rows) or rows
+    told = [number for number, row in enumerate(rows) if row.origin == "feedback"]
+    feedback = pick(rows, told) if len(asked) < len(rows) else []
     labels = choose_group_labels(asked, read_strata(asked, stratify_by, task))
     assigned = assign_sides(labels, params.validation_fraction, params.test_fraction, params.seed)
     sides, over_cap = divide_rows(asked, assigned, params.max_test_rows_per_group, params.seed)
@@ -121,13 +123,16 @@ def main() -> None:
             params.max_train_rows_per_group,
         )
     shared = find_shared_parts(asked)
-    links = find_shared_exchanges(asked) | find_shared_exchanges(rows)
+    links = find_shared_exchanges(asked)
+    if feedback:
+        links |= find_shared_exchanges(rows)
     sides, learned, known = remove_known_answers(Sides(capped, sides.validation, sides.test), learned, links)
     train = shuffle_together(sides.train, learned, params.seed)
     sides, removed = remove_near_duplicates(
         Sides(train, sides.validation, sides.test), params.near_duplicate_threshold, shared
     )
-    labels = choose_group_labels(rows, read_strata(rows, stratify_by, task)) | labels
+    if feedback:
+        labels = choose_group_labels(rows, read_strata(rows, stratify_by, task)) | labels
     check_sizes(
         sides,
         {

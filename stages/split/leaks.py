@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence, Set
+from itertools import chain
 from typing import Any
 
 from stages.common.chat.conversations import (
@@ -16,7 +17,13 @@ from stages.common.chat.conversations import (
 from stages.common.logs import get_logger, show_progress
 from stages.common.records import Row
 from stages.common.similarity.compared_text import SharedParts
-from stages.common.similarity.near_duplicates import SimilarTexts, find_closest
+from stages.common.similarity.near_duplicates import (
+    SimilarTexts,
+    extract_grams,
+    find_closest,
+    spool_grams,
+)
+from stages.common.spool import join, leave_out
 from stages.split.sides import Sides
 
 logger = get_logger("split")
@@ -30,7 +37,7 @@ ROWS_A_STEP = 1000  # of progress
 
 def remove_known_answers(
     sides: Sides, feedback: Sequence[Row], links: Set[Exchange]
-) -> tuple[Sides, tuple[Row, ...], int]:
+) -> tuple[Sides, Sequence[Row], int]:
     """Remove the held-out rows of which question and answer are earlier turns of a training row.
 
     Whole conversations are on one side, but an exchange that many conversations have may also be a row.
@@ -43,14 +50,13 @@ def remove_known_answers(
         all. Feedback removes no held-out row.
     """
     known = find_known_answers(sides.validation, sides.train), find_known_answers(sides.test, sides.train)
-    validation = tuple(row for number, row in enumerate(sides.validation) if number not in known[0])
-    test = tuple(row for number, row in enumerate(sides.test) if number not in known[1])
-    held_out = (*validation, *test)
-    asked = links & {exchange for row in held_out for exchange in list_exchanges(row)}
+    validation, test = leave_out(sides.validation, known[0]), leave_out(sides.test, known[1])
+    held_out = join(validation, test)
+    asked = links & {exchange for row in held_out for exchange in list_exchanges(row)} if links else set()
     telling = find_rows_that_answer(feedback, held_out) | {
         number for number, row in enumerate(feedback) if asked and asked & set(list_exchanges(row))
     }
-    left = tuple(row for number, row in enumerate(feedback) if number not in telling)
+    left = leave_out(feedback, telling)
     return Sides(sides.train, validation, test), left, sum(map(len, known)) + len(telling)
 
 
@@ -61,19 +67,18 @@ def remove_near_duplicates(sides: Sides, threshold: float, shared: SharedParts) 
         shared: what many prompts have in common, which does not count.
     """
     near = find_near_training_rows(sides, threshold, shared)
-    train = tuple(row for number, row in enumerate(sides.train) if number not in near)
-    return Sides(train, sides.validation, sides.test), len(near)
+    return Sides(leave_out(sides.train, near), sides.validation, sides.test), len(near)
 
 
 def find_near_training_rows(sides: Sides, threshold: float, shared: SharedParts) -> set[int]:
     """Return the numbers of the training rows with a near duplicate among the held-out rows."""
-    held_out = (*sides.validation, *sides.test)
-    index = SimilarTexts(threshold, (shared.read(row) for row in (*held_out, *sides.train)))
-    for row in held_out:
-        index.add(shared.read(row))
+    held_out = spool_grams(map(shared.read, chain(sides.validation, sides.test)))
+    index = SimilarTexts(threshold, held_out)
+    for grams in held_out:
+        index.add(grams)
     found = set()
     for number, row in enumerate(sides.train):
-        if any(True for _ in index.find_near(shared.read(row))):
+        if any(True for _ in index.find_near(extract_grams(shared.read(row)))):
             found.add(number)
         if (number + 1) % ROWS_A_STEP == 0:
             show_progress(logger, number + 1, len(sides.train), "near duplicates")
@@ -92,7 +97,7 @@ def prove_split(sides: Sides, threshold: float, shared: SharedParts, links: Set[
     """
     on_sides = Counter(group for _, rows in sides.items() for group in {row.group for row in rows})
     groups = sum(count > 1 for count in on_sides.values())
-    held_out = (*sides.validation, *sides.test)
+    held_out = join(sides.validation, sides.test)
     pairs = len(held_out) * len(sides.train)
     chars = sum(len(message.content) for row in sides.train for message in row.prompt)
     step = max(
@@ -117,7 +122,7 @@ def prove_split(sides: Sides, threshold: float, shared: SharedParts, links: Set[
 
 def count_shared_conversations(sides: Sides, links: Set[Exchange]) -> int:
     """Return how many exchanges of one conversation are in training and in a held-out row."""
-    held_out = (*sides.validation, *sides.test)
+    held_out = join(sides.validation, sides.test)
     if not links:
         return 0
     learned, asked = ({e for row in rows for e in list_exchanges(row)} for rows in (sides.train, held_out))

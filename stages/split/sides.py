@@ -7,10 +7,12 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Literal
 
 from stages.common.errors import InputError
 from stages.common.records import Row
+from stages.common.spool import join, pick
 from stages.common.task.protocol import Task
 from stages.common.task.settings import CLASS
 
@@ -21,11 +23,11 @@ Side = Literal["train", "validation", "test"]
 class Sides:
     """The rows of each side."""
 
-    train: tuple[Row, ...]
-    validation: tuple[Row, ...]
-    test: tuple[Row, ...]
+    train: Sequence[Row]
+    validation: Sequence[Row]
+    test: Sequence[Row]
 
-    def items(self) -> tuple[tuple[str, tuple[Row, ...]], ...]:
+    def items(self) -> tuple[tuple[str, Sequence[Row]], ...]:
         """Return each side with its name."""
         return ("train", self.train), ("validation", self.validation), ("test", self.test)
 
@@ -40,13 +42,14 @@ def read_strata(rows: Sequence[Row], stratify_by: str | None, task: Task) -> lis
         return [""] * len(rows)
     if stratify_by == CLASS:
         return [task.read_class(row.answer) or "" for row in rows]
-    if not any(stratify_by in row.tags for row in rows):
+    strata = [row.tags.get(stratify_by) for row in rows]
+    if all(stratum is None for stratum in strata):
         have = sorted({tag for row in rows for tag in row.tags})
         raise InputError(
             f"task.stratify_by: no row has the tag {stratify_by!r} (tags: {', '.join(have) or 'none'})",
             "name one of them, set stratify_by: label for the class of the answers, or null",
         )
-    return [row.tags.get(stratify_by, "") for row in rows]
+    return [stratum or "" for stratum in strata]
 
 
 def choose_group_labels(rows: Sequence[Row], strata: Sequence[str]) -> dict[str, str]:
@@ -91,22 +94,22 @@ def divide_rows(
     rows: Sequence[Row], sides: Mapping[str, Side], max_test_rows_per_group: int, seed: int
 ) -> tuple[Sides, int]:
     """Return the rows of each side, and how many test rows are over the limit of a group."""
-    by_side: dict[Side, list[Row]] = {"train": [], "validation": [], "test": []}
-    tests: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
+    by_side: dict[Side, list[int]] = {"train": [], "validation": [], "test": []}
+    tests: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    for number, row in enumerate(rows):
         side = sides[row.group]
         if side == "test":
-            tests[row.group].append(row)
+            tests[row.group].append((row.id, number))
         else:
-            by_side[side].append(row)
+            by_side[side].append(number)
     rejected = 0
     for group, members in tests.items():
         chosen = random.Random(f"{seed}/{group}").sample(members, min(len(members), max_test_rows_per_group))
         rejected += len(members) - len(chosen)
-        by_side["test"] += sorted(chosen, key=lambda row: row.id)
+        by_side["test"] += [number for _, number in sorted(chosen, key=itemgetter(0))]
     # Adjacent rows are of one group; training needs them in random order.
     random.Random(f"{seed}/train").shuffle(by_side["train"])
-    return Sides(tuple(by_side["train"]), tuple(by_side["validation"]), tuple(by_side["test"])), rejected
+    return Sides(*(pick(rows, by_side[side]) for side in ("train", "validation", "test"))), rejected
 
 
 def cap_training_rows(
@@ -115,7 +118,7 @@ def cap_training_rows(
     max_rows_per_group: int | None,
     min_rows_per_label: int,
     seed: int,
-) -> tuple[tuple[Row, ...], int]:
+) -> tuple[Sequence[Row], int]:
     """Return the training rows with at most `max_rows_per_group` of each group, and how many exceed it.
 
     Groups of a rare label keep more, so that the label keeps `min_rows_per_label` rows if it has them: more
@@ -126,30 +129,30 @@ def cap_training_rows(
         max_rows_per_group: None for all rows.
     """
     if max_rows_per_group is None:
-        return tuple(rows), 0
-    by_group: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        by_group[row.group].append(row)
+        return rows, 0
+    by_group: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    for number, row in enumerate(rows):
+        by_group[row.group].append((row.id, number))
     groups_of_label = Counter(labels[group] for group in by_group)
     kept: set[str] = set()
     for group, members in by_group.items():
         limit = max(max_rows_per_group, math.ceil(min_rows_per_label / groups_of_label[labels[group]]))
         chosen = random.Random(f"{seed}/{group}/train").sample(members, min(len(members), limit))
-        kept |= {row.id for row in chosen}
-    chosen_rows = tuple(row for row in rows if row.id in kept)
-    return chosen_rows, len(rows) - len(chosen_rows)
+        kept |= {row_id for row_id, _ in chosen}
+    numbers = sorted(number for members in by_group.values() for row_id, number in members if row_id in kept)
+    return pick(rows, numbers), len(rows) - len(numbers)
 
 
-def select_feedback(rows: Sequence[Row], sides: Mapping[str, Side]) -> tuple[tuple[Row, ...], int]:
+def select_feedback(rows: Sequence[Row], sides: Mapping[str, Side]) -> tuple[Sequence[Row], int]:
     """Return the feedback rows for training, and how many are rejected because their group is held out."""
-    free = tuple(row for row in rows if sides.get(row.group, "train") == "train")
-    return free, len(rows) - len(free)
+    free = [number for number, row in enumerate(rows) if sides.get(row.group, "train") == "train"]
+    return pick(rows, free), len(rows) - len(free)
 
 
-def shuffle_together(train: Sequence[Row], more: Sequence[Row], seed: int) -> tuple[Row, ...]:
+def shuffle_together(train: Sequence[Row], more: Sequence[Row], seed: int) -> Sequence[Row]:
     """Return both in one random order; without `more`, `train` unchanged."""
     if not more:
-        return tuple(train)
-    both = [*train, *more]
-    random.Random(f"{seed}/feedback").shuffle(both)
-    return tuple(both)
+        return train
+    order = list(range(len(train) + len(more)))
+    random.Random(f"{seed}/feedback").shuffle(order)
+    return pick(join(train, more), order)

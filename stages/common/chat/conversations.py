@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-from stages.common.records import Row
+from stages.common.records import Row, leave_out_feedback, sort_feedback_last
 from stages.common.similarity.compared_text import fold_text
 
 MAX_NEIGHBOURS = (
@@ -65,10 +65,10 @@ def join_conversations(rows: Sequence[Row]) -> list[str]:
     the split of the other rows does not depend on it.
     """
     roots = {row.group: row.group for row in rows}
-    own = [row for row in rows if row.origin != "feedback"]
-    fixed = {row.group for row in own}
+    own = leave_out_feedback(rows)
     _join(roots, own, frozenset())
-    _join(roots, rows, fixed)
+    if len(own) < len(rows):
+        _join(roots, rows, {row.group for row in own})
     return [_find_root(roots, row.group) for row in rows]
 
 
@@ -76,7 +76,9 @@ def _join(roots: dict[str, str], rows: Sequence[Row], fixed: set[str] | frozense
     """Join the groups of rows that share an exchange; those in `fixed` are joined to no other one."""
     shared = find_shared_exchanges(rows)
     first: dict[Exchange, str] = {}
-    for row in sorted(rows, key=lambda row: row.origin == "feedback") if shared else ():
+    if not shared:
+        return
+    for row in sort_feedback_last(rows):
         for exchange in list_exchanges(row):
             if exchange in shared:
                 root = _find_root(roots, row.group)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from stages.common.chat.template import Encoded, TemplateRefusal, encode_example
-from stages.common.records import Row
+from stages.common.records import Row, count_chars
+from stages.common.spool import Spool, spool
 
 REFUSED = "refused_by_template"
 LONG = "too_long"
@@ -20,7 +21,10 @@ LONG = "too_long"
 # An answer a quarter longer than the longest reference rambles; waiting for its end costs only time.
 ANSWER_ROOM = 1.25
 
-Fitting = list[tuple[Row, Encoded]]
+ROWS_A_STEP = 500  # of progress
+TOKEN_BYTES = 36  # a place in a list, and a number
+
+Fitting = Sequence[tuple[Row, Encoded]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,20 +38,23 @@ class Misfit:
 
 def encode_fitting(
     tokenizer: Any,
-    rows: Sequence[Row],
+    rows: Iterable[Row],
     max_tokens: int | None = None,
-) -> tuple[Fitting, list[Misfit]]:
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> tuple[Fitting, Sequence[Misfit]]:
     """Return the rows that fit with their token ids, and the misfits.
 
     Args:
         max_tokens: the most that prompt and answer may have together; None for any number.
+        on_progress: called with the number of rows encoded, now and then.
 
     Raises:
         InputError: the chat template is none that a model can be taught with, whatever the row.
     """
-    fitting: Fitting = []
-    misfits = []
-    for row in rows:
+    fitting, misfits = Spool(_count_pair), Spool(_count_misfit)
+    for number, row in enumerate(rows, start=1):
+        if number % ROWS_A_STEP == 0:
+            on_progress(number)
         try:
             example = encode_example(tokenizer, row.messages)
         except TemplateRefusal as error:
@@ -61,18 +68,37 @@ def encode_fitting(
     return fitting, misfits
 
 
+def count_token_bytes(example: Encoded) -> int:
+    """Return about how much memory the token ids of a row take."""
+    return TOKEN_BYTES * len(example.input_ids)
+
+
+def _count_pair(pair: tuple[Row, Encoded]) -> int:
+    return count_chars(pair[0]) + count_token_bytes(pair[1])
+
+
+def _count_misfit(misfit: Misfit) -> int:
+    return count_chars(misfit.row)
+
+
 def select_askable(
-    tokenizer: Any, rows: Sequence[Row], max_new_tokens: int, context_tokens: int | None
-) -> tuple[Fitting, list[Misfit]]:
+    tokenizer: Any,
+    rows: Iterable[Row],
+    max_new_tokens: int,
+    context_tokens: int | None,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> tuple[Fitting, Sequence[Misfit]]:
     """Return the rows that a model can be asked and whose answer is within its context, and the misfits.
 
     Args:
         max_new_tokens: the length at which answers are cut, if a reference is that long.
     """
-    fitting, misfits = encode_fitting(tokenizer, rows, context_tokens)
+    fitting, long = encode_fitting(tokenizer, rows, context_tokens, on_progress)
     longest = max((len(example.input_ids) - example.prompt_length for _, example in fitting), default=0)
     room = limit_answer(longest, max_new_tokens)
-    askable: Fitting = []
+    askable, misfits = Spool(_count_pair), Spool(_count_misfit)
+    for misfit in long:
+        misfits.append(misfit)
     for row, example in fitting:
         needed = example.prompt_length + room
         if context_tokens is not None and needed > context_tokens:
@@ -88,9 +114,14 @@ def limit_answer(longest: int, max_new_tokens: int) -> int:
     return min(max_new_tokens, math.ceil(longest * ANSWER_ROOM))
 
 
-def count_reasons(misfits: Sequence[Misfit]) -> dict[str, int]:
+def count_reasons(misfits: Iterable[Misfit]) -> dict[str, int]:
     """Return the number of misfits of each reason."""
     return dict(sorted(Counter(misfit.reason for misfit in misfits).items()))
+
+
+def select_misfits(misfits: Iterable[Misfit], reason: str) -> Sequence[Misfit]:
+    """Return the misfits of one reason."""
+    return spool((misfit for misfit in misfits if misfit.reason == reason), _count_misfit)
 
 
 def describe_misfits(misfits: Sequence[Misfit], shown: int = 10) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,6 @@ class Rejected:
 class Collected:
     """The rows of one source, the rejected entries, and metrics for the report."""
 
-    rows: tuple[Row, ...]
-    rejected: tuple[Rejected, ...] = ()
+    rows: Sequence[Row]
+    rejected: Sequence[Rejected] = ()
     metrics: Mapping[str, Any] = field(default_factory=dict)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ TASK_FILE = artifacts("curate") / "task.json"
 MAX_LABELS_PER_ROW = 0.5
 
 
-def resolve_task(settings: TaskSettings, answers: Sequence[str]) -> Task:
+def resolve_task(settings: TaskSettings, answers: Iterable[str]) -> Task:
     """Return the task that the settings describe; a null `labels` is the set of these answers.
 
     Raises:
@@ -27,10 +28,11 @@ def resolve_task(settings: TaskSettings, answers: Sequence[str]) -> Task:
     """
     if settings.kind != "label" or settings.labels is not None:
         return make_task(settings.model_dump())
-    labels = sorted({label for answer in answers if len((label := answer.strip()).splitlines()) == 1})
-    if len(labels) > MAX_LABELS_PER_ROW * len(answers):
+    rows = Counter(map(str.strip, answers))
+    labels = sorted(label for label in rows if len(label.splitlines()) == 1)
+    if len(labels) > MAX_LABELS_PER_ROW * rows.total():
         raise InputError(
-            f"task.kind is label, but {len(answers)} rows have {len(labels)} different answers, "
+            f"task.kind is label, but {rows.total()} rows have {len(labels)} different answers, "
             f"such as {labels[0][:60]!r}",
             "set task.kind: text if answers are free text, or list the labels in task.labels",
         )

@@ -103,4 +103,4 @@ def test_feedback_that_continues_a_held_out_row_is_not_learned_and_the_row_stays
     asked = row("a question", "its answer")
     told = [row("a question", "its answer", "and now?", "this"), row("another", "thing", "and?", "that")]
     sides, feedback, removed = remove_known_answers(Sides((), (), (asked,)), told, set())
-    assert (sides.test, feedback, removed) == ((asked,), (told[1],), 1)
+    assert (sides.test, feedback, removed) == ((asked,), [told[1]], 1)

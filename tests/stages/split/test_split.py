@@ -244,7 +244,7 @@ def test_a_group_is_learned_at_most_so_often_and_a_rare_label_more_often():
 
 def test_without_a_limit_every_row_is_learned():
     rows = many(4)
-    assert cap_training_rows(rows, {}, None, 20, seed=7) == (tuple(rows), 0)
+    assert cap_training_rows(rows, {}, None, 20, seed=7) == (rows, 0)
 
 
 def test_the_rows_over_the_limit_are_counted_and_feedback_is_not_limited(project):

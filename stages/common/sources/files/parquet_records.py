@@ -11,7 +11,8 @@ from stages.common.errors import InputError
 from stages.common.sources.files.encodings import detect_compression, open_decompressed
 from stages.common.sources.files.entries import Entry
 
-BATCH_ROWS = 4096
+BATCH_ROWS = 1000  # each of which may hold a passage
+BUFFER_BYTES = 1 << 20
 
 
 def read_parquet(path: Path) -> Iterator[Entry]:
@@ -28,7 +29,8 @@ def read_parquet(path: Path) -> Iterator[Entry]:
         with open_decompressed(path) as content:
             source = pa.BufferReader(content.read())
     try:
-        file = pq.ParquetFile(source)
+        # Page by page: a file may be one group of all its rows.
+        file = pq.ParquetFile(source, buffer_size=BUFFER_BYTES, pre_buffer=False)
     except pa.ArrowInvalid as error:
         raise InputError(f"{path} cannot be read as Parquet: {error}", "write the file again") from None
     classes = read_class_names(file.schema_arrow.metadata or {})

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
 from stages.common.errors import InputError
-from stages.common.records import ORIGINS, Message, Row, find_conversation_problem, make_row
+from stages.common.records import ORIGINS, Message, Row, count_chars, find_conversation_problem, make_row
 from stages.common.sources import Collected, Rejected
 from stages.common.sources.files.csv_records import check_header
 from stages.common.sources.files.encodings import guess_encoding
@@ -36,13 +36,17 @@ from stages.common.sources.files.formats import (
 )
 from stages.common.sources.files.messages import to_messages
 from stages.common.sources.files.shapes import Columns, Shape, detect_shape
+from stages.common.spool import Spool
 
 MAX_SHOWN = 50  # problems in one message; the count is always of all
 SAMPLE_RECORDS = 1000
 MAX_GROUP_CHARS = 120
 MAX_UNDECODABLE_SHARE = 0.01  # more rows that are not UTF-8: the file is in another encoding
 
+ENTRIES_A_STEP = 1000  # of progress
+
 OnBadRow = Literal["reject", "stop"]
+OnProgress = Callable[[int], None]
 
 
 def collect_file(
@@ -53,8 +57,12 @@ def collect_file(
     columns: Columns,
     system_prompt: str | None,
     on_bad_row: OnBadRow,
+    on_progress: OnProgress = lambda done: None,
 ) -> Collected:
     """Read the rows of one file.
+
+    Args:
+        on_progress: called with the number of entries read, now and then.
 
     Raises:
         InputError: the file is missing, empty, of an unknown format or shape, or lacks a column; it gives no
@@ -70,11 +78,11 @@ def collect_file(
     if fields and format.kind == "csv" and not format.column_names:
         check_header(path, fields)
     shape = detect_shape(path, fields, columns) if fields else Shape("pair")
-    rows: list[Row] = []
-    rejected: list[Rejected] = []
+    rows: Spool[Row] = Spool(count_chars)
+    rejected: Spool[Rejected] = Spool(lambda reject: len(reject.content))
     unread: Counter[str] = Counter()
     read = {*shape.columns.values(), *columns.named}
-    for entry in entries:
+    for number, entry in enumerate(entries, start=1):
         try:
             if isinstance(entry.fields, BadRow):
                 raise entry.fields
@@ -85,6 +93,8 @@ def collect_file(
         except BadRow as bad:
             detail, content = show_bytes(bad.detail), show_bytes(entry.content)
             rejected.append(Rejected(str(path), entry.line, bad.reason, detail, content))
+        if number % ENTRIES_A_STEP == 0:
+            on_progress(number)
     _check_encoding_fits(path, format, rejected, len(rows))
     if rejected and on_bad_row == "stop":
         raise InputError(
@@ -96,7 +106,7 @@ def collect_file(
             f"{path} has no usable row: all {len(rejected)} are bad\n{list_rejected(rejected)}",
             "correct the file, or remove its entry from collect.sources",
         )
-    return Collected(tuple(rows), tuple(rejected), describe(format, shape, unread))
+    return Collected(rows, rejected, describe(format, shape, unread))
 
 
 def sample_entries(entries: Iterator[Entry]) -> tuple[list[Entry], Iterator[Entry]]:
@@ -181,7 +191,7 @@ def list_rejected(rejected: Sequence[Rejected]) -> str:
     """Return the first rejected rows a line each, and the others by their number."""
     lines = [f"{r.file}:{r.line}: {r.reason}: {r.detail}" for r in rejected[:MAX_SHOWN]]
     if len(rejected) > MAX_SHOWN:
-        rest = Counter(r.reason for r in rejected[MAX_SHOWN:])
+        rest = Counter(r.reason for r in islice(rejected, MAX_SHOWN, None))
         lines.append("and " + ", ".join(f"{number} more {reason}" for reason, number in sorted(rest.items())))
     return "\n".join(lines)
 

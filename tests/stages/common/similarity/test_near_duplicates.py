@@ -2,21 +2,25 @@ import random
 
 import pytest
 
+from stages.common import spool
+from stages.common.similarity import near_duplicates
 from stages.common.similarity.near_duplicates import (
     SimilarTexts,
     compute_similarity,
     extract_grams,
     find_closest,
+    find_near_earlier,
 )
 
 
 def find_pairs(texts, threshold):
     """Return every pair (i, j, similarity) with i < j whose similarity is `threshold` or more."""
-    index = SimilarTexts(threshold, texts)
+    index = SimilarTexts(threshold, map(extract_grams, texts))
     pairs = []
     for number, text in enumerate(texts):
-        pairs += [(other, number, score) for other, score in index.find_near(text)]
-        index.add(text)
+        grams = extract_grams(text)
+        pairs += [(other, number, score) for other, score in index.find_near(grams)]
+        index.add(grams)
     return sorted(pairs)
 
 
@@ -70,8 +74,49 @@ def test_no_texts_have_no_pairs():
 
 def test_the_index_finds_texts_that_it_was_not_told_to_expect():
     index = SimilarTexts(0.6, [])
-    index.add("turn on the kitchen light")
-    assert [number for number, _ in index.find_near("turn on the kitchen lights")] == [0]
+    index.add(extract_grams("turn on the kitchen light"))
+    assert [n for n, _ in index.find_near(extract_grams("turn on the kitchen lights"))] == [0]
+
+
+def plant(texts, letters, rng):
+    """Texts with copies of earlier ones in which a few letters are others."""
+    planted = []
+    for text in texts:
+        planted.append(text)
+        for _ in range(rng.randrange(3)):
+            copy = list(rng.choice(planted))
+            for place in rng.sample(range(len(copy)), rng.randrange(3)):
+                copy[place] = rng.choice(letters)
+            planted.append("".join(copy))
+    return planted
+
+
+@pytest.mark.parametrize(
+    "letters", ["abcde ", "的一是不了人我在有他这为之大来以个中上们到说国和地也子时道出而要于就下得可你年生"]
+)
+@pytest.mark.parametrize("max_held", [None, 0])
+def test_rows_are_kept_or_not_as_if_each_was_compared_with_all_that_are_kept(letters, max_held, monkeypatch):
+    monkeypatch.setattr(spool, "MAX_HELD", 10**9 if max_held is None else max_held)
+    rng = random.Random(4)
+    drawn = ["".join(rng.choices(letters, k=rng.randrange(1, 60))) for _ in range(120)]
+    texts = plant(drawn, letters, rng)
+    kept, expected = [], []
+    for text in texts:
+        own = extract_grams(text)
+        scores = [compute_similarity(own, other) for other in kept]
+        near = next(((place, score) for place, score in enumerate(scores) if score >= 0.8 - 1e-9), None)
+        expected.append(near)
+        if near is None:
+            kept.append(own)
+    assert list(find_near_earlier(texts, 0.8)) == expected
+    assert 20 < len(kept) < len(texts) - 20
+
+
+def test_grams_that_share_a_bucket_lose_no_pair(monkeypatch):
+    monkeypatch.setattr(near_duplicates, "BUCKET_BITS", 2)
+    rng = random.Random(5)
+    texts = plant(["".join(rng.choices("abcdefgh", k=30)) for _ in range(60)], "abcdefgh", rng)
+    assert find_pairs(texts, 0.7) == every_pair(texts, 0.7)
 
 
 def test_the_closest_pair_is_the_best_of_all():
