@@ -26,7 +26,7 @@ class Metrics:
     total_s: Histogram  # version
     tokens_per_s: Histogram  # version
     tokens: Counter  # direction (in, out), version
-    verdicts: Counter  # check, verdict (allow, or the reason), version
+    decisions: Counter  # check, decision (allow, or the reason), version
     events: Counter  # outcome (stored, refused, lost)
     shadows: Counter  # same (yes, no, skipped), version
     switch_s: Histogram
@@ -62,7 +62,7 @@ def get_metrics() -> Metrics:
             "answer_tokens_per_second", "Generation speed of one answer", TOKENS_PER_S, "version"
         ),
         tokens=counter("tokens", "Prompt and generated tokens", "direction", "version"),
-        verdicts=counter("guard_verdicts", "Decisions of the guard", "check", "verdict", "version"),
+        decisions=counter("guard_decisions", "Decisions of the guard", "check", "decision", "version"),
         events=counter("events", "Events by outcome", "outcome"),
         shadows=counter(
             "shadow_answers", "Shadow answers by whether they equal the shown one", "same", "version"

@@ -25,7 +25,7 @@ EXCHANGE = Exchange(
     queue_s=0.001,
     first_token_s=0.1,
     total_s=0.5,
-    verdicts='{"toxicity": [true, null]}',
+    decisions='{"toxicity": [true, null]}',
     valid_output=True,
     mean_logprob=-0.1,
 )

@@ -210,7 +210,7 @@ def label_of(
         raise LeftOut("outside_schema")
     checks = INPUT_CHECKS if kind == "correction" else (*INPUT_CHECKS, *OUTPUT_CHECKS)
     if settings.on_suspicion == "drop" and (
-        _suspicious(exchange["verdicts"], checks) or (kind == "correction" and task.is_rejected(text))
+        _suspicious(exchange["decisions"], checks) or (kind == "correction" and task.is_rejected(text))
     ):
         raise LeftOut("suspicious")
     same = task.answers.canonical(text)
@@ -269,10 +269,10 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def _suspicious(verdicts: str, checks: Sequence[str]) -> bool:
-    """Return whether one of these checks of the guard did not pass; verdicts that cannot be read did not."""
+def _suspicious(decisions: str, checks: Sequence[str]) -> bool:
+    """Return whether one of these checks of the guard did not pass; decisions that cannot be read did not."""
     try:
-        found = json.loads(verdicts)
+        found = json.loads(decisions)
         return any(not found[check][0] for check in checks if check in found)
     except (ValueError, TypeError, KeyError, IndexError, RecursionError):
         return True

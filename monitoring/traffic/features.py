@@ -66,7 +66,7 @@ class _Seen:
     row: Mapping[str, Any]
     prompt: str
     turns: int
-    verdicts: Mapping[str, Any]
+    decisions: Mapping[str, Any]
     answer: str | None
     value: Any  # of a JSON answer, or NO_JSON
 
@@ -214,7 +214,7 @@ def _read(row: Mapping[str, Any]) -> _Seen:
     prompt = next(m["content"] for m in reversed(messages) if m["role"] == "user")
     answer = _whole_answer(row)
     value = NO_JSON if answer is None else parse_json(answer)
-    return _Seen(row, prompt, len(messages), json.loads(row["verdicts"]), answer, value)
+    return _Seen(row, prompt, len(messages), json.loads(row["decisions"]), answer, value)
 
 
 def _whole_answer(row: Mapping[str, Any]) -> str | None:
@@ -252,8 +252,8 @@ def _answer_key(column: Column) -> Callable[[_Seen], Any]:
 
 def _guard(check: str) -> Callable[[_Seen], float | None]:
     def suspicious(one: _Seen) -> float | None:
-        verdict = one.verdicts.get(check)
-        return None if verdict is None else float(not verdict[0])
+        decision = one.decisions.get(check)
+        return None if decision is None else float(not decision[0])
 
     return suspicious
 

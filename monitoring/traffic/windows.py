@@ -202,7 +202,7 @@ _CHECKED = [
     "session",
     "messages",
     "parameters",
-    "verdicts",
+    "decisions",
     "status",
     "answer",
     "prompt_tokens",
@@ -229,9 +229,9 @@ def find_problem(row: Mapping[str, Any]) -> str | None:
         return "messages are no list of roles and contents"
     if not isinstance(_json(row["parameters"]), dict):
         return "parameters are no JSON object"
-    verdicts = _json(row["verdicts"])
-    if not isinstance(verdicts, dict) or not all(_is_verdict(verdict) for verdict in verdicts.values()):
-        return "verdicts are no JSON object of [allow, reason]"
+    decisions = _json(row["decisions"])
+    if not isinstance(decisions, dict) or not all(map(_is_decision, decisions.values())):
+        return "decisions are no JSON object of [allow, reason]"
     if any(value is not None and not 0.0 <= value < MAX_TIME_S for value in map(row.get, _TIMES)):
         return "a negative or impossible time"
     if any(row[name] < 0 for name in _COUNTS):
@@ -259,8 +259,8 @@ def _is_message(message: Any) -> bool:
     )
 
 
-def _is_verdict(verdict: Any) -> bool:
-    return isinstance(verdict, list) and len(verdict) == 2 and isinstance(verdict[0], bool)
+def _is_decision(decision: Any) -> bool:
+    return isinstance(decision, list) and len(decision) == 2 and isinstance(decision[0], bool)
 
 
 def quarantine_to(

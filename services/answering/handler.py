@@ -320,7 +320,7 @@ def apply_guard(state: GenerationState, results: Iterable[CheckResult], param: s
     for result in results:
         decision = result.decision
         state.decisions[result.check] = decision
-        get_metrics().verdicts.labels(result.check, decision.reason or "allow", state.version).inc()
+        get_metrics().decisions.labels(result.check, decision.reason or "allow", state.version).inc()
         if result.policy == "enforce" and not decision.allow:
             raise errors.content_refused(decision.reason or result.check, param)
 

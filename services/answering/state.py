@@ -122,7 +122,9 @@ def build_exchange(
         queue_s=state.queue_s,
         first_token_s=state.first_token_s,
         total_s=time.monotonic() - state.started,
-        verdicts=json.dumps({check: [found.allow, found.reason] for check, found in state.decisions.items()}),
+        decisions=json.dumps(
+            {check: [found.allow, found.reason] for check, found in state.decisions.items()}
+        ),
         valid_output=state.valid,
         mean_logprob=state.mean_logprob,
     )

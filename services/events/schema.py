@@ -29,7 +29,7 @@ class Exchange:
         role: "champion", "challenger" or "shadow" (not shown).
         shadow_of: request_id of the shown answer that a shadow repeats.
         messages, parameters: JSON.
-        verdicts: JSON {check: [allow, reason]} of the guard's decisions.
+        decisions: JSON {check: [allow, reason]} of the guard's decisions.
         status: HTTP status.
         reason: code of the rejection or error.
     """
@@ -55,7 +55,7 @@ class Exchange:
     queue_s: float
     first_token_s: float | None
     total_s: float
-    verdicts: str
+    decisions: str
     valid_output: bool | None
     mean_logprob: float | None
 

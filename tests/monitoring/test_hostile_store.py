@@ -109,7 +109,7 @@ DECISIONS = (
 HOSTILE = st.one_of(
     st.sampled_from(ANSWERS).map(lambda value: {"answer": value}),
     st.sampled_from(MESSAGES).map(lambda value: {"messages": value}),
-    st.sampled_from(DECISIONS).map(lambda value: {"verdicts": value}),
+    st.sampled_from(DECISIONS).map(lambda value: {"decisions": value}),
     st.sampled_from(("", "null", "[]", "no JSON", DEEP)).map(lambda value: {"parameters": value}),
     st.sampled_from((-1, 0, 42, 200, 400, 404, 499, 500, 503, 599, 600, 2**31 - 1)).map(
         lambda value: {"status": value}
@@ -289,7 +289,7 @@ DAMAGE = [
     "total_s = 'long'",
     "mean_logprob = 'high'",
     "first_token_s = x'00'",
-    "verdicts = x'ff'",
+    "decisions = x'ff'",
     "valid_output = 'yes'",
     "answer = x'7b7d'",
     "key_id = x'ff'",

@@ -65,7 +65,7 @@ EXCHANGE = replace(
     messages="[]",
     parameters='{"json_schema": null}',
     answer=ON,
-    verdicts='{"prompt_injection": [true, null], "schema": [true, null]}',
+    decisions='{"prompt_injection": [true, null], "schema": [true, null]}',
 )
 
 
@@ -215,10 +215,10 @@ def test_the_conversation_goes_with_the_label_and_the_systems_words_of_the_task_
         ("outside_schema", {"correction": '{"intent":"On","colour":"red"}'}),
         ("invalid", {"correction": '{"area":"kitchen"}'}),
         ("outside_schema", {"correction": '{"intent":"On","ids":[1]}'}),
-        ("suspicious", {"correction": ON, "verdicts": '{"prompt_injection": [false, "prompt_injection"]}'}),
-        ("suspicious", {"correction": ON, "verdicts": '{"toxicity": [false, "toxicity"]}'}),
-        ("suspicious", {"correction": ON, "verdicts": "no JSON"}),
-        ("suspicious", {"thumb": 1, "verdicts": '{"secrets": [false, "secret_aws"]}'}),
+        ("suspicious", {"correction": ON, "decisions": '{"prompt_injection": [false, "prompt_injection"]}'}),
+        ("suspicious", {"correction": ON, "decisions": '{"toxicity": [false, "toxicity"]}'}),
+        ("suspicious", {"correction": ON, "decisions": "no JSON"}),
+        ("suspicious", {"thumb": 1, "decisions": '{"secrets": [false, "secret_aws"]}'}),
         ("unfinished", {"thumb": 1, "finish_reason": "length"}),
         ("unfinished", {"thumb": 1, "status": 503}),
         ("raw_prompt", {"correction": ON, "route": "/v1/completions"}),
@@ -298,7 +298,7 @@ def test_a_label_that_fails_in_an_unforeseen_way_costs_that_label_only(events):
 
 
 def test_suspicious_rows_and_new_labels_stay_where_the_settings_keep_them(events):
-    events.asks("a", correction='{"mood":1, "intent":"Explode"}', verdicts='{"toxicity": [false, "x"]}')
+    events.asks("a", correction='{"mood":1, "intent":"Explode"}', decisions='{"toxicity": [false, "x"]}')
     keeps = SETTINGS.model_copy(update={"on_suspicion": "keep"})
     assert labels(events.rows(keeps)) == {"a": '{"intent":"Explode","mood":1}'}
 
@@ -313,7 +313,7 @@ def test_a_correction_that_the_guard_rejects_is_no_label_and_the_settings_can_ke
 
 
 def test_what_the_guard_said_of_the_answer_does_not_count_against_a_correction_of_it(events):
-    events.asks("a", correction=OFF, verdicts='{"secrets": [false, "secret_aws"], "schema": [false, "x"]}')
+    events.asks("a", correction=OFF, decisions='{"secrets": [false, "secret_aws"], "schema": [false, "x"]}')
     assert labels(events.rows()) == {"a": OFF}
 
 

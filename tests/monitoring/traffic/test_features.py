@@ -101,8 +101,8 @@ def test_the_language_of_the_question_is_a_category():
 
 
 def test_a_check_of_the_guard_is_a_flag_where_it_looked():
-    verdicts = '{"prompt_injection": [false, "override"], "toxicity": [true, null]}'
-    made = table(batch(exchange(0, verdicts=verdicts), exchange(1, verdicts="{}")))
+    decisions = '{"prompt_injection": [false, "override"], "toxicity": [true, null]}'
+    made = table(batch(exchange(0, decisions=decisions), exchange(1, decisions="{}")))
     assert made["guard_prompt_injection"].to_pylist() == [1.0, None]
     assert made["guard_toxicity"].to_pylist() == [0.0, None]
     assert made["guard_secrets"].to_pylist() == [None, None]
@@ -129,7 +129,7 @@ def test_errors_of_the_server_refusals_and_leavers_are_told_apart():
 
 
 def test_an_answer_that_the_guard_refused_is_an_output_all_the_same():
-    refused = exchange(0, status=400, verdicts='{"secrets": [false, "aws_key"]}')
+    refused = exchange(0, status=400, decisions='{"secrets": [false, "aws_key"]}')
     assert column("guard_secrets", refused) == [1.0]
     assert column("answer_chars", refused) == [15.0]
 

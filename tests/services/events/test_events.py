@@ -56,7 +56,7 @@ EXCHANGE = replace(
     messages='[{"role": "user", "content": "light on"}]',
     parameters='{"max_tokens": 9}',
     total_s=1 / 3,
-    verdicts='{"injection": [true, null]}',
+    decisions='{"injection": [true, null]}',
 )
 FEEDBACK = Feedback("f0", "r0", 1001.5, None, -1, '{"intent":"Off"}', "no")
 
@@ -140,6 +140,21 @@ def test_the_tables_of_the_code_are_those_of_the_migrations(url):
     with engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
     engine.dispose()
+
+
+def test_a_store_of_the_first_version_keeps_its_events_under_the_names_of_this_one(url):
+    with opened(url) as store:
+        assert record(store, EXCHANGE, FEEDBACK) == [None] * 2
+    engine = make_engine(check_url(url))
+    with engine.execution_options(writes=True).begin() as connection:
+        connection.execute(text("ALTER TABLE exchanges RENAME COLUMN decisions TO verdicts"))
+        connection.execute(text("UPDATE alembic_version SET version_num = '0001'"))
+    engine.dispose()
+    with pytest.raises(InputError, match="version 0001, and this code needs 0002"):
+        list(read_exchanges(url, 0, 2000))
+    opened(url).__enter__().close()
+    assert rows_of(read_exchanges(url, 0, 2000)) == [asdict(EXCHANGE)]
+    assert rows_of(read_feedback(url, 0, 2000)) == [asdict(FEEDBACK)]
 
 
 def test_a_second_event_with_an_id_is_refused_and_its_group_is_stored(url):
