@@ -24,7 +24,7 @@ from stages.common.chat.fitting import count_reasons, describe_misfits, select_a
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage, show_progress
 from stages.common.model.generation import encode_questions, write_answers
-from stages.common.model.loading import load_tokenizer, read_context_tokens
+from stages.common.model.loading import count_context_tokens, load_tokenizer, read_config
 from stages.common.params.loading import load_params
 from stages.common.records import Row, count_chars, read_rows
 from stages.common.spool import spool
@@ -67,7 +67,7 @@ def main() -> None:
         tokenizer,
         all_rows,
         settings.max_new_tokens,
-        read_context_tokens(base),
+        count_context_tokens(read_config(base)),
         lambda done: show_progress(log, done, len(all_rows), "rows encoded"),
     )
     if misfits:
@@ -112,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, "lower ask_base.batch_size or ask_base.max_new_tokens, or choose a smaller base model")

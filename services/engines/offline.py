@@ -25,7 +25,7 @@ from stages.common.model.generation import (
     check_fit,
     measure_latencies,
 )
-from stages.common.model.loading import load_base, load_tuned, pick_device, pick_dtype
+from stages.common.model.loading import load_base, load_tuned, pick_device, pick_dtype, read_position_limit
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +189,7 @@ def _ask_transformers(
         loaded = load_base(model.base, dtype, device)
     else:
         loaded = load_tuned(model.base, model.adapter, dtype, device)
-    check_fit(questions, max_new_tokens, getattr(loaded.config, "max_position_embeddings", None))
+    check_fit(questions, max_new_tokens, read_position_limit(loaded.config))
     start = time.perf_counter()
     answers = answer_questions(loaded, tokenizer, questions, batch_size, max_new_tokens, on_progress)
     seconds = time.perf_counter() - start

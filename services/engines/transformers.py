@@ -18,7 +18,8 @@ from services.engines.protocol import FinishReason, Sampling, Step, TokenLogprob
 from services.engines.sampling import Sampler
 from services.engines.worker import Request, StepResult, Worker, make_failure
 from stages.common.chat.template import end_of_turn_ids
-from stages.common.model.loading import load_base, load_tuned, pick_device, pick_dtype
+from stages.common.errors import InputError
+from stages.common.model.loading import load_base, load_tuned, pick_device, pick_dtype, read_position_limit
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +52,7 @@ class TransformersEngine(Worker):
         batch_tokens: prefill chunk; other sequences generate a token between two chunks.
 
     Raises:
-        InputError: a folder has no model or no adapter.
+        InputError: a folder has no model or no adapter, or neither model nor settings limit the context.
     """
 
     name = "transformers"
@@ -80,14 +81,20 @@ class TransformersEngine(Worker):
             self._model = load_base(base, dtype, self._device)
         else:
             self._model = load_tuned(base, adapter, dtype, self._device)
-        length = self._model.config.max_position_embeddings
+        limits = [limit for limit in (context_tokens, read_position_limit(self._model.config)) if limit]
+        if not limits:
+            raise InputError(
+                f"the model in {base} has no limit of its context", "set services.engine.context_tokens"
+            )
         super().__init__(
-            context_tokens=min(context_tokens or length, length),
+            context_tokens=min(limits),
             max_running=max_running,
             max_waiting=max_waiting,
             end_ids=end_of_turn_ids(tokenizer),
         )
-        self._grammars = Grammars(tokenizer, self._model.config.vocab_size, min(self._end_ids))
+        self._grammars = Grammars(
+            tokenizer, self._model.config.get_text_config().vocab_size, min(self._end_ids)
+        )
         self._batch_tokens = batch_tokens
         self._prefilling: deque[Request] = deque()
         self._batch = _Batch()

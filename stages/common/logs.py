@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -25,6 +26,15 @@ QUIET_ENVIRONMENT = {
 
 PROGRESS_INTERVAL_S = 1.0
 
+MORE_MEMORY = (
+    "end other programs that take memory, choose a smaller base model, or use a machine with more memory"
+)
+# CUDA, Metal, cuBLAS, and torch's allocator on a CPU.
+FULL_MEMORY = re.compile(
+    r"out of memory|CUBLAS_STATUS_ALLOC_FAILED|(can't|cannot) allocate memory|not enough memory",
+    re.IGNORECASE,
+)
+
 
 def get_logger(stage: str) -> logging.Logger:
     """Return the logger of a stage; its name is the stage's."""
@@ -37,10 +47,13 @@ def set_quiet_environment() -> None:
         os.environ.setdefault(name, value)
 
 
-def run_stage(main: Callable[[], None]) -> NoReturn:
+def run_stage(main: Callable[[], None], when_memory_is_full: str = MORE_MEMORY) -> NoReturn:
     """Run a stage's `main` and exit: 0 done, 1 bad input, 2 bad parameters, else a traceback.
 
-    A user's mistake gets its message and no traceback; a full disk is a user's matter too.
+    A user's mistake gets its message and no traceback; full disks and memories are a user's matter too.
+
+    Args:
+        when_memory_is_full: what the user can lower.
     """
     set_quiet_environment()
     # How long a thread of torch spins before it sleeps. The default is for a machine of one's own: next to
@@ -55,6 +68,9 @@ def run_stage(main: Callable[[], None]) -> NoReturn:
     except InputError as error:
         _leave(f"error: {error}", error.exit_code)
     except Exception as error:
+        if _is_full_memory(error):
+            told = str(error).strip() or type(error).__name__
+            _leave(f"error: the memory is full: {told.splitlines()[0]}\n  fix: {when_memory_is_full}", 1)
         if not _is_full_disk(error):
             raise
         where = f" while writing {error.filename}" if isinstance(error, OSError) and error.filename else ""
@@ -64,6 +80,13 @@ def run_stage(main: Callable[[], None]) -> NoReturn:
             1,
         )
     sys.exit(0)
+
+
+def _is_full_memory(error: Exception) -> bool:
+    """Return whether a GPU or the machine has no memory left; torch tells it in several ways."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and FULL_MEMORY.search(str(error)) is not None
 
 
 def _is_full_disk(error: Exception) -> bool:

@@ -198,4 +198,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, "lower ask_base.batch_size or ask_base.max_new_tokens, or choose a smaller base model")

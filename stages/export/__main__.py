@@ -33,11 +33,11 @@ from stages.common.artifacts import (
 from stages.common.chat.fitting import encode_fitting
 from stages.common.chat.template import end_of_turn_ids
 from stages.common.errors import InputError
-from stages.common.gguf.model import check_tensors, count_context_tokens, find_architecture, write_gguf
+from stages.common.gguf.model import check_tensors, find_architecture, write_gguf
 from stages.common.gguf.vocabulary import count_equal, read_gguf_vocabulary, read_vocabulary
 from stages.common.logs import get_logger, run_stage, show_progress
 from stages.common.model.draft_corpus import encode_corpus, write_corpus
-from stages.common.model.loading import load_tokenizer, load_tuned
+from stages.common.model.loading import count_context_tokens, load_tokenizer, load_tuned, read_config
 from stages.common.params.loading import load_params
 from stages.common.records import Row, read_rows
 from stages.common.spool import pick
@@ -119,11 +119,10 @@ def export_gguf(
     """
     import torch
     from gguf import GGUFReader
-    from transformers import AutoConfig
 
     logging.getLogger("gguf").setLevel(logging.WARNING)  # else: the byte order, and a name that soon changes
     # Before the weights are read: a refusal should come at once.
-    architecture = find_architecture(AutoConfig.from_pretrained(base, local_files_only=True))
+    architecture = find_architecture(read_config(base))
     tokenizer = load_tokenizer(base)
     # On the CPU and in float32: the sum of base and adapter is rounded once, into the file's own type.
     model = load_tuned(base, adapter, torch.float32, torch.device("cpu"))
@@ -205,8 +204,6 @@ def write_serving(path: Path, serving: dict[str, Any]) -> None:
 
 def main() -> None:
     """Merge, write, check, and describe what is to be served."""
-    from transformers import AutoConfig
-
     params = load_params()
     settings, name = params.export, params.model_card.name
     base, adapter = artifacts("fetch_base"), artifacts("finetune")
@@ -234,7 +231,7 @@ def main() -> None:
             "base_model": fetched["name"],
             "base_revision": fetched["revision"],
             "base_sha256": fetched["sha256"],
-            "context_tokens": count_context_tokens(AutoConfig.from_pretrained(base, local_files_only=True)),
+            "context_tokens": count_context_tokens(read_config(base)),
             "name": name,
             "system_prompt": system_prompt,
             "task": task.describe(),

@@ -137,4 +137,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(
+        main,
+        "lower finetune.batch_size (and raise finetune.gradient_accumulation by as much), lower "
+        "finetune.max_length, or choose a smaller base model",
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ def build_model(base: Path, recipe: Recipe, initial: InitialAdapter | None = Non
         lora_alpha=recipe.alpha,
         lora_dropout=recipe.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
+        exclude_modules=match_other_parts(model),
         task_type="CAUSAL_LM",
     )
     try:
@@ -57,6 +59,17 @@ def build_model(base: Path, recipe: Recipe, initial: InitialAdapter | None = Non
         load_weights(tuned, initial)
         logger.info("starting from the adapter of %s", initial.version)
     return tuned
+
+
+def match_other_parts(model: Any) -> str | None:
+    """Return a pattern of the modules that read no text, such as pictures; None where all do.
+
+    Rows are text: an adapter there would never be trained.
+    """
+    if model.config.get_text_config() is model.config:
+        return None
+    decoder = next(name for name, module in model.named_modules() if module is model.get_decoder())
+    return rf"(?!{re.escape(decoder)}\.).*"
 
 
 def load_weights(model: PeftModel, initial: InitialAdapter) -> None:

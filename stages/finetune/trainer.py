@@ -115,7 +115,7 @@ def train(
         validation: rows whose loss is computed at the end.
 
     Raises:
-        InputError: the disk is or will be too full, memory runs out, or the loss is not a number.
+        InputError: the disk is or will be too full, or the loss is not a number.
     """
     share_prefix, fast_modules = speed_up_training(model, examples, pad_id)
     lengths = [len(e.input_ids) for e in examples]
@@ -218,14 +218,9 @@ def _inputs(batch: Layout) -> dict[str, Any]:
 
 @contextmanager
 def _clear_failures(folder: Path) -> Iterator[None]:
-    """Turn a full disk and a full GPU memory, which torch reports in its own ways, into the user's errors."""
+    """Turn a full disk, which torch and safetensors report in their own ways, into the user's error."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise InputError(
-            f"the GPU's memory is full: {str(error).splitlines()[0]}",
-            "lower finetune.batch_size (and raise finetune.gradient_accumulation by as much)",
-        ) from None
     except (OSError, RuntimeError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         # safetensors and torch.save raise errors of their own, without a number.

@@ -37,7 +37,7 @@ from stages.common.chat.fitting import (
 from stages.common.chat.template import Encoded, read_answer_frame, writes_date
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage, show_progress
-from stages.common.model.loading import load_tokenizer, read_context_tokens
+from stages.common.model.loading import count_context_tokens, load_tokenizer, read_config
 from stages.common.params.loading import Params, load_params
 from stages.common.records import Row, count_chars, format_reject, read_rows
 from stages.common.spool import spool
@@ -53,7 +53,6 @@ from stages.preflight.base_checks import (
     find_license_problems,
     find_template_problems,
     find_unknown_tokens,
-    read_config,
 )
 from stages.preflight.page import render_page
 
@@ -85,9 +84,10 @@ def find_base_problems(params: Params, base: Path, tokenizer: Any, rows: Iterabl
     ]
 
 
-def encode_sides(params: Params, base: Path, tokenizer: Any, sides: Sides) -> tuple[FittingSides, Rejects]:
+def encode_sides(
+    params: Params, context: int | None, tokenizer: Any, sides: Sides
+) -> tuple[FittingSides, Rejects]:
     """Return the rows of each side that will be trained on or judged, and the misfits of each side."""
-    context = read_context_tokens(base)
     fitting: FittingSides = {}
     misfits: Rejects = {}
     for side in ("train", "validation"):
@@ -152,7 +152,8 @@ def find_row_problems(
         problems.append(
             InputError(
                 f"the chat template refuses {len(refused)} rows\n{describe_misfits(refused, SHOWN)}",
-                "correct these rows, or set preflight.on_refused_row: drop",
+                "correct these rows, set task.system_prompt: null if it is the system message, or set "
+                "preflight.on_refused_row: drop",
             )
         )
     long = select_misfits(chain(misfits["train"], misfits["validation"]), LONG)
@@ -279,7 +280,7 @@ def main() -> None:
     size = count_embedding_rows(config)
     if params.export.gguf:
         problems += find_export_problems(tokenizer, config, size)
-    fitting, misfits = encode_sides(params, base, tokenizer, sides)
+    fitting, misfits = encode_sides(params, count_context_tokens(config), tokenizer, sides)
     problems += find_row_problems(params, read_task(), size, fitting, misfits)
     limit = params.ask_base.max_new_tokens
     over_limit = [row.id for row, e in fitting["test"] if len(e.input_ids) - e.prompt_length > limit]

@@ -21,13 +21,6 @@ BYTES_PER_WEIGHT = {"f16": 2.0, "bf16": 2.0, "q8_0": 1.07, "q4_0": 0.6}
 SPARE_BYTES = 256 << 20  # adapter, checkpoints, reports
 
 
-def read_config(base: Path) -> Any:
-    """Return the configuration of the base model."""
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(base, local_files_only=True)
-
-
 def count_embedding_rows(config: Any) -> int:
     """Return the number of tokens that the model knows."""
     return int(config.get_text_config().vocab_size)

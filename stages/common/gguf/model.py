@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.common.errors import InputError
 from stages.common.gguf.vocabulary import FIX, Vocabulary, add_vocabulary
+from stages.common.model.loading import count_context_tokens
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,16 +77,6 @@ def find_architecture(config: Any) -> str:
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise InputError("the base model rotates only a part of each head", FIX)
     return ARCHITECTURES[kind]
-
-
-def count_context_tokens(config: Any) -> int:
-    """Return the length of the context in tokens, prompt and answer together.
-
-    A sliding window counts as the whole context: within it, engines with and without windows agree.
-    """
-    whole = int(config.max_position_embeddings)
-    window = getattr(config, "sliding_window", None)
-    return min(whole, int(window)) if window else whole
 
 
 def list_tensors(model: Any) -> Iterator[Tensor]:
@@ -209,7 +200,8 @@ def _add_settings(
     writer.add_file_type(gguf.LlamaFileType[kinds[quantization]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(len(vocabulary.tokens))
-    writer.add_context_length(count_context_tokens(config))
+    if context := count_context_tokens(config):
+        writer.add_context_length(context)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)

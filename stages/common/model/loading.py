@@ -54,18 +54,28 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def read_context_tokens(folder: Path) -> int | None:
-    """Return the length of a model's context in tokens; None if its configuration has none.
+def count_context_tokens(config: Any) -> int | None:
+    """Return the length of a model's context in tokens, prompt and answer together; None if it has no limit.
 
     A sliding window counts as the whole context: within it, engines with and without windows agree.
     """
+    whole = read_position_limit(config)
+    window = getattr(config.get_text_config(), "sliding_window", None)
+    return min(whole, int(window)) if whole and window else whole
+
+
+def read_position_limit(config: Any) -> int | None:
+    """Return how many positions of text a model has; None if it has no limit."""
+    whole = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(whole) if whole else None
+
+
+def read_config(folder: Path) -> Any:
+    """Return the configuration of the model in a folder."""
     from transformers import AutoConfig
 
     _check_folder(folder)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
-    whole = getattr(config, "max_position_embeddings", None)
-    window = getattr(config, "sliding_window", None)
-    return min(whole, window) if whole and window else whole
+    return AutoConfig.from_pretrained(folder, local_files_only=True)
 
 
 def load_base(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:

@@ -1,10 +1,13 @@
+import re
 import subprocess
 import sys
 
+import pytest
 
-def run_stage(body: str) -> subprocess.CompletedProcess[str]:
+
+def run_stage(body: str, more: str = "") -> subprocess.CompletedProcess[str]:
     imports = "import errno\nfrom stages.common.errors import *\nfrom stages.common.logs import *\n"
-    code = f"{imports}def main():\n    {body}\nrun_stage(main)"
+    code = f"{imports}def main():\n    {body}\nrun_stage(main{more})"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
@@ -28,6 +31,37 @@ def test_a_full_disk_that_a_library_tells_in_words_is_told_as_one():
     done = run_stage("raise RuntimeError('Error while serializing: I/O error: No space left (os error 28)')")
     assert done.returncode == 1
     assert done.stderr.startswith("error: the disk is full")
+
+
+FULL = (
+    "MemoryError()",
+    "__import__('torch').OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB.\\nmore')",
+    "RuntimeError('MPS backend out of memory (MPS allocated: 8 GB)')",
+    """RuntimeError(\"[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried\")""",
+)
+
+
+@pytest.mark.parametrize("error", FULL)
+def test_a_full_memory_is_told_with_what_to_lower(error):
+    done = run_stage(f"raise {error}", ", 'lower the batch'")
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: the memory is full: .+\n  fix: lower the batch\n", done.stderr)
+
+
+def test_what_torch_says_of_a_memory_that_is_too_small_is_known():
+    done = run_stage("__import__('torch').empty(1 << 55)")
+    assert (done.returncode, done.stderr.split(":")[1]) == (1, " the memory is full")
+
+
+@pytest.mark.parametrize("stage", ["ask_base", "evaluate.__main__", "finetune.__main__"])
+def test_a_stage_that_computes_says_what_to_lower(stage):
+    code = (
+        f"import runpy, stages.common.params.loading as p\n"
+        f"def full(): raise MemoryError\n"
+        f"p.load_params = full\nrunpy.run_module('stages.{stage}', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "fix: lower " in done.stderr and ".batch_size" in done.stderr
 
 
 def test_a_bug_keeps_its_traceback():

@@ -146,10 +146,17 @@ def test_rows_with_refused_roles_are_left_out_and_named_or_stop(lay_out, set_par
         preflight.main()
 
 
-def test_a_refused_system_prompt_is_one_error_before_training(lay_out, set_params):
+@pytest.mark.parametrize(
+    ("template", "why"), [(GEMMA, "System role not supported"), (MISTRAL_1, "roles must alternate")]
+)
+@pytest.mark.parametrize("on_refused_row", ["drop", "stop"])
+def test_a_refused_system_prompt_is_one_error_before_training(
+    lay_out, set_params, template, why, on_refused_row
+):
     with_system = [row(n, system="Be brief.") for n in range(30)]
-    lay_out(template=GEMMA, train=with_system, validation=with_system[:2], test=with_system[:9])
-    with pytest.raises(InputError, match="System role not supported") as error:
+    lay_out(template=template, train=with_system, validation=with_system[:2], test=with_system[:9])
+    set_params(preflight__on_refused_row=on_refused_row)
+    with pytest.raises(InputError, match=why) as error:
         preflight.main()
     assert with_system[0].id in error.value.what and "task.system_prompt: null" in error.value.fix
 

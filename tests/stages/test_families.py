@@ -1,0 +1,91 @@
+"""Model families from preflight to the engine: they work to the end, or are refused before training."""
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from services.engines.protocol import Sampling
+from services.engines.transformers import TransformersEngine
+from stages import ask_base
+from stages.common.chat.template import end_of_turn_ids
+from stages.common.errors import InputError
+from stages.common.model.loading import load_tokenizer, load_tuned
+from stages.evaluate import __main__ as evaluate
+from stages.export import __main__ as export
+from stages.finetune import __main__ as finetune
+from stages.finetune.adapter import build_model
+from stages.finetune.recipe import Recipe
+from stages.preflight import __main__ as preflight
+from tests.stages.families import KNOWN, ROOT, make_base, row, takes_system, write_project
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def numbered(family):
+    system = "Answer." if takes_system(family) else None
+    return lambda n: row(f"question {n}", f'{{"n":{n % 5}}}', system)
+
+
+PROMPT = [3, 4, 5, 6, 7, 8]
+
+
+async def ask(**sampling):
+    """Return the tokens that the engine which runs everywhere writes with base and adapter."""
+    base, adapter = Path("artifacts/fetch_base"), Path("artifacts/finetune")
+    engine = TransformersEngine(base, adapter, load_tokenizer(base), device="cpu", precision="float32")
+    try:
+        return [t async for step in engine.generate(PROMPT, Sampling(12, **sampling)) for t in step.token_ids]
+    finally:
+        engine.close()
+
+
+def generate():
+    """Return what transformers' own `generate` writes with base and adapter."""
+    import torch
+
+    base, adapter = Path("artifacts/fetch_base"), Path("artifacts/finetune")
+    model = load_tuned(base, adapter, torch.float32, torch.device("cpu"))
+    ends = end_of_turn_ids(load_tokenizer(base))
+    out = model.generate(torch.tensor([PROMPT]), max_new_tokens=12, do_sample=False, eos_token_id=ends)
+    return [token for token in out[0, len(PROMPT) :].tolist() if token not in ends]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", KNOWN)
+def test_a_family_is_trained_exported_evaluated_and_served(project, family):
+    knows_gguf = KNOWN[family][3]
+    write_project(family, numbered(family), export__gguf=knows_gguf)
+    for stage in (preflight, ask_base, finetune, export, evaluate):
+        stage.main()
+    assert json.loads(Path("reports/evaluate/metrics.json").read_text())["rows"] == 8
+    assert json.loads(Path("artifacts/export/serving.json").read_text())["context_tokens"] == 512
+    assert Path("artifacts/export/model.gguf").exists() == knows_gguf
+    assert asyncio.run(ask()) == generate()
+    number = asyncio.run(
+        ask(json_schema='{"type":"object","properties":{"n":{"type":"integer"}},"required":["n"]}')
+    )
+    assert load_tokenizer(Path("artifacts/export")).decode(number).replace(" ", "").startswith('{"n":')
+
+
+@pytest.mark.parametrize("family", [name for name, (*_, knows_gguf) in KNOWN.items() if not knows_gguf])
+def test_a_family_without_gguf_is_refused_before_training_unless_no_gguf_is_wanted(project, family):
+    write_project(family, numbered(family))
+    with pytest.raises(InputError, match=f"'{KNOWN[family][1]}' has no GGUF export") as error:
+        preflight.main()
+    assert "export.gguf: false" in error.value.fix
+
+
+def test_a_model_that_also_reads_pictures_gets_an_adapter_for_its_text_only(tmp_path):
+    make_base(tmp_path, "gemma3")
+    finetune_params = yaml.safe_load((ROOT / "params.yaml").read_text())["finetune"]
+    recipe = Recipe(**{key: finetune_params[key] for key in Recipe.__dataclass_fields__})
+    trained = [
+        name for name, weights in build_model(tmp_path, recipe).named_parameters() if weights.requires_grad
+    ]
+    assert trained and all("language_model" in name for name in trained)
