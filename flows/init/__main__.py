@@ -20,7 +20,7 @@ import yaml
 from flows.common.cli import run_command
 from flows.init.estimate import estimate_run, make_token_counter
 from flows.init.params_file import edit_params
-from flows.init.proposal import Findings, check_license, propose
+from flows.init.proposal import Findings, check_license, propose, propose_max_length
 from flows.init.reading import DataFile, check_copy, copy_under_data, find_files, read_data_files
 from flows.init.report import report_changes, report_findings, report_run
 from stages.common.artifacts import artifacts, atomic_write
@@ -108,14 +108,16 @@ def init(options: argparse.Namespace) -> int:
     )
     for file in files:
         check_copy(file)
-    max_row_tokens = params["finetune"]["max_length"]
     count_tokens, is_exact = make_token_counter(artifacts("fetch_base"))
     rows = [row for file in files for row in file.collected.rows]
     task = detect_task(files, options.kind, options.label_key)
+    survey = survey_rows(rows, task, count_tokens, params["finetune"]["max_length"])
+    if (longer := propose_max_length(survey.row_tokens, params)) > params["finetune"]["max_length"]:
+        survey = survey_rows(rows, task, count_tokens, longer)
     found = Findings(
         files=files,
         task=task,
-        survey=survey_rows(rows, task, count_tokens, max_row_tokens),
+        survey=survey,
         languages=dict.fromkeys(options.language, 1) if options.language else count_languages(rows),
     )
     sys.stdout.write(report_findings(found, is_exact))

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flows.init.estimate import TEMPLATE_TOKENS
 from flows.init.reading import DataFile
 from stages.common.errors import InputError
 from stages.common.licenses import to_spdx
 from stages.common.params.checked_yaml import suggest_nearest
-from stages.common.sources.detection.survey import Survey
+from stages.common.sources.detection.survey import Spread, Survey
 from stages.common.sources.detection.task_kind import TaskKind
 
 USUAL_LICENSES = (
@@ -29,6 +30,7 @@ BIAS_GROUPS = ("person_gender", "person_origin", "source")  # of any rows; other
 PERSON_SLICES = ("person_gender", "person_origin")
 MEASURED_ONLY = {"min_representation_ratio": None, "max_cramers_v": None}
 MAX_ANSWER_TOKENS = 512  # asked for in the evaluation
+ROOM = 1.25  # a limit has a quarter more than the 95th percentile, so that few rows are over it
 # The default task's loss is near its end after a third of its 5,800 rows (docs/benchmarks.md).
 ENOUGH_ROWS = 2000
 MAX_EPOCHS = 10
@@ -76,13 +78,17 @@ def propose(
     return {
         "task": _propose_task(found, tags, system_prompt),
         "collect": {"sources": [file.as_entry(license, origin) for file in found.files]},
+        "curate": _propose_curate(found.survey, params["curate"]),
         "validate": _propose_validate(found.survey, license, params["validate"]),
         "check_bias": {"groups": _propose_groups(tags, params["check_bias"]["groups"])},
         "split": {"max_train_rows_per_group": None},  # the default is for the templates of home_intents
         "ask_base": {
             "max_new_tokens": _propose_new_tokens(found.survey, params["ask_base"]["max_new_tokens"])
         },
-        "finetune": _propose_finetune(found.survey, params["split"]),
+        "finetune": {
+            "max_length": propose_max_length(found.survey.row_tokens, params),
+            **_propose_finetune(found.survey, params["split"]),
+        },
         "model_card": _propose_card(found, license, params),
     }
 
@@ -113,7 +119,11 @@ def _propose_validate(survey: Survey, license: str, validate: Mapping[str, Any])
     allowed = list(validate["allowed_licenses"])
     if license.lower() not in [name.lower() for name in allowed]:
         allowed.append(license)
-    values: dict[str, Any] = {"allowed_licenses": allowed}
+    values: dict[str, Any] = {
+        "allowed_licenses": allowed,
+        "max_prompt_chars": max(validate["max_prompt_chars"], 2 * _raise_limit(1, survey.question_chars)),
+        "max_answer_chars": _raise_limit(validate["max_answer_chars"], survey.answer_chars),
+    }
     if survey.classes and "max_label_share" in validate:
         largest = max(survey.classes.values()) / sum(survey.classes.values())
         if largest > validate["max_label_share"]:
@@ -127,8 +137,26 @@ def _propose_groups(tags: Sequence[str], groups: Mapping[str, Any]) -> dict[str,
 
 
 def _propose_new_tokens(survey: Survey, current: int) -> int:
-    """Return a limit that an answer as long as the 95th percentile passes with a quarter more."""
-    return max(current, min(MAX_ANSWER_TOKENS, math.ceil(1.25 * survey.answer_tokens.p95)))
+    return max(current, min(MAX_ANSWER_TOKENS, math.ceil(ROOM * survey.answer_tokens.p95)))
+
+
+def propose_max_length(row_tokens: Spread, params: Mapping[str, Any]) -> int:
+    """Return a length for training that long rows such as passages pass, up to what the service reads."""
+    current: int = params["finetune"]["max_length"]
+    wanted = math.ceil(ROOM * (row_tokens.p95 + TEMPLATE_TOKENS) / 64) * 64
+    return max(current, min(params["services"]["engine"]["context_tokens"], wanted))
+
+
+def _propose_curate(survey: Survey, curate: Mapping[str, Any]) -> dict[str, Any]:
+    """Return limits that most questions and answers pass, such as passages with a question."""
+    return {
+        "max_question_chars": _raise_limit(curate["max_question_chars"], survey.question_chars),
+        "max_answer_chars": _raise_limit(curate["max_answer_chars"], survey.answer_chars),
+    }
+
+
+def _raise_limit(current: int, chars: Spread) -> int:
+    return max(current, math.ceil(ROOM * chars.p95 / 100) * 100)
 
 
 def _propose_finetune(survey: Survey, split: Mapping[str, Any]) -> dict[str, Any]:

@@ -61,11 +61,12 @@ class JsonTask(Task):
     @override
     def meanings(self) -> Mapping[str, str]:
         label = {f"{self.label_key}_accuracy": "answers with the right label"} if self.label_key else {}
+        others = " other than the label" if self.label_key else ""
         return {
             "exact_match": "answers equal to the reference as JSON values, whatever the order of keys",
             **label,
             "valid_output": "answers that can be used at all: one JSON value of the right shape",
-            "slot_f1": "micro-averaged F1 over the pairs of key and value other than the label",
+            "slot_f1": f"micro-averaged F1 over the pairs of key and value{others}",
         }
 
     @override

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from flows.init.__main__ import main
+from flows.init.estimate import estimate_tokens
 from stages import collect
 from stages.check_bias import __main__ as check_bias
 from stages.common.artifacts import read_json
@@ -65,6 +66,29 @@ def chat(question, answer, **last):
     return {
         "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer, **last}]
     }
+
+
+def test_passages_with_their_questions_fit_the_limits_and_no_row_is_too_long(capsys):
+    passage = "the old bridge near the river was built of silver stone in winter " * 50
+    rows = [
+        {"question": f"Context: {n} {passage}\n\nQuestion: what is {n}?", "answer": f"a bridge, {n}"}
+        for n in range(40)
+    ]
+    assert run(write_jsonl("data/rag.jsonl", rows)) == 0
+    params = written()
+    longest = max(len(one["question"]) for one in rows)
+    assert longest > yaml.safe_load(SHIPPED.read_text())["curate"]["max_question_chars"]
+    assert longest <= params["curate"]["max_question_chars"] <= params["validate"]["max_prompt_chars"]
+    assert longest / 4 < params["finetune"]["max_length"] <= params["services"]["engine"]["context_tokens"]
+    assert "too long" not in capsys.readouterr().out
+    before = Path("params.yaml").read_bytes()
+    assert run("data/rag.jsonl") == 0 and Path("params.yaml").read_bytes() == before
+
+
+def test_texts_in_other_scripts_have_more_tokens_than_english_of_their_length():
+    hindi, chinese, english = "दिल्ली में मौसम कैसा है" * 10, "北京的天气怎么样" * 10, "How is the weather" * 10
+    assert estimate_tokens(hindi) > len(hindi) and estimate_tokens(chinese) > len(chinese)
+    assert estimate_tokens(english) == round(len(english) / 4)
 
 
 def test_an_empty_system_prompt_is_none(capsys):
