@@ -11,7 +11,9 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.representer import RoundTripRepresenter
-from ruamel.yaml.scalarstring import FoldedScalarString
+from ruamel.yaml.scalarstring import FoldedScalarString, SingleQuotedScalarString
+from yaml import YAMLError
+from yaml import safe_load as load_yaml_1_1
 
 from stages.common.errors import ParamsError
 
@@ -82,7 +84,7 @@ def _set_value(section: Any, key: str, value: Any) -> None:
         for name in [name for name in old if name not in value]:
             del old[name]
         for name, inner in value.items():
-            _set_value(old, name, inner)
+            _set_value(old, name if name in old else _quote(name), inner)
     elif isinstance(old, CommentedSeq) and isinstance(value, list | tuple):
         old[:] = [_to_node(item) for item in value]
     elif isinstance(old, FoldedScalarString) and isinstance(value, str):
@@ -96,7 +98,7 @@ def _to_node(value: Any, is_inline: bool = False) -> Any:
     if isinstance(value, CommentedMap | CommentedSeq):
         return value
     if isinstance(value, Mapping):
-        mapping = CommentedMap((key, _to_node(inner, is_inline=True)) for key, inner in value.items())
+        mapping = CommentedMap((_quote(key), _to_node(inner, is_inline=True)) for key, inner in value.items())
         if is_inline:
             mapping.fa.set_flow_style()
         return mapping
@@ -104,7 +106,19 @@ def _to_node(value: Any, is_inline: bool = False) -> Any:
         sequence = CommentedSeq(_to_node(inner, is_inline=True) for inner in value)
         sequence.fa.set_flow_style()
         return sequence
-    return value
+    return _quote(value) if isinstance(value, str) else value
+
+
+def _quote(text: str) -> str:
+    """Return a text in quotes if YAML 1.1, which reads the file, would read another value.
+
+    ruamel writes YAML 1.2, where `no` (Norwegian), `on` and `12:30` are texts without quotes.
+    """
+    try:
+        is_text = load_yaml_1_1(text) == text
+    except YAMLError:
+        is_text = False
+    return text if is_text else SingleQuotedScalarString(text)
 
 
 def _fold(text: str) -> Any:

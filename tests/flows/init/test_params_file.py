@@ -42,6 +42,43 @@ def test_the_values_are_in_the_file_and_all_others_stay():
     assert new == old
 
 
+WORDS = (
+    "no",
+    "on",
+    "y",
+    "NULL",
+    "~",
+    "12:30",
+    "1_000",
+    "2026-01-01",
+    "0x1f",
+    "=",
+    "<<",
+    "a: b",
+    "#1",
+    "it's",
+    " ",
+    "-",
+)
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_a_text_is_read_as_the_text_that_it_is(word):
+    """`no` is Norwegian, and the name of a column; YAML 1.1 reads it as false."""
+    entry = ENTRY | {"prompt_column": word, "tag_columns": [word]}
+    groups = {word: {"min_representation_ratio": None, "max_cramers_v": None}}
+    changes = {
+        "collect": {"sources": [entry]},
+        "check_bias": {"groups": groups},
+        "model_card": {"language": ["en", word], "intended_use": word},
+    }
+    once = edit_params(SHIPPED, changes)
+    new = yaml.safe_load(once)
+    assert new["collect"]["sources"][0] == entry and new["check_bias"]["groups"] == groups
+    assert new["model_card"]["language"] == ["en", word] and new["model_card"]["intended_use"] == word
+    assert edit_params(once, changes) == once
+
+
 def test_no_comment_of_a_key_that_stays_is_lost():
     new = edit_params(SHIPPED, CHANGES)
     stay = [line for line in SHIPPED.splitlines() if "#" in line and "home" not in line]
