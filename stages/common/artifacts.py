@@ -50,7 +50,10 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         ValueError: `value` holds NaN or an infinity, which JSON does not know.
     """
-    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+    # DVC takes a file that begins in Hindi or Chinese for a binary one, and refuses it as metrics.
+    is_ascii = path.name == "metrics.json"
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=is_ascii, allow_nan=False)
+    write_text(path, f"{text}\n")
 
 
 def write_private_json(path: Path, value: Any) -> None:

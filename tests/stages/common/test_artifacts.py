@@ -1,4 +1,5 @@
 import pytest
+from dvc_data.hashfile.istextfile import DEFAULT_CHUNK_SIZE, istextblock
 
 from stages.common.artifacts import atomic_dir, atomic_write, read_json, read_lines, write_json, write_text
 from stages.common.errors import InputError
@@ -64,3 +65,11 @@ def test_a_line_separator_in_a_text_does_not_end_the_line(tmp_path):
     assert read_lines(path) == []
     write_text(path, "a\u2028b\nc\x85d\n")
     assert read_lines(path) == ["a\u2028b", "c\x85d"]
+
+
+@pytest.mark.parametrize("text", ["दिल्ली का मौसम", "北京的天气", "😀😡"])
+def test_metrics_in_any_script_are_text_for_dvc_and_the_same_values(tmp_path, text):
+    path = tmp_path / "metrics.json"
+    write_json(path, {"closest_pair": [text * 20] * 2})
+    assert istextblock(path.read_bytes()[:DEFAULT_CHUNK_SIZE])
+    assert read_json(path) == {"closest_pair": [text * 20] * 2}
