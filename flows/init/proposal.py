@@ -143,8 +143,9 @@ def _propose_new_tokens(survey: Survey, current: int) -> int:
 def propose_max_length(row_tokens: Spread, params: Mapping[str, Any]) -> int:
     """Return a length for training that long rows such as passages pass, up to what the service reads."""
     current: int = params["finetune"]["max_length"]
+    readable: int = params["services"]["engine"]["context_tokens"]
     wanted = math.ceil(ROOM * (row_tokens.p95 + TEMPLATE_TOKENS) / 64) * 64
-    return max(current, min(params["services"]["engine"]["context_tokens"], wanted))
+    return max(current, min(readable, wanted))
 
 
 def _propose_curate(survey: Survey, curate: Mapping[str, Any]) -> dict[str, Any]:
