@@ -1,61 +1,28 @@
 """The real service as `make serve` starts it, asked by a page elsewhere, by proxies, with broken bodies."""
 
-import os
 import signal
-import subprocess
-import sys
-import time
-from contextlib import contextmanager
 
 import httpx
 import psutil
 import pytest
 
 from stages.common import network
-from tests.services.serving import ROOT
-from tests.services.tiny_checkout import make_checkout
+from tests.services.bento import serving_bento
 
 SECRET = "zoe@example.com 4111111111111111"
-
-
-@contextmanager
-def served(folder):
-    """Run the service in a checkout of its own, as `make serve` does; yield its process, address and log."""
-    root = make_checkout(folder, {"requests_per_minute: null": "requests_per_minute: 20"})
-    port, log = network.free_port(), folder / "log"
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("PERENNIAL_")},
-        "PYTHONPATH": str(ROOT),
-        "BENTOML_HOME": str(folder / "bentoml"),
-        "PERENNIAL_HOSTS": "own.example",
-    }
-    command = [sys.executable, "-m", "bentoml", "serve", "services.generation:Generation"]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [*command, "--port", str(port)], cwd=root, env=environment, stdout=output, stderr=output
-        )
-    url = f"http://127.0.0.1:{port}"
-    until = time.monotonic() + 180
-    try:
-        while (answer := network.get(f"{url}/readyz")) is None or answer[0] != 200:
-            assert process.poll() is None and time.monotonic() < until, log.read_text()
-            time.sleep(0.2)
-        yield process, url, log
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
+RATE = {"requests_per_minute: null": "requests_per_minute: 20"}
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory):
     """Yield the service's address and its log; twenty requests a minute are allowed from one address."""
-    with served(tmp_path_factory.mktemp("service")) as (_, url, log):
+    with serving_bento(tmp_path_factory.mktemp("service"), RATE) as (_, url, log):
         yield url, log
 
 
 @pytest.mark.slow
 def test_the_worker_ends_when_bentomls_parent_process_is_killed(tmp_path):
-    with served(tmp_path) as (process, url, _):
+    with serving_bento(tmp_path) as (process, url, _):
         children = psutil.Process(process.pid).children(recursive=True)
         assert children
         process.send_signal(signal.SIGKILL)

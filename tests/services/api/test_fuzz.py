@@ -1,18 +1,34 @@
 """The routes under random input: no request gets a server error, and none ends the engine."""
 
 import json
+from urllib.parse import quote
 
+import httpx
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
 
+from services.api.ask import AskRequest
 from services.api.schemas import ChatRequest, CompletionRequest, FeedbackRequest
+from tests.services.bento import serving_bento
 from tests.services.serving import load_paged, paged_files, serving
 
 STATUSES = {200, 400, 401, 404, 405, 413, 415, 422, 429, 499}
 QUIET = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
+
+# Every route of the real service that a client may call; /v1/models/{model} is called with many names.
+GET_ROUTES = [
+    "/",
+    "/page/page.js",
+    "/page/",
+    "/v1/models",
+    "/v1/models/{model}",
+    "/openapi.json",
+    "/docs.json",
+]
+GET_ROUTES += ["/livez", "/readyz", "/healthz", "/metrics", "/schema.json"]
 
 BODIES = {
     "/v1/chat/completions": (ChatRequest, {"messages": [{"role": "user", "content": "Hello"}]}),
@@ -176,3 +192,58 @@ def test_any_schema_is_held_or_refused(server):
 
     with server.client() as client:
         refuse_or_answer()
+
+
+@pytest.fixture(scope="module")
+def bento(tmp_path_factory):
+    """The service with all that BentoML adds: /ask, the probes, metrics and descriptions."""
+    with serving_bento(tmp_path_factory.mktemp("bento")) as (_, url, log):
+        with httpx.Client(base_url=url, timeout=60) as client:
+            yield client, log
+            assert client.post("/ask", json={"question": "Hello", "max_tokens": 2}).status_code == 200
+        text = log.read_text()
+        assert "Traceback" not in text and "restarting" not in text, text
+
+
+@pytest.mark.slow
+def test_ask_answers_or_refuses_any_value_of_its_fields(bento):
+    client, _ = bento
+    common = {"question": "Hello", "max_tokens": 2}
+    for field in AskRequest.model_fields:
+        for value in [*NUMBERS, *TEXTS, None, True, [], {}, [{}], ["a"]]:
+            send(client, "/ask", {**common, field: value})
+
+    @given(
+        body=ANY_JSON | st.fixed_dictionaries({}, optional=dict.fromkeys(AskRequest.model_fields, ANY_JSON))
+    )
+    @settings(max_examples=100, **QUIET)
+    def refuse_or_answer(body):
+        send(client, "/ask", body)
+
+    refuse_or_answer()
+
+
+@pytest.mark.slow
+def test_every_other_route_answers_or_refuses_any_method_query_and_body(bento):
+    client, _ = bento
+    described = set(client.get("/docs.json").json()["paths"])
+    assert described <= {*GET_ROUTES, *BODIES, "/ask"}, "a route that no test here sends anything to"
+    names = st.text(max_size=20) | st.sampled_from(["..", "%2e%2e%2f", "%00", "%ff", "tiny", "champion"])
+
+    @given(
+        method=st.sampled_from(["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]),
+        path=st.sampled_from([*GET_ROUTES, *BODIES, "/ask", "/page/{model}", "/{model}"]),
+        name=names,
+        query=st.dictionaries(st.text(max_size=5), st.text(max_size=10), max_size=3),
+        body=st.none() | ANY_JSON,
+    )
+    @settings(max_examples=400, **QUIET)
+    def refuse_or_answer(method, path, name, query, body):
+        path = path.replace("{model}", quote(name, safe="%", errors="replace"))
+        content = b"" if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"}
+        response = client.request(method, path, params=query, content=content, headers=headers)
+        assert response.status_code < 500, (method, path, response.text)
+        assert "Traceback" not in response.text
+
+    refuse_or_answer()
