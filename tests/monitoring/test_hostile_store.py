@@ -21,7 +21,8 @@ from monitoring.watching import judge, judge_new_windows, read_reference
 from services.events.database import check_url, make_engine
 from stages.common.params.loading import load_params
 from stages.common.task.kinds import JsonTask
-from tests.monitoring.store import VERSION, add, exchange, feedback, stored
+from tests.exchanges import VERSION
+from tests.monitoring.store import add, exchange, feedback, stored
 
 TAG = f"toy:{VERSION}"
 SHIPPED = load_params("params.yaml").monitoring

@@ -197,4 +197,4 @@ def serving():
             yield service
         finally:
             server.should_exit = True
-            thread.join(10)
+            thread.join(60)

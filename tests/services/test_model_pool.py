@@ -19,7 +19,7 @@ def versions(tmp_path_factory):
     return tiny_files(folder / "a", "a" * 12, seed=0), tiny_files(folder / "b", "b" * 12, seed=1)
 
 
-def wait_until(condition, seconds=20.0):
+def wait_until(condition, seconds=120.0):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"

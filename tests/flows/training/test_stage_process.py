@@ -111,7 +111,7 @@ def test_a_stage_that_ignores_the_interrupt_is_killed_in_the_end(finished, monke
         time.sleep(0.05)
 
     processes.stop(signal.SIGINT)
-    thread.join(timeout=10)
+    thread.join(timeout=60)
 
     assert outcomes[0].how == "failed"
     assert finished.processes() == []

@@ -42,7 +42,7 @@ def python(name, code, **options):
     return Program(name, (sys.executable, "-S", "-c", code), **options)
 
 
-def wait_until(condition, timeout_s=10.0):
+def wait_until(condition, timeout_s=45.0):
     deadline = time.monotonic() + timeout_s
     while not (found := condition()):
         assert time.monotonic() < deadline
@@ -68,7 +68,7 @@ def supervised(root, *programs, first_pause_s=0.05):
         yield state
     finally:
         supervisor.stop()
-        thread.join(20)
+        thread.join(45)
         assert not thread.is_alive()
     assert not status.exists()
 
@@ -184,7 +184,7 @@ def test_however_the_supervisor_ends_nothing_is_left(tmp_path, number):
     run_id = program.environ()[processes.RUN_ID_VARIABLE]
     assert len(processes.find_orphans(run_id)) == 2
     process.send_signal(number)
-    assert process.wait(15) == (0 if number == signal.SIGTERM else -signal.SIGKILL)
+    assert process.wait(45) == (0 if number == signal.SIGTERM else -signal.SIGKILL)
     wait_until(lambda: processes.find_orphans(run_id) == [], 15)
 
 
@@ -264,7 +264,7 @@ def test_make_up_brings_up_every_page_and_ends_them_all(tmp_path):
 
     def states():
         try:
-            programs = httpx.get(f"{dashboard}/api/status", timeout=20).json()["programs"]
+            programs = httpx.get(f"{dashboard}/api/status", timeout=60).json()["programs"]
         except (httpx.HTTPError, KeyError):
             return {}
         return {program["name"]: program["state"] for program in programs}
@@ -272,7 +272,7 @@ def test_make_up_brings_up_every_page_and_ends_them_all(tmp_path):
     up_now = dict.fromkeys(("dashboard", "prefect", "executor", "mlflow", "evidently"), "up")
     try:
         wait_until(lambda: states() == {**up_now, "service": "waiting"}, 120)
-        status = httpx.get(f"{dashboard}/api/status", timeout=20).json()
+        status = httpx.get(f"{dashboard}/api/status", timeout=60).json()
         pids = [
             one["pid"]
             for one in json.loads((tmp_path / ".perennial" / "up.json").read_text())["programs"].values()
@@ -283,7 +283,7 @@ def test_make_up_brings_up_every_page_and_ends_them_all(tmp_path):
         auth = tuple(announced["auth_string"].split(":"))
         for program in status["programs"]:
             if program["state"] == "up" and program["page"]:
-                page = httpx.get(program["page"], auth=auth, timeout=20, follow_redirects=True)
+                page = httpx.get(program["page"], auth=auth, timeout=60, follow_redirects=True)
                 assert page.status_code == 200
         assert status["flows"]["up"] and status["model"]["champion"] is None
     finally:

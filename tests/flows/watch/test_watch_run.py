@@ -11,11 +11,12 @@ import pytest
 
 from services.versions.aliases import ALIASES, Aliases, write_aliases
 from stages.common.network import free_port
+from tests.exchanges import VERSION
 from tests.flows.toy import ROOT
 from tests.monitoring import store
 from tests.services.serving import ask, serving, tiny_files
 
-CHAMPION = f"toy:{store.VERSION}"
+CHAMPION = f"toy:{VERSION}"
 TRACKING = "sqlite:///.perennial/mlflow.db"
 EVENTS = "sqlite:///.perennial/events.db"
 

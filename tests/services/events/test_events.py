@@ -91,7 +91,7 @@ def ids(url, start=0.0, end=1e12):
     return [row["request_id"] for row in rows_of(read_exchanges(url, start, end))]
 
 
-def until_healthy(store, seconds=20):
+def until_healthy(store, seconds=120):
     deadline = time.monotonic() + seconds
     while store.find_problem() is not None:
         assert time.monotonic() < deadline, store.find_problem()
@@ -712,7 +712,7 @@ async def main():
         limit(resource.RLIM_INFINITY)
     else:
         filler.truncate(0)
-    until = time.monotonic() + 20
+    until = time.monotonic() + 120
     while store.find_problem():
         assert time.monotonic() < until, store.find_problem()
         await asyncio.sleep(0.05)
