@@ -347,7 +347,8 @@ def main() -> None:
         "file": params.file,
         "license": license,
         "license_from": "params" if params.license else "origin",
-        "name": params.name,
+        # The card is published: it names a folder, and not where it is on this machine.
+        "name": Path(params.name).name if params.origin == "folder" else params.name,
         "origin": params.origin,
         "package_sha256": params.sha256,
         "revision": found.revision,

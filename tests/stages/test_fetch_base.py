@@ -87,6 +87,7 @@ def test_the_evidence_names_the_licence_the_revision_and_the_checksum(project, t
     project(origin="folder", name=str(tiny_folder), license="apache-2.0")
     main()
     evidence = read_json(Path("reports/fetch_base/metrics.json"))
+    assert evidence["name"] == tiny_folder.name
     assert evidence["license"] == "Apache-2.0"
     assert evidence["revision"].startswith("sha256:")
     assert evidence["sha256"] == hash_file(Path("artifacts/fetch_base/model.safetensors"))
