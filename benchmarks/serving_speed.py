@@ -206,7 +206,7 @@ def _throughput_targets(
     if (ours := runs.get((OURS, 8), ())) and (others := runs.get((BARE, 8), ())):
         waits = [statistics.median([_first_text(run) for run in some]) for some in (ours, others)]
         rows.append(("first text against bare engine, 8 at once, p50", f"{waits[0] / waits[1]:.2f}", "≤ 1.3"))
-    report.table(("", "reached", "asked"), rows)
+    report.table(("", "reached", "target"), rows)
 
 
 def _first_text(run: Run[Answer]) -> float:

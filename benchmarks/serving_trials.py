@@ -79,7 +79,7 @@ async def soak(place: Workspace, questions: Questions, plan: Plan) -> Report:
         "samples": samples,
     }
     report.table(
-        (f"{SOAK_CLIENTS} clients, {plan.soak_s:g} s", "reached", "asked"),
+        (f"{SOAK_CLIENTS} clients, {plan.soak_s:g} s", "reached", "target"),
         [
             ("answers by status", _counts(report.figures["status"]), "–"),
             ("5xx, or no answer", server_errors, 0),
@@ -114,7 +114,7 @@ async def overload(place: Workspace, questions: Questions, plan: Plan) -> Report
     lost = acknowledged(answers) - stored
     report.figures = {"status": by_status(answers), "refused_s": sorted(times), "lost": len(lost)}
     report.table(
-        (f"{OVERLOAD} requests at once", "reached", "asked"),
+        (f"{OVERLOAD} requests at once", "reached", "target"),
         [
             ("answers by status", _counts(by_status(answers)), "–"),
             ("time to a 429, p50 / p99 / longest, ms", ms(times, 0.5, 0.99, 1.0), "≤ 50"),
@@ -170,7 +170,7 @@ async def kill(place: Workspace, questions: Questions, plan: Plan) -> Report:
         "ready_s": ready_s,
     }
     report.table(
-        (f"kill -9 under {KILL_CLIENTS} clients", "reached", "asked"),
+        (f"kill -9 under {KILL_CLIENTS} clients", "reached", "target"),
         [
             ("processes killed", killed, "–"),
             ("answers by status", _counts(by_status(run.answers)), "–"),
@@ -227,7 +227,7 @@ async def switch(place: Workspace, questions: Questions, plan: Plan) -> Report:
         report.figures[name] = {"first_new_s": min(news, default=None)}
         report.figures[name]["last_old_s"] = max(olds, default=None)
     report.figures["failed"] = len(failed)
-    report.table((f"switch under {SWITCH_CLIENTS} clients", "reached", "asked"), rows)
+    report.table((f"switch under {SWITCH_CLIENTS} clients", "reached", "target"), rows)
     return report
 
 

@@ -9,7 +9,6 @@ Run: `python -m stages.fetch_base`
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import re
 import shutil
@@ -22,7 +21,7 @@ from email.parser import HeaderParser
 from pathlib import Path
 from typing import Any
 
-from stages.common.artifacts import artifacts, atomic_dir, hash_file, reports, write_json
+from stages.common.artifacts import artifacts, atomic_dir, hash_file, hash_files, reports, write_json
 from stages.common.errors import InputError, TransientError
 from stages.common.licenses import to_spdx
 from stages.common.logs import get_logger, run_stage
@@ -208,14 +207,7 @@ def find_in_folder(folder: Path) -> Found:
     else:
         what = f"{len(ggufs)} GGUF files" if ggufs else "no config.json with *.safetensors, and no .gguf"
         raise InputError(f"fetch_base.name: the folder {folder} has {what}", fix)
-    return Found(folder, gguf, f"sha256:{_content_sha256(files)}", _license_in_card(folder))
-
-
-def _content_sha256(files: list[Path]) -> str:
-    whole = hashlib.sha256()
-    for path in files:
-        whole.update(f"{path.name}\0{hash_file(path)}\n".encode())
-    return whole.hexdigest()
+    return Found(folder, gguf, f"sha256:{hash_files(files)}", _license_in_card(folder))
 
 
 def _license_in_card(folder: Path) -> str | None:

@@ -6,7 +6,6 @@ Written for vLLM 0.32 (`AsyncLLM`). vLLM computes in a separate process; this mo
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import itertools
 import json
 import math
@@ -29,7 +28,7 @@ from services.engines.protocol import (
     Step,
     TokenLogprob,
 )
-from stages.common.artifacts import hash_file
+from stages.common.artifacts import hash_files
 from stages.common.chat.template import end_of_turn_ids
 from stages.common.errors import InputError
 
@@ -274,10 +273,7 @@ def _share_core(key: str, vllm: Any, arguments: dict[str, Any]) -> _Core:
 
 def _hash_model(base: Path) -> str:
     """Return a hash of a base model's configuration and weights."""
-    whole = hashlib.sha256()
-    for file in sorted([base / "config.json", *base.glob("*.safetensors")]):
-        whole.update(f"{file.name}\0{hash_file(file)}\n".encode())
-    return whole.hexdigest()
+    return hash_files(sorted([base / "config.json", *base.glob("*.safetensors")]))
 
 
 def _read_prompt(

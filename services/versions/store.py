@@ -5,7 +5,6 @@ The store holds copies, so that the pipeline can overwrite its output while its 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from services.versions.aliases import ALIASES, read_aliases
-from stages.common.artifacts import artifacts, hash_file, missing, read_json
+from stages.common.artifacts import artifacts, hash_files, missing, read_json
 from stages.common.errors import InputError
 from stages.common.tag import Tag
 
@@ -99,19 +98,12 @@ def add_pipeline_output(root: Path = Path()) -> str:
     files = _files(export, base, adapter)
     if _is_stored(files.tag):
         return files.tag
-    base_tag = f"{files.name}-base:{_folder_sha256(base)[:12]}"
+    # Named by its files, so that versions with the same base model share one copy.
+    base_tag = f"{files.name}-base:{hash_files(sorted(base.iterdir()))[:12]}"
     if not _is_stored(base_tag):
         _store(base_tag, {".": base}, {})
     _store(files.tag, {"export": export, "adapter": adapter}, {"base": base_tag})
     return files.tag
-
-
-def _folder_sha256(folder: Path) -> str:
-    """Return the hash of a folder's files; versions with the same base model share one copy by it."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        digest.update(path.name.encode() + bytes.fromhex(hash_file(path)))
-    return digest.hexdigest()
 
 
 def _store(tag: str, folders: dict[str, Path], metadata: dict[str, Any]) -> None:

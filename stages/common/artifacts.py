@@ -89,6 +89,14 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def hash_files(paths: Iterable[Path]) -> str:
+    """Return a SHA-256 in hex of several files, of their names and contents in this order."""
+    whole = hashlib.sha256()
+    for path in paths:
+        whole.update(f"{path.name}\0{hash_file(path)}\n".encode())
+    return whole.hexdigest()
+
+
 def missing(path: Path) -> InputError:
     """Return the error for a file that an earlier stage should have written."""
     return InputError(f"{path} does not exist", f"run the stage that writes it: {_repro(path)}")

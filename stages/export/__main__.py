@@ -11,7 +11,6 @@ Run it with `dvc repro export` or `python -m stages.export`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -25,6 +24,7 @@ from stages.common.artifacts import (
     artifacts,
     atomic_dir,
     hash_file,
+    hash_files,
     read_json,
     reports,
     write_json,
@@ -190,10 +190,7 @@ def compute_version(folder: Path, base: Path, adapter: Path) -> str:
     files = [path for path in sorted(folder.iterdir()) if path.name in (GGUF, *TOKENIZER_FILES)]
     if not (folder / GGUF).exists():
         files += [*sorted(base.glob("*.safetensors")), *sorted(adapter.iterdir())]
-    whole = hashlib.sha256()
-    for path in files:
-        whole.update(f"{path.name}\0{hash_file(path)}\n".encode())
-    return whole.hexdigest()[:12]
+    return hash_files(files)[:12]
 
 
 def write_serving(path: Path, serving: dict[str, Any]) -> None:

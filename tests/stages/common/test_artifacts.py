@@ -1,7 +1,15 @@
 import pytest
 from dvc_data.hashfile.istextfile import DEFAULT_CHUNK_SIZE, istextblock
 
-from stages.common.artifacts import atomic_dir, atomic_write, read_json, read_lines, write_json, write_text
+from stages.common.artifacts import (
+    atomic_dir,
+    atomic_write,
+    hash_files,
+    read_json,
+    read_lines,
+    write_json,
+    write_text,
+)
 from stages.common.errors import InputError
 
 
@@ -73,3 +81,14 @@ def test_metrics_in_any_script_are_text_for_dvc_and_the_same_values(tmp_path, te
     write_json(path, {"closest_pair": [text * 20] * 2})
     assert istextblock(path.read_bytes()[:DEFAULT_CHUNK_SIZE])
     assert read_json(path) == {"closest_pair": [text * 20] * 2}
+
+
+def test_the_hash_of_files_depends_on_their_names_and_contents_and_not_on_their_folder(tmp_path):
+    for name in ("one", "two", "other"):
+        write_text(tmp_path / name / "weights", "abc")
+        write_text(tmp_path / name / "config", "def")
+    (tmp_path / "other" / "config").rename(tmp_path / "other" / "settings")
+    one, two, other = (hash_files(sorted((tmp_path / name).iterdir())) for name in ("one", "two", "other"))
+    assert one == two != other
+    write_text(tmp_path / "two" / "config", "deg")
+    assert hash_files(sorted((tmp_path / "two").iterdir())) != one
