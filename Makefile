@@ -53,7 +53,7 @@ test-slow: $(VENV)/.dev ## the slow tests: the real base model, servers, a brows
 test-all: test test-slow ## every test
 
 test-vllm: .venv-vllm/.installed ## the engine vllm, on the CPU build of vLLM in an environment of its own (2 GB); not in CI
-	@PATH="$(CURDIR)/.venv-vllm/bin:$$PATH" python -m pytest -m vllm tests/vllm
+	@PATH="$(CURDIR)/.venv-vllm/bin:$$PATH" python -m pytest tests/vllm tests/services/test_service_process.py
 
 lint: $(VENV)/.dev ## what the hooks and CI check
 	@ruff check .

@@ -104,7 +104,7 @@ class VllmEngine:
     @property
     def broken(self) -> str | None:
         """Why the engine accepts no more requests; None while it works."""
-        return self._closed or ("vLLM's process has ended" if self._core.model.errored else None)
+        return self._closed or ("vLLM's process has ended" if self._core.has_ended else None)
 
     def load(self) -> Load:
         """Return the numbers of requests waiting for their first token, and of running ones."""
@@ -192,6 +192,8 @@ class VllmEngine:
         reason: FinishReason | None = None
         if output.finish_reason is not None:
             if output.finish_reason not in ("stop", "length"):
+                # Its process aborts what comes after SIGTERM; what we abort ourselves has no output.
+                self._core.ending |= output.finish_reason == "abort"
                 raise EngineError(self._closed or f"vLLM ended an answer: {output.finish_reason}")
             reason = "stop" if output.finish_reason == "stop" else "length"
         entries: tuple[TokenLogprob, ...] = ()
@@ -237,6 +239,7 @@ class _Core:
     Attributes:
         max_rank: of the adapters that it can load.
         users: engines that are not closed.
+        ending: its process takes no more requests, and ends when it has answered the others.
     """
 
     def __init__(self, key: str, model: Any, max_rank: int) -> None:
@@ -244,8 +247,14 @@ class _Core:
         self.model = model
         self.max_rank = max_rank
         self.users = 0
+        self.ending = False
         self.numbers = itertools.count()
         self.adapters = itertools.count(1)  # 0 means no adapter to vLLM
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether its process takes no more requests."""
+        return self.ending or bool(self.model.errored)
 
 
 _CORES: dict[str, _Core] = {}  # by content of the base model, since each version has its own folder
@@ -258,7 +267,7 @@ def _share_core(key: str, vllm: Any, arguments: dict[str, Any]) -> _Core:
         EngineError: it does not start.
     """
     core = _CORES.get(key)
-    if core is not None and core.model.errored:
+    if core is not None and core.has_ended:
         del _CORES[key]
         core.model.shutdown()  # what is left of it holds memory of the GPU
         core = None

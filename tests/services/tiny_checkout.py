@@ -8,8 +8,8 @@ from tests.services.serving import ROOT
 from tests.tiny import make_model, save_model
 
 
-def make_checkout(root: Path, changes: dict[str, str] | None = None) -> Path:
-    """Fill `root`; `changes` are replaced in the text of params.yaml, each found once."""
+def make_checkout(root: Path, changes: dict[str, str] | None = None, **shape) -> Path:
+    """Fill `root`; each key of `changes` stands once in params.yaml and is replaced; `shape` is a model's."""
     from peft import LoraConfig, get_peft_model
 
     text = (ROOT / "params.yaml").read_text()
@@ -18,8 +18,8 @@ def make_checkout(root: Path, changes: dict[str, str] | None = None) -> Path:
         text = text.replace(old, new)
     (root / "params.yaml").write_text(text)
     base, adapter, export = (root / "artifacts" / name for name in ("fetch_base", "finetune", "export"))
-    save_model(base)
-    get_peft_model(make_model(), LoraConfig(r=2, target_modules="all-linear")).save_pretrained(adapter)
+    save_model(base, **shape)
+    get_peft_model(make_model(**shape), LoraConfig(r=2, target_modules="all-linear")).save_pretrained(adapter)
     shutil.copytree(base, export, ignore=shutil.ignore_patterns("*.safetensors"))
     about = {
         "name": "tiny",

@@ -272,6 +272,7 @@ def test_an_aborted_answer_is_an_engine_error(engine):
     engine._core.model.outputs = [output([], "abort")]
     with pytest.raises(EngineError, match="abort"):
         ask(engine, Sampling(1))
+    assert engine.broken, "its process got SIGTERM; requests get 503 and not 500"
 
 
 def test_without_vllm_it_says_what_to_install(monkeypatch):
