@@ -131,7 +131,7 @@ def test_after_kill_9_no_stage_lives_on_and_the_next_run_says_so_and_goes_on(ret
     process.communicate()
 
     for stage in stages:
-        stage.wait(timeout=120)
+        stage.wait(timeout=45)
     (retrain.root / "trouble" / "train-slow").unlink()
     retrain.forget()
     done = retrain.run("--until", "train")
@@ -171,7 +171,7 @@ def test_when_dvc_alone_is_killed_the_stage_ends_with_it_and_the_flow_says_so(re
     (dvc,) = [one for one in retrain.processes() if one.cmdline()[1:3] == ["-m", "dvc"]]
 
     dvc.kill()
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=45)
 
     assert process.returncode == 1 and "train failed: it was killed by signal 9" in err
     assert retrain.stage_processes() == []
