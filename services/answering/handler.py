@@ -146,6 +146,7 @@ class ChatHandler:
         messages = request.as_messages(state.model.decode_prompt)
         chars = sum(len(message["content"]) for message in messages)
         if chars > limit * MAX_CHARS_PER_TOKEN:
+            state.unread = True
             tokens = chars // MAX_CHARS_PER_TOKEN
             raise errors.context_length_exceeded(tokens, limit, request.prompt_param)
         checked = check_prompt(messages, state.model.control_tokens, self.settings.guard)

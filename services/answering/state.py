@@ -22,6 +22,7 @@ class GenerationState:
     Attributes:
         started: monotonic time, s.
         decisions: the guard's, by check.
+        unread: the prompt is so long that it was refused before anything looked at it.
         stored: whether the store has the event, written or about to be.
     """
 
@@ -36,6 +37,7 @@ class GenerationState:
     first_token_s: float | None = None
     queue_s: float = 0.0
     finish_reason: str | None = None
+    unread: bool = False
     stored: bool = False
 
     @property
@@ -91,6 +93,8 @@ def build_exchange(
         redact: kinds of personal data; a user or session that is one is stored as a hash.
     """
     messages = request.as_messages(state.model.decode_prompt)
+    if state.unread:  # to redact a megabyte takes a second, in which no other event is written
+        messages = [{**one, "content": f"[{len(one['content'])} characters]"} for one in messages]
     sampling = request.sampling
     parameters = {
         "max_tokens": sampling.max_tokens,

@@ -311,6 +311,15 @@ def test_a_client_that_goes_away_ends_the_work(server):
     assert kept[0]["completion_tokens"] < 380
 
 
+def test_of_a_prompt_that_is_far_too_long_its_length_is_stored(tmp_path):
+    with serving(tmp_path, tiny_files(tmp_path / "model")) as server, server.client() as client:
+        assert ask(client, "x " * 450_000).json()["error"]["code"] == "context_length_exceeded"
+        server.run(server.handler.settle())
+        (kept,) = events(server)
+    assert (kept["status"], kept["reason"]) == (400, "context_length_exceeded")
+    assert json.loads(kept["messages"]) == [{"role": "user", "content": "[900000 characters]"}]
+
+
 def test_a_client_that_leaves_while_its_event_is_written_makes_no_second_one(tmp_path, caplog, monkeypatch):
     served = serving(tmp_path, tiny_files(tmp_path / "model"), events={"group_wait_ms": 2000})
     body = {"messages": [{"role": "user", "content": "Hello"}], "stream": True, "max_tokens": 2}
