@@ -245,7 +245,7 @@ def test_each_window_of_any_store_gets_a_verdict_and_all_feedback_is_learned_or_
 
 
 @pytest.mark.slow
-@settings(max_examples=8, deadline=None, suppress_health_check=CHECKS)
+@settings(max_examples=4, deadline=None, suppress_health_check=CHECKS)
 @given(events=stores())
 def test_any_store_is_watched_to_its_end_and_the_next_run_goes_on(events):
     with tempfile.TemporaryDirectory() as folder:
@@ -257,7 +257,7 @@ def test_any_store_is_watched_to_its_end_and_the_next_run_goes_on(events):
             check_verdict(root, verdict, window)
         assert read_verdicts(root) == verdicts
         assert judge_all(root, url) == []
-        add(url, *(usual(ROWS + number, at=5e5 + number) for number in range(2 * WINDOW)))
+        add(url, *(usual(ROWS + number, at=5e5 + number) for number in range(WINDOW)))
         if reference is not None:
             assert judge_all(root, url) != []
 
