@@ -8,12 +8,12 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pydantic_core import PydanticCustomError
 
 from services.api.fields import asks_for_nothing, describe_remedy, find_broken_text
+from stages.common.params.services import MAX_MESSAGES
 
 UNSUPPORTED = "unsupported_field"  # type of pydantic's errors for a field that is not taken
 BROKEN_TEXT = "broken_text"  # type of pydantic's errors for text that is not Unicode
 MAX_STOPS = 4  # as OpenAI has it
 MAX_ALTERNATIVES = 20
-MAX_MESSAGES = 2_000  # that are looked at; services.guard.max_messages is what a conversation may have
 
 
 _NO_TOKENS = "0 is only possible with echo, which repeats the prompt"

@@ -24,6 +24,7 @@ def project(tmp_path, monkeypatch):
         params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
         params["task"]["system_prompt"] = system_prompt
         params["collect"] |= {"sources": list(sources), **more}
+        params["model_card"] |= {"name": "own", "intended_use": None, "out_of_scope": None}
         (tmp_path / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
 
     return name

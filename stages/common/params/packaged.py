@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from stages.common.params.stages import Collect, HomeIntents, ModelCard
+from stages.common.params.stages import Collect, Feedback, HomeIntents, ModelCard
 from stages.common.task.settings import TaskSettings
 
 NAME = "home-intents-smollm2-135m"
@@ -29,7 +29,9 @@ def find_packaged_words(
     collect: Collect, task: TaskSettings, card: ModelCard
 ) -> Iterator[tuple[tuple[str, str], str]]:
     """Yield each key whose value is about the packaged rows, if no source has them, and what to do."""
-    if any(isinstance(source, HomeIntents) for source in collect.sources):
+    # Feedback is about whatever task is served.
+    own = [source for source in collect.sources if not isinstance(source, Feedback)]
+    if not own or any(isinstance(source, HomeIntents) for source in own):
         return
     without = "and collect.sources has other rows"
     if card.name == NAME:

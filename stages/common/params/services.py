@@ -12,6 +12,8 @@ from typing_extensions import override
 from stages.common.params.checked_yaml import Section
 from stages.common.params.types import Count, Positive, PositiveCount, PrivateKind, Share
 
+MAX_MESSAGES = 2_000  # of one request that are checked one by one
+
 Policy = Literal["enforce", "record", "off"]
 
 
@@ -90,7 +92,7 @@ class Guard(Section):
     """What is refused on the way in and on the way out."""
 
     max_body_bytes: Annotated[int, Field(ge=1024)]
-    max_messages: PositiveCount
+    max_messages: Annotated[int, Field(ge=1, le=MAX_MESSAGES)]
     max_prompts: PositiveCount
     max_prompt_tokens: PositiveCount
     max_schema_cpu_s: Positive

@@ -314,8 +314,8 @@ def test_the_private_server_runs_without_vllm_which_has_an_environment_of_its_ow
     engine = SHIPPED.services.engine.model_copy(update={"kind": "vllm", "gpus": 1})
     services = SHIPPED.services.model_copy(update={"engine": engine})
     params = SHIPPED.model_copy(update={"services": services})
-    folder = private_server.make_folder(tmp_path, params, NEW, OLD, "id")
-    found = load_params(folder / "params.yaml").services.engine
+    with private_server.own_folder(tmp_path, params, NEW, OLD, "id") as folder:
+        found = load_params(folder / "params.yaml").services.engine
     assert (found.kind, found.gpus) == ("auto", 1)
 
 

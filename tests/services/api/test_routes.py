@@ -236,10 +236,13 @@ def test_bad_input_gets_its_status_in_openais_shape(client, body, status, code):
     assert "Traceback" not in answer.text
 
 
-def test_ten_thousand_messages_are_too_many(client):
-    messages = [{"role": "user", "content": "x"}] * 10_000
+@pytest.mark.parametrize(
+    ("count", "limit"), [(9, "at most 8"), (2_000, "at most 8"), (10_000, "at most 2000")]
+)
+def test_too_many_messages_are_refused(client, count, limit):
+    messages = [{"role": "user", "content": "x"}] * count
     answer = client.post("/v1/chat/completions", json={"messages": messages})
-    assert answer.status_code == 422 and "at most 8" in answer.json()["error"]["message"]
+    assert answer.status_code == 422 and limit in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

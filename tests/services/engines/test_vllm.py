@@ -279,4 +279,4 @@ def test_without_vllm_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(InputError, match="vllm is not installed") as refused:
         VllmEngine(tiny().folder, None, tiny().tokenizer)
-    assert "perennial[gpu]" in refused.value.fix
+    assert "pip install '.[gpu]'" in refused.value.fix
