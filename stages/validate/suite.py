@@ -18,6 +18,7 @@ from stages.common.task.protocol import Task
 if TYPE_CHECKING:
     import pandas as pd
 
+TEXTS = ("system_prompt", "question", "answer")  # columns whose values may be long
 # An expectation as in params.yaml: its type, its severity, and its own arguments.
 Spec = Mapping[str, Any]
 
@@ -57,7 +58,7 @@ def build_table(rows: Sequence[Row], task: Task) -> pd.DataFrame:
     """
     import pandas as pd
 
-    table: dict[str, list[Any]] = {
+    table: dict[str, Any] = {
         "id": [row.id for row in rows],
         "source": [row.source for row in rows],
         "license": [row.license.lower() for row in rows],  # SPDX ids do not depend on case
@@ -79,6 +80,9 @@ def build_table(rows: Sequence[Row], task: Task) -> pd.DataFrame:
         table["label_share"] = [counts[label] / len(rows) for label in labels]
     for key in sorted({key for row in rows for key in row.tags}):
         table[f"tag_{key}"] = [row.tags.get(key) for row in rows]
+    for name in TEXTS:
+        # As Python's own strings, which are in memory already; Great Expectations copies pandas' own.
+        table[name] = pd.Series(table[name], dtype=object)
     return pd.DataFrame(table)
 
 
@@ -200,7 +204,10 @@ def _as_list(value: Any) -> Any:
 def run_suite(suite: Any, table: pd.DataFrame) -> Any:
     """Validate the table; return Great Expectations' result with the positions of all unexpected rows."""
     import great_expectations as gx
+    from great_expectations.execution_engine import pandas_execution_engine
 
+    # It hashes the whole table for a record that is thrown away, which takes several copies of all texts.
+    pandas_execution_engine.hash_pandas_dataframe = lambda table: ""  # type: ignore[assignment]
     # It logs a temporary folder as a warning.
     logging.getLogger("great_expectations.data_context.types.base").setLevel(logging.ERROR)
     context = gx.get_context(mode="ephemeral")

@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -316,3 +317,15 @@ def test_a_browser_without_network_draws_the_page(project, tmp_path):
         timeout=120,
     ).stdout
     assert "1 critical expectation failed" in dom and "odd" in dom
+
+
+def test_long_texts_are_not_copied_but_for_one_column_at_a_time():
+    """Great Expectations takes the table as it is; by default it would hash it, in copies of all texts."""
+    rows = [row(f"request {n} " + chr(97 + n % 26) * 200_000) for n in range(50)]
+    outcomes(rows, max_prompt_chars=300_000)  # imports and caches
+    tracemalloc.start()
+    found = outcomes(rows, max_prompt_chars=300_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert not failed(found)
+    assert peak < 0.5 * sum(len(one.question) for one in rows)
