@@ -46,7 +46,7 @@ SEED = 7  # of the rows' order
 
 def rows_in_order() -> list[Row]:
     """Return the test rows in the order in which every contender gets them."""
-    rows = read_rows(artifacts("split") / "test.parquet")
+    rows = list(read_rows(artifacts("split") / "test.parquet"))
     random.Random(SEED).shuffle(rows)
     return rows
 
