@@ -5,7 +5,7 @@
 Eight good clients ask one question after the other, first alone, then beside eight hostile clients, each with
 its own way to harm. Meanwhile the probes, the page and feedback are asked four times a second. The hostile
 clients are a process of their own. The service runs as `make serve` starts it, in a folder of its own under
-`.perennial`, with the model of this checkout; without one, with a tiny model of random weights.
+`.perennial`, with the model of this checkout: run the pipeline first.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.machine import machine
@@ -39,8 +38,6 @@ from benchmarks.serving_peers import (
     workspace,
 )
 from benchmarks.serving_report import Report, by_status, ms, quantile
-from stages.common.artifacts import artifacts
-from stages.common.records import Message, Row
 
 GOOD_CLIENTS = 8
 PROBE_EVERY_S = 0.25
@@ -390,21 +387,6 @@ def _show(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name}: {count:,}" for name, count in sorted(counts.items())) or "–"
 
 
-@contextmanager
-def place_and_questions() -> Iterator[tuple[Workspace, Questions]]:
-    """Yield the model of this checkout and its test rows; a tiny model and a few questions without one."""
-    if (artifacts("export") / "serving.json").exists():
-        with workspace() as place:
-            yield place, read_questions()
-        return
-    from tests.services.tiny_checkout import make_checkout
-
-    asked = [f"turn on light {number}" for number in range(64)]
-    rows = [Row(text, (Message("user", text), Message("assistant", "")), "", "", text) for text in asked]
-    with TemporaryDirectory(prefix="hostile-") as folder:
-        yield Workspace(Path.cwd(), make_checkout(Path(folder))), Questions(rows, 32)
-
-
 def main() -> None:
     """Measure both phases and print Markdown; or, as a child, be the hostile clients."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -416,8 +398,8 @@ def main() -> None:
     if arguments.attack:
         asyncio.run(attack(arguments.attack))
         return
-    with place_and_questions() as (place, questions):
-        made = asyncio.run(measure(place, questions, arguments.quiet_s, arguments.seconds))
+    with workspace() as place:
+        made = asyncio.run(measure(place, read_questions(), arguments.quiet_s, arguments.seconds))
     print("\n".join(made.lines))
     if arguments.out:
         text = json.dumps({"machine": machine(), **made.figures}, indent=2)
