@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import pickle
 import tempfile
+from abc import abstractmethod
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from operator import eq
@@ -23,7 +24,29 @@ MAX_HELD = (
 READ_BYTES = 1 << 22
 
 
-class Spool(Sequence[T], Generic[T]):
+class _Lazy(Sequence[T], Generic[T]):
+    """A sequence whose items are read when they are asked for; a slice reads none."""
+
+    @overload
+    def __getitem__(self, place: int) -> T: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[T]: ...
+
+    def __getitem__(self, place: int | slice) -> T | Sequence[T]:
+        if isinstance(place, slice):
+            return pick(self, range(*place.indices(len(self))))
+        number = place + len(self) if place < 0 else place
+        if not 0 <= number < len(self):
+            raise IndexError(place)
+        return self._read(number)
+
+    @abstractmethod
+    def _read(self, place: int) -> T:
+        """Return the item at a place from 0 on."""
+
+
+class Spool(_Lazy[T]):
     """A sequence that only grows; its items are in memory while they are small, else in a temporary file.
 
     The file is beside the working folder's other files, not in `/tmp`, which may itself be memory. It has no
@@ -69,21 +92,9 @@ class Spool(Sequence[T], Generic[T]):
     def __len__(self) -> int:
         return len(self._held) if self._file is None else len(self._ends) - 1
 
-    @overload
-    def __getitem__(self, place: int) -> T: ...
-
-    @overload
-    def __getitem__(self, place: slice) -> Sequence[T]: ...
-
-    def __getitem__(self, place: int | slice) -> T | Sequence[T]:
-        if isinstance(place, slice):
-            return pick(self, range(*place.indices(len(self))))
+    def _read(self, place: int) -> T:
         if self._file is None:
             return self._held[place]
-        if place < 0:
-            place += len(self)
-        if not 0 <= place < len(self):
-            raise IndexError(place)
         start, end = self._ends[place], self._ends[place + 1]
         return self._load(os.pread(self._flush().fileno(), end - start, start))
 
@@ -126,7 +137,7 @@ def spool(items: Iterable[T], measure: Callable[[T], int]) -> Sequence[T]:
     return spooled if spooled.is_stored else list(spooled)
 
 
-class _Picked(Sequence[T], Generic[T]):
+class _Picked(_Lazy[T]):
     """Some items of a sequence by their numbers, in an order of their own."""
 
     def __init__(self, items: Sequence[T], numbers: Sequence[int]) -> None:
@@ -135,22 +146,14 @@ class _Picked(Sequence[T], Generic[T]):
     def __len__(self) -> int:
         return len(self._numbers)
 
-    @overload
-    def __getitem__(self, place: int) -> T: ...
-
-    @overload
-    def __getitem__(self, place: slice) -> Sequence[T]: ...
-
-    def __getitem__(self, place: int | slice) -> T | Sequence[T]:
-        if isinstance(place, slice):
-            return _Picked(self._items, self._numbers[place])
+    def _read(self, place: int) -> T:
         return self._items[self._numbers[place]]
 
     def __iter__(self) -> Iterator[T]:
         return (self._items[number] for number in self._numbers)
 
 
-class _Joined(Sequence[T], Generic[T]):
+class _Joined(_Lazy[T]):
     """The items of two sequences, one behind the other."""
 
     def __init__(self, first: Sequence[T], second: Sequence[T]) -> None:
@@ -159,15 +162,7 @@ class _Joined(Sequence[T], Generic[T]):
     def __len__(self) -> int:
         return len(self._first) + len(self._second)
 
-    @overload
-    def __getitem__(self, place: int) -> T: ...
-
-    @overload
-    def __getitem__(self, place: slice) -> Sequence[T]: ...
-
-    def __getitem__(self, place: int | slice) -> T | Sequence[T]:
-        if isinstance(place, slice):
-            return pick(self, range(*place.indices(len(self))))
+    def _read(self, place: int) -> T:
         if place < len(self._first):
             return self._first[place]
         return self._second[place - len(self._first)]

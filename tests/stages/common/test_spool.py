@@ -3,7 +3,7 @@ import tracemalloc
 
 import pytest
 
-from stages.common.spool import Spool, pick, spool
+from stages.common.spool import Spool, join, pick, spool
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +55,18 @@ def test_picked_items_come_in_the_order_that_was_asked(make):
     assert list(picked) == [TEXTS[4], TEXTS[2], TEXTS[0]]
     assert list(pick(picked, [2, 0])) == [TEXTS[0], TEXTS[4]]
     assert list(picked[:1]) == [TEXTS[4]]
+
+
+@pytest.mark.parametrize(
+    "make", [list, lambda items: fill(items, 0), lambda items: pick(fill(items, 0), range(len(items)))]
+)
+def test_joined_items_are_found_from_both_ends(make):
+    joined = join(make(TEXTS[:2]), make(TEXTS[2:]))
+    assert [joined[place] for place in range(-len(TEXTS), len(TEXTS))] == [*TEXTS, *TEXTS]
+    assert list(joined[1:3]) == list(TEXTS[1:3])
+    for place in (len(TEXTS), -len(TEXTS) - 1):
+        with pytest.raises(IndexError):
+            joined[place]
 
 
 def test_memory_does_not_grow_with_the_texts_in_a_spool():
