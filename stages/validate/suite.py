@@ -6,7 +6,7 @@ import difflib
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,20 @@ from stages.common.task.protocol import Task
 if TYPE_CHECKING:
     import pandas as pd
 
+FIELDS: Mapping[str, Callable[[Row], Any]] = {
+    "id": lambda row: row.id,
+    "source": lambda row: row.source,
+    "license": lambda row: row.license.lower(),  # SPDX ids do not depend on case
+    "group": lambda row: row.group,
+    "origin": lambda row: row.origin,
+    "language": lambda row: row.tags.get("language"),
+    "system_prompt": lambda row: m.content if (m := row.messages[0]).role == "system" else None,
+    "question": lambda row: row.question,
+    "answer": lambda row: row.answer,
+    "prompt_chars": lambda row: sum(len(message.content) for message in row.prompt),
+    "answer_chars": lambda row: len(row.answer),
+    "turns": lambda row: len(row.messages),
+}
 TEXTS = ("system_prompt", "question", "answer")  # columns whose values may be long
 # An expectation as in params.yaml: its type, its severity, and its own arguments.
 Spec = Mapping[str, Any]
@@ -58,28 +72,20 @@ def build_table(rows: Sequence[Row], task: Task) -> pd.DataFrame:
     """
     import pandas as pd
 
-    table: dict[str, Any] = {
-        "id": [row.id for row in rows],
-        "source": [row.source for row in rows],
-        "license": [row.license.lower() for row in rows],  # SPDX ids do not depend on case
-        "group": [row.group for row in rows],
-        "origin": [row.origin for row in rows],
-        "language": [row.tags.get("language") for row in rows],
-        "system_prompt": [m.content if (m := row.messages[0]).role == "system" else None for row in rows],
-        "question": [row.question for row in rows],
-        "answer": [row.answer for row in rows],
-        "prompt_chars": [sum(len(message.content) for message in row.prompt) for row in rows],
-        "answer_chars": [len(row.answer) for row in rows],
-        "turns": [len(row.messages) for row in rows],
-    }
-    table["answer_is_valid"] = [task.find_problem(row.answer) is None for row in rows]
+    read = {**FIELDS, "answer_is_valid": lambda row: task.find_problem(row.answer) is None}
     if task.class_name is not None:
-        labels = [task.read_class(row.answer) for row in rows]
-        counts = Counter(labels)
-        table["label"] = labels
-        table["label_share"] = [counts[label] / len(rows) for label in labels]
-    for key in sorted({key for row in rows for key in row.tags}):
-        table[f"tag_{key}"] = [row.tags.get(key) for row in rows]
+        read["label"] = lambda row: task.read_class(row.answer)
+    table: dict[str, Any] = {name: [] for name in read}
+    tags = []
+    for row in rows:  # once: they may be in a file
+        for name, read_field in read.items():
+            table[name].append(read_field(row))
+        tags.append(row.tags)
+    if task.class_name is not None:
+        counts = Counter(table["label"])
+        table["label_share"] = [counts[label] / len(rows) for label in table["label"]]
+    for key in sorted({key for row_tags in tags for key in row_tags}):
+        table[f"tag_{key}"] = [row_tags.get(key) for row_tags in tags]
     for name in TEXTS:
         # As Python's own strings, which are in memory already; Great Expectations copies pandas' own.
         table[name] = pd.Series(table[name], dtype=object)
