@@ -47,9 +47,9 @@ from services.versions.store import ModelFiles, find_served, get_version
 from stages.common.chat.template import encode_text
 from stages.common.errors import InputError
 from stages.common.logs import set_quiet_environment
+from stages.common.messages import Message
 from stages.common.model.loading import load_tokenizer
 from stages.common.params.loading import load_params
-from stages.common.records import Message
 from stages.common.task.kinds import make_task
 
 set_quiet_environment()

@@ -23,7 +23,7 @@ from services.versions.aliases import ALIASES, Aliases, read_aliases
 from services.versions.store import ModelFiles
 from stages.common.chat.template import encode_prompt
 from stages.common.errors import InputError
-from stages.common.records import Message
+from stages.common.messages import Message
 from stages.common.task.kinds import make_task
 from stages.common.task.protocol import Task
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from flows.demo.checkout import make_checkout, run_python
 from stages.common.artifacts import STATE, read_json, write_bytes, write_json
 from stages.common.errors import InputError
-from stages.common.records import Message, Row, make_row, read_rows, write_rows
+from stages.common.messages import Message
+from stages.common.records import Row, make_row, read_rows, write_rows
 from stages.common.repository.git import run_git
 from stages.common.task.kinds import TASK_FILE
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from stages.common.artifacts import artifacts, read_json
 from stages.common.logs import get_logger
+from stages.common.messages import Message, find_conversation_problem
 from stages.common.privacy.personal_data import RECOGNISERS, holds
-from stages.common.records import Message, find_conversation_problem, format_canonical_json
+from stages.common.records import format_canonical_json
 from stages.common.task.kinds import make_task
 from stages.common.task.protocol import Task
 

@@ -56,7 +56,8 @@ from services.events import read_joined
 from stages.common.artifacts import STATE, read_lines, reports, write_json, write_text
 from stages.common.errors import InputError
 from stages.common.logs import get_logger
-from stages.common.records import Message, Row, make_row
+from stages.common.messages import Message
+from stages.common.records import Row, make_row
 
 if TYPE_CHECKING:
     from stages.common.params.loop import FeedbackSettings

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from services.engines.protocol import Sampling, TokenLogprob
 from services.keys.access import Caller
-from stages.common.records import Message
+from stages.common.messages import Message
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from services.answering.request import GenerationRequest
 from services.api.schemas import ChatRequest, CompletionRequest, ResponseFormat
 from services.engines.protocol import Sampling
 from services.keys.access import Caller
-from stages.common.records import Message
+from stages.common.messages import Message
 
 
 def parse_chat_request(

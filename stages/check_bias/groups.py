@@ -13,7 +13,8 @@ import numpy as np
 
 from stages.common.artifacts import missing
 from stages.common.errors import InputError
-from stages.common.records import Message, Row, count_chars
+from stages.common.messages import Message
+from stages.common.records import Row, count_chars
 from stages.common.spool import spool
 from stages.common.task.protocol import Task
 

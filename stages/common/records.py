@@ -5,27 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from functools import lru_cache
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from stages.common.artifacts import atomic_write, missing
 from stages.common.errors import InputError
+from stages.common.messages import Message, Tool, ToolCall, find_conversation_problem
 from stages.common.spool import pick, spool
 
-ROLES = ("system", "user", "assistant")
 ORIGINS = ("human", "template", "synthetic", "feedback")
 ROWS_A_BATCH = 2000  # written and read at a time: a row may hold a passage
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One turn; `role` is one of `ROLES`."""
-
-    role: str
-    content: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +31,7 @@ class Row:
         group: rows of one group stay on one side of a split (expansions of one template).
         tags: free keys and values: intent, language, platform.
         origin: one of `ORIGINS`.
+        tools: the functions that the assistant may call in this conversation, in their order in the prompt.
     """
 
     id: str
@@ -47,6 +41,7 @@ class Row:
     group: str
     tags: Mapping[str, str] = field(default_factory=dict)
     origin: str = "human"
+    tools: tuple[Tool, ...] = ()
 
     @property
     def prompt(self) -> tuple[Message, ...]:
@@ -55,8 +50,8 @@ class Row:
 
     @property
     def answer(self) -> str:
-        """The content of the last turn, which is the assistant's."""
-        return self.messages[-1].content
+        """The last turn, which is the assistant's, as the text that is judged (`Message.answer`)."""
+        return self.messages[-1].answer
 
     @property
     def question(self) -> str:
@@ -76,8 +71,9 @@ def make_row(
     group: str | None = None,
     tags: Mapping[str, str] | None = None,
     origin: str = "human",
+    tools: Sequence[Tool] = (),
 ) -> Row:
-    """Build a row from its messages; the id follows from them, and the group from the id if not given.
+    """Build a row from its messages and tools; the id follows from them, and the group from the id.
 
     Raises:
         ValueError: the messages are no conversation to learn from; the message has the reason.
@@ -86,7 +82,7 @@ def make_row(
     if problem:
         raise ValueError(problem)
     digest = hashlib.sha256(
-        format_canonical_json([[m.role, m.content] for m in messages]).encode()
+        format_canonical_json([*map(_identify, messages), *(tool.text for tool in tools)]).encode()
     ).hexdigest()[:16]
     return Row(
         id=digest,
@@ -96,25 +92,21 @@ def make_row(
         group=group or digest,
         tags=dict(sorted((tags or {}).items())),
         origin=origin,
+        tools=tuple(tools),
     )
 
 
-def find_conversation_problem(messages: Sequence[Message]) -> str | None:
-    """Return why `messages` cannot be learned from, or None."""
-    if not messages:
-        return "no messages"
-    for message in messages:
-        if message.role not in ROLES:
-            return f"unknown role {message.role!r} (known: {', '.join(ROLES)})"
-    if any(m.role == "system" for m in messages[1:]):
-        return "a system message after the first place"
-    if not any(m.role == "user" for m in messages):
-        return "no user message"
-    if messages[-1].role != "assistant":
-        return "no answer: the last message is not the assistant's"
-    if not messages[-1].content.strip():
-        return "no answer: the last message is empty"
-    return None
+def _identify(message: Message) -> list[Any]:
+    """Return what makes a turn another one; what a turn without calls does not have is not part of it."""
+    calls = [[call.name, call.arguments, call.id] for call in message.tool_calls]
+    more = {
+        "calls": calls or None,
+        "result_of": message.tool_call_id,
+        "reasoning": message.reasoning,
+        "learned": None if message.is_learned is not False else False,
+    }
+    extra = {key: value for key, value in more.items() if value is not None}
+    return [message.role, message.content, *([extra] if extra else [])]
 
 
 def format_reject(row: Row, reason: str, detail: str) -> str:
@@ -124,37 +116,83 @@ def format_reject(row: Row, reason: str, detail: str) -> str:
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Write rows as Parquet, all or nothing; equal rows give equal bytes."""
+    """Write rows as Parquet, all or nothing; equal rows give equal bytes.
+
+    The columns of tools and calls are there only if a row has some.
+    """
+    rest = iter(rows)
+    batches = iter(lambda: list(islice(rest, ROWS_A_BATCH)), [])
+    with atomic_write(path) as temporary:
+        first_with_tools = _write_batches(temporary, _schema(), batches, stop=_has_tools)
+        if first_with_tools is not None:
+            wide = temporary.with_name(f"{temporary.name}-tools")
+            try:
+                before = (batch.to_pylist() for batch in _iterate(temporary))
+                done = ([_from_record(record) for record in records] for records in before)
+                _write_batches(wide, _schema(with_tools=True), chain(done, [first_with_tools], batches))
+                wide.replace(temporary)
+            finally:
+                wide.unlink(missing_ok=True)
+
+
+def _write_batches(
+    path: Path,
+    schema: Any,
+    batches: Iterable[list[Row]],
+    stop: Callable[[list[Row]], bool] = lambda rows: False,
+) -> list[Row] | None:
+    """Write batches until `stop` holds for one, which is returned unwritten; None if all are written."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rest = iter(rows)
-    with (
-        atomic_write(path) as temporary,
-        pq.ParquetWriter(temporary, _schema(), compression="zstd") as file,
-    ):
-        # Some at a time: as Arrow's columns the rows take their memory a second time.
-        while batch := list(islice(rest, ROWS_A_BATCH)):
-            file.write_table(_to_table(batch))
+    # Some at a time: as Arrow's columns the rows take their memory a second time.
+    with pq.ParquetWriter(path, schema, compression="zstd") as file:
+        for batch in batches:
+            if stop(batch):
+                return batch
+            file.write_table(pa.Table.from_pylist([_to_record(row) for row in batch], schema=schema))
+    return None
 
 
-def _to_table(rows: Sequence[Row]) -> Any:
-    import pyarrow as pa
+def _has_tools(rows: Sequence[Row]) -> bool:
+    return any(row.tools or any(message.has_tools for message in row.messages) for row in rows)
 
-    columns: dict[str, list[Any]] = {
-        "id": [row.id for row in rows],
-        "messages": [[{"role": m.role, "content": m.content} for m in row.messages] for row in rows],
-        "source": [row.source for row in rows],
-        "license": [row.license for row in rows],
-        "group": [row.group for row in rows],
-        "tags": [sorted(row.tags.items()) for row in rows],
-        "origin": [row.origin for row in rows],
+
+def _iterate(path: Path) -> Iterator[Any]:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        yield from file.iter_batches(ROWS_A_BATCH)
+
+
+def _to_record(row: Row) -> dict[str, Any]:
+    """Return a row as plain values; what a file's schema has no column for is not written."""
+    values = {name: getattr(row, name) for name in ("id", "source", "license", "group", "origin")}
+    messages = [
+        {
+            **{name: getattr(message, name) for name in _TURN_COLUMNS},
+            "tool_calls": [
+                {"name": call.name, "arguments": call.arguments, "id": call.id} for call in message.tool_calls
+            ],
+        }
+        for message in row.messages
+    ]
+    return {
+        **values,
+        "messages": messages,
+        "tags": sorted(row.tags.items()),
+        "tools": [tool.text for tool in row.tools],
     }
-    return pa.table(columns, schema=_schema())
 
 
 def count_chars(row: Row) -> int:
     """Return the characters of a row's messages."""
-    return sum(len(message.content) for message in row.messages)
+    return sum(
+        len(message.content)
+        + len(message.reasoning or "")
+        + sum(len(call.arguments) for call in message.tool_calls)
+        for message in row.messages
+    )
 
 
 def leave_out_feedback(rows: Sequence[Row]) -> Sequence[Row]:
@@ -184,7 +222,7 @@ def read_rows(path: Path) -> Sequence[Row]:
         raise missing(path)
     try:
         with pq.ParquetFile(path) as file:
-            if not file.schema_arrow.equals(_schema()):
+            if file.schema_arrow not in (_schema(), _schema(with_tools=True)):
                 raise InputError(
                     f"{path} has the columns {file.schema_arrow.names}, not {_schema().names}",
                     "run the stage that writes it again",
@@ -204,27 +242,51 @@ def read_rows(path: Path) -> Sequence[Row]:
 def _from_record(record: Mapping[str, Any]) -> Row:
     return Row(
         id=record["id"],
-        messages=tuple(Message(sys.intern(m["role"]), m["content"]) for m in record["messages"]),
+        messages=tuple(map(_to_message, record["messages"])),
         source=sys.intern(record["source"]),
         license=sys.intern(record["license"]),
         group=record["group"],
         tags=dict(record["tags"]),
         origin=sys.intern(record["origin"]),
+        # One text for all conversations with the same tools.
+        tools=tuple(Tool(sys.intern(text)) for text in record.get("tools", ())),
     )
 
 
-def _schema() -> Any:
+def _to_message(turn: Mapping[str, Any]) -> Message:
+    calls = tuple(
+        ToolCall(call["name"], call["arguments"], call["id"]) for call in turn.get("tool_calls", ())
+    )
+    more = {name: turn.get(name) for name in _TURN_COLUMNS[2:]}
+    return Message(sys.intern(turn["role"]), turn["content"], calls, **more)
+
+
+_TURN_COLUMNS = ("role", "content", "tool_call_id", "reasoning", "is_learned")
+
+
+@lru_cache(maxsize=2)
+def _schema(with_tools: bool = False) -> Any:
     import pyarrow as pa
 
     text = pa.string()
+    turn = [("role", text), ("content", text)]
+    if with_tools:
+        call = pa.struct([("name", text), ("arguments", text), ("id", text)])
+        turn += [
+            ("tool_calls", pa.list_(call)),
+            ("tool_call_id", text),
+            ("reasoning", text),
+            ("is_learned", pa.bool_()),
+        ]
     return pa.schema(
         [
             ("id", text),
-            ("messages", pa.list_(pa.struct([("role", text), ("content", text)]))),
+            ("messages", pa.list_(pa.struct(turn))),
             ("source", text),
             ("license", text),
             ("group", text),
             ("tags", pa.map_(text, text)),
             ("origin", text),
+            *([("tools", pa.list_(text))] if with_tools else []),
         ]
     )

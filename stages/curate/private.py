@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
+from stages.common.messages import Message
 from stages.common.privacy.redaction import redact, redact_json
-from stages.common.records import Message, Row, format_reject
+from stages.common.records import Row, format_reject
 from stages.curate.rules import PERSONAL, Rejection
 from stages.curate.spelling import Change
 

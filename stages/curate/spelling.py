@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stages.common.records import Message, Row, count_chars, make_row
+from stages.common.messages import Message
+from stages.common.records import Row, count_chars, make_row
 from stages.common.spool import Spool, spool
 
 

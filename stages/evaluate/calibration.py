@@ -15,9 +15,10 @@ from typing import Any
 
 from stages.common.artifacts import artifacts
 from stages.common.chat.template import encode_example
+from stages.common.messages import Message
 from stages.common.model.generation import Question
 from stages.common.model.loading import load_tuned, pick_device, pick_dtype
-from stages.common.records import Message, Row
+from stages.common.records import Row
 from stages.common.task.protocol import Task
 
 # Ten bins of equal width, as in Naeini et al. 2015, "Obtaining well calibrated probabilities", AAAI.

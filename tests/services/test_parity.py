@@ -7,10 +7,11 @@ import pytest
 from services import parity
 from stages.common.artifacts import write_json
 from stages.common.errors import InputError
+from stages.common.messages import Message
 from stages.common.model.generation import answer_questions, encode_questions
 from stages.common.model.loading import load_base, load_tokenizer
 from stages.common.params.loading import load_params
-from stages.common.records import Message, make_row, write_rows
+from stages.common.records import make_row, write_rows
 from stages.common.task.kinds import TASK_FILE
 from stages.common.task.text_task import TextTask
 from tests.services.serving import ROOT, serving, tiny_files

@@ -5,7 +5,8 @@ from pathlib import Path
 import yaml
 
 from stages.common.artifacts import write_json
-from stages.common.records import Message, make_row, write_rows
+from stages.common.messages import Message
+from stages.common.records import make_row, write_rows
 from tests.stages.common.chat_templates import FAMILIES, make_family_tokenizer
 
 ROOT = Path(__file__).parents[2]

@@ -8,8 +8,9 @@ from services.engines import offline
 from services.engines.offline import pick_engine
 from stages import ask_base
 from stages.common.errors import InputError
+from stages.common.messages import Message
 from stages.common.model.generation import read_answers
-from stages.common.records import Message, make_row, write_rows
+from stages.common.records import make_row, write_rows
 from tests.tiny import save_model
 
 ROOT = Path(__file__).parents[2]

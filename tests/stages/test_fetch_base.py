@@ -285,8 +285,8 @@ def test_the_default_base_comes_whole_from_its_wheel(tmp_path, monkeypatch):
     import torch
 
     from stages.common.chat.template import encode_prompt
+    from stages.common.messages import Message
     from stages.common.model.loading import load_base, load_tokenizer
-    from stages.common.records import Message
 
     tokenizer = load_tokenizer(Path("artifacts/fetch_base"))
     model = load_base(Path("artifacts/fetch_base"), torch.float32, torch.device("cpu"))

@@ -8,7 +8,8 @@ import yaml
 
 from stages.check_bias.__main__ import main as check_bias
 from stages.common import spool
-from stages.common.records import Message, make_row, read_rows, write_rows
+from stages.common.messages import Message
+from stages.common.records import make_row, read_rows, write_rows
 from stages.curate.__main__ import main as curate
 from stages.split.__main__ import main as split
 

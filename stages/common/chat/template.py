@@ -21,7 +21,7 @@ from weakref import WeakKeyDictionary
 
 from stages.common.chat.control_tokens import read_control_tokens
 from stages.common.errors import InputError
-from stages.common.records import Message
+from stages.common.messages import Message
 
 # The day that Llama 3's template falls back to where it is given no other.
 TEMPLATE_DAY = datetime(2024, 7, 26)

@@ -7,7 +7,8 @@ from flows.demo.checkout import make_checkout
 from flows.demo.poison import shuffle_answers, train_poisoned
 from stages.common.artifacts import read_json, write_json
 from stages.common.errors import InputError
-from stages.common.records import Message, make_row, read_rows, write_rows
+from stages.common.messages import Message
+from stages.common.records import make_row, read_rows, write_rows
 from stages.common.task.json_task import JsonTask
 from stages.common.task.kinds import TASK_FILE
 

@@ -24,8 +24,9 @@ from flows.demo.traffic import (
     write_traffic,
 )
 from stages.common.errors import InputError
+from stages.common.messages import Message
 from stages.common.params.loading import load_params
-from stages.common.records import Message, make_row, write_rows
+from stages.common.records import make_row, write_rows
 from stages.common.sources.home_intents.grammar import load_grammar, select_reserved_groups
 from stages.common.sources.home_intents.lexicon import read_lexicon
 

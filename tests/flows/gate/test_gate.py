@@ -22,8 +22,9 @@ from services import parity
 from services.versions.aliases import ALIASES, Aliases, Challenger, read_aliases, write_aliases
 from stages.common.artifacts import hash_file, read_json, write_json, write_text
 from stages.common.errors import InputError
+from stages.common.messages import Message
 from stages.common.params.loading import load_params
-from stages.common.records import Message, make_row, write_rows
+from stages.common.records import make_row, write_rows
 from stages.common.repository.dvc_lock import compute_dvc_hash
 from stages.common.statistics.intervals import Difference
 from stages.common.task.json_task import JsonTask

@@ -194,7 +194,8 @@ def wait_for(ready, seconds=60):
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A finished pipeline of a model of a few thousand weights, exported by its stage."""
-    from stages.common.records import Message, make_row, write_rows
+    from stages.common.messages import Message
+    from stages.common.records import make_row, write_rows
     from stages.common.task.json_task import JsonTask
     from stages.common.task.kinds import TASK_FILE
     from stages.export import __main__ as export

@@ -6,7 +6,8 @@ from pathlib import Path
 import yaml
 
 from flows.training.all_cores import AllCores, estimate_lines
-from stages.common.records import Message, make_row, write_rows
+from stages.common.messages import Message
+from stages.common.records import make_row, write_rows
 from tests.tiny import save_model
 
 ROOT = Path(__file__).parents[3]

@@ -30,9 +30,9 @@ from monitoring.feedback.rows import (
 )
 from services.events import Feedback, open_store
 from stages.common.errors import InputError
+from stages.common.messages import Message
 from stages.common.params.loading import load_params
 from stages.common.params.loop import FeedbackSettings
-from stages.common.records import Message
 from stages.common.task.json_task import JsonTask
 from stages.common.task.text_task import TextTask
 from tests.monitoring import store

@@ -9,8 +9,8 @@ from services.engines.openvino import OpenvinoEngine
 from services.engines.protocol import Sampling
 from services.engines.transformers import TransformersEngine
 from stages.common.chat.template import encode_prompt
+from stages.common.messages import Message
 from stages.common.model.loading import load_tokenizer
-from stages.common.records import Message
 from tests.services.engines.test_contract import answer
 
 ARTIFACTS = Path(__file__).parents[3] / "artifacts"

@@ -13,8 +13,9 @@ from stages.check_bias.groups import read_outcomes, read_people, read_rejected_r
 from stages.check_bias.plots import plot_groups
 from stages.common.artifacts import read_json, write_json, write_lines, write_text
 from stages.common.errors import InputError, ParamsError
+from stages.common.messages import Message
 from stages.common.params.loading import load_params
-from stages.common.records import Message, format_reject, make_row, write_rows
+from stages.common.records import format_reject, make_row, write_rows
 from stages.common.task.json_task import JsonTask
 from stages.common.task.kinds import TASK_FILE
 from stages.common.task.text_task import TextTask

@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from stages.common.errors import InputError
-from stages.common.records import Message, format_canonical_json, make_row, read_rows, write_rows
+from stages.common.messages import Message, Tool, ToolCall
+from stages.common.records import format_canonical_json, make_row, read_rows, write_rows
 
 
 def row(question="light on", answer='{"intent":"On"}', **more):
@@ -68,3 +71,44 @@ def test_other_columns_and_other_formats_are_refused(tmp_path):
 
 def test_canonical_json_is_one_text_per_value():
     assert format_canonical_json({"b": 1, "a": "ü"}) == '{"a":"ü","b":1}'
+
+
+LAMP = Tool('{"type":"function","function":{"name":"lamp","parameters":{"type":"object"}}}')
+
+
+def talk(**more):
+    messages = [
+        Message("user", "lamp on"),
+        Message("assistant", "", (ToolCall("lamp", '{"on":true}', "c1"),), reasoning="they want light"),
+        Message("tool", "done", tool_call_id="c1"),
+        Message("assistant", "It is on.", is_learned=True),
+    ]
+    return make_row(messages, "toy", "mit", tools=[LAMP], **more)
+
+
+def test_conversations_with_tools_come_back_as_they_were_written(tmp_path):
+    rows = [row(), talk(), row("c", "d")]
+    write_rows(tmp_path / "rows.parquet", iter(rows))
+    assert read_rows(tmp_path / "rows.parquet") == rows
+
+
+def test_rows_before_the_first_with_tools_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("stages.common.records.ROWS_A_BATCH", 2)
+    rows = [row(f"question {n}") for n in range(5)] + [talk(), row()]
+    write_rows(tmp_path / "rows.parquet", iter(rows))
+    assert read_rows(tmp_path / "rows.parquet") == rows
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.parquet"]
+
+
+def test_rows_without_tools_keep_the_id_and_the_columns_that_they_had(tmp_path):
+    assert row().id == "d4cdbd15a185c13e"
+    write_rows(tmp_path / "rows.parquet", [row()])
+    turn = pq.read_schema(tmp_path / "rows.parquet").field("messages").type.value_type
+    assert [field.name for field in turn] == ["role", "content"]
+
+
+def test_calls_tools_and_weights_make_another_conversation():
+    plain = [Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d")]
+    ids = {make_row(plain, "toy", "mit").id, make_row(plain, "toy", "mit", tools=[LAMP]).id}
+    ids.add(make_row([plain[0], replace(plain[1], is_learned=False), *plain[2:]], "toy", "mit").id)
+    assert len(ids) == 3

@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from stages.common.records import Message, make_row, write_rows
+from stages.common.messages import Message
+from stages.common.records import make_row, write_rows
 from stages.common.run_estimate import (
     DEFAULT_SIZE,
     TRAINING_SHARE,

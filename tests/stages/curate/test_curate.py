@@ -7,8 +7,9 @@ import yaml
 
 from stages.common.artifacts import read_lines
 from stages.common.errors import InputError
+from stages.common.messages import Message
 from stages.common.privacy.personal_data import PERSONAL_DATA
-from stages.common.records import Message, make_row, read_rows, write_rows
+from stages.common.records import make_row, read_rows, write_rows
 from stages.common.task.json_task import JsonTask
 from stages.common.task.text_task import TextTask
 from stages.curate.__main__ import apply_rules, count_rows, main, plot_rows

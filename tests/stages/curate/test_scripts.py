@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stages.common.records import Message, make_row, read_rows, write_rows
+from stages.common.messages import Message
+from stages.common.records import make_row, read_rows, write_rows
 from stages.curate.__main__ import main as curate
 from stages.split.__main__ import main as split
 

@@ -3,7 +3,8 @@ import io
 
 import pytest
 
-from stages.common.records import Message, make_row
+from stages.common.messages import Message
+from stages.common.records import make_row
 from stages.common.task.json_task import JsonTask
 from stages.common.task.text_task import TextTask
 from stages.evaluate.error_analysis import (

@@ -13,7 +13,8 @@ import yaml
 from stages import ask_base
 from stages.common.artifacts import write_json
 from stages.common.errors import InputError
-from stages.common.records import Message, make_row, write_rows
+from stages.common.messages import Message
+from stages.common.records import make_row, write_rows
 from stages.common.task.json_task import JsonTask
 from stages.common.task.kinds import TASK_FILE
 from stages.common.task.label_task import LabelTask

@@ -10,8 +10,9 @@ from stages import fetch_base
 from stages.common.artifacts import hash_file, read_json, write_json
 from stages.common.chat.template import encode_prompt
 from stages.common.errors import InputError
+from stages.common.messages import Message
 from stages.common.model.loading import load_tokenizer
-from stages.common.records import Message, make_row, write_rows
+from stages.common.records import make_row, write_rows
 from stages.common.task.json_task import JsonTask
 from stages.common.task.kinds import TASK_FILE
 from stages.common.task.text_task import TextTask

@@ -1,5 +1,5 @@
 from stages.common.chat.template import encode_prompt
-from stages.common.records import Message
+from stages.common.messages import Message
 from stages.export.modelfile import format_modelfile, read_chat_format
 from tests.stages.common.chat_templates import FAMILIES, make_family_tokenizer
 from tests.tiny import make_tokenizer

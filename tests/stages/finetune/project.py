@@ -5,8 +5,9 @@ from pathlib import Path
 
 import yaml
 
+from stages.common.messages import Message
 from stages.common.model.adapter import put_initial_adapter
-from stages.common.records import Message, make_row, write_rows
+from stages.common.records import make_row, write_rows
 from tests.tiny import save_model
 
 REPO = Path(__file__).resolve().parents[3]

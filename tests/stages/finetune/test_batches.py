@@ -5,9 +5,10 @@ import pytest
 
 from stages.common.chat.template import encode_example
 from stages.common.errors import InputError
+from stages.common.messages import Message
 from stages.common.model.adapter import InitialAdapter
 from stages.common.model.loading import load_tokenizer
-from stages.common.records import Message, make_row
+from stages.common.records import make_row
 from stages.finetune.batches import encode_rows, plan_batches, select_rows
 from tests.stages.finetune.project import rows
 from tests.tiny import save_model

@@ -9,7 +9,8 @@ import yaml
 
 from stages.common.artifacts import read_json, write_json, write_text
 from stages.common.errors import InputError
-from stages.common.records import Message, make_row, write_rows
+from stages.common.messages import Message
+from stages.common.records import make_row, write_rows
 from stages.common.repository.dvc_lock import compute_dvc_hash
 from stages.model_card.__main__ import main
 from stages.model_card.checks import check_metrics

@@ -6,7 +6,8 @@ import yaml
 
 from stages.common.artifacts import write_json
 from stages.common.errors import InputError
-from stages.common.records import Message, make_row, write_rows
+from stages.common.messages import Message
+from stages.common.records import make_row, write_rows
 from stages.preflight import __main__ as preflight
 from stages.preflight import base_checks
 from tests.stages.common.chat_templates import GEMMA_2, MISTRAL_1, NO_END, QWEN_3

@@ -6,7 +6,8 @@ from collections import Counter
 import pytest
 
 from stages.common.chat.conversations import find_shared_exchanges, join_conversations
-from stages.common.records import Message, make_row
+from stages.common.messages import Message
+from stages.common.records import make_row
 from stages.common.similarity.compared_text import find_shared_parts
 from stages.split.leaks import prove_split, remove_known_answers, remove_near_duplicates
 from stages.split.sides import Sides

@@ -7,7 +7,8 @@ import yaml
 
 from stages.common.artifacts import write_json
 from stages.common.errors import InputError
-from stages.common.records import Message, make_row, read_rows, write_rows
+from stages.common.messages import Message
+from stages.common.records import make_row, read_rows, write_rows
 from stages.common.similarity.compared_text import SharedParts
 from stages.common.task.json_task import JsonTask
 from stages.common.task.kinds import TASK_FILE

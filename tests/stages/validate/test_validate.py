@@ -11,8 +11,9 @@ import yaml
 
 from stages.common.artifacts import read_json, write_json
 from stages.common.errors import InputError, ParamsError
+from stages.common.messages import Message
 from stages.common.params.loading import load_params
-from stages.common.records import Message, make_row, write_rows
+from stages.common.records import make_row, write_rows
 from stages.common.task.json_task import JsonTask
 from stages.common.task.kinds import TASK_FILE
 from stages.common.task.text_task import TextTask

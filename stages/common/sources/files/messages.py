@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from stages.common.messages import Message
 from stages.common.params.checked_yaml import suggest_nearest
-from stages.common.records import Message
 from stages.common.sources.files.entries import BadRow, Record, shorten
 from stages.common.sources.files.shapes import Shape
 from stages.common.sources.files.turns import Turn, find_answer, is_conversation, parse_list, parse_turns

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stages.common.errors import InputError
-from stages.common.records import ORIGINS, Message, Row, count_chars, find_conversation_problem, make_row
+from stages.common.messages import Message, find_conversation_problem
+from stages.common.records import ORIGINS, Row, count_chars, make_row
 from stages.common.sources import Collected, Rejected
 from stages.common.sources.files.csv_records import check_header
 from stages.common.sources.files.encodings import guess_encoding

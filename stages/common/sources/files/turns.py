@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from stages.common.records import Message
+from stages.common.messages import Message
 from stages.common.sources.files.entries import BadRow, shorten
 
 # ShareGPT's names, OpenAI's, and those of their relatives; compared in small letters.

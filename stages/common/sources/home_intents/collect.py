@@ -14,7 +14,8 @@ import math
 from collections import Counter
 
 from stages.common.errors import InputError
-from stages.common.records import Message, Row, make_row
+from stages.common.messages import Message
+from stages.common.records import Row, make_row
 from stages.common.sources import Collected
 from stages.common.sources.home_intents.grammar import (
     PACKAGE,

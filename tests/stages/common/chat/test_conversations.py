@@ -3,7 +3,8 @@ from stages.common.chat.conversations import (
     find_rows_that_answer,
     join_conversations,
 )
-from stages.common.records import Message, make_row
+from stages.common.messages import Message
+from stages.common.records import make_row
 
 
 def talk(name, turns, first=0, **more):

@@ -12,7 +12,7 @@ from stages.common.chat.template import (
     write_served_template,
 )
 from stages.common.errors import InputError
-from stages.common.records import Message
+from stages.common.messages import Message
 from tests.stages.common.chat_templates import (
     FAMILIES,
     NO_END,

@@ -1,7 +1,8 @@
 """What goes with a model for guessing."""
 
+from stages.common.messages import Message
 from stages.common.model.draft_corpus import encode_corpus, read_corpus, write_corpus
-from stages.common.records import Message, make_row
+from stages.common.records import make_row
 from tests.tiny import make_tokenizer
 
 

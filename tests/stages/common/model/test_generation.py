@@ -3,8 +3,9 @@ import torch
 
 from stages.common.chat.template import end_of_turn_ids
 from stages.common.errors import InputError
+from stages.common.messages import Message
 from stages.common.model.generation import answer_questions, check_fit, encode_questions, measure_latencies
-from stages.common.records import Message, make_row
+from stages.common.records import make_row
 from tests.tiny import make_model, make_tokenizer
 
 SENTENCES = ["lamp on", "turn the kitchen lamp on please", "a", "stop my 8 hours timer", "off", "what is it"]

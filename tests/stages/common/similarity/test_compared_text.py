@@ -2,7 +2,8 @@ import random
 
 import pytest
 
-from stages.common.records import Message, make_row
+from stages.common.messages import Message
+from stages.common.records import make_row
 from stages.common.similarity.compared_text import SharedParts, find_shared_parts, fold_prompt, fold_text
 
 

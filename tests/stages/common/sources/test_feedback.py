@@ -3,7 +3,7 @@ import json
 import pytest
 
 from stages.common.errors import InputError
-from stages.common.records import Message
+from stages.common.messages import Message
 from stages.common.sources.feedback import collect_feedback
 
 

@@ -1,4 +1,5 @@
-from stages.common.records import Message, make_row
+from stages.common.messages import Message
+from stages.common.records import make_row
 from stages.common.sources.detection.survey import Spread, survey_rows
 from stages.common.sources.detection.task_kind import TaskKind
 

@@ -15,9 +15,10 @@ from hassil.intents import Intents, TextSlotList
 from hassil.recognize import recognize_best
 
 from stages.common.errors import InputError
+from stages.common.messages import Message
 from stages.common.params.loading import load_params
 from stages.common.params.stages import HomeIntents
-from stages.common.records import Message, make_row
+from stages.common.records import make_row
 from stages.common.sources.home_intents.collect import collect_home_intents
 from stages.common.sources.home_intents.grammar import load_grammar, select_reserved_groups
 from stages.common.sources.home_intents.lexicon import PERSON_MARK, read_lexicon
