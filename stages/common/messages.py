@@ -9,6 +9,7 @@ from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool")
 CALLS_KEY = "tool_calls"
+MALFORMED_KEY = "malformed_call"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,16 @@ def read_calls(answer: str) -> tuple[str, tuple[ToolCall, ...]] | None:
         return _read_turn(json.loads(answer))
     except (ValueError, RecursionError):
         return None
+
+
+def format_malformed(text: str) -> str:
+    """Return, as the text that is judged, what a model wrote that begins as a call of a tool and is none."""
+    return f'{{"{MALFORMED_KEY}":{_to_json(text)}}}'
+
+
+def is_malformed(answer: str) -> bool:
+    """Return whether a text is one of `format_malformed`."""
+    return answer.startswith(f'{{"{MALFORMED_KEY}":"') and answer.endswith('"}')
 
 
 def format_arguments(values: Mapping[str, Any]) -> str:
