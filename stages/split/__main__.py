@@ -23,9 +23,9 @@ from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage
 from stages.common.params.loading import load_params
 from stages.common.records import leave_out_feedback, read_rows, write_rows
-from stages.common.row_counts import describe_counts, read_rejected_counts
 from stages.common.similarity.compared_text import find_shared_parts
 from stages.common.spool import pick
+from stages.common.statistics.row_counts import describe_counts, read_rejected_counts
 from stages.common.statistics.sizes import choose_min_test_rows, choose_min_train_rows
 from stages.common.task.kinds import read_task
 from stages.split.leaks import prove_split, remove_known_answers, remove_near_duplicates

@@ -26,7 +26,7 @@ from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage, set_quiet_environment
 from stages.common.params.loading import load_params
 from stages.common.records import read_rows
-from stages.common.row_counts import describe_rejects
+from stages.common.statistics.row_counts import describe_rejects
 from stages.common.statistics.sizes import choose_min_rows
 from stages.common.task.kinds import read_task
 from stages.validate.page import describe_failure, format_failures, list_failures, render_page
