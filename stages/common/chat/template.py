@@ -11,23 +11,27 @@ What is learned is the answer and the token that ends its turn, whatever the tem
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
+from itertools import chain, pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from stages.common.chat.control_tokens import read_control_tokens
+from stages.common.chat.plain import write_conversation, write_tools
 from stages.common.errors import InputError
-from stages.common.messages import Message
+from stages.common.messages import Message, Tool
 
 # The day that Llama 3's template falls back to where it is given no other.
 TEMPLATE_DAY = datetime(2024, 7, 26)
 CHOOSE_ANOTHER = "choose an instruction-tuned base model whose chat template does (fetch_base in params.yaml)"
 
 _ANSWER = "perennialanswer"  # found again in what the template writes around it; no template has this word
+_THOUGHT = "perennialthought"
 _QUESTION = (Message("user", "a"),)
 _DATE_CALL = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 
@@ -42,11 +46,25 @@ class Encoded:
 
     Attributes:
         is_changed: whether the template wrote another answer than the row's, as one that cuts blanks does.
+        given: further places that are not learned, each from a place up to another one: questions and results
+            between the answers of a conversation.
     """
 
     input_ids: list[int]
     prompt_length: int
     is_changed: bool = False
+    given: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def learned(self) -> list[tuple[int, int]]:
+        """The places that are learned: each answer with its end of turn, from a place up to another one."""
+        edges = [self.prompt_length, *chain.from_iterable(self.given), len(self.input_ids)]
+        return list(zip(edges[::2], edges[1::2], strict=True))
+
+    @property
+    def learned_count(self) -> int:
+        """The number of tokens that are learned."""
+        return sum(end - start for start, end in self.learned)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,29 +72,32 @@ class AnswerFrame:
     """What a chat template writes around an answer.
 
     Attributes:
-        before: text between the prompt and the answer; mostly none.
+        before: text between the prompt and the answer, mostly none. It belongs to the prompt; where there are
+            tools, mere space is learned with the answer: templates write none before a call (Mistral).
         end: the token that ends the turn, with what comes between the answer and it.
         end_id: its id.
         after: text behind it, which no model writes.
+        thought_end: what ends the thoughts before an answer; None where the model does not think.
     """
 
     before: str
     end: str
     end_id: int
     after: str
+    thought_end: str | None = None
 
 
-def encode_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+def encode_prompt(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
     """Return the token ids after which the model writes its answer.
 
     Raises:
         InputError: the template refuses the conversation, or is none that a model can be taught with.
     """
-    return _tokens(tokenizer, _render_prompt(tokenizer, messages))
+    return _tokens(tokenizer, _render_prompt(tokenizer, messages, tools))
 
 
-def encode_example(tokenizer: Any, messages: Sequence[Message]) -> Encoded:
-    """Return the token ids of prompt, answer and end of turn.
+def encode_example(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> Encoded:
+    """Return the token ids of prompt, answer and end of turn; the answer is the last message.
 
     The prompt's ids are exactly those of `encode_prompt`, and the answer is tokenised on its own,
     so that the model learns the very boundary that it will see when it is asked.
@@ -85,9 +106,10 @@ def encode_example(tokenizer: Any, messages: Sequence[Message]) -> Encoded:
         InputError: the template refuses the conversation, or is none that a model can be taught with.
     """
     frame = read_answer_frame(tokenizer)
-    prompt_text = _render_prompt(tokenizer, messages[:-1])
-    answer_text = _cut_answer(prompt_text, _render(tokenizer, messages, add_generation_prompt=False), frame)
-    if answer_text is None:
+    prompt_text = _render_prompt(tokenizer, messages[:-1], tools)
+    whole_text = _render(tokenizer, messages, tools, add_generation_prompt=False)
+    answer_text = _cut_answer(prompt_text, whole_text, frame)
+    if answer_text is None and not messages[-1].tool_calls:
         # Mistral's template leaves the system message out once there is an answer. It is asked with one.
         simple = _render_prompt(tokenizer, _QUESTION)
         whole = _render(tokenizer, [*_QUESTION, messages[-1]], add_generation_prompt=False)
@@ -96,8 +118,48 @@ def encode_example(tokenizer: Any, messages: Sequence[Message]) -> Encoded:
         raise _rewrites()
     prompt = _tokens(tokenizer, prompt_text)
     answer = _tokens(tokenizer, answer_text + frame.end)
-    hidden = read_control_tokens(tokenizer).hide(messages[-1].content)
-    return Encoded(prompt + answer, len(prompt), answer_text != hidden)
+    return Encoded(prompt + answer, len(prompt), _is_changed(tokenizer, frame, messages[-1], answer_text))
+
+
+def encode_conversation(
+    tokenizer: Any, messages: Sequence[Message], tools: Sequence[Tool], learned: Sequence[int]
+) -> list[Encoded]:
+    """Return the token ids of a conversation whose turns at the places `learned` are learned.
+
+    It is one sequence, in which each turn has the very tokens before it that the model will be asked with. If
+    the chat template writes earlier turns differently once there are later ones (Qwen3 drops what was
+    thought), there is one sequence for each turn.
+
+    Raises:
+        InputError: the template refuses the conversation, or is none that a model can be taught with.
+    """
+    examples = [encode_example(tokenizer, messages[: place + 1], tools) for place in learned]
+    for one, following in pairwise(examples):
+        if following.input_ids[: len(one.input_ids)] != one.input_ids:
+            return examples
+    given = tuple((len(one.input_ids), following.prompt_length) for one, following in pairwise(examples))
+    is_changed = any(example.is_changed for example in examples)
+    return [Encoded(examples[-1].input_ids, examples[0].prompt_length, is_changed, given)]
+
+
+def render_answer(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Tool]) -> tuple[str, str]:
+    """Return the prompt and the last message, an answer, as texts without what ends the turn.
+
+    Raises:
+        InputError: the template refuses the conversation, or is none that a model can be taught with.
+    """
+    prompt = _render_prompt(tokenizer, messages[:-1], tools)
+    whole = _render(tokenizer, messages, tools, add_generation_prompt=False)
+    answer = _cut_answer(prompt, whole, read_answer_frame(tokenizer))
+    if answer is None:
+        raise _rewrites()
+    return prompt, answer
+
+
+def cut_reasoning(tokenizer: Any, text: str) -> str:
+    """Return what a model wrote behind its thoughts; the whole text where it does not think."""
+    end = read_answer_frame(tokenizer).thought_end
+    return text.rpartition(end)[2] if end else text
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
@@ -170,7 +232,8 @@ def read_answer_frame(tokenizer: Any) -> AnswerFrame:
 
 def _read_answer_frame(tokenizer: Any) -> AnswerFrame:
     prompt = _render(tokenizer, _QUESTION, add_generation_prompt=True)
-    whole = _render(tokenizer, [*_QUESTION, Message("assistant", _ANSWER)], add_generation_prompt=False)
+    answer = Message("assistant", _ANSWER, reasoning=_THOUGHT if thinks(tokenizer) else None)
+    whole = _render(tokenizer, [*_QUESTION, answer], add_generation_prompt=False)
     if not whole.startswith(prompt) or whole.count(_ANSWER) != 1:
         raise _rewrites()
     before, _, after = whole[len(prompt) :].partition(_ANSWER)
@@ -183,7 +246,15 @@ def _read_answer_frame(tokenizer: Any) -> AnswerFrame:
             CHOOSE_ANOTHER,
         )
     place = after.index(ends[0]) + len(ends[0])
-    return AnswerFrame(before, after[:place], control.ids[ends[0]], after[place:])
+    # What a thinking model writes before its answer is learned with it.
+    _, thought, thought_end = before.partition(_THOUGHT)
+    return AnswerFrame(
+        "" if thought else before,
+        after[:place],
+        control.ids[ends[0]],
+        after[place:],
+        thought_end if thought else None,
+    )
 
 
 def _rewrites() -> InputError:
@@ -193,12 +264,35 @@ def _rewrites() -> InputError:
     )
 
 
-def _render_prompt(tokenizer: Any, messages: Sequence[Message]) -> str:
-    before = read_answer_frame(tokenizer).before
-    return _render(tokenizer, messages, add_generation_prompt=True) + before
+def _is_changed(tokenizer: Any, frame: AnswerFrame, answer: Message, text: str) -> bool:
+    """Return whether a template wrote another answer; of a turn with calls, whether it left out its text."""
+    hidden = read_control_tokens(tokenizer).hide(answer.content)
+    if answer.tool_calls:
+        return hidden not in text
+    answer_text = text.rpartition(frame.thought_end)[2] if frame.thought_end else text
+    return answer_text.removeprefix(frame.before) != hidden
 
 
-def _render(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+def thinks(tokenizer: Any) -> bool:
+    """Return whether the chat template was set to have the model think (`task.template_arguments`)."""
+    return fix_argument("enable_thinking", True) in str(tokenizer.chat_template)
+
+
+def fix_argument(name: str, value: Any) -> str:
+    """Return the statement, to be written before a chat template, that gives a variable its value."""
+    literal = "none" if value is None else json.dumps(value)
+    return f"{{%- set {name} = {literal} -%}}{{#- task.template_arguments -#}}"
+
+
+def _render_prompt(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
+    frame = read_answer_frame(tokenizer)
+    before = "" if tools and frame.before.isspace() else frame.before
+    return _render(tokenizer, messages, tools, add_generation_prompt=True) + before
+
+
+def _render(
+    tokenizer: Any, messages: Sequence[Message], tools: Sequence[Tool] = (), *, add_generation_prompt: bool
+) -> str:
     """Return the conversation as the template writes it, with the control tokens in its messages hidden."""
     from jinja2 import TemplateError
 
@@ -208,18 +302,20 @@ def _render(tokenizer: Any, messages: Sequence[Message], *, add_generation_promp
             "choose an instruction-tuned base model (fetch_base in params.yaml)",
         )
     control = read_control_tokens(tokenizer)
-    conversation = [{"role": m.role, "content": control.hide(m.content)} for m in messages]
+    if not thinks(tokenizer):
+        messages = [replace(message, reasoning=None) for message in messages]
     try:
         text = tokenizer.apply_chat_template(
-            conversation,
+            write_conversation(control, messages),
+            tools=write_tools(control, tools),
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             chat_template=_fix_day(str(tokenizer.chat_template)),
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:
         roles = ", ".join(m.role for m in messages)
         raise TemplateRefusal(
-            f"the base model's chat template refuses a conversation of {roles}: {error.message}",
+            f"the base model's chat template refuses a conversation of {roles}: {error}",
             "leave the role out (for a system message: task.system_prompt: null), merge messages of one role "
             "that follow each other, or choose another base model (fetch_base in params.yaml)",
         ) from None

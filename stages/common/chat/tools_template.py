@@ -1,0 +1,129 @@
+"""The chat template of a model folder: the model's own, with fixed arguments and, if it has none, with tools.
+
+Both are Jinja statements before the template. `fetch_base` writes them into the tokenizer's files, so that
+training, evaluation, the GGUF file and every server render the same prompts without settings of their own.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from stages.common.chat.calls import find_template_gap
+from stages.common.chat.template import fix_argument, render_answer
+from stages.common.errors import InputError
+from stages.common.messages import Message
+
+ToolsTemplate = Literal["auto", "own", "default"]
+
+# Hermes' notation (NousResearch, 2024), which Qwen's templates have too: most parsers of servers know it.
+_INTRODUCTION = (
+    "To call functions, write for each call\n"
+    '<tool_call>\n{"name": <name>, "arguments": {<arguments>}}\n</tool_call>\n'
+    "Functions:"
+)
+# Lines end in the tags, so that nothing of them is written.
+_PREAMBLE = """\
+{%- set own = namespace(turns=[], tools='', results='') -%}
+{%- if tools -%}
+{%- set own.tools = INTRODUCTION -%}
+{%- for tool in tools -%}{%- set own.tools = own.tools ~ '\\n' ~ (tool.function | tojson) -%}{%- endfor -%}
+{%- if not messages or messages[0].role != PLACE -%}
+{%- set own.turns = [{'role': PLACE, 'content': own.tools}] -%}
+{%- endif -%}
+{%- endif -%}
+{%- for message in messages -%}
+{%- if message.role == 'tool' and RESULTS_ARE_USER -%}
+{%- set own.results = own.results ~ ('\\n' if own.results else '') -%}
+{%- set own.results = own.results ~ '<tool_response>\\n' ~ message.content ~ '\\n</tool_response>' -%}
+{%- else -%}
+{%- if own.results -%}
+{%- set own.turns = own.turns + [{'role': 'user', 'content': own.results}] -%}
+{%- set own.results = '' -%}
+{%- endif -%}
+{%- if loop.first and tools and message.role == PLACE -%}
+{%- set own.turns = own.turns + [{'role': PLACE, 'content': JOINED}] -%}
+{%- elif message.tool_calls -%}
+{%- set calls = namespace(text=(message.content or '')) -%}
+{%- for call in message.tool_calls -%}
+{%- set calls.text = calls.text ~ ('\\n' if calls.text else '') ~ '<tool_call>\\n{"name": ' -%}
+{%- set calls.text = calls.text ~ (call.function.name | tojson) ~ ', "arguments": ' -%}
+{%- set calls.text = calls.text ~ (call.function.arguments | tojson) ~ '}\\n</tool_call>' -%}
+{%- endfor -%}
+{%- set own.turns = own.turns + [{'role': 'assistant', 'content': calls.text}] -%}
+{%- else -%}
+{%- set own.turns = own.turns + [message] -%}
+{%- endif -%}
+{%- endif -%}
+{%- endfor -%}
+{%- if own.results -%}
+{%- set own.turns = own.turns + [{'role': 'user', 'content': own.results}] -%}
+{%- endif -%}
+{%- set messages = own.turns -%}
+{%- set tools = none -%}
+"""
+
+
+def adapt_template(
+    tokenizer: Any, arguments: Mapping[str, Any], with_tools: bool, tools_template: ToolsTemplate
+) -> str:
+    """Return the tokenizer's chat template with its arguments fixed and, where it must, with tools.
+
+    Args:
+        arguments: values of the variables that the template reads, such as `enable_thinking`.
+        with_tools: whether conversations have tools.
+        tools_template: `auto` takes the default if the model's own template lacks tools.
+
+    Raises:
+        InputError: the template is to write tools and cannot.
+    """
+    adapted = copy.deepcopy(tokenizer)
+    adapted.chat_template = _fix_arguments(str(tokenizer.chat_template), arguments)
+    if not with_tools:
+        return str(adapted.chat_template)
+    gap = None if tools_template == "default" else find_template_gap(adapted)
+    if gap and tools_template == "own":
+        raise InputError(gap, "set task.tools_template: auto, which adds the default notation of tools")
+    if gap or tools_template == "default":
+        adapted.chat_template = _write_preamble(adapted) + str(adapted.chat_template)
+        if missing := find_template_gap(adapted):
+            raise InputError(
+                f"{missing}, also with the default notation of tools before it",
+                "choose another base model (fetch_base in params.yaml)",
+            )
+    return str(adapted.chat_template)
+
+
+def _fix_arguments(template: str, arguments: Mapping[str, Any]) -> str:
+    if unread := [name for name in arguments if name not in template]:
+        raise InputError(
+            f"the base model's chat template does not read {', '.join(unread)} (task.template_arguments)",
+            "remove it from task.template_arguments, or correct its name",
+        )
+    return "".join(fix_argument(name, value) for name, value in arguments.items()) + template
+
+
+def _write_preamble(tokenizer: Any) -> str:
+    takes_system = _takes(tokenizer, [Message("system", "perennialtext"), Message("user", "b")])
+    results = [Message("user", "a"), Message("assistant", "b"), Message("tool", "perennialtext")]
+    takes_result = _takes(tokenizer, results)
+    joined = (
+        "message.content ~ '\\n\\n' ~ own.tools" if takes_system else "own.tools ~ '\\n\\n' ~ message.content"
+    )
+    return (
+        _PREAMBLE.replace("INTRODUCTION", json.dumps(_INTRODUCTION))
+        .replace("PLACE", "'system'" if takes_system else "'user'")
+        .replace("RESULTS_ARE_USER", "false" if takes_result else "true")
+        .replace("JOINED", joined)
+    )
+
+
+def _takes(tokenizer: Any, messages: list[Message]) -> bool:
+    """Return whether the template writes the message `perennialtext`, and a result under its own role."""
+    try:
+        prompt, _ = render_answer(tokenizer, [*messages, Message("assistant", "c")], ())
+    except InputError:
+        return False
+    return "perennialtext" in prompt and (messages[-1].role != "tool" or "tool" in prompt)

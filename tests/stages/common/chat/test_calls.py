@@ -1,0 +1,162 @@
+import pytest
+
+from stages.common.chat.calls import read_call_format
+from stages.common.chat.template import (
+    cut_reasoning,
+    encode_conversation,
+    encode_example,
+    encode_prompt,
+    render_answer,
+)
+from stages.common.chat.tools_template import adapt_template
+from stages.common.errors import InputError
+from stages.common.messages import Message, Tool, ToolCall, format_calls, is_malformed
+from tests.stages.common.chat.tool_templates import IM, QWEN_CODER, START, WITH_TOOLS
+from tests.stages.common.chat_templates import FAMILIES, Family, make_family_tokenizer
+
+LAMP = Tool('{"type":"function","function":{"name":"lamp","description":"d","parameters":{"type":"object"}}}')
+CALL = ToolCall("lamp", '{"on":true,"room":"Küche ☀","level":0.5,"rooms":["a"]}', "x1")
+SECOND = ToolCall("lamp", '{"on":false}', "x2")
+USER, ASKS = Message("user", "light on"), Message("assistant", "", (CALL,))
+RESULT, ANSWER = Message("tool", "done", tool_call_id="x1"), Message("assistant", "It is on.")
+WHOLE = [USER, ASKS, RESULT, ANSWER, Message("user", "thanks"), Message("assistant", "Gladly.")]
+
+# Every family: with tools in its own template, or with the default notation before it.
+EVERY = {**{f"{name}, default": family for name, family in FAMILIES.items()}, **WITH_TOOLS}
+
+
+@pytest.fixture(scope="module", params=EVERY)
+def tokenizer(request):
+    made = make_family_tokenizer(EVERY[request.param])
+    made.chat_template = adapt_template(made, {}, True, "auto")
+    return made
+
+
+def learned(tokenizer, example):
+    return [tokenizer.decode(example.input_ids[start:end]) for start, end in example.learned]
+
+
+def test_families_with_tools_keep_their_own_notation():
+    for family in WITH_TOOLS.values():
+        made = make_family_tokenizer(family)
+        assert adapt_template(made, {}, True, "auto") == made.chat_template
+
+
+def test_the_notation_is_that_of_the_family():
+    formats = {name: read_call_format(make_family_tokenizer(family)) for name, family in WITH_TOOLS.items()}
+    assert {name: found.opener for name, found in formats.items()} == {
+        "qwen-2.5": "<tool_call>\n",
+        "qwen-3": "<tool_call>\n",
+        "llama-3.1": "",
+        "mistral": "[TOOL_CALLS] [",
+    }
+    assert (formats["llama-3.1"].arguments_key, formats["mistral"].id_key) == ("parameters", "id")
+    assert formats["llama-3.1"].text_separator is None
+
+
+def test_calls_of_another_form_than_json_get_the_default_notation():
+    made = make_family_tokenizer(Family(QWEN_CODER, IM, START, "<|im_end|>"))
+    with pytest.raises(InputError):
+        read_call_format(made)
+    made.chat_template = adapt_template(made, {}, True, "auto")
+    assert read_call_format(made).opener == "<tool_call>\n"
+    with pytest.raises(InputError, match="tools_template: auto"):
+        adapt_template(make_family_tokenizer(FAMILIES["chatml"]), {}, True, "own")
+
+
+def test_what_the_template_writes_is_read_back(tokenizer):
+    for calls in ((CALL,), (CALL, SECOND)):
+        found = read_call_format(tokenizer)
+        if len(calls) > 1 and not found.separator:
+            continue
+        for text in ("", "Just a moment."):
+            _, written = render_answer(tokenizer, [USER, Message("assistant", text, calls)], [LAMP])
+            kept = text if found.text_separator is not None else ""
+            assert found.read(written) == format_calls(kept, calls)
+
+
+def test_tools_calls_and_results_reach_the_prompt(tokenizer):
+    prompt = tokenizer.decode(encode_prompt(tokenizer, WHOLE[:-1], [LAMP]))
+    for text in ("lamp", "Küche ☀", "done", "It is on.", "thanks"):
+        assert text in prompt
+
+
+def test_a_text_with_tools_is_itself(tokenizer):
+    _, written = render_answer(tokenizer, [USER, ANSWER], [LAMP])
+    assert read_call_format(tokenizer).read(written).strip() == "It is on."
+
+
+def test_a_call_that_is_not_whole_is_malformed_and_never_a_call(tokenizer):
+    found = read_call_format(tokenizer)
+    _, written = render_answer(tokenizer, [USER, ASKS], [LAMP])
+    start = len(written) - len(written.lstrip()) + len(found.opener) + len('{"name": ')
+    for end in range(start, len(written.rstrip())):
+        assert is_malformed(found.read(written[:end])), written[:end]
+    for broken in (written.replace("0.5", "NaN"), written.replace('"on"', '"room"'), written + " and more"):
+        assert is_malformed(found.read(broken))
+
+
+def test_all_answers_of_a_conversation_are_learned_with_the_prompts_they_will_be_asked_with(tokenizer):
+    places = [1, 3, 5]
+    examples = encode_conversation(tokenizer, WHOLE, [LAMP], places)
+    alone = [encode_example(tokenizer, WHOLE[: place + 1], [LAMP]) for place in places]
+    joined, each = ([text for one in some for text in learned(tokenizer, one)] for some in (examples, alone))
+    assert joined == each
+    for example in examples:
+        for start, end in example.learned:
+            one = next(o for o in alone if o.input_ids == example.input_ids[:end])
+            assert one.prompt_length == start
+    assert sum(example.learned_count for example in examples) == sum(one.learned_count for one in alone)
+
+
+def test_one_sequence_is_enough_where_the_template_only_appends():
+    for name in ("qwen-2.5", "llama-3.1"):
+        made = make_family_tokenizer(WITH_TOOLS[name])
+        assert len(encode_conversation(made, WHOLE, [LAMP], [1, 3, 5])) == 1
+    # Qwen3 drops the think block of earlier turns.
+    assert len(encode_conversation(make_family_tokenizer(WITH_TOOLS["qwen-3"]), WHOLE, [LAMP], [1, 3, 5])) > 1
+
+
+def test_control_tokens_in_arguments_results_tools_and_names_are_text(tokenizer):
+    marks = "".join(token.content for token in tokenizer.added_tokens_decoder.values())
+    tool = Tool(LAMP.text.replace('"d"', f'"{marks}"'))
+    call = ToolCall("lamp", f'{{"room":"{marks}"}}')
+    talk = [USER, Message("assistant", "", (call,)), Message("tool", marks), Message("assistant", marks)]
+    harmless = [USER, Message("assistant", "", (SECOND,)), Message("tool", "a"), Message("assistant", "b")]
+    control = set(tokenizer.added_tokens_decoder)
+
+    def count(messages, tools):
+        return sum(token in control for token in encode_example(tokenizer, messages, tools).input_ids)
+
+    assert count(talk, [tool]) == count(harmless, [LAMP])
+    assert marks in tokenizer.decode(encode_prompt(tokenizer, talk[:-1], [tool]))
+
+
+def test_results_follow_the_order_of_their_calls(tokenizer):
+    if not read_call_format(tokenizer).separator:
+        return
+    both = Message("assistant", "", (CALL, SECOND))
+    results = [Message("tool", "first", tool_call_id="x1"), Message("tool", "second", tool_call_id="x2")]
+    prompts = [encode_prompt(tokenizer, [USER, both, *order], [LAMP]) for order in (results, results[::-1])]
+    assert prompts[0] == prompts[1]
+
+
+def test_a_model_that_thinks_learns_its_thoughts_and_is_judged_without_them():
+    made = make_family_tokenizer(WITH_TOOLS["qwen-3"])
+    thought = Message("assistant", "It is on.", reasoning="They want light.")
+    plain = encode_example(made, [USER, thought])
+    assert learned(made, plain) == ["It is on.<|im_end|>"]
+    made.chat_template = adapt_template(made, {"enable_thinking": True}, False, "auto")
+    example = encode_example(made, [USER, thought])
+    (text,) = learned(made, example)
+    assert text == "<think>\nThey want light.\n</think>\n\nIt is on.<|im_end|>"
+    assert cut_reasoning(made, text.removesuffix("<|im_end|>")) == "It is on."
+    assert not example.is_changed
+
+
+def test_arguments_of_a_template_are_part_of_it():
+    made = make_family_tokenizer(WITH_TOOLS["qwen-3"])
+    made.chat_template = adapt_template(made, {"enable_thinking": False}, False, "auto")
+    assert made.decode(encode_prompt(made, [USER])).endswith("<think>\n\n</think>\n\n")
+    with pytest.raises(InputError, match="does not read enable_thinkin "):
+        adapt_template(made, {"enable_thinkin ": True}, False, "auto")
