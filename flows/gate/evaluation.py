@@ -36,6 +36,7 @@ from stages.common.artifacts import (
     reports,
     write_json,
 )
+from stages.common.chat.conversations import list_prompts
 from stages.common.errors import InputError
 from stages.common.params.loading import Params
 from stages.common.params.loop import GateSettings
@@ -180,9 +181,9 @@ def read_new_test(
     Args:
         max_tokens: of an answer: as many as users get.
     """
-    trained = {normalise_text(row.question) for row in _training_rows(root)}
+    trained = _list_trained(_training_rows(root))
     rows, excluded = _select_usable(read_labelled(production / HELD_OUT), task)
-    kept = [row for row in rows if normalise_text(row.question) not in trained]
+    kept = [row for row in rows if _asked(row) not in trained]
     _count(excluded, "the candidate was trained on the question", len(rows) - len(kept))
     return _sample(kept, settings, max_tokens, excluded)
 
@@ -194,11 +195,20 @@ def read_old_test(root: Path, production: Path, champion: str, task: Task, setti
         logger.warning("the test rows of %s were not kept: those of the candidate are used", champion)
         kept_rows = root / artifacts("split") / "test.parquet"
     training = _training_rows(root)
-    groups, questions = {row.group for row in training}, {normalise_text(row.question) for row in training}
+    groups, questions = {row.group for row in training}, _list_trained(training)
     rows, excluded = _select_usable(read_rows(kept_rows), task)
-    kept = [row for row in rows if row.group not in groups and normalise_text(row.question) not in questions]
+    kept = [row for row in rows if row.group not in groups and _asked(row) not in questions]
     _count(excluded, "the candidate was trained on the group or question", len(rows) - len(kept))
     return _sample(kept, settings, _read_answer_limit(root), excluded)
+
+
+def _asked(row: Row) -> str:
+    """Return what a row asks, with the questions before it: "and the bedroom too" alone is no question."""
+    return normalise_text(list_prompts(row)[-1])
+
+
+def _list_trained(training: Sequence[Row]) -> set[str]:
+    return {normalise_text(prompt) for row in training for prompt in list_prompts(row)}
 
 
 def _read_server_side(trainer: parity.TrainerSide, answers: Mapping[str, Any], tag: str) -> parity.ServerSide:

@@ -73,7 +73,7 @@ def main() -> None:
     tokenizer = load_tokenizer(options.base)
     rows = read_rows(options.rows)
     some = rows[:: max(1, len(rows) // options.prompts)][: options.prompts]
-    prompts = [encode_prompt(tokenizer, row.prompt) for row in some]
+    prompts = [encode_prompt(tokenizer, row.prompt, row.tools) for row in some]
     change = compare(options.base, options.trained, options.reloaded, prompts)
     sys.stdout.write(f"equal logits for {len(prompts)} prompts, up to {change:.3g} from the base model's\n")
 

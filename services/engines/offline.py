@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from stages.common.chat.calls import read_answer
 from stages.common.chat.fitting import limit_answer
 from stages.common.chat.template import end_of_turn_ids
 from stages.common.errors import InputError
@@ -164,12 +165,12 @@ def _ask_paged(
     )
     answers = [
         Answer(
-            tokenizer.decode(one.token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+            read_answer(tokenizer, one.token_ids, question.has_tools),
             len(one.token_ids),
             one.ended,
             one.reference_nll,
         )
-        for one in found
+        for one, question in zip(found, questions, strict=True)
     ]
     return ModelAnswers(answers, "paged", paged.dtype, seconds, latencies)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 ROLES = ("system", "user", "assistant", "tool")
+LearnedTurns = Literal["all", "last", "weight"]
 CALLS_KEY = "tool_calls"
 MALFORMED_KEY = "malformed_call"
 

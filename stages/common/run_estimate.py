@@ -19,6 +19,7 @@ from typing import Any
 
 from stages.common.artifacts import artifacts
 from stages.common.errors import InputError
+from stages.common.messages import LearnedTurns
 
 # Of the speed of plain matrix products, what a whole step reaches. Measured with the default base model in
 # batches of 4 (of 16: 0.76 and 0.62); its rows share a third of their tokens, which are counted with every
@@ -136,7 +137,9 @@ def estimate_run(work: Work, size: ModelSize, dtype: str, speed: float, paged: b
     )
 
 
-def read_work(split: Path, base: Path, epochs: int, max_test_rows: int | None) -> Work:
+def read_work(
+    split: Path, base: Path, epochs: int, max_test_rows: int | None, learned_turns: LearnedTurns
+) -> Work:
     """Return what a run computes on, from the rows that `split` wrote.
 
     Raises:
@@ -147,16 +150,17 @@ def read_work(split: Path, base: Path, epochs: int, max_test_rows: int | None) -
     from stages.common.records import read_rows
 
     tokenizer = load_tokenizer(base)
-    train = [example for _, example in encode_fitting(tokenizer, read_rows(split / "train.parquet"))[0]]
+    rows = read_rows(split / "train.parquet")
+    train = [example for _, example in encode_fitting(tokenizer, rows, learned_turns=learned_turns)[0]]
     test = [example for _, example in encode_fitting(tokenizer, read_rows(split / "test.parquet"))[0]]
     asked = min(len(test), max_test_rows or len(test))
     return Work(
         train_rows=len(train),
         train_tokens=epochs * sum(len(e.input_ids) for e in train),
-        train_answer_tokens=epochs * sum(len(e.input_ids) - e.prompt_length for e in train),
+        train_answer_tokens=epochs * sum(e.learned_count for e in train),
         test_rows=asked,
         test_tokens=round(sum(len(e.input_ids) for e in test) * asked / max(1, len(test))),
-        longest_answer=max((len(e.input_ids) - e.prompt_length for e in test), default=0),
+        longest_answer=max((e.learned_count for e in test), default=0),
     )
 
 
@@ -188,7 +192,7 @@ def main() -> None:
     try:
         params: Any = load_params()
         base, most = artifacts("fetch_base"), choose_max_test_rows(params.ask_base.max_rows)
-        work = read_work(artifacts("split"), base, params.finetune.epochs, most)
+        work = read_work(artifacts("split"), base, params.finetune.epochs, most, params.task.turns)
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_code)

@@ -141,7 +141,7 @@ def read_probabilities(
 
 
 def _encode(tokenizer: Any, row: Row, answer: str) -> list[int]:
-    example = encode_example(tokenizer, [*row.prompt, Message("assistant", answer)])
+    example = encode_example(tokenizer, [*row.prompt, Message("assistant", answer)], row.tools)
     return example.input_ids[example.prompt_length :]
 
 

@@ -31,7 +31,7 @@ from stages.common.artifacts import (
     write_text,
 )
 from stages.common.chat.fitting import encode_fitting
-from stages.common.chat.template import end_of_turn_ids
+from stages.common.chat.template import end_of_turn_ids, render_whole
 from stages.common.errors import InputError
 from stages.common.gguf.model import check_tensors, find_architecture, write_gguf
 from stages.common.gguf.vocabulary import count_equal, read_gguf_vocabulary, read_vocabulary
@@ -144,7 +144,7 @@ def export_gguf(
         raise InputError(
             f"{path} contains another vocabulary than the one written", "run again: dvc repro export"
         )
-    texts = [render_conversation(tokenizer, row) for row in rows]
+    texts = [render_whole(tokenizer, row.messages, row.tools) for row in rows]
     equal = count_equal(found, tokenizer, texts, path)
     if equal < len(texts):
         logger.warning(
@@ -166,12 +166,6 @@ def export_gguf(
     }
     size_mib = path.stat().st_size / 2**20
     return evidence, {"gguf_mib_per_s": round(size_mib / written_s, 1), "gguf_write_s": round(written_s, 2)}
-
-
-def render_conversation(tokenizer: Any, row: Row) -> str:
-    """Return a row as the chat template writes it, answer included."""
-    conversation = [{"role": m.role, "content": m.content} for m in row.messages]
-    return str(tokenizer.apply_chat_template(conversation, tokenize=False))
 
 
 def write_modelfile(folder: Path, system_prompt: str | None) -> bool:

@@ -63,7 +63,8 @@ def find_initial_adapter(folder: str | None) -> InitialAdapter | None:
 
 def main() -> None:
     """Train on what `split` wrote, with the settings of `finetune` in `params.yaml`."""
-    params = load_params().finetune
+    everything = load_params()
+    params, turns = everything.finetune, everything.task.turns
     recipe = Recipe(**params.model_dump(include=set(Recipe.__dataclass_fields__)))
     base = artifacts("fetch_base")
     rows = read_training_rows()
@@ -71,9 +72,12 @@ def main() -> None:
     trained_ids = initial.read_trained_ids() if initial else frozenset()
     selected = select_rows(rows, initial, trained_ids, params.replay_share, params.seed)
     tokenizer = load_tokenizer(base)
-    examples, misfits = encode_rows(tokenizer, selected, params.max_length, params.on_long_row)
+    examples, misfits = encode_rows(tokenizer, selected, params.max_length, params.on_long_row, turns)
     validated, not_validated = encode_fitting(
-        tokenizer, read_rows(artifacts("split") / "validation.parquet"), params.max_length
+        tokenizer,
+        read_rows(artifacts("split") / "validation.parquet"),
+        params.max_length,
+        learned_turns=turns,
     )
     validation = spool((example for _, example in validated), count_token_bytes)
     for rows_of, left_out in (("training", misfits), ("validation", not_validated)):
@@ -121,7 +125,7 @@ def main() -> None:
             "validation_rows": len(validation),
             "rejected_validation_rows": len(not_validated),
             "train_tokens": recipe.epochs * sum(len(e.input_ids) for e in examples),
-            "answer_tokens": recipe.epochs * sum(len(e.input_ids) - e.prompt_length for e in examples),
+            "answer_tokens": recipe.epochs * sum(e.learned_count for e in examples),
             **result.to_metrics(),
         },
     )

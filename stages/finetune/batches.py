@@ -19,6 +19,7 @@ from stages.common.chat.fitting import (
 from stages.common.chat.template import Encoded
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, show_progress
+from stages.common.messages import LearnedTurns
 from stages.common.model.adapter import InitialAdapter
 from stages.common.records import Row
 from stages.common.spool import pick, spool
@@ -68,7 +69,7 @@ def select_rows(
 
 
 def encode_rows(
-    tokenizer: Any, rows: Sequence[Row], max_length: int, on_long_row: str
+    tokenizer: Any, rows: Sequence[Row], max_length: int, on_long_row: str, learned_turns: LearnedTurns
 ) -> tuple[Sequence[Encoded], Sequence[Misfit]]:
     """Return the rows as token ids, and those left out: longer than `max_length`, or refused by the template.
 
@@ -76,7 +77,11 @@ def encode_rows(
         InputError: a row is too long and `on_long_row` is `stop`, or no row is left.
     """
     fitting, misfits = encode_fitting(
-        tokenizer, rows, max_length, lambda done: show_progress(logger, done, len(rows), "rows encoded")
+        tokenizer,
+        rows,
+        max_length,
+        lambda done: show_progress(logger, done, len(rows), "rows encoded"),
+        learned_turns,
     )
     long = select_misfits(misfits, LONG)
     if long and on_long_row == "stop":

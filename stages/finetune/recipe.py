@@ -61,10 +61,11 @@ def compute_fingerprint(
 
 
 def _hash_examples(examples: Sequence[Encoded]) -> str:
-    """Return the hash of a JSON list of prompt lengths and token ids, which is never all in memory."""
+    """Return the hash of a JSON list of what is learned and token ids, which is never all in memory."""
     digest = hashlib.sha256(b"[")
     for number, example in enumerate(examples):
         comma = ", " if number else ""
-        digest.update((comma + json.dumps([example.prompt_length, example.input_ids])).encode())
+        parts = [example.prompt_length, example.input_ids, *example.given]
+        digest.update((comma + json.dumps(parts)).encode())
     digest.update(b"]")
     return digest.hexdigest()

@@ -87,11 +87,10 @@ def lay_out(examples: Sequence[Encoded], pad_id: int, share_prefix: bool = True)
         padding = width - len(rest)
         ids += rest + [pad_id] * padding
         mask += [1] * len(rest) + [0] * padding
-        # The output at one token predicts the next.
-        first = row * width + example.prompt_length - 1
-        answer = example.input_ids[example.prompt_length :]
-        positions += range(first, first + len(answer))
-        targets += answer
+        for start, end in example.learned:
+            # The output at one token predicts the next.
+            positions += range(row * width + start - 1, row * width + end - 1)
+            targets += example.input_ids[start:end]
     places = torch.arange(prefix + width)
     row_places = torch.cat([places[:prefix], places[prefix:].repeat(len(examples))])
     shape = (1, -1) if share_prefix else (len(examples), width)

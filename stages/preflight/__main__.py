@@ -92,7 +92,11 @@ def encode_sides(
     misfits: Rejects = {}
     for side in ("train", "validation"):
         fitting[side], misfits[side] = encode_fitting(
-            tokenizer, sides[side], params.finetune.max_length, follow(side, len(sides[side]))
+            tokenizer,
+            sides[side],
+            params.finetune.max_length,
+            follow(side, len(sides[side])),
+            params.task.turns,
         )
     fitting["test"], misfits["test"] = select_askable(
         tokenizer,
@@ -237,9 +241,8 @@ def describe_text(tokenizer: Any, fitting: FittingSides) -> dict[str, Any]:
 
 def describe_side(fitting: Fitting, misfits: Sequence[Misfit]) -> dict[str, Any]:
     """Return the rows of a side: how many are left, why others are not, and how long they are."""
-    sizes = [(len(example.input_ids), example.prompt_length) for _, example in fitting]
-    lengths = [tokens for tokens, _ in sizes]
-    learned = [tokens - prompt for tokens, prompt in sizes]
+    sizes = [(len(e.input_ids), e.learned_count, max(b - a for a, b in e.learned)) for _, e in fitting]
+    lengths, learned, longest = zip(*sizes, strict=True) if sizes else ((), (), ())
     return {
         "rows_in": len(fitting) + len(misfits),
         "rows": len(fitting),
@@ -247,7 +250,7 @@ def describe_side(fitting: Fitting, misfits: Sequence[Misfit]) -> dict[str, Any]
         "tokens": sum(lengths),
         "learned_tokens": sum(learned),
         "longest": max(lengths, default=0),
-        "longest_answer": max(learned, default=0),
+        "longest_answer": max(longest, default=0),
     }
 
 
@@ -283,7 +286,7 @@ def main() -> None:
     fitting, misfits = encode_sides(params, count_context_tokens(config), tokenizer, sides)
     problems += find_row_problems(params, read_task(), size, fitting, misfits)
     limit = params.ask_base.max_new_tokens
-    over_limit = [row.id for row, e in fitting["test"] if len(e.input_ids) - e.prompt_length > limit]
+    over_limit = [row.id for row, e in fitting["test"] if e.learned_count > limit]
     frame = read_answer_frame(tokenizer)
     evidence = {
         "success": not problems,

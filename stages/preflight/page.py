@@ -28,7 +28,7 @@ pre {{ background: var(--sunken); color: var(--soft); }}
 .learned.control {{ border-color: var(--accent-strong); font-weight: bold; }}
 </style>
 <h1>What is learned</h1>
-<p>Each row as the model reads it. <span class="learned">Green</span> is learned: the answer and the end of
+<p>Each row as the model reads it. <span class="learned">Green</span> is learned: each answer and the end of
 its turn. <span class="control">Framed</span> are control tokens: only the chat template writes them. The same
 letters in a text of yours have no frame.</p>
 """
@@ -37,8 +37,9 @@ letters in a text of yours have no frame.</p>
 def find_spans(tokenizer: Any, example: Encoded) -> Iterator[tuple[str, bool, bool]]:
     """Yield the pieces of a row, each with whether it is learned and whether it is a control token."""
     control = set(read_control_tokens(tokenizer).ids.values())
+    learned_places = {place for start, end in example.learned for place in range(start, end)}
     marked = [
-        (token, place >= example.prompt_length, token in control, place if token in control else -1)
+        (token, place in learned_places, token in control, place if token in control else -1)
         for place, token in enumerate(example.input_ids)
     ]
     for (learned, is_control, _), tokens in groupby(marked, key=lambda m: (m[1], m[2], m[3])):
@@ -51,10 +52,9 @@ def render_page(tokenizer: Any, rows: Sequence[tuple[Row, Encoded]]) -> str:
     """Return the page of these rows as HTML."""
     parts = [HEAD]
     for row, example in rows:
-        learned = len(example.input_ids) - example.prompt_length
         parts.append(
             f"<h2>Row {escape(row.id)}</h2>\n<p>{escape(row.source)}: {len(example.input_ids)} tokens, "
-            f"{learned} of them learned.</p>\n<pre>"
+            f"{example.learned_count} of them learned.</p>\n<pre>"
         )
         for text, is_learned, is_control in find_spans(tokenizer, example):
             classes = " ".join(["learned"] * is_learned + ["control"] * is_control)

@@ -7,8 +7,9 @@ held-out row.
 Run: `python -m stages.split`
 
 A group is rows that belong together (the sentences of one template); a row without a group is its own group.
-Feedback from production is used only for training: validation and test rows are the same without it, so that
-models are compared on the same questions.
+A row is a conversation. On the test side each answer that is judged is a row of its own, with the turns
+before it. Feedback from production is used only for training: validation and test rows are the same without
+it, so that models are compared on the same questions.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from typing import Any
 
 from stages.common.artifacts import artifacts, reports, write_json
 from stages.common.chat.conversations import find_shared_exchanges
+from stages.common.chat.turns import unroll
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage
 from stages.common.params.loading import load_params
-from stages.common.records import leave_out_feedback, read_rows, write_rows
+from stages.common.records import count_chars, leave_out_feedback, read_rows, write_rows
 from stages.common.similarity.compared_text import find_shared_parts
-from stages.common.spool import pick
+from stages.common.spool import pick, spool
 from stages.common.statistics.row_counts import describe_counts, read_rejected_counts
 from stages.common.statistics.sizes import choose_min_test_rows, choose_min_train_rows
 from stages.common.task.kinds import read_task
@@ -163,7 +165,9 @@ def main() -> None:
         **count_sides(sides, labels, stratify_by),
         "proof": prove_split(sides, params.near_duplicate_threshold, shared, links),
     }
-    for side, chosen in sides.items():
+    test = spool(unroll(sides.test, everything.task.turns), count_chars)
+    report["test_answers"] = len(test)
+    for side, chosen in (("train", sides.train), ("validation", sides.validation), ("test", test)):
         write_rows(artifacts("split") / f"{side}.parquet", chosen)
     write_json(reports("split") / "metrics.json", report)
     logger.info(

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from stages.common.chat.template import render_answer
+from stages.common.chat.control_tokens import read_control_tokens
+from stages.common.chat.template import cut_reasoning, read_answer_frame, render_answer
 from stages.common.errors import InputError
 from stages.common.messages import (
     Message,
@@ -128,6 +129,24 @@ def read_call_format(tokenizer: Any) -> CallFormat:
     if tokenizer not in _formats or _formats[tokenizer][0] != template:
         _formats[tokenizer] = (template, _read_call_format(tokenizer))
     return _formats[tokenizer][1]
+
+
+def read_answer(tokenizer: Any, ids: Sequence[int], has_tools: bool) -> str:
+    """Return what a model wrote, without its thoughts, as the text that is judged (`Message.answer`).
+
+    Args:
+        ids: what it wrote, without its end of turn.
+        has_tools: whether it may call tools; if not, all that it wrote is text.
+    """
+    thought_end = read_answer_frame(tokenizer).thought_end or ""
+    found = read_call_format(tokenizer) if has_tools else None
+    marks = thought_end + (found.opener + found.separator + found.closer if found else "")
+    # Control tokens are no part of an answer, but for those by which calls and thoughts are known.
+    names = {number: text for text, number in read_control_tokens(tokenizer).ids.items()}
+    kept = [token for token in ids if token not in names or names[token] in marks]
+    text = tokenizer.decode(kept, skip_special_tokens=not marks, clean_up_tokenization_spaces=False)
+    text = cut_reasoning(tokenizer, text)
+    return found.read(text) if found else text
 
 
 def find_template_gap(tokenizer: Any) -> str | None:

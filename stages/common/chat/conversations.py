@@ -20,6 +20,18 @@ MAX_NEIGHBOURS = (
 Exchange = tuple[int, int]  # the hashes of both texts: texts may be long
 
 
+def list_prompts(row: Row) -> list[str]:
+    """Return what was asked before each answer: the user's turns up to there."""
+    asked: list[str] = []
+    prompts = []
+    for message in row.messages:
+        if message.role == "user":
+            asked.append(message.content)
+        elif message.role == "assistant" and asked:
+            prompts.append("\n".join(asked))
+    return prompts
+
+
 def list_exchanges(row: Row) -> list[Exchange]:
     """Return each user's turn with the answer to it, as they are compared."""
     return [exchange for exchange, _, _ in _follow_exchanges(row)]

@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stages.common.chat.template import Encoded, TemplateRefusal, encode_example
+from stages.common.chat.template import Encoded, TemplateRefusal, encode_conversation
+from stages.common.chat.turns import list_learned
+from stages.common.messages import LearnedTurns
 from stages.common.records import Row, count_chars
 from stages.common.spool import Spool, spool
 
@@ -41,8 +43,11 @@ def encode_fitting(
     rows: Iterable[Row],
     max_tokens: int | None = None,
     on_progress: Callable[[int], None] = lambda done: None,
+    learned_turns: LearnedTurns = "last",
 ) -> tuple[Fitting, Sequence[Misfit]]:
     """Return the rows that fit with their token ids, and the misfits.
+
+    A conversation comes as often as the chat template makes several sequences of it (`encode_conversation`).
 
     Args:
         max_tokens: the most that prompt and answer may have together; None for any number.
@@ -56,14 +61,16 @@ def encode_fitting(
         if number % ROWS_A_STEP == 0:
             on_progress(number)
         try:
-            example = encode_example(tokenizer, row.messages)
+            learned = list_learned(row.messages, learned_turns)
+            examples = encode_conversation(tokenizer, row.messages, row.tools, learned)
         except TemplateRefusal as error:
             misfits.append(Misfit(row, REFUSED, error.what))
             continue
-        tokens = len(example.input_ids)
+        tokens = max(len(example.input_ids) for example in examples)
         if max_tokens is not None and tokens > max_tokens:
             misfits.append(Misfit(row, LONG, f"{tokens} tokens, at most {max_tokens} fit"))
-        else:
+            continue
+        for example in examples:
             fitting.append((row, example))
     return fitting, misfits
 
@@ -94,7 +101,7 @@ def select_askable(
         max_new_tokens: the length at which answers are cut, if a reference is that long.
     """
     fitting, long = encode_fitting(tokenizer, rows, context_tokens, on_progress)
-    longest = max((len(example.input_ids) - example.prompt_length for _, example in fitting), default=0)
+    longest = max((example.learned_count for _, example in fitting), default=0)
     room = limit_answer(longest, max_new_tokens)
     askable, misfits = Spool(_count_pair), Spool(_count_misfit)
     for misfit in long:

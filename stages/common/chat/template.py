@@ -156,6 +156,16 @@ def render_answer(tokenizer: Any, messages: Sequence[Message], tools: Sequence[T
     return prompt, answer
 
 
+def render_whole(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Tool]) -> str:
+    """Return a conversation as the template writes it, the control tokens in its texts shown.
+
+    Raises:
+        InputError: the template refuses the conversation.
+    """
+    text = _render(tokenizer, messages, tools, add_generation_prompt=False)
+    return read_control_tokens(tokenizer).show(text)
+
+
 def cut_reasoning(tokenizer: Any, text: str) -> str:
     """Return what a model wrote behind its thoughts; the whole text where it does not think."""
     end = read_answer_frame(tokenizer).thought_end
@@ -191,7 +201,10 @@ def write_served_template(tokenizer: Any) -> str:
     if not before:
         return template
     literal = before.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
-    return f"{template}{{%- if add_generation_prompt %}}{{{{- '{literal}' }}}}{{%- endif %}}"
+    when = (
+        "add_generation_prompt and not (tools or has_tools)" if before.isspace() else "add_generation_prompt"
+    )
+    return f"{template}{{%- if {when} %}}{{{{- '{literal}' }}}}{{%- endif %}}"
 
 
 def writes_date(tokenizer: Any) -> bool:

@@ -62,6 +62,7 @@ _PREAMBLE = """\
 {%- set own.turns = own.turns + [{'role': 'user', 'content': own.results}] -%}
 {%- endif -%}
 {%- set messages = own.turns -%}
+{%- set has_tools = true if tools else false -%}
 {%- set tools = none -%}
 """
 

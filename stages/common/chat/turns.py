@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Literal
 
-from stages.common.messages import Message
+from stages.common.messages import LearnedTurns, Message
 from stages.common.records import Row, make_row
 
-LearnedTurns = Literal["all", "last", "weight"]
 TURN = "turn"  # the tag of an unrolled row: which question of its conversation it answers, from 1
 
 

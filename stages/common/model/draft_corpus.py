@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from stages.common.artifacts import atomic_write
-from stages.common.chat.template import encode_prompt, encode_text
+from stages.common.chat.template import encode_example, read_answer_frame
 from stages.common.records import Row
 
 Example = tuple[list[int], list[int]]
@@ -22,13 +22,16 @@ def encode_corpus(tokenizer: Any, rows: Sequence[Row], limit: int) -> list[Examp
     """Return the token ids of prompts and answers; of more than `limit` rows, every nth."""
     step = max(1, -(-len(rows) // limit)) if limit else len(rows) + 1
     chosen = rows[::step] if limit else []
-    return [
-        (
-            encode_prompt(tokenizer, row.prompt)[-PROMPT_TOKENS:],
-            encode_text(tokenizer, row.answer),
-        )
-        for row in chosen
-    ]
+    return [_encode(tokenizer, row) for row in chosen]
+
+
+def _encode(tokenizer: Any, row: Row) -> Example:
+    """Return the last answer of a row as the model writes it, without its end of turn."""
+    example = encode_example(tokenizer, row.messages, row.tools)
+    answer = example.input_ids[example.prompt_length :]
+    end = read_answer_frame(tokenizer).end_id
+    length = len(answer) - answer[::-1].index(end) - 1
+    return example.input_ids[: example.prompt_length][-PROMPT_TOKENS:], answer[:length]
 
 
 def write_corpus(path: Path, examples: Sequence[Example]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.common.artifacts import atomic_write
+from stages.common.chat.calls import read_answer
 from stages.common.chat.template import encode_example, encode_prompt, end_of_turn_ids
 from stages.common.errors import InputError
 from stages.common.records import Row
@@ -27,10 +28,11 @@ LOSS_TOKENS_AT_ONCE = 512
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One row as token ids."""
+    """One row as token ids; with tools, its answer may be calls of them."""
 
     prompt: list[int]
     reference: list[int]
+    has_tools: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +55,9 @@ def encode_questions(tokenizer: Any, rows: Sequence[Row]) -> list[Question]:
     """Return prompt and reference of each row; the reference ends with the end of turn."""
     questions = []
     for row in rows:
-        example = encode_example(tokenizer, row.messages)
-        prompt = encode_prompt(tokenizer, row.prompt)
-        questions.append(Question(prompt, example.input_ids[len(prompt) :]))
+        example = encode_example(tokenizer, row.messages, row.tools)
+        prompt = encode_prompt(tokenizer, row.prompt, row.tools)
+        questions.append(Question(prompt, example.input_ids[len(prompt) :], bool(row.tools)))
     return questions
 
 
@@ -101,7 +103,7 @@ def answer_questions(
         for i, loss, ids in zip(batch, losses, written, strict=True):
             complete = bool(ids) and ids[-1] in ends
             ids = ids[:-1] if complete else ids
-            text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            text = read_answer(tokenizer, ids, questions[i].has_tools)
             answers[i] = Answer(text, len(ids), complete, loss)
         on_progress(len(answers))
     return [answers[i] for i in range(len(questions))]

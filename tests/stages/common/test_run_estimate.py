@@ -62,12 +62,12 @@ def test_work_is_counted_from_the_rows_of_the_split(tmp_path):
     rows = [make_row([Message("user", f"q{i}"), Message("assistant", "yes")], "toy", "mit") for i in range(9)]
     write_rows(tmp_path / "train.parquet", rows)
     write_rows(tmp_path / "test.parquet", rows[:4])
-    once = read_work(tmp_path, tmp_path / "base", epochs=1, max_test_rows=2)
+    once = read_work(tmp_path, tmp_path / "base", 1, 2, "last")
     assert (once.train_rows, once.test_rows) == (9, 2)
     assert once.train_answer_tokens == 9 * 4  # three letters and the end of the turn
     assert once.longest_answer == 4
     assert once.test_tokens == round(once.train_tokens / 9 * 2)
-    assert read_work(tmp_path, tmp_path / "base", 3, None).train_tokens == 3 * once.train_tokens
+    assert read_work(tmp_path, tmp_path / "base", 3, None, "last").train_tokens == 3 * once.train_tokens
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(4, "0.5 min"), (95, "1.5 min"), (600, "10 min")])
