@@ -84,6 +84,19 @@ def encode_example(tokenizer: Any, messages: Sequence[Message]) -> Encoded:
     Raises:
         InputError: the template refuses the conversation, or is none that a model can be taught with.
     """
+    prompt_text, answer_text = render_example(tokenizer, messages)
+    prompt = _tokens(tokenizer, prompt_text)
+    answer = _tokens(tokenizer, answer_text + read_answer_frame(tokenizer).end)
+    hidden = read_control_tokens(tokenizer).hide(messages[-1].content)
+    return Encoded(prompt + answer, len(prompt), answer_text != hidden)
+
+
+def render_example(tokenizer: Any, messages: Sequence[Message]) -> tuple[str, str]:
+    """Return the prompt and the answer as the template writes them, with their control tokens hidden.
+
+    Raises:
+        InputError: the template refuses the conversation, or is none that a model can be taught with.
+    """
     frame = read_answer_frame(tokenizer)
     prompt_text = _render_prompt(tokenizer, messages[:-1])
     answer_text = _cut_answer(prompt_text, _render(tokenizer, messages, add_generation_prompt=False), frame)
@@ -94,10 +107,7 @@ def encode_example(tokenizer: Any, messages: Sequence[Message]) -> Encoded:
         answer_text = _cut_answer(simple, whole, frame)
     if answer_text is None:
         raise _rewrites()
-    prompt = _tokens(tokenizer, prompt_text)
-    answer = _tokens(tokenizer, answer_text + frame.end)
-    hidden = read_control_tokens(tokenizer).hide(messages[-1].content)
-    return Encoded(prompt + answer, len(prompt), answer_text != hidden)
+    return prompt_text, answer_text
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
