@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from operator import itemgetter
 
 from services.engines.offline import (
     ModelFolders,
@@ -26,14 +27,14 @@ from stages.common.logs import get_logger, run_stage, show_progress
 from stages.common.model.generation import encode_questions, write_answers
 from stages.common.model.loading import count_context_tokens, load_tokenizer, read_config
 from stages.common.params.loading import load_params
-from stages.common.records import Row, count_chars, read_rows
-from stages.common.spool import spool
+from stages.common.records import Row, read_rows
+from stages.common.spool import pick, view
 from stages.common.statistics.sizes import choose_max_test_rows, choose_min_test_rows
 
 log = get_logger("ask_base")
 
 
-def choose_rows(rows: Sequence[Row], max_rows: int | None, min_rows: int, seed: int) -> list[Row]:
+def choose_rows(rows: Sequence[Row], max_rows: int | None, min_rows: int, seed: int) -> Sequence[Row]:
     """Return the rows to ask, in their order, at most `max_rows` of them; None asks all.
 
     Raises:
@@ -46,14 +47,14 @@ def choose_rows(rows: Sequence[Row], max_rows: int | None, min_rows: int, seed: 
             "or set ask_base.min_test_rows to a lower number",
         )
     if max_rows is not None and len(rows) > max_rows:
-        rows = [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), max_rows))]
+        rows = pick(rows, sorted(random.Random(seed).sample(range(len(rows)), max_rows)))
     if len({row.group for row in rows}) < 2:
         raise InputError(
             f"all {len(rows)} test rows are of one group ({rows[0].group})",
             "an interval needs several: give rows their own groups (group_column of the source), "
             "or raise split.test_fraction",
         )
-    return list(rows)
+    return rows
 
 
 def main() -> None:
@@ -74,8 +75,7 @@ def main() -> None:
         log.warning("%d test rows left out: %s", len(misfits), count_reasons(misfits))
         log.warning("left out:\n%s", describe_misfits(misfits, 3))
     max_rows, min_rows = choose_max_test_rows(settings.max_rows), choose_min_test_rows(settings.min_test_rows)
-    askable_rows = spool((row for row, _ in askable), count_chars)
-    rows = choose_rows(askable_rows, max_rows, min_rows, settings.seed)
+    rows = choose_rows(view(askable, itemgetter(0)), max_rows, min_rows, settings.seed)
     questions = encode_questions(tokenizer, rows)
     limit = answer_limit(questions, settings.max_new_tokens)
     over_limit = sum(len(question.reference) > limit for question in questions)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from stages.common.model.generation import (
     measure_latencies,
 )
 from stages.common.model.loading import load_base, load_tuned, pick_device, pick_dtype, read_position_limit
+from stages.common.spool import view
 
 logger = logging.getLogger(__name__)
 
@@ -154,8 +156,8 @@ def _ask_paged(
         ) from None
     check_fit(questions, max_new_tokens, paged.shape.context)
     ends = end_of_turn_ids(tokenizer)
-    prompts = [question.prompt for question in questions]
-    references = [question.reference for question in questions]
+    prompts = view(questions, attrgetter("prompt"))
+    references = view(questions, attrgetter("reference"))
     start = time.perf_counter()
     found = answer_offline(paged, prompts, references, ends, max_new_tokens, on_progress)
     seconds = time.perf_counter() - start

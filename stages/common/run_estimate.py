@@ -4,7 +4,7 @@ The work follows from the tokens and the size of the base model; the speed, from
 products that a training step consists of. Off by up to a third: the probe is short, and machines are shared.
 The first updates of a training correct the estimate.
 
-`python -m stages.common.run_estimate [STAGE ...]` prints it for the rows in `artifacts/split`.
+`python -m stages.common.run_estimate [STAGE ...]` prints it for the rows that `preflight` has counted.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.common.artifacts import artifacts
+from stages.common.artifacts import artifacts, read_json, reports
 from stages.common.errors import InputError
-from stages.common.messages import LearnedTurns
 
 # Of the speed of plain matrix products, what a whole step reaches. Measured with the default base model in
 # batches of 4 (of 16: 0.76 and 0.62); its rows share a third of their tokens, which are counted with every
@@ -137,30 +136,21 @@ def estimate_run(work: Work, size: ModelSize, dtype: str, speed: float, paged: b
     )
 
 
-def read_work(
-    split: Path, base: Path, epochs: int, max_test_rows: int | None, learned_turns: LearnedTurns
-) -> Work:
-    """Return what a run computes on, from the rows that `split` wrote.
+def read_work(sides: Mapping[str, Mapping[str, Any]], epochs: int, max_test_rows: int | None) -> Work:
+    """Return what a run computes on.
 
-    Raises:
-        InputError: rows or tokenizer are not there.
+    Args:
+        sides: what `preflight` counted in each side of the split.
     """
-    from stages.common.chat.fitting import encode_fitting
-    from stages.common.model.loading import load_tokenizer
-    from stages.common.records import read_rows
-
-    tokenizer = load_tokenizer(base)
-    rows = read_rows(split / "train.parquet")
-    train = [example for _, example in encode_fitting(tokenizer, rows, learned_turns=learned_turns)[0]]
-    test = [example for _, example in encode_fitting(tokenizer, read_rows(split / "test.parquet"))[0]]
-    asked = min(len(test), max_test_rows or len(test))
+    train, test = sides["train"], sides["test"]
+    asked = min(test["rows"], max_test_rows or test["rows"])
     return Work(
-        train_rows=len(train),
-        train_tokens=epochs * sum(len(e.input_ids) for e in train),
-        train_answer_tokens=epochs * sum(e.learned_count for e in train),
+        train_rows=train["rows"],
+        train_tokens=epochs * train["tokens"],
+        train_answer_tokens=epochs * train["learned_tokens"],
         test_rows=asked,
-        test_tokens=round(sum(len(e.input_ids) for e in test) * asked / max(1, len(test))),
-        longest_answer=max((e.learned_count for e in test), default=0),
+        test_tokens=round(test["tokens"] * asked / max(1, test["rows"])),
+        longest_answer=test["longest_answer"],
     )
 
 
@@ -184,18 +174,24 @@ def describe(work: Work, estimate: Estimate, stages: Collection[str] = STAGES) -
 
 
 def main() -> None:
-    """Print the estimate of the stages that are named, or all, for the rows in `artifacts/split`."""
+    """Print the estimate of the stages that are named, or all, for the rows that `preflight` counted."""
     from stages.common.model.loading import pick_device, pick_dtype
     from stages.common.params.loading import load_params
     from stages.common.statistics.sizes import choose_max_test_rows
 
     try:
         params: Any = load_params()
-        base, most = artifacts("fetch_base"), choose_max_test_rows(params.ask_base.max_rows)
-        work = read_work(artifacts("split"), base, params.finetune.epochs, most, params.task.turns)
+        counted = read_json(reports("preflight") / "metrics.json")
+        if "sides" not in counted:
+            raise InputError(
+                f"preflight counted no tokens: {'; '.join(counted['problems'])}",
+                "run it again once that is mended: dvc repro preflight",
+            )
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_code)
+    work = read_work(counted["sides"], params.finetune.epochs, choose_max_test_rows(params.ask_base.max_rows))
+    base = artifacts("fetch_base")
     device = pick_device()
     dtype = str(pick_dtype(device, params.finetune.dtype)).removeprefix("torch.")
     speed = measure_product_speed(dtype, device.type)

@@ -17,6 +17,7 @@ from operator import eq
 from typing import Any, Generic, TypeVar, overload
 
 T = TypeVar("T")
+S = TypeVar("S")
 
 MAX_HELD = (
     200_000_000  # characters or bytes of the items in memory; rows of a million short questions have less
@@ -153,6 +154,22 @@ class _Picked(_Lazy[T]):
         return (self._items[number] for number in self._numbers)
 
 
+class _Viewed(_Lazy[T], Generic[S, T]):
+    """Something of each item of a sequence, computed when it is asked for."""
+
+    def __init__(self, items: Sequence[S], read: Callable[[S], T]) -> None:
+        self._items, self._read_item = items, read
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def _read(self, place: int) -> T:
+        return self._read_item(self._items[place])
+
+    def __iter__(self) -> Iterator[T]:
+        return map(self._read_item, self._items)
+
+
 class _Joined(_Lazy[T]):
     """The items of two sequences, one behind the other."""
 
@@ -170,6 +187,11 @@ class _Joined(_Lazy[T]):
     def __iter__(self) -> Iterator[T]:
         yield from self._first
         yield from self._second
+
+
+def view(items: Sequence[S], read: Callable[[S], T]) -> Sequence[T]:
+    """Return something of each item: a list of a list, else computed whenever an item is asked for."""
+    return list(map(read, items)) if isinstance(items, list) else _Viewed(items, read)
 
 
 def join(first: Sequence[T], second: Sequence[T]) -> Sequence[T]:

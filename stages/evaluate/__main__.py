@@ -13,7 +13,7 @@ Run it with `dvc repro evaluate` or `python -m stages.evaluate`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from stages.common.artifacts import (
     read_json,
     reports,
     write_json,
+    write_lines,
     write_text,
 )
 from stages.common.errors import InputError
@@ -39,7 +40,8 @@ from stages.common.model.generation import Answer, Question, encode_questions, r
 from stages.common.model.loading import load_tokenizer
 from stages.common.params.loading import load_params
 from stages.common.params.stages import AskBase
-from stages.common.records import Row, read_rows
+from stages.common.records import ROWS_A_BATCH, Row, read_rows
+from stages.common.spool import pick
 from stages.common.task.kinds import read_task
 from stages.common.task.label_metrics import count_confusions
 from stages.common.task.protocol import Task
@@ -80,36 +82,56 @@ def write_predictions(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns: dict[str, Any] = {
-        "id": [row.id for row in rows],
-        "group": [row.group for row in rows],
-        "question": [row.question for row in rows],
-        "reference": [row.answer for row in rows],
-        "reference_tokens": [len(q.reference) for q in questions],
-    }
+    text, number = pa.string(), pa.int64()
+    fields = [("id", text), ("group", text), ("question", text), ("reference", text)]
+    fields.append(("reference_tokens", number))
+    for model in answers:
+        kinds = {"": text, "_exact_match": pa.bool_(), "_finished": pa.bool_()}
+        kinds |= {"_tokens": number, "_reference_loss": pa.float64()}
+        fields += [(f"{model}{ending}", kind) for ending, kind in kinds.items()]
+    schema = pa.schema(fields)
+    with atomic_write(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as file:
+        for start in range(0, len(rows), ROWS_A_BATCH):
+            part = slice(start, start + ROWS_A_BATCH)
+            cells = _list_cells(
+                rows[part],
+                questions[part],
+                {model: found[part] for model, found in answers.items()},
+                {model: found[part] for model, found in predictions.items()},
+            )
+            file.write_batch(pa.record_batch(list(cells), schema=schema))
+
+
+def _list_cells(
+    rows: Sequence[Row],
+    questions: Sequence[Question],
+    answers: Mapping[str, Sequence[Answer]],
+    predictions: Mapping[str, Sequence[Prediction]],
+) -> Iterator[list[Any]]:
+    """Yield the columns of the file of predictions, for some of its rows."""
+    yield from zip(*((row.id, row.group, row.question, row.answer) for row in rows), strict=True)
+    yield [len(question.reference) for question in questions]
     for model, found in answers.items():
-        columns[model] = [answer.text for answer in found]
-        columns[f"{model}_exact_match"] = [prediction.right for prediction in predictions[model]]
-        columns[f"{model}_finished"] = [answer.complete for answer in found]
-        columns[f"{model}_tokens"] = [answer.tokens for answer in found]
-        columns[f"{model}_reference_loss"] = [answer.reference_loss for answer in found]
-    with atomic_write(path) as temporary:
-        pq.write_table(pa.table(columns), temporary, compression="zstd")
+        yield [answer.text for answer in found]
+        yield [prediction.right for prediction in predictions[model]]
+        yield [answer.complete for answer in found]
+        yield [answer.tokens for answer in found]
+        yield [answer.reference_loss for answer in found]
 
 
-def read_test(all_rows: Sequence[Row], base: Mapping[str, Answer]) -> list[Row]:
+def read_test(all_rows: Sequence[Row], base: Mapping[str, Answer]) -> Sequence[Row]:
     """Return the test rows that the base model was asked, in the order of its answers.
 
     Raises:
         InputError: a row is not in the test split.
     """
-    by_id = {row.id: row for row in all_rows if row.id in base}
-    if unknown := [row_id for row_id in base if row_id not in by_id]:
+    places = {row.id: place for place, row in enumerate(all_rows) if row.id in base}
+    if unknown := [row_id for row_id in base if row_id not in places]:
         raise InputError(
             f"the base model was asked {len(unknown)} rows that are not in the test split: {unknown[:3]}",
             "ask it again: dvc repro ask_base",
         )
-    return [by_id[row_id] for row_id in base]
+    return pick(all_rows, [places[row_id] for row_id in base])
 
 
 def ask_tuned(
@@ -184,7 +206,7 @@ def main() -> None:
 
     write_predictions(artifacts("evaluate") / "predictions.parquet", rows, questions, answers, predictions)
     folder = reports("evaluate")
-    write_text(folder / "errors.csv", format_errors_csv(errors))
+    write_lines(folder / "errors.csv", format_errors_csv(errors))
     write_text(
         folder / "errors.md", format_errors_page(errors, len(rows), confused, settings.errors_shown, task)
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -71,17 +71,19 @@ def list_errors(
     return [wrong for _, wrong in sorted(ranked, key=lambda pair: pair[0])]
 
 
-def format_errors_csv(found: Sequence[WrongAnswer]) -> str:
-    """Return every wrong answer as CSV, worst first; what a spreadsheet would compute begins with a quote."""
-    buffer = io.StringIO()
+def format_errors_csv(found: Iterable[WrongAnswer]) -> Iterator[str]:
+    """Yield every wrong answer as CSV, worst first; what a spreadsheet would compute begins with a quote."""
     columns = ["id", "question", "expected", "base", "tuned", "error_type", "differs", "base_was_right"]
-    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
-    writer.writeheader()
+    yield _format_csv(columns)
     for wrong in found:
-        cells = asdict(wrong).items()
-        writer.writerow(
-            {name: escape_csv_cell(cell) if isinstance(cell, str) else cell for name, cell in cells}
-        )
+        cells = asdict(wrong)
+        values = [cells[name] for name in columns]
+        yield _format_csv([escape_csv_cell(cell) if isinstance(cell, str) else cell for cell in values])
+
+
+def _format_csv(cells: Sequence[Any]) -> str:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerow(cells)
     return buffer.getvalue()
 
 

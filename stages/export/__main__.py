@@ -30,7 +30,7 @@ from stages.common.artifacts import (
     write_json,
     write_text,
 )
-from stages.common.chat.fitting import encode_fitting
+from stages.common.chat.fitting import find_refused
 from stages.common.chat.template import end_of_turn_ids, render_whole
 from stages.common.errors import InputError
 from stages.common.gguf.model import check_tensors, find_architecture, write_gguf
@@ -144,13 +144,13 @@ def export_gguf(
         raise InputError(
             f"{path} contains another vocabulary than the one written", "run again: dvc repro export"
         )
-    texts = [render_whole(tokenizer, row.messages, row.tools) for row in rows]
+    texts = (render_whole(tokenizer, row.messages, row.tools) for row in rows)
     equal = count_equal(found, tokenizer, texts, path)
-    if equal < len(texts):
+    if equal < len(rows):
         logger.warning(
             "%d of %d texts have other tokens in llama.cpp, which does not normalise Unicode (NFC)",
-            len(texts) - equal,
-            len(texts),
+            len(rows) - equal,
+            len(rows),
         )
     evidence = {
         "architecture": architecture,
@@ -160,7 +160,7 @@ def export_gguf(
         "tensor_errors": {kind: float(f"{error:.3g}") for kind, error in tensors.errors.items()},
         "tensors": sum(tensors.types.values()),
         "tensors_by_type": tensors.types,
-        "tokens_compared": len(texts),
+        "tokens_compared": len(rows),
         "tokens_equal": equal,
         "vocabulary": len(vocabulary.tokens),
     }
@@ -202,7 +202,7 @@ def main() -> None:
     fetched = read_json(reports("fetch_base") / "metrics.json")
     # Without the rows that the chat template refuses: nothing was learned from them.
     train = read_rows(artifacts("split") / "train.parquet")
-    refused = {misfit.row.id for misfit in encode_fitting(tokenizer, train)[1]}
+    refused = find_refused(tokenizer, train)
     rows = pick(train, [number for number, row in enumerate(train) if row.id not in refused])
     task = read_task()
     answers = learn_answers(rows, task)

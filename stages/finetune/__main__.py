@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 
 from stages.common.artifacts import artifacts, read_json, reports, write_json
@@ -20,7 +21,6 @@ from stages.common.chat.fitting import (
     LONG,
     REFUSED,
     count_reasons,
-    count_token_bytes,
     describe_misfits,
     encode_fitting,
 )
@@ -30,7 +30,7 @@ from stages.common.model.adapter import InitialAdapter, check_base, read_initial
 from stages.common.model.loading import load_tokenizer
 from stages.common.params.loading import load_params
 from stages.common.records import Row, read_rows
-from stages.common.spool import spool
+from stages.common.spool import view
 from stages.finetune.batches import encode_rows, select_rows
 from stages.finetune.checkpoints import CHECKPOINTS, remove_other_runs
 from stages.finetune.plots import plot_loss
@@ -79,7 +79,7 @@ def main() -> None:
         params.max_length,
         learned_turns=turns,
     )
-    validation = spool((example for _, example in validated), count_token_bytes)
+    validation = view(validated, itemgetter(1))
     for rows_of, left_out in (("training", misfits), ("validation", not_validated)):
         if left_out:
             logger.warning(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -36,11 +36,13 @@ def compute_loss(model: Any, batch: Layout) -> float:
         return float(cross_entropy_sum(batch.answer_logits(model), batch.targets)) / len(batch.targets)
 
 
-def compute_mean_loss(model: Any, batches: Sequence[Layout]) -> float | None:
+def compute_mean_loss(model: Any, batches: Iterable[Layout]) -> float | None:
     """Return the mean loss per answer token over batches, or None if there are none."""
     model.eval()
-    total = sum(compute_loss(model, batch) * len(batch.targets) for batch in batches)
-    tokens = sum(len(batch.targets) for batch in batches)
+    total, tokens = 0.0, 0
+    for batch in batches:
+        total += compute_loss(model, batch) * len(batch.targets)
+        tokens += len(batch.targets)
     return total / tokens if tokens else None
 
 

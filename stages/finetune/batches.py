@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Sequence, Set
+from operator import itemgetter
 from typing import Any
 
 from stages.common.chat.fitting import (
     LONG,
     Misfit,
     count_reasons,
-    count_token_bytes,
     describe_misfits,
     encode_fitting,
     select_misfits,
@@ -22,7 +22,7 @@ from stages.common.logs import get_logger, show_progress
 from stages.common.messages import LearnedTurns
 from stages.common.model.adapter import InitialAdapter
 from stages.common.records import Row
-from stages.common.spool import pick, spool
+from stages.common.spool import pick, view
 
 logger = get_logger("finetune")
 
@@ -95,7 +95,7 @@ def encode_rows(
             "raise finetune.max_length for rows that are too long; for rows that the chat template refuses, "
             "set task.system_prompt: null, correct their roles, or choose another base model",
         )
-    return spool((example for _, example in fitting), count_token_bytes), misfits
+    return view(fitting, itemgetter(1)), misfits
 
 
 def plan_batches(lengths: Sequence[int], batch_size: int, epochs: int, seed: int) -> list[list[int]]:

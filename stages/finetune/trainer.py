@@ -156,7 +156,7 @@ def train(
             if "loss" in entry
         ],
         validation_loss=compute_mean_loss(
-            model, [lay_out([validation[i] for i in batch], pad_id, share_prefix) for batch in batches]
+            model, (lay_out([validation[i] for i in batch], pad_id, share_prefix) for batch in batches)
         ),
         dtype=str(model.dtype).removeprefix("torch."),
         device=model.device.type,

@@ -30,7 +30,15 @@ from stages.common.statistics.row_counts import describe_rejects
 from stages.common.statistics.sizes import choose_min_rows
 from stages.common.task.kinds import read_task
 from stages.validate.page import describe_failure, format_failures, list_failures, render_page
-from stages.validate.suite import build_suite, build_table, list_expectations, read_results, run_suite
+from stages.validate.suite import (
+    TEXTS,
+    build_suite,
+    build_table,
+    find_read_texts,
+    list_expectations,
+    read_results,
+    run_suite,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -81,7 +89,7 @@ def main() -> None:
         raise missing(path)
     rows = read_rows(path)
     task = read_task()
-    table = build_table(rows, task)
+    table = build_table(rows, task, find_read_texts(params.expectations))
     classes = table["label"].nunique() if task.class_name else 0
     min_rows = choose_min_rows(params.min_rows, split.test_fraction, split.validation_fraction, classes)
     own = list_expectations(
@@ -96,9 +104,9 @@ def main() -> None:
         max_label_share=params.max_label_share,
         severity=params.severity.model_dump(),
     )
-    report = run_suite(build_suite([*own, *params.expectations], table.columns), table)
+    report = run_suite(build_suite([*own, *params.expectations], [*table.columns, *TEXTS]), table)
     results = read_results(report)
-    failures = list_failures(results, table, MAX_RECORDED_ROWS)
+    failures = list_failures(results, table, rows, MAX_RECORDED_ROWS)
     critical = [failure for failure in failures if failure["severity"] == "critical"]
     facts = {
         "critical_failures": len(critical),

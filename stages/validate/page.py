@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.common.page.shared import read_tokens
-from stages.common.records import format_canonical_json
+from stages.common.records import Row, format_canonical_json
 from stages.validate.suite import ExpectationResult, to_plain
 
 if TYPE_CHECKING:
@@ -19,9 +19,13 @@ TEMPLATE = Path(__file__).with_name("page.html.j2")
 
 
 def list_failures(
-    results: Sequence[ExpectationResult], table: pd.DataFrame, limit: int
+    results: Sequence[ExpectationResult], table: pd.DataFrame, rows: Sequence[Row], limit: int
 ) -> list[dict[str, Any]]:
-    """Return each failed expectation with at most `limit` of its unexpected rows."""
+    """Return each failed expectation with at most `limit` of its unexpected rows.
+
+    Args:
+        rows: those of the table, in its order.
+    """
     return [
         {
             "expectation": result.name,
@@ -30,19 +34,21 @@ def list_failures(
             "problem": result.problem,
             "unexpected_count": result.unexpected_count,
             "observed_value": result.observed_value,
-            "rows": [_shown_row(table, position, result.column) for position in result.positions[:limit]],
+            "rows": [
+                _show_row(rows[position], table, position, result.column)
+                for position in result.positions[:limit]
+            ],
         }
         for result in results
         if not result.success
     ]
 
 
-def _shown_row(table: pd.DataFrame, position: int, column: str | None) -> dict[str, Any]:
-    columns = ["id", "question", "answer"]
-    if column and column not in columns:
-        columns.append(column)
-    values = table.iloc[position]
-    return {name: to_plain(None if values[name] is None else values[name]) for name in columns}
+def _show_row(row: Row, table: pd.DataFrame, position: int, column: str | None) -> dict[str, Any]:
+    shown = {"id": row.id, "question": row.question, "answer": row.answer}
+    if column and column not in shown:
+        shown[column] = to_plain(table[column].iloc[position])
+    return shown
 
 
 def render_page(result: Any, failures: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> str:

@@ -89,16 +89,19 @@ def answer_offline(
     pool = BlockPool(model.blocks)
     prefix = _common_prefix(prompts)
     prefix_blocks = _compute_prefix(model, pool, prefix)
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    waiting = deque(_sequence(i, prompts[i], references[i] if references else ()) for i in order)
+    lengths = [len(prompt) for prompt in prompts]
+    scored = [len(reference) for reference in references] if references else [0] * len(lengths)
+    waiting = deque(sorted(range(len(lengths)), key=lambda i: -lengths[i]))
     active: list[_Sequence] = []
     done: dict[int, Completion] = {}
     while waiting or active:
         while waiting and len(active) < running:
-            room = waiting[0].prompt_tokens + max(max_new_tokens, len(waiting[0].reference))
+            room = lengths[waiting[0]] + max(max_new_tokens, scored[waiting[0]])
             if active and pool.free < _blocks_for(room, model):
                 break
-            sequence = waiting.popleft()
+            number = waiting.popleft()
+            # Its token ids are copied no earlier: those of all prompts may not fit into memory.
+            sequence = _sequence(number, prompts[number], references[number] if references else ())
             _begin(sequence, model, pool, prefix_blocks, len(prefix), room)
             active.append(sequence)
         runs = list(_plan(active))
@@ -112,7 +115,7 @@ def answer_offline(
             pool.give_back(sequence.blocks)
             done[sequence.number] = _completion(sequence, end_ids)
         on_progress(len(done))
-    return [done[i] for i in range(len(prompts))]
+    return [done[i] for i in range(len(lengths))]
 
 
 def _sequence(number: int, prompt: Sequence[int], reference: Sequence[int]) -> _Sequence:
@@ -183,12 +186,14 @@ def _completion(sequence: _Sequence, end_ids: Collection[int]) -> Completion:
 
 def _common_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
     """Return the tokens that all prompts begin with; each keeps one of its own, for its logits."""
-    limit = min(map(len, prompts)) - 1 if len(prompts) > 1 else 0
-    first = prompts[0] if prompts else ()
-    for place in range(limit):
-        if any(prompt[place] != first[place] for prompt in prompts):
-            return list(first[:place])
-    return list(first[:limit])
+    if len(prompts) < 2:
+        return []
+    shared = list(prompts[0][:-1])
+    for prompt in prompts:
+        del shared[max(0, len(prompt) - 1) :]
+        if shared != list(prompt[: len(shared)]):
+            del shared[next(n for n, token in enumerate(shared) if token != prompt[n]) :]
+    return shared
 
 
 def _compute_prefix(model: PagedModel, pool: BlockPool, prefix: Sequence[int]) -> list[int]:

@@ -14,7 +14,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from stages.common.chat.control_tokens import read_control_tokens
-from stages.common.chat.template import cut_reasoning, read_answer_frame, render_answer
+from stages.common.chat.template import cut_reasoning, read_answer_frame, render_example
 from stages.common.errors import InputError
 from stages.common.messages import (
     Message,
@@ -161,13 +161,13 @@ def find_template_gap(tokenizer: Any) -> str | None:
 def _read_call_format(tokenizer: Any) -> CallFormat:
     one = ToolCall(_NAME, format_arguments(_ARGUMENTS))
     two = ToolCall(_OTHER_NAME, format_arguments(_OTHER_ARGUMENTS))
-    prompt, single = render_answer(tokenizer, [_QUESTION, Message("assistant", "", (one,))], _TOOLS)
+    prompt, single = render_example(tokenizer, [_QUESTION, Message("assistant", "", (one,))], _TOOLS)
     if _NAME not in prompt or _OTHER_NAME not in prompt:
         raise _lacks("does not write the tools")
     opener, first, closer = _find_object(single)
     call_turn = Message("assistant", "", (one,))
     result = Message("tool", _TEXT)
-    after, _ = render_answer(tokenizer, [_QUESTION, call_turn, result, Message("assistant", "c")], _TOOLS)
+    after, _ = render_example(tokenizer, [_QUESTION, call_turn, result, Message("assistant", "c")], _TOOLS)
     if _TEXT not in after or _NAME not in after[len(prompt) :]:
         raise _lacks("drops calls of tools or their results")
     keys = json.loads(first)
@@ -212,7 +212,7 @@ def _find_separator(
 ) -> str:
     """Return what is between two calls; "" where the template writes one call a turn only."""
     try:
-        _, both = render_answer(tokenizer, [_QUESTION, Message("assistant", "", (one, two))], _TOOLS)
+        _, both = render_example(tokenizer, [_QUESTION, Message("assistant", "", (one, two))], _TOOLS)
     except InputError:
         return ""  # Llama 3 refuses more than one
     if not both.startswith(opener + first) or not both.endswith(closer) or _OTHER_NAME not in both:
@@ -222,7 +222,7 @@ def _find_separator(
 
 
 def _find_text_separator(tokenizer: Any, one: ToolCall, single: str) -> str | None:
-    _, text = render_answer(tokenizer, [_QUESTION, Message("assistant", _TEXT, (one,))], _TOOLS)
+    _, text = render_example(tokenizer, [_QUESTION, Message("assistant", _TEXT, (one,))], _TOOLS)
     text = text.lstrip()  # before an answer Mistral writes a space
     if not text.startswith(_TEXT) or not text.endswith(single.lstrip()):
         return None

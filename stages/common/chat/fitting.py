@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stages.common.chat.template import Encoded, TemplateRefusal, encode_conversation
+from stages.common.chat.template import Encoded, TemplateRefusal, encode_conversation, render_example
 from stages.common.chat.turns import list_learned
 from stages.common.messages import LearnedTurns
 from stages.common.records import Row, count_chars
@@ -24,7 +24,7 @@ LONG = "too_long"
 ANSWER_ROOM = 1.25
 
 ROWS_A_STEP = 500  # of progress
-TOKEN_BYTES = 36  # a place in a list, and a number
+TOKEN_BYTES = 36  # of a token id in memory: a place in a list, and a number
 
 Fitting = Sequence[tuple[Row, Encoded]]
 
@@ -75,13 +75,23 @@ def encode_fitting(
     return fitting, misfits
 
 
-def count_token_bytes(example: Encoded) -> int:
-    """Return about how much memory the token ids of a row take."""
-    return TOKEN_BYTES * len(example.input_ids)
+def find_refused(tokenizer: Any, rows: Iterable[Row]) -> set[str]:
+    """Return the ids of the rows that the chat template refuses, as `encode_fitting` does, without tokens.
+
+    Raises:
+        InputError: the chat template is none that a model can be taught with, whatever the row.
+    """
+    refused = set()
+    for row in rows:
+        try:
+            render_example(tokenizer, row.messages, row.tools)
+        except TemplateRefusal:
+            refused.add(row.id)
+    return refused
 
 
 def _count_pair(pair: tuple[Row, Encoded]) -> int:
-    return count_chars(pair[0]) + count_token_bytes(pair[1])
+    return count_chars(pair[0]) + TOKEN_BYTES * len(pair[1].input_ids)
 
 
 def _count_misfit(misfit: Misfit) -> int:

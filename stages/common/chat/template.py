@@ -106,6 +106,21 @@ def encode_example(tokenizer: Any, messages: Sequence[Message], tools: Sequence[
         InputError: the template refuses the conversation, or is none that a model can be taught with.
     """
     frame = read_answer_frame(tokenizer)
+    prompt_text, answer_text = render_example(tokenizer, messages, tools)
+    prompt = _tokens(tokenizer, prompt_text)
+    answer = _tokens(tokenizer, answer_text + frame.end)
+    return Encoded(prompt + answer, len(prompt), _is_changed(tokenizer, frame, messages[-1], answer_text))
+
+
+def render_example(
+    tokenizer: Any, messages: Sequence[Message], tools: Sequence[Tool] = ()
+) -> tuple[str, str]:
+    """Return the prompt and the answer as the template writes them, with their control tokens hidden.
+
+    Raises:
+        InputError: the template refuses the conversation, or is none that a model can be taught with.
+    """
+    frame = read_answer_frame(tokenizer)
     prompt_text = _render_prompt(tokenizer, messages[:-1], tools)
     whole_text = _render(tokenizer, messages, tools, add_generation_prompt=False)
     answer_text = _cut_answer(prompt_text, whole_text, frame)
@@ -116,9 +131,7 @@ def encode_example(tokenizer: Any, messages: Sequence[Message], tools: Sequence[
         answer_text = _cut_answer(simple, whole, frame)
     if answer_text is None:
         raise _rewrites()
-    prompt = _tokens(tokenizer, prompt_text)
-    answer = _tokens(tokenizer, answer_text + frame.end)
-    return Encoded(prompt + answer, len(prompt), _is_changed(tokenizer, frame, messages[-1], answer_text))
+    return prompt_text, answer_text
 
 
 def encode_conversation(
@@ -140,20 +153,6 @@ def encode_conversation(
     given = tuple((len(one.input_ids), following.prompt_length) for one, following in pairwise(examples))
     is_changed = any(example.is_changed for example in examples)
     return [Encoded(examples[-1].input_ids, examples[0].prompt_length, is_changed, given)]
-
-
-def render_answer(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Tool]) -> tuple[str, str]:
-    """Return the prompt and the last message, an answer, as texts without what ends the turn.
-
-    Raises:
-        InputError: the template refuses the conversation, or is none that a model can be taught with.
-    """
-    prompt = _render_prompt(tokenizer, messages[:-1], tools)
-    whole = _render(tokenizer, messages, tools, add_generation_prompt=False)
-    answer = _cut_answer(prompt, whole, read_answer_frame(tokenizer))
-    if answer is None:
-        raise _rewrites()
-    return prompt, answer
 
 
 def render_whole(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Tool]) -> str:

@@ -8,7 +8,7 @@ tokenizer's own pre-tokenizer, never from the name of the model, and the written
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -249,7 +249,7 @@ def _build_pre_tokenizer(pre_tokenizer: PreTokenizer) -> Any:
     return pre_tokenizers.Sequence(parts)
 
 
-def count_equal(vocabulary: Vocabulary, tokenizer: Any, texts: Sequence[str], file: Path) -> int:
+def count_equal(vocabulary: Vocabulary, tokenizer: Any, texts: Iterable[str], file: Path) -> int:
     """Return how many texts have the same token ids in the vocabulary as in the tokenizer.
 
     They may differ only where the tokenizer normalizes the text first (NFC), which llama.cpp does not do.

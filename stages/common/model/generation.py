@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.common.artifacts import atomic_write
 from stages.common.chat.calls import read_answer
-from stages.common.chat.template import encode_example, encode_prompt, end_of_turn_ids
+from stages.common.chat.fitting import TOKEN_BYTES
+from stages.common.chat.template import encode_example, end_of_turn_ids
 from stages.common.errors import InputError
 from stages.common.records import Row
+from stages.common.spool import spool
 
 if TYPE_CHECKING:
     import torch
@@ -51,14 +53,19 @@ class Answer:
     reference_loss: float
 
 
-def encode_questions(tokenizer: Any, rows: Sequence[Row]) -> list[Question]:
+def encode_questions(tokenizer: Any, rows: Iterable[Row]) -> Sequence[Question]:
     """Return prompt and reference of each row; the reference ends with the end of turn."""
-    questions = []
-    for row in rows:
-        example = encode_example(tokenizer, row.messages, row.tools)
-        prompt = encode_prompt(tokenizer, row.prompt, row.tools)
-        questions.append(Question(prompt, example.input_ids[len(prompt) :], bool(row.tools)))
-    return questions
+    return spool((_encode_question(tokenizer, row) for row in rows), _count_bytes)
+
+
+def _encode_question(tokenizer: Any, row: Row) -> Question:
+    example = encode_example(tokenizer, row.messages, row.tools)
+    length = example.prompt_length
+    return Question(example.input_ids[:length], example.input_ids[length:], bool(row.tools))
+
+
+def _count_bytes(question: Question) -> int:
+    return TOKEN_BYTES * (len(question.prompt) + len(question.reference))
 
 
 def check_fit(questions: Sequence[Question], max_new_tokens: int, context_tokens: int | None) -> None:

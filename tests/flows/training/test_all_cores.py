@@ -6,9 +6,7 @@ from pathlib import Path
 import yaml
 
 from flows.training.all_cores import AllCores, estimate_lines
-from stages.common.messages import Message
-from stages.common.records import make_row, write_rows
-from tests.tiny import save_model
+from stages.common.artifacts import write_json
 
 ROOT = Path(__file__).parents[3]
 logger = logging.getLogger("test")
@@ -34,10 +32,9 @@ def test_one_stage_at_a_time_has_the_cores(tmp_path):
 
 def test_the_estimate_of_the_stages_that_run_is_logged_once(tmp_path, caplog, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    save_model(tmp_path / "artifacts/fetch_base")
-    rows = [make_row([Message("user", f"q{i}"), Message("assistant", "yes")], "toy", "mit") for i in range(9)]
-    for side in ("train", "test"):
-        write_rows(tmp_path / f"artifacts/split/{side}.parquet", rows)
+    side = {"rows": 9, "tokens": 180, "learned_tokens": 36, "longest_answer": 4}
+    counted = {"success": True, "problems": [], "sides": {"train": side, "test": side}}
+    write_json(tmp_path / "reports/preflight/metrics.json", counted)
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     cores = AllCores(tmp_path, ["finetune", "evaluate"])

@@ -1,9 +1,14 @@
 import json
+import shutil
+import sys
+from pathlib import Path
 
 import pytest
 
+from stages.common.artifacts import write_json
+from stages.common.chat.fitting import encode_fitting
 from stages.common.messages import Message
-from stages.common.records import make_row, write_rows
+from stages.common.records import make_row
 from stages.common.run_estimate import (
     DEFAULT_SIZE,
     TRAINING_SHARE,
@@ -13,11 +18,15 @@ from stages.common.run_estimate import (
     describe,
     estimate_run,
     format_minutes,
+    main,
     measure_product_speed,
     read_model_size,
     read_work,
 )
-from tests.tiny import make_model, save_model
+from stages.preflight.__main__ import describe_side
+from tests.tiny import make_model, make_tokenizer
+
+ROOT = Path(__file__).parents[3]
 
 WORK = Work(1000, 50_000, 20_000, 100, 5000, 40)
 
@@ -57,17 +66,35 @@ def test_the_speed_of_products_is_a_number_of_this_machine():
     assert 1e8 < measure_product_speed("float32", seconds=0.05) < 1e15
 
 
-def test_work_is_counted_from_the_rows_of_the_split(tmp_path):
-    save_model(tmp_path / "base")
+def test_work_is_what_preflight_counted():
+    tokenizer = make_tokenizer()
     rows = [make_row([Message("user", f"q{i}"), Message("assistant", "yes")], "toy", "mit") for i in range(9)]
-    write_rows(tmp_path / "train.parquet", rows)
-    write_rows(tmp_path / "test.parquet", rows[:4])
-    once = read_work(tmp_path, tmp_path / "base", 1, 2, "last")
+    encoded = [encode_fitting(tokenizer, part) for part in (rows, rows[:4])]
+    sides = dict(zip(("train", "test"), (describe_side(*side) for side in encoded), strict=True))
+    once = read_work(sides, epochs=1, max_test_rows=2)
     assert (once.train_rows, once.test_rows) == (9, 2)
     assert once.train_answer_tokens == 9 * 4  # three letters and the end of the turn
     assert once.longest_answer == 4
     assert once.test_tokens == round(once.train_tokens / 9 * 2)
-    assert read_work(tmp_path, tmp_path / "base", 3, None, "last").train_tokens == 3 * once.train_tokens
+    assert read_work(sides, 3, None).train_tokens == 3 * once.train_tokens
+
+
+def test_the_command_reads_preflights_counts_and_says_where_there_are_none(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["run_estimate", "finetune"])
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    metrics = Path("reports/preflight/metrics.json")
+    with pytest.raises(SystemExit):
+        main()
+    assert "dvc repro preflight" in capsys.readouterr().err
+    write_json(metrics, {"success": False, "problems": ["the chat template writes no end of turn"]})
+    with pytest.raises(SystemExit):
+        main()
+    assert "no tokens: the chat template writes no end of turn" in capsys.readouterr().err
+    side = {"rows": 1234, "tokens": 99_000, "learned_tokens": 5000, "longest_answer": 40}
+    write_json(metrics, {"success": True, "problems": [], "sides": {"train": side, "test": side}})
+    main()
+    assert "finetune: 1,234 rows (99,000 tokens)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(4, "0.5 min"), (95, "1.5 min"), (600, "10 min")])

@@ -3,7 +3,7 @@ import tracemalloc
 
 import pytest
 
-from stages.common.spool import Spool, join, pick, spool
+from stages.common.spool import Spool, join, pick, spool, view
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +47,16 @@ def test_small_items_are_a_list_and_leave_no_file(tmp_path):
     assert list(filled)
     del filled
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("make", [list, tuple, lambda items: fill(items, 0)])
+def test_a_view_has_something_of_each_item_and_reads_no_other(make):
+    lengths = view(make(TEXTS), len)
+    assert list(lengths) == list(map(len, TEXTS))
+    assert (lengths[-1], list(lengths[1:3])) == (len(TEXTS[-1]), [0, len(TEXTS[2])])
+    read = []
+    seen = view(fill(TEXTS, 0), lambda text: read.append(text) or text)
+    assert seen[2] == TEXTS[2] and read == [TEXTS[2]]
 
 
 @pytest.mark.parametrize("make", [list, tuple, lambda items: fill(items, 0)])

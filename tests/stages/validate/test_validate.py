@@ -18,7 +18,15 @@ from stages.common.task.json_task import JsonTask
 from stages.common.task.kinds import TASK_FILE
 from stages.common.task.text_task import TextTask
 from stages.validate.__main__ import main
-from stages.validate.suite import build_suite, build_table, list_expectations, read_results, run_suite
+from stages.validate.suite import (
+    TEXTS,
+    build_suite,
+    build_table,
+    find_read_texts,
+    list_expectations,
+    read_results,
+    run_suite,
+)
 
 TASK = JsonTask("intent")
 ROOT = Path(__file__).parents[3]
@@ -49,7 +57,7 @@ def outcomes(rows, own=(), task=TASK, **changes):
         "severity": dict.fromkeys(SUBJECTS, "critical"),
         "has_classes": task.class_name is not None,
     } | changes
-    table = build_table(rows, task)
+    table = build_table(rows, task, find_read_texts(own))
     suite = build_suite([*list_expectations(**limits), *own], table.columns)
     return {outcome.name: outcome for outcome in read_results(run_suite(suite, table))}
 
@@ -104,7 +112,7 @@ def test_a_licence_outside_the_list_is_found_and_case_does_not_matter():
 def test_a_blank_question_and_a_long_answer_are_found():
     rows = [row("  "), row("fine", '{"intent":"' + "x" * 100 + '"}')]
     assert failed(outcomes(rows)) == {
-        "ExpectColumnValuesToMatchRegex(question)",
+        "ExpectColumnValuesToBeInSet(question_has_text)",
         "ExpectColumnValuesToBeBetween(answer_chars)",
     }
 
@@ -320,13 +328,33 @@ def test_a_browser_without_network_draws_the_page(project, tmp_path):
     assert "1 critical expectation failed" in dom and "odd" in dom
 
 
-def test_long_texts_are_not_copied_but_for_one_column_at_a_time():
+def test_long_texts_are_not_copied_but_for_a_column_that_the_user_names():
     """Great Expectations takes the table as it is; by default it would hash it, in copies of all texts."""
     rows = [row(f"request {n} " + chr(97 + n % 26) * 200_000) for n in range(50)]
-    outcomes(rows, max_prompt_chars=300_000)  # imports and caches
-    tracemalloc.start()
-    found = outcomes(rows, max_prompt_chars=300_000)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert not failed(found)
-    assert peak < 0.5 * sum(len(one.question) for one in rows)
+    own = [{"type": "ExpectColumnValuesToMatchRegex", "column": "question", "regex": "^request"}]
+    for expectations, share in (((), 0.2), (own, 0.5)):
+        outcomes(rows, expectations, max_prompt_chars=300_000)  # imports and caches
+        tracemalloc.start()
+        found = outcomes(rows, expectations, max_prompt_chars=300_000)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert not failed(found)
+        assert peak < share * sum(len(one.question) for one in rows)
+
+
+def test_the_table_has_the_texts_that_expectations_of_the_user_can_read():
+    condition = {"type": "ExpectColumnValuesToNotBeNull", "column": "id", "row_condition": "answer != 'x'"}
+    assert find_read_texts([]) == set()
+    assert find_read_texts([{"type": "ExpectColumnValuesToBeUnique", "column": "question"}]) == {"question"}
+    assert find_read_texts([condition]) == {"answer"}
+    assert find_read_texts([{"type": "ExpectColumnMeanToBeBetween", "column": "answer_chars"}]) == set()
+    assert find_read_texts([{"type": "ExpectTableColumnCountToBeBetween", "min_value": 12}]) == set(TEXTS)
+    assert {"question", "answer"}.isdisjoint(build_table(good_rows(), TASK, set()).columns)
+
+
+def test_rows_are_shown_with_their_texts_where_the_table_has_none(project):
+    project([*good_rows(), row("Zürich ☀", license="unknown")])
+    with pytest.raises(InputError):
+        main()
+    [failure] = read_json(Path("reports/validate/failures.json"))["failures"]
+    assert failure["rows"][0]["question"] == "Zürich ☀"

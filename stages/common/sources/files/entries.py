@@ -29,6 +29,13 @@ class Entry:
     fields: Record | BadRow
 
 
+def check_object(value: Any) -> Record | BadRow:
+    """Return a JSON value if it is an object, else why it is no row."""
+    if isinstance(value, dict):
+        return value
+    return BadRow("broken_json", f"a {type(value).__name__} instead of an object")
+
+
 def is_encodable(text: str) -> bool:
     """Return whether every character of `text` exists in UTF-8: half of a surrogate pair does not."""
     try:

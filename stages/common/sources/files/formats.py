@@ -19,7 +19,8 @@ from stages.common.sources.files.encodings import (
     refuse_binary,
 )
 from stages.common.sources.files.entries import Entry
-from stages.common.sources.files.json_records import is_json_document, read_json, read_jsonl
+from stages.common.sources.files.json_documents import read_json
+from stages.common.sources.files.json_records import is_json_document, read_jsonl
 from stages.common.sources.files.parquet_records import read_parquet
 
 Kind = Literal["jsonl", "json", "csv", "parquet"]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +27,20 @@ def read_parquet(path: Path) -> Iterator[Entry]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    source: Any = path
-    if detect_compression(path):  # Parquet is read from its end: a compressed file must be in memory
-        with open_decompressed(path) as content:
-            source = pa.BufferReader(content.read())
-    try:
-        # Page by page: a file may be one group of all its rows.
-        file = pq.ParquetFile(source, buffer_size=BUFFER_BYTES, pre_buffer=False)
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{path} cannot be read as Parquet: {error}", "write the file again") from None
-    classes = read_class_names(file.schema_arrow.metadata or {})
-    number = 0
-    with file:
+    with ExitStack() as stack:
+        source: Any = path
+        if detect_compression(path):
+            # Parquet is read from its end. The copy has no name, so that nothing is left of it.
+            source = stack.enter_context(tempfile.TemporaryFile(dir=".", prefix=".perennial-parquet-"))
+            with open_decompressed(path) as content:
+                shutil.copyfileobj(content, source, BUFFER_BYTES)
+        try:
+            # Page by page: a file may be one group of all its rows.
+            file = stack.enter_context(pq.ParquetFile(source, buffer_size=BUFFER_BYTES, pre_buffer=False))
+        except pa.ArrowInvalid as error:
+            raise InputError(f"{path} cannot be read as Parquet: {error}", "write the file again") from None
+        classes = read_class_names(file.schema_arrow.metadata or {})
+        number = 0
         for batch in file.iter_batches(batch_size=BATCH_ROWS):
             for fields in batch.to_pylist():
                 number += 1

@@ -6,7 +6,7 @@ from stages.common.chat.template import (
     encode_conversation,
     encode_example,
     encode_prompt,
-    render_answer,
+    render_example,
 )
 from stages.common.chat.tools_template import adapt_template
 from stages.common.errors import InputError
@@ -70,7 +70,7 @@ def test_what_the_template_writes_is_read_back(tokenizer):
         if len(calls) > 1 and not found.separator:
             continue
         for text in ("", "Just a moment."):
-            _, written = render_answer(tokenizer, [USER, Message("assistant", text, calls)], [LAMP])
+            _, written = render_example(tokenizer, [USER, Message("assistant", text, calls)], [LAMP])
             kept = text if found.text_separator is not None else ""
             assert found.read(written) == format_calls(kept, calls)
 
@@ -82,13 +82,13 @@ def test_tools_calls_and_results_reach_the_prompt(tokenizer):
 
 
 def test_a_text_with_tools_is_itself(tokenizer):
-    _, written = render_answer(tokenizer, [USER, ANSWER], [LAMP])
+    _, written = render_example(tokenizer, [USER, ANSWER], [LAMP])
     assert read_call_format(tokenizer).read(written).strip() == "It is on."
 
 
 def test_a_call_that_is_not_whole_is_malformed_and_never_a_call(tokenizer):
     found = read_call_format(tokenizer)
-    _, written = render_answer(tokenizer, [USER, ASKS], [LAMP])
+    _, written = render_example(tokenizer, [USER, ASKS], [LAMP])
     start = len(written) - len(written.lstrip()) + len(found.opener) + len('{"name": ')
     for end in range(start, len(written.rstrip())):
         assert is_malformed(found.read(written[:end])), written[:end]

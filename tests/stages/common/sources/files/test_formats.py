@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
@@ -184,6 +185,24 @@ def test_every_line_of_a_file_is_a_row_or_rejected(tmp_path):
 def test_a_long_cell_of_many_lines_is_a_row(tmp_path):
     rows = [{"q": "\n".join(f"line {n}, of a letter" for n in range(40)) + "\n\nBye", "a": "x"}] * 2
     assert read(write(tmp_path / "a.csv", as_csv(rows))) == rows
+
+
+def test_compressed_parquet_is_not_read_into_memory_and_leaves_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"q": f"{n} " + chr(97 + n % 26) * 4000} for n in range(5000)]
+    pq.write_table(pa.Table.from_pylist(rows), "a.parquet", compression="none", use_dictionary=False)
+    size = Path("a.parquet").stat().st_size
+    path = write(Path("a.parquet.gz"), gzip.compress(Path("a.parquet").read_bytes(), 1))
+    pool = pa.default_memory_pool()
+    before, most = pool.bytes_allocated(), 0
+    tracemalloc.start()
+    for row, entry in zip(rows, read_entries(path, detect_format(path)), strict=True):
+        assert entry.fields == row
+        most = max(most, pool.bytes_allocated() - before)
+    most += tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 0.9 * size
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.parquet", "a.parquet.gz"]
 
 
 # JSON
