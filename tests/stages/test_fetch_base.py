@@ -293,3 +293,25 @@ def test_the_default_base_comes_whole_from_its_wheel(tmp_path, monkeypatch):
     prompt = encode_prompt(tokenizer, [Message("user", "What is the capital of France?")])
     answer = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :]
     assert "Paris" in tokenizer.decode(answer)
+
+
+def test_a_base_without_tools_in_its_template_gets_them_for_a_task_with_tools(project, tiny_folder):
+    from transformers import AutoTokenizer
+
+    from stages.common.chat.calls import read_call_format
+
+    project(origin="folder", name=str(tiny_folder), license="apache-2.0")
+    main()
+    assert read_json(Path("reports/fetch_base/metrics.json"))["chat_template"] == "own"
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    params["task"] |= {"kind": "tools", "label_key": None, "stratify_by": None}
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    main()
+    assert read_json(Path("reports/fetch_base/metrics.json"))["chat_template"] == "adapted"
+    saved = AutoTokenizer.from_pretrained("artifacts/fetch_base")
+    assert read_call_format(saved).opener == "<tool_call>\n"
+    params["task"]["tools_template"] = "own"
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    with pytest.raises(InputError, match=r"task\.tools_template: auto"):
+        main()
+    assert read_call_format(AutoTokenizer.from_pretrained("artifacts/fetch_base"))

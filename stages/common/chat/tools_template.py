@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from stages.common.chat.calls import find_template_gap
-from stages.common.chat.template import fix_argument, render_example
+from stages.common.chat.template import fix_argument, render_whole
 from stages.common.errors import InputError
 from stages.common.messages import Message
 
@@ -124,7 +124,7 @@ def _write_preamble(tokenizer: Any) -> str:
 def _takes(tokenizer: Any, messages: list[Message]) -> bool:
     """Return whether the template writes the message `perennialtext`, and a result under its own role."""
     try:
-        prompt, _ = render_example(tokenizer, [*messages, Message("assistant", "c")], ())
+        text = render_whole(tokenizer, [*messages, Message("assistant", "c")], ())
     except InputError:
         return False
-    return "perennialtext" in prompt and (messages[-1].role != "tool" or "tool" in prompt)
+    return "perennialtext" in text and (messages[-1].role != "tool" or "tool" in text)

@@ -27,9 +27,11 @@ def one_by_one(model, examples):
     total = torch.zeros(())
     for example in examples:
         ids = torch.tensor([example.input_ids])
-        logits = model(input_ids=ids).logits[0, example.prompt_length - 1 : -1]
-        targets = ids[0, example.prompt_length :]
-        loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+        logits = model(input_ids=ids).logits[0]
+        loss = sum(
+            torch.nn.functional.cross_entropy(logits[a - 1 : b - 1], ids[0, a:b], reduction="sum")
+            for a, b in example.learned
+        )
         loss.backward()
         total += loss.detach()
     return total, {n: p.grad.clone() for n, p in model.named_parameters()}
@@ -41,6 +43,21 @@ def test_a_batch_as_one_sequence_has_the_loss_and_gradients_of_its_rows_one_by_o
     use_shared_prefix(model)
     batch = lay_out(EXAMPLES, PAD)
     assert batch.prefix_length == 3
+    torch.testing.assert_close(loss_and_gradient(model, batch), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_several_answers_of_one_conversation_have_the_loss_and_gradients_of_each(share_prefix):
+    talk = [0, 5, 6, 7, 20, 30, 1, 8, 9, 21, 31, 1, 7, 6, 22, 1]
+    examples = [Encoded(talk, 4, given=((7, 9), (12, 14))), *EXAMPLES[:2]]
+    assert examples[0].learned == [(4, 7), (9, 12), (14, 16)]
+    model = make_model()
+    alone = [Encoded(talk[:end], start) for start, end in examples[0].learned]
+    expected = one_by_one(make_model(), [*alone, *EXAMPLES[:2]])
+    torch.testing.assert_close(one_by_one(make_model(), examples), expected, rtol=1e-4, atol=1e-5)
+    if share_prefix:
+        use_shared_prefix(model)
+    batch = lay_out(examples, PAD, share_prefix)
     torch.testing.assert_close(loss_and_gradient(model, batch), expected, rtol=1e-4, atol=1e-5)
 
 

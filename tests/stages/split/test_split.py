@@ -310,3 +310,27 @@ def test_a_table_of_nothing_but_feedback_is_split_as_any_other(project):
     project(told(40), stratify_by=None, min_train_rows=10, min_test_rows=3)
     main()
     assert len(read_rows(Path("artifacts/split/test.parquet"))) == 6
+
+
+def talk(number, group):
+    """A conversation of two questions."""
+    messages = [
+        Message("user", distinct(number)),
+        Message("assistant", "first"),
+        Message("user", distinct(number + 5000)),
+        Message("assistant", "second"),
+    ]
+    return make_row(messages, "toy", "mit", group=group, tags={"intent": "On"})
+
+
+def test_each_answer_of_a_test_conversation_is_a_row_and_training_rows_are_whole(project):
+    project([talk(n, f"g{n}") for n in range(40)], stratify_by=None)
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    params["task"]["learned_turns"] = "all"
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    main()
+    test, train = (read_rows(Path(f"artifacts/split/{side}.parquet")) for side in ("test", "train"))
+    report = json.loads(Path("reports/split/metrics.json").read_text())
+    assert report["test_answers"] == len(test) == 2 * report["rows"]["test"]
+    assert {one.tags["turn"] for one in test} == {"1", "2"}
+    assert {len(one.messages) for one in train} == {4}
