@@ -86,11 +86,9 @@ def list_rules(params: Curate, task: Task, system_prompt: str | None) -> list[Ru
 
 def list_table_rules(params: Curate, task: Task) -> list[TableRule]:
     """Return the rules over all rows."""
-    rules: list[TableRule] = []
-    if task.has_one_answer:
-        rules.append(find_contradicting_feedback(task))
-        if params.on_conflicting_answers == "drop":
-            rules.append(find_conflicting_answers(task))
+    rules: list[TableRule] = [find_contradicting_feedback(task)]
+    if params.on_conflicting_answers == "drop":
+        rules.append(find_conflicting_answers(task))
     if params.on_exact_duplicates == "drop":
         rules.append(find_exact_duplicates)
     if params.near_duplicate_threshold is not None:

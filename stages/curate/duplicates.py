@@ -22,21 +22,29 @@ TableRule = Callable[[Sequence[Row]], dict[int, Rejection]]
 
 
 def find_contradicting_feedback(task: Task) -> TableRule:
-    """Return the rule that rejects feedback whose prompt has another answer in other rows."""
+    """Return the rule that rejects feedback whose prompt has another answer in other rows.
+
+    Here and in `find_conflicting_answers`: where none of the answers excludes others, none is rejected.
+    """
 
     def rule(rows: Sequence[Row]) -> dict[int, Rejection]:
         asked = {_hash_prompt(row) for row in rows if row.origin == "feedback"}
         if not asked:
             return {}
-        answers: dict[bytes, set[str]] = defaultdict(set)
+        answers: dict[bytes, dict[str, bool]] = defaultdict(dict)
         for row in rows:
             if row.origin != "feedback" and (prompt := _hash_prompt(row)) in asked:
-                answers[prompt].add(task.canonical(row.answer))
+                answers[prompt][task.canonical(row.answer)] = task.has_one_answer(row.answer)
+
+        def contradicts(row: Row) -> bool:
+            same = task.canonical(row.answer)
+            others = [one for text, one in answers.get(_hash_prompt(row), {}).items() if text != same]
+            return bool(others) and (any(others) or task.has_one_answer(row.answer))
+
         return {
             number: Rejection("contradicting_feedback", "other rows have another answer to this prompt")
             for number, row in enumerate(rows)
-            if row.origin == "feedback"
-            and answers.get(_hash_prompt(row), set()) - {task.canonical(row.answer)}
+            if row.origin == "feedback" and contradicts(row)
         }
 
     return rule
@@ -46,6 +54,8 @@ def find_conflicting_answers(task: Task) -> TableRule:
     """Return the rule that rejects all rows of a prompt with several answers: any of them may be wrong."""
 
     def rule(rows: Sequence[Row]) -> dict[int, Rejection]:
+        if not any(task.has_one_answer(row.answer) for row in rows):
+            return {}
         by_prompt: dict[bytes, list[int]] = defaultdict(list)
         for number, row in enumerate(rows):
             by_prompt[_hash_prompt(row)].append(number)
@@ -53,8 +63,9 @@ def find_conflicting_answers(task: Task) -> TableRule:
         for numbers in by_prompt.values():
             if len(numbers) == 1:
                 continue
-            different = len({task.canonical(rows[number].answer) for number in numbers})
-            if different > 1:
+            texts = [rows[number].answer for number in numbers]
+            different = len(set(map(task.canonical, texts)))
+            if different > 1 and any(map(task.has_one_answer, texts)):
                 rejection = Rejection("conflicting_answer", f"{different} different answers to one prompt")
                 rejected |= dict.fromkeys(numbers, rejection)
         return rejected

@@ -39,7 +39,6 @@ class JsonTask(Task):
         "extra slot",
         "wrong answer",
     )
-    has_one_answer: ClassVar[bool] = True
     answers_are_json: ClassVar[bool] = True
 
     @property
@@ -97,6 +96,10 @@ class JsonTask(Task):
         value = json.loads(answer)
         ordered = order_keys(value, schema) if isinstance(value, dict) else value
         return json.dumps(ordered, ensure_ascii=False, separators=separators)
+
+    @override
+    def has_one_answer(self, answer: str) -> bool:
+        return True
 
     @override
     def read_class(self, answer: str) -> str | None:

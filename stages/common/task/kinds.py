@@ -13,7 +13,8 @@ from stages.common.task.json_task import JsonTask
 from stages.common.task.label_task import LabelTask
 from stages.common.task.protocol import Task
 from stages.common.task.settings import TaskSettings
-from stages.common.task.text_task import TextTask
+from stages.common.task.text_task import ChatTask, TextTask
+from stages.common.task.tools_task import ToolsTask
 
 TASK_FILE = artifacts("curate") / "task.json"
 # A set of labels is closed if rows share them: with more labels than this to a row, most occur once.
@@ -47,6 +48,10 @@ def make_task(values: Mapping[str, Any]) -> Task:
         return LabelTask(tuple(sorted(values["labels"])))
     if values["kind"] == "text":
         return TextTask(values.get("primary_metric") or "chrf")
+    if values["kind"] == "chat":
+        return ChatTask(values.get("primary_metric") or "chrf")
+    if values["kind"] == "tools":
+        return ToolsTask()
     raise ValueError(f"no kind of task is called {values['kind']!r}")
 
 

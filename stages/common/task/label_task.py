@@ -27,7 +27,6 @@ class LabelTask(Task):
     labels: tuple[str, ...]
     kind: ClassVar[str] = "label"
     error_types: ClassVar[tuple[str, ...]] = ("invalid", "wrong label")
-    has_one_answer: ClassVar[bool] = True
     answers_are_json: ClassVar[bool] = False
 
     @property
@@ -64,6 +63,10 @@ class LabelTask(Task):
         if label not in self.labels:
             return f"{label[:40]!r} is not one of the {len(self.labels)} labels (task.labels)"
         return None
+
+    @override
+    def has_one_answer(self, answer: str) -> bool:
+        return True
 
     @override
     def read_class(self, answer: str) -> str | None:

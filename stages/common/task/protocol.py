@@ -18,13 +18,11 @@ class Task(ABC):
         kind: the word for it in params.yaml.
         meanings: what each metric measures, in the order in which they are shown; `primary` comes first.
         error_types: worst first.
-        has_one_answer: whether two different answers to one prompt contradict each other.
         answers_are_json: whether an answer is JSON text, so that a schema constrains it as JSON.
     """
 
     kind: ClassVar[str]
     error_types: ClassVar[tuple[str, ...]]
-    has_one_answer: ClassVar[bool]
     answers_are_json: ClassVar[bool]
 
     @property
@@ -62,6 +60,10 @@ class Task(ABC):
     def rewrite(self, answer: str, schema: Mapping[str, Any] | None, separators: tuple[str, str]) -> str:
         """Return a valid answer as the model writes it: JSON with its keys in order, and no outer space."""
         return answer.strip()
+
+    @abstractmethod
+    def has_one_answer(self, answer: str) -> bool:
+        """Return whether a prompt with this answer has no other right one: two contradict each other."""
 
     @abstractmethod
     def read_class(self, answer: str) -> str | None:

@@ -11,11 +11,13 @@ from typing_extensions import override
 from stages.common.messages import LearnedTurns
 from stages.common.params.checked_yaml import Section
 
-Kind = Literal["json", "label", "text", "tools", "chat"]
-# The keys that only one kind reads.
-KIND_OF_KEY = {"label_key": "json", "labels": "label", "primary_metric": "text"}
+Kind = Literal["json", "label", "text", "chat", "tools"]
+# The keys that only some kinds read.
+KINDS_OF_KEY = {"label_key": ("json",), "labels": ("label",), "primary_metric": ("text", "chat")}
 CONVERSATIONS = ("tools", "chat")
 CLASS = "label"  # stratify_by: the class of the answer, not a tag
+# Variables of a chat template that the conversation and the tokenizer fill.
+FILLED_ARGUMENTS = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
 
 
 class TaskSettings(Section):
@@ -34,9 +36,9 @@ class TaskSettings(Section):
 
     @override
     def find_conflicts(self) -> Iterator[tuple[str, str]]:
-        for key, kind in KIND_OF_KEY.items():
-            if getattr(self, key) is not None and self.kind != kind:
-                yield key, f"is set, but only kind: {kind} has it; set it to null"
+        for key, kinds in KINDS_OF_KEY.items():
+            if getattr(self, key) is not None and self.kind not in kinds:
+                yield key, f"is set, but only kind: {' or '.join(kinds)} has it; set it to null"
         if self.stratify_by == CLASS and not self.has_classes:
             yield "stratify_by", "needs classes, and these answers have none; name a tag or set it to null"
         for label in self.labels or ():
@@ -44,6 +46,14 @@ class TaskSettings(Section):
                 yield "labels", f"has {label!r}: a label is one line without space at its ends"
         if self.labels and len(set(self.labels)) < len(self.labels):
             yield "labels", "has a label twice"
+        yield from self._find_template_conflicts()
+
+    def _find_template_conflicts(self) -> Iterator[tuple[str, str]]:
+        for name in self.template_arguments:
+            if not name.isidentifier():
+                yield "template_arguments", f"has {name!r}: variables have letters, digits and _"
+            if name in FILLED_ARGUMENTS:
+                yield "template_arguments", f"has {name}, which comes from the conversation; remove it"
 
     @property
     def turns(self) -> LearnedTurns:
@@ -55,4 +65,4 @@ class TaskSettings(Section):
     @property
     def has_classes(self) -> bool:
         """Return whether every answer belongs to a class."""
-        return self.kind == "label" or self.label_key is not None
+        return self.kind in ("label", "tools") or self.label_key is not None

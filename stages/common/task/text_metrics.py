@@ -41,7 +41,7 @@ def score_text(answers: Sequence[str], references: Sequence[str]) -> dict[str, M
     pairs = list(zip(answers, references, strict=True))
     counted = [counter.sentence_score(a, [r]) for a, r in pairs]
     return {
-        "chrf": Metric(np.array([_chrf_counts(a, r) for a, r in pairs], dtype=float), compute_chrf, 100.0),
+        "chrf": score_chrf(answers, references),
         "exact_match": compute_share([a.strip() == r.strip() for a, r in pairs]),
         "rouge_l": compute_mean([rouge.score(r, a)["rougeL"].fmeasure for a, r in pairs], scale=1.0),
         "bleu": Metric(
@@ -53,6 +53,12 @@ def score_text(answers: Sequence[str], references: Sequence[str]) -> dict[str, M
             np.array([[len(a), len(r)] for a, r in pairs], dtype=float), compute_ratio, None
         ),
     }
+
+
+def score_chrf(answers: Sequence[str], references: Sequence[str]) -> Metric:
+    """Return corpus chrF2 as sacrebleu computes it, 0 to 100."""
+    counts = [_chrf_counts(a, r) for a, r in zip(answers, references, strict=True)]
+    return Metric(np.array(counts, dtype=float), compute_chrf, 100.0)
 
 
 def choose_bleu_tokenizer(references: Sequence[str]) -> str:

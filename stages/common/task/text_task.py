@@ -1,4 +1,4 @@
-"""Tasks whose answer is any text: a reply, a summary, a translation."""
+"""Tasks whose answer is any text: a reply, a summary, a translation, a turn of a free conversation."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from typing_extensions import override
 
+from stages.common.messages import is_malformed, read_calls
 from stages.common.task.metrics import Metric
 from stages.common.task.protocol import Schema, Task
 from stages.common.task.text_metrics import score_text
@@ -33,7 +34,6 @@ class TextTask(Task):
     primary_metric: PrimaryMetric = "chrf"
     kind: ClassVar[str] = "text"
     error_types: ClassVar[tuple[str, ...]] = ("empty", "other text")
-    has_one_answer: ClassVar[bool] = False
     answers_are_json: ClassVar[bool] = False
 
     @property
@@ -62,7 +62,13 @@ class TextTask(Task):
 
     @override
     def find_problem(self, answer: str) -> str | None:
+        if read_calls(answer) or is_malformed(answer):
+            return f"the answer calls a tool, and answers of kind {self.kind} are text (task.kind: tools)"
         return None if answer.strip() else "the answer is empty"
+
+    @override
+    def has_one_answer(self, answer: str) -> bool:
+        return False
 
     @override
     def read_class(self, answer: str) -> None:
@@ -95,3 +101,10 @@ class TextTask(Task):
     @override
     def fits(self, schema: Mapping[str, Any] | None, answer: str) -> bool:
         return True
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTask(TextTask):
+    """A free conversation: each turn of the assistant is any text, judged as a `TextTask` judges it."""
+
+    kind: ClassVar[str] = "chat"

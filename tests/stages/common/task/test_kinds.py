@@ -7,11 +7,27 @@ from stages.common.task.json_task import JsonTask
 from stages.common.task.kinds import make_task, resolve_task
 from stages.common.task.label_task import LabelTask
 from stages.common.task.settings import TaskSettings
-from stages.common.task.text_task import TextTask
+from stages.common.task.text_task import ChatTask, TextTask
+from stages.common.task.tools_task import ToolsTask
 
-TASKS = [JsonTask("intent"), JsonTask(None), LabelTask(("a", "b")), TextTask(), TextTask("exact_match")]
-RIGHT = {"json": '{"intent": "a", "n": 1}', "label": "a", "text": "any words"}
-WRONG = {"json": '{"intent": "b", "n": 1}', "label": "b", "text": "other words"}
+TASKS = [
+    *(JsonTask("intent"), JsonTask(None), LabelTask(("a", "b")), ToolsTask()),
+    *(TextTask(), TextTask("exact_match"), ChatTask(), ChatTask("exact_match")),
+]
+RIGHT = {
+    "json": '{"intent": "a", "n": 1}',
+    "label": "a",
+    "text": "any words",
+    "chat": "any words",
+    "tools": '{"tool_calls":[{"name":"a","arguments":{"n":1}}]}',
+}
+WRONG = {
+    "json": '{"intent": "b", "n": 1}',
+    "label": "b",
+    "text": "other words",
+    "chat": "other words",
+    "tools": '{"tool_calls":[{"name":"b","arguments":{"n":1}}]}',
+}
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: f"{task.kind}-{task.class_name}-{task.primary}")
@@ -47,6 +63,30 @@ class TestEveryKind:
         written = task.rewrite(answer, task.derive_schema([RIGHT[task.kind]]), (",", ":"))
         assert written == written.strip()
         assert task.is_right(written, answer)
+
+
+def test_kinds_with_the_same_settings_are_not_equal():
+    assert TextTask() != ChatTask() and make_task({"kind": "chat"}) == ChatTask()
+
+
+@pytest.mark.parametrize("task", [TextTask(), ChatTask()], ids=lambda task: task.kind)
+@pytest.mark.parametrize("answer", [RIGHT["tools"], '{"malformed_call":"x"}'])
+def test_a_call_is_no_text_to_learn(task, answer):
+    assert "task.kind: tools" in task.find_problem(answer)
+
+
+@pytest.mark.parametrize(
+    ("task", "answer", "has_one"),
+    [
+        (JsonTask(None), "{}", True),
+        (LabelTask(("a", "b")), "a", True),
+        (TextTask(), "a", False),
+        (ToolsTask(), RIGHT["tools"], True),
+        (ToolsTask(), "Which room?", False),
+    ],
+)
+def test_another_text_may_be_as_right_but_not_another_call(task, answer, has_one):
+    assert task.has_one_answer(answer) is has_one
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,137 @@
+"""Tasks whose answers may call tools: conversations of an agent, turn by turn."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from typing_extensions import override
+
+from stages.common.messages import CALLS_KEY, ToolCall, format_calls, read_calls
+from stages.common.task.json_answers import read_json_answer
+from stages.common.task.metrics import Metric
+from stages.common.task.protocol import Schema, Task
+from stages.common.task.tool_answers import (
+    ERROR_TYPES,
+    MEANINGS,
+    TEXT_CLASS,
+    find_tool_errors,
+    measure_nearness,
+    read_tool_answer,
+    score_tools,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ToolsTask(Task):
+    """An answer calls tools, or is text; the share of turns with the right calls decides.
+
+    Answers are texts of `Message.answer`. The class of one is the tool that it calls.
+    """
+
+    kind: ClassVar[str] = "tools"
+    error_types: ClassVar[tuple[str, ...]] = ERROR_TYPES
+    answers_are_json: ClassVar[bool] = False
+
+    @property
+    @override
+    def primary(self) -> str:
+        return "call_match"
+
+    @property
+    @override
+    def class_name(self) -> str:
+        return "tool"
+
+    @property
+    @override
+    def closed_set(self) -> None:
+        return None
+
+    @property
+    @override
+    def meanings(self) -> Mapping[str, str]:
+        return MEANINGS
+
+    @override
+    def describe(self) -> dict[str, Any]:
+        return {"kind": self.kind, "label_key": None, "labels": None}
+
+    @override
+    def find_problem(self, answer: str) -> str | None:
+        text = _write_calls(answer)
+        turn = read_tool_answer(text)
+        if turn.malformed is not None or (not turn.calls and CALLS_KEY in _read_object(text)):
+            return f"the answer begins a call that is none: calls are {_FORM}, without NaN or a repeated key"
+        if not turn.is_usable:
+            return "the answer is empty: it has neither text nor a call"
+        if not all(call.tool.strip() for call in turn.calls):
+            return "a call names no tool"
+        return None
+
+    @override
+    def has_one_answer(self, answer: str) -> bool:
+        return bool(read_tool_answer(answer.strip()).calls)
+
+    @override
+    def canonical(self, answer: str) -> str:
+        turn = read_tool_answer(answer.strip())
+        return format_calls("", [call.write() for call in turn.calls]) if turn.calls else answer.strip()
+
+    @override
+    def rewrite(self, answer: str, schema: Mapping[str, Any] | None, separators: tuple[str, str]) -> str:
+        return _write_calls(answer)
+
+    @override
+    def read_class(self, answer: str) -> str | None:
+        turn = read_tool_answer(answer.strip())
+        if not turn.is_usable:
+            return None
+        return "+".join(turn.tools) or TEXT_CLASS
+
+    @override
+    def is_valid(self, answer: str, reference: str) -> bool:
+        return read_tool_answer(answer.strip()).is_usable
+
+    @override
+    def score(self, answers: Sequence[str], references: Sequence[str]) -> dict[str, Metric]:
+        turns = [read_tool_answer(answer.strip()) for answer in answers]
+        return score_tools(turns, [read_tool_answer(reference.strip()) for reference in references])
+
+    @override
+    def find_errors(self, answer: str, reference: str) -> dict[str, str]:
+        return find_tool_errors(read_tool_answer(answer.strip()), read_tool_answer(reference.strip()))
+
+    @override
+    def nearness(self, answer: str, reference: str) -> float:
+        return measure_nearness(read_tool_answer(answer.strip()), read_tool_answer(reference.strip()))
+
+    @override
+    def derive_schema(self, answers: Sequence[str]) -> Schema | None:
+        return None  # serving holds calls by the schemas of the request's tools
+
+    @override
+    def fits(self, schema: Mapping[str, Any] | None, answer: str) -> bool:
+        return read_tool_answer(answer.strip()).malformed is None
+
+
+_FORM = format_calls("", [ToolCall("...", "{}")])
+
+
+def _write_calls(answer: str) -> str:
+    """Return calls in the spelling of `format_calls`, which people who correct one need not know."""
+    value = _read_object(answer)
+    if CALLS_KEY not in value or read_calls(answer.strip()) is not None:
+        return answer.strip()
+    content = {"content": value["content"]} if value.get("content") else {}
+    rest = {key: inner for key, inner in value.items() if key not in ("content", CALLS_KEY)}
+    ordered = {**content, CALLS_KEY: value[CALLS_KEY], **rest}
+    return json.dumps(ordered, ensure_ascii=False, separators=(",", ":"))
+
+
+def _read_object(text: str) -> dict[str, Any]:
+    """Return the JSON object that a text is; an empty one for any other text."""
+    found = read_json_answer(text)
+    return found.value if found is not None and isinstance(found.value, dict) else {}
