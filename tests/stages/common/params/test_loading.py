@@ -69,6 +69,10 @@ def test_a_misspelt_key_inside_a_source_gets_the_nearest_of_that_kind(edited):
         ("kind: json", "kind: label", "task.label_key"),
         ("label_key: intent", "label_key: null", "task.stratify_by"),
         ("labels: null", "labels: [a, b]", "task.labels"),
+        ("kind: json", "kind: tools", "task.label_key"),
+        ("primary_metric: null", "primary_metric: chrf", "task.primary_metric"),
+        ("template_arguments: {}", "template_arguments: {messages: x}", "task.template_arguments"),
+        ("template_arguments: {}", "template_arguments: {enable-thinking: x}", "task.template_arguments"),
     ],
 )
 def test_a_pair_that_cannot_stand_together_is_refused(edited, old, new, key):
