@@ -32,7 +32,7 @@ from stages.common.params.stages import Curate
 from stages.common.records import (
     Row,
     count_chars,
-    leave_out_feedback,
+    exclude_feedback,
     read_rows,
     sort_feedback_last,
     write_rows,
@@ -168,7 +168,7 @@ def main() -> None:
         sort_feedback_last(read_rows(artifacts("collect") / "rows.parquet")), params.normalize
     )
     # Feedback adds no label to a closed set.
-    own = leave_out_feedback(rows) or rows
+    own = exclude_feedback(rows) or rows
     task = resolve_task(everything.task, (row.answer for row in own))
     kept, rejected = apply_rules(
         rows, list_rules(params, task, everything.task.system_prompt), list_table_rules(params, task)

@@ -23,7 +23,7 @@ from stages.common.similarity.near_duplicates import (
     find_closest,
     spool_grams,
 )
-from stages.common.spool import join, leave_out
+from stages.common.spool import exclude, join
 from stages.split.sides import Sides
 
 logger = get_logger("split")
@@ -50,13 +50,13 @@ def remove_known_answers(
         all. Feedback removes no held-out row.
     """
     known = find_known_answers(sides.validation, sides.train), find_known_answers(sides.test, sides.train)
-    validation, test = leave_out(sides.validation, known[0]), leave_out(sides.test, known[1])
+    validation, test = exclude(sides.validation, known[0]), exclude(sides.test, known[1])
     held_out = join(validation, test)
     asked = links & {exchange for row in held_out for exchange in list_exchanges(row)} if links else set()
     telling = find_rows_that_answer(feedback, held_out) | {
         number for number, row in enumerate(feedback) if asked and asked & set(list_exchanges(row))
     }
-    left = leave_out(feedback, telling)
+    left = exclude(feedback, telling)
     return Sides(sides.train, validation, test), left, sum(map(len, known)) + len(telling)
 
 
@@ -67,7 +67,7 @@ def remove_near_duplicates(sides: Sides, threshold: float, shared: SharedParts) 
         shared: what many prompts have in common, which does not count.
     """
     near = find_near_training_rows(sides, threshold, shared)
-    return Sides(leave_out(sides.train, near), sides.validation, sides.test), len(near)
+    return Sides(exclude(sides.train, near), sides.validation, sides.test), len(near)
 
 
 def find_near_training_rows(sides: Sides, threshold: float, shared: SharedParts) -> set[int]:

@@ -1,6 +1,6 @@
 """Rows that a model can be trained on or asked: the chat template writes them, and they are not too long.
 
-`preflight` counts and names the others before anything is trained; each later stage leaves out the same rows.
+`preflight` counts and names the others before anything is trained; each later stage excludes the same rows.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Fitting = Sequence[tuple[Row, Encoded]]
 
 @dataclass(frozen=True, slots=True)
 class Misfit:
-    """A row that is left out, with the reason: a word to count by, and a detail."""
+    """A row that is excluded, with the reason: a word to count by, and a detail."""
 
     row: Row
     reason: str
