@@ -25,6 +25,7 @@ QUIET_ENVIRONMENT = {
 }
 
 PROGRESS_INTERVAL_S = 1.0
+ROWS_A_STEP = 500  # from one report of progress to the next, where a row takes little time
 
 MORE_MEMORY = (
     "end other programs that take memory, choose a smaller base model, or use a machine with more memory"

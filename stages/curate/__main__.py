@@ -26,7 +26,7 @@ from typing import Any
 from stages.common.artifacts import artifacts, reports, write_json, write_lines
 from stages.common.chat.conversations import join_conversations
 from stages.common.errors import InputError
-from stages.common.logs import get_logger, run_stage, show_progress
+from stages.common.logs import ROWS_A_STEP, get_logger, run_stage, show_progress
 from stages.common.params.loading import load_params
 from stages.common.params.stages import Curate
 from stages.common.records import (
@@ -42,7 +42,6 @@ from stages.common.svg import draw_figure
 from stages.common.task.kinds import TASK_FILE, resolve_task
 from stages.common.task.protocol import Task
 from stages.curate.duplicates import (
-    ROWS_A_STEP,
     TableRule,
     find_conflicting_answers,
     find_contradicting_feedback,

@@ -14,7 +14,7 @@ from stages.common.chat.conversations import (
     find_rows_that_answer,
     list_exchanges,
 )
-from stages.common.logs import get_logger, show_progress
+from stages.common.logs import ROWS_A_STEP, get_logger, show_progress
 from stages.common.records import Row
 from stages.common.similarity.compared_text import SharedParts
 from stages.common.similarity.near_duplicates import (
@@ -32,7 +32,6 @@ MAX_PAIRS_COMPARED = 50_000_000  # about six seconds
 MAX_GRAMS_COMPARED = (
     4_000_000_000  # characters of the training prompts, for each held-out one: of long prompts
 )
-ROWS_A_STEP = 1000  # of progress
 
 
 def remove_known_answers(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stages.common.chat.template import Encoded, TemplateRefusal, encode_example, render_example
+from stages.common.logs import ROWS_A_STEP
 from stages.common.records import Row, count_chars
 from stages.common.spool import Spool, spool
 
@@ -20,8 +21,6 @@ LONG = "too_long"
 
 # An answer a quarter longer than the longest reference rambles; waiting for its end costs only time.
 ANSWER_ROOM = 1.25
-
-ROWS_A_STEP = 500  # of progress
 TOKEN_BYTES = 36  # of a token id in memory: a place in a list, and a number
 
 Fitting = Sequence[tuple[Row, Encoded]]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stages.common.errors import InputError
+from stages.common.logs import ROWS_A_STEP
 from stages.common.records import ORIGINS, Message, Row, count_chars, find_conversation_problem, make_row
 from stages.common.sources import Collected, Rejected
 from stages.common.sources.files.csv_records import check_header
@@ -42,8 +43,6 @@ MAX_SHOWN = 50  # problems in one message; the count is always of all
 SAMPLE_RECORDS = 1000
 MAX_GROUP_CHARS = 120
 MAX_UNDECODABLE_SHARE = 0.01  # more rows that are not UTF-8: the file is in another encoding
-
-ENTRIES_A_STEP = 1000  # of progress
 
 OnBadRow = Literal["reject", "stop"]
 OnProgress = Callable[[int], None]
@@ -93,7 +92,7 @@ def collect_file(
         except BadRow as bad:
             detail, content = show_bytes(bad.detail), show_bytes(entry.content)
             rejected.append(Rejected(str(path), entry.line, bad.reason, detail, content))
-        if number % ENTRIES_A_STEP == 0:
+        if number % ROWS_A_STEP == 0:
             on_progress(number)
     _check_encoding_fits(path, format, rejected, len(rows))
     if rejected and on_bad_row == "stop":
