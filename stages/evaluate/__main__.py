@@ -104,7 +104,7 @@ def write_predictions(
 
 def _list_cells(
     rows: Sequence[Row],
-    questions: Sequence[Question],
+    questions: Sequence[EvalPrompt],
     answers: Mapping[str, Sequence[Answer]],
     predictions: Mapping[str, Sequence[Prediction]],
 ) -> Iterator[list[Any]]:
