@@ -21,7 +21,7 @@ from typing import Any
 from services.engines.offline import ModelFolders, answer_limit, ask_model
 from stages.common.artifacts import artifacts
 from stages.common.chat.template import end_of_turn_ids
-from stages.common.model.generation import Question, encode_questions
+from stages.common.model.generation import EvalPrompt, encode_questions
 from stages.common.model.loading import load_tokenizer, load_tuned, pick_device
 from stages.common.params.loading import load_params
 from stages.common.records import read_rows
@@ -41,7 +41,7 @@ class Generated:
     margins: list[float]
 
 
-def generate(model: Any, tokenizer: Any, question: Question, limit: int) -> Generated:
+def generate(model: Any, tokenizer: Any, question: EvalPrompt, limit: int) -> Generated:
     """Ask transformers' `generate` one question."""
     import torch
 

@@ -1,8 +1,8 @@
-"""Benchmark good clients of the service beside hostile ones: who loses answers, and who waits how long.
+"""Benchmark good clients of the service next to hostile ones: who loses answers, and who waits how long.
 
     python -m benchmarks.hostile_clients [--seconds 300] [--quiet-s 60] [--out hostile.json]
 
-Eight good clients ask one question after the other, first alone, then beside eight hostile clients, each with
+Eight good clients ask one question after the other, alone and next to eight hostile clients, each with
 its own way to harm. Meanwhile the probes, the page and feedback are asked four times a second. The hostile
 clients are a process of their own. The service runs as `make serve` starts it, in a folder of its own under
 `.perennial`, with the model of this checkout: run the pipeline first.
@@ -300,7 +300,7 @@ async def measure_phase(ours: Served, seconds: float, request_id: str) -> tuple[
 
 
 async def measure(place: Workspace, questions: Questions, quiet_s: float, seconds: float) -> Report:
-    """Measure the quiet phase, then the one beside the hostile clients."""
+    """Measure the quiet phase, then the one with the hostile clients."""
     async with running(place, questions) as ours:
         first = (await load(ours.port, ours.requests, GOOD_CLIENTS, from_row(0), 0.0, 32)).answers[0]
         assert first.request_id is not None

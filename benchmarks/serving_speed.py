@@ -125,7 +125,7 @@ async def contenders(
 
 def _is_there(report: Report, module: str, name: str) -> bool:
     if not installed(module):
-        report.say(f"*{name}* is left out: {module} is not installed.")
+        report.say(f"*{name}* is skipped: {module} is not installed.")
     return installed(module)
 
 

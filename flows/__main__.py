@@ -30,7 +30,6 @@ class Command:
     Args:
         module: run as `python -m MODULE`, with the arguments that follow the command's name.
         extras: of pyproject.toml, that must be installed.
-        arguments: come before those of the user.
         subcommands: offered by shell completion; the module's own parser is what accepts them.
     """
 
@@ -38,7 +37,6 @@ class Command:
     module: str
     help: str
     extras: tuple[str, ...] = ()
-    arguments: tuple[str, ...] = ()
     subcommands: tuple[str, ...] = ()
 
 
@@ -49,10 +47,7 @@ COMMANDS = {
         Command("params", "stages.common.params", "Check params.yaml; run nothing."),
     ),
     "Serve": (
-        Command(
-            *("serve", "bentoml", "Serve the champion: OpenAI's API and a page.", ("serve",)),
-            arguments=("serve", "services.generation:Generation"),
-        ),
+        Command("serve", "flows.serve", "Serve the champion: OpenAI's API and a page.", ("serve",)),
         Command(
             "up", "flows.up", "Run the service, Prefect, MLflow, Evidently and the dashboard.", ("core",)
         ),
@@ -162,7 +157,7 @@ def run_command(command: Command, arguments: list[str]) -> NoReturn:
     check_extras(command)
     if not {"-h", "--help"} & set(arguments):
         check_checkout(Path.cwd())
-    os.execv(sys.executable, [sys.executable, "-m", command.module, *command.arguments, *arguments])
+    os.execv(sys.executable, [sys.executable, "-m", command.module, *arguments])
 
 
 def check_extras(command: Command) -> None:

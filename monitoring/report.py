@@ -52,7 +52,7 @@ class Drawn:
     Attributes:
         frame: one line a row drawn: numbers, flags and categories as they are, vectors still as vectors.
         rows, sessions: of the whole side.
-        means: of each flag over the whole side, nulls left out.
+        means: of each flag over the whole side, nulls excluded.
     """
 
     frame: pa.Table

@@ -69,10 +69,10 @@ def escape_texts(verdict: DriftVerdict, tables: Sequence[pa.Table]) -> tuple[Dri
         )
         for one in verdict.drift_types
     )
-    told = replace(
+    escaped = replace(
         verdict, drift_types=drift_types, why_not=verdict.why_not and escape_widget(verdict.why_not)
     )
-    return told, [_escape_table(table, names) for table in tables]
+    return escaped, [_escape_table(table, names) for table in tables]
 
 
 def _escape_table(table: pa.Table, names: dict[str, str]) -> pa.Table:

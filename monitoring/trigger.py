@@ -21,7 +21,7 @@ class Readiness:
     """What a retraining needs besides drift.
 
     Attributes:
-        labelled_rows: rows that it could learn from; left_out: why there are not more, in words.
+        labelled_rows: rows that it could learn from; excluded: why there are not more, in words.
         since_retraining_s: since the end of the last one, whatever came of it; None if there was none.
         running: one is under way.
         pinned: the champion is held by hand; a text is the reason.
@@ -31,7 +31,7 @@ class Readiness:
     since_retraining_s: float | None
     running: bool
     pinned: str | bool | None
-    left_out: str = ""
+    excluded: str = ""
 
 
 def decide(
@@ -60,7 +60,7 @@ def decide(
     needs = []
     if readiness.labelled_rows < settings.min_labelled_rows:
         lacking = settings.min_labelled_rows - readiness.labelled_rows
-        why = f" ({readiness.left_out})" if readiness.left_out else ""
+        why = f" ({readiness.excluded})" if readiness.excluded else ""
         needs.append(f"{lacking:,} more labelled {'row' if lacking == 1 else 'rows'}{why}")
     if readiness.since_retraining_s is not None:
         left_s = settings.cooldown_hours * 3600.0 - readiness.since_retraining_s

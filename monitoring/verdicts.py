@@ -111,7 +111,7 @@ class DriftVerdict:
         reference: None while there is too little usual traffic to compare with.
         why_not: the reason if the window was not judged.
         drifted: one of the three deciding questions did; the service never decides.
-        quarantined: corrupt events by reason, left out of all figures.
+        quarantined: corrupt events by reason, excluded from all figures.
         late_rows: exchanges of this window that reached the store after it was judged.
         alpha: chance that this check raises an alarm on unchanged traffic.
         service: figures of the window such as "total_p95_s"; None where nothing was measured.
@@ -205,7 +205,7 @@ def set_aside_broken_verdicts(root: Path) -> list[Path]:
             _read(path)
         except InputError as error:
             aside = path.replace(path.with_name("verdict.broken.json"))
-            logger.warning("%s; set aside as %s", error.what, aside)
+            logger.warning("%s; moved to %s", error.what, aside)
             moved.append(aside)
     return moved
 

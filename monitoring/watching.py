@@ -4,7 +4,7 @@ In: the event store. Out: a verdict per window, with Evidently's report and the 
 `reports/watch/<window>/`. The caller decides what follows.
 
 A closed window is passed in any case. Its verdict is written first; what follows (the report, the run in
-Evidently's workspace) fails alone, and is told in the verdict. Only a store or a package that is not there
+Evidently's workspace) fails alone, and the verdict records it. Only a store or a package that is not there
 raises.
 """
 
@@ -109,7 +109,7 @@ def read_reference(url: str, tag: str, settings: Monitoring, now: float) -> Refe
 def judge_new_windows(
     root: Path,
     url: str,
-    usual: ReferenceTraffic,
+    reference: ReferenceTraffic,
     settings: Monitoring,
     decide: Decide,
     *,
@@ -129,13 +129,13 @@ def judge_new_windows(
         InputError: the store cannot be read, or a package is not installed.
     """
     set_aside_broken_verdicts(root)
-    known = [verdict for verdict in read_verdicts(root) if verdict.tag == usual.tag]
+    known = [verdict for verdict in read_verdicts(root) if verdict.tag == reference.tag]
     known = [verdict for verdict in known if verdict.window.end <= now]
-    _recount(root, url, usual.tag, known[-RECOUNTED:])
-    after = max([usual.window.end, *(verdict.window.end for verdict in known)])
-    for window in find_closed_windows(url, after, usual.tag, settings.window, now, limit):
-        verdict = _write(root, _decide(judge(root, url, usual, window, settings, now), known, decide))
-        if verdict.judged and (problems := _draw(root, url, usual, window, verdict, settings)):
+    _recount(root, url, reference.tag, known[-RECOUNTED:])
+    after = max([reference.window.end, *(verdict.window.end for verdict in known)])
+    for window in find_closed_windows(url, after, reference.tag, settings.window, now, limit):
+        verdict = _write(root, _decide(judge(root, url, reference, window, settings, now), known, decide))
+        if verdict.judged and (problems := _draw(root, url, reference, window, verdict, settings)):
             verdict = _write(root, replace(verdict, problems=(*verdict.problems, *problems)))
         known.append(verdict)
         yield verdict
@@ -168,7 +168,7 @@ def _write(root: Path, verdict: DriftVerdict) -> DriftVerdict:
 def _draw(
     root: Path,
     url: str,
-    usual: ReferenceTraffic,
+    reference: ReferenceTraffic,
     window: Window,
     verdict: DriftVerdict,
     settings: Monitoring,
@@ -177,8 +177,8 @@ def _draw(
     step = "the report could not be drawn"
     try:
         snapshot = write_report(
-            _tables(url, usual.window, usual.tag, usual.columns, settings),
-            _tables(url, window, usual.tag, usual.columns, settings),
+            _tables(url, reference.window, reference.tag, reference.columns, settings),
+            _tables(url, window, reference.tag, reference.columns, settings),
             verdict,
             get_window_folder(root, verdict.id) / "report.html",
         )
@@ -197,32 +197,32 @@ def describe_failure(error: Exception) -> str:
 
 
 def judge(
-    root: Path, url: str, usual: ReferenceTraffic, window: Window, settings: Monitoring, now: float
+    root: Path, url: str, reference: ReferenceTraffic, window: Window, settings: Monitoring, now: float
 ) -> DriftVerdict:
     """Compare a window with the reference; write the quarantined events, return the verdict.
 
     Raises:
         InputError: the store cannot be read, or a package is not installed.
     """
-    tag = Tag.parse(usual.tag)
+    tag = Tag.parse(reference.tag)
     blank = DriftVerdict(
         id=window.name,
         model=tag.name,
         version=tag.version,
         made_at=now,
         window=Period(window.start, window.end, window.rows, 0),
-        reference=None if isinstance(usual.baseline, str) else usual.baseline.period,
+        reference=None if isinstance(reference.baseline, str) else reference.baseline.period,
         judged=False,
         why_not=None,
         drifted=False,
         alpha=settings.drift.alpha,
     )
-    if isinstance(usual.baseline, str):
-        return replace(blank, why_not=usual.baseline)
+    if isinstance(reference.baseline, str):
+        return replace(blank, why_not=reference.baseline)
     try:
-        return _compare(root, url, usual, usual.baseline, window, settings, blank)
+        return _compare(root, url, reference, reference.baseline, window, settings, blank)
     except InputError as error:
-        if not _alone_cannot_be_read(url, window, usual):
+        if not _alone_cannot_be_read(url, window, reference):
             raise
         logger.warning("%s: %s", window.name, error)
         why_not = f"its rows cannot be read: {describe_failure(error)}"
@@ -233,9 +233,9 @@ def judge(
         return replace(blank, why_not=why_not, problems=(why_not,))
 
 
-def _alone_cannot_be_read(url: str, window: Window, usual: ReferenceTraffic) -> bool:
+def _alone_cannot_be_read(url: str, window: Window, reference: ReferenceTraffic) -> bool:
     """Return whether the rows of a window cannot be read though the store can: those of the reference are."""
-    return not _can_be_read(url, window, usual.tag) and _can_be_read(url, usual.window, usual.tag)
+    return not _can_be_read(url, window, reference.tag) and _can_be_read(url, reference.window, reference.tag)
 
 
 def _can_be_read(url: str, window: Window, tag: str) -> bool:
@@ -250,7 +250,7 @@ def _can_be_read(url: str, window: Window, tag: str) -> bool:
 def _compare(
     root: Path,
     url: str,
-    usual: ReferenceTraffic,
+    reference: ReferenceTraffic,
     baseline: Baseline,
     window: Window,
     settings: Monitoring,
@@ -260,10 +260,10 @@ def _compare(
     quarantined: Counter[str] = Counter()
     unreadable: list[QuarantinedEvent] = []
     service = ServiceSums()
-    pages = read_window(url, window, usual.tag)
+    pages = read_window(url, window, reference.tag)
     path = get_window_folder(root, window.name) / "quarantined.jsonl"
     batches = quarantine_to(path, pages, quarantined, unreadable)
-    tables = compute_feature_tables(batches, usual.columns, settings.features, unreadable=unreadable)
+    tables = compute_feature_tables(batches, reference.columns, settings.features, unreadable=unreadable)
     summed = sum_sessions(tap_service_sums(tables, service), baseline.binning)
     why_not = None
     if summed.rows < settings.window.min_rows:

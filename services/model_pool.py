@@ -79,7 +79,7 @@ class LoadedModel:
     def decode_prompt(self, ids: Sequence[int]) -> str:
         """Return the text of a raw prompt of token ids, control tokens included.
 
-        The token that the tokenizer puts in front of any text is left out. Of a prompt longer than the
+        The token that the tokenizer puts in front of any text is not counted. Of a prompt longer than the
         context, which is never answered, the rest is only counted.
         """
         rest = len(ids) - self.engine.context_tokens

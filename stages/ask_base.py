@@ -31,7 +31,7 @@ from stages.common.records import Row, read_rows
 from stages.common.spool import pick, view
 from stages.common.statistics.sizes import choose_max_test_rows, choose_min_test_rows
 
-log = get_logger("ask_base")
+logger = get_logger("ask_base")
 
 
 def choose_rows(rows: Sequence[Row], max_rows: int | None, min_rows: int, seed: int) -> Sequence[Row]:
@@ -69,20 +69,20 @@ def main() -> None:
         all_rows,
         settings.max_new_tokens,
         count_context_tokens(read_config(base)),
-        lambda done: show_progress(log, done, len(all_rows), "rows encoded"),
+        lambda done: show_progress(logger, done, len(all_rows), "rows encoded"),
     )
     if misfits:
-        log.warning("%d test rows left out: %s", len(misfits), count_reasons(misfits))
-        log.warning("left out:\n%s", describe_misfits(misfits, 3))
+        logger.warning("%d test rows excluded: %s", len(misfits), count_reasons(misfits))
+        logger.warning("excluded:\n%s", describe_misfits(misfits, 3))
     max_rows, min_rows = choose_max_test_rows(settings.max_rows), choose_min_test_rows(settings.min_test_rows)
     rows = choose_rows(view(askable, itemgetter(0)), max_rows, min_rows, settings.seed)
     questions = encode_questions(tokenizer, rows)
     limit = answer_limit(questions, settings.max_new_tokens)
     over_limit = sum(len(question.reference) > limit for question in questions)
     if over_limit:
-        log.warning("%d references are longer than ask_base.max_new_tokens (%d)", over_limit, limit)
+        logger.warning("%d references are longer than ask_base.max_new_tokens (%d)", over_limit, limit)
     engine = pick_engine(settings.engine, base, params.export.gguf)
-    log.info("asking the base model %d questions", len(questions))
+    logger.info("asking the base model %d questions", len(questions))
     asked = ask_model(
         ModelFolders(base),
         engine,
@@ -91,7 +91,7 @@ def main() -> None:
         settings.batch_size,
         limit,
         settings.dtype,
-        lambda done: show_progress(log, done, len(questions), "base"),
+        lambda done: show_progress(logger, done, len(questions), "base"),
     )
     write_answers(artifacts("ask_base") / "answers.parquet", rows, asked.answers)
     write_json(
@@ -108,7 +108,7 @@ def main() -> None:
             "throughput": compute_throughput(asked),
         },
     )
-    log.info("%s: %d answers in %.0f s", asked.engine, len(rows), asked.seconds)
+    logger.info("%s: %d answers in %.0f s", asked.engine, len(rows), asked.seconds)
 
 
 if __name__ == "__main__":

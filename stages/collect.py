@@ -141,6 +141,8 @@ def main() -> None:
             logger.info(
                 "%s: columns %s", name, ", ".join(f"{part}={column}" for part, column in columns.items())
             )
+        if above := collected.metrics.get("lines_above_header"):
+            logger.info("%s: %d lines above the header skipped", name, above)
         if unread := collected.metrics.get("unread_columns"):
             logger.warning(
                 "%s: not read: %s", name, ", ".join(f"{column} ({n} rows)" for column, n in unread.items())

@@ -140,8 +140,8 @@ def find_on_hub(name: str, revision: str | None) -> Found:
             f"fetch_base.name: {name!r} is not a hub id: {error}", "write it as owner/model"
         ) from None
     except HfHubHTTPError as error:
-        its_own_trouble = error.response is not None and error.response.status_code >= 500
-        raise (TransientError if its_own_trouble else InputError)(
+        server_error = error.response is not None and error.response.status_code >= 500
+        raise (TransientError if server_error else InputError)(
             f"the hub does not provide {asked}: {_last_lines(str(error), 3)}",
             "check fetch_base.name and fetch_base.revision; for a gated model accept its terms on the hub "
             "and set HF_TOKEN",
@@ -164,14 +164,14 @@ def find_on_hub(name: str, revision: str | None) -> Found:
     return _hub_snapshot(Path(folder), name)
 
 
-def _find_in_hub_cache(name: str, revision: str | None, why: str, trouble: type[InputError]) -> Found:
+def _find_in_hub_cache(name: str, revision: str | None, why: str, error_type: type[InputError]) -> Found:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         folder = snapshot_download(name, revision=revision, local_files_only=True)
     except LocalEntryNotFoundError:
-        raise trouble(
+        raise error_type(
             f"the hub model {name} (revision {revision or 'main'}) cannot be fetched: {why}, "
             f"and the cache {constants.HF_HUB_CACHE} does not have it",
             "connect to a network; or set HF_HOME to a cache that has it; or copy the model to a folder "

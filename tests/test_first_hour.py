@@ -185,12 +185,12 @@ def write_tickets(path):
         "network": ("the wifi", "my vpn", "the router", "our line"),
         "payroll": ("my payslip", "a bonus", "the refund", "overtime"),
     }
-    troubles = ("is broken", "went missing", "does not work for me", "needs a check", "is {x} 100 % $y")
+    complaints = ("is broken", "went missing", "does not work for me", "needs a check", "is {x} 100 % $y")
     lines = [
-        f"{thing} {trouble} ({number}),{team}"
+        f"{thing} {complaint} ({number}),{team}"
         for team, names in things.items()
         for thing in names
-        for trouble in troubles
+        for complaint in complaints
         for number in range(6)
     ]
     path.parent.mkdir(exist_ok=True)

@@ -34,7 +34,7 @@ MAY_IMPORT = {
 
 
 EXTRAS = {*tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]}
-GPU_EXTRAS = {"serve", "postgres", "gpu"}  # what is installed beside vLLM
+GPU_EXTRAS = {"serve", "postgres", "gpu"}  # what is installed with vLLM
 
 
 def modules(package: str) -> list[Path]:
@@ -159,7 +159,7 @@ def test_one_word_names_a_stage_its_module_its_parameters_and_its_folders():
         assert stage["cmd"] == f"python -m stages.{name}"
         own, *borrowed = stage["params"]
         assert own == name
-        # A single key of another section, never a whole one: a stage that runs anew needs a reason.
+        # A single key of another section, never a whole one: a stage that runs again needs a reason.
         sources = "|".join(["task", *STAGES])
         assert all(re.fullmatch(rf"(?!{name}\.)({sources})\.\w+", key) for key in borrowed), borrowed
         for kind in ("outs", "metrics", "plots"):
@@ -170,7 +170,7 @@ def test_one_word_names_a_stage_its_module_its_parameters_and_its_folders():
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_depends_on_every_file_of_ours_that_it_imports(name):
-    """A file left out would let DVC call a stage unchanged though its code has changed."""
+    """A missing file would let DVC call a stage unchanged though its code has changed."""
     known = {"stages.common.errors", "stages.common.logs"}
     known |= {dotted(path) for path in (ROOT / "stages" / "common" / "params").glob("*.py")}
     waiting, reached = [m for path in stage_modules(name) if file_of(m := dotted(path))], set()
@@ -278,13 +278,14 @@ def test_the_lock_has_one_version_of_a_package_on_every_python():
 
 
 @pytest.mark.parametrize(
-    ("name", "left_out"), [("requirements.lock", {"gpu"}), ("requirements-gpu.lock", EXTRAS - GPU_EXTRAS)]
+    ("name", "without"),
+    [("requirements.lock", {"gpu"}), ("requirements-gpu.lock", EXTRAS - GPU_EXTRAS)],
 )
-def test_a_lock_has_every_dependency_within_its_bounds(name, left_out):
+def test_a_lock_has_every_dependency_within_its_bounds(name, without):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lock = (ROOT / name).read_text(encoding="utf-8")
     locked = dict(re.findall(r"^([a-z0-9.-]+)==(\S+)", lock, re.M))
-    asked_for = [line for extra in EXTRAS - left_out for line in project["optional-dependencies"][extra]]
+    asked_for = [line for extra in EXTRAS - without for line in project["optional-dependencies"][extra]]
     for asked in map(Requirement, [*project["dependencies"], *asked_for]):
         assert locked[canonicalize_name(asked.name)] in asked.specifier, f"{asked}: run make lock"
 

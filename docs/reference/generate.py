@@ -175,8 +175,7 @@ def commands_page() -> str:
         out += [f"## {group}", "", "| command | what it does | module | extras |", "|---|---|---|---|"]
         for command in commands:
             name = " ".join((command.name, "\\|".join(command.subcommands))).strip()
-            module = " ".join((command.module, *command.arguments))
-            out.append(f"| `{name}` | {command.help} | `{module}` | {', '.join(command.extras)} |")
+            out.append(f"| `{name}` | {command.help} | `{command.module}` | {', '.join(command.extras)} |")
         out.append("")
     return "\n".join(out).rstrip() + "\n"
 

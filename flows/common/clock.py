@@ -16,7 +16,7 @@ class Moment:
     Attributes:
         at: unix s, which anyone may set.
         boot: the machine's start, "" where it is not known.
-        up_s: since then, which nobody can set.
+        up_s: since then; it cannot be set.
     """
 
     at: float

@@ -28,7 +28,7 @@ def draw_charts(
 
     Args:
         traffic: as `read_status` gives it, with at least one bin.
-        verdicts, releases: likewise; those outside the time axis are left out.
+        verdicts, releases: likewise; those outside the time axis are excluded.
     """
     rows: list[Bin] = traffic["bins"]
     start, end = float(rows[0]["start"]), float(rows[-1]["end"])

@@ -288,7 +288,7 @@ def cut_bins(first: float, last: float) -> tuple[list[float], float]:
     """Return the edges of at most `MAX_BINS` bins that hold [first, last], and their length in s.
 
     Edges are multiples of the length, so that a bin stays the same at every refresh. Traffic older than
-    `MAX_SPAN_S` before the last is left out.
+    `MAX_SPAN_S` before the last is excluded.
     """
     first = max(first, last - MAX_SPAN_S)
     fitting = (step for step in STEPS_S if (last - first) / step <= MAX_BINS - 2)

@@ -38,6 +38,8 @@ def _report_file(file: DataFile) -> Iterator[str]:
         details[1] += " (guessed: check the example below)"
     if metrics["delimiter"]:
         details.append(f"delimiter {metrics['delimiter']!r}")
+    if above := metrics["lines_above_header"]:
+        details.append(f"{count(above, 'line')} above the header skipped")
     yield f"{file.origin}: {count(len(file.collected.rows), 'row')} ({', '.join(filter(None, details))})"
     columns = ", ".join(f"{part} = {name}" for part, name in metrics["columns"].items())
     yield f"  shape        {metrics['shape']}: {columns}"

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-log = logging.getLogger("flows.registry")
+logger = logging.getLogger("flows.registry")
 
 Alias = Literal["champion", "challenger"]
 Gate = Literal["none", "passed", "rejected"]
@@ -94,7 +94,7 @@ def push_aliases(registry: Registry, aliases: Mapping[Alias, str | None]) -> Non
                     client.set_registered_model_alias(name, alias, version.version)
                 continue
             if tag is not None:
-                log.warning("MLflow has no version %s of %s: its alias %s points to none", tag, name, alias)
+                logger.warning("MLflow has no version %s of %s: the alias %s is removed", tag, name, alias)
             if alias in current:
                 client.delete_registered_model_alias(name, alias)
 

@@ -25,7 +25,7 @@ from stages.common.repository.dvc_lock import LOCK, Lock, compute_dvc_hash, read
 from stages.common.repository.git import read_git
 from stages.common.tag import Tag
 
-log = logging.getLogger("flows.registry")
+logger = logging.getLogger("flows.registry")
 
 # MLflow's limits.
 KEY_CHARS = 250
@@ -116,7 +116,7 @@ def _hash_tags(root: Path, lock: Lock) -> dict[str, str]:
     made = {name: _actual_hash(root / TRACED[name]) for name in ("dvc.adapter", "dvc.export")}
     agrees = all(lock.hash_of(TRACED[name]) == found for name, found in made.items())
     if not agrees:
-        log.warning("adapter or export differ from dvc.lock: a stage was run by hand")
+        logger.warning("adapter or export differ from dvc.lock: a stage was run by hand")
         tags.update(made)
     return {**tags, "dvc.agrees": str(agrees).lower()}
 

@@ -25,7 +25,7 @@ from stages.common.model.adapter import list_adapter_files
 from stages.common.tag import Tag
 from stages.common.task.kinds import TASK_FILE
 
-log = logging.getLogger("flows.registry.restore")
+logger = logging.getLogger("flows.registry.restore")
 
 # The inputs of the export besides the adapter, taken from the checkout as it is.
 NEEDED = (

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
 
-log = logging.getLogger("flows.registry")
+logger = logging.getLogger("flows.registry")
 
 RUN_LOCK = STATE / "mlflow-run.lock"
 VERIFY_TIMEOUT_S = 600
@@ -105,7 +105,7 @@ def register_candidate(registry: Registry, params: Params, trigger: str = "hand"
         if not finished:
             client.set_tag(run.info.run_id, "model_version", version.version)
             client.set_terminated(run.info.run_id, "FINISHED")
-    log.info("%s is version %s of %s in MLflow", output.tag, version.version, version.name)
+    logger.info("%s is version %s of %s in MLflow", output.tag, version.version, version.name)
     return Candidate(output.tag, run.info.run_id, str(version.version))
 
 
@@ -151,7 +151,7 @@ def verify_candidate(registry: Registry, candidate: Candidate) -> None:
             f"the registry's copy of {candidate.tag} is not the trained adapter: {why}",
             "do not serve it; register it again, and report a bug if that does not help",
         )
-    log.info("%s: %s", candidate.tag, done.stdout.strip())
+    logger.info("%s: %s", candidate.tag, done.stdout.strip())
 
 
 def _experiment(client: MlflowClient, registry: Registry) -> str:

@@ -44,7 +44,7 @@ class Trial:
         baseline: tag of the version it is compared with.
         since: start of the canary, or of the version's time as champion, unix s.
         start: requests from then on count; before `since` if the clock was set back.
-        waited_s: how long a canary has run, whatever the clock says; 0 for a bake period, which has no end.
+        waited_s: of a canary, by a clock that cannot be set; 0 in a bake period, which has no limit.
         needed: requests of the version to wait for.
         settle_s: wait for feedback on the last request of an analysis.
     """
@@ -166,7 +166,7 @@ def _find_start(known: dict[str, Any] | None, since: float, now: Moment) -> floa
 
 
 def _find_beginning(known: dict[str, Any] | None, since: float, now: Moment) -> Moment:
-    """Return the first look at a trial: it comes within seconds, and its clock is one that nobody sets."""
+    """Return the first look at a trial: it comes within seconds, and its clock cannot be set."""
     began = known.get("began") if known else None
     return Moment(**began) if began else replace(now, at=min(since, now.at))
 

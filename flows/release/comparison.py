@@ -84,7 +84,7 @@ def _hold_without_one_key(
         ours, theirs = ([one for one in side if one.key != key] for side in (new, old))
         rest = {one.name: one for one in _compare(ours, theirs, alpha)} if ours and theirs else {}
         if found.name not in rest or rest[found.name].passed:
-            # None of the votes decides now: whose they are is told of all of them.
+            # None of the votes decides now: the summary counts them by voter.
             summary = (
                 f"{found.summary}, by the votes of {_name_voter(key)} alone: not decisive "
                 f"(votes: {_describe_votes(voters)})"
@@ -98,7 +98,7 @@ def _name_voter(key: str | None) -> str:
 
 
 def _describe_votes(voters: Mapping[str | None, int]) -> str:
-    """Return how many votes came from whom, the most first."""
+    """Return the number of votes of each voter, the most first."""
     ordered = sorted(voters.items(), key=lambda voter: (-voter[1], voter[0] or ""))
     parts = [f"{votes} of {_name_voter(key)}" for key, votes in ordered[:MAX_VOTERS]]
     if len(ordered) > MAX_VOTERS:

@@ -25,10 +25,10 @@ class RequestOutcome:
         assignment_key: who asked: the API key with its user, else its session, else the key alone, else the
             request itself. Two keys may both have a user of one name.
         valid: whether the answer had the required form; None if that was not checked.
-        thumb_down_at, corrected_at: time of the asker's newest thumb or correction, unix s, if it is bad;
+        thumb_down_at, corrected_at: time of the user's newest thumb or correction, unix s, if it is bad;
             None without any, and where the newest takes an older one back.
-        key: the API key of the asker, if there was one.
-        thumbs, corrections: of the asker, in order: the time, and whether it is bad.
+        key: the API key of the request, if there was one.
+        thumbs, corrections: of the user, in order: the time, and whether it is bad.
     """
 
     at: float
@@ -89,7 +89,7 @@ def read_last_outcomes(url: str, before: float, tag: str, count: int) -> list[Re
 def make_outcome(row: dict[str, Any]) -> RequestOutcome:
     """Return the outcome of a row of `services.events.read_joined`.
 
-    Feedback that came with another API key than the request is no vote of the asker, and does not count.
+    Feedback that came with another API key than the request is not the user's own, and does not count.
     """
     own = [given for given in row["feedback"] if given["key_id"] == row["key_id"]]
     own.sort(key=lambda given: float(given["given_at"]))
@@ -100,10 +100,10 @@ def make_outcome(row: dict[str, Any]) -> RequestOutcome:
         if given["correction"]
     )
     name = row["user"] or row["session"]
-    asker = f"{row['key_id'] or ''}/{name}" if name else row["key_id"] or row["request_id"]
+    user = f"{row['key_id'] or ''}/{name}" if name else row["key_id"] or row["request_id"]
     return RequestOutcome(
         at=row["received_at"],
-        assignment_key=str(asker),
+        assignment_key=str(user),
         failed=row["status"] >= 500,
         valid=row["valid_output"],
         thumb_down_at=_newest_bad(thumbs),
@@ -115,7 +115,7 @@ def make_outcome(row: dict[str, Any]) -> RequestOutcome:
 
 
 def _newest_bad(given: Sequence[tuple[float, bool]]) -> float | None:
-    """Return the time of the newest word if it is bad."""
+    """Return the time of the newest feedback if it is bad."""
     return given[-1][0] if given and given[-1][1] else None
 
 

@@ -59,7 +59,7 @@ class RetrainState:
 
 @dataclass(frozen=True, slots=True)
 class RetrainResult:
-    """How a retraining ended, `at` in unix s; `ended` is the same by a clock that nobody sets."""
+    """How a retraining ended, `at` in unix s; `ended` is the same by a clock that cannot be set."""
 
     id: str
     at: float

@@ -37,7 +37,7 @@ _DVC_CHATTER = re.compile(
     r"|Updating lock file|To track the changes with git|\tgit add |To enable auto staging|\tdvc config "
     r"|Use `dvc push`"
     r"|Data and pipelines are up to date|Reproducing stage "
-    # A list of what a stage left out is empty when all is well.
+    # A list of what a stage excluded is empty when all is well.
     r"|WARNING: '.*' is empty\.$)"
 )
 _DVC_ERROR = re.compile(r"^ERROR: failed to reproduce ")

@@ -164,13 +164,13 @@ def _decide(root: Path, params: Params, champion: str, known: Sequence[DriftVerd
     now = read_moment()
     since_retraining_s = progress.measure_pause(root, now)
 
-    def decide(labelled_rows: int, left_out: str = "") -> TriggerDecision:
+    def decide(labelled_rows: int, excluded: str = "") -> TriggerDecision:
         readiness = trigger.Readiness(
             labelled_rows,
             since_retraining_s,
             progress.is_running(root),
             read_aliases(root / ALIASES).pinned,
-            left_out,
+            excluded,
         )
         return trigger.decide(known, readiness, settings, now.at)
 

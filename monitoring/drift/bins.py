@@ -139,7 +139,7 @@ def read_vectors(table: pa.Table, name: str) -> tuple[Singles, Bools]:
     """Return the vectors that are not null, [values, VECTOR_SIZE], and which rows have one."""
     chunk = table.column(name).combine_chunks()
     there = np.asarray(chunk.is_valid())
-    # `flatten` leaves out the values under nulls.
+    # `flatten` drops the values under nulls.
     flat = chunk.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
     return flat.reshape(-1, VECTOR_SIZE), there
 

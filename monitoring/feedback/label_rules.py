@@ -25,27 +25,27 @@ def keep_newest(labels: Sequence[Label], limit: int, reason: str) -> tuple[list[
 def keep_newest_per_person(labels: list[Label]) -> tuple[list[Label], Excluded]:
     """Keep the newest label per person and prompt; an unknown person is a new one each time."""
     kept: dict[tuple[str, str], Label] = {}
-    left_out: Excluded = Counter()
+    excluded: Excluded = Counter()
     for label in sorted(labels, key=_in_time):
-        asker = (label.asker or f"request {label.request_id}", label.prompt_hash)
-        if (older := kept.get(asker)) is not None:
-            left_out["duplicate" if older.same == label.same else "superseded", name_key(older.key)] += 1
-        kept[asker] = label
-    return list(kept.values()), left_out
+        giver = (label.user or f"request {label.request_id}", label.prompt_hash)
+        if (older := kept.get(giver)) is not None:
+            excluded["duplicate" if older.same == label.same else "superseded", name_key(older.key)] += 1
+        kept[giver] = label
+    return list(kept.values()), excluded
 
 
 def limit_users(labels: list[Label], max_rows: int) -> tuple[list[Label], Excluded]:
     """Keep the newest labels of each person; unknown people have no limit here."""
     of: defaultdict[str | None, list[Label]] = defaultdict(list)
     for label in labels:
-        of[label.asker].append(label)
+        of[label.user].append(label)
     kept = of.pop(None, [])
-    left_out: Excluded = Counter()
+    excluded: Excluded = Counter()
     for own in of.values():
         some, gone = keep_newest(own, max_rows, "user_limit")
         kept += some
-        left_out += gone
-    return kept, left_out
+        excluded += gone
+    return kept, excluded
 
 
 def limit_keys(
@@ -78,12 +78,12 @@ def limit_keys(
     else:
         even = 1 / max(1, len(of) + bool(kept))
         limit = find_highest_limit(sizes, len(kept), share) or find_highest_limit(sizes, len(kept), even)
-    left_out: Excluded = Counter()
+    excluded: Excluded = Counter()
     for own in of.values():
         some, gone = keep_newest(own, max(limit, at_least), "key_share")
         kept += some
-        left_out += gone
-    return kept, left_out
+        excluded += gone
+    return kept, excluded
 
 
 def find_highest_limit(sizes: Sequence[int], others: int, share: float) -> int:
@@ -114,16 +114,16 @@ def keep_agreed(labels: list[Label], min_agreement: float) -> tuple[list[Label],
     for label in labels:
         of[label.prompt_hash].append(label)
     kept: list[Label] = []
-    left_out: Excluded = Counter()
+    excluded: Excluded = Counter()
     for own in of.values():
         votes = _votes(own)
         same, most = max(votes.items(), key=lambda vote: (vote[1], vote[0]))
         if len(votes) > 1 and most < min_agreement * sum(votes.values()) - 1e-9:
-            left_out += _exclude("contradiction", own)
+            excluded += _exclude("contradiction", own)
             continue
         kept += [label for label in own if label.same == same]
-        left_out += _exclude("outvoted", [label for label in own if label.same != same])
-    return kept, left_out
+        excluded += _exclude("outvoted", [label for label in own if label.same != same])
+    return kept, excluded
 
 
 def _votes(labels: Sequence[Label]) -> dict[str, float]:
@@ -141,12 +141,12 @@ def _votes(labels: Sequence[Label]) -> dict[str, float]:
 def keep_one_per_prompt(labels: list[Label]) -> tuple[list[Label], Excluded]:
     """Keep the newest label per prompt; all labels of a prompt are equal at this point."""
     of: dict[str, Label] = {}
-    left_out: Excluded = Counter()
+    excluded: Excluded = Counter()
     for label in sorted(labels, key=_in_time):
         if (older := of.get(label.prompt_hash)) is not None:
-            left_out["duplicate", name_key(older.key)] += 1
+            excluded["duplicate", name_key(older.key)] += 1
         of[label.prompt_hash] = label
-    return list(of.values()), left_out
+    return list(of.values()), excluded
 
 
 def _exclude(reason: str, labels: Sequence[Label]) -> Excluded:

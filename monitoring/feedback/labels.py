@@ -37,9 +37,9 @@ PLACEHOLDERS = tuple(f"[{kind}]" for kind in RECOGNISERS)  # what the event stor
 COMPACT, SPACED = (",", ":"), (", ", ": ")  # how JSON answers are written
 
 Kind = Literal["correction", "thumb"]
-Excluded = Counter[tuple[str, str]]  # rows that are left out, by reason and name of the API key
+Excluded = Counter[tuple[str, str]]  # rows that are excluded, by reason and name of the API key
 
-# Reasons by which rows are left out, in the order of the rules, with what a person reads.
+# Reasons by which rows are excluded, in the order of the rules, with what a person reads.
 REASONS = {
     "no_label": "a thumb down or a comment alone",
     "raw_prompt": "the text was to be continued, not answered",
@@ -72,7 +72,7 @@ class ServedTask:
         answers: the kind of task.
         answer_schema: of the training answers, as `artifacts/export/serving.json` has it; None: any answer.
         system_prompt: what training rows begin with; the rows here have none in its place.
-        max_question_chars, max_answer_chars: longer texts are left out.
+        max_question_chars, max_answer_chars: longer texts are excluded.
         is_rejected: what the guard thinks of a correction; no check of the exchange has seen it.
         private: kinds of personal data and secrets that no row may hold.
     """
@@ -109,7 +109,7 @@ class Label:
 
     Attributes:
         at: when it was given, unix s; request_id: of the exchange.
-        key: the API key it came with; asker: who gave it, as far as known.
+        key: the API key it came with; user: who gave it, as far as known.
         prompt: the conversation up to the last user message, without the task's system message.
         prompt_hash: hash of the conversation without case, spaces and the signs around it.
         value: the label as the model would write it; same: a text that is equal for equal labels.
@@ -118,7 +118,7 @@ class Label:
     at: float
     request_id: str
     key: str | None
-    asker: str | None
+    user: str | None
     prompt: tuple[Message, ...]
     prompt_hash: str
     kind: Kind
@@ -128,18 +128,18 @@ class Label:
 
 @dataclass(slots=True)
 class Counts:
-    """What came in, and what was left out with its reason."""
+    """What came in, and what was excluded with its reason."""
 
     exchanges: int = 0
     given: int = 0
-    left_out: Excluded = field(default_factory=Counter)
+    excluded: Excluded = field(default_factory=Counter)
     styles: Counter[tuple[str, str]] = field(default_factory=Counter)
     keys: set[str] = field(default_factory=set)
-    said_by_key: Counter[str] = field(default_factory=Counter)
-    said_by_user: Counter[str] = field(default_factory=Counter)
+    given_by_key: Counter[str] = field(default_factory=Counter)
+    given_by_user: Counter[str] = field(default_factory=Counter)
 
 
-class LeftOut(ValueError):
+class ExcludedFeedbackError(ValueError):
     """Feedback that becomes no row; the text is one of `REASONS`."""
 
 
@@ -159,19 +159,19 @@ def read_labels(
         by_giver = sorted(in_time, key=lambda one: (one["key_id"] or "", one["given_at"]))
         for key, given in groupby(by_giver, key=lambda one: one["key_id"]):
             feedback = list(given)
-            asker = _asker(exchange, key)
+            user = _identify_user(exchange, key)
             counts.given += 1
             counts.keys |= {key} - {None}
-            counts.said_by_key[name_key(key)] += 1
-            counts.said_by_user[make_pseudonym(asker)] += 1
+            counts.given_by_key[name_key(key)] += 1
+            counts.given_by_user[make_pseudonym(user)] += 1
             try:
-                label = label_of(exchange, feedback, key, asker, settings, task)
-            except LeftOut as reason:
-                counts.left_out[str(reason), name_key(key)] += 1
+                label = label_of(exchange, feedback, key, user, settings, task)
+            except ExcludedFeedbackError as reason:
+                counts.excluded[str(reason), name_key(key)] += 1
                 continue
             except Exception as error:  # of any kind: one event must not end all learning
                 logger.warning("no label from the feedback on %s: %r", exchange["request_id"], error)
-                counts.left_out["corrupt", name_key(key)] += 1
+                counts.excluded["corrupt", name_key(key)] += 1
                 continue
             counts.styles[_style(exchange["answer"])] += 1
             yield label
@@ -181,46 +181,46 @@ def label_of(
     exchange: Mapping[str, Any],
     feedback: Sequence[Mapping[str, Any]],
     key: str | None,
-    asker: str | None,
+    user: str | None,
     settings: FeedbackSettings,
     task: ServedTask,
 ) -> Label:
     """Return the label that one person gave in an exchange; the newest feedback counts.
 
     Raises:
-        LeftOut: nothing can be learned from it.
+        ExcludedFeedbackError: nothing can be learned from it.
     """
-    text, kind, at = _newest_word(exchange, feedback, settings.thumbs_up_as_label)
+    text, kind, at = _newest_feedback(exchange, feedback, settings.thumbs_up_as_label)
     prompt = _prompt(exchange, task)
     question = next(message.content for message in reversed(prompt) if message.role == "user")
     if not question.strip() or not text.strip():
-        raise LeftOut("empty")
+        raise ExcludedFeedbackError("empty")
     if len(question) > task.max_question_chars or len(text) > task.max_answer_chars:
-        raise LeftOut("too_long")
+        raise ExcludedFeedbackError("too_long")
     if any(mark in part for mark in PLACEHOLDERS for part in (text, *(m.content for m in prompt))):
-        raise LeftOut("redacted")
+        raise ExcludedFeedbackError("redacted")
     # What the event store did not redact, or held before it did.
     if any(holds(kind, part) for kind in task.private for part in (text, *(m.content for m in prompt))):
-        raise LeftOut("private")
+        raise ExcludedFeedbackError("private")
     if kind == "thumb" and exchange["finish_reason"] != "stop":
-        raise LeftOut("unfinished")
+        raise ExcludedFeedbackError("unfinished")
     if task.answers.find_problem(text):
-        raise LeftOut("invalid")
+        raise ExcludedFeedbackError("invalid")
     text = task.answers.rewrite(text, task.answer_schema, COMPACT)
     if settings.on_suspicion == "drop" and not task.answers.fits(task.answer_schema, text):
-        raise LeftOut("outside_schema")
+        raise ExcludedFeedbackError("outside_schema")
     checks = INPUT_CHECKS if kind == "correction" else (*INPUT_CHECKS, *OUTPUT_CHECKS)
     if settings.on_suspicion == "drop" and (
         _suspicious(exchange["decisions"], checks) or (kind == "correction" and task.is_rejected(text))
     ):
-        raise LeftOut("suspicious")
+        raise ExcludedFeedbackError("suspicious")
     same = task.answers.canonical(text)
     if not all(is_unicode(part) for part in (text, same, *(message.content for message in prompt))):
-        raise LeftOut("corrupt")
-    return Label(at, exchange["request_id"], key, asker, prompt, hash_prompt(prompt), kind, text, same)
+        raise ExcludedFeedbackError("corrupt")
+    return Label(at, exchange["request_id"], key, user, prompt, hash_prompt(prompt), kind, text, same)
 
 
-def _newest_word(
+def _newest_feedback(
     exchange: Mapping[str, Any], feedback: Sequence[Mapping[str, Any]], thumbs_up_as_label: bool
 ) -> tuple[str, Kind, float]:
     """Return the label, its kind and time: the last correction, else the answer if the last thumb is up."""
@@ -229,34 +229,34 @@ def _newest_word(
         return corrections[-1]["correction"], "correction", corrections[-1]["given_at"]
     thumbs = [one for one in feedback if one["thumb"] is not None]
     if not (thumbs_up_as_label and thumbs and thumbs[-1]["thumb"] == 1):
-        raise LeftOut("no_label")
+        raise ExcludedFeedbackError("no_label")
     if exchange["status"] != 200 or exchange["answer"] is None:
-        raise LeftOut("unfinished")
+        raise ExcludedFeedbackError("unfinished")
     return exchange["answer"], "thumb", thumbs[-1]["given_at"]
 
 
 def _prompt(exchange: Mapping[str, Any], task: ServedTask) -> tuple[Message, ...]:
     """Return the conversation up to its last user message, without the task's own system message."""
     if exchange["route"] == RAW_ROUTE:
-        raise LeftOut("raw_prompt")
+        raise ExcludedFeedbackError("raw_prompt")
     try:
         turns, parameters = json.loads(exchange["messages"]), json.loads(exchange["parameters"])
         messages = [Message(turn["role"], turn["content"]) for turn in turns]
         own_schema = parameters.get("json_schema")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise LeftOut("corrupt") from None
+        raise ExcludedFeedbackError("corrupt") from None
     if not all(isinstance(part, str) for message in messages for part in (message.role, message.content)):
-        raise LeftOut("corrupt")
+        raise ExcludedFeedbackError("corrupt")
     if own_schema is not None:
-        raise LeftOut("own_schema")
+        raise ExcludedFeedbackError("own_schema")
     last = max((place for place, one in enumerate(messages) if one.role == "user"), default=-1)
     messages = messages[: last + 1]
     if find_conversation_problem([*messages, Message("assistant", "-")]):
-        raise LeftOut("corrupt")
+        raise ExcludedFeedbackError("corrupt")
     if messages[0].role == "system" and task.system_prompt is not None:
         # A model that learned under two system prompts has none that a server could put in by itself.
         if messages[0].content.strip() != task.system_prompt.strip():
-            raise LeftOut("other_system_prompt")
+            raise ExcludedFeedbackError("other_system_prompt")
         messages = messages[1:]
     return tuple(messages)
 
@@ -279,7 +279,7 @@ def _suspicious(decisions: str, checks: Sequence[str]) -> bool:
         return True
 
 
-def _asker(exchange: Mapping[str, Any], key: str | None) -> str | None:
+def _identify_user(exchange: Mapping[str, Any], key: str | None) -> str | None:
     """Return who gave feedback: the exchange's user or session, or another key."""
     if key != exchange["key_id"]:
         return f"key {key}" if key else None
@@ -319,8 +319,8 @@ def name_key(key: str | None) -> str:
     return key or "(none)"
 
 
-def make_pseudonym(asker: str | None) -> str:
+def make_pseudonym(user: str | None) -> str:
     """Return a pseudonym for the report: it distinguishes users without identifying them."""
-    if asker is None:
+    if user is None:
         return "(not known)"
-    return f"user-{hashlib.blake2b(asker.encode('utf-8', 'replace'), digest_size=4).hexdigest()}"
+    return f"user-{hashlib.blake2b(user.encode('utf-8', 'replace'), digest_size=4).hexdigest()}"

@@ -122,8 +122,8 @@ def label_rows(
         ("number", lambda some: keep_newest(some, settings.max_rows, "row_limit")),
     )
     for name, rule in rules:
-        labels, left_out = rule(labels)
-        counts.left_out += left_out
+        labels, excluded = rule(labels)
+        counts.excluded += excluded
         steps[name] = len(labels)
     style = max((COMPACT, SPACED), key=lambda one: (counts.styles[one], one == COMPACT))
     sides: dict[bool, list[Row]] = {False: [], True: []}
@@ -155,35 +155,35 @@ def _report(
     sides: Mapping[bool, Sequence[Row]], labels: Sequence[Label], counts: Counts, steps: Mapping[str, int]
 ) -> dict[str, Any]:
     rows = [*sides[False], *sides[True]]
-    by_user = Counter(make_pseudonym(label.asker) for label in labels)
+    by_user = Counter(make_pseudonym(label.user) for label in labels)
     by_key = Counter(name_key(label.key) for label in labels)
-    # The users with the most feedback come first: a flood is seen even if its rows were left out.
-    users = sorted(counts.said_by_user, key=lambda name: (-counts.said_by_user[name], name))[:MAX_NAMED]
+    # The users with the most feedback come first: a flood is seen even if its rows were excluded.
+    users = sorted(counts.given_by_user, key=lambda name: (-counts.given_by_user[name], name))[:MAX_NAMED]
     return {
         "exchanges": counts.exchanges,
         "given": counts.given,
-        "left_out": _by_reason(counts.left_out, counts.said_by_key),
+        "excluded": _by_reason(counts.excluded, counts.given_by_key),
         "labelled_rows": len(rows),
         "rows_train": len(sides[False]),
         "rows_holdout": len(sides[True]),
         "steps": dict(steps),
         "by_kind": dict(sorted(Counter(row.tags["feedback"] for row in rows).items())),
         "by_label": _by_label(rows),
-        "by_user": [{"user": u, "given": counts.said_by_user[u], "rows": by_user[u]} for u in users],
+        "by_user": [{"user": u, "given": counts.given_by_user[u], "rows": by_user[u]} for u in users],
         "by_key": {
             key: {
-                "given": counts.said_by_key[key],
+                "given": counts.given_by_key[key],
                 "rows": by_key[key],
-                "left_out": _by_reason(counts.left_out, [key]),
+                "excluded": _by_reason(counts.excluded, [key]),
             }
-            for key in sorted(counts.said_by_key)
+            for key in sorted(counts.given_by_key)
         },
     }
 
 
-def _by_reason(left_out: Excluded, keys: Iterable[str]) -> dict[str, int]:
-    """Return how many rows of these API keys are left out, by reason."""
-    counts = {reason: sum(left_out[reason, key] for key in keys) for reason in REASONS}
+def _by_reason(excluded: Excluded, keys: Iterable[str]) -> dict[str, int]:
+    """Return how many rows of these API keys are excluded, by reason."""
+    counts = {reason: sum(excluded[reason, key] for key in keys) for reason in REASONS}
     return {reason: count for reason, count in counts.items() if count}
 
 
@@ -242,11 +242,11 @@ def read_labelled(path: Path) -> list[Row]:
 
 def summarise_exclusions(report: Mapping[str, Any]) -> str:
     """Return how much feedback became no row and the main reason; empty if all did."""
-    left_out = report["left_out"]
-    if not left_out:
+    excluded = report["excluded"]
+    if not excluded:
         return ""
-    most = max(left_out, key=lambda reason: left_out[reason])
-    return f"{sum(left_out.values()):,} of {report['given']:,} left out, most: {REASONS[most]}"
+    most = max(excluded, key=lambda reason: excluded[reason])
+    return f"{sum(excluded.values()):,} of {report['given']:,} excluded, most: {REASONS[most]}"
 
 
 def format_report(report: Mapping[str, Any]) -> str:
@@ -256,11 +256,11 @@ def format_report(report: Mapping[str, Any]) -> str:
         f"**{report['rows_train']:,} rows to learn** and {report['rows_holdout']:,} held out.",
         "",
     ]
-    if report["left_out"]:
+    if report["excluded"]:
         lines += ["| excluded | rows | reason |", "|---|---:|---|"]
-        lines += [f"| {name} | {count:,} | {REASONS[name]} |" for name, count in report["left_out"].items()]
+        lines += [f"| {name} | {count:,} | {REASONS[name]} |" for name, count in report["excluded"].items()]
         lines.append("")
-    if report["left_out"].get("key_share") and len(report["by_key"]) == 1:
+    if report["excluded"].get("key_share") and len(report["by_key"]) == 1:
         lines += [
             "All of it came from one key; if you trust it, raise `monitoring.feedback.max_share_per_key`.",
             "",
@@ -272,12 +272,12 @@ def format_report(report: Mapping[str, Any]) -> str:
     if set(report["by_key"]) - {"(none)"}:
         lines += ["| key | feedback | rows | excluded |", "|---|---:|---:|---|"]
         lines += [
-            f"| {key} | {one['given']:,} | {one['rows']:,} | {_format_counts(one['left_out'])} |"
+            f"| {key} | {one['given']:,} | {one['rows']:,} | {_format_counts(one['excluded'])} |"
             for key, one in report["by_key"].items()
         ]
         lines.append("")
     return "\n".join(lines)
 
 
-def _format_counts(left_out: Mapping[str, int]) -> str:
-    return ", ".join(f"{reason} {count:,}" for reason, count in left_out.items()) or "none"
+def _format_counts(excluded: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason} {count:,}" for reason, count in excluded.items()) or "none"

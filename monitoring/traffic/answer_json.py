@@ -38,7 +38,7 @@ def format_category(value: Any) -> str:
 
 
 def _canonical(value: Any) -> str:
-    """Return the one JSON text of a value, or what is told of one that is nested too deeply to be written."""
+    """Return the one JSON text of a value, or a placeholder for one that is nested too deeply."""
     try:
         return format_canonical_json(value)
     except RecursionError:

@@ -2,7 +2,7 @@
 
 A feature table (`pyarrow.Table`) has `list_key_fields` and one column for each `Column`: float64 for a number
 and a flag, string for a category, `fixed_size_list<float32>[VECTOR_SIZE]` for a vector. Null means "no value
-here": the row is left out of that column's statistics.
+here": the row is excluded from that column's statistics.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def list_watched_columns(batches: Iterable[pa.RecordBatch], settings: FeatureSet
     """Return the columns of every window: the fixed ones and the keys of the reference's answers.
 
     A key is a category if its `max_categories` commonest values make up most of its answers, and else a
-    flag: is it there? Vectors are left out where `settings.embeddings` is none.
+    flag: is it there? Vectors are excluded where `settings.embeddings` is none.
     """
     fixed = [column for column in FEATURES if column.kind != "vector" or settings.embeddings != "none"]
     return (*fixed, *_answer_columns(batches, settings.max_categories))
@@ -129,12 +129,12 @@ def compute_feature_tables(
 ) -> Iterator[pa.Table]:
     """Yield the feature table of each batch of `services.events.read_joined`'s columns; memory is bounded.
 
-    An exchange that cannot be read, for any reason, is left out of its table.
+    An exchange that cannot be read, for any reason, is excluded from its table.
 
     Args:
         columns: as `list_watched_columns` found them in the reference.
         labels: request_id → right answer, of a sample that was labelled; wins over corrections.
-        unreadable: gets the exchanges that were left out.
+        unreadable: gets the exchanges that were excluded.
 
     Raises:
         InputError: a package that `columns` or `settings` need is not installed.
@@ -147,10 +147,10 @@ def compute_feature_tables(
             table = _table(batch, columns, settings, labels or {})
         except InputError:
             raise
-        except Exception:  # of any kind: the exchange that caused it is found and left out
-            table, left_out = _table_of_readable(batch, columns, settings, labels or {})
+        except Exception:  # of any kind: the exchange that caused it is found and excluded
+            table, excluded = _table_of_readable(batch, columns, settings, labels or {})
             if unreadable is not None:
-                unreadable += left_out
+                unreadable += excluded
         if table is not None:
             yield table
 
@@ -165,7 +165,7 @@ def _table_of_readable(
     import pyarrow as pa
 
     tables: list[pa.Table] = []
-    left_out: list[QuarantinedEvent] = []
+    excluded: list[QuarantinedEvent] = []
     for number in range(batch.num_rows):
         one = batch.slice(number, 1)
         try:
@@ -174,9 +174,9 @@ def _table_of_readable(
             raise
         except Exception as error:
             name, at = one["request_id"][0].as_py(), one["received_at"][0].as_py()
-            logger.warning("%s is set aside: %r", name, error)
-            left_out.append(QuarantinedEvent(name, at, f"unreadable ({type(error).__name__})"))
-    return (pa.concat_tables(tables).combine_chunks() if tables else None), left_out
+            logger.warning("%s is quarantined: %r", name, error)
+            excluded.append(QuarantinedEvent(name, at, f"unreadable ({type(error).__name__})"))
+    return (pa.concat_tables(tables).combine_chunks() if tables else None), excluded
 
 
 def _table(

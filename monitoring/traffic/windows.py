@@ -56,7 +56,7 @@ class QuarantinedEvent:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Some exchanges of a window, as `services.events.read_joined` yields them, and what was set aside."""
+    """Some exchanges of a window, as `services.events.read_joined` yields them, and what was quarantined."""
 
     batch: pa.RecordBatch
     quarantined: tuple[QuarantinedEvent, ...]
@@ -88,7 +88,7 @@ def find_closed_windows(
 ) -> list[Window]:
     """Return up to `limit` windows from `after` (the end of the window before) that nothing is added to.
 
-    A window closes when its end is `settle_s` old. Windows by time in which nothing was asked are left out.
+    A window closes when its end is `settle_s` old. Windows by time in which nothing was asked are excluded.
 
     Raises:
         InputError: the store cannot be read.
@@ -269,9 +269,9 @@ def quarantine_to(
     counts: Counter[str],
     found_later: list[QuarantinedEvent] | None = None,
 ) -> Iterator[pa.RecordBatch]:
-    """Yield the exchanges of `pages`; write what was set aside to `path` (JSON lines) and count the reasons.
+    """Yield the exchanges of `pages`; write quarantined events to `path` (JSON lines), count the reasons.
 
-    The file appears when all was read, and only if something was set aside.
+    The file appears when all was read, and only if an event was quarantined.
 
     Args:
         found_later: events that the reader of the yielded exchanges adds; they are written too.

@@ -61,7 +61,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 _TOOLS = "tools are not supported; ask for JSON with response_format, type json_schema"
 _GRAMMAR = "only JSON schemas are supported: response_format, type json_schema"
-REMEDIES = {
+ALTERNATIVES = {
     "audio": "only text is supported",
     "function_call": _TOOLS,
     "functions": _TOOLS,
@@ -92,10 +92,10 @@ def asks_for_nothing(name: str, value: Any) -> bool:
     return value in same_kind
 
 
-def describe_remedy(name: str, known: Collection[str]) -> str:
+def describe_unsupported(name: str, known: Collection[str]) -> str:
     """Return what to do instead of sending an unknown field."""
-    if name in REMEDIES:
-        return f"is not supported: {REMEDIES[name]}"
+    if name in ALTERNATIVES:
+        return f"is not supported: {ALTERNATIVES[name]}"
     nearest = [SUPPORTED_TWIN[name]] if name in SUPPORTED_TWIN else difflib.get_close_matches(name, known, 1)
     if nearest and nearest[0] in known:
         return f"is not a field of this request; did you mean {nearest[0]}?"

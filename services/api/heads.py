@@ -1,7 +1,7 @@
 """The head of a request: how long it may take to arrive, and how large it may be.
 
 Uvicorn waits for a head without end, and so for a client that sends half of one, or nothing. Each such
-connection is a file descriptor, and a process that has none left answers nobody.
+connection is a file descriptor, and a process that has none left answers no one.
 """
 
 from __future__ import annotations

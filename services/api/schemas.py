@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from services.api.fields import asks_for_nothing, describe_remedy, find_broken_text
+from services.api.fields import asks_for_nothing, describe_unsupported, find_broken_text
 from stages.common.params.services import MAX_MESSAGES
 
 UNSUPPORTED = "unsupported_field"  # type of pydantic's errors for a field that is not taken
@@ -35,8 +35,8 @@ class _Body(BaseModel):
         known = {field.alias or name for name, field in cls.model_fields.items()}
         for name, value in body.items():
             if name not in known and not asks_for_nothing(name, value):
-                told = {"field": name, "remedy": describe_remedy(name, known)}
-                raise PydanticCustomError(UNSUPPORTED, "{remedy}", told)
+                context = {"field": name, "problem": describe_unsupported(name, known)}
+                raise PydanticCustomError(UNSUPPORTED, "{problem}", context)
         return body
 
 
@@ -63,8 +63,8 @@ class ChatMessage(_Body):
         for place, part in enumerate(content if isinstance(content, list) else ()):
             kind = part.get("type") if isinstance(part, dict) else None
             if kind != "text":
-                told = {"field": f"{place}.type", "remedy": f"{kind!r} is not supported; only 'text' is"}
-                raise PydanticCustomError(UNSUPPORTED, "{remedy}", told)
+                context = {"field": f"{place}.type", "problem": f"{kind!r} is not supported; only 'text' is"}
+                raise PydanticCustomError(UNSUPPORTED, "{problem}", context)
         return content
 
     def text(self) -> str:
@@ -137,7 +137,7 @@ class _Sampled(_Body):
 class ChatRequest(_Sampled):
     """The body of /v1/chat/completions. Unlike at OpenAI, the default temperature is 0."""
 
-    # The first error is told, and a body has room for a hundred thousands.
+    # The first error is context, and a body has room for a hundred thousands.
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = False
@@ -170,7 +170,9 @@ class CompletionRequest(_Sampled):
     @model_validator(mode="after")
     def _asks_for_something(self) -> CompletionRequest:
         if self.max_tokens == 0 and not self.echo:
-            raise PydanticCustomError(UNSUPPORTED, "{remedy}", {"field": "max_tokens", "remedy": _NO_TOKENS})
+            raise PydanticCustomError(
+                UNSUPPORTED, "{problem}", {"field": "max_tokens", "problem": _NO_TOKENS}
+            )
         return self
 
     def prompts(self) -> list[str | tuple[int, ...]]:

@@ -22,7 +22,7 @@ from stages.common.chat.template import end_of_turn_ids
 from stages.common.errors import InputError
 from stages.common.model.generation import (
     Answer,
-    Question,
+    EvalPrompt,
     answer_questions,
     check_fit,
     measure_latencies,
@@ -100,7 +100,7 @@ def _why_not_paged(base: Path, exports_gguf: bool) -> str | None:
     return check_llama(json.loads((base / "config.json").read_text(encoding="utf-8")))
 
 
-def answer_limit(questions: Sequence[Question], max_new_tokens: int) -> int:
+def answer_limit(questions: Sequence[EvalPrompt], max_new_tokens: int) -> int:
     """Return after how many tokens an answer is cut: room for the longest reference, within the limit."""
     return limit_answer(max(len(q.reference) for q in questions), max_new_tokens)
 
@@ -109,7 +109,7 @@ def ask_model(
     model: ModelFolders,
     engine: EngineName,
     tokenizer: Any,
-    questions: Sequence[Question],
+    questions: Sequence[EvalPrompt],
     batch_size: int,
     max_new_tokens: int,
     dtype: str = "auto",
@@ -134,7 +134,7 @@ def ask_model(
 def _ask_paged(
     model: ModelFolders,
     tokenizer: Any,
-    questions: Sequence[Question],
+    questions: Sequence[EvalPrompt],
     _batch_size: int,
     max_new_tokens: int,
     dtype: str,
@@ -180,7 +180,7 @@ def _ask_paged(
 def _ask_transformers(
     model: ModelFolders,
     tokenizer: Any,
-    questions: Sequence[Question],
+    questions: Sequence[EvalPrompt],
     batch_size: int,
     max_new_tokens: int,
     wanted_dtype: str,
@@ -202,7 +202,7 @@ def _ask_transformers(
     return ModelAnswers(answers, "transformers", str(dtype).removeprefix("torch."), seconds, latencies)
 
 
-def _some(questions: Sequence[Question]) -> list[Question]:
+def _some(questions: Sequence[EvalPrompt]) -> list[EvalPrompt]:
     step = max(1, len(questions) // LATENCY_ROWS)
     return list(questions[::step])[:LATENCY_ROWS]
 

@@ -86,7 +86,7 @@ def load_engine(files: ModelFiles, tokenizer: Any, settings: EngineSettings, dra
         return VllmEngine(files.base, files.adapter, tokenizer, **common)
     from services.engines.transformers import TransformersEngine
 
-    # A GPU that is not reserved is left to whom it may belong, such as a training.
+    # A GPU that is not reserved is left to other processes, such as a training.
     common |= {"threads": settings.threads, "device": "auto" if settings.gpus or not _count_gpus() else "cpu"}
     return TransformersEngine(files.base, files.adapter, tokenizer, **common)
 

@@ -120,8 +120,8 @@ def _forget(url: str, arguments: argparse.Namespace) -> None:
     gone = forget(url, person)
     logger.info("deleted %d exchanges, %d feedback", gone.exchanges, gone.feedback)
     logger.info("not reached, where more may be:")
-    for place, remedy in NOT_REACHED:
-        logger.info("  %s: %s", place, remedy)
+    for place, fix in NOT_REACHED:
+        logger.info("  %s: %s", place, fix)
 
 
 def _url_of_params() -> str:

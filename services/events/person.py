@@ -30,7 +30,7 @@ NOT_REACHED = (
     ),
     (
         f"{artifacts('finetune')} and {artifacts('export')}, and the versions in MLflow",
-        "weights that learned from the rows, and examples.npz with the rows themselves; train again, then"
+        "weights that learned from the rows, and draft_corpus.npz with rows themselves; train again, then"
         " delete the older versions",
     ),
     (".dvc/cache and DVC's remotes", "older rows and models; dvc gc --workspace, with --cloud for a remote"),

@@ -16,7 +16,7 @@ from stages.common.artifacts import artifacts, hash_files, missing, read_json
 from stages.common.errors import InputError
 from stages.common.tag import Tag
 
-log = logging.getLogger("services.versions")
+logger = logging.getLogger("services.versions")
 
 SERVING = artifacts("export") / "serving.json"  # what the pipeline's last stage wrote about its model
 
@@ -30,7 +30,7 @@ class ModelFiles:
         version: content hash, 12 hex digits.
         tokenizer: folder with the tokenizer and its chat template.
         gguf: the tuned model in one file, for engines on the CPU; None if the pipeline wrote none.
-        base, adapter: folders of safetensors, for the other engines; None where they were left out.
+        base, adapter: folders of safetensors, for the other engines; None where the version has none.
         about: what the stage `export` recorded about the model (`serving.json`).
     """
 
@@ -166,7 +166,7 @@ def find_served(name: str, follow_pipeline: bool, root: Path = Path()) -> str:
         get_version(champion)
         newest = read_pipeline_tag(root)
         if newest not in (None, champion):
-            log.info(
+            logger.info(
                 "the pipeline's newest model is %s; it is served once it is released: "
                 "perennial gate %s, then perennial release promote %s",
                 *[newest] * 3,

@@ -25,6 +25,7 @@ QUIET_ENVIRONMENT = {
 }
 
 PROGRESS_INTERVAL_S = 1.0
+ROWS_A_STEP = 500  # from one report of progress to the next, where a row takes little time
 
 MORE_MEMORY = (
     "end other programs that take memory, choose a smaller base model, or use a machine with more memory"
@@ -69,8 +70,8 @@ def run_stage(main: Callable[[], None], when_memory_is_full: str = MORE_MEMORY) 
         _leave(f"error: {error}", error.exit_code)
     except Exception as error:
         if _is_full_memory(error):
-            told = str(error).strip() or type(error).__name__
-            _leave(f"error: the memory is full: {told.splitlines()[0]}\n  fix: {when_memory_is_full}", 1)
+            message = str(error).strip() or type(error).__name__
+            _leave(f"error: the memory is full: {message.splitlines()[0]}\n  fix: {when_memory_is_full}", 1)
         if not _is_full_disk(error):
             raise
         where = f" while writing {error.filename}" if isinstance(error, OSError) and error.filename else ""
@@ -83,7 +84,7 @@ def run_stage(main: Callable[[], None], when_memory_is_full: str = MORE_MEMORY) 
 
 
 def _is_full_memory(error: Exception) -> bool:
-    """Return whether a GPU or the machine has no memory left; torch tells it in several ways."""
+    """Return whether a GPU or the machine has no memory left; torch reports it in several ways."""
     if isinstance(error, MemoryError):
         return True
     return isinstance(error, RuntimeError) and FULL_MEMORY.search(str(error)) is not None

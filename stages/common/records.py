@@ -195,7 +195,7 @@ def count_chars(row: Row) -> int:
     )
 
 
-def leave_out_feedback(rows: Sequence[Row]) -> Sequence[Row]:
+def exclude_feedback(rows: Sequence[Row]) -> Sequence[Row]:
     """Return the rows that are not feedback from production."""
     own = [number for number, row in enumerate(rows) if row.origin != "feedback"]
     return pick(rows, own) if len(own) < len(rows) else rows

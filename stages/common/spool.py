@@ -50,7 +50,7 @@ class _Lazy(Sequence[T], Generic[T]):
 class Spool(_Lazy[T]):
     """A sequence that only grows; its items are in memory while they are small, else in a temporary file.
 
-    The file is beside the working folder's other files, not in `/tmp`, which may itself be memory. It has no
+    The file is next to the working folder's other files, not in `/tmp`, which may itself be memory. It has no
     name: it is gone when the spool is, also where the process is killed. An item read from the file is a new
     object each time.
 
@@ -199,7 +199,7 @@ def join(first: Sequence[T], second: Sequence[T]) -> Sequence[T]:
     return _Joined(first, second)
 
 
-def leave_out(items: Sequence[T], numbers: Set[int]) -> Sequence[T]:
+def exclude(items: Sequence[T], numbers: Set[int]) -> Sequence[T]:
     """Return the items without those of some numbers."""
     return pick(items, [number for number in range(len(items)) if number not in numbers])
 

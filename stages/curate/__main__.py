@@ -26,13 +26,13 @@ from typing import Any
 from stages.common.artifacts import artifacts, reports, write_json, write_lines
 from stages.common.chat.conversations import join_conversations
 from stages.common.errors import InputError
-from stages.common.logs import get_logger, run_stage, show_progress
+from stages.common.logs import ROWS_A_STEP, get_logger, run_stage, show_progress
 from stages.common.params.loading import load_params
 from stages.common.params.stages import Curate
 from stages.common.records import (
     Row,
     count_chars,
-    leave_out_feedback,
+    exclude_feedback,
     read_rows,
     sort_feedback_last,
     write_rows,
@@ -42,7 +42,6 @@ from stages.common.svg import draw_figure
 from stages.common.task.kinds import TASK_FILE, resolve_task
 from stages.common.task.protocol import Task
 from stages.curate.duplicates import (
-    ROWS_A_STEP,
     TableRule,
     find_conflicting_answers,
     find_contradicting_feedback,
@@ -166,7 +165,7 @@ def main() -> None:
         sort_feedback_last(read_rows(artifacts("collect") / "rows.parquet")), params.normalize
     )
     # Feedback adds no label to a closed set.
-    own = leave_out_feedback(rows) or rows
+    own = exclude_feedback(rows) or rows
     task = resolve_task(everything.task, (row.answer for row in own))
     kept, rejected = apply_rules(
         rows, list_rules(params, task, everything.task.system_prompt), list_table_rules(params, task)

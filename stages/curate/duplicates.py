@@ -7,16 +7,14 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from stages.common.logs import get_logger, show_progress
-from stages.common.records import Row, format_canonical_json, leave_out_feedback
+from stages.common.logs import ROWS_A_STEP, get_logger, show_progress
+from stages.common.records import Row, exclude_feedback, format_canonical_json
 from stages.common.similarity.compared_text import find_shared_parts, fold_spelling
 from stages.common.similarity.near_duplicates import find_near_earlier
 from stages.common.task.protocol import Task
 from stages.curate.rules import Rejection
 
 logger = get_logger("curate")
-
-ROWS_A_STEP = 1000  # of progress
 
 TableRule = Callable[[Sequence[Row]], dict[int, Rejection]]
 
@@ -103,7 +101,7 @@ def find_near_duplicates(threshold: float, task: Task) -> TableRule:
     """
 
     def rule(rows: Sequence[Row]) -> dict[int, Rejection]:
-        shared = find_shared_parts(leave_out_feedback(rows) or rows)
+        shared = find_shared_parts(exclude_feedback(rows) or rows)
         by_answer: dict[bytes, list[int]] = defaultdict(list)
         first: dict[str, int] = {}
         ids = []

@@ -36,7 +36,7 @@ from stages.common.artifacts import (
 )
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage, show_progress
-from stages.common.model.generation import Answer, Question, encode_questions, read_answers
+from stages.common.model.generation import Answer, EvalPrompt, encode_questions, read_answers
 from stages.common.model.loading import load_tokenizer
 from stages.common.params.loading import load_params
 from stages.common.params.stages import AskBase
@@ -57,7 +57,7 @@ from stages.evaluate.results import (
     summarise,
 )
 
-log = get_logger("evaluate")
+logger = get_logger("evaluate")
 
 
 def check_references(rows: Sequence[Row], task: Task) -> None:
@@ -74,7 +74,7 @@ def check_references(rows: Sequence[Row], task: Task) -> None:
 def write_predictions(
     path: Path,
     rows: Sequence[Row],
-    questions: Sequence[Question],
+    questions: Sequence[EvalPrompt],
     answers: Mapping[str, Sequence[Answer]],
     predictions: Mapping[str, Sequence[Prediction]],
 ) -> None:
@@ -104,7 +104,7 @@ def write_predictions(
 
 def _list_cells(
     rows: Sequence[Row],
-    questions: Sequence[Question],
+    questions: Sequence[EvalPrompt],
     answers: Mapping[str, Sequence[Answer]],
     predictions: Mapping[str, Sequence[Prediction]],
 ) -> Iterator[list[Any]]:
@@ -135,13 +135,13 @@ def read_test(all_rows: Sequence[Row], base: Mapping[str, Answer]) -> Sequence[R
 
 
 def ask_tuned(
-    questions: Sequence[Question], tokenizer: Any, settings: AskBase, limit: int, exports_gguf: bool
+    questions: Sequence[EvalPrompt], tokenizer: Any, settings: AskBase, limit: int, exports_gguf: bool
 ) -> ModelAnswers:
     """Ask the tuned model, with the engine that asked the base model."""
     base = artifacts("fetch_base")
     engine = pick_engine(settings.engine, base, exports_gguf)
     gguf = artifacts("export") / "model.gguf"
-    log.info("asking the tuned model %d questions", len(questions))
+    logger.info("asking the tuned model %d questions", len(questions))
     return ask_model(
         ModelFolders(base, artifacts("finetune"), gguf if engine == "paged" else None),
         engine,
@@ -150,7 +150,7 @@ def ask_tuned(
         settings.batch_size,
         limit,
         settings.dtype,
-        lambda done: show_progress(log, done, len(questions), "tuned"),
+        lambda done: show_progress(logger, done, len(questions), "tuned"),
     )
 
 
@@ -215,8 +215,10 @@ def main() -> None:
     write_json(folder / "metrics.json", report)
     for name in answers:
         best = report[name][task.primary]
-        log.info("%s: %s %.3f (%.3f to %.3f)", name, task.primary, best["value"], best["low"], best["high"])
-    log.info("%s", report["resolution"]["statement"])
+        logger.info(
+            "%s: %s %.3f (%.3f to %.3f)", name, task.primary, best["value"], best["low"], best["high"]
+        )
+    logger.info("%s", report["resolution"]["statement"])
 
 
 if __name__ == "__main__":

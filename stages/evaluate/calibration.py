@@ -16,7 +16,7 @@ from typing import Any
 from stages.common.artifacts import artifacts
 from stages.common.chat.template import encode_example
 from stages.common.messages import Message
-from stages.common.model.generation import Question
+from stages.common.model.generation import EvalPrompt
 from stages.common.model.loading import load_tuned, pick_device, pick_dtype
 from stages.common.records import Row
 from stages.common.task.protocol import Task
@@ -57,7 +57,7 @@ class Calibration:
 
 def measure_calibration(
     rows: Sequence[Row],
-    questions: Sequence[Question],
+    questions: Sequence[EvalPrompt],
     answers: Sequence[str],
     tokenizer: Any,
     task: Task,

@@ -125,8 +125,8 @@ def draw_slices(path: Path, slices: Mapping[str, Sequence[Bar]], title: str) -> 
             bars = sorted(bars, key=lambda b: (-b.value, b.name))
             _draw_points(axes, bars, list(range(len(bars))), AFTER_COLOUR, "D", tag)
             _label_rows(axes, [f"{bar.name}  ({bar.n} in {bar.groups})" for bar in bars])
-            left_out = len(slices[tag]) - len(bars)
-            note = f", the {MAX_BARS} with most rows" if left_out else ""
+            hidden = len(slices[tag]) - len(bars)
+            note = f", the {MAX_BARS} with most rows" if hidden else ""
             axes.set_title(f"by {escape_mathtext(tag)}{note} (test rows in groups)", loc="left", size=10)
         if not shown:
             panels[0].text(0.5, 0.5, "no test row has one of the configured tags", ha="center", va="center")
@@ -168,10 +168,10 @@ def draw_confusion(path: Path, pairs: Sequence[tuple[str, str, int]], title: str
         axes.set_xlabel("answered")
         axes.set_ylabel("expected")
         axes.tick_params(length=0)
-        left_out = sum(n for _, _, n in top) - sum(counts.values())
-        if left_out:
+        hidden = sum(n for _, _, n in top) - sum(counts.values())
+        if hidden:
             axes.annotate(
-                f"{left_out} more confusions are not shown",
+                f"{hidden} more confusions are not shown",
                 (1, 1.01),
                 xycoords="axes fraction",
                 ha="right",

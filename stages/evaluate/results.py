@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from stages.common.errors import InputError
-from stages.common.model.generation import Answer, Question
+from stages.common.model.generation import Answer, EvalPrompt
 from stages.common.records import Row
 from stages.common.statistics.intervals import Interval, estimate_difference, estimate_interval, sum_by_group
 from stages.common.statistics.sizes import describe_resolution
@@ -37,7 +37,7 @@ class Sampling:
 
 
 def score(
-    rows: Sequence[Row], questions: Sequence[Question], answers: Sequence[Answer], task: Task
+    rows: Sequence[Row], questions: Sequence[EvalPrompt], answers: Sequence[Answer], task: Task
 ) -> Metrics:
     """Return every metric of one model's answers, those of the task first."""
     found = task.score([answer.text for answer in answers], [row.answer for row in rows])

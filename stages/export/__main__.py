@@ -2,7 +2,7 @@
 
 In: `artifacts/fetch_base`, `artifacts/finetune`, `artifacts/split/train.parquet` for the system prompt and
 the schema of the answers.
-Out: `artifacts/export` with `model.gguf` and a `Modelfile` for Ollama (both left out by export.gguf: false),
+Out: `artifacts/export` with `model.gguf` and a `Modelfile` for Ollama (neither with export.gguf: false),
 the tokenizer's files and `serving.json`; `reports/export/metrics.json` with what was checked: every tensor
 and the token ids of every training conversation, as read back from the file.
 

@@ -80,14 +80,14 @@ def main() -> None:
         learned_turns=turns,
     )
     validation = view(validated, itemgetter(1))
-    for rows_of, left_out in (("training", misfits), ("validation", not_validated)):
-        if left_out:
+    for rows_of, excluded in (("training", misfits), ("validation", not_validated)):
+        if excluded:
             logger.warning(
-                "%d %s rows left out: %s\n%s",
-                len(left_out),
+                "%d %s rows excluded: %s\n%s",
+                len(excluded),
                 rows_of,
-                count_reasons(left_out),
-                describe_misfits(left_out, 3),
+                count_reasons(excluded),
+                describe_misfits(excluded, 3),
             )
     if len(selected) < len(rows):
         logger.info("%d rows not replayed: the adapter was trained on them", len(rows) - len(selected))

@@ -71,7 +71,7 @@ def select_rows(
 def encode_rows(
     tokenizer: Any, rows: Sequence[Row], max_length: int, on_long_row: str, learned_turns: LearnedTurns
 ) -> tuple[Sequence[Encoded], Sequence[Misfit]]:
-    """Return the rows as token ids, and those left out: longer than `max_length`, or refused by the template.
+    """Return the rows as token ids, and those excluded: longer than `max_length`, or refused by the template.
 
     Raises:
         InputError: a row is too long and `on_long_row` is `stop`, or no row is left.
@@ -91,7 +91,7 @@ def encode_rows(
         )
     if rows and not fitting:
         raise InputError(
-            f"all {len(rows)} rows are left out: {count_reasons(misfits)}\n{describe_misfits(misfits, 3)}",
+            f"all {len(rows)} rows are excluded: {count_reasons(misfits)}\n{describe_misfits(misfits, 3)}",
             "raise finetune.max_length for rows that are too long; for rows that the chat template refuses, "
             "set task.system_prompt: null, correct their roles, or choose another base model",
         )

@@ -2,13 +2,13 @@
 
 In: `artifacts/split/{train,validation,test}.parquet`, `artifacts/fetch_base/`, `artifacts/curate/task.json`;
 `reports/fetch_base/metrics.json`.
-Out: `artifacts/preflight/{train,validation,test}.jsonl` (each row that later stages leave out, with its
+Out: `artifacts/preflight/{train,validation,test}.jsonl` (each row that later stages exclude, with its
 reason); `reports/preflight/metrics.json` and `learned.html`, a page of rows with what is learned in colour;
 written before the stage fails.
 Run: `python -m stages.preflight`
 
 Every row is rendered by the base model's own chat template. Rows that it refuses or that are too long are
-left out and counted, and the least numbers of rows (`split.min_train_rows`, `ask_base.min_test_rows`) are
+excluded and counted, and the least numbers of rows (`split.min_train_rows`, `ask_base.min_test_rows`) are
 checked again without them.
 """
 
@@ -191,7 +191,7 @@ def find_size_problems(
             problems.append(
                 InputError(
                     f"{side}: {left} rows are left of {left + len(out)}, and {wanted} are required "
-                    f"(split.min_{side}_rows); left out: {count_reasons(out) or 'none'}\n"
+                    f"(split.min_{side}_rows); excluded: {count_reasons(out) or 'none'}\n"
                     f"{describe_misfits(out, SHOWN)}",
                     _suggest_fix(side, count_reasons(out)),
                 )
@@ -246,7 +246,7 @@ def describe_side(fitting: Fitting, misfits: Sequence[Misfit]) -> dict[str, Any]
     return {
         "rows_in": len(fitting) + len(misfits),
         "rows": len(fitting),
-        "left_out": count_reasons(misfits),
+        "excluded": count_reasons(misfits),
         "tokens": sum(lengths),
         "learned_tokens": sum(learned),
         "longest": max(lengths, default=0),
@@ -310,16 +310,16 @@ def main() -> None:
 def report_findings(
     evidence: Mapping[str, Any], misfits: Rejects, over_limit: Sequence[str], max_new_tokens: int
 ) -> None:
-    """Log what is left out, changed or cannot be judged right."""
+    """Log what is excluded, changed or cannot be judged right."""
     for side in SIDES:
         found = evidence["sides"][side]
         logger.info("%s: %d rows, %d of %d tokens learned", side, *_counts(found))
         if misfits[side]:
             logger.warning(
-                "%s: %d rows left out: %s\n%s",
+                "%s: %d rows excluded: %s\n%s",
                 side,
                 len(misfits[side]),
-                found["left_out"],
+                found["excluded"],
                 describe_misfits(misfits[side], 3),
             )
     text = evidence["text"]

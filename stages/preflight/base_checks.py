@@ -35,7 +35,7 @@ def find_unknown_tokens(tokenizer: Any, embedding_rows: int, exports_gguf: bool)
     """Return the tokens that every run needs and the model does not know.
 
     A GGUF file lists all tokens. Without one, only those matter that end or fill a sequence; a row with
-    another is left out.
+    another is excluded.
     """
     beyond = {number: token for token, number in tokenizer.get_vocab().items() if number >= embedding_rows}
     if not exports_gguf:

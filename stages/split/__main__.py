@@ -24,7 +24,7 @@ from stages.common.chat.turns import unroll
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage
 from stages.common.params.loading import load_params
-from stages.common.records import count_chars, leave_out_feedback, read_rows, write_rows
+from stages.common.records import count_chars, exclude_feedback, read_rows, write_rows
 from stages.common.similarity.compared_text import find_shared_parts
 from stages.common.spool import pick, spool
 from stages.common.statistics.row_counts import describe_counts, read_rejected_counts
@@ -108,9 +108,9 @@ def main() -> None:
     task = read_task()
     rows = read_rows(artifacts("curate") / "rows.parquet")
     # A table with feedback only is split like any other.
-    asked = leave_out_feedback(rows) or rows
-    told = [number for number, row in enumerate(rows) if row.origin == "feedback"]
-    feedback = pick(rows, told) if len(asked) < len(rows) else []
+    asked = exclude_feedback(rows) or rows
+    feedback_rows = [number for number, row in enumerate(rows) if row.origin == "feedback"]
+    feedback = pick(rows, feedback_rows) if len(asked) < len(rows) else []
     labels = choose_group_labels(asked, read_strata(asked, stratify_by, task))
     assigned = assign_sides(labels, params.validation_fraction, params.test_fraction, params.seed)
     sides, over_cap = divide_rows(asked, assigned, params.max_test_rows_per_group, params.seed)

@@ -14,7 +14,7 @@ from stages.common.chat.conversations import (
     find_rows_that_answer,
     list_exchanges,
 )
-from stages.common.logs import get_logger, show_progress
+from stages.common.logs import ROWS_A_STEP, get_logger, show_progress
 from stages.common.records import Row
 from stages.common.similarity.compared_text import SharedParts
 from stages.common.similarity.near_duplicates import (
@@ -23,7 +23,7 @@ from stages.common.similarity.near_duplicates import (
     find_closest,
     spool_grams,
 )
-from stages.common.spool import join, leave_out
+from stages.common.spool import exclude, join
 from stages.split.sides import Sides
 
 logger = get_logger("split")
@@ -32,7 +32,6 @@ MAX_PAIRS_COMPARED = 50_000_000  # about six seconds
 MAX_GRAMS_COMPARED = (
     4_000_000_000  # characters of the training prompts, for each held-out one: of long prompts
 )
-ROWS_A_STEP = 1000  # of progress
 
 
 def remove_known_answers(
@@ -50,13 +49,13 @@ def remove_known_answers(
         all. Feedback removes no held-out row.
     """
     known = find_known_answers(sides.validation, sides.train), find_known_answers(sides.test, sides.train)
-    validation, test = leave_out(sides.validation, known[0]), leave_out(sides.test, known[1])
+    validation, test = exclude(sides.validation, known[0]), exclude(sides.test, known[1])
     held_out = join(validation, test)
     asked = links & {exchange for row in held_out for exchange in list_exchanges(row)} if links else set()
     telling = find_rows_that_answer(feedback, held_out) | {
         number for number, row in enumerate(feedback) if asked and asked & set(list_exchanges(row))
     }
-    left = leave_out(feedback, telling)
+    left = exclude(feedback, telling)
     return Sides(sides.train, validation, test), left, sum(map(len, known)) + len(telling)
 
 
@@ -67,7 +66,7 @@ def remove_near_duplicates(sides: Sides, threshold: float, shared: SharedParts) 
         shared: what many prompts have in common, which does not count.
     """
     near = find_near_training_rows(sides, threshold, shared)
-    return Sides(leave_out(sides.train, near), sides.validation, sides.test), len(near)
+    return Sides(exclude(sides.train, near), sides.validation, sides.test), len(near)
 
 
 def find_near_training_rows(sides: Sides, threshold: float, shared: SharedParts) -> set[int]:

@@ -87,8 +87,8 @@ def build_table(rows: Sequence[Row], task: Task, texts: Collection[str] = TEXTS)
     """
     import pandas as pd
 
-    left_out = set(TEXTS) - set(texts)
-    read = {name: read_field for name, read_field in FIELDS.items() if name not in left_out}
+    excluded = set(TEXTS) - set(texts)
+    read = {name: read_field for name, read_field in FIELDS.items() if name not in excluded}
     read["answer_is_valid"] = lambda row: task.find_problem(row.answer) is None
     if task.class_name is not None:
         read["label"] = lambda row: task.read_class(row.answer)

@@ -34,7 +34,7 @@ def test_what_does_not_run_is_passed_over(shim, monkeypatch):
     assert find_interpreter(HERE) not in (None, shim)
 
 
-def test_a_version_that_is_not_installed_is_left_out():
+def test_a_version_that_is_not_installed_is_skipped():
     assert list(find_interpreters(["2.1", HERE])) == [HERE]
 
 

@@ -31,7 +31,7 @@ TEAMS = {
     "network": ("the office wifi", "my vpn tunnel", "the guest router", "our fibre line"),
     "payroll": ("my payslip", "the travel refund", "a bonus payment", "the overtime sheet"),
 }
-TROUBLES = ("is broken", "went missing yesterday", "does not work for me", "needs a check", "looks wrong")
+COMPLAINTS = ("is broken", "went missing yesterday", "does not work for me", "needs a check", "looks wrong")
 HASTE = ("please hurry", "everybody is waiting", "no rush at all", "whenever there is time")
 # So little training teaches nothing; LEARNING does.
 SETTINGS = """
@@ -52,9 +52,9 @@ START_WITHIN_S = 240  # a step of a retraining, on a busy machine
 def tickets():
     """Return every question with its answer, in a fixed order."""
     return [
-        (f"{thing} {trouble}, {haste}", {"team": team})
+        (f"{thing} {complaint}, {haste}", {"team": team})
         for team, things in TEAMS.items()
-        for thing, trouble, haste in product(things, TROUBLES, HASTE)
+        for thing, complaint, haste in product(things, COMPLAINTS, HASTE)
     ]
 
 
@@ -74,7 +74,7 @@ class LoopHome:
         return [sys.executable, *arguments]
 
     def run(self, *arguments, check=True):
-        """Run Python in the home; fail with all that it said."""
+        """Run Python in the home; fail with its output."""
         done = subprocess.run(
             self.command(*arguments),
             cwd=self.root,
@@ -138,12 +138,13 @@ class LoopHome:
 def make_loop_home(folder: Path) -> LoopHome:
     """Train a tiny model on the tickets, make it champion, and give it corrections."""
     root = make_checkout(ROOT, folder / "home")
-    # A cache of its own: what is trained here is nobody else's.
+    # A cache of its own: no other checkout uses what is trained here.
     write_text(root / ".dvc/config.local", f"[cache]\n    dir = {folder / 'cache'}\n")
     (root / "dvc.lock").unlink(missing_ok=True)
     _write_params(root, _save_base(folder / "base"))
     lines = (
-        {"prompt": ask, "completion": json.dumps(said), "team": said["team"]} for ask, said in tickets()[::2]
+        {"prompt": ask, "completion": json.dumps(ticket), "team": ticket["team"]}
+        for ask, ticket in tickets()[::2]
     )
     write_text(root / "data/tickets.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     environment = build_checkout_environment(
@@ -192,10 +193,10 @@ def correct(home):
     """Put questions that were in no training row into the event store, each with its right answer."""
     name, _, version = home.aliases.champion.partition(":")
     events, now = [], time.time()
-    for number, (ask, said) in enumerate(tickets()[1::4]):
+    for number, (ask, ticket) in enumerate(tickets()[1::4]):
         messages = json.dumps([{"role": "user", "content": ask}])
         made = store.exchange(number, now, model=name, version=version, messages=messages)
-        events += [made, store.feedback(number, now, correction=json.dumps(said))]
+        events += [made, store.feedback(number, now, correction=json.dumps(ticket))]
     store.stored(f"sqlite:///{home.root}/.perennial/events.db", *events)
 
 

@@ -206,7 +206,7 @@ def leave_traces(root, now, *, traffic=True):
             "exchanges": 6512,
             "rows_train": 411,
             "rows_holdout": 176,
-            "left_out": {"contradiction": 12},
+            "excluded": {"contradiction": 12},
         },
     )
     if traffic:

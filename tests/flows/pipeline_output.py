@@ -109,6 +109,6 @@ def empty_database():
 
 
 def make_recordable(root, **changes):
-    """Lay out a pipeline run beside a database that has its tables."""
+    """Lay out a pipeline run next to a database that has its tables."""
     write(root / ".perennial/mlflow.db", empty_database())
     return make_output(root, **changes)

@@ -72,7 +72,7 @@ def test_without_a_server_registering_says_how_to_start_one(finished):
 
 @pytest.mark.slow
 def test_up_shows_the_page_executes_what_is_due_and_ends_with_all_it_started(finished, tmp_path):
-    """With SQLAlchemy 2.1 Prefect's cron schedules never fire, and nothing else says so."""
+    """With SQLAlchemy 2.1 Prefect's cron schedules never fire, and no other check finds it."""
     finished.change("params.yaml", "cron: 0 3 * * 1", 'cron: "* * * * *"')
     finished.change("params.yaml", "learning_rate: 0.003", "learning_rate: 0.002")
     for key in ("dashboard: 8000", "mlflow: 5000", "evidently: 8001", "port: 3000"):
@@ -120,7 +120,7 @@ def emit(api, payload: dict[str, object]) -> None:
 @contextmanager
 def executing(toy, api, *command: str):
     """Have a process register and execute in the checkout until the block ends; yield what it logs."""
-    log, before = toy.root / "trouble" / "execute.log", triggers(api)
+    log, before = toy.root / "faults" / "execute.log", triggers(api)
     with log.open("w") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", *command],
@@ -131,7 +131,7 @@ def executing(toy, api, *command: str):
             start_new_session=True,
         )
     try:
-        # Registered anew, the trigger gets a new id: an older one would do for the event, not for the run.
+        # Registered again, the trigger gets a new id: an older one would do for the event, not for the run.
         wait_until(lambda: triggers(api) - before, 90, "the trigger is registered")
         yield log
     finally:

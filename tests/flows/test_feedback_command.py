@@ -48,5 +48,5 @@ def test_the_guard_looks_at_corrections_as_it_does_for_a_retraining(url, capsys)
 
 def test_without_a_store_it_says_what_to_do(url, capsys):
     assert main([]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("error: there is no event store") and "fix: " in said
+    error = capsys.readouterr().err
+    assert error.startswith("error: there is no event store") and "fix: " in error

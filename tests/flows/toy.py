@@ -23,10 +23,10 @@ def say(message):
     print(f"{name}: {message}", file=sys.stderr, flush=True)
 
 def order(name):
-    path = pathlib.Path(f"trouble/{name}")
+    path = pathlib.Path(f"faults/{name}")
     return path.read_text() if path.exists() else None
 
-with open("trouble/ran", "a") as ran:
+with open("faults/ran", "a") as ran:
     ran.write(f"{name} begin {time.time()}\\n")
 say("begins")
 until = time.monotonic() + float(seconds)
@@ -39,12 +39,12 @@ for step in range(1, 201):
 if order(f"{name}-fails"):
     code, lines = order(f"{name}-fails").split(" ", 1)
     if order(f"{name}-recovers"):
-        pathlib.Path(f"trouble/{name}-fails").unlink()
+        pathlib.Path(f"faults/{name}-fails").unlink()
     print(lines, file=sys.stderr)
     sys.exit(int(code))
 pathlib.Path(out).write_text(name + "".join(pathlib.Path(path).read_text() for path in inputs))
 say(f"wrote {out}")
-with open("trouble/ran", "a") as ran:
+with open("faults/ran", "a") as ran:
     ran.write(f"{name} end {time.time()}\\n")
 """
 
@@ -116,21 +116,21 @@ class Toy:
         assert old in text
         self.write(path, text.replace(old, new, 1))
 
-    def trouble(self, name: str, order: str) -> None:
+    def inject_fault(self, name: str, order: str) -> None:
         """Have a stage misbehave; see STAGE."""
-        self.write(f"trouble/{name}", order)
+        self.write(f"faults/{name}", order)
 
     def begun(self) -> list[str]:
         """The stages that have begun since `forget`, in order."""
         return [name for name, what, _ in self.log() if what == "begin"]
 
     def log(self) -> list[tuple[str, str, float]]:
-        path = self.root / "trouble" / "ran"
+        path = self.root / "faults" / "ran"
         lines = path.read_text().splitlines() if path.exists() else []
         return [(name, what, float(at)) for name, what, at in (line.split() for line in lines)]
 
     def forget(self) -> None:
-        (self.root / "trouble" / "ran").unlink(missing_ok=True)
+        (self.root / "faults" / "ran").unlink(missing_ok=True)
 
     def outputs(self) -> dict[str, bytes]:
         names = ("fetch.txt", "read.txt", "train.txt", "judge.txt", "dvc.lock")
@@ -167,8 +167,8 @@ def make_toy(root: Path, environment: dict[str, str], seconds: float = 0.0) -> T
     toy.write("data/in.txt", "rows\n")
     toy.write("dvc.yaml", GRAPH.format(seconds=seconds))
     toy.write("params.yaml", (ROOT / "params.yaml").read_text())
-    toy.write("trouble/.keep", "")
-    toy.write(".gitignore", "/trouble/\n/.perennial/\n/fetch.txt\n/read.txt\n/train.txt\n/judge.txt\n")
+    toy.write("faults/.keep", "")
+    toy.write(".gitignore", "/faults/\n/.perennial/\n/fetch.txt\n/read.txt\n/train.txt\n/judge.txt\n")
     subprocess.run(["git", "init", "-q", "."], cwd=root, check=True)
     assert toy.dvc("init", "-q").returncode == 0
     toy.dvc("config", "core.analytics", "false")

@@ -214,9 +214,9 @@ def count_lines(path):
 def check_feedback(url):
     """Learn from a store; check that each piece of feedback became a row or was counted with its reason."""
     report = label_rows(url, 0.0, NOW, SETTINGS.feedback, TASK).report
-    assert report["given"] == report["labelled_rows"] + sum(report["left_out"].values())
+    assert report["given"] == report["labelled_rows"] + sum(report["excluded"].values())
     by_key = report["by_key"].values()
-    assert sum(sum(one["left_out"].values()) for one in by_key) == sum(report["left_out"].values())
+    assert sum(sum(one["excluded"].values()) for one in by_key) == sum(report["excluded"].values())
     json.dumps(report, allow_nan=False).encode()
     assert all(one.at < NOW for one in read_outcomes(url, 0.0, NOW, TAG, "champion"))
 

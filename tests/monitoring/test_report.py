@@ -122,7 +122,7 @@ def test_evidently_is_told_our_effects_and_decisions():
 
 
 @pytest.mark.slow
-def test_a_column_without_values_and_a_window_that_was_not_judged_make_no_trouble(tmp_path):
+def test_a_column_without_values_and_a_window_that_was_not_judged_raise_nothing(tmp_path):
     path = tmp_path / "report.html"
     write_report([table(200)], [table(200, thumbs=False)], judged(), path)
     text = path.read_text()

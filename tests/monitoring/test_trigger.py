@@ -78,7 +78,10 @@ def test_no_windows_at_all_is_no_drift():
     [
         ({"labelled_rows": 77}, "23 more labelled rows"),
         ({"labelled_rows": 99}, "1 more labelled row"),
-        ({"labelled_rows": 40, "left_out": "most said no more"}, "60 more labelled rows (most said no more)"),
+        (
+            {"labelled_rows": 40, "excluded": "most of another prompt"},
+            "60 more labelled rows (most of another prompt)",
+        ),
         ({"since_retraining_s": 9.5 * 3600}, "cooldown until 14:30 UTC"),
         ({"since_retraining_s": 60.0}, "cooldown until 23:59 UTC"),
         ({"since_retraining_s": 0.0}, "cooldown until 2025-11-26 00:00 UTC"),
@@ -86,17 +89,17 @@ def test_no_windows_at_all_is_no_drift():
         ({"pinned": "audit"}, "the champion to be unpinned (audit): perennial release unpin"),
     ],
 )
-def test_what_is_missing_is_said_exactly(changed, need):
+def test_what_is_missing_is_named_exactly(changed, need):
     decision = decided(DRIFT, **changed)
     assert not decision.fires
     assert decision.needs == (need,)
 
 
-def test_what_was_left_out_is_not_said_of_rows_that_are_enough():
-    assert decided(DRIFT, left_out="most said no more").needs == ()
+def test_exclusions_are_not_named_where_rows_are_enough():
+    assert decided(DRIFT, excluded="most of another prompt").needs == ()
 
 
-def test_everything_that_is_missing_is_said_at_once():
+def test_everything_that_is_missing_is_named_at_once():
     assert len(decided(DRIFT, labelled_rows=0, running=True, pinned="audit").needs) == 3
 
 

@@ -52,7 +52,7 @@ def settings(folder: Path, **changes):
 
 def tiny_files(folder: Path, version: str = "a" * 12, seed: int = 0, **about) -> ModelFiles:
     """Save a tiny model and return it as a version's files."""
-    # Untied and with large weights: a tiny tied model says the same token for ever.
+    # Untied and with large weights: a tiny tied model repeats one token.
     save_model(folder, seed, tie_word_embeddings=False, initializer_range=0.5)
     told = {
         "name": "tiny",

@@ -30,15 +30,15 @@ def version_of(response):
     return response.json()["system_fingerprint"]
 
 
-def test_an_asker_stays_in_or_out_of_a_trial_and_the_share_is_kept():
-    askers = [f"user-{n}" for n in range(20_000)]
-    chosen = {asker for asker in askers if is_in_treatment(asker, "m:2", 0.1)}
-    assert abs(len(chosen) / len(askers) - 0.1) < 0.01
-    assert chosen == {asker for asker in askers if is_in_treatment(asker, "m:2", 0.1)}
-    other = {asker for asker in askers if is_in_treatment(asker, "m:3", 0.1)}
+def test_a_user_stays_in_or_out_of_a_trial_and_the_share_is_kept():
+    users = [f"user-{n}" for n in range(20_000)]
+    chosen = {user for user in users if is_in_treatment(user, "m:2", 0.1)}
+    assert abs(len(chosen) / len(users) - 0.1) < 0.01
+    assert chosen == {user for user in users if is_in_treatment(user, "m:2", 0.1)}
+    other = {user for user in users if is_in_treatment(user, "m:3", 0.1)}
     assert len(chosen & other) < len(chosen) / 2, "each trial draws its own users"
-    assert not any(is_in_treatment(asker, "m:2", 0.0) for asker in askers)
-    assert all(is_in_treatment(asker, "m:2", 1.0) for asker in askers)
+    assert not any(is_in_treatment(user, "m:2", 0.0) for user in users)
+    assert all(is_in_treatment(user, "m:2", 1.0) for user in users)
 
 
 def test_versions_change_under_load_and_back_with_no_failed_request(tmp_path, versions):
@@ -77,7 +77,7 @@ def test_a_canary_answers_its_share_of_users_always_the_same(tmp_path, versions)
                 seen.setdefault(user, set()).add(version_of(ask(client, max_tokens=1, user=user)))
         assert all(len(found) == 1 for found in seen.values())
         assert {found.pop() for found in seen.values()} == {first.version, second.version}
-        # Either can be asked for by its tag, whatever the trial says.
+        # Either can be asked for by its tag, in or out of the trial.
         for files in versions:
             assert version_of(ask(client, max_tokens=1, model=files.tag)) == files.version
 
@@ -141,7 +141,7 @@ def test_a_challenger_that_broke_is_started_anew_and_the_champion_goes_on(tmp_pa
         assert version_of(ask(client, max_tokens=2, model=second.tag)) == second.version
 
 
-def test_old_versions_are_let_go_when_nobody_uses_them(tmp_path, versions):
+def test_old_versions_are_let_go_when_no_request_uses_them(tmp_path, versions):
     first, second = versions
     closed = []
 

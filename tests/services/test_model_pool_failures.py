@@ -57,7 +57,7 @@ A, B = "tiny:" + "a" * 12, "tiny:" + "b" * 12
 @pytest.mark.parametrize(
     "error", [RuntimeError("CUDA out of memory"), EngineError("no"), ValueError(), KeyError("x")]
 )
-def test_a_challenger_that_cannot_be_loaded_keeps_nobody_from_the_champion(machine, error):
+def test_a_challenger_that_cannot_be_loaded_leaves_the_champion_answering(machine, error):
     machine.errors[B] = error
     write_aliases(machine.aliases, Aliases(A, Challenger(B, 1.0, "canary")))
     asyncio.run(machine.sync(300))

@@ -9,7 +9,7 @@ from tests.tiny import make_model, save_model
 
 
 def make_checkout(root: Path, changes: dict[str, str] | None = None, **shape) -> Path:
-    """Fill `root`; each key of `changes` stands once in params.yaml and is replaced; `shape` is a model's."""
+    """Fill `root`; each key of `changes` occurs once in params.yaml and is replaced; `shape` is a model's."""
     from peft import LoraConfig, get_peft_model
 
     text = (ROOT / "params.yaml").read_text()

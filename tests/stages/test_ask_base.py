@@ -96,7 +96,7 @@ def test_an_engine_that_cannot_compute_the_model_is_refused_only_if_it_is_wanted
         pick_engine("paged", tmp_path, True)
 
 
-def test_a_reference_that_does_not_fit_into_the_context_is_left_out_counted_and_named(project, caplog):
+def test_a_reference_that_does_not_fit_into_the_context_is_excluded_counted_and_named(project, caplog):
     long = make_row([Message("user", "q"), Message("assistant", "y" * 600)], "toy", "mit")
     project([*rows_of(24), long], min_test_rows=24)
     ask_base.main()

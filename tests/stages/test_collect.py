@@ -106,7 +106,7 @@ def test_feedback_is_collected_once_there_is_some_and_is_no_fault_before(project
     assert rows[1].messages[0].content == "Be brief."
 
 
-def test_feedback_alone_that_nobody_gave_yet_is_refused(project):
+def test_feedback_alone_is_refused_while_there_is_none(project):
     project({"kind": "feedback"})
     with pytest.raises(InputError, match="the sources have no row"):
         collect.main()

@@ -262,7 +262,7 @@ def test_a_version_that_the_index_has_not_is_named(project, wheels):
     assert error.value.exit_code == 1  # trying again would not help
 
 
-def test_an_index_that_refuses_connections_is_a_trouble_that_may_pass(project, monkeypatch):
+def test_an_index_that_refuses_connections_is_a_transient_error(project, monkeypatch):
     for name in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)

@@ -28,7 +28,7 @@ class Panel {
     this.root.setAttribute("aria-label", `Answer of ${nameOf(model)}`);
     this.part(".feedback").setAttribute("aria-label", `Feedback on the answer of ${nameOf(model)}`);
     this.part(".raw-toggle").onclick = () => this.showRaw(this.part(".raw-toggle").ariaPressed !== "true");
-    this.part(".trouble button").onclick = () => this.retry();
+    this.part(".problem button").onclick = () => this.retry();
     this.wireFeedback();
   }
 
@@ -38,7 +38,7 @@ class Panel {
     this.settled = false;
     this.root.dataset.state = "running";
     this.body.ariaBusy = "true";
-    for (const name of [".trouble", ".metrics", ".feedback", ".editor", ".raw-toggle"]) this.part(name).hidden = true;
+    for (const name of [".problem", ".metrics", ".feedback", ".editor", ".raw-toggle"]) this.part(name).hidden = true;
     drawWaiting(this.body);
     const controller = new AbortController();
     running.add(controller);
@@ -142,27 +142,27 @@ class Panel {
 
   // -------------------------------------------------------------- errors
 
-  fail(trouble) {
+  fail(problem) {
     this.settled = true;
     this.root.dataset.state = "failed";
     // An answer that the guard rejected is not shown, not even in part.
-    if (this.result.text && trouble.kind !== "guard") this.draw();
+    if (this.result.text && problem.kind !== "guard") this.draw();
     else this.body.replaceChildren();
-    const box = this.part(".trouble");
-    this.part(".trouble-title").textContent = TITLES[trouble.kind];
-    const text = this.part(".trouble-text");
-    text.textContent = trouble.message;
-    if (trouble.reason && !trouble.message.includes(trouble.reason)) text.append(" Reason: ", element("code", "", trouble.reason));
-    const retry = this.part(".trouble button");
-    retry.hidden = !RETRYABLE.includes(trouble.kind);
+    const box = this.part(".problem");
+    this.part(".problem-title").textContent = TITLES[problem.kind];
+    const text = this.part(".problem-text");
+    text.textContent = problem.message;
+    if (problem.reason && !problem.message.includes(problem.reason)) text.append(" Reason: ", element("code", "", problem.reason));
+    const retry = this.part(".problem button");
+    retry.hidden = !RETRYABLE.includes(problem.kind);
     box.hidden = false;
-    if (!retry.hidden) countDown(retry, trouble.waitS);
-    if (trouble.kind === "key") askForKey(() => this.ask());
-    if (trouble.kind === "gone") loadModels();
+    if (!retry.hidden) countDown(retry, problem.waitS);
+    if (problem.kind === "key") askForKey(() => this.ask());
+    if (problem.kind === "gone") loadModels();
   }
 
   retry() {
-    if (this.part(".trouble button").ariaDisabled === "true") return;
+    if (this.part(".problem button").ariaDisabled === "true") return;
     question.focus({ preventScroll: true });
     this.ask();
   }
@@ -334,8 +334,8 @@ async function loadModels() {
     notice.hidden = true;
   } catch (error) {
     if (error.kind === "key") return askForKey(loadModels);
-    notice.querySelector(".trouble-title").textContent = TITLES[error.kind] ?? TITLES.down;
-    notice.querySelector(".trouble-text").textContent = error.message;
+    notice.querySelector(".problem-title").textContent = TITLES[error.kind] ?? TITLES.down;
+    notice.querySelector(".problem-text").textContent = error.message;
     notice.hidden = false;
     countDown(notice.querySelector("button"), error.waitS ?? 0);
     return;

@@ -275,7 +275,7 @@ class Scheduler:
         self.accepted += row
         end = logprob if reason == "stop" else None
         prompt = tuple(sequence.prompt_logprobs or ())
-        sequence.prompt_logprobs = None  # they are told once
+        sequence.prompt_logprobs = None  # they are sent once
         return Step(tuple(tokens), reason, tuple(logprobs), prompt_logprobs=prompt, end=end)
 
     def _score_prompt(self, planned: _Planned, logits: NDArray[np.float32]) -> None:

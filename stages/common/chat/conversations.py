@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-from stages.common.records import Row, leave_out_feedback, sort_feedback_last
+from stages.common.records import Row, exclude_feedback, sort_feedback_last
 from stages.common.similarity.compared_text import fold_text
 
 MAX_NEIGHBOURS = (
@@ -77,7 +77,7 @@ def join_conversations(rows: Sequence[Row]) -> list[str]:
     the split of the other rows does not depend on it.
     """
     roots = {row.group: row.group for row in rows}
-    own = leave_out_feedback(rows)
+    own = exclude_feedback(rows)
     _join(roots, own, frozenset())
     if len(own) < len(rows):
         _join(roots, rows, {row.group for row in own})

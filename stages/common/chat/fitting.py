@@ -1,6 +1,6 @@
 """Rows that a model can be trained on or asked: the chat template writes them, and they are not too long.
 
-`preflight` counts and names the others before anything is trained; each later stage leaves out the same rows.
+`preflight` counts and names the others before anything is trained; each later stage excludes the same rows.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 from stages.common.chat.template import Encoded, TemplateRefusal, encode_conversation, render_example
 from stages.common.chat.turns import list_learned
+from stages.common.logs import ROWS_A_STEP
 from stages.common.messages import LearnedTurns
 from stages.common.records import Row, count_chars
 from stages.common.spool import Spool, spool
@@ -22,8 +23,6 @@ LONG = "too_long"
 
 # An answer a quarter longer than the longest reference rambles; waiting for its end costs only time.
 ANSWER_ROOM = 1.25
-
-ROWS_A_STEP = 500  # of progress
 TOKEN_BYTES = 36  # of a token id in memory: a place in a list, and a number
 
 Fitting = Sequence[tuple[Row, Encoded]]
@@ -31,7 +30,7 @@ Fitting = Sequence[tuple[Row, Encoded]]
 
 @dataclass(frozen=True, slots=True)
 class Misfit:
-    """A row that is left out, with the reason: a word to count by, and a detail."""
+    """A row that is excluded, with the reason: a word to count by, and a detail."""
 
     row: Row
     reason: str

@@ -29,7 +29,7 @@ LOSS_TOKENS_AT_ONCE = 512
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class EvalPrompt:
     """One row as token ids; with tools, its answer may be calls of them."""
 
     prompt: list[int]
@@ -53,22 +53,22 @@ class Answer:
     reference_loss: float
 
 
-def encode_questions(tokenizer: Any, rows: Iterable[Row]) -> Sequence[Question]:
+def encode_questions(tokenizer: Any, rows: Iterable[Row]) -> Sequence[EvalPrompt]:
     """Return prompt and reference of each row; the reference ends with the end of turn."""
     return spool((_encode_question(tokenizer, row) for row in rows), _count_bytes)
 
 
-def _encode_question(tokenizer: Any, row: Row) -> Question:
+def _encode_question(tokenizer: Any, row: Row) -> EvalPrompt:
     example = encode_example(tokenizer, row.messages, row.tools)
     length = example.prompt_length
-    return Question(example.input_ids[:length], example.input_ids[length:], bool(row.tools))
+    return EvalPrompt(example.input_ids[:length], example.input_ids[length:], bool(row.tools))
 
 
-def _count_bytes(question: Question) -> int:
+def _count_bytes(question: EvalPrompt) -> int:
     return TOKEN_BYTES * (len(question.prompt) + len(question.reference))
 
 
-def check_fit(questions: Sequence[Question], max_new_tokens: int, context_tokens: int | None) -> None:
+def check_fit(questions: Sequence[EvalPrompt], max_new_tokens: int, context_tokens: int | None) -> None:
     """Raise InputError if prompt and answer of a row do not fit into the model's context."""
     if context_tokens is None:
         return
@@ -83,7 +83,7 @@ def check_fit(questions: Sequence[Question], max_new_tokens: int, context_tokens
 def answer_questions(
     model: Any,
     tokenizer: Any,
-    questions: Sequence[Question],
+    questions: Sequence[EvalPrompt],
     batch_size: int,
     max_new_tokens: int,
     on_progress: Callable[[int], None] = lambda done: None,
@@ -116,7 +116,7 @@ def answer_questions(
     return [answers[i] for i in range(len(questions))]
 
 
-def measure_latencies(answer: Callable[[Question], object], questions: Sequence[Question]) -> list[float]:
+def measure_latencies(answer: Callable[[EvalPrompt], object], questions: Sequence[EvalPrompt]) -> list[float]:
     """Return the seconds that each question takes when it is asked alone."""
     seconds = []
     for question in questions:

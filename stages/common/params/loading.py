@@ -76,8 +76,8 @@ class Params(Section):
 def load_params(path: str | Path = "params.yaml") -> Params:
     """Read and check `params.yaml`.
 
-    Where a service runs elsewhere, a variable of `ENVIRONMENT` takes the place of a key: secrets and
-    mounted folders are told to a container by its environment.
+    Where a service runs elsewhere, a variable of `ENVIRONMENT` takes the place of a key:
+    a container gets its secrets and mounted folders from its environment.
 
     Raises:
         ParamsError: with every problem of the file: line, key, value, and the nearest right key.

@@ -19,7 +19,7 @@ DriftType = Literal["input", "output", "quality"]
 
 
 class Reference(Section):
-    """The usual traffic, with which windows are compared."""
+    """The reference traffic that windows are compared with."""
 
     rows: Annotated[int, Field(ge=50)]
 
@@ -119,7 +119,7 @@ class WatchFlow(Section):
 
 
 class GateSettings(Section):
-    """What a challenger must reach before it is shown to anybody."""
+    """What a challenger must reach before it answers any user."""
 
     min_new_rows: PositiveCount
     min_new_gain: Share
@@ -162,7 +162,7 @@ class Tracking(Section):
 
 
 class Notify(Section):
-    """Who is told."""
+    """Who is notified, of what."""
 
     webhook: str | None
     email: str | None

@@ -53,7 +53,7 @@ class Versions(Section):
 
 
 class Answers(Section):
-    """Defaults for what a request leaves out."""
+    """Defaults for what a request omits."""
 
     default_max_tokens: PositiveCount
     max_tokens: PositiveCount

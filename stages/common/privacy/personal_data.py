@@ -1,7 +1,7 @@
 """Find personal data in a text: `curate` rejects rows with it, the event store redacts it.
 
 Each finder yields the spans of one kind, from left to right, and takes time linear in the text. A finder goes
-by form alone, which is what is redacted; `holds` leaves out what has the form and is no person's: reserved
+by form alone, which is what is redacted; `holds` excludes what has the form and is no person's: reserved
 domains, numbers for fiction, addresses of machines.
 """
 

@@ -1,7 +1,7 @@
 """The part of a prompt that is compared with other prompts: without spelling, and without what many share.
 
 Two prompts that a reader takes for one must be one text here: invisible characters, case, width, runs of
-space and punctuation are left out. An instruction that many prompts repeat is left out, too: it would make
+space and punctuation are excluded. An instruction that many prompts repeat is excluded, too: it would make
 all of them look alike. None of this changes a row.
 """
 

@@ -13,13 +13,12 @@ from typing import Any
 from stages.common.errors import InputError
 from stages.common.records import Row, make_row
 from stages.common.sources import Collected, Rejected
-from stages.common.sources.files.entries import BadRow
+from stages.common.sources.files.entries import BadRow, count
 from stages.common.sources.files.json_records import read_jsonl
 from stages.common.sources.files.messages import to_messages
-from stages.common.sources.files.rows import OnBadRow, check_conversation
+from stages.common.sources.files.rows import OnBadRow, check_conversation, list_rejected
 from stages.common.sources.files.shapes import Shape
 
-MAX_SHOWN = 10
 SHAPE = Shape("chat", messages="messages")
 
 
@@ -43,9 +42,8 @@ def collect_feedback(path: Path, system_prompt: str | None, on_bad_row: OnBadRow
         except BadRow as bad:
             rejected.append(Rejected(str(path), entry.line, bad.reason, bad.detail, entry.content))
     if rejected and on_bad_row == "stop":
-        shown = "\n".join(f"{r.file}:{r.line}: {r.reason}: {r.detail}" for r in rejected[:MAX_SHOWN])
         raise InputError(
-            f"{path} has {len(rejected)} bad row{'s' * (len(rejected) != 1)}\n{shown}",
+            f"{path} has {count(len(rejected), 'bad row')}\n{list_rejected(rejected)}",
             "have the retraining flow write the file again, or set collect.on_bad_row: reject",
         )
     return Collected(tuple(rows), tuple(rejected), {"file_there": True, "by_kind": _by_kind(rows)})

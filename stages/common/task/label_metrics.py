@@ -39,7 +39,7 @@ class ClassResult:
 def score_f1(answered: Sequence[str | None], expected: Sequence[str]) -> dict[str, Metric]:
     """Return macro and weighted F1: the mean over classes, plain and weighted by their rows.
 
-    A resample of the bootstrap may miss a class; it is then left out of the mean.
+    A resample of the bootstrap may miss a class; it is then excluded from the mean.
     """
     columns = _count_hits(answered, expected, sorted(set(expected)))
     return {

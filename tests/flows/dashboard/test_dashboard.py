@@ -39,7 +39,7 @@ def unhurried(monkeypatch):
 
 @pytest.fixture
 def params(monkeypatch):
-    """The shipped parameters, with addresses at which nobody listens."""
+    """The shipped parameters, with addresses where nothing listens."""
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         free = taken.getsockname()[1]
@@ -52,7 +52,7 @@ def params(monkeypatch):
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A checkout in which nothing has happened; its pages are at addresses where nobody listens."""
+    """A checkout in which nothing has happened; its pages are at addresses where nothing listens."""
     text = (ROOT / "params.yaml").read_text()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         free = taken.getsockname()[1]
@@ -62,7 +62,7 @@ def checkout(tmp_path):
     return tmp_path
 
 
-def test_a_fresh_checkout_has_nothing_and_no_trouble(tmp_path, params):
+def test_a_fresh_checkout_has_nothing_and_no_problems(tmp_path, params):
     status = read_status(tmp_path, params, StatusCache())
     assert status["problems"] == []
     assert status["model"]["champion"] is None and status["verdict"] is None and status["traffic"] is None
@@ -266,14 +266,14 @@ def test_wrong_parameters_are_shown_and_not_a_blank_page(checkout):
     ("seconds", "text"),
     [(0, "0 s"), (59.6, "1 min"), (3723, "1 h 2 min"), (3605, "1 h"), (200_000, "2 d 7 h")],
 )
-def test_lengths_of_time_are_said_with_their_largest_units(seconds, text):
+def test_lengths_of_time_are_shown_with_their_largest_units(seconds, text):
     assert format_duration(seconds) == text
 
 
 @pytest.mark.parametrize(
     ("value", "text"), [(None, "–"), (0.0005, "0.0005"), (-0.25, "−0.25"), (0.0, "0"), (214.0, "214")]
 )
-def test_figures_are_said_without_idle_digits(value, text):
+def test_numbers_are_shown_without_idle_digits(value, text):
     assert format_number(value) == text
 
 
@@ -310,7 +310,7 @@ def browser():
 
 
 @pytest.mark.slow
-def test_the_page_is_accessible_fits_a_phone_and_asks_nobody_else(checkout, served, browser):
+def test_the_page_is_accessible_fits_a_phone_and_loads_nothing_from_elsewhere(checkout, served, browser):
     axe_playwright = pytest.importorskip("axe_playwright_python.sync_playwright")
     for filled in (False, True):
         if filled:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def written(folder):
-    """When each file was last written, git's own files left out."""
+    """When each file was last written, git's own files excluded."""
     return {
         path: path.stat().st_mtime_ns
         for path in folder.rglob("*")

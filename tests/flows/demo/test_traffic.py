@@ -107,7 +107,7 @@ def test_the_kinds_come_in_the_proportions_of_the_mix_and_mixed():
     assert sum(a.kind != b.kind for a, b in pairwise(requests)) > 10
 
 
-def test_what_cannot_be_asked_is_said_with_a_remedy():
+def test_requests_that_cannot_be_sent_are_an_error_with_its_fix():
     with pytest.raises(InputError, match="phrasing") as error:
         write_traffic(TrafficModel(VERSION, 7, 0.0), {"phrasing": 1.0}, 5, 1)
     assert "reserved_share" in error.value.fix
@@ -307,8 +307,8 @@ def test_a_replay_reaches_a_real_service_with_its_feedback_in_the_store(tmp_path
     with serving(tmp_path, tiny_files(tmp_path / "model")) as server:
         url = server.handler.settings.events.url
         with server.client() as client:
-            said = ask(client, "known 0", max_tokens=8).json()["choices"][0]["message"]["content"]
-        requests = [Request("known 0", said, "known", "A/b/c"), *toy(9, "wing")]
+            answer = ask(client, "known 0", max_tokens=8).json()["choices"][0]["message"]["content"]
+        requests = [Request("known 0", answer, "known", "A/b/c"), *toy(9, "wing")]
         result = replay(
             server.url, requests, habits=Habits(corrected=1.0, thumbs_up=1.0), max_tokens=8, concurrency=2
         )

@@ -422,7 +422,7 @@ def test_candidate_and_champion_answer_on_a_private_server(project):
     assert read_json(root / f"reports/parity/{'b' * 12}.json")["agrees"]
     kept = read_json(root / f".perennial/gate/{'b' * 12}/answers.json")
     assert len(kept["old"]) == len(kept["parity"]) == 24
-    assert any(said["candidate"] != said["champion"] for said in kept["new"].values())
+    assert any(pair["candidate"] != pair["champion"] for pair in kept["new"].values())
     assert (root / ALIASES).read_bytes() == before
     assert not (root / ".perennial/events.db").exists(), "the gate's questions are no traffic"
     assert list((root / ".perennial").glob("gate-service-*")) == []

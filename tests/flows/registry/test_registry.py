@@ -241,7 +241,7 @@ def test_adapters_that_compute_the_same_are_equal_and_a_forgotten_one_is_found(t
     with pytest.raises(InputError, match="the logits of 2 of 2 prompts differ"):
         compare(base, trained, off, PROMPTS)
 
-    # What MLflow's own flavour does: names that are not found, so that loading begins anew in silence.
+    # What MLflow's own flavour does: names that are not found, so that loading starts over in silence.
     renamed = shutil.copytree(trained, tmp_path / "renamed")
     names = {name.replace("model.layers", "model.other"): tensor for name, tensor in weights.items()}
     save_file(names, renamed / "adapter_model.safetensors")

@@ -63,7 +63,7 @@ def test_metrics_are_numbers_by_their_stage_and_the_keys_on_the_way(tmp_path):
     assert not [name for name in metrics if "dtype" in name or "confusions" in name or name.endswith(".low")]
 
 
-def test_a_metrics_file_that_dvc_does_not_know_is_left_out(tmp_path):
+def test_a_metrics_file_that_dvc_does_not_know_is_excluded(tmp_path):
     make_output(tmp_path)
     write_json(tmp_path / "reports/elsewhere/metrics.json", {"n": 1})
     assert {name.partition("/")[0] for name in read_metrics(tmp_path)} == {"evaluate", "finetune"}
@@ -350,8 +350,8 @@ def test_a_record_that_was_killed_goes_on_and_is_one_run_with_one_version(tmp_pa
 def test_two_that_record_at_once_into_a_new_database_make_one_run(tmp_path):
     make_output(tmp_path)
     both = [start(tmp_path, "-c", KILLED, "set_terminated", "9") for _ in range(2)]
-    said = [process.communicate(timeout=100)[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
+    errors = [process.communicate(timeout=100)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
     client = open_tracking(tmp_path, SQLITE)
     experiment = client.get_experiment_by_name("perennial")
     assert len(client.search_runs([experiment.experiment_id])) == 1

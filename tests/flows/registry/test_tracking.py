@@ -76,7 +76,7 @@ def test_a_folder_where_nothing_can_be_made_is_named(tmp_path):
         open_tracking(tmp_path, SQLITE)
 
 
-def test_without_mlflow_it_is_said_what_to_install(monkeypatch, tmp_path):
+def test_without_mlflow_the_error_names_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setattr(tracking, "find_spec", lambda name: None)
     with pytest.raises(InputError) as caught:
         open_tracking(tmp_path, SQLITE)

@@ -178,7 +178,7 @@ def record(tmp_path):
 
 async def _record(kept, rows):
     await asyncio.gather(*(kept.record(exchange) for exchange, _ in rows))
-    await asyncio.gather(*(kept.record(told) for _, given in rows for told in given))
+    await asyncio.gather(*(kept.record(one) for _, given in rows for one in given))
 
 
 def exchange(n, at, tag, role, status=200, user=None, answer="on"):
@@ -219,7 +219,7 @@ def test_outcomes_are_read_with_feedback_and_without_rejected_requests_and_shado
     ]
 
 
-def told(n, at, thumb=None, correction=None, key=None):
+def vote(n, at, thumb=None, correction=None, key=None):
     return Feedback(f"f{n}-{at}-{key}", f"r{n:05}", at, key, thumb, correction, None)
 
 
@@ -228,15 +228,15 @@ def of(rows, tmp_path, record):
     return list(read_outcomes(f"sqlite:///{tmp_path / 'events.db'}", 0.0, 100.0, NEW, "challenger"))
 
 
-def test_the_newest_word_of_the_asker_counts_and_no_one_elses(tmp_path, record):
+def test_only_the_users_own_newest_feedback_counts(tmp_path, record):
     asked = [replace(exchange(n, float(n), NEW, "challenger", user="u"), key_id="a") for n in range(6)]
     given = [
-        [told(0, 50.0, -1, key="a"), told(0, 51.0, 1, key="a")],  # taken back
-        [told(1, 50.0, 1, key="a"), told(1, 51.0, -1, key="a")],
-        [told(2, 50.0, -1, key="mallory")],
-        [told(3, 50.0, -1)],
-        [told(4, 50.0, None, "off", "a"), told(4, 51.0, None, "on", "a")],  # it was right after all
-        [told(5, 50.0, None, "off", "mallory")],
+        [vote(0, 50.0, -1, key="a"), vote(0, 51.0, 1, key="a")],  # taken back
+        [vote(1, 50.0, 1, key="a"), vote(1, 51.0, -1, key="a")],
+        [vote(2, 50.0, -1, key="mallory")],
+        [vote(3, 50.0, -1)],
+        [vote(4, 50.0, None, "off", "a"), vote(4, 51.0, None, "on", "a")],  # it was right after all
+        [vote(5, 50.0, None, "off", "mallory")],
     ]
     found = of(list(zip(asked, given, strict=True)), tmp_path, record)
     assert [(one.thumb_down_at, one.corrected_at) for one in found] == [
@@ -384,7 +384,7 @@ def canary_traffic(first, start, count):
 
 
 def look(root, now, passed_s):
-    """Look at the canary when `passed_s` have passed, at a time that its clock says."""
+    """Look at the canary when `passed_s` have passed, at a time of its clock."""
     moment = Moment(now, "boot", passed_s)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(canary, "read_moment", lambda _: moment)

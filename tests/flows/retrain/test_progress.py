@@ -65,7 +65,7 @@ def test_only_one_process_works_on_a_retraining_and_a_killed_one_gives_way(tmp_p
 
 
 @pytest.mark.parametrize("name", ["retrain.json", "retrainings.jsonl"])
-def test_a_record_of_something_else_is_named_with_its_remedy(tmp_path, name):
+def test_a_record_of_something_else_is_named_with_its_fix(tmp_path, name):
     (tmp_path / ".perennial").mkdir()
     (tmp_path / ".perennial" / name).write_text('{"id": "x"}\n')
     read = {"retrain.json": progress.read_state, "retrainings.jsonl": progress.read_history}[name]

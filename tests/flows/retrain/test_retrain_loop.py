@@ -23,7 +23,7 @@ def home(tmp_path_factory):
 
 
 def bearers(home):
-    """Return whom MLflow's aliases point at."""
+    """Return what MLflow's aliases point to."""
     return {alias: info.tag for info in home.versions().values() for alias in info.aliases}
 
 
@@ -46,15 +46,15 @@ def test_two_triggers_at_once_are_one_retraining_and_the_gate_refuses_what_learn
         for _ in range(2)
     ]  # fmt: skip
     try:
-        said = sorted(process.communicate(timeout=300)[0].strip().splitlines()[-1] for process in both)
+        last_lines = sorted(process.communicate(timeout=300)[0].strip().splitlines()[-1] for process in both)
     finally:
         for process in both:
             process.kill()
             process.wait()
     assert [process.returncode for process in both] == [0, 0]
-    assert said[0] == "another process is retraining already" and said[1].startswith(
+    assert last_lines[0] == "another process is retraining already" and last_lines[1].startswith(
         "rejected: by the gate"
-    ), said
+    ), last_lines
 
     (ended,) = progress.read_history(home.root)
     assert (ended.outcome, ended.champion) == ("rejected", before.champion)

@@ -34,8 +34,8 @@ def test_the_graph_is_read_from_dvc_in_the_order_of_dvc_repro(checkout):
     plan = make_plan(checkout.root)
 
     lines = checkout.dvc("repro", "--force", "--dry").stdout.splitlines()
-    said = [line.split("'")[1] for line in lines if line.startswith("Running stage")]
-    assert [stage.name for stage in plan.stages] == said
+    names = [line.split("'")[1] for line in lines if line.startswith("Running stage")]
+    assert [stage.name for stage in plan.stages] == names
     assert {stage.name: stage.upstream for stage in plan.stages} == {
         "fetch": (),
         "read": (),
@@ -44,7 +44,7 @@ def test_the_graph_is_read_from_dvc_in_the_order_of_dvc_repro(checkout):
     }
 
 
-def test_until_leaves_out_what_follows(checkout):
+def test_until_drops_the_stages_that_follow(checkout):
     assert {stage.name for stage in make_plan(checkout.root, "read").stages} == {"read"}
 
 

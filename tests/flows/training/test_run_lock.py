@@ -61,9 +61,9 @@ def test_a_killed_run_is_told_and_its_processes_are_ended(tmp_path, caplog):
         for process in (ours, other):
             process.kill()
             process.wait()
-    said = caplog.messages
-    assert said[0] == "the last run (pid 4321, started 2026-11-21 03:00:00+00:00) was killed during finetune"
-    assert said[1] == "ended 1 process that it left behind"
+    killed, ended = caplog.messages[:2]
+    assert killed == "the last run (pid 4321, started 2026-11-21 03:00:00+00:00) was killed during finetune"
+    assert ended == "ended 1 process that it left behind"
 
 
 def test_the_pid_of_a_killed_run_may_belong_to_another_program_by_now(tmp_path):

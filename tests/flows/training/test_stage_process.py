@@ -36,7 +36,7 @@ def test_progress_lines_are_told_from_others(line, progress):
         ("ERROR: failed to reproduce 'x': output 'x.txt' does not exist", False),
     ],
 )
-def test_dvcs_routine_and_drawn_bars_are_left_out_of_the_log(line, chatter):
+def test_dvcs_routine_and_drawn_bars_are_kept_out_of_the_log(line, chatter):
     assert is_chatter(line) is chatter
 
 

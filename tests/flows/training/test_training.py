@@ -56,8 +56,8 @@ def test_force_runs_everything_again(finished, api):
 @pytest.mark.slow
 def test_independent_stages_run_side_by_side_and_give_the_bytes_of_dvc_repro(toy, finished_toy):
     # The stage that DVC takes first ends last.
-    toy.trouble("fetch-slow", "1.5")
-    toy.trouble("read-slow", "2")
+    toy.inject_fault("fetch-slow", "1.5")
+    toy.inject_fault("read-slow", "2")
 
     assert toy.run().returncode == 0
 
@@ -68,12 +68,12 @@ def test_independent_stages_run_side_by_side_and_give_the_bytes_of_dvc_repro(toy
 
 
 def test_a_failed_stage_says_why_stops_what_follows_and_is_not_tried_again(retrain, api):
-    retrain.trouble("train-fails", "1 error: row 3 has no answer\n  fix: mend data/in.txt")
+    retrain.inject_fault("train-fails", "1 error: row 3 has no answer\n  fix: edit data/in.txt")
 
     done = retrain.run()
 
     assert done.returncode == 1
-    assert "error: train failed: row 3 has no answer\n  fix: mend data/in.txt\nnot run: judge" in done.stderr
+    assert "error: train failed: row 3 has no answer\n  fix: edit data/in.txt\nnot run: judge" in done.stderr
     assert "Traceback" not in done.stderr and "NoneType" not in done.stderr
     assert retrain.begun() == ["train"]
     run = api.last_run()
@@ -84,16 +84,16 @@ def test_a_failed_stage_says_why_stops_what_follows_and_is_not_tried_again(retra
 
 @pytest.mark.slow
 def test_a_stage_that_finds_wrong_parameters_ends_the_run_with_2(retrain):
-    retrain.trouble("train-fails", "2 error: finetune.rank: 0 is too small\n  fix: mend params.yaml")
+    retrain.inject_fault("train-fails", "2 error: finetune.rank: 0 is too small\n  fix: edit params.yaml")
 
     assert retrain.run().returncode == 2
 
 
 @pytest.mark.slow
-def test_a_passing_trouble_is_tried_again(retrain, api):
+def test_a_transient_error_is_tried_again(retrain, api):
     retrain.change("params.yaml", "retry_delay_s: 10", "retry_delay_s: 0")
-    retrain.trouble("train-fails", "75 error: the hub does not answer\n  fix: wait")
-    retrain.trouble("train-recovers", "yes")
+    retrain.inject_fault("train-fails", "75 error: the hub does not answer\n  fix: wait")
+    retrain.inject_fault("train-recovers", "yes")
 
     done = retrain.run("--until", "train")
 
@@ -121,7 +121,7 @@ def test_an_unknown_stage_is_named_with_the_known_ones(finished):
 
 
 def test_after_kill_9_no_stage_lives_on_and_the_next_run_says_so_and_goes_on(retrain):
-    retrain.trouble("train-slow", "60")
+    retrain.inject_fault("train-slow", "60")
     process = retrain.start("--until", "train")
     retrain.wait_for("train")
     stages = retrain.stage_processes()
@@ -132,7 +132,7 @@ def test_after_kill_9_no_stage_lives_on_and_the_next_run_says_so_and_goes_on(ret
 
     for stage in stages:
         stage.wait(timeout=45)
-    (retrain.root / "trouble" / "train-slow").unlink()
+    (retrain.root / "faults" / "train-slow").unlink()
     retrain.forget()
     done = retrain.run("--until", "train")
     assert done.returncode == 0, done.stderr
@@ -143,7 +143,7 @@ def test_after_kill_9_no_stage_lives_on_and_the_next_run_says_so_and_goes_on(ret
 
 @pytest.mark.slow
 def test_after_kill_9_of_everything_but_the_stage_the_next_run_ends_it_first(retrain):
-    retrain.trouble("train-slow", "60")
+    retrain.inject_fault("train-slow", "60")
     process = retrain.start("--until", "train")
     retrain.wait_for("train")
     orphans = retrain.stage_processes()
@@ -152,7 +152,7 @@ def test_after_kill_9_of_everything_but_the_stage_the_next_run_ends_it_first(ret
             one.kill()
     process.communicate()
     assert orphans[-1].is_running()
-    (retrain.root / "trouble" / "train-slow").unlink()
+    (retrain.root / "faults" / "train-slow").unlink()
     retrain.forget()
 
     done = retrain.run("--until", "train")
@@ -165,7 +165,7 @@ def test_after_kill_9_of_everything_but_the_stage_the_next_run_ends_it_first(ret
 
 @pytest.mark.slow
 def test_when_dvc_alone_is_killed_the_stage_ends_with_it_and_the_flow_says_so(retrain):
-    retrain.trouble("train-slow", "60")
+    retrain.inject_fault("train-slow", "60")
     process = retrain.start()
     retrain.wait_for("train")
     (dvc,) = [one for one in retrain.processes() if one.cmdline()[1:3] == ["-m", "dvc"]]
@@ -179,7 +179,7 @@ def test_when_dvc_alone_is_killed_the_stage_ends_with_it_and_the_flow_says_so(re
 
 @pytest.mark.slow
 def test_a_second_run_waits_for_the_first_and_says_for_whom(retrain):
-    retrain.trouble("train-slow", "3")
+    retrain.inject_fault("train-slow", "3")
     first = retrain.start("--until", "train")
     retrain.wait_for("train")
 
@@ -197,7 +197,7 @@ def test_a_second_run_waits_for_the_first_and_says_for_whom(retrain):
 
 @pytest.mark.slow
 def test_a_run_beside_dvc_repro_waits_and_says_for_whom(retrain):
-    retrain.trouble("train-slow", "3")
+    retrain.inject_fault("train-slow", "3")
     by_dvc = retrain.start_dvc("repro", "train")
     retrain.wait_for("train")
 
@@ -213,7 +213,7 @@ def test_a_run_beside_dvc_repro_waits_and_says_for_whom(retrain):
 
 @pytest.mark.slow
 def test_a_stage_that_meets_another_dvc_waits_for_it(toy):
-    toy.trouble("fetch-slow", "8")
+    toy.inject_fault("fetch-slow", "8")
     process = toy.start()
     toy.wait_for("fetch")
     while ("read", "end") not in {(name, what) for name, what, _ in toy.log()}:
@@ -221,7 +221,7 @@ def test_a_stage_that_meets_another_dvc_waits_for_it(toy):
     time.sleep(1.5)
     # Somebody changes the data during the run, and starts DVC for it; train then meets that DVC.
     toy.write("data/in.txt", "other rows\n")
-    toy.trouble("read-slow", "10")
+    toy.inject_fault("read-slow", "10")
     by_dvc = toy.start_dvc("repro", "read")
     _, err = process.communicate(timeout=90)
 
@@ -232,7 +232,7 @@ def test_a_stage_that_meets_another_dvc_waits_for_it(toy):
 
 @pytest.mark.slow
 def test_a_dvc_repro_started_during_a_run_is_refused_by_dvc_and_the_run_goes_on(retrain):
-    retrain.trouble("train-slow", "4")
+    retrain.inject_fault("train-slow", "4")
     process = retrain.start()
     retrain.wait_for("train")
 
@@ -244,7 +244,7 @@ def test_a_dvc_repro_started_during_a_run_is_refused_by_dvc_and_the_run_goes_on(
 
 
 def test_ctrl_c_ends_the_stage_and_the_run_in_good_order(retrain, api):
-    retrain.trouble("train-slow", "60")
+    retrain.inject_fault("train-slow", "60")
     process = retrain.start()
     retrain.wait_for("train")
 
@@ -263,7 +263,7 @@ def test_ctrl_c_ends_the_stage_and_the_run_in_good_order(retrain, api):
 
 @pytest.mark.slow
 def test_sigterm_ends_a_run_with_143(retrain):
-    retrain.trouble("train-slow", "60")
+    retrain.inject_fault("train-slow", "60")
     process = retrain.start()
     retrain.wait_for("train")
 

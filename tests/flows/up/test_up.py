@@ -23,11 +23,11 @@ from stages.common.params.loading import load_params
 ROOT = Path(__file__).parents[3]
 SLEEP = "import time; time.sleep(60)"
 SECRET = "0123456789abcdef"
-# Says when it starts and, asked to end, that it does; {name} and the file are filled in.
-TELLING = """
+# Writes a line when it starts and one when it is asked to end; {name} and the file are filled in.
+WRITING = """
 import signal, sys, time
 def say(word):
-    with open("told", "a") as file:
+    with open("events", "a") as file:
         file.write("{name} " + word + "\\n")
 def end(*_):
     say("ends")
@@ -52,7 +52,7 @@ def wait_until(condition, timeout_s=45.0):
 
 @contextmanager
 def supervised(root, *programs, first_pause_s=0.05):
-    """Run a supervisor in a thread; yield what it says of each program."""
+    """Run a supervisor in a thread; yield its state of each program."""
     status = root / "up.json"
     supervisor = Supervisor(programs, root, root / "logs", status, first_pause_s)
     thread = threading.Thread(target=supervisor.run)
@@ -108,13 +108,13 @@ def test_a_program_that_lacks_something_waits_for_it_and_says_so(tmp_path):
 
 def test_programs_start_after_and_end_before_those_they_need(tmp_path):
     programs = [
-        python("prefect", TELLING.replace("{name}", "prefect")),
-        python("executor", TELLING.replace("{name}", "executor"), after=("prefect",)),
+        python("prefect", WRITING.replace("{name}", "prefect")),
+        python("executor", WRITING.replace("{name}", "executor"), after=("prefect",)),
     ]
-    told = tmp_path / "told"
+    events = tmp_path / "events"
     with supervised(tmp_path, *programs):
-        wait_until(lambda: told.exists() and told.read_text().count("starts") == 2)
-    assert told.read_text().splitlines()[-2:] == ["executor ends", "prefect ends"]
+        wait_until(lambda: events.exists() and events.read_text().count("starts") == 2)
+    assert events.read_text().splitlines()[-2:] == ["executor ends", "prefect ends"]
 
 
 def test_a_program_that_does_not_end_is_killed_with_what_it_started(tmp_path):

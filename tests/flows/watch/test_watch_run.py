@@ -135,8 +135,8 @@ def test_what_is_away_or_broken_is_named_with_its_fix_and_nothing_is_half_done(p
 HOOK = """
 import sys
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
-said = {"subject": "{{subject}}", "body": "{{body}}"}
-CustomWebhookNotificationBlock(name="ops", url=sys.argv[1], method="POST", json_data=said).save("watch-run")
+fields = {"subject": "{{subject}}", "body": "{{body}}"}
+CustomWebhookNotificationBlock(name="ops", url=sys.argv[1], method="POST", json_data=fields).save("watch-run")
 """
 
 

@@ -140,7 +140,7 @@ def test_the_smaller_alpha_is_the_more_sessions_are_needed():
     assert count_needed_sessions(10, 1e-6) == 13  # of 23 sessions 1.1 million splits, of 22 only 0.6
 
 
-def test_a_window_or_column_without_values_is_said_and_not_judged(baseline):
+def test_a_window_or_column_without_values_is_reported_and_not_judged(baseline):
     change = column(judged(baseline, table(11, sessions=100, length=np.full(500, np.nan))), "length")
     assert change.summary == "length: no value in the window" and change.p_value == 1.0
 

@@ -40,7 +40,7 @@ def test_bins_of_a_number_count_every_value_once_and_the_middle_lies_at_the_medi
     assert below == (whole["length"].to_numpy() <= np.median(whole["length"].to_numpy())).sum()
 
 
-def test_null_and_not_finite_values_are_left_out_and_not_taken_for_zero():
+def test_null_and_not_finite_values_are_excluded_and_not_taken_for_zero():
     lengths = np.full(1000, 30.0)
     lengths[:100], lengths[100] = np.nan, np.inf
     whole = table(1, length=lengths, valid=np.where(np.arange(1000) < 400, np.nan, 1.0))
@@ -52,7 +52,7 @@ def test_null_and_not_finite_values_are_left_out_and_not_taken_for_zero():
     assert result.totals[part(by, "valid")[0]] == 600
 
 
-def test_a_class_of_few_sessions_shares_the_bin_of_the_classes_nobody_saw():
+def test_a_class_of_few_sessions_shares_the_bin_of_unseen_classes():
     usual = np.array(["en"] * 960 + ["fr"] * 40, dtype=object)
     usual[:4] = "xx"  # one session
     whole = table(1, language=usual)

@@ -232,7 +232,7 @@ def test_valid_output_is_known_where_there_is_a_schema():
     assert column("valid_output", *events) == [1.0, 0.0, None]
 
 
-def test_vectors_are_left_out_where_the_settings_say_so():
+def test_vectors_are_excluded_where_the_settings_say_so():
     assert not [c for c in list_watched_columns([], PLAIN) if c.kind == "vector"]
 
 
@@ -245,7 +245,7 @@ class Poisoned(dict):
         return default
 
 
-def test_an_exchange_that_cannot_be_read_is_left_out_and_named():
+def test_an_exchange_that_cannot_be_read_is_excluded_and_named():
     unreadable = []
     data = batch(*(exchange(number) for number in range(4)))
     (made,) = compute_feature_tables([data], FEATURES, SETTINGS, Poisoned(any="one"), unreadable)

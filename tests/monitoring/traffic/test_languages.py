@@ -37,5 +37,5 @@ def test_the_missing_package_is_named_with_the_command_that_installs_it(monkeypa
         languages, "_identifier", languages._identifier.__wrapped__
     )  # not the one loaded above
     with pytest.raises(InputError, match="py3langid") as error:
-        detect_language("a text that nobody has classified before")
+        detect_language("a text that was not classified before")
     assert "pip install '.[monitor]'" in error.value.fix

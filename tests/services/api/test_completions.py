@@ -135,7 +135,7 @@ def test_log_probabilities_of_a_prompt_are_the_models_own(client, server, text):
 
 
 def test_behind_an_echo_there_is_one_token_at_least_though_the_answer_is_empty(client, server):
-    """The end of turn is one: who scores a text leaves out the last entry."""
+    """The end of turn is one: a client that scores a text skips the last entry."""
     for text in ("a", "b", "turn", "on", "xy", "42"):
         ids = ids_of(server, text)
         found = complete(client, ids, max_tokens=1, echo=True, logprobs=1)["choices"][0]

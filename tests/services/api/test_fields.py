@@ -234,7 +234,7 @@ def test_usage_is_streamed_once_and_only_where_it_is_asked_for(client, path, pro
     ],
 )
 def test_of_a_large_body_the_first_error_is_enough(kind, body):
-    """A hundred thousand errors take seconds in which nobody else is answered."""
+    """A hundred thousand errors take seconds in which no other request is answered."""
     with pytest.raises(ValidationError) as refused:
         kind.model_validate(body)
     assert refused.value.error_count() <= 3  # one a member of a union

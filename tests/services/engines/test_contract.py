@@ -276,7 +276,7 @@ def test_an_answer_under_a_schema_that_is_cut_says_so(engine):
         '{"not": {}}',
     ],
 )
-def test_a_schema_that_nothing_fits_is_refused_and_harms_nobody(engine, schema):
+def test_a_schema_that_nothing_fits_is_refused_and_harms_no_other(engine, schema):
     async def ask():
         other = asyncio.create_task(answer(engine, ids_of("hello"), Sampling(24)))
         with pytest.raises(SchemaUnsupported):

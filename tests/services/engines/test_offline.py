@@ -4,7 +4,7 @@ from services.engines.paged import offline
 from services.engines.paged.model import PagedModel
 from services.engines.paged.offline import answer_offline
 from stages.common.chat.template import end_of_turn_ids
-from stages.common.model.generation import Question, answer_questions
+from stages.common.model.generation import EvalPrompt, answer_questions
 from tests.services.engines.makers import tiny
 
 LIMIT = 24
@@ -26,7 +26,9 @@ def questions():
     """Prompts whose references are the model's own answer, its beginning, something else, or long."""
     (end,) = end_of_turn_ids(tiny().tokenizer)
     prompts = [ids_of(SYSTEM + text) for text in PROMPTS]
-    plain = answer_questions(tiny().model, tiny().tokenizer, [Question(p, [end]) for p in prompts], 8, LIMIT)
+    plain = answer_questions(
+        tiny().model, tiny().tokenizer, [EvalPrompt(p, [end]) for p in prompts], 8, LIMIT
+    )
     own = [ids_of(answer.text) for answer in plain]
     references = [
         [*own[0], end],
@@ -37,7 +39,7 @@ def questions():
         [*ids_of("y" * 90), end],
         [*own[6], end],
     ]
-    return [Question(prompt, reference) for prompt, reference in zip(prompts, references, strict=True)]
+    return [EvalPrompt(prompt, reference) for prompt, reference in zip(prompts, references, strict=True)]
 
 
 @pytest.mark.parametrize(("step_tokens", "running"), [(512, 128), (7, 128), (40, 2), (512, 1)])

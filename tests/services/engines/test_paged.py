@@ -85,7 +85,7 @@ def test_a_prompt_whose_tokens_are_scored_leaves_a_step_short_while_others_gener
         (first,) = [step async for step in engine.generate(prompt, scored)]
         return [entry.token_id for entry in first.prompt_logprobs], first.prompt_logprobs[-1].logprob
 
-    async def beside(engine):
+    async def among_others(engine):
         others = asyncio.create_task(answer(engine, ids_of("hello"), Sampling(200)))
         while not steps:
             await asyncio.sleep(0.001)
@@ -93,7 +93,7 @@ def test_a_prompt_whose_tokens_are_scored_leaves_a_step_short_while_others_gener
 
     monkeypatch.setattr(PagedModel, "step", count_and_step)
     engine = make(speculate=False)
-    found, other = asyncio.run(beside(engine))
+    found, other = asyncio.run(among_others(engine))
     # Those that generate come first, with one token each.
     busy = [[rows for _, rows in one[1:]] for one in steps if len(one) > 1 and one[0][0] == 1]
     assert len(busy) > 10 and max(map(sum, busy)) <= MAX_SCORED_TOKENS

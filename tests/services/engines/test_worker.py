@@ -124,7 +124,7 @@ def test_an_aborted_request_leaves_before_the_next_step():
     engine.close()
 
 
-def test_a_loop_that_is_gone_harms_nobody():
+def test_a_loop_that_is_gone_harms_no_caller():
     engine = Counting(max_running=2)
     engine.gate.clear()
     loop = asyncio.new_event_loop()

@@ -224,11 +224,11 @@ def test_personal_data_is_not_stored(url):
     with opened(url) as store:
         told = replace(FEEDBACK, correction='{"to": "ann@example.org"}', comment="ring +4930123456")
         assert record(store, asked, told) == [None, None]
-    (row,), (said,) = rows_of(read_exchanges(url, 0, 2000)), rows_of(read_feedback(url, 0, 2000))
+    (row,), (feedback,) = rows_of(read_exchanges(url, 0, 2000)), rows_of(read_feedback(url, 0, 2000))
     assert json.loads(row["messages"])[0]["content"] == "I am [email]"
     assert json.loads(row["parameters"]) == {"stop": ["[email]"], "json_schema": '{"const": "[email]"}'}
     assert row["answer"] == "hello [email]"
-    assert (said["correction"], said["comment"]) == ('{"to": "[email]"}', "ring [phone]")
+    assert (feedback["correction"], feedback["comment"]) == ('{"to": "[email]"}', "ring [phone]")
 
 
 def test_an_event_that_cannot_be_redacted_is_not_stored(url):
@@ -314,7 +314,7 @@ def test_pruning_gives_the_space_back(sqlite_url, tmp_path):
     assert (tmp_path / "events.db").stat().st_size < before / 5
 
 
-def test_one_person_is_forgotten_with_all_feedback_and_nobody_else(url, monkeypatch):
+def test_one_person_is_forgotten_with_all_feedback_and_no_one_else(url, monkeypatch):
     monkeypatch.setattr(pruning, "PAGE_ROWS", 3)
     with opened(url) as store:
         hers = [exchange(n, user="ann", session=f"s{n}") for n in range(7)]
@@ -425,8 +425,8 @@ def test_processes_that_open_at_once_find_one_schema(url):
         process.stdin.write("go\n")
         process.stdin.flush()
     for process in several:
-        _, said = process.communicate(timeout=60)
-        assert process.returncode == 0, said
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
 
 
 def test_a_database_newer_than_the_code_is_refused(url):
@@ -486,7 +486,7 @@ def test_closing_writes_what_waits_and_refuses_what_comes_after(sqlite_url):
     assert len(ids(sqlite_url)) == 50
 
 
-def test_a_caller_that_goes_away_harms_nobody(sqlite_url):
+def test_a_caller_that_goes_away_harms_no_other(sqlite_url):
     async def cancel_one(store):
         tasks = [asyncio.create_task(store.record(exchange(n))) for n in range(10)]
         await asyncio.sleep(0)
@@ -555,7 +555,7 @@ def test_a_lock_held_for_long_is_reported_and_gone_when_it_is(sqlite_url, tmp_pa
         assert record(store, exchange(1)) == [None]
 
 
-def test_a_short_lock_costs_nobody_an_event(sqlite_url, tmp_path, monkeypatch):
+def test_a_short_lock_loses_no_event(sqlite_url, tmp_path, monkeypatch):
     monkeypatch.setattr("services.events.database.BUSY_S", 0.05)
     with opened(sqlite_url, retry_s=20) as store:
         other = sqlite3.connect(tmp_path / "events.db", isolation_level=None)
@@ -603,12 +603,12 @@ def test_what_was_acknowledged_survives_a_killed_process(url):
     process = subprocess.Popen(
         [sys.executable, "-c", WRITE, url], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
-    said = [process.stdout.readline() for _ in range(400)]
+    lines = [process.stdout.readline() for _ in range(400)]
     process.send_signal(signal.SIGKILL)
-    said += process.stdout.readlines()
+    lines += process.stdout.readlines()
     process.wait()
-    assert len(acknowledged(said)) >= 400
-    assert set(acknowledged(said)) <= set(ids(url))
+    assert len(acknowledged(lines)) >= 400
+    assert set(acknowledged(lines)) <= set(ids(url))
 
 
 @pytest.mark.slow
@@ -617,21 +617,21 @@ def test_what_was_acknowledged_survives_a_database_that_ends_and_comes_back(post
     process = subprocess.Popen(
         [sys.executable, "-c", WRITE, postgresql.url], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
-    said = [process.stdout.readline() for _ in range(400)]
+    lines = [process.stdout.readline() for _ in range(400)]
     getattr(postgresql, end)()
     time.sleep(3)  # longer than the store tries a group again
     postgresql.start()
     # Lines of before the end wait in the pipe; the time of a new one is after the start.
-    said += [process.stdout.readline() for _ in range(5000)]
+    lines += [process.stdout.readline() for _ in range(5000)]
     process.send_signal(signal.SIGKILL)
-    said += process.stdout.readlines()
+    lines += process.stdout.readlines()
     process.wait()
-    assert len(acknowledged(said)) >= 5400
-    assert set(acknowledged(said)) <= set(ids(postgresql_url))
+    assert len(acknowledged(lines)) >= 5400
+    assert set(acknowledged(lines)) <= set(ids(postgresql_url))
 
 
 @pytest.mark.slow
-def test_a_database_that_is_restarted_quickly_costs_nobody_an_event(postgresql, postgresql_url):
+def test_a_database_that_is_restarted_quickly_loses_no_event(postgresql, postgresql_url):
     async def restart_meanwhile(store):
         await store.record(exchange(0))
         await asyncio.to_thread(postgresql.stop)
@@ -647,7 +647,7 @@ def test_a_database_that_is_restarted_quickly_costs_nobody_an_event(postgresql, 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can halt another user's process")
-def test_a_database_that_hangs_is_reported_and_keeps_nobody_waiting(postgresql, postgresql_url, monkeypatch):
+def test_a_database_that_hangs_is_reported_and_blocks_no_caller(postgresql, postgresql_url, monkeypatch):
     monkeypatch.setattr(writing, "COMMIT_WITHIN_S", 1.0)
     monkeypatch.setattr(writing, "STALLED_S", 0.5)
     with opened(postgresql_url) as store:
@@ -698,7 +698,7 @@ async def main():
         except StoreUnavailable as error:
             reason = str(error)
             break
-        if kind == "tmpfs" and number == 50:  # somebody else takes what is left
+        if kind == "tmpfs" and number == 50:  # another process takes what is left
             try:
                 while filler.write(b"x" * 65536):
                     pass
@@ -795,7 +795,7 @@ def test_the_command_exports_and_forgets_a_person_and_says_what_it_does_not_reac
     assert pq.read_table(out)["request_id"].to_pylist() == ["r1"]
     done = command("forget", "--user", "ann", "--url", sqlite_url)
     assert "deleted 1 exchanges, 0 feedback" in done.stderr
-    assert all(place in done.stderr and remedy in done.stderr for place, remedy in NOT_REACHED)
+    assert all(place in done.stderr and fix in done.stderr for place, fix in NOT_REACHED)
     assert ids(sqlite_url) == ["r2"]
 
 
@@ -807,7 +807,7 @@ def test_the_command_finds_the_store_in_params_yaml(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ((), "export | prune | forget | migrate"),
         (("import",), "import"),
@@ -822,13 +822,13 @@ def test_the_command_finds_the_store_in_params_yaml(tmp_path):
         (("prune", "--older-than-days", "nan"), "'nan'"),
     ],
 )
-def test_wrong_arguments_are_named_in_one_line(capsys, words, said):
+def test_wrong_arguments_are_named_in_one_line(capsys, words, message):
     with pytest.raises(SystemExit) as left:
         main(words)
     assert left.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
-    assert said in line
+    assert message in line
 
 
 def test_the_command_says_what_is_wrong_with_a_store(sqlite_url):

@@ -192,7 +192,7 @@ def test_a_group_without_a_threshold_is_reported_and_not_judged():
     assert "Reported only" in findings["platform", "representation"].statement
 
 
-def test_a_group_that_no_row_has_is_said_to_be_not_present():
+def test_a_group_that_no_row_has_is_reported_as_not_present():
     for finding in found([row(str(n)) for n in range(30)]).values():
         assert (finding.status, finding.passed) == ("not_present", None)
         assert "platform: not present" in finding.statement

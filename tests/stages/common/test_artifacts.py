@@ -16,8 +16,8 @@ from stages.common.errors import InputError
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path):
     path = tmp_path / "out.json"
     write_json(path, {"a": 1})
-    with pytest.raises(ZeroDivisionError), atomic_write(path) as beside:
-        beside.write_text("half")
+    with pytest.raises(ZeroDivisionError), atomic_write(path) as partial:
+        partial.write_text("half")
         raise ZeroDivisionError
     assert read_json(path) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["out.json"]

@@ -120,7 +120,7 @@ def test_an_answer_that_is_no_json_object_goes(answer):
     assert reason(check_answer(JsonTask(None)), answer='{"a": [1]}') is None
 
 
-def test_what_is_said_over_and_over_goes():
+def test_a_text_that_repeats_itself_is_rejected():
     rule = limit_repetition(30, 8)
     assert reason(rule, question="a" * 40) == "repetition"
     assert reason(rule, answer="yes " * 12) == "repetition"
@@ -342,7 +342,7 @@ def test_no_row_goes_because_of_feedback_wherever_its_source_stands(project):
             "please turn on everything that shines in the long hall upstairs by the lights", origin="feedback"
         ),
         row("what time is it", origin="feedback"),
-        row("a thing nobody had said", origin="feedback"),
+        row("a new question", origin="feedback"),
     ]
     for order in ([own[0], *told, *own[1:]], [*own, *told]):
         write_rows(Path("artifacts/collect/rows.parquet"), order)

@@ -49,6 +49,6 @@ def test_checkpoints_of_other_parameters_are_not_resumed_and_do_not_pile_up(proj
     assert [path.name for path in runs.iterdir()] == ["new"]
 
 
-def test_a_disk_too_small_for_the_checkpoints_is_said_before_the_work(tmp_path):
+def test_a_disk_too_small_for_the_checkpoints_is_an_error_before_the_work(tmp_path):
     with pytest.raises(InputError, match="MiB left"):
         check_free_space(tmp_path, trained_parameters=10**15)

@@ -146,7 +146,7 @@ def evidence():
 
 
 def write_lock():
-    """Write the dvc.lock of a run that made what lies here."""
+    """Write the dvc.lock of a run that made these files."""
     params = yaml.safe_load(Path("params.yaml").read_text())
     outs = {stage: [Path(f"reports/{stage}/metrics.json")] for stage in BEFORE}
     outs["split"].append(Path("artifacts/split"))
@@ -269,7 +269,7 @@ def test_the_hub_can_read_the_front_matter(project):
     assert by_type == {"exact_match": 0.7, "accuracy": 0.9, "f1": 0.8, "perplexity": 1.2}
 
 
-def test_what_nobody_stated_is_said_to_be_not_stated(project):
+def test_missing_statements_are_shown_as_not_stated(project):
     params = yaml.safe_load(Path("params.yaml").read_text())
     params["model_card"] |= {"intended_use": None, "out_of_scope": None}
     Path("params.yaml").write_text(yaml.safe_dump(params))

@@ -90,7 +90,7 @@ def test_rows_that_fit_pass_and_are_counted_in_tokens(lay_out, set_params):
         "test": 10,
     }
     train = report["sides"]["train"]
-    assert train["left_out"] == {} and train["learned_tokens"] == 30 * len('{"n":0}.')
+    assert train["excluded"] == {} and train["learned_tokens"] == 30 * len('{"n":0}.')
     assert report["template"]["end"] == "<|im_end|>" and report["template"]["before"] == ""
     assert [rejected(side) for side in preflight.SIDES] == [[], [], []]
 
@@ -122,7 +122,7 @@ def test_gates_count_the_rows_that_are_left_once_the_long_ones_are_out(lay_out, 
         preflight.main()
 
 
-def test_a_test_row_beyond_the_context_is_left_out_and_the_gate_counts_the_rest(lay_out, set_params):
+def test_a_test_row_beyond_the_context_is_excluded_and_the_gate_counts_the_rest(lay_out, set_params):
     beyond = row(9, question="y" * 500)  # of a context of 512, with the marks of the template
     lay_out(test=[beyond, *[row(n) for n in range(200, 206)]], validation=[beyond, row(1)])
     preflight.main()
@@ -133,7 +133,7 @@ def test_a_test_row_beyond_the_context_is_left_out_and_the_gate_counts_the_rest(
         preflight.main()
 
 
-def test_rows_with_refused_roles_are_left_out_and_named_or_stop(lay_out, set_params):
+def test_rows_with_refused_roles_are_excluded_and_named_or_stop(lay_out, set_params):
     twice = make_row(
         [Message("user", "one"), Message("user", "two"), Message("assistant", '{"n":1}')], "toy", "cc0-1.0"
     )

@@ -71,12 +71,12 @@ def test_the_proof_fails_on_one_planted_copy(spell):
 
 
 def unroll(name, turns=3):
-    said = [
+    messages = [
         text
         for n in range(turns)
         for text in (f"{name} asks {texts(1, f'{name}{n}')[0]}", f"{name} gets {n}")
     ]
-    return [row(*said[: 2 * turn]) for turn in range(1, turns + 1)]
+    return [row(*messages[: 2 * turn]) for turn in range(1, turns + 1)]
 
 
 def test_turns_of_one_conversation_are_never_on_two_sides_and_the_proof_reads_them():

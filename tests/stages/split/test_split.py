@@ -233,13 +233,13 @@ def test_a_group_is_learned_at_most_so_often_and_a_rare_label_more_often():
     rows = many(groups=8, rows_per_group=9, intents=4)
     rows = [r for r in rows if r.tags["intent"] != "I0" or r.group == "g0"]  # I0: one group, the others two
     labels = choose_group_labels(rows, [r.tags["intent"] for r in rows])
-    kept, left_out = cap_training_rows(rows, labels, 2, 7, seed=7)
+    kept, excluded = cap_training_rows(rows, labels, 2, 7, seed=7)
     by_group = Counter(r.group for r in kept)
     assert by_group["g0"] == 7
     assert {count for group, count in by_group.items() if group != "g0"} == {4}
-    assert left_out == len(rows) - len(kept)
+    assert excluded == len(rows) - len(kept)
     assert [r for r in rows if r in kept] == list(kept)
-    assert cap_training_rows(rows, labels, 2, 7, seed=7) == (kept, left_out)
+    assert cap_training_rows(rows, labels, 2, 7, seed=7) == (kept, excluded)
     assert set(Counter(r.group for r in cap_training_rows(rows, labels, 2, 0, seed=7)[0]).values()) == {2}
 
 
@@ -250,17 +250,17 @@ def test_without_a_limit_every_row_is_learned():
 
 def test_the_rows_over_the_limit_are_counted_and_feedback_is_not_limited(project):
     rows = many(60)
-    project([*rows, *told(8)], max_train_rows_per_group=3, min_train_rows_per_label=0)
+    project([*rows, *feedback_rows(8)], max_train_rows_per_group=3, min_train_rows_per_label=0)
     main()
     report = json.loads(Path("reports/split/metrics.json").read_text())
     assert report["train_rows_over_cap"] == 2 * report["groups"]["train"] - 2 * 8
     accounted = sum(report["rows"].values()) + report["test_rows_over_cap"] + report["train_rows_over_cap"]
     assert accounted == report["rows_in"]
     learned = read_rows(Path("artifacts/split/train.parquet"))
-    assert {r.id for r in told(8)} <= {r.id for r in learned}
+    assert {r.id for r in feedback_rows(8)} <= {r.id for r in learned}
 
 
-def told(count, **more):
+def feedback_rows(count, **more):
     return [row(distinct(10_000 + n), f"feedback/{n}", origin="feedback", **more) for n in range(count)]
 
 
@@ -271,10 +271,10 @@ def test_feedback_leaves_validation_and_test_byte_for_byte_and_is_learned(projec
     before = {side: Path(f"artifacts/split/{side}.parquet").read_bytes() for side in ("validation", "test")}
     learned = {r.id for r in read_rows(Path("artifacts/split/train.parquet"))}
     test_row = read_rows(Path("artifacts/split/test.parquet"))[0]
-    # Also a label nobody had, a row very near a test row, and one before all others.
+    # Also a new label, a row very near a test row, and one before all others.
     new = [
-        *told(30),
-        *told(1, intent="Brew"),
+        *feedback_rows(30),
+        *feedback_rows(1, intent="Brew"),
         row(test_row.question + "!", "feedback/near", origin="feedback"),
     ]
     write_rows(Path("artifacts/curate/rows.parquet"), [new[0], *rows, *new[1:]])
@@ -307,7 +307,7 @@ def test_feedback_of_a_group_that_is_held_out_is_not_learned_and_the_report_adds
 
 
 def test_a_table_of_nothing_but_feedback_is_split_as_any_other(project):
-    project(told(40), stratify_by=None, min_train_rows=10, min_test_rows=3)
+    project(feedback_rows(40), stratify_by=None, min_train_rows=10, min_test_rows=3)
     main()
     assert len(read_rows(Path("artifacts/split/test.parquet"))) == 6
 

@@ -185,7 +185,7 @@ def test_tags_are_columns_that_an_expectation_can_name():
         ({"column": "id"}, "is not an expectation"),
     ],
 )
-def test_an_expectation_that_nobody_knows_is_an_error_and_never_passes(spec, words):
+def test_an_unknown_expectation_is_an_error_and_never_passes(spec, words):
     with pytest.raises(ParamsError, match=re.escape(words)):
         build_suite([spec], ["id", "question"])
 

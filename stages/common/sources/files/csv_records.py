@@ -1,4 +1,4 @@
-"""Delimited text: the dialect, and records that survive a quote left open.
+"""Delimited text: records that survive a quote left open, and their cells by the names in the header.
 
 The `csv` module reads on from an open quote to the end of the file. Here a record that does not end well
 costs its own line, or the lines up to the one where its stray quote closes: each is rejected by its number.
@@ -7,39 +7,52 @@ costs its own line, or the lines up to the one where its stray quote closes: eac
 from __future__ import annotations
 
 import csv
-import io
-from collections import deque
+import re
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from stages.common.errors import InputError
 from stages.common.sources.files.encodings import open_text
-from stages.common.sources.files.entries import BadRow, Entry, count, find_undecodable, shorten
+from stages.common.sources.files.entries import (
+    BadRow,
+    Entry,
+    count,
+    find_nul,
+    find_undecodable,
+    shorten,
+    shorten_text,
+)
 
-DELIMITERS = (",", ";", "\t", "|")
 SAMPLE_RECORDS = 500
 MAX_RECORD_LINES = 1000
-MAX_SAMPLE_RECORD_LINES = 100
 STRAY_QUOTE_LINES = 50  # as far after a broken record its closing quote is searched
-SPACED_SHARE = 0.9  # of the lines with `, "`: a space after each delimiter is no part of the cell
 MIN_ROWS_TO_JUDGE = 5
 MAX_NAME_CHARS = 80  # of a column
 MAX_NAME_SHARE = 0.02  # of the rows may have the name of a column as its value
+MIN_ROWS_TO_FIT = 2  # to the header: in a single row, an empty last cell may follow a comma of the text
+FITTING_SHARE = 0.9  # of the rows: the others are broken
+MARKDOWN_RULE = re.compile(r" *:?-+:? *")
 MIN_SWALLOWED_LINES = 6  # in a cell: prose of that many lines has not the delimiters of a row in each
 
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """How cells are written; `quote` None: quotes are characters like any other."""
+    """How cells are written.
+
+    Attributes:
+        quote: None: quotes are characters like any other.
+        lines_above: lines above the header: Excel's `sep=;`, and comments.
+    """
 
     delimiter: str = ","
     quote: str | None = '"'
     escape: str | None = None
     skips_space: bool = False
-    has_sep_line: bool = False
+    lines_above: int = 0
 
     def split(self, lines: Iterable[str]) -> list[str]:
         """Return the cells of the record that begins at the first of `lines`, reading as many as it needs.
@@ -68,6 +81,25 @@ class Record:
     line: int
     lines: tuple[str, ...]
     cells: list[str] | BadRow
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The names of the columns.
+
+    Attributes:
+        line: the line they are on; None where the entry of the source gives them.
+        is_exceeded: whether rows end with more delimiters than the header, with nothing behind them.
+    """
+
+    names: list[str]
+    line: int | None = None
+    is_exceeded: bool = False
+
+    def trim(self, cells: list[str]) -> list[str]:
+        """Return the cells of a row without those behind the last column, if they are empty."""
+        width = len(self.names)
+        return cells[:width] if self.is_exceeded and not any(map(str.strip, cells[width:])) else cells
 
 
 class _Window:
@@ -173,78 +205,6 @@ def _has_stray_quote(line: str, dialect: Dialect) -> bool:
     return len(bare) == len(cells) and any(quote in cell and not cell.startswith(quote) for cell in bare)
 
 
-def detect_dialect(text: str, path: Path, delimiter: str | None = None) -> Dialect:
-    """Return the dialect of delimited text, judged on its first records.
-
-    A delimiter counts by the share of records that have as many cells as the header.
-
-    Raises:
-        InputError: two delimiters fit equally well.
-    """
-    lines = list(io.StringIO(text, newline=""))
-    if lines and (sep := _read_sep_line(lines[0])):
-        return _detect_quoting(lines[1:], delimiter or sep, has_sep_line=True)
-    if delimiter:
-        return _detect_quoting(lines, delimiter)
-    found = [(_rate(lines, dialect), dialect) for dialect in (_detect_quoting(lines, d) for d in DELIMITERS)]
-    best = max(rate for rate, _ in found)
-    if best == (0.0, 0):
-        return Dialect()  # one column
-    fitting = [dialect for rate, dialect in found if rate == best]
-    if len(fitting) > 1:
-        names = " and ".join(repr(dialect.delimiter) for dialect in fitting)
-        raise InputError(
-            f"{path}: {names} are equally likely delimiters",
-            "set `delimiter` in its entry of collect.sources",
-        )
-    return fitting[0]
-
-
-def _read_sep_line(line: str) -> str | None:
-    """Return the delimiter of Excel's first line `sep=;`."""
-    content = line.rstrip("\r\n").strip('"')
-    return content[4] if content.lower().startswith("sep=") and len(content) == 5 else None
-
-
-def _rate(lines: Sequence[str], dialect: Dialect) -> tuple[float, int]:
-    """Return the share of the first records that are as wide as the header, and that width."""
-    records = list(islice(read_records(lines, dialect, max_lines=MAX_SAMPLE_RECORD_LINES), SAMPLE_RECORDS))
-    if not records or isinstance(records[0].cells, BadRow) or len(records[0].cells) < 2:
-        return 0.0, 0
-    width = len(records[0].cells)
-    fitting = sum(not isinstance(r.cells, BadRow) and len(r.cells) == width for r in records)
-    return round(fitting / len(records), 2), width
-
-
-def _detect_quoting(lines: Sequence[str], delimiter: str, has_sep_line: bool = False) -> Dialect:
-    """Return the dialect that breaks the fewest records: doubled quotes, escaped quotes, or none at all."""
-    spaced = [f'{delimiter} "' in line for line in lines[1:SAMPLE_RECORDS]]
-    doubled = Dialect(
-        delimiter, skips_space=sum(spaced) > SPACED_SHARE * max(1, len(spaced)), has_sep_line=has_sep_line
-    )
-    broken, quoted = _count_quotes(lines, doubled)
-    if not broken:
-        return doubled
-    escaped = replace(doubled, escape="\\")
-    if any('\\"' in line for line in lines) and 2 * _count_quotes(lines, escaped)[0] < broken:
-        return escaped
-    # Tab-separated files often know no quotes. Elsewhere a cell with the delimiter needs them.
-    if delimiter in "\t|" and broken > quoted:
-        return replace(doubled, quote=None)
-    return doubled
-
-
-def _count_quotes(lines: Sequence[str], dialect: Dialect) -> tuple[int, int]:
-    """Return how many of the first records are broken, and how many are whole and have quotes."""
-    broken = quoted = 0
-    for record in islice(read_records(lines, dialect, max_lines=MAX_SAMPLE_RECORD_LINES), SAMPLE_RECORDS):
-        if isinstance(record.cells, BadRow):
-            broken += 1
-        elif record.lines[0].startswith('"') or f'{dialect.delimiter}"' in record.lines[0]:
-            quoted += 1
-    return broken, quoted
-
-
 def read_csv(
     path: Path, encoding: str, dialect: Dialect, column_names: Sequence[str] = ()
 ) -> Iterator[Entry]:
@@ -254,30 +214,101 @@ def read_csv(
         column_names: of a file without a header; empty: the first line has them.
 
     Raises:
-        InputError: the header cannot be read, or has one name twice.
+        InputError: the header cannot be read, has one name twice, or no row has as many cells.
     """
-    with open_text(path, encoding, newline="") as lines:
-        first_line = 1
-        if dialect.has_sep_line:
-            next(lines)
-            first_line = 2
-        records = read_records(lines, dialect, first_line)
-        header = list(column_names) or _read_header(path, next(records, None))
-        for record in records:
-            text = "".join(record.lines).rstrip("\r\n")
-            yield Entry(record.line, text, _name_cells(header, record.cells, encoding))
+    with open_text(path, encoding, newline="") as text:
+        lines = islice(strip_mark(text), dialect.lines_above, None)
+        records = read_records(lines, dialect, dialect.lines_above + 1)
+        header = Header(list(column_names)) if column_names else _read_header(path, next(records, None))
+        sample = list(islice(records, SAMPLE_RECORDS))
+        header = _fit_header(path, header, sample)
+        _refuse_other_tables(path, header, sample, dialect)
+        for record in chain(sample, records):
+            content = "".join(record.lines).rstrip("\r\n")
+            yield Entry(record.line, content, _name_cells(header, record.cells, encoding))
 
 
-def _read_header(path: Path, record: Record | None) -> list[str]:
+def strip_mark(lines: Iterable[str]) -> Iterator[str]:
+    """Yield lines without byte order marks in front of the first: a program may write a second one."""
+    for number, line in enumerate(lines):
+        yield line if number else line.lstrip("\ufeff")
+
+
+def _read_header(path: Path, record: Record | None) -> Header:
     if record is None:
-        return []
+        return Header([])
     if isinstance(record.cells, BadRow):
         raise InputError(f"{path}:{record.line}: the header is broken: {record.cells.detail}", "correct it")
-    header = [name.strip().lstrip("\ufeff") for name in record.cells]
-    twice = sorted({name for name in header if name and header.count(name) > 1})
+    names = [name.strip() for name in record.cells]
+    twice = sorted({name for name in names if name and names.count(name) > 1})
     if twice:
         raise InputError(f"{path} has the column {twice[0]!r} twice", "rename one of them")
+    return Header(names, record.line)
+
+
+def _fit_header(path: Path, header: Header, sample: Sequence[Record]) -> Header:
+    """Return the header with as many columns as the rows have cells.
+
+    A program may end each row with a delimiter but not the header, or the header but not the rows. Most of
+    the rows decide for all.
+
+    Raises:
+        InputError: no row has a cell for each column.
+    """
+    rows = [record.cells for record in sample if not isinstance(record.cells, BadRow)]
+    widths = Counter(map(len, rows))
+    needed = FITTING_SHARE * len(rows)
+    if len(rows) < MIN_ROWS_TO_FIT or widths[len(header.names)] >= needed:
+        return header
+    named = header.names[: find_width(header.names)]
+    if widths[len(named)] >= needed:
+        return replace(header, names=named)
+    exceeded = replace(header, is_exceeded=True)
+    if sum(len(exceeded.trim(cells)) < len(cells) for cells in rows) >= needed:
+        return exceeded
+    if not widths[len(header.names)]:
+        raise _report_widths(path, header, sample, widths)
     return header
+
+
+def find_width(cells: Sequence[str]) -> int:
+    """Return the number of cells up to the last one that is not empty."""
+    return next((place for place in range(len(cells), 0, -1) if cells[place - 1].strip()), 0)
+
+
+def _refuse_other_tables(path: Path, header: Header, sample: Sequence[Record], dialect: Dialect) -> None:
+    """Raise an InputError if the first row is a header, or the line below the header of a Markdown table."""
+    cells = sample[0].cells if sample else []
+    if isinstance(cells, BadRow):
+        return
+    if header.line is None and cells and cells == header.names:
+        raise InputError(f"{path}:{sample[0].line} is a header", "remove `column_names`")
+    filled = list(filter(None, cells))
+    if dialect.delimiter == "|" and filled and all(map(MARKDOWN_RULE.fullmatch, filled)):
+        raise InputError(f"{path} is a Markdown table", "export its rows as CSV")
+
+
+def _report_widths(path: Path, header: Header, sample: Sequence[Record], widths: Counter[int]) -> InputError:
+    columns = len(header.names)
+    width, number = widths.most_common(1)[0]
+    example = next(
+        record for record in sample if not isinstance(record.cells, BadRow) and len(record.cells) == width
+    )
+    shown = shorten(", ".join(header.names))
+    where = f"the header on line {header.line}, {shown}," if header.line else f"`column_names`, {shown},"
+    fix = "give each column a name, quote cells that hold the delimiter, or set `delimiter`"
+    if header.line is None:
+        fix = "name each column in `column_names`, or set `delimiter`"
+    elif columns == 1:
+        fix = "remove the lines above the header, or set `delimiter`"
+    elif width == columns + 1:
+        fix = f"{fix}; a first column of row numbers needs a name, too (in R: col.names=NA)"
+    return InputError(
+        f"{path}: {where} has {count(columns, 'column')}, and no row has as many cells; "
+        f"{number:,} of {count(widths.total(), 'row')} have {width}, such as line {example.line}: "
+        f"{shorten_text(''.join(example.lines).strip(), 60)}",
+        fix,
+    )
 
 
 def check_header(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -291,12 +322,18 @@ def check_header(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
-def _name_cells(header: Sequence[str], cells: list[str] | BadRow, encoding: str) -> dict[str, str] | BadRow:
+def _name_cells(header: Header, cells: list[str] | BadRow, encoding: str) -> dict[str, str] | BadRow:
     if isinstance(cells, BadRow):
         return cells
-    if len(cells) != len(header):
-        return BadRow("broken_csv", f"{count(len(cells), 'cell')} under {count(len(header), 'column')}")
-    for name, cell in zip(header, cells, strict=True):
+    if fault := next(filter(None, map(find_nul, cells)), None):
+        return fault
+    if [cell.strip("\ufeff ") for cell in cells] == header.names:
+        return BadRow("broken_csv", "the header again")
+    cells = header.trim(cells)
+    if len(cells) != len(header.names):
+        cause = f"{count(len(cells), 'cell')} under {count(len(header.names), 'column')}"
+        return BadRow("broken_csv", cause)
+    for name, cell in zip(header.names, cells, strict=True):
         if undecodable := find_undecodable(cell, encoding.removesuffix("-sig")):
             return BadRow("undecodable", f"in column {name}: {undecodable}")
-    return dict(zip(header, cells, strict=True))
+    return dict(zip(header.names, cells, strict=True))

@@ -41,6 +41,9 @@ NOT_TEXT = (
     (b"\xfd7zXZ", "compressed with xz", "decompress it, or compress it with gzip or zstd"),
     (b"%PDF", "a PDF", "extract rows of questions and answers from it first"),
     (b"SQLite format 3", "an SQLite database", "export its table as CSV"),
+    (b"<!DOCTYPE", "an HTML page", "download the file itself; a page may ask you to sign in"),
+    (b"<!doctype", "an HTML page", "download the file itself; a page may ask you to sign in"),
+    (b"<html", "an HTML page", "download the file itself; a page may ask you to sign in"),
     (b"ARROW1", "an Arrow file", "write it as Parquet"),
 )
 

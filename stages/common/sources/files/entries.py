@@ -36,6 +36,13 @@ def check_object(value: Any) -> Record | BadRow:
     return BadRow("broken_json", f"a {type(value).__name__} instead of an object")
 
 
+def find_nul(text: str) -> BadRow | None:
+    """Return the fault of a text with a NUL character, which is a sign of binary data."""
+    if "\0" in text:
+        return BadRow("not_text", "a NUL character (U+0000): binary data, or another encoding")
+    return None
+
+
 def is_encodable(text: str) -> bool:
     """Return whether every character of `text` exists in UTF-8: half of a surrogate pair does not."""
     try:

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from stages.common.errors import InputError
 from stages.common.params.checked_yaml import suggest_nearest
-from stages.common.sources.files.csv_records import Dialect, detect_dialect, read_csv
+from stages.common.sources.files.csv_dialect import detect_dialect
+from stages.common.sources.files.csv_records import Dialect, read_csv
 from stages.common.sources.files.encodings import (
     check_encoding,
     detect_compression,
@@ -107,7 +108,9 @@ def detect_format(path: Path, options: FormatOptions | None = None) -> FileForma
     encoding = detected or "utf-8"
     dialect = None
     if kind == "csv":
-        dialect = detect_dialect(_read_sample(path, encoding), path, options.delimiter)
+        _refuse_json(path, head)
+        sample = _read_sample(path, encoding)
+        dialect = detect_dialect(sample, path, options.delimiter, options.column_names)
     elif options.format is None:
         kind = "json" if is_json_document(_read_sample(path, encoding), suffix) else "jsonl"
     is_certain = detected is not None
@@ -153,6 +156,16 @@ def _check_there(path: Path) -> None:
         f"{path} does not exist ({there}){suggest_nearest(path.name, have)}",
         "correct the path in collect.sources",
     )
+
+
+def _refuse_json(path: Path, head: bytes) -> None:
+    """Raise an InputError if a file named as delimited text begins with a JSON object."""
+    first = head.lstrip(b"\xef\xbb\xbf \r\n").split(b"\n")[0].rstrip()
+    if first.startswith(b"{") and first.endswith(b"}"):
+        raise InputError(
+            f"{path} has JSON objects, not delimited text",
+            "name it .jsonl, or set `format: jsonl` in its entry of collect.sources",
+        )
 
 
 def _read_sample(path: Path, encoding: str) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stages.common.errors import InputError
+from stages.common.logs import ROWS_A_STEP
 from stages.common.messages import Message, find_conversation_problem
 from stages.common.records import ORIGINS, Row, count_chars, make_row
 from stages.common.sources import Collected, Rejected
@@ -25,6 +26,7 @@ from stages.common.sources.files.entries import (
     Record,
     convert_to_text,
     count,
+    find_nul,
     is_encodable,
     show_bytes,
 )
@@ -39,12 +41,11 @@ from stages.common.sources.files.messages import to_messages
 from stages.common.sources.files.shapes import Columns, Shape, detect_shape
 from stages.common.spool import Spool
 
-MAX_SHOWN = 50  # problems in one message; the count is always of all
+MAX_SHOWN = 50  # different problems in one message; the count is always of all
+MAX_LINES_SHOWN = 5  # of one problem
 SAMPLE_RECORDS = 1000
 MAX_GROUP_CHARS = 120
 MAX_UNDECODABLE_SHARE = 0.01  # more rows that are not UTF-8: the file is in another encoding
-
-ENTRIES_A_STEP = 1000  # of progress
 
 OnBadRow = Literal["reject", "stop"]
 OnProgress = Callable[[int], None]
@@ -94,7 +95,7 @@ def collect_file(
         except BadRow as bad:
             detail, content = show_bytes(bad.detail), show_bytes(entry.content)
             rejected.append(Rejected(str(path), entry.line, bad.reason, detail, content))
-        if number % ENTRIES_A_STEP == 0:
+        if number % ROWS_A_STEP == 0:
             on_progress(number)
     _check_encoding_fits(path, format, rejected, len(rows))
     if rejected and on_bad_row == "stop":
@@ -171,6 +172,9 @@ def check_conversation(messages: Sequence[Message], system_prompt: str | None) -
         raise BadRow("no_answer" if problem.startswith("no answer") else "wrong_messages", problem)
     if not all(is_encodable(message.content) for message in messages):
         raise BadRow("not_text", "half of a surrogate pair, which is not a character")
+    for message in messages:
+        if fault := find_nul(message.content):
+            raise fault
     if not any(message.role == "user" and message.content.strip() for message in messages):
         raise BadRow("no_question", "every user message is empty")
     return messages
@@ -182,19 +186,39 @@ def describe(format: FileFormat, shape: Shape, unread: Counter[str]) -> dict[str
         "format": format.kind,
         "encoding": format.encoding,
         "delimiter": format.dialect.delimiter if format.dialect else None,
+        "lines_above_header": format.dialect.lines_above if format.dialect else 0,
         "shape": shape.name,
         "columns": shape.columns,
         "unread_columns": dict(sorted(unread.items())),
     }
 
 
-def list_rejected(rejected: Sequence[Rejected]) -> str:
-    """Return the first rejected rows a line each, and the others by their number."""
-    lines = [f"{r.file}:{r.line}: {r.reason}: {r.detail}" for r in rejected[:MAX_SHOWN]]
-    if len(rejected) > MAX_SHOWN:
-        rest = Counter(r.reason for r in islice(rejected, MAX_SHOWN, None))
+def list_rejected(rejected: Iterable[Rejected]) -> str:
+    """Return a line for each fault with the first lines that have it; faults after `MAX_SHOWN` by number."""
+    first: dict[tuple[str, str, str], list[int | None]] = {}
+    numbers: Counter[tuple[str, str, str]] = Counter()
+    rest: Counter[str] = Counter()
+    for reject in rejected:
+        fault = (reject.file, reject.reason, reject.detail)
+        if fault not in first and len(first) == MAX_SHOWN:
+            rest[reject.reason] += 1
+            continue
+        numbers[fault] += 1
+        if numbers[fault] <= MAX_LINES_SHOWN:
+            first.setdefault(fault, []).append(reject.line)
+    lines = [_describe_fault(*fault, places, numbers[fault]) for fault, places in first.items()]
+    if rest:
         lines.append("and " + ", ".join(f"{number} more {reason}" for reason, number in sorted(rest.items())))
     return "\n".join(lines)
+
+
+def _describe_fault(file: str, reason: str, detail: str, places: Sequence[int | None], number: int) -> str:
+    text = f"{file}:{places[0]}: {reason}: {detail}"
+    if number == 1:
+        return text
+    others = ", ".join(map(str, places[1:]))
+    more = f" and {number - len(places):,} more" if number > len(places) else ""
+    return f"{text} ({count(number, 'row')}: also {others}{more})"
 
 
 def _check_encoding_fits(path: Path, format: FileFormat, rejected: Sequence[Rejected], good: int) -> None:

@@ -64,7 +64,7 @@ def parse_turns(value: Any) -> list[Turn]:
 
 
 def find_answer(turns: list[Turn]) -> list[Message]:
-    """Return the messages up to the last answer to learn: later turns of weight 0 are left out.
+    """Return the messages up to the last answer to learn: later turns of weight 0 are excluded.
 
     Raises:
         BadRow: every answer has the weight 0.

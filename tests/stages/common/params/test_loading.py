@@ -80,7 +80,7 @@ def test_a_pair_that_cannot_stand_together_is_refused(edited, old, new, key):
         edited((old, new))
 
 
-def test_what_is_said_of_the_packaged_rows_cannot_stay_with_others(edited):
+def test_descriptions_of_the_packaged_rows_cannot_stay_with_others(edited):
     text = SHIPPED.read_text(encoding="utf-8")
     shipped = yaml.safe_load(text)
     assert shipped["model_card"]["name"] == packaged.NAME
@@ -126,7 +126,7 @@ def test_a_key_given_twice_is_refused(edited):
         edited(("  epochs: 1", "  epochs: 1\n  epochs: 2"))
 
 
-def test_a_missing_section_and_a_section_nobody_knows_are_both_named(edited):
+def test_a_missing_section_and_an_unknown_section_are_both_named(edited):
     with pytest.raises(ParamsError, match=r"finetuen: unknown key; did you mean finetune\?") as error:
         edited(("finetune:", "finetuen:"))
     assert "finetune: missing section" in str(error.value)

@@ -102,7 +102,7 @@ def test_a_span_is_the_address_and_nothing_else(text, addresses):
 
 
 def test_an_address_is_found_where_the_plain_pattern_finds_one():
-    """The plain pattern says what an address is; it takes quadratic time, so the finder has another one."""
+    """The plain pattern defines an address; it takes quadratic time, so the finder has another one."""
     plain = re.compile(r"\b[\w.+-]+@[\w-]+(?:\.[\w-]+)*\.[^\W\d_]{2,}\b")
     dice = random.Random(7)
     for _ in range(20_000):

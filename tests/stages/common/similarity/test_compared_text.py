@@ -87,13 +87,13 @@ def questions(count, seed=1):
     ],
     ids=["nothing", "short", "labels before", "labels behind", "both", "longer than one reading"],
 )
-def test_what_all_prompts_share_is_left_out_and_their_own_text_stays(template):
+def test_what_all_prompts_share_is_excluded_and_their_own_text_stays(template):
     rows = [row(template.format(question)) for question in questions(200)]
     shared = find_shared_parts(rows)
     assert [shared.read(r).removeprefix("message ") for r in rows] == questions(200)
 
 
-def test_each_of_several_instructions_is_left_out():
+def test_each_of_several_instructions_is_excluded():
     verbs = ("summarise", "translate", "classify", "shorten")
     instructions = [f"{verb} the text that follows in as few words as you can, please" for verb in verbs]
     texts = questions(400)

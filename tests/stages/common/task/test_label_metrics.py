@@ -29,7 +29,7 @@ def test_macro_f1_counts_classes_alike_and_weighted_f1_by_their_rows():
     assert metrics["weighted_f1"].value() == pytest.approx(np.average(each, weights=[4, 3, 3]))
 
 
-def test_a_class_that_a_resample_misses_is_left_out_of_the_mean():
+def test_a_class_that_a_resample_misses_is_excluded_from_the_mean():
     metric = score_f1(["a", "b"], ["a", "b"])["macro_f1"]
     only_a = metric.columns[:1].sum(axis=0)
     assert float(metric.statistic(only_a)) == 1.0

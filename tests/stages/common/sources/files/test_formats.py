@@ -149,6 +149,131 @@ def test_two_delimiters_that_fit_alike_are_named_with_the_key_that_decides(tmp_p
     assert read(path, delimiter=";") == [{"a": "1", "b,c": "2,3"}]
 
 
+# The header
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize(("after_header", "after_row"), [(0, 1), (0, 3), (1, 0), (2, 0), (1, 1), (1, 3)])
+def test_delimiters_at_the_end_of_the_header_or_of_the_rows_shift_nothing(
+    tmp_path, delimiter, after_header, after_row
+):
+    lines = [f"q {n}{delimiter}a {n}" + delimiter * after_row for n in range(20)]
+    path = write(tmp_path / "a.csv", "\n".join([f"q{delimiter}a" + delimiter * after_header, *lines]))
+    pairs = [(row["q"], row["a"]) for row in read(path)]
+    assert pairs == [(f"q {n}", f"a {n}") for n in range(20)]
+
+
+def test_a_row_is_not_cut_where_a_delimiter_in_its_text_was_not_quoted(tmp_path):
+    lines = [*(f"q {n},a {n}," for n in range(20)), "how, are you?,fine,", "how,are you?,fine"]
+    path = write(tmp_path / "a.csv", "\n".join(["q,a", *lines]))
+    assert faults(path) == [(22, "broken_csv"), (23, "broken_csv")]
+    lines = [*(f"q {n},a {n}" for n in range(20)), "how are you?,fine,"]
+    path = write(tmp_path / "b.csv", "\n".join(["q,a", *lines]))
+    assert faults(path) == [(22, "broken_csv")]
+    path = write(tmp_path / "c.csv", "\n".join(["q,a,", *lines[:-1], "how,are you?,fine"]))
+    assert faults(path) == [(22, "broken_csv")]
+
+
+@pytest.mark.parametrize(
+    ("content", "cause", "fix"),
+    [
+        (
+            '"q","a"\n"1","w","x"\n"2","y","z"\n',
+            "the header on line 1, 'q, a', has 2 columns",
+            "col.names=NA",
+        ),
+        ("Report of May\n\nq,a\nw,x\n", "line 1, 'Report of May', has 1 column", "remove the lines above"),
+        ("Report of May\nq;a\nw;x\n", "2 of 2 rows have 2, such as line 2: q;a", "remove the lines above"),
+        ("q,a\nw\nx\n", "2 of 2 rows have 1, such as line 2: w", "quote cells"),
+    ],
+)
+def test_a_header_that_no_row_fits_is_refused_with_the_cause(tmp_path, content, cause, fix):
+    with pytest.raises(InputError) as error:
+        read(write(tmp_path / "a.csv", content))
+    assert "a.csv: the header on line 1" in error.value.what and cause in error.value.what
+    assert fix in error.value.fix
+
+
+def test_names_that_no_row_fits_are_refused(tmp_path):
+    path = write(tmp_path / "a.csv", "w,x\ny,z\n")
+    with pytest.raises(InputError, match="`column_names`, 'q, a, b', has 3 columns"):
+        read(path, column_names=("q", "a", "b"))
+    with pytest.raises(InputError, match=r"a\.csv:1 is a header"):
+        read(path, column_names=("w", "x"))
+
+
+@pytest.mark.parametrize(
+    "above",
+    [
+        "# made in May\n",
+        "# a\n#b, c and d\n\n## e\n",
+        '"# made, in May",,\n',
+        "\n# a\r\n",
+        "sep=,\n# a\n",
+        "#\n",
+    ],
+)
+def test_comments_above_the_header_are_skipped(tmp_path, above):
+    path = write(tmp_path / "a.csv", f"{above}q,a\n# 1,x\n")
+    assert read(path) == [{"q": "# 1", "a": "x"}]
+    assert [entry.line for entry in read_entries(path, detect_format(path))] == [above.count("\n") + 2]
+
+
+@pytest.mark.parametrize("name", ["#", "#q", "# "])
+def test_a_header_may_begin_with_the_sign_of_a_comment(tmp_path, name):
+    path = write(tmp_path / "a.tsv", f"# made in May\n{name}\ta\n1\tx\n")
+    assert read(path) == [{name.strip(): "1", "a": "x"}]
+
+
+def test_a_line_that_may_be_a_comment_or_the_header_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"a\.csv:2: it is unclear .*: # made by me, in May") as error:
+        read(write(tmp_path / "a.csv", "# one\n# made by me, in May\nq,a\nw,x\n"))
+    assert "remove the line" in error.value.fix
+
+
+def test_without_a_header_a_row_may_begin_with_the_sign_of_a_comment(tmp_path):
+    path = write(tmp_path / "a.csv", "# made in May\n# Title,x\nText,y\n")
+    assert read(path, column_names=("q", "a")) == [{"q": "# Title", "a": "x"}, {"q": "Text", "a": "y"}]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_second_byte_order_mark_is_no_part_of_the_header(tmp_path, encoding):
+    path = write(tmp_path / "a.csv", '\ufeff"q","a"\nw,x\n'.encode(encoding))
+    assert read(path) == [{"q": "w", "a": "x"}]
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_the_header_of_a_second_file_is_no_row(tmp_path, mark):
+    path = write(tmp_path / "a.csv", f"q,a\nw,x\n{mark}q,a\ny,z\n")
+    assert good(read(path)) == [{"q": "w", "a": "x"}, {"q": "y", "a": "z"}]
+    assert faults(path) == [(3, "broken_csv")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("a.csv", "| q | a |\n|---|:--|\n| w | x |\n", "is a Markdown table"),
+        ("a.csv", '{"q": "w", "a": "x"}\n{"q": "y", "a": "z"}\n', "has JSON objects"),
+        ("a.tsv", "<!DOCTYPE html>\n<html><body>Sign in</body></html>\n", "is an HTML page"),
+        ("a.json", '[{"q": "w"}\n]\n[{"q": "y"}]\n', r"a\.json:3: broken JSON: Extra data after the array"),
+    ],
+)
+def test_what_is_no_table_is_refused_by_what_it_is(tmp_path, name, content, what):
+    with pytest.raises(InputError, match=what):
+        read(write(tmp_path / name, content))
+
+
+def test_a_single_column_of_conversations_is_read_from_tab_separated_text(tmp_path):
+    turns = [{"role": "user", "content": "q, or not"}, {"role": "assistant", "content": "a"}]
+    path = write(tmp_path / "a.tsv", "messages\n" + f"{json.dumps(turns)}\n" * 3)
+    assert read(path) == [{"messages": json.dumps(turns)}] * 3
+
+
+def test_a_line_of_nul_bytes_is_named_as_such(tmp_path):
+    path = write(tmp_path / "a.csv", b"q,a\nw,x\n" + b"\0" * 500)
+    assert good(read(path)) == [{"q": "w", "a": "x"}] and faults(path) == [(3, "not_text")]
+
+
 # A quote left open
 
 

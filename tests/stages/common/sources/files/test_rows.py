@@ -1,5 +1,6 @@
 import csv
 import json
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -170,15 +171,21 @@ def test_every_kind_of_bad_row_is_named_in_one_message_when_the_run_shall_stop(t
     text = str(error.value)
     assert f"{len(BAD)} bad rows" in text
     for number, (_, reason) in enumerate(BAD, start=2):
-        assert f"{path}:{number}: {reason}: " in text
+        # A problem that several rows have is one line with their numbers.
+        assert re.search(rf":{number}: {reason}: |: {reason}: .* also .*\b{number}\b", text)
     assert "on_bad_row: reject" in error.value.fix
 
 
-def test_a_message_about_thousands_of_bad_rows_counts_the_ones_it_does_not_show(tmp_path):
-    path = jsonl(tmp_path, GOOD, *["{"] * 3000)
-    with pytest.raises(InputError, match="3,000 bad rows") as error:
+def test_a_message_about_thousands_of_bad_rows_has_each_problem_once(tmp_path):
+    different = ["{" + " " * n for n in range(1, 61)]
+    path = jsonl(tmp_path, GOOD, *["{"] * 3000, *different, *["{"] * 7)
+    with pytest.raises(InputError, match="3,067 bad rows") as error:
         collect(path, on_bad_row="stop")
-    assert "and 2950 more broken_json" in str(error.value)
+    _, first, second, *others = error.value.what.splitlines()
+    assert first.startswith(f"{path}:2: broken_json: Expecting property name")
+    assert first.endswith("at character 2 (3,007 rows: also 3, 4, 5, 6 and 3,002 more)")
+    assert second.endswith("at character 3")
+    assert len(others) == 49 and others[-1] == "and 11 more broken_json"
 
 
 def test_broken_json_names_the_place_in_the_line(tmp_path):
@@ -261,6 +268,25 @@ def test_a_broken_parquet_file_is_an_error(tmp_path):
 def test_a_file_of_bad_rows_only_is_an_error_that_shows_them(tmp_path):
     with pytest.raises(InputError, match=r"all 2 are bad\n.*:1: no_answer"):
         collect(jsonl(tmp_path, {**GOOD, "completion": ""}, "{"))
+
+
+@pytest.mark.parametrize("part", ["question", "answer", "system"])
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_a_row_with_a_nul_character_is_rejected_in_every_format(tmp_path, suffix, part):
+    rows = [{"question": f"q {n}", "answer": f"a {n}", "system": "s"} for n in range(3)]
+    rows[1][part] = "with\0nul"
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "csv":
+        write(path, *(",".join(row) for row in [rows[0], *(row.values() for row in rows)]))
+    elif suffix == "jsonl":
+        write(path, *map(json.dumps, rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    found = collect(path)
+    assert [row.question for row in found.rows] == ["q 0", "q 2"]
+    (reject,) = found.rejected
+    assert reject.line == (3 if suffix == "csv" else 2)
+    assert (reject.reason, "NUL character" in reject.detail) == ("not_text", True)
 
 
 def test_a_csv_without_a_header_is_refused_until_its_columns_are_named(tmp_path):

@@ -97,14 +97,14 @@ def recognisers(language, group):
 def whole_lists(person, language="en"):
     """All rooms, floors and devices, with those of one person: nothing is cut to the sentence."""
 
-    def said(texts):
+    def speak(texts):
         return [text.replace(PERSON_MARK, person) for text in texts if person or PERSON_MARK not in text]
 
     lexicon = LEXICONS[language]
-    devices = [(said([d.name])[0], d.domain) for d in lexicon.devices if person or PERSON_MARK not in d.name]
+    devices = [(speak([d.name])[0], d.domain) for d in lexicon.devices if person or PERSON_MARK not in d.name]
     return {
-        "area": TextSlotList.from_strings(said(lexicon.areas), allow_template=False),
-        "floor": TextSlotList.from_strings(said(lexicon.floors), allow_template=False),
+        "area": TextSlotList.from_strings(speak(lexicon.areas), allow_template=False),
+        "floor": TextSlotList.from_strings(speak(lexicon.floors), allow_template=False),
         "name": TextSlotList.from_tuples(
             [(name, name, {"domain": domain}) for name, domain in devices], allow_template=False
         ),
@@ -161,7 +161,7 @@ def test_every_template_and_every_intent_has_rows():
     assert len(grammar().templates) == 862
 
 
-def test_no_sentence_has_two_answers_or_is_said_twice():
+def test_no_sentence_has_two_answers_or_occurs_twice():
     questions = [row.question.casefold() for row in few().rows]
     assert len(questions) == len(set(questions))
 
@@ -176,7 +176,7 @@ def test_an_answer_is_compact_json_with_the_intent_first_and_the_slots_by_name()
         assert not any(isinstance(value, float) and value.is_integer() for value in answer.values())
 
 
-def test_what_is_in_the_answer_was_said():
+def test_what_is_in_the_answer_is_in_the_question():
     for row in few().rows:
         slots = json.loads(row.answer)
         for slot in ("area", "floor", "name", "item", "message", "search_query", "conversation_command"):
@@ -231,11 +231,11 @@ def test_a_sentence_with_two_readings_of_equal_right_is_ambiguous():
         '{"intent":"HassTurnOff","device_class":"garage","domain":"cover"}',
         '{"intent":"HassTurnOff","area":"garage","device_class":"door","domain":"cover"}',
     }
-    said = [row.question for row in few().rows if row.question.endswith("close garage doors")]
-    assert said == []
+    questions = [row.question for row in few().rows if row.question.endswith("close garage doors")]
+    assert questions == []
 
 
-def test_what_is_left_out_as_ambiguous_is_listed_with_its_answers():
+def test_what_is_excluded_as_ambiguous_is_listed_with_its_answers():
     rejected = few().rejected
     assert {reject.reason for reject in rejected} <= {"ambiguous", "ambiguous_in_template"}
     assert all(" or " in reject.detail for reject in rejected)
