@@ -6,10 +6,12 @@ import csv
 import io
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from itertools import takewhile
 from typing import Any
 
-from stages.common.escaping import escape_csv_cell, format_code
+from stages.common.chat.turns import TURN
+from stages.common.escaping import escape_csv_cell, escape_markdown, format_code
 from stages.common.records import Row
 from stages.common.task.protocol import Task
 
@@ -29,10 +31,17 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class WrongAnswer:
-    """A row that the tuned model answers wrongly."""
+    """A row that the tuned model answers wrongly.
+
+    Attributes:
+        turn: which question of a longer conversation it is; empty in one of a single question.
+        result: what the tools returned that the answer is about; empty without calls before it.
+    """
 
     id: str
+    turn: str
     question: str
+    result: str
     expected: str
     base: str
     tuned: str
@@ -57,7 +66,9 @@ def list_errors(
         worst = min(errors, key=task.error_types.index)
         wrong = WrongAnswer(
             id=row.id,
+            turn=row.tags.get(TURN, ""),
             question=row.question,
+            result=_read_result(row),
             expected=row.answer,
             base=before.text,
             tuned=after.text,
@@ -73,7 +84,7 @@ def list_errors(
 
 def format_errors_csv(found: Iterable[WrongAnswer]) -> Iterator[str]:
     """Yield every wrong answer as CSV, worst first; what a spreadsheet would compute begins with a quote."""
-    columns = ["id", "question", "expected", "base", "tuned", "error_type", "differs", "base_was_right"]
+    columns = [one.name for one in fields(WrongAnswer)]
     yield _format_csv(columns)
     for wrong in found:
         cells = asdict(wrong)
@@ -108,8 +119,20 @@ def format_errors_page(
     if found:
         lines += ["", f"## The {min(shown, len(found))} worst answers", ""]
         lines += ["| question | expected | base | tuned | what differs |", "|---|---|---|---|---|"]
-        lines += [
-            "| " + " | ".join(map(format_code, (w.question, w.expected, w.base, w.tuned, w.differs))) + " |"
-            for w in found[:shown]
-        ]
+        for wrong in found[:shown]:
+            answers = (task.format_answer(text) for text in (wrong.expected, wrong.base, wrong.tuned))
+            cells = [_format_question(wrong), *map(format_code, answers), format_code(wrong.differs)]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _read_result(row: Row) -> str:
+    """Return the results of tools that come right before the answer."""
+    results = takewhile(lambda message: message.role == "tool", reversed(row.prompt))
+    return "; ".join(reversed([message.content for message in results]))
+
+
+def _format_question(wrong: WrongAnswer) -> str:
+    turn = f"turn {wrong.turn}: " if wrong.turn else ""
+    result = f" → {format_code(wrong.result)}" if wrong.result else ""
+    return f"{escape_markdown(turn)}{format_code(wrong.question)}{result}"

@@ -40,11 +40,9 @@ def draw_report(folder: Path, report: Mapping[str, Any]) -> None:
     """Draw base against tuned and the slices and, where there are classes, confusions and calibration."""
     # Scores on other scales are drawn with the others; metrics without bounds are not.
     scales = {one["name"]: one["scale"] for one in report["metrics"] if one["scale"]}
+    names = {one["name"]: _name_metric(one) for one in report["metrics"]}
     bars = {
-        model: [
-            make_bar(name.replace("_", " ").replace("f1", "F1"), report[model][name], scale)
-            for name, scale in scales.items()
-        ]
+        model: [make_bar(names[name], report[model][name], scale) for name, scale in scales.items()]
         for model in ("base", "tuned")
     }
     percent = round(100 * report["confidence"])
@@ -68,6 +66,12 @@ def draw_report(folder: Path, report: Mapping[str, Any]) -> None:
         )
     if report["calibration"]:
         draw_calibration(folder / "calibration.svg", report["calibration"], "Calibration of the tuned model")
+
+
+def _name_metric(metric: Mapping[str, Any]) -> str:
+    """Return the name of a metric with the direction that is better, if it is not up."""
+    name = str(metric["name"]).replace("_", " ").replace("f1", "F1")
+    return f"{name} (lower is better)" if "lower is better" in metric["meaning"] else name
 
 
 def make_bar(name: str, found: Mapping[str, float], scale: float) -> Bar:

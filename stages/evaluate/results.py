@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from stages.common.chat.turns import TURN
 from stages.common.errors import InputError
 from stages.common.model.generation import Answer, EvalPrompt
 from stages.common.records import Row
@@ -22,6 +23,8 @@ COMMON_MEANINGS = {
     "perplexity": "of the reference answers, by token; lower is better",
     "answer_tokens": "mean length of an answer in tokens",
 }
+
+LAST_TURN = 5  # from which on turns are one slice
 
 Metrics = dict[str, Metric]
 Results = dict[str, dict[str, float]]
@@ -103,9 +106,18 @@ def compare(base: Metrics, tuned: Metrics, groups: Sequence[str], sampling: Samp
 
 
 def slice_rows(rows: Sequence[Row], task: Task, tags: Sequence[str]) -> dict[str, list[str | None]]:
-    """Return the value of each row by slice: the class of its reference, then each tag."""
-    by_class = {task.class_name: [task.read_class(row.answer) for row in rows]} if task.class_name else {}
-    return {**by_class, **{tag: [row.tags.get(tag) for row in rows] for tag in tags if tag not in by_class}}
+    """Return the value of each row by slice: the class of its reference, the turn, then each tag."""
+    found: dict[str, list[str | None]] = {}
+    if task.class_name:
+        found[task.class_name] = [task.read_class(row.answer) for row in rows]
+    if any(TURN in row.tags for row in rows):
+        found[TURN] = [_name_turn(row.tags.get(TURN, "1")) for row in rows]
+    return {**found, **{tag: [row.tags.get(tag) for row in rows] for tag in tags if tag not in found}}
+
+
+def _name_turn(turn: str) -> str:
+    """Return which question of its conversation a row answers; the later ones, of which few are, together."""
+    return turn if not turn.isdecimal() or int(turn) < LAST_TURN else f"{LAST_TURN} and later"
 
 
 def compute_slice_results(

@@ -17,7 +17,7 @@ class Metric:
     Attributes:
         columns: one line a row; shape (rows, columns).
         statistic: from column sums to the value.
-        scale: the best possible value where the worst is 0; None for a value without bounds.
+        scale: the largest possible value where the smallest is 0; None for a value without bounds.
     """
 
     columns: Floats

@@ -89,6 +89,10 @@ class Task(ABC):
     def fits(self, schema: Mapping[str, Any] | None, answer: str) -> bool:
         """Return whether an answer fits a schema of `derive_schema`."""
 
+    def format_answer(self, answer: str) -> str:
+        """Return an answer as people read it in a report: the answer itself."""
+        return answer
+
     def nearness(self, answer: str, reference: str) -> float:
         """Return how near a wrong answer comes to the reference, for ranking errors of one type."""
         return 0.0

@@ -19,7 +19,7 @@ from itertools import chain
 import numpy as np
 from typing_extensions import override
 
-from stages.common.messages import CALLS_KEY, ToolCall, is_malformed, read_calls
+from stages.common.messages import CALLS_KEY, MALFORMED_KEY, ToolCall, is_malformed, read_calls
 from stages.common.records import format_canonical_json
 from stages.common.statistics.intervals import Floats
 from stages.common.task.json_answers import read_json_answer
@@ -104,7 +104,7 @@ def read_tool_answer(answer: str) -> ToolAnswer:
     if turn is None and not is_malformed(answer) and not answer.startswith(_BEGIN):
         return ToolAnswer(answer)
     if turn is None or found is None:
-        return ToolAnswer("", malformed=answer)
+        return ToolAnswer("", malformed=_read_malformed(answer))
     calls = [
         Call(
             call["name"],
@@ -184,6 +184,13 @@ def measure_nearness(answer: ToolAnswer, reference: ToolAnswer) -> float:
         right, both = _count_arguments(answer, reference)
         return 100.0 * right / both if both else 0.0
     return score_chrf([answer.text], [reference.text]).value()
+
+
+def _read_malformed(answer: str) -> str:
+    """Return what the model wrote."""
+    found = read_json_answer(answer)
+    written = found.value.get(MALFORMED_KEY) if found is not None else None
+    return written if isinstance(written, str) else answer
 
 
 def _share_of(hits: Sequence[bool], counted: Sequence[bool]) -> Metric:

@@ -105,6 +105,13 @@ class ToolsTask(Task):
         return find_tool_errors(read_tool_answer(answer.strip()), read_tool_answer(reference.strip()))
 
     @override
+    def format_answer(self, answer: str) -> str:
+        turn = read_tool_answer(answer.strip())
+        if turn.malformed is not None:
+            return f"malformed: {turn.malformed}"
+        return " ".join(filter(None, [turn.text.strip(), "; ".join(map(str, turn.calls))]))
+
+    @override
     def nearness(self, answer: str, reference: str) -> float:
         return measure_nearness(read_tool_answer(answer.strip()), read_tool_answer(reference.strip()))
 

@@ -3,10 +3,11 @@ import io
 
 import pytest
 
-from stages.common.messages import Message
+from stages.common.messages import Message, ToolCall
 from stages.common.records import make_row
 from stages.common.task.json_task import JsonTask
 from stages.common.task.text_task import TextTask
+from stages.common.task.tools_task import ToolsTask
 from stages.evaluate.error_analysis import (
     Prediction,
     format_errors_csv,
@@ -81,3 +82,27 @@ def test_neither_page_nor_table_runs_what_users_wrote():
     render = pytest.importorskip("markdown_it").MarkdownIt("gfm-like", {"linkify": False}).render
     html = render(page)
     assert "<script" not in html and "<a " not in html and "&lt;script&gt;" in html
+
+
+def test_calls_are_shown_as_people_write_them_with_the_turn_and_what_the_tools_returned():
+    call = ToolCall("get_state", '{"area":"attic","unit":"c"}')
+    before = [
+        Message("user", "how warm is it?"),
+        Message("assistant", "", (call,)),
+        Message("tool", '{"degrees": 20}'),
+    ]
+    asked = make_row(before[:2], "toy", "mit")
+    told = make_row([*before, Message("assistant", "20 degrees.")], "toy", "mit", tags={"turn": "1"})
+    given = Message("assistant", "One moment.", (ToolCall("get_state", '{"area":"hall"}'),)).answer
+    found = list_errors([asked, told], predictions("", ""), predictions(given, "I do not know."), ToolsTask())
+    assert [one.error_type for one in found] == ["missing argument", "other text"]
+    lines = format_errors_page(found, 2, [], shown=2, task=ToolsTask()).splitlines()[-2:]
+    assert lines[0] == (
+        '| `how warm is it?` | `get_state(area="attic", unit="c")` | (nothing) '
+        '| `One moment. get_state(area="hall")` '
+        '| `missing argument: get_state.unit="c"; wrong value: get_state.area="hall", not "attic"` |'
+    )
+    assert lines[1].startswith('| turn 1: `how warm is it?` → `{"degrees": 20}` | `20 degrees.` |')
+    (first, second) = csv.DictReader(io.StringIO("".join(format_errors_csv(found))))
+    assert (first["turn"], first["result"], second["turn"]) == ("", "", "1")
+    assert second["result"] == '{"degrees": 20}' and first["expected"] == asked.answer

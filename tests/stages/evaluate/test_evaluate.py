@@ -12,13 +12,17 @@ import yaml
 
 from stages import ask_base
 from stages.common.artifacts import write_json
+from stages.common.chat.tools_template import adapt_template
+from stages.common.chat.turns import unroll
 from stages.common.errors import InputError
-from stages.common.messages import Message
+from stages.common.messages import Message, Tool, ToolCall
+from stages.common.model.loading import load_tokenizer
 from stages.common.records import make_row, write_rows
 from stages.common.task.json_task import JsonTask
 from stages.common.task.kinds import TASK_FILE
 from stages.common.task.label_task import LabelTask
-from stages.common.task.text_task import TextTask
+from stages.common.task.text_task import ChatTask, TextTask
+from stages.common.task.tools_task import ToolsTask
 from stages.evaluate import __main__ as evaluate
 from tests.tiny import save_model
 
@@ -54,7 +58,7 @@ def models(tmp_path_factory):
 
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("models")
-    save_model(folder / "fetch_base", merges=MERGES)
+    save_model(folder / "fetch_base", merges=MERGES, max_position_embeddings=2048)
     config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
     get_peft_model(make_model(vocab_size=258 + len(MERGES)), config).save_pretrained(folder / "finetune")
     return folder
@@ -139,6 +143,58 @@ def test_words_as_answers_get_the_metrics_of_words(project):
     assert {"exact_match", "rouge_l", "chrf", "bleu", "length_ratio", "perplexity"} <= set(report["tuned"])
     assert report["primary"] == "chrf"
     assert not Path("reports/evaluate/plots/confusion.svg").exists()
+
+
+def conversations(n=12):
+    """Conversations of two questions: a call, then the answer after its result."""
+    schema = {"type": "function", "function": {"name": "light", "parameters": {"type": "object"}}}
+    for number in range(n):
+        messages = [
+            Message("user", f"light {number}"),
+            Message("assistant", "", (ToolCall("light", f'{{"area":{number % 3}}}'),)),
+            Message("tool", "on"),
+            Message("assistant", "It is on."),
+            Message("user", "thanks"),
+            Message("assistant", "You are welcome."),
+        ]
+        yield make_row(messages, "toy", "mit", group=f"g{number}", tools=[Tool(json.dumps(schema))])
+
+
+def test_calls_are_judged_turn_by_turn(project):
+    folder = project(list(unroll(conversations(), "all")), ToolsTask()) / "artifacts/fetch_base"
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = adapt_template(tokenizer, {}, True, "auto")
+    tokenizer.save_pretrained(folder)
+    report = run(folder.parents[1])
+    assert (report["rows"], report["primary"], report["class_name"]) == (36, "call_match", "tool")
+    assert set(report["tuned"]) >= set(ToolsTask().meanings)
+    assert {value: found["n"] for value, found in report["slices"]["turn"].items()} == {"1": 24, "2": 12}
+    assert {value: found["n"] for value, found in report["slices"]["tool"].items()} == {
+        "(text)": 24,
+        "light": 12,
+    }
+    assert set(report["errors"]["by_type"]) <= set(ToolsTask().error_types)
+    page = Path("reports/evaluate/errors.md").read_text()
+    assert "`light(area=2)`" in page and "turn 1: `light 2` → `on`" in page
+    assert "needless call (lower is better)" in Path("reports/evaluate/plots/comparison.svg").read_text()
+
+
+def test_free_conversations_are_judged_by_their_texts(project):
+    rows = [
+        make_row(
+            [
+                Message(role, f"{text} {n}")
+                for role, text in zip(("user", "assistant") * 5, "abcdefghij", strict=True)
+            ],
+            "toy",
+            "mit",
+            group=f"g{n}",
+        )
+        for n in range(3)
+    ]
+    report = run(project(list(unroll(rows, "all")), ChatTask()))
+    assert report["primary"] == "chrf"
+    assert set(report["slices"]["turn"]) == {"1", "2", "3", "4", "5 and later"}
 
 
 def test_json_without_a_label_needs_none(project):
