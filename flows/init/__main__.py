@@ -73,8 +73,8 @@ def _make_parser() -> argparse.ArgumentParser:
         help="column names of a CSV without a header, separated by commas",
     )
     reading.add_argument("--records-key", help="key of the rows in a JSON object")
-    reading.add_argument("--shape", choices=("chat", "sharegpt", "alpaca", "pair"))
-    for part in ("messages", "prompt", "context", "completion", "system", "group"):
+    reading.add_argument("--shape", choices=("chat", "sharegpt", "alpaca", "pair", "calls"))
+    for part in ("messages", "prompt", "context", "completion", "system", "tools", "group"):
         reading.add_argument(f"--{part}-column", metavar="NAME")
     reading.add_argument(
         "--tag-columns",

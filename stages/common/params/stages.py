@@ -77,12 +77,13 @@ class File(Section):
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
     records_key: str | None = None
     column_names: tuple[str, ...] = ()
-    shape: Literal["chat", "sharegpt", "alpaca", "pair"] | None = None
+    shape: Literal["chat", "sharegpt", "alpaca", "pair", "calls"] | None = None
     messages_column: str | None = None
     prompt_column: str | None = None
     context_column: str | None = None
     completion_column: str | None = None
     system_column: str | None = None
+    tools_column: str | None = None
     group_column: str | None = None
     tag_columns: tuple[str, ...] = ()
 

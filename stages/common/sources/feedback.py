@@ -15,11 +15,11 @@ from stages.common.records import Row, make_row
 from stages.common.sources import Collected, Rejected
 from stages.common.sources.files.entries import BadRow, count
 from stages.common.sources.files.json_records import read_jsonl
-from stages.common.sources.files.messages import to_messages
+from stages.common.sources.files.messages import read_conversation
 from stages.common.sources.files.rows import OnBadRow, check_conversation, list_rejected
 from stages.common.sources.files.shapes import Shape
 
-SHAPE = Shape("chat", messages="messages")
+SHAPE = Shape("chat", messages="messages", tools="tools")
 
 
 def collect_feedback(path: Path, system_prompt: str | None, on_bad_row: OnBadRow) -> Collected:
@@ -61,8 +61,9 @@ def _row(fields: dict[str, Any], system_prompt: str | None) -> Row:
     tags = fields.get("tags") or {}
     if not isinstance(tags, dict) or not all(isinstance(value, str) for value in tags.values()):
         raise BadRow("wrong_tags", "tags are texts by their names")
-    messages = check_conversation(to_messages(fields, SHAPE), system_prompt)
-    return make_row(messages, fields["source"], fields["license"], fields["group"], tags, "feedback")
+    own, tools = read_conversation(fields, SHAPE, set())
+    messages = check_conversation(own, tools, system_prompt)
+    return make_row(messages, fields["source"], fields["license"], fields["group"], tags, "feedback", tools)
 
 
 def _by_kind(rows: list[Row]) -> dict[str, int]:

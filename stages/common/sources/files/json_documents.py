@@ -14,9 +14,13 @@ from typing import IO, Any
 from stages.common.errors import InputError
 from stages.common.sources.files.encodings import open_text
 from stages.common.sources.files.entries import Entry, check_object
+from stages.common.sources.files.strict_json import keep_repeated
+from stages.common.sources.files.tools.calls import CALL_NAMES, is_call_list
+from stages.common.sources.files.tools.schemas import TOOL_NAMES, is_tool_list
 
 CHAT_KEYS = ({"role", "content"}, {"from", "value"})
 WHITESPACE = " \t\r\n"
+DECODER = json.JSONDecoder(object_pairs_hook=keep_repeated)
 NOT_DECODED = re.compile("[\udc80-\udcff]")  # a byte that `surrogateescape` kept
 READ_CHARS = 1 << 20
 MAX_VALUE_CHARS = 100_000_000  # of one row; a longer one is a quote that is not closed
@@ -63,7 +67,7 @@ class _Document:
         self.peek()
         while True:
             try:
-                value, end = json.JSONDecoder().raw_decode(self._text, self._place)
+                value, end = DECODER.raw_decode(self._text, self._place)
             except json.JSONDecodeError as error:
                 if self._may_go_on(error) and self._read_more():
                     continue
@@ -213,7 +217,7 @@ def _find_arrays(document: _Document) -> dict[str, tuple[int, bool] | None]:
     found: dict[str, tuple[int, bool] | None] = {}
     for place, key in enumerate(_read_keys(document)):
         if document.peek() == "[":
-            found[key] = place, _are_rows(document)
+            found[key] = place, _are_rows(key, document)
         else:
             found[key] = None
             document.take_value()
@@ -225,13 +229,16 @@ def _find_arrays(document: _Document) -> dict[str, tuple[int, bool] | None]:
     return found
 
 
-def _are_rows(document: _Document) -> bool:
-    """Read an array; return whether it has objects only that are not the turns of one conversation."""
+def _are_rows(key: str, document: _Document) -> bool:
+    """Read an array; return whether it has objects only that are not the parts of one conversation."""
     elements = (value for _, value, _ in _read_elements(document))
     first = next(elements, None)
     is_turn = isinstance(first, dict) and any(keys <= first.keys() for keys in CHAT_KEYS)
+    is_of_tools = (key in TOOL_NAMES and is_tool_list([first])) or (
+        key in CALL_NAMES and is_call_list([first])
+    )
     others = [isinstance(value, dict) for value in elements]
-    return isinstance(first, dict) and not is_turn and all(others)
+    return isinstance(first, dict) and not is_turn and not is_of_tools and all(others)
 
 
 def _choose_array(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from stages.common.sources.files.encodings import open_text
 from stages.common.sources.files.entries import BadRow, Entry, Record, check_object, find_undecodable
+from stages.common.sources.files.strict_json import keep_repeated
 
 WHITESPACE = " \t\r\n"
 
@@ -27,7 +28,7 @@ def _parse_line(line: str, encoding: str) -> Record | BadRow:
     if undecodable:
         return BadRow("undecodable", undecodable)
     try:
-        return check_object(json.loads(line))
+        return check_object(json.loads(line, object_pairs_hook=keep_repeated))
     except RecursionError:
         return BadRow("broken_json", "nested too deeply")
     except json.JSONDecodeError as error:

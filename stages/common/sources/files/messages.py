@@ -1,37 +1,69 @@
-"""A raw record as messages that end with the answer to learn."""
+"""A raw record as messages that end with the answer to learn, and the tools that it may call."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
-from stages.common.messages import Message
+from stages.common.messages import Message, Tool
 from stages.common.params.checked_yaml import suggest_nearest
 from stages.common.sources.files.entries import BadRow, Record, shorten
 from stages.common.sources.files.shapes import Shape
+from stages.common.sources.files.tools.calls import read_calls
+from stages.common.sources.files.tools.hermes import take_tools
+from stages.common.sources.files.tools.schemas import read_tools
 from stages.common.sources.files.turns import Turn, find_answer, is_conversation, parse_list, parse_turns
 
 MEDIA_COLUMNS = ("image", "images", "audio", "audios", "video", "videos")
 
+Conversation = tuple[list[Message], tuple[Tool, ...]]
 
-def to_messages(fields: Record, shape: Shape) -> list[Message]:
-    """Turn a record into messages that end with the answer to learn.
+
+def read_conversation(fields: Record, shape: Shape, forms: set[str]) -> Conversation:
+    """Turn a record into messages that end with the answer to learn, and the tools of the conversation.
+
+    Args:
+        forms: where the forms in which tools are written are added.
 
     Raises:
         BadRow: a field is missing, empty or of another kind.
     """
-    if shape.messages:
-        if shape.messages not in fields or fields[shape.messages] in (None, ""):
-            raise BadRow("missing_field", f"no {shape.messages!r}{_nearest_of(shape.messages, fields)}")
-        _refuse_media(fields)
-        turns = parse_turns(fields[shape.messages])
-    else:
-        turns = _pair_turns(fields, shape)
-    messages = find_answer(turns)
+    tools = read_tools(fields.get(shape.tools), forms) if shape.tools else ()
+    messages = find_answer(_read_turns(fields, shape, forms))
     system = fields.get(shape.system) if shape.system else None
     if isinstance(system, str) and system.strip() and messages and messages[0].role != "system":
         messages = [Message("system", system), *messages]
-    return messages
+    if not messages or messages[0].role != "system":
+        return messages, tools
+    return _take_described_tools(messages, tools, forms)
+
+
+def _read_turns(fields: Record, shape: Shape, forms: set[str]) -> list[Turn]:
+    if not shape.messages:
+        return _pair_turns(fields, shape, forms)
+    if shape.messages not in fields or fields[shape.messages] in (None, ""):
+        raise BadRow("missing_field", f"no {shape.messages!r}{_nearest_of(shape.messages, fields)}")
+    _refuse_media(fields)
+    return parse_turns(fields[shape.messages], forms)
+
+
+def _take_described_tools(messages: list[Message], tools: tuple[Tool, ...], forms: set[str]) -> Conversation:
+    """Return the conversation with the tools that its system message describes, taken out of it.
+
+    Raises:
+        BadRow: the row lists other tools.
+    """
+    text, described = take_tools(messages[0].content, forms)
+    if not described:
+        return messages, tools
+    listed = {tool.name for tool in tools}
+    if listed and (unlisted := [tool.name for tool in described if tool.name not in listed]):
+        raise BadRow(
+            "wrong_tools", f"the system message describes {unlisted[0]!r}, which the row's tools do not have"
+        )
+    rest = messages[1:]
+    return [replace(messages[0], content=text), *rest] if text else rest, tools or described
 
 
 def _refuse_media(fields: Record) -> None:
@@ -41,7 +73,7 @@ def _refuse_media(fields: Record) -> None:
             raise BadRow("not_text", f"the row has {name}")
 
 
-def _pair_turns(fields: Record, shape: Shape) -> list[Turn]:
+def _pair_turns(fields: Record, shape: Shape, forms: set[str]) -> list[Turn]:
     """Return the turns of a record with prompt and completion."""
     prompt, completion = shape.prompt or "", shape.completion or ""
     for name in (prompt, completion):
@@ -49,16 +81,28 @@ def _pair_turns(fields: Record, shape: Shape) -> list[Turn]:
             raise BadRow("missing_field", f"no {name!r}{_nearest_of(name, fields)}")
     question, answer = fields[prompt], fields[completion]
     if is_conversation(question) and not isinstance(question, str):
-        turns = parse_turns(question)
+        turns = parse_turns(question, forms)
     else:
         context = fields.get(shape.context) if shape.context else None
         text = _join(_read_text(prompt, question, "no_question"), context)
         turns = [*_history(fields, shape), Turn(Message("user", text))]
+    if shape.name == "calls":
+        return [*turns, Turn(_read_answers(completion, answer, forms))]
     if is_conversation(answer) and not isinstance(answer, str):
-        return [*turns, *parse_turns(answer)]
+        return [*turns, *parse_turns(answer, forms)]
     if isinstance(answer, dict | list):  # a JSON answer that was not quoted
         return [*turns, Turn(Message("assistant", _to_json(completion, answer)))]
     return [*turns, Turn(Message("assistant", _read_text(completion, answer, "no_answer")))]
+
+
+def _read_answers(name: str, value: Any, forms: set[str]) -> Message:
+    """Return the answer of xLAM's `answers`: calls, or a text where none is to be made."""
+    if isinstance(value, str) and value.strip() and not value.lstrip().startswith(("[", "{")):
+        return Message("assistant", value)
+    if value in (None, [], {}) or (isinstance(value, str) and value.strip() in ("", "[]")):
+        raise BadRow("no_answer", f"{name!r} has neither a call nor a text")
+    forms.add("calls in a column (xLAM)")
+    return Message("assistant", "", read_calls(value, name))
 
 
 def _history(fields: Record, shape: Shape) -> list[Turn]:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from stages.common.errors import InputError
 from stages.common.logs import ROWS_A_STEP
-from stages.common.messages import Message, find_conversation_problem
+from stages.common.messages import Message, Tool, find_conversation_problem
 from stages.common.records import ORIGINS, Row, count_chars, make_row
 from stages.common.sources import Collected, Rejected
 from stages.common.sources.files.csv_records import check_header
@@ -37,7 +37,7 @@ from stages.common.sources.files.formats import (
     read_entries,
     report_empty,
 )
-from stages.common.sources.files.messages import to_messages
+from stages.common.sources.files.messages import read_conversation
 from stages.common.sources.files.shapes import Columns, Shape, detect_shape
 from stages.common.spool import Spool
 
@@ -46,6 +46,16 @@ MAX_LINES_SHOWN = 5  # of one problem
 SAMPLE_RECORDS = 1000
 MAX_GROUP_CHARS = 120
 MAX_UNDECODABLE_SHARE = 0.01  # more rows that are not UTF-8: the file is in another encoding
+
+# What a problem of a conversation is counted as, by a part of its text.
+PROBLEMS = {
+    "no answer": "no_answer",
+    "is the result of": "orphan_result",
+    "before the results": "missing_result",
+    "two calls with one id": "repeated_id",
+    "neither text nor a call": "empty_turn",
+    "calls a tool": "wrong_call",
+}
 
 OnBadRow = Literal["reject", "stop"]
 OnProgress = Callable[[int], None]
@@ -83,6 +93,7 @@ def collect_file(
     rows: Spool[Row] = Spool(count_chars)
     rejected: Spool[Rejected] = Spool(lambda reject: len(reject.content))
     unread: Counter[str] = Counter()
+    forms: Counter[str] = Counter()
     read = {*shape.columns.values(), *columns.named}
     for number, entry in enumerate(entries, start=1):
         try:
@@ -91,7 +102,9 @@ def collect_file(
             unread.update(
                 str(n) for n, value in entry.fields.items() if n and n not in read and value not in (None, "")
             )
-            rows.append(to_row(entry.fields, str(path), license, origin, shape, columns, system_prompt))
+            row, found = to_row(entry.fields, str(path), license, origin, shape, columns, system_prompt)
+            rows.append(row)
+            forms.update(found)
         except BadRow as bad:
             detail, content = show_bytes(bad.detail), show_bytes(entry.content)
             rejected.append(Rejected(str(path), entry.line, bad.reason, detail, content))
@@ -108,7 +121,7 @@ def collect_file(
             f"{path} has no usable row: all {len(rejected)} are bad\n{list_rejected(rejected)}",
             "correct the file, or remove its entry from collect.sources",
         )
-    return Collected(rows, rejected, describe(format, shape, unread))
+    return Collected(rows, rejected, describe(format, shape, unread, forms))
 
 
 def sample_entries(entries: Iterator[Entry]) -> tuple[list[Entry], Iterator[Entry]]:
@@ -130,25 +143,29 @@ def to_row(
     shape: Shape,
     columns: Columns,
     system_prompt: str | None,
-) -> Row:
-    """Turn the fields of one record into a row.
+) -> tuple[Row, set[str]]:
+    """Turn the fields of one record into a row; return it with the forms in which its tools were written.
 
     Raises:
         BadRow: there is nothing to learn from in it.
     """
-    messages = check_conversation(to_messages(fields, shape), system_prompt)
+    forms: set[str] = set()
+    own, tools = read_conversation(fields, shape, forms)
+    messages = check_conversation(own, tools, system_prompt)
     group = fields.get(columns.group) if columns.group else None
     tags = {
         name: convert_to_text(fields[name]) for name in columns.tags if fields.get(name) not in (None, "")
     }
-    return make_row(
+    row = make_row(
         messages,
         source,
         license,
         group=name_group(convert_to_text(group)) if group not in (None, "") else None,
         tags=tags,
         origin=origin,
+        tools=tools,
     )
+    return row, forms
 
 
 def name_group(text: str) -> str:
@@ -158,7 +175,9 @@ def name_group(text: str) -> str:
     return f"sha256:{hashlib.sha256(text.encode('utf-8', errors='surrogatepass')).hexdigest()[:32]}"
 
 
-def check_conversation(messages: Sequence[Message], system_prompt: str | None) -> list[Message]:
+def check_conversation(
+    messages: Sequence[Message], tools: Sequence[Tool], system_prompt: str | None
+) -> list[Message]:
     """Return messages that can be learned from, with the system prompt before those that have none.
 
     Raises:
@@ -169,19 +188,33 @@ def check_conversation(messages: Sequence[Message], system_prompt: str | None) -
         messages.insert(0, Message("system", system_prompt))
     problem = find_conversation_problem(messages)
     if problem:
-        raise BadRow("no_answer" if problem.startswith("no answer") else "wrong_messages", problem)
-    if not all(is_encodable(message.content) for message in messages):
+        raise BadRow(_name_problem(problem), problem)
+    if not all(map(is_encodable, _list_texts(messages, tools))):
         raise BadRow("not_text", "half of a surrogate pair, which is not a character")
-    for message in messages:
-        if fault := find_nul(message.content):
+    for text in _list_texts(messages, tools):
+        if fault := find_nul(text):
             raise fault
     if not any(message.role == "user" and message.content.strip() for message in messages):
         raise BadRow("no_question", "every user message is empty")
     return messages
 
 
-def describe(format: FileFormat, shape: Shape, unread: Counter[str]) -> dict[str, Any]:
-    """Return the format and shape for the report, and how many rows have a value in a column not read."""
+def _name_problem(problem: str) -> str:
+    """Return the word to count a problem of `find_conversation_problem` by."""
+    return next((reason for part, reason in PROBLEMS.items() if part in problem), "wrong_messages")
+
+
+def _list_texts(messages: Sequence[Message], tools: Sequence[Tool]) -> Iterator[str]:
+    """Yield every text of a conversation that is stored."""
+    for message in messages:
+        yield from (message.content, message.reasoning or "", message.tool_call_id or "")
+        for call in message.tool_calls:
+            yield from (call.arguments, call.id or "")
+    yield from (tool.text for tool in tools)
+
+
+def describe(format: FileFormat, shape: Shape, unread: Counter[str], forms: Counter[str]) -> dict[str, Any]:
+    """Return format and shape for the report, and by rows: columns that were not read, and forms of tools."""
     return {
         "format": format.kind,
         "encoding": format.encoding,
@@ -190,6 +223,7 @@ def describe(format: FileFormat, shape: Shape, unread: Counter[str]) -> dict[str
         "shape": shape.name,
         "columns": shape.columns,
         "unread_columns": dict(sorted(unread.items())),
+        "forms": dict(sorted(forms.items())),
     }
 
 

@@ -1,24 +1,27 @@
 """Detect the columns of a file that are the conversation.
 
 Two structures: a list of turns (OpenAI's chat, ShareGPT), and a prompt with its completion (Alpaca, question
-and answer, text and label). What the entry of the source names is taken; the rest is detected from the first
-records, by exact names first and then by content. Doubt is an error that names the candidates and the keys.
+and answer, text and label, xLAM's query and calls). Either may have a column of tools. What the entry of the
+source names is taken; the rest is detected from the first records, by exact names first and then by content.
+Doubt is an error that names the candidates and the keys.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from stages.common.errors import InputError
 from stages.common.params.checked_yaml import suggest_nearest
 from stages.common.sources.files.entries import Record, shorten
+from stages.common.sources.files.tools.calls import CALL_NAMES, is_call_list
+from stages.common.sources.files.tools.schemas import TOOL_NAMES, is_tool_list
 from stages.common.sources.files.turns import is_conversation, parse_list
 
-Name = Literal["chat", "sharegpt", "alpaca", "pair"]
+Name = Literal["chat", "sharegpt", "alpaca", "pair", "calls"]
 
 # Names as people write them, likeliest first; compared whole, because "text" is also in "context".
 CHAT_NAMES = ("messages", "conversations", "conversation", "dialogue", "dialog", "turns", "chat")
@@ -61,6 +64,7 @@ class Columns:
     context: str | None = None
     completion: str | None = None
     system: str | None = None
+    tools: str | None = None
     group: str | None = None
     tags: tuple[str, ...] = ()
 
@@ -74,6 +78,7 @@ class Columns:
             context=entry.context_column,
             completion=entry.completion_column,
             system=entry.system_column,
+            tools=entry.tools_column,
             group=entry.group_column,
             tags=entry.tag_columns,
         )
@@ -81,13 +86,15 @@ class Columns:
     @property
     def named(self) -> tuple[str, ...]:
         """The columns that must be there because the entry names them."""
-        own = (self.messages, self.prompt, self.context, self.completion, self.system, self.group)
+        own = (
+            self.messages, self.prompt, self.context, self.completion, self.system, self.tools, self.group,
+        )  # fmt: skip
         return (*(name for name in own if name), *self.tags)
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Where the conversation is in a record: `messages`, or `prompt` and `completion`."""
+    """Where the conversation is in a record: `messages`, or `prompt` and `completion`; and its `tools`."""
 
     name: Name
     messages: str | None = None
@@ -96,11 +103,12 @@ class Shape:
     completion: str | None = None
     system: str | None = None
     history: str | None = None
+    tools: str | None = None
 
     @property
     def columns(self) -> dict[str, str]:
         """The columns that are read, by what they are."""
-        parts = ("messages", "system", "history", "prompt", "context", "completion")
+        parts = ("messages", "system", "history", "prompt", "context", "completion", "tools")
         return {part: name for part in parts if (name := getattr(self, part))}
 
 
@@ -113,8 +121,20 @@ def detect_shape(path: Path, records: Sequence[Record], columns: Columns) -> Sha
     there = list(dict.fromkeys(str(name) for record in records for name in record))
     if absent := [name for name in columns.named if name not in there]:
         raise _without(path, absent, there)
+    tools = columns.tools or _find_tools(records, there)
+    shape = _detect_conversation(path, records, replace(columns, tools=tools), there)
+    return replace(shape, tools=tools)
+
+
+def _detect_conversation(
+    path: Path, records: Sequence[Record], columns: Columns, there: Sequence[str]
+) -> Shape:
     if columns.messages or columns.shape in ("chat", "sharegpt"):
         return _chat_shape(path, records, columns, there)
+    if columns.shape in ("calls", None) and (shape := _find_calls(records, columns, there)):
+        return shape
+    if columns.shape == "calls":
+        raise _without(path, [columns.prompt or "query", columns.completion or "answers"], there)
     if columns.prompt and columns.completion:
         return _pair_shape(columns, there, columns.prompt, columns.completion)
     if columns.shape is None and not (columns.prompt or columns.completion):
@@ -140,6 +160,27 @@ def _chat_shape(path: Path, records: Sequence[Record], columns: Columns, there: 
     turns: Any = next((record[name] for record in records if is_conversation(record.get(name))), [])
     is_sharegpt = any("from" in turn for turn in parse_list(turns))
     return Shape("sharegpt" if is_sharegpt else "chat", messages=name, system=_find_system(columns, there))
+
+
+def _find_tools(records: Sequence[Record], there: Sequence[str]) -> str | None:
+    """Return the column of tools: by its name, if a record has tools there."""
+    named = [name for name in there if _plain(name) in TOOL_NAMES]
+    return next((n for n in named if any(is_tool_list(record.get(n)) for record in records)), None)
+
+
+def _find_calls(records: Sequence[Record], columns: Columns, there: Sequence[str]) -> Shape | None:
+    """Return the shape of a question, tools and the calls that answer it; None for any other."""
+    if columns.tools is None or (columns.shape is None and _find_conversations(records, there)):
+        return None
+    lowered = _plain_names(there)
+    named = [columns.completion] if columns.completion else [lowered[n] for n in CALL_NAMES if n in lowered]
+    calls = next((n for n in named if any(is_call_list(record.get(n)) for record in records)), None)
+    if columns.shape == "calls":
+        calls = calls or next(iter(named), None)
+    prompt = columns.prompt or _first_named(PROMPT_NAMES, lowered, {columns.tools, calls, columns.system})
+    if calls is None or prompt is None:
+        return None
+    return Shape("calls", prompt=prompt, completion=calls, system=_find_system(columns, there))
 
 
 def _pair_shape(columns: Columns, there: Sequence[str], prompt: str, completion: str) -> Shape:
@@ -200,7 +241,7 @@ def _find_pair(
 ) -> tuple[str, str]:
     """Return the columns of prompt and completion: as named, by their names, or by what is in them."""
     lowered = _plain_names(there)
-    used = {*columns.tags, columns.group, columns.system, columns.context}
+    used = {*columns.tags, columns.group, columns.system, columns.context, columns.tools}
     texts = [name for name in there if name not in used and _is_text_column(records, name)]
     prompt, completion = columns.prompt, columns.completion
     if not (prompt or completion) and "instruction" in lowered:

@@ -64,3 +64,16 @@ def test_bad_lines_are_set_aside_or_stop_the_run(write):
     assert seen == [(2, "missing_field"), (3, "wrong_tags"), (4, "no_answer")]
     with pytest.raises(InputError, match=r"3 bad rows\n.*rows\.jsonl:2: missing_field: no 'group'"):
         collect_feedback(path, None, "stop")
+
+
+def test_rows_with_calls_keep_their_tools(write):
+    call = {"id": "c1", "type": "function", "function": {"name": "lamp", "arguments": "{}"}}
+    tool = {"type": "function", "function": {"name": "lamp"}}
+    messages = [
+        {"role": "user", "content": "on"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    ]
+    (row,) = collect_feedback(write(line(messages=messages, tools=[tool])), None, "stop").rows
+    assert (row.answer, row.tools[0].value) == ('{"tool_calls":[{"name":"lamp","arguments":{}}]}', tool)
+    (reject,) = collect_feedback(write(line(tools=["lamp"])), None, "reject").rejected
+    assert (reject.line, reject.reason) == (1, "wrong_tools")

@@ -1,6 +1,7 @@
 import csv
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,11 +9,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from stages.common.errors import InputError
+from stages.common.messages import Message
+from stages.common.records import write_rows
 from stages.common.sources.files.formats import FormatOptions
 from stages.common.sources.files.rows import collect_file, name_group
 from stages.common.sources.files.shapes import Columns
 
 GOOD = {"prompt": "2+2?", "completion": "4"}
+GOOD_CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 
 
 def write(path, *lines):
@@ -316,3 +320,60 @@ def test_a_passage_as_group_is_named_by_its_hash_and_a_short_name_stays():
     assert len({name_group(passage) for passage in passages}) == 2
     assert all(len(name_group(passage)) == 39 for passage in passages)
     assert name_group(passages[0]) == name_group(passages[0])
+
+
+def test_rows_without_tools_keep_the_ids_and_the_file_that_they_had_before_tools_were_read(tmp_path):
+    chats = [
+        [
+            {"role": "developer", "content": "Be brief."},
+            {"role": "user", "content": "hi", "name": "anna"},
+            {"role": "assistant", "content": "hello"},
+            {"role": "user", "content": [{"type": "text", "text": "grüße ☀"}]},
+            {"role": "assistant", "content": "on its way", "tool_calls": None},
+            {"role": "user", "content": "wrong"},
+            {"role": "assistant", "content": "no", "weight": 0},
+        ],
+        [{"from": "human", "value": "a"}, {"from": "gpt", "value": '{"a": [1, 2.50]}'}],
+    ]
+    path = jsonl(tmp_path, *({"messages": chat, "tools": None} for chat in chats))
+    rows = collect(path).rows
+    # As the version gave them that rejected all calls.
+    assert [row.id for row in rows] == ["ec19fecb7144d062", "2f44d0dcae49c536"]
+    plain = [
+        replace(row, messages=tuple(Message(m.role, m.content) for m in row.messages), tools=())
+        for row in rows
+    ]
+    write_rows(tmp_path / "new.parquet", rows)
+    write_rows(tmp_path / "old.parquet", plain)
+    assert (tmp_path / "new.parquet").read_bytes() == (tmp_path / "old.parquet").read_bytes()
+
+
+def test_a_json_document_of_one_conversation_is_one_row_whatever_lists_it_has(tmp_path):
+    tool = {"type": "function", "function": {"name": "lamp"}}
+    call = {"name": "lamp", "arguments": {}}
+    turns = [{"role": "user", "content": "on"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    for document in (
+        {"messages": turns, "tools": [tool]},
+        {"query": "on", "tools": [tool], "answers": [call]},
+    ):
+        (tmp_path / "row.json").write_text(json.dumps(document, indent=2))
+        (row,) = collect(tmp_path / "row.json").rows
+        assert (row.question, row.tools[0].name, row.messages[-1].tool_calls[0].name) == (
+            "on",
+            "lamp",
+            "lamp",
+        )
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_a_key_given_twice_in_the_arguments_of_a_call_is_an_error_of_its_row(tmp_path, suffix):
+    call = '{"function": {"name": "lamp", "arguments": {"on": 1, "on": 2}}}'
+    turn = f'{{"role": "assistant", "tool_calls": [{call}]}}'
+    bad = f'{{"messages": [{{"role": "user", "content": "on"}}, {turn}]}}'
+    lines = f"{bad}\n{json.dumps(GOOD_CHAT)}\n"
+    path = tmp_path / f"rows.{suffix}"
+    path.write_text(lines if suffix == "jsonl" else f"[{bad},\n{json.dumps(GOOD_CHAT)}]")
+    collected = collect(path)
+    assert len(collected.rows) == 1
+    assert [(r.line, r.reason) for r in collected.rejected] == [(1, "wrong_call")]
+    assert "'on'" in collected.rejected[0].detail

@@ -7,7 +7,7 @@ import pytest
 
 from stages.common.errors import InputError
 from stages.common.sources.files.entries import BadRow
-from stages.common.sources.files.messages import to_messages
+from stages.common.sources.files.messages import read_conversation
 from stages.common.sources.files.shapes import Columns, detect_shape
 
 PATH = Path("data/rows.jsonl")
@@ -19,7 +19,7 @@ def shape_of(records, **columns):
 
 def messages_of(record, others=(), **columns):
     shape = shape_of([record, *others], **columns)
-    return [(m.role, m.content) for m in to_messages(record, shape)]
+    return [(m.role, m.content) for m in read_conversation(record, shape, set())[0]]
 
 
 def fault_of(record):
@@ -77,16 +77,6 @@ def test_an_answer_of_weight_zero_is_not_learned():
     assert fault_of(turns(USER, ANSWER, weight=0.5)) == "wrong_messages"
 
 
-@pytest.mark.parametrize("key", ["tool_calls", "function_call"])
-@pytest.mark.parametrize("content", [None, "", "Let me look."])
-def test_a_call_of_a_tool_is_rejected_whatever_text_is_next_to_it(key, content):
-    assert fault_of(turns(USER, ("assistant", content), **{key: [{"id": "1"}]})) == "tool_call"
-
-
-def test_the_result_of_a_tool_is_rejected():
-    assert fault_of(turns(USER, ("tool", "42"), ANSWER)) == "tool_call"
-
-
 def test_keys_that_parquet_fills_with_null_are_no_calls():
     assert messages_of(turns(USER, ANSWER, tool_calls=None, weight=None)) == [USER, ANSWER]
 
@@ -120,12 +110,6 @@ def test_the_system_column_comes_first():
         "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}],
     }
     assert messages_of(record) == [("system", "Be brief."), ("user", "a"), ("assistant", "b")]
-
-
-@pytest.mark.parametrize("role", ["function_call", "observation"])
-def test_tools_of_sharegpt_are_rejected(role):
-    record = {"conversations": [{"from": "human", "value": "a"}, {"from": role, "value": "{}"}]}
-    assert fault_of(record) == "tool_call"
 
 
 # Alpaca

@@ -1,0 +1,69 @@
+"""JSON in which nothing is lost: a key that was given twice, and a number that is not finite, are found."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+class RepeatedKeys(dict[str, Any]):
+    """An object in which `key` was given twice; the last value counts, as for every reader of JSON."""
+
+    key: str
+
+
+def keep_repeated(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object of its pairs; the hook of `json.loads`."""
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    marked = RepeatedKeys(found)
+    keys = [key for key, _ in pairs]
+    marked.key = next(key for place, key in enumerate(keys) if key in keys[:place])
+    return marked
+
+
+def decode_json(text: str) -> Any:
+    """Return the value of a JSON text.
+
+    Raises:
+        ValueError: it is not JSON, or is nested too deeply.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=keep_repeated)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def encode_json(value: Any) -> str:
+    """Return the JSON text of a value, in the order of its keys.
+
+    Raises:
+        ValueError: a key was given twice, a number is not finite, or a value is of a kind that JSON lacks.
+    """
+    if problem := _find_problem(value):
+        raise ValueError(problem)
+    try:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+
+
+def _find_problem(value: Any) -> str | None:
+    """Return which key is there twice or which number is not finite; with a stack, as JSON may be deep."""
+    left = [value]
+    while left:
+        part = left.pop()
+        if isinstance(part, RepeatedKeys):
+            return f"the key {part.key!r} is there twice"
+        if isinstance(part, float) and not math.isfinite(part):
+            return f"the number {part} is not finite"
+        if isinstance(part, Mapping):
+            left.extend(part.values())
+        elif isinstance(part, list | tuple):
+            left.extend(part)
+    return None

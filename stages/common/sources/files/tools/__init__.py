@@ -1,0 +1,1 @@
+"""Tools and calls as the field's formats write them: OpenAI, Hermes, ShareGPT, xLAM."""

@@ -1,0 +1,121 @@
+"""The tools of a row: OpenAI's `{type, function}`, the function alone, or xLAM's arguments by their names."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from stages.common.messages import Tool
+from stages.common.sources.files.entries import BadRow, shorten
+from stages.common.sources.files.strict_json import decode_json, encode_json
+from stages.common.sources.files.tools.xlam import convert_parameters, is_xlam
+from stages.common.tools.schemas import MAX_TOOLS, find_name_problem, find_schema_problem
+
+TOOL_NAMES = ("tools", "functions")  # of a column: OpenAI's, and its older one
+XLAM = "tools with xLAM's arguments"
+LEGACY_KEYS = ("parameters", "description")  # of a function, one of which tells it from anything with a name
+
+
+def read_tools(value: Any, forms: set[str]) -> tuple[Tool, ...]:
+    """Return the tools of a row, of a list or its JSON text; what is empty has none.
+
+    Args:
+        forms: where the form of the tools is added.
+
+    Raises:
+        BadRow: the value is no list of tools, or a tool cannot be taken.
+    """
+    if isinstance(value, str) and value.strip():
+        value = _decode(value)
+    if not value:
+        return ()
+    entries = [value] if isinstance(value, Mapping) else value
+    if not isinstance(entries, Sequence) or isinstance(entries, str):
+        raise BadRow("wrong_tools", f"the tools are a {type(value).__name__}, not a list")
+    if len(entries) > MAX_TOOLS:
+        raise BadRow("wrong_tools", f"{len(entries)} tools, and at most {MAX_TOOLS} are allowed in a row")
+    tools = tuple(_read_tool(entry, number, forms) for number, entry in enumerate(entries, start=1))
+    name, times = Counter(tool.name for tool in tools).most_common(1)[0]
+    if times > 1:
+        raise BadRow("wrong_tools", f"{times} tools have the name {name!r}")
+    return tools
+
+
+def is_tool_list(value: Any) -> bool:
+    """Return whether a value is a list of tools, or its JSON text."""
+    if isinstance(value, str):
+        if not value.lstrip().startswith(("[", "{")):
+            return False
+        try:
+            value = decode_json(value)
+        except ValueError:
+            return False
+    entries = [value] if isinstance(value, Mapping) else value
+    return isinstance(entries, list) and bool(entries) and all(map(_is_tool, entries))
+
+
+def _is_tool(entry: Any) -> bool:
+    if not isinstance(entry, Mapping):
+        return False
+    return isinstance(entry.get("function"), Mapping) or (
+        "name" in entry and any(key in entry for key in LEGACY_KEYS)
+    )
+
+
+def _decode(text: str) -> Any:
+    try:
+        return decode_json(text)
+    except ValueError as error:
+        raise BadRow("wrong_tools", f"the tools are not JSON: {error}") from None
+
+
+def _read_tool(entry: Any, number: int, forms: set[str]) -> Tool:
+    if not isinstance(entry, Mapping):
+        raise BadRow("wrong_tools", f"tool {number} is a {type(entry).__name__}, not an object")
+    try:
+        tool, form = _convert_tool(encode_json(entry))
+    except ValueError as error:
+        name = entry.get("name") or (entry.get("function") or {}).get("name")
+        called = f" ({shorten(name)})" if isinstance(name, str) else ""
+        raise BadRow("wrong_tools", f"tool {number}{called}: {error}") from None
+    if form:
+        forms.add(form)
+    return tool
+
+
+@lru_cache(maxsize=8192)  # most rows have the tools of others
+def _convert_tool(text: str) -> tuple[Tool, str | None]:
+    """Return a tool in OpenAI's form, and the name of its own form if it is another one.
+
+    Keys without a value are left out: Parquet writes them into every tool of a column.
+
+    Raises:
+        ValueError: it cannot be taken; the message has the reason.
+    """
+    entry = {key: value for key, value in json.loads(text).items() if value is not None}
+    if (kind := entry.get("type", "function")) != "function":
+        raise ValueError(f"it is of the type {shorten(kind)}; fix: only functions can be learned")
+    inner = entry.get("function", {key: value for key, value in entry.items() if key != "type"})
+    if not isinstance(inner, dict):
+        raise ValueError(f"its function is a {type(inner).__name__}, not an object")
+    function = {key: value for key, value in inner.items() if value is not None}
+    if problem := find_name_problem(function.get("name")):
+        raise ValueError(f"it {problem}")
+    if not isinstance(function.get("description", ""), str):
+        raise ValueError(f"its description is a {type(function['description']).__name__}, not a text")
+    form = None
+    if "parameters" in function:
+        parameters = function["parameters"]
+        if isinstance(parameters, str):  # in Parquet often as text
+            parameters = json.loads(encode_json(decode_json(parameters)))
+        if isinstance(parameters, dict) and is_xlam(parameters):
+            parameters, form = convert_parameters(parameters), XLAM
+        if problem := find_schema_problem(parameters):
+            raise ValueError(problem)
+        function["parameters"] = parameters
+    more = {key: value for key, value in entry.items() if key not in ("type", "function")}
+    outer = {"type": "function", "function": function, **(more if "function" in entry else {})}
+    return Tool(encode_json(outer)), form
