@@ -1,6 +1,7 @@
 """Collect: bring the sources that `params.yaml` names into one table of records.
 
-In: `collect.sources`: the packaged default (`home_intents`), files under `data/`, feedback from production.
+In: `collect.sources`: the packaged ones (`home_intents`, `home_tools`), files under `data/`, feedback from
+production.
 Out: `artifacts/collect/rows.parquet`, and `rejects.jsonl` with every rejected row, its file, line and reason;
 `reports/collect/metrics.json` with the counts.
 Run: `python -m stages.collect`
@@ -19,7 +20,7 @@ from stages.common.artifacts import artifacts, reports, write_json, write_lines
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage, show_count
 from stages.common.params.loading import load_params
-from stages.common.params.stages import Feedback, File, HomeIntents
+from stages.common.params.stages import Feedback, File, HomeIntents, HomeTools, Source
 from stages.common.records import Row, write_rows
 from stages.common.sources import Collected, Rejected
 from stages.common.sources.feedback import collect_feedback
@@ -30,16 +31,16 @@ from stages.common.sources.files.shapes import Columns
 logger = get_logger("collect")
 
 
-def name_source(source: HomeIntents | File | Feedback) -> str:
+def name_source(source: Source) -> str:
     """Return the name of a source in the report."""
     if isinstance(source, HomeIntents):
         return f"{source.kind} {source.version} {source.language}"
+    if isinstance(source, HomeTools):
+        return f"{source.kind} {source.version}"
     return source.path
 
 
-def collect_source(
-    source: HomeIntents | File | Feedback, system_prompt: str | None, on_bad_row: OnBadRow
-) -> Collected:
+def collect_source(source: Source, system_prompt: str | None, on_bad_row: OnBadRow) -> Collected:
     """Read one source.
 
     Raises:
@@ -58,6 +59,17 @@ def collect_source(
             system_prompt,
             on_bad_row,
             lambda done: show_count(logger, done, f"rows of {source.path} read"),
+        )
+    if isinstance(source, HomeTools):
+        from stages.common.sources.home_tools.collect import collect_home_tools
+
+        return collect_home_tools(
+            version=source.version,
+            rows_per_tool=source.rows_per_tool,
+            rows_per_pair=source.rows_per_pair,
+            rows_per_family=source.rows_per_family,
+            seed=source.seed,
+            system_prompt=system_prompt,
         )
     from stages.common.sources.home_intents.collect import collect_home_intents
 

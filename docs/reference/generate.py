@@ -25,6 +25,7 @@ from tests.environments.wheels import GLIBC_MINOR, MACOS, PYTHONS
 
 ROOT = Path(__file__).parents[2]
 HERE = ROOT / "docs" / "reference"
+SHIPPED = ("params.yaml", "params.tools.yaml")
 # Licences that a package's metadata does not give as an expression, read in its licence file.
 LICENSES = {
     "accelerate": "Apache-2.0",
@@ -145,11 +146,12 @@ def chapter(model: type[Section], lines: Lines, path: tuple[str, ...]) -> Iterat
 
 def page() -> str:
     """Return the reference of every parameter as Markdown."""
-    lines = shipped_lines((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    lines, of_tools = (shipped_lines((ROOT / name).read_text(encoding="utf-8")) for name in SHIPPED)
     out = [
         "# Parameters",
         "",
-        "Every key of `params.yaml`, generated from that file and its types by `make docs`.",
+        "Every key of `params.yaml`, from that file, `params.tools.yaml` and their types, by `make docs`.",
+        "`shipped` is the value in `params.yaml`; the [last table](#paramstoolsyaml) has the other file's.",
         "An unknown key, a wrong type or contradicting values stop every command before any work.",
         "",
     ]
@@ -157,8 +159,22 @@ def page() -> str:
         key = field.alias or name
         model = field.annotation
         assert isinstance(model, type)
-        out += chapter(model, lines, (key,))
+        out += chapter(model, of_tools | lines, (key,))
+    out += differences(lines, of_tools)
     return "\n".join(out).rstrip() + "\n"
+
+
+def differences(lines: Lines, of_tools: Lines) -> Iterator[str]:
+    """Yield the chapter of what the second shipped file has other values for."""
+    yield from ("## params.tools.yaml", "")
+    yield "The packaged home task as conversations with tools: `make run TASK=tools` makes it `params.yaml`."
+    yield from ("Its other values, besides the entry of `collect.sources`:", "")
+    yield from ("| key | `params.yaml` | `params.tools.yaml` |", "|---|---|---|")
+    for path, (value, _) in lines.items():
+        other, _ = of_tools.get(path, (value, ""))
+        if other != value and "sources" not in path:
+            yield f"| `{'.'.join(path)}` | `{value}` | `{other}` |"
+    yield ""
 
 
 def commands_page() -> str:

@@ -65,6 +65,17 @@ class HomeIntents(Section):
     reserved_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
 
 
+class HomeTools(Section):
+    """The packaged conversations: requests to a smart home, calls of its tools, results and follow-ups."""
+
+    kind: Literal["home_tools"]
+    version: str
+    rows_per_tool: PositiveCount = 120
+    rows_per_pair: PositiveCount = 6
+    rows_per_family: PositiveCount = 24
+    seed: int = 7
+
+
 class File(Section):
     """A file of the user's own rows."""
 
@@ -95,7 +106,7 @@ class Feedback(Section):
     path: str = "data/feedback/rows.jsonl"
 
 
-Source = Annotated[HomeIntents | File | Feedback, Field(discriminator="kind")]
+Source = Annotated[HomeIntents | HomeTools | File | Feedback, Field(discriminator="kind")]
 
 
 class Collect(Section):

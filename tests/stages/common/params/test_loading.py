@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 import time
@@ -11,14 +12,24 @@ from stages.common.params import packaged
 from stages.common.params.loading import load_params
 
 SHIPPED = Path(__file__).parents[4] / "params.yaml"
+TOOLS = SHIPPED.with_name("params.tools.yaml")
+# Where the shipped task with tools differs.
+OF_TOOLS = {
+    "task": {"kind", "label_key", "system_prompt", "stratify_by", "slices"},
+    "collect": {"sources"},
+    "split": {"max_test_rows_per_group", "max_train_rows_per_group"},
+    "ask_base": {"max_new_tokens"},
+    "finetune": {"max_length"},
+    "model_card": {"name", "intended_use", "out_of_scope"},
+}
 
 
 @pytest.fixture
 def edited(tmp_path):
     """Return a function that writes params.yaml with some texts replaced, and loads it."""
 
-    def load(*replacements: tuple[str, str]):
-        text = SHIPPED.read_text(encoding="utf-8")
+    def load(*replacements: tuple[str, str], path: Path = SHIPPED):
+        text = path.read_text(encoding="utf-8")
         for old, new in replacements:
             assert text.count(old) >= 1, old
             text = text.replace(old, new, 1)
@@ -80,26 +91,56 @@ def test_a_pair_that_cannot_stand_together_is_refused(edited, old, new, key):
         edited((old, new))
 
 
-def test_descriptions_of_the_packaged_rows_cannot_stay_with_others(edited):
-    text = SHIPPED.read_text(encoding="utf-8")
-    shipped = yaml.safe_load(text)
-    assert shipped["model_card"]["name"] == packaged.NAME
-    assert {key: shipped["model_card"][key] for key in packaged.PROSE} == packaged.PROSE
-    assert shipped["task"]["system_prompt"] == packaged.SYSTEM_PROMPT
-    assert shipped["task"]["label_key"] == packaged.LABEL_KEY
-    first = text.index("    - kind: home_intents")
+@pytest.mark.parametrize("path, words", [(SHIPPED, packaged.INTENTS), (TOOLS, packaged.TOOLS)])
+def test_the_words_of_a_packaged_task_are_those_of_its_file(path, words):
+    shipped = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert shipped["model_card"]["name"] == words.name
+    assert {key: shipped["model_card"][key] for key in words.prose} == words.prose
+    task = [shipped["task"][key] for key in ("system_prompt", "kind", "label_key")]
+    assert task == [words.system_prompt, words.kind, words.label_key]
+    assert any(isinstance(source, words.source) for source in load_params(path).collect.sources)
+
+
+def test_the_two_shipped_files_differ_only_where_their_tasks_do():
+    one, other = (yaml.safe_load(path.read_text(encoding="utf-8")) for path in (SHIPPED, TOOLS))
+    assert list(one) == list(other)
+    differing = {
+        section: {
+            key for key in one[section] | other[section] if one[section].get(key) != other[section].get(key)
+        }
+        for section in one
+        if one[section] != other[section]
+    }
+    assert differing == OF_TOOLS
+    lines = [
+        [
+            line.split(" # ")[1]
+            for line in path.read_text().splitlines()
+            if re.match("  [a-z]", line) and " # " in line
+        ]
+        for path in (SHIPPED, TOOLS)
+    ]
+    assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize("words", [packaged.INTENTS, packaged.TOOLS], ids=["intents", "tools"])
+def test_descriptions_of_the_packaged_rows_cannot_stay_with_others(edited, words):
+    path = SHIPPED if words is packaged.INTENTS else TOOLS
+    text = path.read_text(encoding="utf-8")
+    first = text.index("    - kind: home_")
     packaged_source = text[first : text.index("    - kind: feedback")]
     own = (packaged_source, "    - kind: file\n      path: data/rows.csv\n      license: mit\n")
     with pytest.raises(ParamsError, match="3 problems") as error:
-        edited(own)
-    assert all(f"model_card.{key} is" in str(error.value) for key in ("name", *packaged.PROSE))
-    kind = ("  label_key: intent", "  label_key: team")
-    name = (f"name: {packaged.NAME}", "name: tickets")
+        edited(own, path=path)
+    assert all(f"model_card.{key} is" in str(error.value) for key in ("name", *words.prose))
+    kind = (f"kind: {words.kind} #", "kind: label #")
+    more = [("label_key: intent", "label_key: null")] if words.label_key else []
+    name = (f"name: {words.name}", "name: tickets")
     with pytest.raises(ParamsError, match=r"task\.system_prompt is the packaged task's"):
-        edited(own, kind, name)
-    prompt = (packaged.SYSTEM_PROMPT, "Answer with one team.")
-    prose = [(" ".join(words.split()[:3]), "Route") for words in packaged.PROSE.values()]
-    assert edited(own, kind, name, prompt, *prose).model_card.name == "tickets"
+        edited(own, kind, *more, name, path=path)
+    prompt = (words.system_prompt, "Answer with one team.")
+    prose = [(" ".join(part.split()[:3]), "Route") for part in words.prose.values()]
+    assert edited(own, kind, *more, name, prompt, *prose, path=path).model_card.name == "tickets"
 
 
 def test_a_file_outside_data_is_refused_because_dvc_could_not_see_it(edited):
