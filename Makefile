@@ -32,8 +32,8 @@ help: ## list the commands
 init: $(VENV)/.core ## set up params.yaml for your own rows: make init DATA=data/support.csv LICENSE=cc-by-4.0
 	@perennial init "$(DATA)" --license "$(LICENSE)" $(ARGS)
 
-run: $(VENV)/.core ## install, run the whole pipeline, print the result
-	@perennial run
+run: $(VENV)/.core ## install, run the whole pipeline, print the result; TASK=tools: that of params.tools.yaml
+	@perennial run $(if $(TASK),--task "$(TASK)")
 
 serve: $(VENV)/.$(SERVE_EXTRAS) ## install, and serve the newest model at http://127.0.0.1:3000 (API and page)
 	@perennial serve

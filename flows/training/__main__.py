@@ -50,6 +50,11 @@ def _parser() -> argparse.ArgumentParser:
         "--until", metavar="STAGE", help="run this stage and those it depends on, and no later one"
     )
     parser.add_argument(
+        "--task",
+        metavar="NAME",
+        help="first put params.NAME.yaml in the place of params.yaml; default: that of the last commit",
+    )
+    parser.add_argument(
         "--no-wait", action="store_true", help="fail instead of waiting for another run in this checkout"
     )
     return parser
@@ -57,14 +62,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(root: Path, options: argparse.Namespace) -> int:
     started = time.monotonic()
-    load_params(root / "params.yaml")
+    if options.task is None:
+        load_params(root / "params.yaml")
     from flows.common import prefect_api
     from flows.training.prepared_run import prepare_run
 
     with ExitStack() as stack:
         # The lock comes first: the server belongs to the run, and is cleaned up with it.
         run = stack.enter_context(
-            prepare_run(root, force=options.force, until=options.until, wait=not options.no_wait)
+            prepare_run(
+                root, force=options.force, until=options.until, wait=not options.no_wait, task=options.task
+            )
         )
         api = stack.enter_context(prefect_api.connect(root))
         run.start_early()

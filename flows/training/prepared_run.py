@@ -16,6 +16,7 @@ from pathlib import Path
 from flows.training import dvc_locks, run_lock
 from flows.training.plan import Plan, make_plan
 from flows.training.stage_process import StageProcesses
+from flows.training.task_params import use_task
 from stages.common.errors import InputError
 
 POLL_S = 1.0
@@ -51,11 +52,17 @@ _current: ContextVar[PreparedRun | None] = ContextVar("prepared_run", default=No
 
 
 @contextmanager
-def prepare_run(root: Path, *, force: bool, until: str | None, wait: bool) -> Iterator[PreparedRun]:
+def prepare_run(
+    root: Path, *, force: bool, until: str | None, wait: bool, task: str | None = None
+) -> Iterator[PreparedRun]:
     """Prepare a run of the checkout at `root`, or return the one that this process has prepared.
 
+    Args:
+        task: the shipped task whose parameters are to be those of the checkout; None to keep its own.
+
     Raises:
-        InputError: another run is at work and `wait` is false, or the graph cannot be read.
+        InputError: another run is at work and `wait` is false, the graph cannot be read, or `params.yaml` has
+            changes that `task` would replace.
     """
     if (current := _current.get()) is not None:
         yield current
@@ -63,6 +70,8 @@ def prepare_run(root: Path, *, force: bool, until: str | None, wait: bool) -> It
     with run_lock.hold(root, wait=wait) as lock:
         dvc_locks.clear_dead(root)
         _wait_for_writers(root, wait)
+        if task is not None:
+            use_task(root, task)
         processes = StageProcesses(root, force=force)
         with processes.ending():
             run = PreparedRun(root, lock, make_plan(root, until), processes, force, wait)
