@@ -41,6 +41,7 @@ from stages.common.spool import pick, spool
 from stages.common.svg import draw_figure
 from stages.common.task.kinds import TASK_FILE, resolve_task
 from stages.common.task.protocol import Task
+from stages.curate.calls import check_calls
 from stages.curate.duplicates import (
     TableRule,
     find_conflicting_answers,
@@ -76,6 +77,7 @@ def list_rules(params: Curate, task: Task, system_prompt: str | None) -> list[Ru
         limit_question_length(params.min_question_chars, params.max_question_chars),
         limit_answer_length(params.max_answer_chars),
         check_answer(task),
+        check_calls(task),
         limit_repetition(params.max_same_characters, params.max_same_words),
     ]
     if params.min_text_share is not None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from stages.common.logs import ROWS_A_STEP, get_logger, show_progress
-from stages.common.records import Row, exclude_feedback, format_canonical_json
+from stages.common.records import Row, exclude_feedback, format_canonical_json, make_row
 from stages.common.similarity.compared_text import find_shared_parts, fold_spelling
 from stages.common.similarity.near_duplicates import find_near_earlier
 from stages.common.task.protocol import Task
@@ -72,14 +72,31 @@ def find_conflicting_answers(task: Task) -> TableRule:
 
 
 def find_exact_duplicates(rows: Sequence[Row]) -> dict[int, Rejection]:
-    """Reject all but the first of the rows with the same messages."""
-    seen: set[str] = set()
+    """Reject all but the first of the rows with the same messages and tools, but for the ids of calls."""
+    seen: dict[str, str] = {}
     rejected = {}
     for number, row in enumerate(rows):
-        if row.id in seen:
-            rejected[number] = Rejection("exact_duplicate", f"of {row.id}")
-        seen.add(row.id)
+        content = _identify(row)
+        if content in seen:
+            rejected[number] = Rejection("exact_duplicate", f"of {seen[content]}")
+        else:
+            seen[content] = row.id
     return rejected
+
+
+def _identify(row: Row) -> str:
+    """Return the id that a row has without the ids of its calls, which are random in most logs."""
+    if not any(call.id for message in row.messages for call in message.tool_calls):
+        return row.id
+    messages = [
+        replace(
+            message,
+            tool_calls=tuple(replace(call, id=None) for call in message.tool_calls),
+            tool_call_id=None,
+        )
+        for message in row.messages
+    ]
+    return make_row(messages, row.source, row.license, tools=row.tools).id
 
 
 def number_copies(rows: Iterable[Row]) -> Iterator[Row]:
@@ -95,7 +112,7 @@ def number_copies(rows: Iterable[Row]) -> Iterator[Row]:
 
 
 def find_near_duplicates(threshold: float, task: Task) -> TableRule:
-    """Return the rule that rejects near duplicates of an earlier prompt with the same answer.
+    """Return the rule that rejects near duplicates of an earlier prompt with the same answer and tools.
 
     What many prompts share does not count. Rows that are equal are `find_exact_duplicates`' concern.
     """
@@ -104,11 +121,14 @@ def find_near_duplicates(threshold: float, task: Task) -> TableRule:
         shared = find_shared_parts(exclude_feedback(rows) or rows)
         by_answer: dict[bytes, list[int]] = defaultdict(list)
         first: dict[str, int] = {}
-        ids = []
+        ids, copies_of = [], []
         for number, row in enumerate(rows):
             ids.append(row.id)
-            if first.setdefault(row.id, number) == number:
-                by_answer[_hash_text(task.canonical(row.answer))].append(number)
+            content = _identify(row)
+            copies_of.append(content)
+            if first.setdefault(content, number) == number:
+                answered = "\n".join((task.canonical(row.answer), *(tool.text for tool in row.tools)))
+                by_answer[_hash_text(answered)].append(number)
         rejected: dict[int, Rejection] = {}
         done = 0
         for numbers in by_answer.values():
@@ -124,7 +144,7 @@ def find_near_duplicates(threshold: float, task: Task) -> TableRule:
                 done += 1
                 if done % ROWS_A_STEP == 0:
                     show_progress(logger, done, len(rows), "near duplicates")
-        copies = {number: first[row_id] for number, row_id in enumerate(ids) if first[row_id] in rejected}
+        copies = {n: first[content] for n, content in enumerate(copies_of) if first[content] in rejected}
         return {number: rejected[original] for number, original in copies.items()}
 
     return rule
@@ -132,8 +152,8 @@ def find_near_duplicates(threshold: float, task: Task) -> TableRule:
 
 def _hash_prompt(row: Row) -> bytes:
     """Return a hash of the prompt in one spelling: as texts, the prompts would be in memory once more."""
-    folded = [[message.role, fold_spelling(message.content)] for message in row.prompt]
-    return _hash_text(format_canonical_json(folded))
+    folded: list[list[str]] = [[message.role, fold_spelling(message.answer)] for message in row.prompt]
+    return _hash_text(format_canonical_json([*folded, *([tool.text] for tool in row.tools)]))
 
 
 def _hash_text(text: str) -> bytes:

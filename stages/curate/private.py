@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from stages.common.messages import Message
+from stages.common.messages import Message, Tool, format_arguments
 from stages.common.privacy.redaction import redact, redact_json
 from stages.common.records import Row, format_reject
 from stages.curate.rules import PERSONAL, Rejection
@@ -45,7 +45,8 @@ def redact_row(row: Row, kinds: Sequence[str]) -> Row:
     """Return the row under its own id, with its texts, its group and its tags redacted."""
     return replace(
         row,
-        messages=tuple(Message(m.role, redact_text(m.content, kinds)) for m in row.messages),
+        messages=tuple(_redact_message(message, kinds) for message in row.messages),
+        tools=tuple(Tool(_redact_object(tool.text, kinds)) for tool in row.tools),
         group=row.group if row.group == row.id else redact(row.group, kinds),
         tags={key: redact(value, kinds) for key, value in row.tags.items()},
     )
@@ -54,3 +55,21 @@ def redact_row(row: Row, kinds: Sequence[str]) -> Row:
 def redact_text(text: str, kinds: Sequence[str]) -> str:
     """Return a text redacted: as JSON where it is JSON, then whatever crosses its strings."""
     return redact(redact_json(text, lambda part: redact(part, kinds)), kinds)
+
+
+def _redact_message(message: Message, kinds: Sequence[str]) -> Message:
+    return replace(
+        message,
+        content=redact_text(message.content, kinds),
+        reasoning=None if message.reasoning is None else redact_text(message.reasoning, kinds),
+        tool_calls=tuple(
+            replace(call, arguments=_redact_object(call.arguments, kinds)) for call in message.tool_calls
+        ),
+    )
+
+
+def _redact_object(text: str, kinds: Sequence[str]) -> str:
+    """Return the text of a JSON object redacted, which stays one, whatever crosses its strings."""
+    redacted = redact_json(text, lambda part: redact(part, kinds))
+    whole = redact(redacted, kinds)
+    return redacted if whole == redacted else format_arguments({"redacted": whole})

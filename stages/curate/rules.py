@@ -6,13 +6,16 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from stages.common.privacy.personal_data import find_kind
+from stages.common.privacy.row_texts import list_private_texts
 from stages.common.records import Row
 from stages.common.similarity.compared_text import has_visible
 from stages.common.task.protocol import Task
 
 PERSONAL = "personal_"  # before the kind, in the reason of a row with personal data or a secret
+OWN_PROMPT = "the message of the system"
 MIN_CHARS_TO_JUDGE = 10  # a shorter question may be all signs: ":-)"
 
 
@@ -132,17 +135,21 @@ def find_personal_data(kinds: Sequence[str], system_prompt: str | None = None) -
     own = system_prompt.strip() if system_prompt is not None else None
 
     def rule(row: Row) -> Rejection | None:
-        for message in row.messages:
-            if message.role == "system" and message.content.strip() == own:
+        for place, text in list_private_texts(row):
+            if text.strip() == own and place == OWN_PROMPT:
                 continue
-            kind = find_kind(kinds, message.content)
+            kind = find_cached(text) if place == "the description of a tool" else find_kind(kinds, text)
             if kind is not None:
-                return Rejection(f"{PERSONAL}{kind}", f"in the message of the {message.role}")
+                return Rejection(f"{PERSONAL}{kind}", f"in {place}")
         return None
+
+    @lru_cache(maxsize=4096)  # many rows have the same tools
+    def find_cached(text: str) -> str | None:
+        return find_kind(kinds, text)
 
     return rule
 
 
 def list_texts(row: Row) -> Iterable[tuple[str, str]]:
-    """Yield role and text of each message but the system's."""
-    return ((message.role, message.content) for message in row.messages if message.role != "system")
+    """Yield role and text of each message of users and assistant: not the system's, and no results."""
+    return ((m.role, m.content) for m in row.messages if m.role not in ("system", "tool"))

@@ -6,10 +6,10 @@ import json
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from stages.common.messages import Message
+from stages.common.messages import Message, Tool, format_arguments
 from stages.common.records import Row, count_chars, make_row
 from stages.common.spool import Spool, spool
 
@@ -29,7 +29,11 @@ CHANGES: Mapping[str, Callable[[str], str]] = {"nfc": compose_characters, "line_
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What was changed in one message of a row: the names in `CHANGES`, the text before and after."""
+    """What was changed in one text of a row: the names in `CHANGES`, the text before and after.
+
+    Attributes:
+        role: of the message, `tools` for the schema of a tool.
+    """
 
     row: str
     role: str
@@ -45,24 +49,74 @@ def spell_rows(rows: Iterable[Row], names: Sequence[str]) -> tuple[Sequence[Row]
 
 
 def _spell_row(row: Row, names: Sequence[str], changes: Spool[Change]) -> Row:
-    messages, changed = [], []
-    for message in row.messages:
-        text, applied = message.content, []
+    changed: list[tuple[str, tuple[str, ...], str, str]] = []
+
+    def spell(role: str, before: str, change: Callable[[str, str], str]) -> str:
+        after, applied = before, []
         for name in names:
-            after = CHANGES[name](text)
-            if after != text:
-                text = after
+            spelled = change(name, after)
+            if spelled != after:
+                after = spelled
                 applied.append(name)
         if applied:
-            changed.append((message, tuple(applied), text))
-        messages.append(Message(message.role, text) if applied else message)
+            changed.append((role, tuple(applied), before, after))
+        return after
+
+    messages = [_spell_message(message, spell) for message in row.messages]
+    tools = tuple(Tool(spell("tools", tool.text, _spell_json)) for tool in row.tools)
     if not changed:
         return row
     group = None if row.group == row.id else row.group
-    new = make_row(messages, row.source, row.license, group=group, tags=row.tags, origin=row.origin)
-    for message, applied_names, text in changed:
-        changes.append(Change(new.id, message.role, applied_names, message.content, text))
+    new = make_row(
+        messages, row.source, row.license, group=group, tags=row.tags, origin=row.origin, tools=tools
+    )
+    for role, applied_names, before, after in changed:
+        changes.append(Change(new.id, role, applied_names, before, after))
     return new
+
+
+def _spell_message(message: Message, spell: Callable[[str, str, Callable[[str, str], str]], str]) -> Message:
+    """Return a message with its text, its reasoning and the strings of its calls' arguments spelled."""
+    reasoning = message.reasoning
+    return replace(
+        message,
+        content=spell(message.role, message.content, _spell_text),
+        reasoning=None if reasoning is None else spell(message.role, reasoning, _spell_text),
+        tool_calls=tuple(
+            replace(call, arguments=spell(message.role, call.arguments, _spell_json))
+            for call in message.tool_calls
+        ),
+    )
+
+
+def _spell_text(name: str, text: str) -> str:
+    return CHANGES[name](text)
+
+
+def _spell_json(name: str, text: str) -> str:
+    """Return a JSON text with a change made in its strings: in the text, it could break an escape.
+
+    A text of which two keys would become one is left as it is.
+    """
+    value = json.loads(text)
+    try:
+        spelled = _spell_value(value, CHANGES[name])
+    except KeyError:
+        return text
+    return text if spelled == value else format_arguments(spelled)
+
+
+def _spell_value(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list):
+        return [_spell_value(item, change) for item in value]
+    if not isinstance(value, dict):
+        return value
+    spelled = {change(key): _spell_value(inner, change) for key, inner in value.items()}
+    if len(spelled) < len(value):
+        raise KeyError
+    return spelled
 
 
 def count_changes(changes: Iterable[Change]) -> dict[str, Any]:

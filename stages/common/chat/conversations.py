@@ -1,7 +1,8 @@
 """Which rows are parts of one conversation: a row a turn, a window of turns, or two continuations.
 
-Such rows share an exchange, a user's turn with its answer. An exchange between many different turns, as a
-greeting is, is common talk and makes no two rows one conversation.
+Such rows share an exchange, a user's turn with its answer. Between the two there may be calls of tools and
+their results; each turn of the assistant after one of these ends an exchange, too. An exchange between many
+different turns, as a greeting is, is common talk and makes no two rows one conversation.
 """
 
 from __future__ import annotations
@@ -110,10 +111,31 @@ def _is_conversation(row: Row) -> bool:
 
 
 def _follow_exchanges(row: Row) -> Iterator[tuple[Exchange, set[int], set[int]]]:
-    """Yield each exchange with the turn before and the turn after it, where there is one."""
-    turns = [(m.role, hash(fold_text(m.content))) for m in row.messages if m.role != "system"]
+    """Yield each exchange with the turn before and the turn after it, where there is one.
+
+    After the result of a tool, the question is all turns since the user's: many results are just "done".
+    Before and after are other turns than calls and results, which are part of an exchange.
+    """
+    turns = [(m.role, hash(fold_text(m.answer))) for m in row.messages if m.role != "system"]
     texts = [text for _, text in turns]
+    asked = 0  # the place of the user's turn
     for place, ((role, question), (next_role, answer)) in enumerate(pairwise(turns)):
-        if (role, next_role) == ("user", "assistant"):
-            earlier, later = texts[max(0, place - 1) : place], texts[place + 2 : place + 3]
-            yield (question, answer), set(earlier), set(later)
+        if role == "user":
+            asked = place
+        if next_role != "assistant" or role not in ("user", "tool"):
+            continue
+        if role == "tool":
+            question = hash(tuple(texts[asked : place + 1]))
+        following = _skip_results(turns, place + 2)
+        earlier, later = texts[max(0, asked - 1) : asked], texts[following : following + 1]
+        yield (question, answer), set(earlier), set(later)
+
+
+def _skip_results(turns: Sequence[tuple[str, int]], place: int) -> int:
+    """Return the place of the first turn from `place` on that is neither a result nor the answer to one."""
+    while place < len(turns):
+        role, before = turns[place][0], turns[place - 1][0]
+        if role != "tool" and (role, before) != ("assistant", "tool"):
+            break
+        place += 1
+    return place

@@ -95,8 +95,8 @@ def has_visible(text: str) -> bool:
 
 
 def fold_prompt(row: Row) -> str:
-    """Return what is compared of a row: the turns before the answer but the system's, with their lines."""
-    turns = (message.content for message in row.prompt if message.role != "system")
+    """Return what is compared of a row: the turns before the answer but the system's, line by line."""
+    turns = (message.answer for message in row.prompt if message.role != "system")
     return "\n".join(line for turn in turns for part in turn.splitlines() if (line := fold_text(part)))
 
 

@@ -3,7 +3,7 @@ from stages.common.chat.conversations import (
     find_rows_that_answer,
     join_conversations,
 )
-from stages.common.messages import Message
+from stages.common.messages import Message, ToolCall
 from stages.common.records import make_row
 
 
@@ -78,3 +78,46 @@ def test_an_answer_in_an_earlier_turn_is_known():
     assert find_known_answers(asked, learned) == {0, 1}
     assert find_rows_that_answer(learned, asked[:1]) == {0}
     assert find_rows_that_answer(learned, asked[3:]) == set()
+
+
+def use(*asked, answers=None, result="done"):
+    """A conversation in which each question is answered by a call, its result, and a text."""
+    messages = []
+    for number, question in enumerate(asked):
+        call = ToolCall("do", f'{{"what":"{question}"}}')
+        answer = "Done." if answers is None else answers[number]
+        messages += [
+            Message("user", question),
+            Message("assistant", "", (call,)),
+            Message("tool", result),
+            Message("assistant", answer),
+        ]
+    return messages
+
+
+def as_row(messages):
+    return make_row(messages, "toy", "mit")
+
+
+def test_turns_of_a_session_with_tools_are_one_conversation():
+    session, other = use("lamp on", "and the fan"), use("doors", "windows")
+    rows = [as_row(session[:n]) for n in (2, 4, 6, 8)] + [as_row(other)]
+    assert number(join_conversations(rows)) == [0, 0, 0, 0, 4]
+
+
+def test_a_common_first_request_with_a_common_result_joins_no_sessions():
+    rows = [as_row(use("lamp on", f"then {name}")) for name in "abcdefg"]
+    assert number(join_conversations(rows)) == list(range(7))
+
+
+def test_one_call_for_different_questions_makes_no_conversation():
+    rows = [as_row([Message("user", f"{name} on"), *use("x", "y")[1:], *use(name)]) for name in "abcdefg"]
+    assert number(join_conversations(rows)) == list(range(7))
+
+
+def test_a_question_whose_call_is_learned_within_a_conversation_is_known():
+    session = use("lamp on", "and the fan")
+    asked = [as_row(session[:2]), as_row(session[:4]), as_row(use("doors")[:2]), as_row(use("lamp on")[:2])]
+    assert find_known_answers(asked, [as_row(session)]) == {0, 1, 3}
+    # An equal result of another call is no known answer.
+    assert find_known_answers([as_row(use("doors"))], [as_row(session)]) == set()
