@@ -66,12 +66,12 @@ def read_status(root: Path, params: Params, cache: StatusCache, now: float | Non
         "model": _model(root, verdicts, problems),
         "verdict": _whole(root, verdicts[-1]) if verdicts else None,
         "verdicts": [_short(verdict) for verdict in verdicts[-MAX_WINDOWS:]],
-        "flows": _flows(root, params),
+        "flows": _flows(root, params.flows.pages.prefect),
         "retraining": _retraining(root, problems),
         "gates": _gates(root, problems),
         "releases": _releases(root, problems),
         "feedback": _json(root / "reports" / "feedback.json", problems),
-        "traffic": _traffic(root, params, cache, problems),
+        "traffic": _traffic(root, params.services.events.url, cache, problems),
         "programs": _programs(root, params, problems),
     }
     return status | {"problems": problems}
@@ -198,12 +198,12 @@ def _programs(root: Path, params: Params, problems: list[str]) -> list[dict[str,
     return sorted(programs, key=lambda program: order.get(program["name"], len(order)))
 
 
-def _flows(root: Path, params: Params) -> dict[str, Any]:
+def _flows(root: Path, port: int) -> dict[str, Any]:
     """Return the last run of each flow, from Prefect's API; `up` is False where none answers."""
     import httpx
 
     api = os.environ.get("PREFECT_API_URL") or read_announced_url(root)
-    api = (api or f"http://127.0.0.1:{params.flows.pages.prefect}/api").rstrip("/")
+    api = (api or f"http://127.0.0.1:{port}/api").rstrip("/")
     user, _, password = (read_auth_string(root, api) or "").partition(":")
     found: dict[str, Any] = {}
     try:
@@ -243,11 +243,11 @@ def _instant(text: str | None) -> float | None:
     return datetime.fromisoformat(text).timestamp() if text else None
 
 
-def _traffic(root: Path, params: Params, cache: StatusCache, problems: list[str]) -> dict[str, Any] | None:
+def _traffic(root: Path, events_url: str, cache: StatusCache, problems: list[str]) -> dict[str, Any] | None:
     """Return counts of the last days of traffic in bins of one length; None without any."""
     from services.events import count_traffic, read_time_span
 
-    url = _store(root, params.services.events.url)
+    url = _store(root, events_url)
     if url is None:
         return None
     try:

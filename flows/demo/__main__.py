@@ -44,7 +44,8 @@ from stages.common.artifacts import STATE
 from stages.common.errors import InputError
 from stages.common.model.adapter import FOLDER as ADAPTER
 from stages.common.model.adapter import clear_initial_adapter
-from stages.common.params.loading import Params, load_params
+from stages.common.params.loading import load_params
+from stages.common.params.stages import Source
 
 CHECKOUT = STATE / "demo"
 NEW: Mapping[Kind, float] = {"phrasing": 0.35, "wing": 0.35, "german": 0.3}
@@ -145,11 +146,11 @@ def show(root: Path) -> int:
     os.execve(sys.executable, [sys.executable, "-m", "flows.up"], build_checkout_environment(checkout))
 
 
-def make_overrides(params: Params) -> dict[str, Any]:
+def make_overrides(configured: Sequence[Source]) -> dict[str, Any]:
     """Return the demo's values of params.yaml: its own sizes, free ports, and the packaged source alone."""
     sources = [
         source.model_dump(mode="json", by_alias=True) | (SOURCE if is_english_default(source) else {})
-        for source in params.collect.sources
+        for source in configured
         if is_english_default(source) or source.kind == "feedback"
     ]
     ports: set[int] = set()
@@ -161,7 +162,7 @@ def make_overrides(params: Params) -> dict[str, Any]:
 
 def _run(root: Path) -> None:
     read_traffic_model(root)  # the packaged source is there: before anything is made
-    overrides = make_overrides(load_params(root / "params.yaml"))
+    overrides = make_overrides(load_params(root / "params.yaml").collect.sources)
     checkout = make_checkout(root, root / CHECKOUT, overrides)
     params = load_params(checkout / "params.yaml")
     demo = DemoRun(
@@ -173,7 +174,7 @@ def _run(root: Path) -> None:
         recorded.append(_training_result(checkout))
     demo.model = read_traffic_model(checkout)
     with _everything_up(checkout, demo.url):
-        accuracy, drift = _run_loop(demo, params)
+        accuracy, drift = _run_loop(demo, params.monitoring.window.rows)
     poisoned = _reject_poisoned(demo)
     minutes = (time.monotonic() - demo.began) / 60
     retraining = read_last_retraining(checkout)
@@ -182,7 +183,7 @@ def _run(root: Path) -> None:
     sys.stdout.write(f"\n{text}\nreport  {report}\npages   perennial demo --show\n")
 
 
-def _run_loop(demo: DemoRun, params: Params) -> tuple[Accuracy, str]:
+def _run_loop(demo: DemoRun, window_rows: int) -> tuple[Accuracy, str]:
     """Run the loop from the first requests to the promotion; return the accuracy and when drift was found."""
     checkout = demo.checkout
     with demo.step("users ask what it was trained on") as recorded:
@@ -195,7 +196,7 @@ def _run_loop(demo: DemoRun, params: Params) -> tuple[Accuracy, str]:
         first = demo.ask(NEW, FIRST_REQUESTS)
         recorded.append(first)
         _watch(checkout, "--no-retrain")
-        drift = _find_drift(read_verdicts(checkout)[quiet:], params.monitoring.window.rows)
+        drift = _find_drift(read_verdicts(checkout)[quiet:], window_rows)
         recorded.append(f"{format_share(first.accuracy())} right; {drift}")
     with demo.step("users correct wrong answers") as recorded:
         more = demo.ask(NEW, NEW_REQUESTS)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from flows.gate import criteria
@@ -15,6 +15,7 @@ from flows.gate.evaluation import Evidence, evaluate_candidate
 from flows.gate.verdict import GateVerdict, write_verdict
 from stages.common.params.loading import Params
 from stages.common.params.loop import GateSettings
+from stages.common.params.stages import GroupLimits
 
 logger = logging.getLogger("flows.gate")
 
@@ -69,7 +70,7 @@ def run_gate(root: Path, params: Params, tag: str, production: Path | None = Non
     verdict = judge(
         evidence,
         params.flows.retrain.gate,
-        select_bias_tags(params),
+        select_bias_tags(params.check_bias.groups, params.task.slices),
         params.services.parity.max_exact_match_loss,
     )
     write_verdict(production or root, verdict)
@@ -79,11 +80,10 @@ def run_gate(root: Path, params: Params, tag: str, production: Path | None = Non
     return verdict
 
 
-def select_bias_tags(params: Params) -> list[str]:
+def select_bias_tags(groups: Mapping[str, GroupLimits], slices: Sequence[str]) -> list[str]:
     """Return the slices of the evaluation that have a threshold in check_bias.groups."""
-    groups = params.check_bias.groups
     return [
         tag
-        for tag in params.task.slices
+        for tag in slices
         if tag in groups and any(value is not None for value in groups[tag].model_dump().values())
     ]

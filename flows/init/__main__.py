@@ -9,9 +9,11 @@ writes nothing.
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,16 @@ from flows.init.reading import DataFile, check_copy, copy_under_data, find_files
 from flows.init.report import report_changes, report_findings, report_run
 from stages.common.artifacts import artifacts, atomic_write
 from stages.common.errors import InputError
+from stages.common.logs import show_count
 from stages.common.params.loading import load_params
 from stages.common.records import ORIGINS, Row
 from stages.common.sources.detection.survey import survey_rows
 from stages.common.sources.detection.task_kind import Kind, TaskKind, detect_task_kind
 from stages.common.sources.files.formats import FormatOptions
 from stages.common.sources.files.shapes import Columns
+from stages.common.spool import join
+
+logger = logging.getLogger("flows.init")
 
 PARAMS = Path("params.yaml")
 LANGUAGE_SAMPLE_ROWS = 2000
@@ -109,11 +115,17 @@ def init(options: argparse.Namespace) -> int:
     for file in files:
         check_copy(file)
     count_tokens, is_exact = make_token_counter(artifacts("fetch_base"))
-    rows = [row for file in files for row in file.collected.rows]
+    rows = reduce(join, (file.collected.rows for file in files))
     task = detect_task(files, options.kind, options.label_key)
-    survey = survey_rows(rows, task, count_tokens, params["finetune"]["max_length"])
-    if (longer := propose_max_length(survey.row_tokens, params)) > params["finetune"]["max_length"]:
-        survey = survey_rows(rows, task, count_tokens, longer)
+    current = params["finetune"]["max_length"]
+    survey = survey_rows(
+        rows,
+        task,
+        count_tokens,
+        current,
+        lambda done: show_count(logger, done, f"of {len(rows):,} rows measured"),
+    )
+    survey = survey.with_limit(max(current, propose_max_length(survey.row_tokens, params)))
     found = Findings(
         files=files,
         task=task,
@@ -150,8 +162,8 @@ def detect_task(files: Sequence[DataFile], kind: Kind | None, label_key: str | N
     return detect_task_kind(_answers(files), kind, label_key)
 
 
-def _answers(files: Sequence[DataFile]) -> list[str]:
-    return [row.answer for file in files for row in file.collected.rows]
+def _answers(files: Sequence[DataFile]) -> Iterator[str]:
+    return (row.answer for file in files for row in file.collected.rows)
 
 
 def count_languages(rows: Sequence[Row]) -> dict[str, int] | None:

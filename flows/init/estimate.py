@@ -55,11 +55,11 @@ def estimate_run(survey: Survey, params: Mapping[str, Any], base: Path) -> RunEs
     usable = survey.rows - survey.duplicates - survey.long_rows
     test_rows = max(1, round(usable * split["test_fraction"]))
     train_rows = max(1, usable - test_rows - round(usable * split["validation_fraction"]))
-    tokens_per_row = survey.row_tokens.total / survey.rows + TEMPLATE_TOKENS
+    tokens_per_row = survey.row_tokens.total / survey.sampled + TEMPLATE_TOKENS
     train_tokens = round(train_rows * tokens_per_row * finetune["epochs"])
     device = pick_device()
     dtype = str(pick_dtype(device, finetune["dtype"])).removeprefix("torch.")
-    answer_tokens = survey.answer_tokens.total / survey.rows
+    answer_tokens = survey.answer_tokens.total / survey.sampled
     asked = min(test_rows, choose_max_test_rows(params["ask_base"]["max_rows"]) or test_rows)
     work = Work(
         train_rows=train_rows,

@@ -95,8 +95,7 @@ def propose(
 
 def _propose_task(found: Findings, tags: Sequence[str], system_prompt: str | None) -> dict[str, Any]:
     task = found.task
-    rows = [row for file in found.files for row in file.collected.rows]
-    have_own = sum(row.messages[0].role == "system" for row in rows) > len(rows) / 2
+    have_own = found.survey.own_system > found.survey.rows / 2
     has_classes = task.kind == "label" or task.label_key is not None
     return {
         "kind": task.kind,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import logging
 import re
 import shutil
 from collections.abc import Sequence
@@ -12,11 +13,14 @@ from typing import Any
 
 from stages.common.artifacts import atomic_write
 from stages.common.errors import InputError
+from stages.common.logs import show_count
 from stages.common.sources import Collected
 from stages.common.sources.files.encodings import guess_encoding
 from stages.common.sources.files.formats import SUFFIXES, FormatOptions, detect_format, get_inner_suffix
 from stages.common.sources.files.rows import collect_file
 from stages.common.sources.files.shapes import Columns
+
+logger = logging.getLogger("flows.init")
 
 DATA = Path("data")  # DVC watches this folder
 FEEDBACK = DATA / "feedback"  # written by the retraining flow
@@ -122,7 +126,16 @@ def _read_data_file(
     is_guessed = not detect_format(path, options).is_certain
     if is_guessed:
         options = replace(options, encoding=guess_encoding(path))
-    collected = collect_file(path, license, origin, options, columns, None, "reject")
+    collected = collect_file(
+        path,
+        license,
+        origin,
+        options,
+        columns,
+        None,
+        "reject",
+        lambda done: show_count(logger, done, f"rows of {path} read"),
+    )
     return DataFile(path, find_data_path(path, folder), options, columns, is_guessed, collected)
 
 
@@ -162,7 +175,9 @@ def copy_under_data(file: DataFile) -> bool:
 
 def check_copy(file: DataFile) -> None:
     """Raise an InputError if another file has the name under data/ that this one would get."""
-    if file.path.exists() and not filecmp.cmp(file.origin, file.path, shallow=False):
+    if not file.path.exists() or file.path.samefile(file.origin):
+        return
+    if not filecmp.cmp(file.origin, file.path, shallow=False):
         raise InputError(
             f"{file.origin} cannot be copied: {file.path} exists and is another file",
             "rename one of them, or remove the old one",

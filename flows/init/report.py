@@ -80,14 +80,20 @@ def _report_task(found: Findings) -> Iterator[str]:
 def _report_survey(survey: Survey, is_exact: bool) -> Iterator[str]:
     yield f"  question     {_report_spread(survey.question_chars)} characters"
     yield f"  answer       {_report_spread(survey.answer_chars)} characters"
-    about = "" if is_exact else "about "
-    yield f"  tokens       {about}{survey.row_tokens.total:,}; a row has {_report_spread(survey.row_tokens)}"
-    if survey.long_rows:
-        yield f"  too long     {count(survey.long_rows, 'row')} of more tokens than finetune.max_length"
     if survey.duplicates:
         yield f"  duplicates   {count(survey.duplicates, 'row')}: curate drops them"
     if survey.conflicts:
         yield f"  conflicts    {count(survey.conflicts, 'row')} with a prompt that has several answers"
+    if survey.sampled < survey.rows:
+        yield (
+            f"  sample       tokens, personal data and odd texts are from {survey.sampled:,} of "
+            f"{survey.rows:,} rows drawn at random; classes, characters, duplicates and conflicts from all"
+        )
+    about = "" if is_exact and survey.sampled == survey.rows else "about "
+    yield f"  tokens       {about}{survey.total_tokens:,}; a row has {_report_spread(survey.row_tokens)}"
+    if survey.long_rows:
+        long = count(survey.long_rows, "row")
+        yield f"  too long     {about}{long} of more tokens than finetune.max_length"
     if survey.personal_data:
         kinds = ", ".join(f"{kind} in {count(rows, 'row')}" for kind, rows in survey.personal_data.items())
         yield f"  personal     {kinds}: curate drops them (curate.personal_data)"

@@ -21,6 +21,7 @@ from flows.training.flow import training
 from flows.training.stage_tasks import PipelineResult
 from stages.common.escaping import escape_widget
 from stages.common.params.loading import Params, load_params
+from stages.common.params.loop import Notify
 
 
 @flow(name="retrain")
@@ -56,7 +57,7 @@ def _run_steps(root: Path, params: Params, state: RetrainState) -> State[Retrain
         if isinstance(result, RetrainState):
             state = result
         elif isinstance(result, RetrainResult):
-            _report(root, params, result)
+            _report(root, params.flows.notify, result)
             return Completed(name=result.outcome.capitalize(), message=result.summary, data=result)
         else:
             return result
@@ -80,10 +81,10 @@ def _train(root: Path, state: RetrainState) -> RetrainState | State[RetrainResul
     return progress.advance(root, state)
 
 
-def _report(root: Path, params: Params, result: RetrainResult) -> None:
+def _report(root: Path, settings: Notify, result: RetrainResult) -> None:
     if result.outcome == "promoted" or result.outcome == "rejected":
         subject = f"{result.candidate} was {result.outcome}"
-        notify(params.flows.notify, result.outcome, subject, result.summary)
+        notify(settings, result.outcome, subject, result.summary)
     verdict = read_verdict(root, result.candidate) if result.candidate else None
     if verdict is not None:
         create_table_artifact(

@@ -166,7 +166,7 @@ def test_the_demo_runs_on_the_packaged_source_whatever_else_is_collected(tmp_pat
     values["collect"]["sources"] = [own, *values["collect"]["sources"]]
     path.write_text(yaml.safe_dump(values))
 
-    override_params(path, make_overrides(load_params(path)))
+    override_params(path, make_overrides(load_params(path).collect.sources))
 
     sources = load_params(path).collect.sources
     assert [source.kind for source in sources] == ["home_intents", "feedback"]

@@ -84,7 +84,7 @@ def make_evidence(**changes):
 
 def judged(**changes):
     """Return the verdict, and its criteria by name."""
-    tags = select_bias_tags(SHIPPED)
+    tags = select_bias_tags(SHIPPED.check_bias.groups, SHIPPED.task.slices)
     limit = SHIPPED.services.parity.max_exact_match_loss
     verdict = judge(make_evidence(**changes), SETTINGS, tags, limit, made_at=5.0)
     return verdict, {criterion.name: criterion for criterion in verdict.criteria}

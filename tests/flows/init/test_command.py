@@ -14,6 +14,7 @@ from stages import collect
 from stages.check_bias import __main__ as check_bias
 from stages.common.artifacts import read_json
 from stages.common.params.loading import load_params
+from stages.common.sources.detection import survey
 from stages.common.sources.files.formats import FormatOptions
 from stages.common.sources.files.rows import collect_file
 from stages.common.sources.files.shapes import Columns
@@ -200,6 +201,18 @@ def test_what_is_suspicious_is_shown(capsys):
     assert "email in 1 row: curate drops them" in printed
     assert "wrong encoding: 1 row" in printed
     assert "classes that differ only in case or space" in printed
+
+
+def test_many_rows_are_sampled_and_a_class_of_the_last_rows_is_there(capsys, monkeypatch):
+    monkeypatch.setattr(survey, "MAX_SAMPLED_ROWS", 100)
+    many = [(f"{question} number {i}", label) for i in range(20) for question, label in PAIRS]
+    rare = [(f"a rare question {n} " + "x" * 3000 * (n % 2), "rare") for n in range(200)]
+    assert run(write_csv("data/support.csv", [*many, *rare])) == 0
+    printed = capsys.readouterr().out
+    assert "1,400 rows" in printed and "classes      4: " in printed
+    assert "are from 100 of 1,400 rows drawn at random" in printed and "tokens       about " in printed
+    assert "4 labels: track, refund, card stolen, rare" in written()["model_card"]["intended_use"]
+    assert written()["curate"]["max_question_chars"] > 3000
 
 
 def test_running_it_again_changes_nothing(capsys):

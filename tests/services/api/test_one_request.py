@@ -1,4 +1,4 @@
-"""One request is one request: whatever it holds, it harms no other, and the engine goes on."""
+"""One request affects no other, whatever it contains, and the engine keeps running."""
 
 import asyncio
 import json

@@ -1,18 +1,30 @@
-"""Survey rows before training on them: size, classes, duplicates, personal data, oddities."""
+"""Survey rows before training on them: size, classes, duplicates, personal data, oddities.
+
+Rows, classes, lengths, duplicates and conflicts are those of all rows, in one pass. Tokens, personal data and
+odd texts of many rows are looked for in a sample: every later stage counts them again, in all rows.
+"""
 
 from __future__ import annotations
 
 import json
+import random
 import re
+from array import array
+from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from stages.common.privacy.personal_data import RECOGNISERS, holds
 from stages.common.records import Row
 from stages.common.sources.detection.task_kind import TaskKind
 from stages.common.sources.files.entries import shorten
+from stages.common.spool import pick
 
+MAX_SAMPLED_ROWS = 20_000  # a share of the sample is that of all rows to 0.7 points
+MAX_SAMPLED_CHARS = 40_000_000  # of the sample's rows together: about a minute
+SAMPLE_SEED = 7
+ROWS_A_STEP = 1000  # of progress
 SMALL_CLASS_ROWS = 3  # fewer cannot be in training, validation and test
 NO_ANSWERS = frozenset({"n/a", "na", "nan", "none", "null", "todo", "tbd", "-", "?", "unknown", "#n/a"})
 # UTF-8 read as cp1252: "ü" is "Ã¼", "’" is "â€™".
@@ -48,48 +60,131 @@ class Survey:
     """The measurements of a set of rows.
 
     Attributes:
+        own_system: rows with a system message of their own.
         classes: rows by class, the largest first; empty for a task without classes.
         duplicates: rows whose messages an earlier row has.
         conflicts: rows whose prompt another row answers differently.
-        personal_data: rows by kind of personal data, secrets included.
+        sampled: the rows of the sample, from which everything below is; `rows` where it is all of them.
+        personal_data: sampled rows by kind of personal data, secrets included.
         row_tokens: of prompt and answer together.
-        long_rows: rows of more tokens than training takes.
+        token_counts: of each sampled row, in order of size.
+        long_rows: rows of more tokens than training takes, of all rows as the sample tells.
     """
 
     rows: int
+    own_system: int
     question_chars: Spread
     answer_chars: Spread
-    row_tokens: Spread
-    answer_tokens: Spread
     classes: Mapping[str, int]
     duplicates: int
     conflicts: int
+    sampled: int
+    row_tokens: Spread
+    answer_tokens: Spread
+    token_counts: Sequence[int]
     personal_data: Mapping[str, int]
     long_rows: int
     oddities: tuple[Oddity, ...]
 
+    @property
+    def total_tokens(self) -> int:
+        """The tokens of all rows, as the sample tells."""
+        return round(self.row_tokens.total * self.rows / self.sampled)
+
+    def with_limit(self, max_row_tokens: int) -> Survey:
+        """Return the survey with the rows that are too long for another limit."""
+        long = len(self.token_counts) - bisect_right(self.token_counts, max_row_tokens)
+        return replace(self, long_rows=round(long * self.rows / self.sampled))
+
+
+class _Totals:
+    """What is counted in all rows, in one pass; of their texts nothing is kept but classes."""
+
+    def __init__(self, task: TaskKind) -> None:
+        self._task = task
+        self.chars = 0
+        self.own_system = 0
+        self.questions, self.answers = array("q"), array("q")
+        self.classes: Counter[str] = Counter()
+        self._ids: set[str] = set()
+        self._exchanges: Counter[tuple[int, int]] = Counter()
+
+    def add(self, row: Row) -> None:
+        self.chars += sum(len(message.content) for message in row.messages)
+        self.own_system += row.messages[0].role == "system"
+        self.questions.append(len(row.question))
+        self.answers.append(len(row.answer))
+        if (label := read_class(row.answer, self._task)) is not None:
+            self.classes[label] += 1
+        self._ids.add(row.id)
+        # By hashes: prompts may be passages.
+        self._exchanges[hash(tuple(m.content for m in row.prompt)), hash(row.answer)] += 1
+
+    def count_duplicates(self) -> int:
+        """Return how many rows have the messages of an earlier one."""
+        return len(self.questions) - len(self._ids)
+
+    def count_conflicts(self) -> int:
+        """Return how many rows have a prompt that occurs with another answer too."""
+        answers = Counter(prompt for prompt, _ in self._exchanges)
+        return sum(rows for (prompt, _), rows in self._exchanges.items() if answers[prompt] > 1)
+
 
 def survey_rows(
-    rows: Sequence[Row], task: TaskKind, count_tokens: Callable[[str], int], max_row_tokens: int
+    rows: Sequence[Row],
+    task: TaskKind,
+    count_tokens: Callable[[str], int],
+    max_row_tokens: int,
+    on_progress: Callable[[int], None] = lambda done: None,
 ) -> Survey:
-    """Measure a set of rows; there must be one at least."""
-    classes = Counter(label for row in rows if (label := read_class(row.answer, task)) is not None)
-    answer_tokens = [count_tokens(row.answer) for row in rows]
-    prompt_tokens = [sum(count_tokens(message.content) for message in row.prompt) for row in rows]
-    row_tokens = [sum(tokens) for tokens in zip(prompt_tokens, answer_tokens, strict=True)]
+    """Measure a set of rows; there must be one at least.
+
+    Args:
+        on_progress: called with the number of rows measured so far, now and then.
+    """
+    totals = _Totals(task)
+    for number, row in enumerate(rows, start=1):
+        totals.add(row)
+        if number % ROWS_A_STEP == 0:
+            on_progress(number)
+    sample = draw_sample(rows, totals.chars)
+    prompt_tokens, answer_tokens = array("q"), array("q")
+    personal_data: Counter[str] = Counter()
+    odd_texts = OddTexts()
+    for row in sample:
+        prompt_tokens.append(sum(count_tokens(message.content) for message in row.prompt))
+        answer_tokens.append(count_tokens(row.answer))
+        personal_data.update(find_personal_data(row))
+        odd_texts.add(row)
+    row_tokens = sorted(map(sum, zip(prompt_tokens, answer_tokens, strict=True)))
     return Survey(
         rows=len(rows),
-        question_chars=measure_spread([len(row.question) for row in rows]),
-        answer_chars=measure_spread([len(row.answer) for row in rows]),
+        own_system=totals.own_system,
+        question_chars=measure_spread(totals.questions),
+        answer_chars=measure_spread(totals.answers),
+        classes=dict(totals.classes.most_common()),
+        duplicates=totals.count_duplicates(),
+        conflicts=totals.count_conflicts(),
+        sampled=len(sample),
         row_tokens=measure_spread(row_tokens),
         answer_tokens=measure_spread(answer_tokens),
-        classes=dict(classes.most_common()),
-        duplicates=len(rows) - len({row.id for row in rows}),
-        conflicts=count_conflicts(rows),
-        personal_data=count_personal_data(rows),
-        long_rows=sum(tokens > max_row_tokens for tokens in row_tokens),
-        oddities=(*find_odd_texts(rows), *find_odd_classes(classes)),
-    )
+        token_counts=row_tokens,
+        personal_data=dict(personal_data.most_common()),
+        long_rows=0,
+        oddities=(*odd_texts.list_found(), *find_odd_classes(totals.classes)),
+    ).with_limit(max_row_tokens)
+
+
+def draw_sample(rows: Sequence[Row], chars: int) -> Sequence[Row]:
+    """Return all rows, or as many at random as are looked at one by one; the same ones each time.
+
+    Args:
+        chars: of all rows together.
+    """
+    most = min(MAX_SAMPLED_ROWS, max(1, len(rows) * MAX_SAMPLED_CHARS // max(1, chars)))
+    if len(rows) <= most:
+        return rows
+    return pick(rows, sorted(random.Random(SAMPLE_SEED).sample(range(len(rows)), most)))
 
 
 def read_class(answer: str, task: TaskKind) -> str | None:
@@ -106,7 +201,7 @@ def read_class(answer: str, task: TaskKind) -> str | None:
     return label if isinstance(label, str) else None
 
 
-def measure_spread(counts: Sequence[int]) -> Spread:
+def measure_spread(counts: Iterable[int]) -> Spread:
     """Return the spread of counts, of which there is one at least."""
     ordered = sorted(counts)
     return Spread(
@@ -117,29 +212,20 @@ def measure_spread(counts: Sequence[int]) -> Spread:
     )
 
 
-def count_conflicts(rows: Sequence[Row]) -> int:
-    """Return how many rows have a prompt that occurs with another answer too."""
-    answers: defaultdict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
-    for row in rows:
-        answers[tuple(message.content for message in row.prompt)][row.answer] += 1
-    return sum(sum(by_answer.values()) for by_answer in answers.values() if len(by_answer) > 1)
+def find_personal_data(row: Row) -> list[str]:
+    """Return the kinds of personal data in a row, secrets included."""
+    return [kind for kind in RECOGNISERS if any(holds(kind, message.content) for message in row.messages)]
 
 
-def count_personal_data(rows: Sequence[Row]) -> dict[str, int]:
-    """Return in how many rows each kind of personal data, or a secret, is; without the kinds in none."""
-    found = Counter(
-        kind
-        for row in rows
-        for kind in RECOGNISERS
-        if any(holds(kind, message.content) for message in row.messages)
-    )
-    return dict(found.most_common())
+class OddTexts:
+    """What is unusual in questions and answers, each with its number of rows and the first example."""
 
+    def __init__(self) -> None:
+        self._rows: Counter[str] = Counter()
+        self._examples: dict[str, str] = {}
 
-def find_odd_texts(rows: Sequence[Row]) -> list[Oddity]:
-    """Return what is unusual in questions and answers, each with its number of rows and an example."""
-    found: dict[str, list[str]] = defaultdict(list)
-    for row in rows:
+    def add(self, row: Row) -> None:
+        """Look at a row."""
         text = f"{row.question}\n{row.answer}"
         for what, pattern in (
             ("text decoded with the wrong encoding", MOJIBAKE),
@@ -148,14 +234,21 @@ def find_odd_texts(rows: Sequence[Row]) -> list[Oddity]:
             ("placeholders that were not filled", PLACEHOLDERS),
         ):
             if match := pattern.search(text):
-                found[what].append(text[max(0, match.start() - 20) : match.end() + 20])
+                self._note(what, text[max(0, match.start() - 20) : match.end() + 20])
         if "\ufffd" in text:
-            found["replacement characters (\ufffd): characters are lost"].append(text)
+            self._note("replacement characters (\ufffd): characters are lost", text)
         if row.answer.strip().casefold() in NO_ANSWERS:
-            found["answers without content"].append(row.answer)
+            self._note("answers without content", row.answer)
         if row.answer.strip() == row.question.strip():
-            found["answers that repeat the question"].append(row.answer)
-    return [Oddity(what, len(texts), shorten(texts[0])) for what, texts in found.items()]
+            self._note("answers that repeat the question", row.answer)
+
+    def _note(self, what: str, example: str) -> None:
+        self._rows[what] += 1
+        self._examples.setdefault(what, shorten(example))
+
+    def list_found(self) -> list[Oddity]:
+        """Return what was found, in the order in which it was."""
+        return [Oddity(what, rows, self._examples[what]) for what, rows in self._rows.items()]
 
 
 def find_odd_classes(classes: Mapping[str, int]) -> list[Oddity]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from stages.common.errors import InputError
 from stages.common.sources.files.entries import shorten
-from stages.common.sources.files.shapes import is_label_column, is_label_like
+from stages.common.sources.files.shapes import are_labels, is_label_like
 
 Kind = Literal["json", "label", "text"]
 
@@ -30,10 +30,62 @@ class TaskKind:
     reason: str
 
 
+class _Answers:
+    """What is counted of answers in one pass; of long ones only that they differ is kept."""
+
+    def __init__(self, answers: Iterable[str]) -> None:
+        self.rows = 0
+        self.first = ""
+        self.different: Counter[str | int] = Counter()
+        self.values = 0  # that are JSON objects or arrays
+        self.objects = 0
+        self.keys: Counter[str] = Counter()
+        self.texts: Counter[str] = Counter()  # objects by the keys that have a text
+        self._by_key: defaultdict[str, Counter[str | int]] = defaultdict(Counter)
+        for answer in answers:
+            self._add(answer)
+
+    def _add(self, answer: str) -> None:
+        self.first = self.first if self.rows else answer
+        self.rows += 1
+        self.different[_shrink(answer)] += 1
+        value = _parse(answer)
+        self.values += value is not None
+        if not isinstance(value, dict):
+            return
+        self.objects += 1
+        self.keys.update(value.keys())
+        for key, text in value.items():
+            if isinstance(text, str):
+                self.texts[key] += 1
+                self._by_key[key][_shrink(text)] += 1
+
+    def has_labels(self) -> bool:
+        return are_labels(self.different)
+
+    def find_label_keys(self) -> list[str]:
+        """Return the keys of JSON objects whose values are classes, those with a usual name first."""
+        if self.objects < MIN_JSON_SHARE * self.values:
+            return []
+        found = [
+            key
+            for key, rows in self.keys.items()
+            if rows >= MIN_JSON_SHARE * self.objects
+            and self.texts[key] == rows
+            and are_labels(self._by_key[key])
+        ]
+        return sorted(found, key=lambda key: LABEL_KEYS.index(key) if key in LABEL_KEYS else len(LABEL_KEYS))
+
+
+def _shrink(text: str) -> str | int:
+    """Return a text that may be a label, or the hash of one that cannot: it may be long."""
+    return text if is_label_like(text) else hash(text)
+
+
 def detect_task_kind(
-    answers: Sequence[str], kind: Kind | None = None, label_key: str | None = None
+    answers: Iterable[str], kind: Kind | None = None, label_key: str | None = None
 ) -> TaskKind:
-    """Return the kind of task of the answers.
+    """Return the kind of task of the answers, which are read once.
 
     Args:
         kind: where the user gives it; label_key: the key of the class in JSON answers, likewise.
@@ -41,71 +93,49 @@ def detect_task_kind(
     Raises:
         InputError: the answers could be of two kinds, are all the same, or lack `label_key`.
     """
-    different = Counter(answers)
-    if len(different) < 2:
+    found = _Answers(answers)
+    different = len(found.different)
+    if different < 2:
         raise InputError(
-            f"all {len(answers):,} rows have the same answer: {shorten(answers[0])}",
+            f"all {found.rows:,} rows have the same answer: {shorten(found.first)}",
             "name the column of the answers, or add rows with other answers",
         )
     if kind in ("label", "text"):
-        return TaskKind(
-            kind, None, f"as given; {len(different):,} different answers in {len(answers):,} rows"
-        )
-    values = [value for answer in answers if (value := _parse(answer)) is not None]
-    share = len(values) / len(answers)
+        return TaskKind(kind, None, f"as given; {different:,} different answers in {found.rows:,} rows")
+    share = found.values / found.rows
     if share >= MIN_JSON_SHARE or kind == "json" or label_key is not None:
-        return _describe_json(values, len(answers), label_key)
+        return _describe_json(found, label_key)
     if share > MAX_JSON_SHARE:
         raise InputError(
-            f"{len(values):,} of {len(answers):,} answers are JSON, and the others are not",
+            f"{found.values:,} of {found.rows:,} answers are JSON, and the others are not",
             "choose with --kind: json (curate drops the others) or text",
         )
-    repeats = len(answers) / len(different)
-    if is_label_column(answers):
-        return TaskKind("label", None, f"{len(different):,} different short answers in {len(answers):,} rows")
-    if repeats > MAX_TEXT_REPEATS and all(map(is_label_like, different)):
+    if found.has_labels():
+        return TaskKind("label", None, f"{different:,} different short answers in {found.rows:,} rows")
+    if found.rows / different > MAX_TEXT_REPEATS and all(isinstance(a, str) for a in found.different):
         raise InputError(
-            f"{len(different):,} different short answers in {len(answers):,} rows: labels with few rows "
-            f"each, or texts; the most frequent is {shorten(different.most_common(1)[0][0])}",
+            f"{different:,} different short answers in {found.rows:,} rows: labels with few rows "
+            f"each, or texts; the most frequent is {shorten(found.different.most_common(1)[0][0])}",
             "choose with --kind: label (one of a closed set) or text",
         )
-    return TaskKind("text", None, f"{len(different):,} different answers in {len(answers):,} rows")
+    return TaskKind("text", None, f"{different:,} different answers in {found.rows:,} rows")
 
 
-def find_label_keys(values: Sequence[Any]) -> list[str]:
-    """Return the keys of JSON objects whose values are classes, those with a usual name first."""
-    objects = [value for value in values if isinstance(value, Mapping)]
-    if len(objects) < MIN_JSON_SHARE * len(values):
-        return []
-    keys = Counter(key for value in objects for key in value)
-    found = []
-    for key, number in keys.items():
-        texts = [value[key] for value in objects if isinstance(value.get(key), str)]
-        if number >= MIN_JSON_SHARE * len(objects) and len(texts) == number and is_label_column(texts):
-            found.append(key)
-    return sorted(found, key=lambda key: LABEL_KEYS.index(key) if key in LABEL_KEYS else len(LABEL_KEYS))
-
-
-def _describe_json(values: Sequence[Any], answers: int, label_key: str | None) -> TaskKind:
-    reason = f"{len(values):,} of {answers:,} answers are JSON"
+def _describe_json(found: _Answers, label_key: str | None) -> TaskKind:
+    reason = f"{found.values:,} of {found.rows:,} answers are JSON"
     if label_key is not None:
-        have = sum(isinstance(value, Mapping) and isinstance(value.get(label_key), str) for value in values)
-        if not have:
+        if not found.texts[label_key]:
             raise InputError(
                 f"no answer is a JSON object with a text under {label_key!r}",
-                f"use one of its keys: {', '.join(_list_keys(values)) or 'there are none'}",
+                f"use one of its keys: {', '.join(list(found.keys)[:20]) or 'there are none'}",
             )
         return TaskKind("json", label_key, reason)
-    keys = find_label_keys(values)
+    keys = found.find_label_keys()
     if len(keys) > 1 and keys[0] not in LABEL_KEYS:
         return TaskKind(
             "json", None, f"{reason}; {', '.join(keys)} could name the class: choose with --label-key"
         )
     return TaskKind("json", keys[0] if keys else None, reason)
-
-
-def _list_keys(values: Sequence[Any]) -> list[str]:
-    return list(dict.fromkeys(key for value in values if isinstance(value, Mapping) for key in value))[:20]
 
 
 def _parse(answer: str) -> dict[str, Any] | list[Any] | None:

@@ -9,6 +9,7 @@ Doubt is an error that names the candidates and the keys.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -289,8 +290,16 @@ def _is_id(records: Sequence[Record], name: str) -> bool:
 
 def is_label_column(values: Sequence[str]) -> bool:
     """Return whether values are classes: short, on one line, each on average in at least three rows."""
-    different = set(values)
-    return len(values) >= 3 * len(different) and len(different) > 1 and all(map(is_label_like, different))
+    return are_labels(Counter(values))
+
+
+def are_labels(rows: Mapping[Any, int]) -> bool:
+    """Return whether values, here with their rows, are classes; what is no text is none."""
+    return (
+        sum(rows.values()) >= 3 * len(rows)
+        and len(rows) > 1
+        and all(isinstance(value, str) and is_label_like(value) for value in rows)
+    )
 
 
 def is_label_like(value: str) -> bool:

@@ -1,5 +1,8 @@
+import pytest
+
 from stages.common.messages import Message
 from stages.common.records import make_row
+from stages.common.sources.detection import survey as module
 from stages.common.sources.detection.survey import Spread, survey_rows
 from stages.common.sources.detection.task_kind import TaskKind
 
@@ -45,6 +48,27 @@ def test_duplicates_and_conflicts_are_counted():
 def test_personal_data_are_counted_by_row_and_kind():
     found = survey(("mail a@perennial-mail.net or b@perennial-mail.net", "ok"), ("c", "d"))
     assert found.personal_data == {"email": 1}
+
+
+@pytest.mark.parametrize("most", ["MAX_SAMPLED_ROWS", "MAX_SAMPLED_CHARS"])
+def test_of_many_rows_only_tokens_and_oddities_are_from_a_sample(monkeypatch, most):
+    rows = [(f"question {n} " + "word " * (n % 7), f"class {n % 3}") for n in range(600)]
+    rows += [("a " * 300, "the last class"), ("once", "more"), ("once", "less"), ("once", "less")]
+    whole = survey(*rows, task=LABEL)
+    monkeypatch.setattr(module, most, {"MAX_SAMPLED_ROWS": 200, "MAX_SAMPLED_CHARS": 6_600}[most])
+    found = survey(*rows, task=LABEL)
+    assert 100 < found.sampled <= 200 and whole.sampled == whole.rows == found.rows == 604
+    for name in ("classes", "question_chars", "answer_chars", "duplicates", "conflicts", "own_system"):
+        assert getattr(found, name) == getattr(whole, name)
+    assert found.classes["the last class"] == 1 and found.question_chars.largest == 600
+    assert found.total_tokens == pytest.approx(whole.total_tokens, rel=0.2)
+    assert found.long_rows == pytest.approx(whole.long_rows, rel=0.2)
+    assert found == survey(*rows, task=LABEL)
+
+
+def test_rows_that_are_too_long_follow_the_limit():
+    found = survey(*((f"{'a ' * n}", "x") for n in range(1, 10)))
+    assert [found.with_limit(limit).long_rows for limit in (0, 1, 2, 6, 10, 11)] == [9, 9, 8, 4, 0, 0]
 
 
 def test_odd_texts_are_named():

@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 
 import pytest
 
@@ -58,6 +59,25 @@ def test_long_answers_are_text_however_often_they_repeat():
     assert kind_of(
         [f"You can reset your password on the page of your account, step {n % 5}. " * 2 for n in range(60)]
     )[0] == ("text")
+
+
+def test_a_last_answer_decides_as_well_as_a_first():
+    labels = [f"class {n % 20}" for n in range(600)]
+    assert kind_of(labels) == ("label", None)
+    assert kind_of([*labels, "an answer of more than a line\n" * 2]) == ("text", None)
+    assert kind_of([*calls(400), *(json.dumps({"intent": "x" * 100, "slot": 1}) for _ in range(9))]) == (
+        "json",
+        None,
+    )
+
+
+def test_answers_are_read_once_and_long_ones_are_not_kept():
+    answers = (f"{n} " + chr(97 + n % 26) * 100_000 for n in range(300))
+    tracemalloc.start()
+    assert kind_of(answers) == ("text", None)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3_000_000
 
 
 def test_labels_with_few_rows_each_are_undecided_with_the_option_that_decides():
