@@ -31,7 +31,7 @@ MAX_TRIES = 30  # wordings of a request that no tool covers, before its template
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A first request: its words, its call, and the person whom it names."""
+    """A first request: its words, its call, and the person that it names."""
 
     text: str
     call: ToolCall

@@ -2,8 +2,8 @@
 
 Each template of a request is in one group only: on its own, in one pair of parallel requests, or in one
 family. A family is a set of requests and follow-ups that occur together and nowhere else; its conversations
-are one group. A split by group therefore keeps each template on one side. Thanks and requests that no tool
-covers are templates of families, too; those that stand alone are further ones.
+are one group. A split by group therefore keeps each template on one side. Thanks are templates of families,
+and so are half of the requests that no tool covers; the other half are conversations of their own.
 """
 
 from __future__ import annotations
