@@ -12,9 +12,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from services.events.turns import read_turn
 from stages.common.artifacts import artifacts, read_json
 from stages.common.logs import get_logger
-from stages.common.messages import Message, find_conversation_problem
+from stages.common.messages import Message, Tool, find_conversation_problem
 from stages.common.privacy.personal_data import RECOGNISERS, holds
 from stages.common.records import format_canonical_json
 from stages.common.task.kinds import make_task
@@ -34,6 +35,7 @@ RAW_ROUTE = "/v1/completions"  # a text to go on with: no conversation, and no a
 INPUT_CHECKS = ("control_tokens", "prompt_injection", "toxicity")
 OUTPUT_CHECKS = ("secrets", "personal_data")
 PLACEHOLDERS = tuple(f"[{kind}]" for kind in RECOGNISERS)  # what the event store writes over it
+ENDED = ("stop", "tool_calls")  # by the model itself
 COMPACT, SPACED = (",", ":"), (", ", ": ")  # how JSON answers are written
 
 Kind = Literal["correction", "thumb"]
@@ -43,6 +45,7 @@ Excluded = Counter[tuple[str, str]]  # rows that are excluded, by reason and nam
 REASONS = {
     "no_label": "a thumb down or a comment alone",
     "raw_prompt": "the text was to be continued, not answered",
+    "own_choice": "the request asked for a call of a tool, or for none",
     "own_schema": "the request asked for an answer of its own form",
     "corrupt": "the event holds no conversation, or text that is no Unicode",
     "other_system_prompt": "asked under another system prompt",
@@ -110,9 +113,11 @@ class Label:
     Attributes:
         at: when it was given, unix s; request_id: of the exchange.
         key: the API key it came with; user: who gave it, as far as known.
-        prompt: the conversation up to the last user message, without the task's system message.
+        prompt: the conversation up to the last user message or result of a tool, without the task's system
+            message; tools: what the request offered.
         prompt_hash: hash of the conversation without case, spaces and the signs around it.
         value: the label as the model would write it; same: a text that is equal for equal labels.
+        error: the worst type of error of the answer that is corrected; None if there is none to correct.
     """
 
     at: float
@@ -124,6 +129,8 @@ class Label:
     kind: Kind
     value: str
     same: str
+    tools: tuple[Tool, ...] = ()
+    error: str | None = None
 
 
 @dataclass(slots=True)
@@ -191,18 +198,19 @@ def label_of(
         ExcludedFeedbackError: nothing can be learned from it.
     """
     text, kind, at = _newest_feedback(exchange, feedback, settings.thumbs_up_as_label)
-    prompt = _prompt(exchange, task)
+    prompt, tools = _prompt(exchange, task)
     question = next(message.content for message in reversed(prompt) if message.role == "user")
+    parts = [text, *(part for message in prompt for part in _texts(message))]
     if not question.strip() or not text.strip():
         raise ExcludedFeedbackError("empty")
     if len(question) > task.max_question_chars or len(text) > task.max_answer_chars:
         raise ExcludedFeedbackError("too_long")
-    if any(mark in part for mark in PLACEHOLDERS for part in (text, *(m.content for m in prompt))):
+    if any(mark in part for mark in PLACEHOLDERS for part in parts):
         raise ExcludedFeedbackError("redacted")
     # What the event store did not redact, or held before it did.
-    if any(holds(kind, part) for kind in task.private for part in (text, *(m.content for m in prompt))):
+    if any(holds(kind, part) for kind in task.private for part in parts):
         raise ExcludedFeedbackError("private")
-    if kind == "thumb" and exchange["finish_reason"] != "stop":
+    if kind == "thumb" and exchange["finish_reason"] not in ENDED:
         raise ExcludedFeedbackError("unfinished")
     if task.answers.find_problem(text):
         raise ExcludedFeedbackError("invalid")
@@ -215,9 +223,32 @@ def label_of(
     ):
         raise ExcludedFeedbackError("suspicious")
     same = task.answers.canonical(text)
-    if not all(is_unicode(part) for part in (text, same, *(message.content for message in prompt))):
+    if not all(map(is_unicode, (*parts, text, same))):
         raise ExcludedFeedbackError("corrupt")
-    return Label(at, exchange["request_id"], key, user, prompt, hash_prompt(prompt), kind, text, same)
+    return Label(
+        at,
+        exchange["request_id"],
+        key,
+        user,
+        prompt,
+        hash_prompt(prompt),
+        kind,
+        text,
+        same,
+        tools,
+        _find_error(exchange["answer"], text, task) if kind == "correction" else None,
+    )
+
+
+def _texts(message: Message) -> list[str]:
+    """Return all texts of a turn."""
+    return [message.content, message.reasoning or "", *(call.arguments for call in message.tool_calls)]
+
+
+def _find_error(answer: str | None, label: str, task: ServedTask) -> str | None:
+    """Return the worst type of error that a label corrects, None if the answer was right or is not known."""
+    errors = task.answers.find_errors(answer, label) if answer is not None else {}
+    return min(errors, key=task.answers.error_types.index) if errors else None
 
 
 def _newest_feedback(
@@ -235,21 +266,22 @@ def _newest_feedback(
     return exchange["answer"], "thumb", thumbs[-1]["given_at"]
 
 
-def _prompt(exchange: Mapping[str, Any], task: ServedTask) -> tuple[Message, ...]:
-    """Return the conversation up to its last user message, without the task's own system message."""
+def _prompt(exchange: Mapping[str, Any], task: ServedTask) -> tuple[tuple[Message, ...], tuple[Tool, ...]]:
+    """Return what was asked, without the task's own system message, and the tools that were offered."""
     if exchange["route"] == RAW_ROUTE:
         raise ExcludedFeedbackError("raw_prompt")
     try:
         turns, parameters = json.loads(exchange["messages"]), json.loads(exchange["parameters"])
-        messages = [Message(turn["role"], turn["content"]) for turn in turns]
-        own_schema = parameters.get("json_schema")
+        messages = [read_turn(turn) for turn in turns]
+        own_schema, choice = parameters.get("json_schema"), parameters.get("tool_choice", "auto")
+        tools = tuple(make_tool(value) for value in parameters.get("tools") or ())
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ExcludedFeedbackError("corrupt") from None
-    if not all(isinstance(part, str) for message in messages for part in (message.role, message.content)):
-        raise ExcludedFeedbackError("corrupt")
+    if tools and choice != "auto":
+        raise ExcludedFeedbackError("own_choice")
     if own_schema is not None:
         raise ExcludedFeedbackError("own_schema")
-    last = max((place for place, one in enumerate(messages) if one.role == "user"), default=-1)
+    last = max((place for place, one in enumerate(messages) if one.role in ("user", "tool")), default=-1)
     messages = messages[: last + 1]
     if find_conversation_problem([*messages, Message("assistant", "-")]):
         raise ExcludedFeedbackError("corrupt")
@@ -258,7 +290,19 @@ def _prompt(exchange: Mapping[str, Any], task: ServedTask) -> tuple[Message, ...
         if messages[0].content.strip() != task.system_prompt.strip():
             raise ExcludedFeedbackError("other_system_prompt")
         messages = messages[1:]
-    return tuple(messages)
+    return tuple(messages), tools
+
+
+def make_tool(value: Any) -> Tool:
+    """Return a tool from the plain values of OpenAI's API.
+
+    Raises:
+        ValueError, TypeError, KeyError: it is none.
+    """
+    tool = Tool(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    if not isinstance(value["function"]["name"], str) or not isinstance(tool.parameters, dict):
+        raise TypeError("a tool has a name and a schema")
+    return tool
 
 
 def is_unicode(text: str) -> bool:
@@ -296,7 +340,7 @@ def normalise_text(text: str) -> str:
 
 def hash_prompt(prompt: Iterable[Message]) -> str:
     """Return 16 hex digits that identify a conversation, system messages included."""
-    turns = [[message.role, normalise_text(message.content)] for message in prompt]
+    turns = [[message.role, normalise_text(message.answer)] for message in prompt]
     return hashlib.sha256(format_canonical_json(turns).encode("utf-8", "replace")).hexdigest()[:16]
 
 

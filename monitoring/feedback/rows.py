@@ -28,7 +28,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,14 +49,15 @@ from monitoring.feedback.labels import (
     Label,
     ServedTask,
     make_pseudonym,
+    make_tool,
     name_key,
     read_labels,
 )
 from services.events import read_joined
+from services.events.turns import read_turn, write_turns
 from stages.common.artifacts import STATE, read_lines, reports, write_json, write_text
 from stages.common.errors import InputError
 from stages.common.logs import get_logger
-from stages.common.messages import Message
 from stages.common.records import Row, make_row
 
 if TYPE_CHECKING:
@@ -146,9 +147,11 @@ def _row(label: Label, license: str, task: ServedTask, style: tuple[str, str]) -
     text, tags = label.value, {"feedback": str(label.kind)}
     if task.answers.class_name and (found := task.answers.read_class(text)):
         tags[task.answers.class_name] = found
-    answer = Message("assistant", task.answers.rewrite(text, task.answer_schema, style))
-    messages = [*label.prompt, answer]
-    return make_row(messages, "feedback", license, f"feedback/{label.prompt_hash}", tags, "feedback")
+    answer = task.answers.to_message(task.answers.rewrite(text, task.answer_schema, style))
+    # Of a conversation only the labelled answer is learned: no one said that the earlier ones are right.
+    before = [replace(one, is_learned=False) if one.role == "assistant" else one for one in label.prompt]
+    group = f"feedback/{label.prompt_hash}"
+    return make_row([*before, answer], "feedback", license, group, tags, "feedback", label.tools)
 
 
 def _report(
@@ -169,6 +172,7 @@ def _report(
         "steps": dict(steps),
         "by_kind": dict(sorted(Counter(row.tags["feedback"] for row in rows).items())),
         "by_label": _by_label(rows),
+        "by_error": dict(sorted(Counter(label.error for label in labels if label.error).items())),
         "by_user": [{"user": u, "given": counts.given_by_user[u], "rows": by_user[u]} for u in users],
         "by_key": {
             key: {
@@ -212,9 +216,23 @@ def write_labelled(root: Path, labelled: Labelled) -> None:
 
 def format_rows(rows: Iterable[Row]) -> str:
     """Return one JSON object a line, with the fields of a row."""
-    return "".join(
-        json.dumps({**asdict(row), "tags": dict(row.tags)}, ensure_ascii=False, sort_keys=True) + "\n"
-        for row in rows
+    return "".join(json.dumps(_to_fields(row), ensure_ascii=False) + "\n" for row in rows)
+
+
+def _to_fields(row: Row) -> dict[str, Any]:
+    """Return a row as plain values, its conversation as files of rows have it.
+
+    Keys are sorted, but for those of arguments and tools: the model reads them in their order.
+    """
+    fields = {name: getattr(row, name) for name in ("id", "source", "license", "group", "origin")}
+    turns = write_turns(row.messages)
+    for turn, message in zip(turns, row.messages, strict=True):
+        if message.is_learned is False:
+            turn["weight"] = 0
+    tools = {"tools": [tool.value for tool in row.tools]} if row.tools else {}
+    messages = [dict(sorted(turn.items())) for turn in turns]
+    return dict(
+        sorted({**fields, "messages": messages, "tags": dict(sorted(row.tags.items())), **tools}.items())
     )
 
 
@@ -230,8 +248,12 @@ def read_labelled(path: Path) -> list[Row]:
     for number, line in enumerate(read_lines(path), start=1):
         try:
             fields = json.loads(line)
-            messages = tuple(Message(turn["role"], turn["content"]) for turn in fields["messages"])
-            rows.append(Row(**{**fields, "messages": messages}))
+            messages = tuple(
+                replace(read_turn(turn), is_learned=False if turn.get("weight") == 0 else None)
+                for turn in fields["messages"]
+            )
+            tools = tuple(map(make_tool, fields.pop("tools", ())))
+            rows.append(Row(**{**fields, "messages": messages, "tools": tools}))
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(
                 f"{path}:{number} is not a valid row: {error!r}",
@@ -265,6 +287,10 @@ def format_report(report: Mapping[str, Any]) -> str:
             "All of it came from one key; if you trust it, raise `monitoring.feedback.max_share_per_key`.",
             "",
         ]
+    if report.get("by_error"):
+        lines += ["| what corrections changed | rows |", "|---|---:|"]
+        lines += [f"| {name} | {count:,} |" for name, count in report["by_error"].items()]
+        lines.append("")
     if report["by_user"]:
         lines += ["| most active users | feedback | rows |", "|---|---:|---:|"]
         lines += [f"| {one['user']} | {one['given']:,} | {one['rows']:,} |" for one in report["by_user"]]

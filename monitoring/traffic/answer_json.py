@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from stages.common.records import format_canonical_json
+from stages.common.task.tool_answers import read_tool_answer, respell_calls
 
 NO_JSON = object()  # the value of a text that is not JSON
 MAX_VALUE_CHARS = 60  # of a category
@@ -46,7 +47,10 @@ def _canonical(value: Any) -> str:
 
 
 def is_same_answer(answer: str, label: str) -> bool:
-    """Return whether two answers are equal: as JSON where both are JSON, else as stripped text."""
+    """Return whether two answers are equal: calls of tools in any order, JSON as JSON, else stripped text."""
+    turns = [read_tool_answer(respell_calls(text)) for text in (answer, label)]
+    if any(turn.calls or turn.malformed is not None for turn in turns):
+        return turns[0].malformed is None and turns[0].calls == turns[1].calls
     values = parse_json(answer), parse_json(label)
     if NO_JSON in values:
         return answer.strip() == label.strip()

@@ -71,6 +71,15 @@ FEATURES: tuple[Column, ...] = (
     Column("cancelled", "service", "flag", None, "", "the client went away"),
     Column("refused", "service", "flag", None, "", "refused by the server (4xx)"),
 )
+# Those of traffic with tools; other traffic has no values in them.
+TOOL_FEATURES: tuple[Column, ...] = (
+    Column("offered_tools", "input", "number", None, "tools", "tools in the request"),
+    Column("questions", "input", "number", None, "messages", "questions of the user in the conversation"),
+    Column("after_result", "input", "flag", None, "", "the answer follows the result of a tool"),
+    Column("called_tools", "output", "category", None, "", "tools that the answer calls"),
+    Column("calls", "output", "number", None, "calls", "calls in the answer"),
+    Column("malformed_call", "quality", "flag", "up", "", "a call begins in the answer that is none"),
+)
 
 
 def list_key_fields() -> list[pa.Field]:

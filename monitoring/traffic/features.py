@@ -27,15 +27,18 @@ from monitoring.traffic.columns import (
     ABSENT,
     ANSWER_PREFIX,
     FEATURES,
+    TOOL_FEATURES,
     VECTOR_SIZE,
     Column,
     build_table_schema,
 )
 from monitoring.traffic.embeddings import embed
 from monitoring.traffic.languages import detect_language
+from monitoring.traffic.tool_use import ToolUse, is_call, list_tools, read_tool_use
 from monitoring.traffic.windows import QuarantinedEvent
 from services.events import CLIENT_GONE
 from stages.common.errors import InputError
+from stages.common.messages import read_calls
 from stages.common.params.loop import FeatureSettings
 
 if TYPE_CHECKING:
@@ -69,6 +72,7 @@ class _Seen:
     decisions: Mapping[str, Any]
     answer: str | None
     value: Any  # of a JSON answer, or NO_JSON
+    tools: ToolUse | None
 
     @property
     def fields(self) -> Mapping[str, Any] | None:
@@ -79,7 +83,8 @@ def list_watched_columns(batches: Iterable[pa.RecordBatch], settings: FeatureSet
     """Return the columns of every window: the fixed ones and the keys of the reference's answers.
 
     A key is a category if its `max_categories` commonest values make up most of its answers, and else a
-    flag: is it there? Vectors are excluded where `settings.embeddings` is none.
+    flag: is it there? Vectors are excluded where `settings.embeddings` is none, and the columns of tools
+    where hardly any request has some.
     """
     fixed = [column for column in FEATURES if column.kind != "vector" or settings.embeddings != "none"]
     return (*fixed, *_answer_columns(batches, settings.max_categories))
@@ -87,13 +92,19 @@ def list_watched_columns(batches: Iterable[pa.RecordBatch], settings: FeatureSet
 
 def _answer_columns(batches: Iterable[pa.RecordBatch], max_categories: int) -> list[Column]:
     answers = 0
+    exchanges = with_tools = 0
     whole: Counter[str] = Counter()  # answers that are not JSON objects
     seen: Counter[str] = Counter()
     values: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for batch in batches:
-        texts = batch.select(["answer", "finish_reason"]).to_pylist()
+        texts = batch.select(["answer", "finish_reason", "parameters"]).to_pylist()
         for row in texts:
             answer = _whole_answer(row)
+            is_calling = answer is not None and is_call(answer)
+            exchanges += 1
+            with_tools += is_calling or bool(list_tools(row["parameters"]))
+            if is_calling:
+                continue
             value = NO_JSON if answer is None else parse_json(answer)
             if not isinstance(value, dict):
                 if answer is not None and len(whole) <= COUNTED_VALUES * max_categories:
@@ -108,6 +119,8 @@ def _answer_columns(batches: Iterable[pa.RecordBatch], max_categories: int) -> l
     wanted = max(MIN_KEY_ROWS, MIN_KEY_SHARE * answers)
     keys = [key for key, rows in seen.most_common() if rows >= wanted][:MAX_KEYS]
     found = [_answer_column(key, values[key], seen[key], max_categories) for key in sorted(keys)]
+    if with_tools >= max(MIN_KEY_ROWS, MIN_KEY_SHARE * exchanges):
+        return [*TOOL_FEATURES, *found]
     if whole.total() > answers and len(whole) <= max(MAX_CLASS_SHARE * whole.total(), 2):
         found.append(Column(ANSWER_CLASS, "output", "category", None, "", "the whole answer, one of a few"))
     return found
@@ -213,8 +226,9 @@ def _read(row: Mapping[str, Any]) -> _Seen:
     messages = parse_json(row["messages"])
     prompt = next(m["content"] for m in reversed(messages) if m["role"] == "user")
     answer = _whole_answer(row)
-    value = NO_JSON if answer is None else parse_json(answer)
-    return _Seen(row, prompt, len(messages), json.loads(row["decisions"]), answer, value)
+    value = NO_JSON if answer is None or is_call(answer) else parse_json(answer)
+    tools = read_tool_use(messages, row["parameters"], answer)
+    return _Seen(row, prompt, len(messages), json.loads(row["decisions"]), answer, value, tools)
 
 
 def _whole_answer(row: Mapping[str, Any]) -> str | None:
@@ -233,6 +247,8 @@ def _reader(column: Column) -> Callable[[_Seen], Any]:
         return _answer_key(column)
     if column.name.startswith("guard_"):
         return _guard(column.name.removeprefix("guard_"))
+    if column in TOOL_FEATURES:
+        return lambda one: getattr(one.tools, column.name, None)
     return _READERS[column.name]
 
 
@@ -275,6 +291,8 @@ def _answer_form(one: _Seen) -> str | None:
         return None
     if one.fields is not None:
         return ",".join(sorted(one.fields))[:MAX_VALUE_CHARS] or "(no keys)"
+    if is_call(one.answer):
+        return "(calls)" if read_calls(one.answer) else "(malformed call)"
     if one.value is NO_JSON:
         return "(text)" if one.answer.strip() else "(empty)"
     return "(list)" if isinstance(one.value, list) else "(value)"

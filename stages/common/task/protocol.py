@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from stages.common.messages import Message
 from stages.common.task.metrics import Metric
 
 Schema = dict[str, Any]
@@ -88,6 +89,10 @@ class Task(ABC):
     @abstractmethod
     def fits(self, schema: Mapping[str, Any] | None, answer: str) -> bool:
         """Return whether an answer fits a schema of `derive_schema`."""
+
+    def to_message(self, answer: str) -> Message:
+        """Return the turn that an answer is, as a row has it."""
+        return Message("assistant", answer)
 
     def format_answer(self, answer: str) -> str:
         """Return an answer as people read it in a report: the answer itself."""

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
 from typing_extensions import override
@@ -115,6 +116,23 @@ def read_tool_answer(answer: str) -> ToolAnswer:
     return ToolAnswer(turn[0], tuple(sorted(calls, key=lambda call: (call.tool, call.arguments))))
 
 
+def respell_calls(answer: str) -> str:
+    """Return calls in the spelling of `format_calls`, which people who correct one need not know."""
+    value = read_object(answer)
+    if CALLS_KEY not in value or read_calls(answer.strip()) is not None:
+        return answer.strip()
+    content = {"content": value["content"]} if value.get("content") else {}
+    rest = {key: inner for key, inner in value.items() if key not in ("content", CALLS_KEY)}
+    ordered = {**content, CALLS_KEY: value[CALLS_KEY], **rest}
+    return json.dumps(ordered, ensure_ascii=False, separators=(",", ":"))
+
+
+def read_object(text: str) -> dict[str, Any]:
+    """Return the JSON object that a text is; an empty one for any other text."""
+    found = read_json_answer(text)
+    return found.value if found is not None and isinstance(found.value, dict) else {}
+
+
 def calls_match(answer: ToolAnswer, reference: ToolAnswer) -> bool:
     """Return whether a turn does what the reference does: the same calls, or some text and no call.
 
@@ -188,8 +206,7 @@ def measure_nearness(answer: ToolAnswer, reference: ToolAnswer) -> float:
 
 def _read_malformed(answer: str) -> str:
     """Return what the model wrote."""
-    found = read_json_answer(answer)
-    written = found.value.get(MALFORMED_KEY) if found is not None else None
+    written = read_object(answer).get(MALFORMED_KEY)
     return written if isinstance(written, str) else answer
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from typing_extensions import override
 
-from stages.common.messages import CALLS_KEY, ToolCall, format_calls, read_calls
-from stages.common.task.json_answers import read_json_answer
+from stages.common.messages import CALLS_KEY, Message, ToolCall, format_calls, read_calls
 from stages.common.task.metrics import Metric
 from stages.common.task.protocol import Schema, Task
 from stages.common.task.tool_answers import (
@@ -19,7 +17,9 @@ from stages.common.task.tool_answers import (
     TEXT_CLASS,
     find_tool_errors,
     measure_nearness,
+    read_object,
     read_tool_answer,
+    respell_calls,
     score_tools,
 )
 
@@ -61,9 +61,9 @@ class ToolsTask(Task):
 
     @override
     def find_problem(self, answer: str) -> str | None:
-        text = _write_calls(answer)
+        text = respell_calls(answer)
         turn = read_tool_answer(text)
-        if turn.malformed is not None or (not turn.calls and CALLS_KEY in _read_object(text)):
+        if turn.malformed is not None or (not turn.calls and CALLS_KEY in read_object(text)):
             return f"the answer begins a call that is none: calls are {_FORM}, without NaN or a repeated key"
         if not turn.is_usable:
             return "the answer is empty: it has neither text nor a call"
@@ -82,7 +82,7 @@ class ToolsTask(Task):
 
     @override
     def rewrite(self, answer: str, schema: Mapping[str, Any] | None, separators: tuple[str, str]) -> str:
-        return _write_calls(answer)
+        return respell_calls(answer)
 
     @override
     def read_class(self, answer: str) -> str | None:
@@ -105,6 +105,10 @@ class ToolsTask(Task):
         return find_tool_errors(read_tool_answer(answer.strip()), read_tool_answer(reference.strip()))
 
     @override
+    def to_message(self, answer: str) -> Message:
+        return Message("assistant", *(read_calls(answer) or (answer,)))
+
+    @override
     def format_answer(self, answer: str) -> str:
         turn = read_tool_answer(answer.strip())
         if turn.malformed is not None:
@@ -125,20 +129,3 @@ class ToolsTask(Task):
 
 
 _FORM = format_calls("", [ToolCall("...", "{}")])
-
-
-def _write_calls(answer: str) -> str:
-    """Return calls in the spelling of `format_calls`, which people who correct one need not know."""
-    value = _read_object(answer)
-    if CALLS_KEY not in value or read_calls(answer.strip()) is not None:
-        return answer.strip()
-    content = {"content": value["content"]} if value.get("content") else {}
-    rest = {key: inner for key, inner in value.items() if key not in ("content", CALLS_KEY)}
-    ordered = {**content, CALLS_KEY: value[CALLS_KEY], **rest}
-    return json.dumps(ordered, ensure_ascii=False, separators=(",", ":"))
-
-
-def _read_object(text: str) -> dict[str, Any]:
-    """Return the JSON object that a text is; an empty one for any other text."""
-    found = read_json_answer(text)
-    return found.value if found is not None and isinstance(found.value, dict) else {}

@@ -16,6 +16,18 @@ from monitoring.traffic.answer_json import NO_JSON, format_category, is_same_ans
         (r'{"a":"\ud83d"}', r'{"a":"\ud83e"}', True),
         ("[" * 9000, "[" * 9000, True),
         ('{"a":1e999}', '{"a":1}', False),
+        (
+            '{"content":"Yes.","tool_calls":[{"name":"f","arguments":{"a":1,"b":2}},{"name":"g","arguments":{}}]}',
+            '{"tool_calls": [{"name": "g", "arguments": {}}, {"name": "f", "arguments": {"b": 2, "a": 1}}]}',
+            True,
+        ),
+        (
+            '{"tool_calls":[{"name":"f","arguments":{}}]}',
+            '{"tool_calls":[{"name":"g","arguments":{}}]}',
+            False,
+        ),
+        ('{"tool_calls":[{"name":"f","arguments":{}}]}', "f()", False),
+        ('{"malformed_call":"f("}', '{"malformed_call":"f("}', False),
     ],
 )
 def test_answers_are_compared_as_json_where_both_are(one, other, same):

@@ -1,0 +1,65 @@
+import json
+
+import pytest
+
+from monitoring.traffic.columns import TOOL_FEATURES
+from monitoring.traffic.features import compute_feature_tables, list_watched_columns
+from stages.common.messages import Message, ToolCall, format_malformed
+from stages.common.params.loop import FeatureSettings
+from tests.monitoring.store import exchange
+from tests.monitoring.traffic.test_features import batch
+
+SETTINGS = FeatureSettings(max_categories=4, embeddings="none", cost_per_hour=0.0)
+TOOL = {"type": "function", "function": {"name": "light", "parameters": {"type": "object"}}}
+PARAMETERS = json.dumps({"json_schema": None, "tools": [TOOL, TOOL], "tool_choice": "auto"})
+CALL = ToolCall("light", '{"area":"hall"}')
+ONE, TWO = (Message("assistant", "", calls).answer for calls in ((CALL,), (CALL, ToolCall("blind", "{}"))))
+ASKED = [{"role": "user", "content": "light"}]
+TOLD = [
+    *ASKED,
+    {"role": "assistant", "content": "", "tool_calls": [{"id": "a", "name": "light", "arguments": {}}]},
+    {"role": "tool", "content": "on", "tool_call_id": "a"},
+]
+
+
+def made_of(*answers, messages=ASKED, parameters=PARAMETERS, **changes):
+    events = [
+        exchange(n, answer=answer, messages=json.dumps(messages), parameters=parameters, **changes)
+        for n, answer in enumerate(answers)
+    ]
+    data = batch(*events)
+    columns = list_watched_columns([batch(*events * 5)], SETTINGS)
+    (table,) = compute_feature_tables([data], columns, SETTINGS)
+    return table
+
+
+def test_calls_become_columns():
+    table = made_of(ONE, TWO, "It is on.", format_malformed("<tool_call>{"), " ")
+    assert {column.name for column in TOOL_FEATURES} <= set(table.column_names)
+    assert table["called_tools"].to_pylist() == ["light", "blind+light", "(text)", "(malformed)", "(empty)"]
+    assert table["calls"].to_pylist() == [1, 2, 0, None, 0]
+    assert table["malformed_call"].to_pylist() == [0, 0, 0, 1, 0]
+    assert table["offered_tools"].to_pylist() == [2] * 5
+    assert table["answer_form"].to_pylist() == ["(calls)", "(calls)", "(text)", "(malformed call)", "(empty)"]
+    assert not [name for name in table.column_names if name.startswith("answer.")]
+
+
+def test_the_questions_of_a_conversation_are_counted_and_results_told_apart():
+    again = [*TOLD, {"role": "assistant", "content": "It is on."}, {"role": "user", "content": "thanks"}]
+    told, thanked = made_of("It is on.", messages=TOLD), made_of("You are welcome.", messages=again)
+    assert [told["questions"][0].as_py(), told["after_result"][0].as_py()] == [1, 1.0]
+    assert [thanked["questions"][0].as_py(), thanked["after_result"][0].as_py()] == [2, 0.0]
+    assert thanked["turns"][0].as_py() == 5
+
+
+@pytest.mark.parametrize("changes", [{"finish_reason": "cancelled"}, {"answer": None, "finish_reason": None}])
+def test_an_answer_that_was_cut_off_has_no_calls(changes):
+    answer = changes.pop("answer", ONE)
+    table = made_of(answer, **changes)
+    assert [table[name][0].as_py() for name in ("called_tools", "calls", "malformed_call")] == [None] * 3
+    assert table["offered_tools"][0].as_py() == 2
+
+
+def test_traffic_without_tools_has_none_of_these_columns():
+    table = made_of('{"intent":"On"}', "text", parameters="{}")
+    assert not {column.name for column in TOOL_FEATURES} & set(table.column_names)
