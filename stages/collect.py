@@ -155,6 +155,8 @@ def main() -> None:
             )
         if above := collected.metrics.get("lines_above_header"):
             logger.info("%s: %d lines above the header skipped", name, above)
+        if forms := collected.metrics.get("forms"):
+            logger.info("%s: %s", name, ", ".join(f"{form} ({n} rows)" for form, n in forms.items()))
         if unread := collected.metrics.get("unread_columns"):
             logger.warning(
                 "%s: not read: %s", name, ", ".join(f"{column} ({n} rows)" for column, n in unread.items())

@@ -31,7 +31,8 @@ from stages.common.logs import show_count
 from stages.common.params.loading import load_params
 from stages.common.records import ORIGINS, Row
 from stages.common.sources.detection.survey import survey_rows
-from stages.common.sources.detection.task_kind import Kind, TaskKind, detect_task_kind
+from stages.common.sources.detection.task_kind import Kind, TaskKind, detect_conversations, detect_task_kind
+from stages.common.sources.detection.tool_use import measure_tool_use
 from stages.common.sources.files.formats import FormatOptions
 from stages.common.sources.files.shapes import Columns
 from stages.common.spool import join
@@ -63,7 +64,7 @@ def _make_parser() -> argparse.ArgumentParser:
         "--language", action="append", help="ISO 639 code, instead of detecting it; may be repeated"
     )
     task = parser.add_argument_group("task, where detection is in doubt")
-    task.add_argument("--kind", choices=("json", "label", "text"), help="kind of answer")
+    task.add_argument("--kind", choices=("json", "label", "text", "chat", "tools"), help="kind of answer")
     task.add_argument("--label-key", help="key of a JSON answer whose value is its class")
     reading = parser.add_argument_group("format and columns, where detection is in doubt")
     reading.add_argument("--format", choices=("jsonl", "json", "csv", "parquet"))
@@ -130,6 +131,7 @@ def init(options: argparse.Namespace) -> int:
         files=files,
         task=task,
         survey=survey,
+        tool_use=measure_tool_use(rows),
         languages=dict.fromkeys(options.language, 1) if options.language else count_languages(rows),
     )
     sys.stdout.write(report_findings(found, is_exact))
@@ -152,14 +154,22 @@ def detect_task(files: Sequence[DataFile], kind: Kind | None, label_key: str | N
         InputError: a kind is in doubt, or the files are of different kinds.
     """
     if kind is None and len(files) > 1:
-        kinds = {file.origin: detect_task_kind(_answers([file]), None, label_key).kind for file in files}
+        kinds = {file.origin: _detect_kind([file], None, label_key).kind for file in files}
+        if "tools" in kinds.values() and set(kinds.values()) <= {"tools", "chat", "text"}:
+            return _detect_kind(files, "tools", None)  # an answer of this kind may be text
         if len(set(kinds.values())) > 1:
             raise InputError(
                 "the files are of different kinds: "
                 + ", ".join(f"{path} is {kind}" for path, kind in kinds.items()),
                 "train on one kind at a time, or choose with --kind for all of them",
             )
-    return detect_task_kind(_answers(files), kind, label_key)
+    return _detect_kind(files, kind, label_key)
+
+
+def _detect_kind(files: Sequence[DataFile], kind: Kind | None, label_key: str | None) -> TaskKind:
+    rows = reduce(join, (file.collected.rows for file in files))
+    conversations = detect_conversations(rows, kind) if label_key is None else None
+    return conversations or detect_task_kind(_answers(files), kind, label_key)
 
 
 def _answers(files: Sequence[DataFile]) -> Iterator[str]:

@@ -16,6 +16,8 @@ from stages.common.licenses import to_spdx
 from stages.common.params.checked_yaml import suggest_nearest
 from stages.common.sources.detection.survey import Spread, Survey
 from stages.common.sources.detection.task_kind import TaskKind
+from stages.common.sources.detection.tool_use import ToolUse
+from stages.common.sources.files.entries import count
 
 USUAL_LICENSES = (
     "apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "odbl-1.0",
@@ -25,7 +27,10 @@ USUAL_LICENSES = (
 PERMISSIVE = re.compile(
     r"(apache|mit|bsd|isc|cc0|cc-by-[\d.]+$|odc-by|pddl|unlicense|cdla-permissive)", re.IGNORECASE
 )
-SYSTEM_PROMPTS = {"json": "Answer with one JSON object.", "label": "Answer with one label.", "text": None}
+SYSTEM_PROMPTS = {
+    "json": "Answer with one JSON object.",
+    "label": "Answer with one label.",
+}  # of other kinds: none
 BIAS_GROUPS = ("person_gender", "person_origin", "source")  # of any rows; others are tags of the default ones
 PERSON_SLICES = ("person_gender", "person_origin")
 MEASURED_ONLY = {"min_representation_ratio": None, "max_cramers_v": None}
@@ -45,12 +50,18 @@ SHARE_MARGIN = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """What was found in the data: files, kind of task, survey, rows by language (None: not detected)."""
+    """What was found in the data.
+
+    Attributes:
+        languages: rows by language; None: not detected.
+        tool_use: of conversations; None for single questions without tools.
+    """
 
     files: Sequence[DataFile]
     task: TaskKind
     survey: Survey
     languages: Mapping[str, int] | None
+    tool_use: ToolUse | None = None
 
 
 def check_license(license: str) -> str:
@@ -79,7 +90,7 @@ def propose(
         "task": _propose_task(found, tags, system_prompt),
         "collect": {"sources": [file.as_entry(license, origin) for file in found.files]},
         "curate": _propose_curate(found.survey, params["curate"]),
-        "validate": _propose_validate(found.survey, license, params["validate"]),
+        "validate": _propose_validate(found, license, params["validate"]),
         "check_bias": {"groups": _propose_groups(tags, params["check_bias"]["groups"])},
         "split": {"max_train_rows_per_group": None},  # the default is for the templates of home_intents
         "ask_base": {
@@ -96,13 +107,13 @@ def propose(
 def _propose_task(found: Findings, tags: Sequence[str], system_prompt: str | None) -> dict[str, Any]:
     task = found.task
     have_own = found.survey.own_system > found.survey.rows / 2
-    has_classes = task.kind == "label" or task.label_key is not None
+    has_classes = task.kind in ("label", "tools") or task.label_key is not None
     return {
         "kind": task.kind,
         "label_key": task.label_key,
         "labels": None,
         "system_prompt": _choose_system_prompt(
-            system_prompt, None if have_own else SYSTEM_PROMPTS[task.kind]
+            system_prompt, None if have_own else SYSTEM_PROMPTS.get(task.kind)
         ),
         "stratify_by": "label" if has_classes else None,
         "slices": [*PERSON_SLICES, *tags],
@@ -114,7 +125,8 @@ def _choose_system_prompt(given: str | None, usual: str | None) -> str | None:
     return usual if given is None else given or None
 
 
-def _propose_validate(survey: Survey, license: str, validate: Mapping[str, Any]) -> dict[str, Any]:
+def _propose_validate(found: Findings, license: str, validate: Mapping[str, Any]) -> dict[str, Any]:
+    survey = found.survey
     allowed = list(validate["allowed_licenses"])
     if license.lower() not in [name.lower() for name in allowed]:
         allowed.append(license)
@@ -123,6 +135,8 @@ def _propose_validate(survey: Survey, license: str, validate: Mapping[str, Any])
         "max_prompt_chars": max(validate["max_prompt_chars"], 2 * _raise_limit(1, survey.question_chars)),
         "max_answer_chars": _raise_limit(validate["max_answer_chars"], survey.answer_chars),
     }
+    if found.task.kind == "tools":  # one tool can be learned: when to call it, and with what
+        values["min_labels"] = min(validate["min_labels"], len(survey.classes))
     if survey.classes and "max_label_share" in validate:
         largest = max(survey.classes.values()) / sum(survey.classes.values())
         if largest > validate["max_label_share"]:
@@ -200,6 +214,8 @@ def _describe_use(found: Findings) -> str:
     if found.task.kind == "json":
         key = found.task.label_key
         return f"Turn a request into one JSON object{f', whose {key} names its class' if key else ''}."
+    if found.task.kind == "tools" and found.tool_use is not None:
+        return f"Call {count(found.tool_use.tools, 'tool')}, and answer with what they return."
     return "Answer requests like those of its training data."
 
 

@@ -12,6 +12,7 @@ from flows.init.estimate import RunEstimate
 from flows.init.proposal import Findings
 from flows.init.reading import DataFile
 from stages.common.sources.detection.survey import Spread, Survey
+from stages.common.sources.detection.tool_use import ToolUse
 from stages.common.sources.files.entries import count, shorten, shorten_text
 
 SHOWN_CLASSES = 5
@@ -43,6 +44,9 @@ def _report_file(file: DataFile) -> Iterator[str]:
     yield f"{file.origin}: {count(len(file.collected.rows), 'row')} ({', '.join(filter(None, details))})"
     columns = ", ".join(f"{part} = {name}" for part, name in metrics["columns"].items())
     yield f"  shape        {metrics['shape']}: {columns}"
+    if metrics["forms"]:
+        forms = ", ".join(f"{form} ({count(rows, 'row')})" for form, rows in metrics["forms"].items())
+        yield f"  forms        {forms}"
     if metrics["unread_columns"]:
         names = ", ".join(metrics["unread_columns"])
         yield f"  not read     {names} (--tag-columns, --group-column or --context-column read a column)"
@@ -68,6 +72,8 @@ def _report_task(found: Findings) -> Iterator[str]:
         name, rows = list(classes.items())[-1]
         smallest = f"smallest {shorten(name, 30)} ({count(rows, 'row')})"
         yield f"  classes      {len(classes):,}: {', '.join(shown)}; {smallest}"
+    if found.tool_use is not None:
+        yield from _report_tool_use(found.tool_use)
     if found.languages is None:
         yield "  languages    not detected: pip install '.[monitor]', or give --language"
     elif found.languages:
@@ -75,6 +81,19 @@ def _report_task(found: Findings) -> Iterator[str]:
         shares = [(code, rows / total) for code, rows in found.languages.items()]
         shown = [f"{code} {share:.0%}" for code, share in shares[:SHOWN_LANGUAGES] if share >= LEAST_SHARE]
         yield f"  languages    {', '.join(shown)}"
+
+
+def _report_tool_use(use: ToolUse) -> Iterator[str]:
+    if use.tools or use.calls:
+        yield f"  tools        {use.tools:,}, at most {use.most_tools:,} in a row"
+        yield (
+            f"  calls        in {use.calling_share:.0%} of {use.answers:,} answers, "
+            f"{use.calls / max(1, use.calling_answers):.1f} in one (mean), {use.most_calls:,} (most)"
+        )
+    yield (
+        f"  turns        {use.questions / use.conversations:.1f} questions in a conversation (mean), "
+        f"{use.most_questions:,} (most)"
+    )
 
 
 def _report_survey(survey: Survey, is_exact: bool) -> Iterator[str]:

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from stages.common.artifacts import missing
+from stages.common.chat.row_class import read_row_class
 from stages.common.errors import InputError
-from stages.common.messages import Message
+from stages.common.messages import Message, Tool, ToolCall
 from stages.common.records import Row, count_chars
 from stages.common.spool import spool
 from stages.common.task.protocol import Task
@@ -92,9 +93,9 @@ def list_known_values(group: str, people: Mapping[str, Mapping[str, str]]) -> se
 
 
 def read_outcomes(rows: Sequence[Row], task: Task) -> list[str]:
-    """Return each row's outcome: the class of its answer, or the quarter that the answer's length is in."""
+    """Return each row's outcome: its class (such as a tool), or the quarter of its answer's length."""
     if task.class_name is not None:
-        return [task.read_class(row.answer) or "(no class)" for row in rows]
+        return [read_row_class(row, task) or "(no class)" for row in rows]
     lengths = np.array([len(row.answer) for row in rows])
     bounds = np.quantile(lengths, [0.25, 0.5, 0.75]) if len(rows) else []
     names = ("shortest quarter", "second quarter", "third quarter", "longest quarter")
@@ -115,5 +116,8 @@ def read_rejected_rows(path: Path) -> Sequence[Row]:
 
 def _read_rejected_row(line: str) -> Row:
     row = json.loads(line)["row"]
-    messages = tuple(Message(m["role"], m["content"]) for m in row["messages"])
-    return Row(**{**row, "messages": messages})
+    messages = tuple(
+        Message(**{**message, "tool_calls": tuple(ToolCall(**call) for call in message["tool_calls"])})
+        for message in row["messages"]
+    )
+    return Row(**{**row, "messages": messages, "tools": tuple(Tool(**tool) for tool in row["tools"])})

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Literal
 
+from stages.common.chat.row_class import read_row_class
 from stages.common.errors import InputError
 from stages.common.records import Row
 from stages.common.spool import join, pick
@@ -41,7 +42,7 @@ def read_strata(rows: Sequence[Row], stratify_by: str | None, task: Task) -> lis
     if stratify_by is None:
         return [""] * len(rows)
     if stratify_by == CLASS:
-        return [task.read_class(row.answer) or "" for row in rows]
+        return [read_row_class(row, task) or "" for row in rows]
     strata = [row.tags.get(stratify_by) for row in rows]
     if all(stratum is None for stratum in strata):
         have = sorted({tag for row in rows for tag in row.tags})

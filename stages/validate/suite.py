@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from stages.common.chat.row_class import read_row_class
 from stages.common.errors import ParamsError
 from stages.common.params.checked_yaml import suggest_nearest
 from stages.common.records import ORIGINS, Row
@@ -29,9 +30,11 @@ FIELDS: Mapping[str, Callable[[Row], Any]] = {
     "system_prompt": lambda row: m.content if (m := row.messages[0]).role == "system" else None,
     "question": lambda row: row.question,
     "answer": lambda row: row.answer,
-    "prompt_chars": lambda row: sum(len(message.content) for message in row.prompt),
+    "prompt_chars": lambda row: sum(len(message.answer) for message in row.prompt),
     "answer_chars": lambda row: len(row.answer),
     "turns": lambda row: len(row.messages),
+    "tools": lambda row: len(row.tools),
+    "calls": lambda row: sum(len(message.tool_calls) for message in row.messages),
     "question_has_text": lambda row: bool(row.question.strip()),
     "answer_has_text": lambda row: bool(row.answer.strip()),
 }
@@ -79,7 +82,7 @@ def find_read_texts(specs: Iterable[Spec]) -> set[str]:
 def build_table(rows: Sequence[Row], task: Task, texts: Collection[str] = TEXTS) -> pd.DataFrame:
     """Return one table row for each row: its fields, its lengths in characters, its tags as `tag_<key>`.
 
-    `answer_is_valid` holds for answers of the task. Where these have classes, `label` is an answer's class
+    `answer_is_valid` holds for answers of the task. Where these have classes, `label` is a row's class
     (None where it has none) and `label_share` the rows with the same class over all rows.
 
     Args:
@@ -91,7 +94,7 @@ def build_table(rows: Sequence[Row], task: Task, texts: Collection[str] = TEXTS)
     read = {name: read_field for name, read_field in FIELDS.items() if name not in excluded}
     read["answer_is_valid"] = lambda row: task.find_problem(row.answer) is None
     if task.class_name is not None:
-        read["label"] = lambda row: task.read_class(row.answer)
+        read["label"] = lambda row: read_row_class(row, task)
     table: dict[str, Any] = {name: [] for name in read}
     tags = []
     for row in rows:  # once: they may be in a file

@@ -13,12 +13,13 @@ from stages.check_bias.groups import read_outcomes, read_people, read_rejected_r
 from stages.check_bias.plots import plot_groups
 from stages.common.artifacts import read_json, write_json, write_lines, write_text
 from stages.common.errors import InputError, ParamsError
-from stages.common.messages import Message
+from stages.common.messages import Message, Tool, ToolCall
 from stages.common.params.loading import load_params
 from stages.common.records import format_reject, make_row, write_rows
 from stages.common.task.json_task import JsonTask
 from stages.common.task.kinds import TASK_FILE
 from stages.common.task.text_task import TextTask
+from stages.common.task.tools_task import ToolsTask
 
 ROOT = Path(__file__).parents[3]
 PEOPLE = {
@@ -290,3 +291,24 @@ def test_a_rejected_row_is_read_again_whatever_line_its_text_ends(tmp_path, char
     path = tmp_path / "rejects.jsonl"
     write_lines(path, [format_reject(lost, "near_duplicate", "of another")])
     assert read_rejected_rows(path) == [lost]
+
+
+def test_the_outcome_of_a_conversation_is_the_tool_that_it_calls_first():
+    def talk(tool):
+        turns = [
+            Message("user", "on"),
+            Message("assistant", "", (ToolCall(tool, "{}"),)),
+            Message("tool", "done"),
+            Message("assistant", "It is on."),
+        ]
+        return make_row(turns, "toy", "mit")
+
+    plain = make_row([Message("user", "hi"), Message("assistant", "hello")], "toy", "mit")
+    assert read_outcomes([talk("lamp"), talk("fan"), plain], ToolsTask()) == ["lamp", "fan", "(text)"]
+
+
+def test_rejected_rows_with_tools_come_back_as_they_were(tmp_path):
+    turns = [Message("user", "on"), Message("assistant", "", (ToolCall("lamp", "{}", "c1"),), reasoning="r")]
+    row = make_row(turns, "toy", "mit", tools=[Tool('{"type":"function","function":{"name":"lamp"}}')])
+    (tmp_path / "rejects.jsonl").write_text(format_reject(row, "unknown_tool", "x"))
+    assert list(read_rejected_rows(tmp_path / "rejects.jsonl")) == [row]

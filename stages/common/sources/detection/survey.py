@@ -14,12 +14,17 @@ from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
+from stages.common.chat.row_class import read_row_class
+from stages.common.messages import Message
 from stages.common.privacy.personal_data import RECOGNISERS, holds
-from stages.common.records import Row
+from stages.common.privacy.row_texts import list_private_texts
+from stages.common.records import Row, count_chars
 from stages.common.sources.detection.task_kind import TaskKind
 from stages.common.sources.files.entries import shorten
 from stages.common.spool import pick
+from stages.common.task.tools_task import ToolsTask
 
 MAX_SAMPLED_ROWS = 20_000  # a share of the sample is that of all rows to 0.7 points
 MAX_SAMPLED_CHARS = 40_000_000  # of the sample's rows together: about a minute
@@ -110,15 +115,16 @@ class _Totals:
         self._exchanges: Counter[tuple[int, int]] = Counter()
 
     def add(self, row: Row) -> None:
-        self.chars += sum(len(message.content) for message in row.messages)
+        self.chars += count_chars(row)
         self.own_system += row.messages[0].role == "system"
         self.questions.append(len(row.question))
         self.answers.append(len(row.answer))
-        if (label := read_class(row.answer, self._task)) is not None:
+        if (label := _read_row_class(row, self._task)) is not None:
             self.classes[label] += 1
         self._ids.add(row.id)
         # By hashes: prompts may be passages.
-        self._exchanges[hash(tuple(m.content for m in row.prompt)), hash(row.answer)] += 1
+        prompt = (*(m.answer for m in row.prompt), *(tool.text for tool in row.tools))
+        self._exchanges[hash(prompt), hash(row.answer)] += 1
 
     def count_duplicates(self) -> int:
         """Return how many rows have the messages of an earlier one."""
@@ -148,12 +154,14 @@ def survey_rows(
         if number % ROWS_A_STEP == 0:
             on_progress(number)
     sample = draw_sample(rows, totals.chars)
+    count_cached = lru_cache(maxsize=4096)(count_tokens)  # many rows have the same tools
     prompt_tokens, answer_tokens = array("q"), array("q")
     personal_data: Counter[str] = Counter()
     odd_texts = OddTexts()
     for row in sample:
-        prompt_tokens.append(sum(count_tokens(message.content) for message in row.prompt))
-        answer_tokens.append(count_tokens(row.answer))
+        turns = sum(count_tokens(_read_turn(message)) for message in row.prompt)
+        prompt_tokens.append(turns + sum(count_cached(tool.text) for tool in row.tools))
+        answer_tokens.append(count_tokens(_read_turn(row.messages[-1])))
         personal_data.update(find_personal_data(row))
         odd_texts.add(row)
     row_tokens = sorted(map(sum, zip(prompt_tokens, answer_tokens, strict=True)))
@@ -187,11 +195,21 @@ def draw_sample(rows: Sequence[Row], chars: int) -> Sequence[Row]:
     return pick(rows, sorted(random.Random(SAMPLE_SEED).sample(range(len(rows)), most)))
 
 
+def _read_turn(message: Message) -> str:
+    """Return what a turn is written as in a prompt, but for the notation of calls."""
+    return f"{message.reasoning}\n{message.answer}" if message.reasoning else message.answer
+
+
+def _read_row_class(row: Row, task: TaskKind) -> str | None:
+    """Return the class of a row: of its answer, or of its first calls."""
+    return read_row_class(row, ToolsTask()) if task.kind == "tools" else read_class(row.answer, task)
+
+
 def read_class(answer: str, task: TaskKind) -> str | None:
     """Return the class of an answer, None for a task without classes or an answer without one."""
     if task.kind == "label":
         return answer.strip()
-    if task.kind == "text" or task.label_key is None:
+    if task.label_key is None:
         return None
     try:
         value = json.loads(answer)
@@ -214,7 +232,8 @@ def measure_spread(counts: Iterable[int]) -> Spread:
 
 def find_personal_data(row: Row) -> list[str]:
     """Return the kinds of personal data in a row, secrets included."""
-    return [kind for kind in RECOGNISERS if any(holds(kind, message.content) for message in row.messages)]
+    texts = [text for _, text in list_private_texts(row)]
+    return [kind for kind in RECOGNISERS if any(holds(kind, text) for text in texts)]
 
 
 class OddTexts:

@@ -1,24 +1,26 @@
-"""The kind of task that a set of answers belongs to: JSON, one of a closed set of labels, or text."""
+"""The kind of task that a set of answers belongs to: JSON, a label, text, conversations, calls of tools."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from stages.common.errors import InputError
+from stages.common.records import Row
 from stages.common.sources.files.entries import shorten
 from stages.common.sources.files.shapes import are_labels, is_label_like
 
-Kind = Literal["json", "label", "text"]
+Kind = Literal["json", "label", "text", "chat", "tools"]
 
 LABEL_KEYS = ("intent", "label", "class", "category", "type", "action", "command", "function", "tool", "name")
 MIN_JSON_SHARE = 0.95  # of the answers; the others are broken rows
 MAX_JSON_SHARE = 0.05  # of the answers of another kind: some texts happen to be JSON
 # Between labels (each three times, see `is_label_column`) and texts that rarely repeat.
 MAX_TEXT_REPEATS = 1.5
+MIN_CONVERSATION_SHARE = 0.5  # of the rows that have several answers: with fewer, the last ones are learned
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,7 @@ def detect_task_kind(
             f"all {found.rows:,} rows have the same answer: {shorten(found.first)}",
             "name the column of the answers, or add rows with other answers",
         )
-    if kind in ("label", "text"):
+    if kind in ("label", "text", "chat", "tools"):
         return TaskKind(kind, None, f"as given; {different:,} different answers in {found.rows:,} rows")
     share = found.values / found.rows
     if share >= MIN_JSON_SHARE or kind == "json" or label_key is not None:
@@ -119,6 +121,31 @@ def detect_task_kind(
             "choose with --kind: label (one of a closed set) or text",
         )
     return TaskKind("text", None, f"{different:,} different answers in {found.rows:,} rows")
+
+
+def detect_conversations(rows: Sequence[Row], kind: Kind | None = None) -> TaskKind | None:
+    """Return the kind `tools` for rows with calls, `chat` for texts in several turns, None for other answers.
+
+    Args:
+        kind: where the user gives it.
+
+    Raises:
+        InputError: the user gives `tools`, and no row has a call.
+    """
+    calling = several = 0
+    for row in rows:
+        calling += any(message.tool_calls for message in row.messages)
+        several += sum(message.role == "assistant" for message in row.messages) > 1
+    if kind == "tools" and not calling:
+        raise InputError("no row has a call of a tool", "choose --kind chat or text, or add rows with calls")
+    if calling and kind in (None, "tools"):
+        return TaskKind("tools", None, f"{calling:,} of {len(rows):,} rows call tools")
+    if kind != "chat" and (kind is not None or several < MIN_CONVERSATION_SHARE * len(rows)):
+        return None
+    answers = (message.answer for row in rows for message in row.messages if message.role == "assistant")
+    found = detect_task_kind(answers, kind)
+    reason = f"{several:,} of {len(rows):,} rows have several answers"
+    return TaskKind("chat", None, reason) if found.kind in ("text", "chat") else None
 
 
 def _describe_json(found: _Answers, label_key: str | None) -> TaskKind:
