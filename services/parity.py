@@ -16,16 +16,18 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from stages.common.artifacts import artifacts, missing, read_json, reports, write_json
+from stages.common.chat.plain import NOTHING_HIDDEN, write_conversation, write_tools
 from stages.common.chat.template import encode_prompt, hash_template
 from stages.common.errors import InputError
 from stages.common.logs import set_quiet_environment, show_progress
+from stages.common.messages import Message, ToolCall, format_arguments
 from stages.common.model.loading import load_tokenizer
 from stages.common.params.loading import Params, load_params
 from stages.common.records import Row, read_rows
@@ -172,8 +174,7 @@ async def ask_all(
 
         async def ask(row: Row) -> ServedAnswer:
             nonlocal done
-            messages = [{"role": message.role, "content": message.content} for message in row.prompt]
-            body = {"messages": messages, "temperature": 0, "max_tokens": max_tokens, "user": row.id}
+            body = {**write_body(row), "temperature": 0, "max_tokens": max_tokens, "user": row.id}
             async with places:
                 answer = await client.post(
                     "/v1/chat/completions", json=body | ({"model": model} if model else {})
@@ -184,12 +185,31 @@ async def ask_all(
                 )
             value, done = answer.json(), done + 1
             show_progress(logger, done, len(rows))
-            return ServedAnswer(value["choices"][0]["message"]["content"], value["usage"]["prompt_tokens"])
+            text = read_served(value["choices"][0]["message"])
+            return ServedAnswer(text, value["usage"]["prompt_tokens"])
 
         try:
             return await asyncio.gather(*(ask(row) for row in rows))
         except httpx.HTTPError as error:
             raise InputError(f"{url} cannot be reached: {error!r}", _READY) from None
+
+
+def write_body(row: Row) -> dict[str, Any]:
+    """Return a row's conversation and tools as a client of OpenAI's API sends them."""
+    messages = write_conversation(NOTHING_HIDDEN, row.prompt)
+    for message in messages:
+        message.pop("name", None)  # of a result: the id of its call tells the tool
+        for call in message.get("tool_calls", ()):
+            call["function"]["arguments"] = format_arguments(call["function"]["arguments"])
+    tools = write_tools(NOTHING_HIDDEN, row.tools)
+    return {"messages": messages, **({"tools": tools} if tools else {})}
+
+
+def read_served(message: Mapping[str, Any]) -> str:
+    """Return an answer of OpenAI's API as the text that is judged (`Message.answer`)."""
+    calls = [call["function"] for call in message.get("tool_calls") or ()]
+    made = tuple(ToolCall(call["name"], call["arguments"]) for call in calls)
+    return Message("assistant", message["content"] or "", made).answer
 
 
 async def fetch_model(url: str, model: str | None, key: str | None) -> dict[str, Any]:

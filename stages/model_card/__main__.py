@@ -11,13 +11,16 @@ The card has no dates and no speeds, so identical runs write identical cards.
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from pprint import pformat
 from typing import Any
 
 from stages.common.artifacts import artifacts, atomic_dir, reports, write_text
+from stages.common.chat.plain import NOTHING_HIDDEN, write_conversation, write_tools
 from stages.common.errors import InputError
 from stages.common.licenses import to_spdx
 from stages.common.logs import get_logger, run_stage
@@ -87,6 +90,7 @@ def describe_training(
 ) -> dict[str, Any]:
     """Return what the template shows of the evidence, by the template's names."""
     example = sides["test"][0]
+    tools = write_tools(NOTHING_HIDDEN, example.tools)
     return {
         **evidence,
         "sources": count_sources(sides),
@@ -98,11 +102,19 @@ def describe_training(
         "lineage": list_lineage(lock),
         "revision": read_revision(),
         "target_modules": adapter["target_modules"],
-        "example_messages": json.dumps(
-            [{"role": m.role, "content": m.content} for m in example.prompt], indent=4, ensure_ascii=False
-        ),
+        "example_messages": _write_literal(write_conversation(NOTHING_HIDDEN, example.prompt)),
+        "example_tools": _write_literal(tools) if tools else None,
         "example_answer": example.answer,
     }
+
+
+def _write_literal(value: Any) -> str:
+    """Return a value as Python code: as JSON, which it is where it has only texts, else in Python's words."""
+    text = json.dumps(value, indent=4, ensure_ascii=False)
+    try:
+        return text if ast.literal_eval(text) == value else pformat(value, sort_dicts=False)
+    except ValueError:  # true, false or null
+        return pformat(value, sort_dicts=False)
 
 
 def main() -> None:

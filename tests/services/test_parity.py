@@ -7,7 +7,7 @@ import pytest
 from services import parity
 from stages.common.artifacts import write_json
 from stages.common.errors import InputError
-from stages.common.messages import Message
+from stages.common.messages import Message, Tool, ToolCall
 from stages.common.model.generation import answer_questions, encode_questions
 from stages.common.model.loading import load_base, load_tokenizer
 from stages.common.params.loading import load_params
@@ -121,3 +121,44 @@ def test_a_report_can_be_written_as_json(project, params, tmp_path):
     with serving(tmp_path, tiny_files(tmp_path / "model")) as server:
         report = parity.compare_with_server(server.url, None, params, project)
     assert json.loads(json.dumps(asdict(report)))["agrees"] is True
+
+
+def test_a_conversation_with_tools_is_sent_as_a_client_sends_it_and_its_answer_read_back():
+    tool = {"type": "function", "function": {"name": "light", "parameters": {"type": "object"}}}
+    row = make_row(
+        [
+            Message("user", "<|im_end|> light"),
+            Message(
+                "assistant",
+                "",
+                (ToolCall("light", '{"b": 1, "a": "\u00e9"}', "x"), ToolCall("light", "{}", "y")),
+            ),
+            Message("tool", "second", tool_call_id="y"),
+            Message("tool", "first", tool_call_id="x"),
+            Message("assistant", "Done."),
+        ],
+        source="test",
+        license="mit",
+        tools=[Tool(json.dumps(tool))],
+    )
+    body = json.loads(json.dumps(parity.write_body(row)))
+    assert body["tools"] == [tool]
+    question, calling, *results = body["messages"]
+    assert question == {"role": "user", "content": "<|im_end|> light"}
+    assert [call["function"] for call in calling["tool_calls"]] == [
+        {"name": "light", "arguments": '{"b":1,"a":"é"}'},
+        {"name": "light", "arguments": "{}"},
+    ]
+    ids = [call["id"] for call in calling["tool_calls"]]
+    assert results == [
+        {"role": "tool", "tool_call_id": number, "content": content}
+        for number, content in zip(ids, ("first", "second"), strict=True)
+    ]
+    assert parity.read_served(calling) == row.messages[1].answer.replace(", ", ",").replace(": ", ":")
+    assert parity.read_served({"content": None, "tool_calls": None}) == ""
+    assert parity.read_served({"content": "Done."}) == row.answer
+
+
+def test_a_conversation_without_tools_is_sent_as_it_was():
+    row = make_row([Message("user", "a"), Message("assistant", "b")], source="test", license="mit")
+    assert parity.write_body(row) == {"messages": [{"role": "user", "content": "a"}]}

@@ -14,6 +14,8 @@ from typing import Any
 from stages.common.chat.control_tokens import ControlTokens
 from stages.common.messages import Message, Tool
 
+NOTHING_HIDDEN = ControlTokens({}, None, normalized=False)  # where no template reads the values
+
 
 def write_conversation(control: ControlTokens, messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Return messages as OpenAI's API writes them, arguments of calls as values."""

@@ -2,6 +2,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import yaml
 
 from stages.common.artifacts import read_json, write_json, write_text
 from stages.common.errors import InputError
-from stages.common.messages import Message
+from stages.common.messages import Message, Tool, ToolCall
 from stages.common.records import make_row, write_rows
 from stages.common.repository.dvc_lock import compute_dvc_hash
 from stages.model_card.__main__ import main
@@ -234,6 +235,34 @@ def test_the_card_states_the_results_with_intervals(project):
     assert "`HassBroadcast`" in text
     assert "`On` answered as `Off\\|x` (2)" in text
     assert "rank | 16" in text
+
+
+def test_the_example_of_a_conversation_with_tools_is_python_that_has_them(project):
+    tool = {"type": "function", "function": {"name": "lamp", "parameters": {"additionalProperties": False}}}
+    messages = [
+        Message("user", "on"),
+        Message("assistant", "", (ToolCall("lamp", '{"on": true}'),)),
+        Message("tool", "done"),
+        Message("assistant", "It is on."),
+    ]
+    rows = [
+        make_row(
+            [Message("user", f"{n}"), *messages],
+            "toy/1",
+            "apache-2.0",
+            f"test{n // 2}",
+            tools=[Tool(json.dumps(tool))],
+        )
+        for n in range(10)
+    ]
+    write_rows(Path("artifacts/split/test.parquet"), [replace(row, origin="template") for row in rows])
+    write_lock()
+    code = card().split("```python")[1].split("```")[0]
+    given = {}
+    exec(code[code.index("messages =") : code.index("prompt =")], given)
+    assert given["tools"] == [tool]
+    assert given["messages"][2]["tool_calls"][0]["function"] == {"name": "lamp", "arguments": {"on": True}}
+    assert "tools=tools" in code
 
 
 def test_what_users_wrote_is_text_in_the_card(project):
