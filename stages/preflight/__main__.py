@@ -34,7 +34,9 @@ from stages.common.chat.fitting import (
     select_askable,
     select_misfits,
 )
+from stages.common.chat.row_class import read_row_class
 from stages.common.chat.template import Encoded, read_answer_frame, writes_date
+from stages.common.chat.turns import unroll
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage, show_progress
 from stages.common.model.loading import count_context_tokens, load_tokenizer, read_config
@@ -123,7 +125,8 @@ def find_row_problems(
             Misfit(row, "invalid_answer", problem)
             for side in SIDES
             for row, _ in fitting[side]
-            if (problem := task.find_problem(row.answer))
+            for answer in (one.answer for one in unroll([row], params.task.turns))
+            if (problem := task.find_problem(answer))
         ),
         lambda misfit: count_chars(misfit.row),
     )
@@ -176,7 +179,7 @@ def find_size_problems(
     params: Params, task: Task, fitting: FittingSides, misfits: Rejects
 ) -> list[InputError]:
     """Return which sides have too few rows left, and where the others went."""
-    classes = {task.read_class(row.answer) for row, _ in fitting["train"]} - {None}
+    classes = {read_row_class(row, task) for row, _ in fitting["train"]} - {None}
     least = {
         "train": choose_min_train_rows(params.split.min_train_rows, len(classes)),
         "test": max(
