@@ -86,6 +86,13 @@ def _read_tool(entry: Any, number: int, forms: set[str]) -> Tool:
     return tool
 
 
+def _decode_parameters(text: str) -> Any:
+    try:
+        return json.loads(encode_json(decode_json(text)))
+    except ValueError as error:
+        raise ValueError(f"its parameters are a text that is no JSON: {error}") from None
+
+
 @lru_cache(maxsize=8192)  # most rows have the tools of others
 def _convert_tool(text: str) -> tuple[Tool, str | None]:
     """Return a tool in OpenAI's form, and the name of its own form if it is another one.
@@ -110,7 +117,7 @@ def _convert_tool(text: str) -> tuple[Tool, str | None]:
     if "parameters" in function:
         parameters = function["parameters"]
         if isinstance(parameters, str):  # in Parquet often as text
-            parameters = json.loads(encode_json(decode_json(parameters)))
+            parameters = _decode_parameters(parameters)
         if isinstance(parameters, dict) and is_xlam(parameters):
             parameters, form = convert_parameters(parameters), XLAM
         if problem := find_schema_problem(parameters):

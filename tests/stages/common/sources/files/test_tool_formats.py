@@ -1,6 +1,8 @@
 """Conversations with tools as the field's files have them, each against the record that must come out."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +25,7 @@ TALK = [
     Message("tool", "done", tool_call_id="c1"),
     Message("assistant", "It is on."),
 ]
+ROWS = re.compile(r"`(\{\"(?:messages|conversations|query)\".*\})` \|")
 # The same without ids, which only OpenAI's format has.
 PLAIN_TALK = [
     TALK[0],
@@ -445,3 +448,14 @@ def test_conversations_that_cannot_be_learned(turns, reason):
 )  # fmt: skip
 def test_broken_calls_in_a_text(text):
     assert fault_of(sharegpt(("human", "hi"), ("gpt", text), tools=[LAMP]))[0] == "wrong_call"
+
+
+def test_the_examples_of_the_how_to_are_read():
+    page = (Path(__file__).parents[5] / "docs/how-to/own-data.md").read_text(encoding="utf-8")
+    table = page[page.index("### Conversations with tools") :]
+    examples = [text.replace("[…]", json.dumps([LAMP]).replace('"', '\\"')) for text in ROWS.findall(table)]
+    assert len(examples) == 4
+    for text in examples:
+        _, messages, tools, _ = read(json.loads(text))
+        assert [call.arguments for message in messages for call in message.tool_calls] == ['{"on":true}']
+        assert tools[0]["function"]["name"] == "lamp"
