@@ -299,7 +299,7 @@ def make_tool(value: Any) -> Tool:
     Raises:
         ValueError, TypeError, KeyError: it is none.
     """
-    tool = Tool(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    tool = Tool(json.dumps(value, ensure_ascii=False, separators=COMPACT, allow_nan=False))
     if not isinstance(value["function"]["name"], str) or not isinstance(tool.parameters, dict):
         raise TypeError("a tool has a name and a schema")
     return tool

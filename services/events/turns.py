@@ -24,17 +24,11 @@ def read_turn(turn: Mapping[str, Any]) -> Message:
     """
     role, content, reasoning = turn["role"], turn["content"], turn.get("reasoning_content")
     calls = tuple(
-        ToolCall(_text(call["name"]), format_arguments({**call["arguments"]}), _text(call["id"]))
+        ToolCall(_text(call["name"]), format_arguments({**call["arguments"]}), _text_or_none(call.get("id")))
         for call in turn.get("tool_calls", ())
     )
     number = turn.get("tool_call_id")
-    return Message(
-        _text(role),
-        _text(content),
-        calls,
-        None if number is None else _text(number),
-        None if reasoning is None else _text(reasoning),
-    )
+    return Message(_text(role), _text(content), calls, _text_or_none(number), _text_or_none(reasoning))
 
 
 def _write_turn(message: Message) -> dict[str, Any]:
@@ -54,3 +48,7 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is no text")
     return value
+
+
+def _text_or_none(value: Any) -> str | None:
+    return None if value is None else _text(value)

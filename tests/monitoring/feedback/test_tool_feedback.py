@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from monitoring.feedback.rows import HELD_OUT, ROWS, format_report, read_labelled, write_labelled
+from monitoring.feedback.rows import HELD_OUT, ROWS, format_report, format_rows, read_labelled, write_labelled
 from stages.common.messages import Message, ToolCall, format_arguments, format_malformed
+from stages.common.sources.feedback import collect_feedback
 from stages.common.task.tools_task import ToolsTask
 from tests.monitoring.feedback.test_feedback import TASK, Events
 
@@ -116,6 +117,19 @@ def test_an_answer_after_a_result_is_learned_with_the_call_before_it_and_nothing
     write_labelled(tmp_path, labelled)
     read = [*read_labelled(tmp_path / ROWS), *read_labelled(tmp_path / HELD_OUT)]
     assert read == [row]
+
+
+def test_the_pipeline_collects_the_rows_that_were_written(events, tmp_path):
+    ask(events, "", "Hm.", correction="It is on.", messages=json.dumps(TOLD), user="x")
+    ask(events, "attic too", "Hm.", correction=HALL, user="y")
+    labelled = events.rows(task=TOOLS)
+    rows = [*labelled.train, *labelled.holdout]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(format_rows(rows))
+    assert len(rows) == 2 and read_labelled(path) == rows
+    collected = collect_feedback(path, None, "stop").rows
+    assert [row.id for row in collected] == [row.id for row in rows]
+    assert [row.tools for row in collected] == [row.tools for row in rows]
 
 
 def test_two_answers_to_one_question_with_other_results_are_two_rows(events):
