@@ -40,8 +40,8 @@ def find_packaged_words(
         if " ".join((getattr(card, key) or "").split()) == words:
             yield (
                 ("model_card", key),
-                f"is about the packaged task, {without}: say it of your model, or write null (the card then "
-                "says that it is not stated)",
+                f"is about the packaged task, {without}: describe your model, or write null (the card then "
+                "shows that it is not stated)",
             )
     if task.system_prompt == SYSTEM_PROMPT and (task.kind, task.label_key) != ("json", LABEL_KEY):
         yield (
