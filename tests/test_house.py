@@ -107,7 +107,7 @@ def test_no_module_is_named_in_a_string_to_be_imported():
             assert "import_module(" not in text or dotted(path) in MAY_IMPORT_BY_NAME, dotted(path)
 
 
-# Alembic's and other plug-in loaders; the value says why.
+# Alembic's and other plug-in loaders; the value is the reason.
 MAY_IMPORT_BY_NAME: dict[str, str] = {}
 MAX_FILES = 13
 # Folders with more files of logic, and why they are not split.

@@ -6,6 +6,7 @@ import filecmp
 import logging
 import re
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,14 +17,24 @@ from stages.common.errors import InputError
 from stages.common.logs import show_count
 from stages.common.sources import Collected
 from stages.common.sources.files.encodings import guess_encoding
-from stages.common.sources.files.formats import SUFFIXES, FormatOptions, detect_format, get_inner_suffix
-from stages.common.sources.files.rows import collect_file
-from stages.common.sources.files.shapes import Columns
+from stages.common.sources.files.entries import Record
+from stages.common.sources.files.formats import (
+    SUFFIXES,
+    FormatOptions,
+    detect_format,
+    get_inner_suffix,
+    read_entries,
+)
+from stages.common.sources.files.rows import collect_file, read_fields, sample_entries
+from stages.common.sources.files.shapes import Columns, detect_shape
 
 logger = logging.getLogger("flows.init")
 
 DATA = Path("data")  # DVC watches this folder
 FEEDBACK = DATA / "feedback"  # written by the retraining flow
+MIN_CONTEXT_SHARE = 0.9  # of the first rows have a passage
+MIN_ROWS_A_PASSAGE = 1.5  # on average
+MIN_PASSAGES = 20  # fewer are too few groups to split
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +134,14 @@ def read_data_files(
 def _read_data_file(
     path: Path, folder: Path | None, license: str, origin: str, options: FormatOptions, columns: Columns
 ) -> DataFile:
-    is_guessed = not detect_format(path, options).is_certain
+    format = detect_format(path, options)
+    is_guessed = not format.is_certain
     if is_guessed:
         options = replace(options, encoding=guess_encoding(path))
+        format = detect_format(path, options)
+    if columns.group is None:
+        records = read_fields(sample_entries(read_entries(path, format))[0])
+        columns = replace(columns, group=find_passages(path, records, columns))
     collected = collect_file(
         path,
         license,
@@ -137,6 +153,22 @@ def _read_data_file(
         lambda done: show_count(logger, done, f"rows of {path} read"),
     )
     return DataFile(path, find_data_path(path, folder), options, columns, is_guessed, collected)
+
+
+def find_passages(path: Path, records: Sequence[Record], columns: Columns) -> str | None:
+    """Return the column of passages that several rows have in common; None if there is none.
+
+    Questions about one passage belong to one side of the split: apart they are near duplicates, of which
+    `split` removes those in training.
+    """
+    context = detect_shape(path, records, columns).context if records else None
+    if context is None:
+        return None
+    cells = (record.get(context) for record in records)
+    texts = Counter(cell for cell in cells if isinstance(cell, str) and cell.strip())
+    rows = texts.total()
+    is_shared = rows > MIN_CONTEXT_SHARE * len(records) and rows > MIN_ROWS_A_PASSAGE * len(texts)
+    return context if is_shared and len(texts) >= MIN_PASSAGES else None
 
 
 def name_options(fix: str) -> str:

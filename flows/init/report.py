@@ -50,6 +50,8 @@ def _report_file(file: DataFile) -> Iterator[str]:
     if metrics["unread_columns"]:
         names = ", ".join(metrics["unread_columns"])
         yield f"  not read     {names} (--tag-columns, --group-column or --context-column read a column)"
+    if file.columns.group:
+        yield f"  groups       rows with the same {file.columns.group} stay on one side of the split"
     row = file.collected.rows[0]
     yield f"  example      {shorten(row.question)} -> {shorten(row.answer)}"
     if rejected:
@@ -112,7 +114,7 @@ def _report_survey(survey: Survey, is_exact: bool) -> Iterator[str]:
     yield f"  tokens       {about}{survey.total_tokens:,}; a row has {_report_spread(survey.row_tokens)}"
     if survey.long_rows:
         long = count(survey.long_rows, "row")
-        yield f"  too long     {about}{long} of more tokens than finetune.max_length"
+        yield f"  too long     {about}{long} of more tokens than finetune.max_length: not trained on"
     if survey.personal_data:
         kinds = ", ".join(f"{kind} in {count(rows, 'row')}" for kind, rows in survey.personal_data.items())
         yield f"  personal     {kinds}: curate drops them (curate.personal_data)"

@@ -85,8 +85,8 @@ def _find_words(words: Words, task: TaskSettings, card: ModelCard) -> Iterator[t
         if " ".join((getattr(card, key) or "").split()) == text:
             yield (
                 ("model_card", key),
-                f"is about the packaged task, {without}: say it of your model, or write null (the card then "
-                "says that it is not stated)",
+                f"is about the packaged task, {without}: describe your model, or write null (the card then "
+                "shows that it is not stated)",
             )
     if task.system_prompt == words.system_prompt and (task.kind, task.label_key) != (
         words.kind,

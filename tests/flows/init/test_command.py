@@ -289,6 +289,33 @@ def test_tags_and_groups_are_written_and_balance_is_measured():
     assert "platform" not in params["check_bias"]["groups"]
 
 
+def passages(rows_a_passage, number=120):
+    return [
+        {
+            "question": f"What is {n}?",
+            "context": f"The passage {n // rows_a_passage}.",
+            "answer": f"it is {n}",
+        }
+        for n in range(number)
+    ]
+
+
+def test_questions_about_one_passage_are_one_group(capsys):
+    run(write_jsonl("data/a.jsonl", passages(4)))
+    assert entry()["group_column"] == "context"
+    assert "rows with the same context stay on one side" in capsys.readouterr().out
+    before = Path("params.yaml").read_bytes()
+    assert run("data/a.jsonl") == 0 and Path("params.yaml").read_bytes() == before
+    run("data/a.jsonl", "--group-column", "question")
+    assert entry()["group_column"] == "question"
+
+
+@pytest.mark.parametrize("rows_a_passage", [1, 12, 120])
+def test_passages_of_their_own_and_a_few_for_all_rows_are_no_groups(rows_a_passage):
+    run(write_jsonl("data/a.jsonl", passages(rows_a_passage)))
+    assert "group_column" not in entry()
+
+
 def test_a_licence_that_is_passed_on_is_that_of_the_model(capsys):
     run(write_csv("data/a.csv", PAIRS), license="CC-BY-SA-4.0")
     params = written()

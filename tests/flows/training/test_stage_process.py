@@ -45,13 +45,13 @@ def test_the_error_of_a_stage_is_its_own_words_with_the_fix():
         "curate: begins",
         "error: data/x.jsonl:7: not JSON",
         "data/x.jsonl:9: not JSON",
-        "  fix: mend the lines",
+        "  fix: correct the lines",
         "ERROR: failed to reproduce 'curate': failed to run: python -m stages.curate, exited with 1",
     ]
 
     assert (
         find_error(lines, "curate", 1)
-        == "data/x.jsonl:7: not JSON\ndata/x.jsonl:9: not JSON\n  fix: mend the lines"
+        == "data/x.jsonl:7: not JSON\ndata/x.jsonl:9: not JSON\n  fix: correct the lines"
     )
 
 

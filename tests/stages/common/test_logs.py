@@ -12,8 +12,8 @@ def run_stage(body: str, more: str = "") -> subprocess.CompletedProcess[str]:
 
 
 def test_bad_input_is_told_without_a_traceback():
-    done = run_stage("raise InputError('rows.jsonl:3: broken', 'mend the line')")
-    assert (done.returncode, done.stderr) == (1, "error: rows.jsonl:3: broken\n  fix: mend the line\n")
+    done = run_stage("raise InputError('rows.jsonl:3: broken', 'correct the line')")
+    assert (done.returncode, done.stderr) == (1, "error: rows.jsonl:3: broken\n  fix: correct the line\n")
 
 
 def test_bad_parameters_exit_2():
