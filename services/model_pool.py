@@ -23,7 +23,7 @@ from services.versions.aliases import ALIASES, Aliases, read_aliases
 from services.versions.store import ModelFiles
 from stages.common.chat.template import encode_prompt
 from stages.common.errors import InputError
-from stages.common.messages import Message
+from stages.common.messages import Message, Tool
 from stages.common.task.kinds import make_task
 from stages.common.task.protocol import Task
 
@@ -89,12 +89,12 @@ class LoadedModel:
         text = self.tokenizer.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return f"{text} … and {rest} more token ids" if rest > 0 else str(text)
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
         """Return the token ids of a conversation; one without a system prompt gets the one of training."""
         prompt = self.files.about["system_prompt"]
         if prompt and messages[0].role != "system":
             messages = [Message("system", prompt), *messages]
-        return encode_prompt(self.tokenizer, messages)
+        return encode_prompt(self.tokenizer, messages, tools)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,14 @@ from dataclasses import dataclass, field, replace
 
 from services import errors
 from services.answering import deadline
+from services.answering.checking import check_calls, check_tools
+from services.answering.held_calls import hold_calls, make_reader, restrict_text
 from services.answering.held_tokens import HeldTokens
 from services.answering.request import Delta, Echo, GenerationRequest, Usage, make_request_id
 from services.answering.state import GenerationState, build_exchange
 from services.background import BackgroundTasks
+from services.calls.notation import find_shown_tokens
+from services.calls.reading import Piece, join_pieces
 from services.engines.detokenizer import IncrementalDetokenizer
 from services.engines.protocol import (
     ContextOverflow,
@@ -73,7 +77,7 @@ class ChatHandler:
             try:
                 async for delta in self._generate_within_quota(request, state):
                     if delta.finish_reason is not None and route.shadow is not None:
-                        self._start_shadow(request, route.shadow, state.text)
+                        self._start_shadow(request, route.shadow, state.answer)
                     yield delta
             except ApiError as error:
                 self._record_failure(request, state, error.status, error.reason or error.code)
@@ -96,6 +100,7 @@ class ChatHandler:
         self, request: GenerationRequest, state: GenerationState
     ) -> AsyncIterator[Delta]:
         await self._check_requested_schema(request.sampling.json_schema, state.model)
+        await check_tools(request, state.model, self.schemas, self.settings.answers.constrained_decoding)
         prompt = self._encode(request, state)
         reserved = len(prompt) + request.sampling.max_tokens
         self.access.reserve(request.caller, reserved)
@@ -110,13 +115,18 @@ class ChatHandler:
     ) -> AsyncIterator[Delta]:
         buffered = buffers_output(self.settings.guard)
         echoed = not request.echo
-        async for step, text in self._decode(prompt, request, state):
+        pieces: list[Piece] = []
+        async for step, piece in self._decode(prompt, request, state):
             if not echoed:
                 yield Delta("", echo=_make_echo(request, prompt, step, state.model))
                 echoed = True
-            if not buffered and state.finish_reason is None and (text or step.logprobs):
-                yield Delta(text, step.logprobs)
-        last, logprobs, end = (state.text, (), None) if buffered else (text, step.logprobs, step.end)
+            if buffered:
+                pieces.append(piece)
+            elif state.finish_reason is None and (piece or step.logprobs):
+                yield Delta(piece.text, step.logprobs, reasoning=piece.reasoning, calls=piece.calls)
+        last, logprobs, end = (
+            (join_pieces(pieces), (), None) if buffered else (piece, step.logprobs, step.end)
+        )
         await self._check_answer(request, state)
         state.stored = True  # even if the client leaves before it is written
         try:
@@ -126,7 +136,17 @@ class ChatHandler:
         _count_request(request, state, 200)
         _observe_answer(state)
         usage = Usage(state.prompt_tokens, state.completion_tokens)
-        yield Delta(last, logprobs, state.finish_reason, usage, state.valid, state.mean_logprob, end=end)
+        yield Delta(
+            last.text,
+            logprobs,
+            state.finish_reason,
+            usage,
+            state.valid,
+            state.mean_logprob,
+            end=end,
+            reasoning=last.reasoning,
+            calls=last.calls,
+        )
 
     def _store_problem(self) -> str | None:
         return self.store.find_problem() if self.settings.events.on_failure == "refuse" else None
@@ -143,13 +163,13 @@ class ChatHandler:
             ApiError: the prompt is too long, or the guard rejects it.
         """
         limit = self.settings.guard.max_prompt_tokens
-        messages = request.as_messages(state.model.decode_prompt)
-        chars = sum(len(message["content"]) for message in messages)
+        texts = request.as_texts(state.model.decode_prompt)
+        chars = sum(len(text["content"]) for text in texts)
         if chars > limit * MAX_CHARS_PER_TOKEN:
             state.unread = True
             tokens = chars // MAX_CHARS_PER_TOKEN
             raise errors.context_length_exceeded(tokens, limit, request.prompt_param)
-        checked = check_prompt(messages, state.model.control_tokens, self.settings.guard)
+        checked = check_prompt(texts, state.model.control_tokens, self.settings.guard)
         apply_guard(state, checked, request.prompt_param)
         prompt = _tokenize(request, state.model)
         state.prompt_tokens = len(prompt)
@@ -178,31 +198,43 @@ class ChatHandler:
         guard = self.settings.guard
         requested = request.sampling.json_schema
         decision = None
-        if requested is not None and guard.schema_ != "off":
-            decision = await self.schemas.check_answer(state.text, requested)
         schema = requested or state.model.answer_schema
         is_json = requested is not None or state.model.task.answers_are_json
-        apply_guard(state, check_answer(state.text, schema, is_json, guard, decision), None)
+        if state.reader is not None and state.reader.has_calls:
+            schema, is_json = "{}", True
+            decision = (
+                await check_calls(request, state.answer, self.schemas) if guard.schema_ != "off" else None
+            )
+        elif requested is not None and guard.schema_ != "off":
+            decision = await self.schemas.check_answer(state.answer, requested)
+        thoughts = "".join(state.reasoning)
+        apply_guard(state, check_answer(state.answer, schema, is_json, guard, decision, thoughts), None)
 
     async def _decode(
         self, prompt: list[int], request: GenerationRequest, state: GenerationState
-    ) -> AsyncIterator[tuple[Step, str]]:
-        """Yield the engine's steps with their text; sets the finish reason with the last."""
-        sampling = self._resolve_sampling(request.sampling, state.model)
-        text, held = IncrementalDetokenizer(state.model.tokenizer, request.stops), HeldTokens()
+    ) -> AsyncIterator[tuple[Step, Piece]]:
+        """Yield the engine's steps with what they say; sets the finish reason with the last."""
+        tokenizer = state.model.tokenizer
+        has_calls = request.allowed is not None and bool(request.allowed.callable_tools)
+        shown = frozenset() if request.raw is not None else find_shown_tokens(tokenizer, has_calls)
+        text, held = IncrementalDetokenizer(tokenizer, request.stops, shown), HeldTokens()
         try:
+            sampling = self._resolve_sampling(request, state.model)
+            reader = state.reader = make_reader(request, sampling, tokenizer)
             async with aclosing(state.model.engine.generate(prompt, sampling)) as steps:  # type: ignore[type-var]
                 async for step in steps:
                     if request.sampling.max_tokens == 0:
                         step = Step((), "length", prompt_logprobs=step.prompt_logprobs)
-                    piece = text.push(step.token_ids)
+                    new = text.push(step.token_ids)
                     if step.finish_reason:
-                        piece += text.finish()
+                        new += text.finish()
                     step = held.release(step, text.count_released())
                     if text.stopped or not request.echo:
                         step = replace(step, end=None)
-                    state.add(step, piece)
-                    state.finish_reason = "stop" if text.stopped else step.finish_reason
+                    reason = "stop" if text.stopped else step.finish_reason
+                    piece = reader.push(new, is_last=reason is not None)
+                    state.add(step, new, piece.reasoning)
+                    state.finish_reason = "tool_calls" if reason == "stop" and reader.has_calls else reason
                     yield (
                         step
                         if request.sampling.logprobs is not None
@@ -212,7 +244,8 @@ class ChatHandler:
                     if state.finish_reason:
                         return
         except SchemaUnsupported as error:
-            raise errors.invalid_value("response_format", str(error)) from None
+            param = "tools" if request.tools else "response_format"
+            raise errors.invalid_value(param, str(error)) from None
         except Unsupported as error:
             raise errors.unsupported_parameter("echo", f"with logprobs is not supported: {error}") from None
         except ContextOverflow:
@@ -227,16 +260,20 @@ class ChatHandler:
             raise errors.engine_failed(request.request_id) from None
         raise errors.engine_failed(request.request_id)
 
-    def _resolve_sampling(self, requested: Sampling, model: LoadedModel) -> Sampling:
-        """Add log-probabilities, for monitoring, and the schema or choices of constrained decoding."""
-        requested = replace(
-            requested, logprobs=requested.logprobs or 0, max_tokens=max(1, requested.max_tokens)
-        )
-        if requested.json_schema is not None or not self.settings.answers.constrained_decoding:
-            return requested
-        if model.task.answers_are_json:
-            return replace(requested, json_schema=model.answer_schema)
-        return replace(requested, choices=model.task.closed_set or ())
+    def _resolve_sampling(self, request: GenerationRequest, model: LoadedModel) -> Sampling:
+        """Add log-probabilities, for monitoring, and the schema, choices or grammar of constrained decoding.
+
+        Raises:
+            SchemaUnsupported: the calls cannot be held.
+        """
+        wanted = request.sampling
+        sampling = replace(wanted, logprobs=wanted.logprobs or 0, max_tokens=max(1, wanted.max_tokens))
+        is_constrained = self.settings.answers.constrained_decoding
+        grammar = hold_calls(request, model, is_constrained)
+        if grammar is not None:
+            return replace(sampling, grammar=grammar.text, json_schema=None)
+        schema, choices = restrict_text(wanted.json_schema, model, is_constrained)
+        return replace(sampling, json_schema=schema, choices=choices)
 
     async def _store_exchange(
         self, request: GenerationRequest, state: GenerationState, status: int, reason: str | None
@@ -301,7 +338,7 @@ class ChatHandler:
                     pass
                 await self._check_answer(own, state)
                 await self._store_exchange(own, state, 200, None)
-                same = "yes" if state.text == shown else "no"
+                same = "yes" if state.answer == shown else "no"
                 get_metrics().shadows.labels(same, state.version).inc()
         except ApiError as error:
             logger.info("%s: the shadow of %s failed: %s", own.request_id, request.request_id, error)
@@ -332,7 +369,7 @@ def _tokenize(request: GenerationRequest, model: LoadedModel) -> list[int]:
     if request.raw is not None:
         return encode_text(model.tokenizer, request.raw)
     try:
-        return model.encode_chat(request.messages)
+        return model.encode_chat(request.messages, request.tools)
     except TemplateRefusal as error:
         raise errors.invalid_value("messages", error.what) from None
 

@@ -6,10 +6,14 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from services.calls.allowed import AllowedCalls
+from services.calls.reading import CallPiece
 from services.engines.protocol import Sampling, TokenLogprob
+from services.events.turns import write_turns
 from services.keys.access import Caller
-from stages.common.messages import Message
+from stages.common.messages import Message, Tool
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +23,7 @@ class GenerationRequest:
     Attributes:
         messages: the conversation; empty for a raw prompt.
         raw: text or token ids to continue as they are; None for a conversation.
+        allowed: the tools, and what of them the answer may call; None without tools.
         caller: the sender, as authenticated.
         model: the requested model; None for the default.
         user, session: the end user and the conversation, as given by the sender.
@@ -33,6 +38,7 @@ class GenerationRequest:
     sampling: Sampling
     caller: Caller
     raw: str | tuple[int, ...] | None = None
+    allowed: AllowedCalls | None = None
     stops: tuple[str, ...] = ()
     model: str | None = None
     user: str | None = None
@@ -53,16 +59,36 @@ class GenerationRequest:
             return "question"
         return "messages" if self.raw is None else "prompt"
 
-    def as_messages(self, decode: Callable[[Sequence[int]], str]) -> list[dict[str, str]]:
-        """Return the prompt as messages, as the guard and the event store read it.
+    @property
+    def tools(self) -> tuple[Tool, ...]:
+        """The tools of the conversation."""
+        return self.allowed.tools if self.allowed else ()
+
+    def as_texts(self, decode: Callable[[Sequence[int]], str]) -> list[dict[str, str]]:
+        """Return all texts of the prompt under the roles of who wrote them, as the guard reads them.
+
+        The tools are described by the operator, as the system message is.
 
         Args:
             decode: returns the text that token ids stand for.
         """
-        if self.raw is not None:
-            text = self.raw if isinstance(self.raw, str) else decode(self.raw)
-            return [{"role": "user", "content": text}]
-        return [{"role": message.role, "content": message.content} for message in self.messages]
+        tools = [{"role": "system", "content": tool.text} for tool in self.tools]
+        parts = [
+            {"role": message.role, "content": text}
+            for message in self._turns(decode)
+            for text in (message.content, message.reasoning, message.tool_calls and message.answer)
+            if text or text is message.content
+        ]
+        return [*tools, *parts]
+
+    def as_turns(self, decode: Callable[[Sequence[int]], str]) -> list[dict[str, Any]]:
+        """Return the prompt as messages, as the event store keeps it."""
+        return write_turns(self._turns(decode))
+
+    def _turns(self, decode: Callable[[Sequence[int]], str]) -> Sequence[Message]:
+        if self.raw is None:
+            return self.messages
+        return [Message("user", self.raw if isinstance(self.raw, str) else decode(self.raw))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +117,7 @@ class Delta:
     """New text of an answer; the last one has a finish reason and the usage.
 
     Attributes:
+        reasoning, calls: new thoughts, and new pieces of calls.
         echo: the prompt, on the first one, if it is to be repeated.
         end: log-probability of the end-of-turn token, on a last one that has it.
     """
@@ -103,6 +130,8 @@ class Delta:
     mean_logprob: float | None = None
     echo: Echo | None = None
     end: TokenLogprob | None = None
+    reasoning: str = ""
+    calls: tuple[CallPiece, ...] = ()
 
 
 def make_request_id() -> str:

@@ -6,8 +6,10 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from services.answering.request import GenerationRequest
+from services.calls.reading import AnswerReader
 from services.engines.protocol import Step
 from services.events import Exchange
 from services.guard.checks import GuardDecision
@@ -22,6 +24,8 @@ class GenerationState:
     Attributes:
         started: monotonic time, s.
         decisions: the guard's, by check.
+        reader: splits the answer into thoughts, text and calls.
+        reasoning: its thoughts so far.
         unread: the prompt is so long that it was refused before anything looked at it.
         stored: whether the store has the event, written or about to be.
     """
@@ -30,6 +34,8 @@ class GenerationState:
     started: float = field(default_factory=time.monotonic)
     decisions: dict[str, GuardDecision] = field(default_factory=dict)
     pieces: list[str] = field(default_factory=list)
+    reader: AnswerReader | None = None
+    reasoning: list[str] = field(default_factory=list)
     prompt_tokens: int = 0
     completion_tokens: int = 0
     logprob_sum: float = 0.0
@@ -52,8 +58,13 @@ class GenerationState:
 
     @property
     def text(self) -> str:
-        """The answer so far."""
+        """What the model has written so far."""
         return "".join(self.pieces)
+
+    @property
+    def answer(self) -> str:
+        """The answer so far, without thoughts, as the text that is judged (`Message.answer`)."""
+        return self.reader.judge() if self.reader else self.text
 
     @property
     def valid(self) -> bool | None:
@@ -66,8 +77,8 @@ class GenerationState:
         """Mean log-probability of the tokens so far, in nats; None without any."""
         return self.logprob_sum / self.logprob_count if self.logprob_count else None
 
-    def add(self, step: Step, text: str) -> None:
-        """Add a step of the engine, and its text."""
+    def add(self, step: Step, text: str, reasoning: str) -> None:
+        """Add a step of the engine, its text, and what of it is thoughts."""
         if self.first_token_s is None and (step.token_ids or step.finish_reason):
             self.first_token_s = time.monotonic() - self.started
         self.queue_s += step.queue_s
@@ -76,6 +87,8 @@ class GenerationState:
         self.logprob_count += len(step.logprobs)
         if text:
             self.pieces.append(text)
+        if reasoning:
+            self.reasoning.append(reasoning)
 
 
 def build_exchange(
@@ -92,11 +105,15 @@ def build_exchange(
         reason: code of the rejection or error.
         redact: kinds of personal data; a user or session that is one is stored as a hash.
     """
-    messages = request.as_messages(state.model.decode_prompt)
     if state.unread:  # to redact a megabyte takes a second, in which no other event is written
-        messages = [{**one, "content": f"[{len(one['content'])} characters]"} for one in messages]
+        messages = [
+            {**one, "content": f"[{len(one['content'])} characters]"}
+            for one in request.as_texts(state.model.decode_prompt)
+        ]
+    else:
+        messages = request.as_turns(state.model.decode_prompt)
     sampling = request.sampling
-    parameters = {
+    parameters: dict[str, Any] = {
         "max_tokens": sampling.max_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
@@ -104,6 +121,12 @@ def build_exchange(
         "stop": list(request.stops),
         "json_schema": sampling.json_schema,
     }
+    if request.allowed is not None:
+        parameters |= {
+            "tools": [] if state.unread else [tool.value for tool in request.tools],
+            "tool_choice": request.allowed.name or request.allowed.mode,
+            "parallel_tool_calls": request.allowed.is_parallel,
+        }
     return Exchange(
         request_id=request.request_id,
         received_at=request.received_at,
@@ -119,7 +142,7 @@ def build_exchange(
         parameters=json.dumps(parameters),
         status=status,
         reason=reason,
-        answer=state.text if state.finish_reason else None,
+        answer=state.answer if state.finish_reason else None,
         finish_reason=state.finish_reason,
         prompt_tokens=state.prompt_tokens,
         completion_tokens=state.completion_tokens,

@@ -141,7 +141,7 @@ class AnswerResponse(Response):
                     chunk = await asyncio.to_thread(formatter.format_chunk, delta, place)
                 if place not in opened:
                     opened.add(place)
-                    chunk = formatter.format_opening(place) + chunk
+                    chunk = formatter.format_opening(delta, place) + chunk
                 unfinished -= delta.finish_reason is not None
                 if not unfinished:
                     end = chunk + formatter.format_usage() + b"data: [DONE]\n\n"

@@ -11,6 +11,14 @@ import json
 from collections.abc import Collection
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic_core import PydanticCustomError
+
+# Types of pydantic's errors whose context has the field.
+UNSUPPORTED = "unsupported_field"  # it is not taken
+BROKEN_TEXT = "broken_text"  # its text is not Unicode
+WRONG = "wrong_field"  # its value does not fit other fields
+
 # They name who asks, what to keep, how fast to answer, or they describe what another field already holds.
 IGNORED = frozenset(
     {
@@ -18,6 +26,7 @@ IGNORED = frozenset(
         "cache_control",
         "description",
         "include_obfuscation",
+        "index",
         "metadata",
         "parallel_tool_calls",
         "prediction",
@@ -59,10 +68,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "verbosity": ("medium",),
 }
-_TOOLS = "tools are not supported; ask for JSON with response_format, type json_schema"
+_TOOLS = "/v1/chat/completions takes tools, and tool_choice"
 _GRAMMAR = "only JSON schemas are supported: response_format, type json_schema"
 ALTERNATIVES = {
     "audio": "only text is supported",
+    "custom": "only tools of the type function are supported",
     "function_call": _TOOLS,
     "functions": _TOOLS,
     "grammar": _GRAMMAR,
@@ -81,6 +91,26 @@ ALTERNATIVES = {
     "tools": _TOOLS,
 }
 SUPPORTED_TWIN = {"max_output_tokens": "max_tokens", "max_new_tokens": "max_tokens", "stop_sequences": "stop"}
+
+
+class Body(BaseModel):
+    """Base of request bodies: other fields are ignored if they change no answer, and rejected if they do."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_other_fields(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        if (path := find_broken_text(body)) is not None:
+            raise PydanticCustomError(BROKEN_TEXT, "is not valid Unicode", {"field": path})
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        for name, value in body.items():
+            if name not in known and not asks_for_nothing(name, value):
+                context = {"field": name, "problem": describe_unsupported(name, known)}
+                raise PydanticCustomError(UNSUPPORTED, "{problem}", context)
+        return body
 
 
 def asks_for_nothing(name: str, value: Any) -> bool:

@@ -8,10 +8,12 @@ from dataclasses import replace
 from services import errors
 from services.answering.handler import ChatHandler
 from services.answering.request import GenerationRequest
-from services.api.schemas import ChatRequest, CompletionRequest, ResponseFormat
-from services.engines.protocol import Sampling
+from services.api.schemas import ChatMessage, ChatRequest, CompletionRequest, ResponseFormat
+from services.api.tools import read_allowed
+from services.calls.allowed import check_schemas
+from services.engines.protocol import Sampling, SchemaUnsupported
 from services.keys.access import Caller
-from stages.common.messages import Message
+from stages.common.messages import Message, find_call_problem
 
 
 def parse_chat_request(
@@ -25,16 +27,22 @@ def parse_chat_request(
     limit = handler.settings.guard.max_messages
     if len(body.messages) > limit:
         raise errors.invalid_value("messages", f"{len(body.messages)} messages; at most {limit} are allowed")
-    messages = tuple(
-        Message("system" if message.role == "developer" else message.role, message.text())
-        for message in body.messages
-    )
+    messages = tuple(map(_read_message, body.messages))
     if all(message.role != "user" for message in messages):
         raise errors.invalid_value("messages", "there is no message with the role user")
+    if any(message.has_tools for message in messages) and (problem := find_call_problem(messages)):
+        raise errors.invalid_value("messages", problem)
+    allowed = read_allowed(body.tools or (), body.tool_choice, body.parallel_tool_calls)
+    if allowed is not None:
+        try:
+            check_schemas(allowed.tools)
+        except SchemaUnsupported as error:
+            raise errors.invalid_value("tools", str(error)) from None
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     sent = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     sampling = _parse_sampling(body, sent, logprobs, handler)
-    return _make_request("/v1/chat/completions", request_id, body, caller, sampling, messages, None)
+    request = _make_request("/v1/chat/completions", request_id, body, caller, sampling, messages, None)
+    return replace(request, allowed=allowed)
 
 
 def parse_completion_requests(
@@ -66,6 +74,16 @@ def parse_completion_requests(
         for place, prompt in enumerate(prompts[1:], start=1)
     ]
     return [first, *further]
+
+
+def _read_message(message: ChatMessage) -> Message:
+    return Message(
+        "system" if message.role == "developer" else message.role,
+        message.text(),
+        tuple(call.read() for call in message.tool_calls or ()),
+        message.tool_call_id,
+        message.reasoning_content,
+    )
 
 
 def _make_request(

@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from services import errors
-from services.api.schemas import BROKEN_TEXT, UNSUPPORTED
+from services.api.fields import BROKEN_TEXT, UNSUPPORTED, WRONG
 from services.errors import ApiError
 
 
@@ -41,7 +41,7 @@ def convert_validation_error(error: RequestValidationError, content_type: str = 
         return errors.invalid_json(f"{first['ctx']['error']} at position {first['loc'][-1]}")
     first, sent = _pick(error)
     param = ".".join(map(str, sent))
-    if first["type"] == BROKEN_TEXT:
+    if first["type"] in (BROKEN_TEXT, WRONG):
         param = ".".join(filter(None, (param, first["ctx"]["field"])))
         return errors.invalid_value(param or None, first["msg"])
     if first["type"] == UNSUPPORTED:

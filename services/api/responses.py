@@ -12,6 +12,7 @@ from itertools import accumulate
 from typing import Any
 
 from services.answering.request import Delta, Usage
+from services.calls.reading import CallPiece, Piece, join_pieces
 from services.engines.protocol import TokenLogprob
 from services.engines.token_bytes import TokenBytes
 from services.model_pool import LoadedModel
@@ -22,17 +23,18 @@ class Format:
     """What differs between the endpoints.
 
     Attributes:
-        opening: fields of the choice in the first chunk of a stream, as JSON; None without such a chunk.
-        delta: makes the text field of a chunk, as JSON.
-        content: makes the text field of a whole response.
+        opening: makes the fields of the choice in the first chunk of a stream, as JSON, of the first delta
+            that has its own chunk; None without such a chunk.
+        delta: makes the fields of a chunk, as JSON, of its text and the delta.
+        content: makes the fields of a whole response, of its text and all deltas.
         logprobs: makes the field `logprobs`, of tokens that begin at a character of the answer.
     """
 
     object: str
     chunk_object: str
-    opening: str | None
-    delta: Callable[[str], str]
-    content: Callable[[str], dict[str, Any]]
+    opening: Callable[[Delta], str] | None
+    delta: Callable[[str, Delta], str]
+    content: Callable[[str, Sequence[Delta]], dict[str, Any]]
     logprobs: Callable[[Sequence[TokenLogprob], TokenBytes, int], dict[str, Any]]
 
 
@@ -72,11 +74,11 @@ class ResponseFormatter:
         head = json.dumps(common, ensure_ascii=False, separators=(",", ":"))[:-1]
         self._head = f'data: {head},"choices":[{{"index":'
 
-    def format_opening(self, place: int = 0) -> bytes:
-        """Return the first chunk of a streamed answer; empty where the format has none."""
+    def format_opening(self, first: Delta, place: int = 0) -> bytes:
+        """Return the chunk before that of the first delta; empty where the format has none."""
         if self._format.opening is None:
             return b""
-        return f"{self._head}{place},{self._format.opening}}}]{self._no_usage}}}\n\n".encode()
+        return f"{self._head}{place},{self._format.opening(first)}}}]{self._no_usage}}}\n\n".encode()
 
     def format_chunk(self, delta: Delta, place: int = 0) -> bytes:
         """Return a chunk of a streamed answer."""
@@ -87,7 +89,7 @@ class ResponseFormatter:
             self._usages.append(delta.usage)
         reason = json.dumps(delta.finish_reason)
         rest = f'"logprobs": {logprobs}, "finish_reason": {reason}}}]{self._no_usage}}}'
-        return f"{self._head}{place},{self._format.delta(text)}, {rest}\n\n".encode()
+        return f"{self._head}{place},{self._format.delta(text, delta)}, {rest}\n\n".encode()
 
     def format_usage(self) -> bytes:
         """Return the chunk of a stream that has the usage of all answers; empty if it was not asked for."""
@@ -115,7 +117,7 @@ class ResponseFormatter:
         text, entries = _join(deltas)
         return {
             "index": place,
-            **self._format.content(text),
+            **self._format.content(text, deltas),
             "logprobs": self._format_logprobs(entries, 0) if entries else None,
             "finish_reason": deltas[-1].finish_reason,
         }
@@ -144,12 +146,39 @@ def _join(deltas: Sequence[Delta]) -> tuple[str, list[TokenLogprob]]:
     return "".join(text), entries
 
 
-def _chat_delta(text: str) -> str:
-    return f'"delta": {{"content": {json.dumps(text, ensure_ascii=False)}}}' if text else '"delta": {}'
+def _chat_opening(first: Delta) -> str:
+    # An answer that has no text has null in its place, as in a response that is not streamed.
+    content = "null" if first.reasoning or first.calls else '""'
+    return f'"delta": {{"role": "assistant", "content": {content}}}, "logprobs": null, "finish_reason": null'
 
 
-def _chat_content(text: str) -> dict[str, Any]:
-    return {"message": {"role": "assistant", "content": text, "refusal": None}}
+def _chat_delta(text: str, delta: Delta) -> str:
+    fields: dict[str, Any] = {"content": text} if text else {}
+    if delta.reasoning:
+        fields["reasoning_content"] = delta.reasoning
+    if delta.calls:
+        fields["tool_calls"] = [_describe_piece(call) for call in delta.calls]
+    return f'"delta": {json.dumps(fields, ensure_ascii=False)}'
+
+
+def _chat_content(text: str, deltas: Sequence[Delta]) -> dict[str, Any]:
+    whole = join_pieces(Piece(reasoning=delta.reasoning, calls=delta.calls) for delta in deltas)
+    has_text = bool(text) or not (whole.calls or whole.reasoning)
+    message: dict[str, Any] = {"role": "assistant", "content": text if has_text else None, "refusal": None}
+    if whole.reasoning:
+        message["reasoning_content"] = whole.reasoning
+    if whole.calls:
+        calls = map(_describe_piece, whole.calls)
+        message["tool_calls"] = [{key: call[key] for key in ("id", "type", "function")} for call in calls]
+    return {"message": message}
+
+
+def _describe_piece(call: CallPiece) -> dict[str, Any]:
+    """Return a piece of a call as in a chunk: its first piece has id, type and name."""
+    if call.id is None:
+        return {"index": call.place, "function": {"arguments": call.arguments}}
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"index": call.place, "id": call.id, "type": "function", "function": function}
 
 
 def _chat_logprobs(entries: Sequence[TokenLogprob], tokens: TokenBytes, offset: int) -> dict[str, Any]:
@@ -194,7 +223,7 @@ def _own(entry: TokenLogprob) -> tuple[int, float]:
 CHAT = Format(
     object="chat.completion",
     chunk_object="chat.completion.chunk",
-    opening='"delta": {"role": "assistant", "content": ""}, "logprobs": null, "finish_reason": null',
+    opening=_chat_opening,
     delta=_chat_delta,
     content=_chat_content,
     logprobs=_chat_logprobs,
@@ -203,8 +232,8 @@ COMPLETION = Format(
     object="text_completion",
     chunk_object="text_completion",
     opening=None,
-    delta=lambda text: f'"text": {json.dumps(text, ensure_ascii=False)}',
-    content=lambda text: {"text": text},
+    delta=lambda text, _: f'"text": {json.dumps(text, ensure_ascii=False)}',
+    content=lambda text, _: {"text": text},
     logprobs=_completion_logprobs,
 )
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from types import NoneType
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from services.api.fields import asks_for_nothing, describe_unsupported, find_broken_text
+from services.api.fields import UNSUPPORTED, WRONG, Body, describe_unsupported
+from services.api.tools import CallId, CallOfTool, FunctionTool, ToolChoice, find_tools_problem
+from services.calls.allowed import MAX_TOOLS
 from stages.common.params.services import MAX_MESSAGES
 
-UNSUPPORTED = "unsupported_field"  # type of pydantic's errors for a field that is not taken
-BROKEN_TEXT = "broken_text"  # type of pydantic's errors for text that is not Unicode
 MAX_STOPS = 4  # as OpenAI has it
 MAX_ALTERNATIVES = 20
 
@@ -20,45 +21,27 @@ _NO_TOKENS = "0 is only possible with echo, which repeats the prompt"
 _Prompt = Annotated[str, Field(min_length=1)] | Annotated[list[int], Field(min_length=1, fail_fast=True)]
 
 
-class _Body(BaseModel):
-    """Base of request bodies: other fields are ignored if they change no answer, and rejected if they do."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _has_no_other_fields(cls, body: Any) -> Any:
-        if not isinstance(body, dict):
-            return body
-        if (path := find_broken_text(body)) is not None:
-            raise PydanticCustomError(BROKEN_TEXT, "is not valid Unicode", {"field": path})
-        known = {field.alias or name for name, field in cls.model_fields.items()}
-        for name, value in body.items():
-            if name not in known and not asks_for_nothing(name, value):
-                context = {"field": name, "problem": describe_unsupported(name, known)}
-                raise PydanticCustomError(UNSUPPORTED, "{problem}", context)
-        return body
-
-
-class TextPart(_Body):
+class TextPart(Body):
     """One piece of a message's content."""
 
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(_Body):
+class ChatMessage(Body):
     """One turn of a conversation; `developer` is OpenAI's newer word for `system`."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+    tool_calls: Annotated[list[CallOfTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_call_id: CallId | None = None
+    reasoning_content: str | None = None
+    name: str | None = None
 
     @field_validator("content", mode="before")
     @classmethod
     def _is_text(cls, content: Any) -> Any:
-        if content is None:
-            raise ValueError("is null, and every message needs a text")
-        if not isinstance(content, (str, list)):
+        if not isinstance(content, (str, list, NoneType)):
             raise ValueError("must be a text or a list of parts of type text")
         for place, part in enumerate(content if isinstance(content, list) else ()):
             kind = part.get("type") if isinstance(part, dict) else None
@@ -67,12 +50,40 @@ class ChatMessage(_Body):
                 raise PydanticCustomError(UNSUPPORTED, "{problem}", context)
         return content
 
+    @model_validator(mode="after")
+    def _fits_its_role(self) -> ChatMessage:
+        if self.name is not None and self.role != "tool":  # there it repeats what the call has
+            context = {"field": "name", "problem": describe_unsupported("name", ())}
+            raise PydanticCustomError(UNSUPPORTED, "{problem}", context)
+        if (found := self._find_problem()) is not None:
+            field, problem = found
+            raise PydanticCustomError(WRONG, "{problem}", {"field": field, "problem": problem})
+        return self
+
+    def _find_problem(self) -> tuple[str, str] | None:
+        if self.tool_calls and self.role != "assistant":
+            return "tool_calls", "only an assistant calls tools"
+        if self.reasoning_content is not None and self.role != "assistant":
+            return "reasoning_content", "only an assistant has thoughts"
+        if self.tool_call_id is not None and self.role != "tool":
+            return "tool_call_id", "only a message of the role tool has it"
+        if self.tool_call_id is None and self.role == "tool":
+            return "tool_call_id", "is missing: a message of the role tool names the call whose result it is"
+        if self.content is None and not self.tool_calls:
+            return "content", "is missing or null, and every message needs a text, or calls of tools"
+        ids = [call.id for call in self.tool_calls or ()]
+        if len(set(ids)) < len(ids):
+            return "tool_calls", "two calls have one id"
+        return None
+
     def text(self) -> str:
         """Return the content in one piece."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
 
 
-class JsonSchema(_Body):
+class JsonSchema(Body):
     """A named JSON schema."""
 
     name: Annotated[str, Field(max_length=64)] = "answer"
@@ -80,7 +91,7 @@ class JsonSchema(_Body):
     strict: bool | None = None
 
 
-class ResponseFormat(_Body):
+class ResponseFormat(Body):
     """The required form of the answer: any text, a JSON object, or JSON that fits a schema."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
@@ -93,13 +104,13 @@ class ResponseFormat(_Body):
         return self
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """Options of a streamed response."""
 
     include_usage: bool | None = False
 
 
-class _Sampled(_Body):
+class _Sampled(Body):
     """Fields of both kinds of completion."""
 
     model: str | None = None
@@ -142,6 +153,19 @@ class ChatRequest(_Sampled):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+
+    @model_validator(mode="after")
+    def _tools_fit(self) -> ChatRequest:
+        problem = find_tools_problem(self.tools or (), self.tool_choice)
+        if problem is None and self.stop and self.tools and self.tool_choice != "none":
+            problem = "stop", "with tools it could cut a call; leave it out, or send tool_choice: none"
+        if problem is not None:
+            field, reason = problem
+            raise PydanticCustomError(WRONG, "{problem}", {"field": field, "problem": reason})
+        return self
 
     @model_validator(mode="after")
     def _alternatives_need_logprobs(self) -> ChatRequest:
@@ -188,7 +212,7 @@ def _is_prompt(value: Any) -> bool:
     return isinstance(value, str) and bool(value)
 
 
-class FeedbackRequest(_Body):
+class FeedbackRequest(Body):
     """The body of /v1/feedback: feedback on an answer."""
 
     request_id: Annotated[str, Field(min_length=1, max_length=64)]

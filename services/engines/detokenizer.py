@@ -17,6 +17,7 @@ class IncrementalDetokenizer:
     Args:
         tokenizer: the fast tokenizer of transformers.
         stops: strings that end the answer and are not part of it.
+        shown: special tokens that are text; all others are left out.
     """
 
     __slots__ = (
@@ -25,18 +26,25 @@ class IncrementalDetokenizer:
         "_finished",
         "_given",
         "_held",
+        "_hidden",
         "_ids",
+        "_skips_special",
         "_stops",
         "_stream",
         "_tokenizer",
         "stopped",
     )
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, stops: Sequence[str] = (), shown: frozenset[int] = frozenset()
+    ) -> None:
         from tokenizers.decoders import DecodeStream
 
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
+        # Where some are shown, the others are left out here.
+        self._hidden = frozenset(tokenizer.all_special_ids) - shown if shown else frozenset()
+        self._skips_special = not shown
+        self._stream = DecodeStream(skip_special_tokens=self._skips_special)
         self._stops = tuple(stop for stop in stops if stop)
         self._ids: list[int] = []
         self._begins: list[int] = []  # characters decoded before each token
@@ -55,6 +63,8 @@ class IncrementalDetokenizer:
         for token in token_ids:
             self._ids.append(token)
             self._begins.append(self._decoded)
+            if token in self._hidden:
+                continue
             # The stream holds back the bytes of incomplete characters.
             if piece := self._stream.step(backend, token):
                 pieces.append(piece)
@@ -67,7 +77,9 @@ class IncrementalDetokenizer:
         if self.stopped:
             return ""
         whole: str = self._tokenizer.decode(
-            self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            [token for token in self._ids if token not in self._hidden],
+            skip_special_tokens=self._skips_special,
+            clean_up_tokenization_spaces=False,
         )
         text = self._until_stop(whole[self._decoded :])
         if self.stopped:

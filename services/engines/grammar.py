@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from services.engines.protocol import Sampling, SchemaUnsupported
@@ -23,6 +24,7 @@ WHITESPACE = "[ ]?"
 # Memory of one answer's grammar: llguidance takes 1 to 2 kB for a state. Its own limits of a step, 200,000
 # units of lexing and 50,000 items, are about 17 ms and stay.
 MAX_LEXER_STATES = 25_000
+MAX_COMPILED = 32  # grammars that are kept
 
 # Compiling drops the interpreter's lock; in a thread of its own, so that no other work waits for it.
 _COMPILER = ThreadPoolExecutor(1, thread_name_prefix="grammar")
@@ -52,6 +54,24 @@ def compile_schema(schema: str, tokens: Any) -> Any:
     if matcher.is_error():
         reason = matcher.get_error().partition("\n")[0]
         raise SchemaUnsupported(f"the JSON schema cannot be compiled: {reason}")
+    return matcher
+
+
+def compile_grammar(grammar: str, tokens: Any) -> Any:
+    """Compile a grammar in llguidance's form of Lark; return llguidance's matcher.
+
+    Raises:
+        SchemaUnsupported: it cannot be compiled, or no answer fits it.
+    """
+    from llguidance import LLMatcher
+
+    try:
+        matcher = _make_matcher(tokens, LLMatcher.grammar_from_lark(grammar))
+    except ValueError as error:
+        raise SchemaUnsupported(f"the JSON schemas cannot be compiled: {error}") from error
+    if matcher.is_error():
+        reason = matcher.get_error().partition("\n")[0]
+        raise SchemaUnsupported(f"the JSON schemas cannot be compiled: {reason}")
     return matcher
 
 
@@ -89,6 +109,7 @@ class Grammars:
     def __init__(self, tokenizer: Any, vocab_size: int, end_id: int) -> None:
         self._tokenizer = tokenizer
         self._end_id = end_id
+        self._compiled: OrderedDict[str, Any] = OrderedDict()  # grammars of calls, the newest last
         self.vocab_size = vocab_size
 
     @cached_property
@@ -100,11 +121,14 @@ class Grammars:
         return from_tokenizer(self._tokenizer, n_vocab=size, eos_token=self._end_id)
 
     def compile_for(self, sampling: Sampling) -> Grammar | None:
-        """Return the grammar of an answer's JSON schema or choices; None where it may be any text.
+        """Return the grammar of an answer's grammar, JSON schema or choices; None where it may be any text.
 
         Raises:
             SchemaUnsupported: as `compile`.
         """
+        if sampling.grammar is not None:
+            again = partial(self._compile_again, sampling.grammar)
+            return Grammar(self._compile_once(sampling.grammar), self.vocab_size, again)
         if sampling.json_schema is not None:
             return self.compile(sampling.json_schema)
         return self.compile_choices(sampling.choices) if sampling.choices else None
@@ -121,18 +145,39 @@ class Grammars:
         """Compile a JSON schema; raise SchemaUnsupported if that is not possible."""
         return Grammar(compile_schema(schema, self._tokens), self.vocab_size)
 
+    def _compile_once(self, grammar: str) -> Any:
+        """Return a matcher; a client sends the same tools with every request of a conversation."""
+        matcher = self._compiled.pop(grammar, None)
+        if matcher is None:
+            matcher = compile_grammar(grammar, self._tokens)
+        self._compiled[grammar] = matcher
+        if len(self._compiled) > MAX_COMPILED:
+            self._compiled.popitem(last=False)
+        return matcher.deep_copy()
+
+    def _compile_again(self, grammar: str) -> Any:
+        self._compiled.pop(grammar, None)
+        return compile_grammar(grammar, self._tokens)
+
 
 class Grammar:
-    """The state of constrained decoding in one answer."""
+    """The state of constrained decoding in one answer.
 
-    __slots__ = ("_mask", "_matcher", "_vocab_size")
+    Args:
+        compile_again: returns another matcher. All that are copied from one share their states, so that one
+            answer may find the limits reached by others.
+    """
 
-    def __init__(self, matcher: Any, vocab_size: int) -> None:
+    __slots__ = ("_compile_again", "_mask", "_matcher", "_taken", "_vocab_size")
+
+    def __init__(self, matcher: Any, vocab_size: int, compile_again: Callable[[], Any] | None = None) -> None:
         from llguidance.numpy import allocate_token_bitmask
 
         self._matcher = matcher
         self._vocab_size = vocab_size
         self._mask = allocate_token_bitmask(1, vocab_size)
+        self._compile_again = compile_again
+        self._taken: list[int] = []
 
     def allowed(self) -> np.ndarray:
         """Return which tokens may come next; booleans of shape (vocabulary,).
@@ -141,9 +186,11 @@ class Grammar:
             SchemaUnsupported: the grammar outgrew its limits.
         """
         import numpy as np
-        from llguidance.numpy import fill_next_token_bitmask
 
-        fill_next_token_bitmask(self._matcher, self._mask, 0)
+        self._fill()
+        if self._matcher.is_error() and self._compile_again is not None:
+            self._start_again()
+            self._fill()
         self._check()
         bits = np.unpackbits(self._mask[0].view(np.uint8), bitorder="little")
         return bits[: self._vocab_size].astype(bool)
@@ -155,7 +202,22 @@ class Grammar:
             SchemaUnsupported: the grammar outgrew its limits.
         """
         self._matcher.consume_token(token)
+        if self._compile_again is not None:
+            self._taken.append(token)
+            if self._matcher.is_error():
+                self._start_again()
         self._check()
+
+    def _fill(self) -> None:
+        from llguidance.numpy import fill_next_token_bitmask
+
+        fill_next_token_bitmask(self._matcher, self._mask, 0)
+
+    def _start_again(self) -> None:
+        """Take all tokens with a matcher that has no states of other answers."""
+        assert self._compile_again is not None
+        self._matcher, self._compile_again = self._compile_again(), None
+        self._matcher.consume_tokens(self._taken)
 
     def _check(self) -> None:
         if self._matcher.is_error():

@@ -126,6 +126,10 @@ class OpenvinoEngine(Worker):
     def _prepare(self, sampling: Sampling) -> Any:
         if sampling.prompt_logprobs:
             raise Unsupported("the openvino engine has no log-probabilities of prompts")
+        if sampling.grammar is not None:
+            raise SchemaUnsupported(
+                "the openvino engine holds no calls of tools; services.engine.kind: paged does"
+            )
         self._grammars.compile_for(sampling)
         if sampling.json_schema is not None:
             check_keywords(json.loads(sampling.json_schema))

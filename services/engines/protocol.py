@@ -44,6 +44,7 @@ class Sampling:
         logprobs: number of alternatives to report with each token; None for no log-probabilities.
         json_schema: constrains decoding to JSON that fits this schema; `{}` is any JSON value.
         choices: constrains decoding to one of these texts; not together with `json_schema`.
+        grammar: constrains decoding to a grammar in llguidance's form of Lark; not with the two above.
         prompt_logprobs: report the prompt's tokens too, with the number of alternatives of `logprobs`.
     """
 
@@ -56,7 +57,13 @@ class Sampling:
     logprobs: int | None = None
     json_schema: str | None = None
     choices: tuple[str, ...] = ()
+    grammar: str | None = None
     prompt_logprobs: bool = False
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether a grammar holds the answer."""
+        return self.grammar is not None or self.json_schema is not None or bool(self.choices)
 
     def __post_init__(self) -> None:
         if self.temperature < MIN_TEMPERATURE:

@@ -137,7 +137,7 @@ class VllmEngine:
         except (self._vllm.EngineDeadError, self._vllm.EngineGenerateError) as error:
             raise EngineError(f"vLLM failed: {error}") from error
         except ValueError as error:  # vLLM rejects a request with one
-            kind = SchemaUnsupported if sampling.json_schema is not None else EngineError
+            kind = SchemaUnsupported if sampling.is_constrained else EngineError
             raise kind(f"vLLM rejects the request: {error}") from error
         finally:
             self._waiting.discard(number)
@@ -169,6 +169,8 @@ class VllmEngine:
         structured = None
         if sampling.json_schema is not None:
             structured = self._vllm.StructuredOutputsParams(json=set_whitespace(sampling.json_schema))
+        elif sampling.grammar is not None:
+            structured = self._vllm.StructuredOutputsParams(grammar=sampling.grammar)
         elif sampling.choices:
             structured = self._vllm.StructuredOutputsParams(choice=list(sampling.choices))
         return self._vllm.SamplingParams(

@@ -127,10 +127,10 @@ class Worker(ABC):
                 f"the prompt has {len(prompt)} tokens, and the context {self.context_tokens} with the answer"
             )
         try:
-            if sampling.json_schema is None and not sampling.choices:
-                state = self._prepare(sampling)
-            else:
+            if sampling.is_constrained:
                 state = await compile_apart(self._prepare, sampling)
+            else:
+                state = self._prepare(sampling)
         except Exception as error:
             raise make_failure(error) from error
         loop = asyncio.get_running_loop()

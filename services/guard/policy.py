@@ -55,6 +55,7 @@ def check_answer(
     is_json: bool,
     settings: Guard,
     schema_decision: GuardDecision | None = None,
+    thoughts: str = "",
 ) -> Iterator[CheckResult]:
     """Yield the result of each check of a complete answer as it is asked for.
 
@@ -63,15 +64,17 @@ def check_answer(
         is_json: whether the answer is JSON; if not, the schema describes it as a string.
         schema_decision: whether it fits, where that was checked elsewhere: a client's schema is never
             checked on the event loop.
+        thoughts: what the model wrote before the answer, which is shown too.
     """
     if schema is not None and settings.schema_ != "off":
         value = text if is_json else json.dumps(text.strip())
         decision = schema_decision or checks.check_schema(value, schema)
         yield CheckResult("schema", settings.schema_, decision)
+    shown = f"{thoughts}\n{text}" if thoughts else text
     if settings.secrets != "off":
-        yield CheckResult("secrets", settings.secrets, checks.check_secrets(text))
+        yield CheckResult("secrets", settings.secrets, checks.check_secrets(shown))
     if settings.personal_data != "off":
-        yield CheckResult("personal_data", settings.personal_data, checks.check_personal_data(text))
+        yield CheckResult("personal_data", settings.personal_data, checks.check_personal_data(shown))
 
 
 def buffers_output(settings: Guard) -> bool:

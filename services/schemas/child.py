@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 from llguidance import LLTokenizer
 
-from services.engines.grammar import Grammar, compile_schema
+from services.engines.grammar import Grammar, compile_grammar, compile_schema
 from services.engines.protocol import SchemaUnsupported
 from services.guard.checks import check_schema
 from services.parent import end_with_parent
@@ -38,6 +38,8 @@ def run_job(job: dict[str, Any], tokens: dict[str, Any]) -> dict[str, Any]:
         tokens[job["name"]] = LLTokenizer(job["tokenizer"], eos_token=job["end_id"])
         return {}
     try:
+        if job["do"] == "compile_grammar":
+            return try_grammar(job, tokens[job["name"]])
         decision = check_schema(job.get("answer", "null"), job["schema"])
         if job["do"] == "compile":
             vocabulary = tokens[job["name"]]
@@ -52,6 +54,26 @@ def run_job(job: dict[str, Any], tokens: dict[str, Any]) -> dict[str, Any]:
     except BaseException as error:  # a panic of the compiler is no Exception
         return {"problem": f"the JSON schema cannot be checked: {type(error).__name__}"}
     return {"allow": decision.allow, "reason": decision.reason}
+
+
+def try_grammar(job: dict[str, Any], vocabulary: Any) -> dict[str, Any]:
+    """Compile the grammar of calls, and find the next tokens where the arguments of each tool begin.
+
+    Raises:
+        SchemaUnsupported: it outgrows its limits.
+        InputError: a schema is not valid.
+    """
+    for schema in job["schemas"]:
+        check_schema("null", schema)
+    matcher = compile_grammar(job["grammar"], vocabulary)
+    Grammar(matcher.deep_copy(), vocabulary.vocab_size).allowed()
+    for probe in job["probes"]:
+        state = Grammar(matcher.deep_copy(), vocabulary.vocab_size)
+        for token in vocabulary.tokenize_str(probe, parse_special=True):
+            state.take(token)
+        if not state.allowed().any():
+            raise SchemaUnsupported(f"no arguments fit the schema of a tool, behind {probe!r}")
+    return {}
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 from collections import OrderedDict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -59,12 +60,32 @@ class SchemaTrials:
             QueueFull: too many schemas wait to be tried, or the machine is too busy for this one.
         """
         check_bounds(schema)
-        key = (name, schema)
+        await self._try({"do": "compile", "schema": schema}, schema, name, tokenizer)
+
+    async def check_grammar(
+        self, grammar: str, schemas: Sequence[str], probes: Sequence[str], name: str, tokenizer: Any
+    ) -> None:
+        """Check that schemas are valid, and a grammar that holds them compiles within the budget.
+
+        Args:
+            grammar: in llguidance's form of Lark.
+            probes: beginnings of answers, behind which a grammar has most to do.
+            name: of the model, whose `tokenizer` the grammar is compiled for.
+
+        Raises:
+            SchemaUnsupported: it is not; the message has the reason.
+            QueueFull: as `check_schema`.
+        """
+        job = {"do": "compile_grammar", "grammar": grammar, "schemas": schemas, "probes": probes}
+        await self._try(job, grammar, name, tokenizer)
+
+    async def _try(self, job: dict[str, Any], tried: str, name: str, tokenizer: Any) -> None:
+        key = (name, tried)
         if key in self._verdicts:
             self._verdicts.move_to_end(key)
             problem = self._verdicts[key]
         else:
-            job = {"do": "compile", "schema": schema, "name": name, "cpu_s": self._cpu_s}
+            job = {**job, "name": name, "cpu_s": self._cpu_s}
             problem = (await self._compiling.run(job, tokenizer)).get("problem")
             self._verdicts[key] = problem
             if len(self._verdicts) > MAX_VERDICTS:

@@ -142,6 +142,11 @@ def find_conversation_problem(messages: Sequence[Message]) -> str | None:
         return "no answer: the last message is not the assistant's"
     if not messages[-1].content.strip() and not messages[-1].tool_calls:
         return "no answer: the last message is empty"
+    return find_call_problem(messages)
+
+
+def find_call_problem(messages: Sequence[Message]) -> str | None:
+    """Return what is wrong with the calls of a conversation and their results, or None."""
     return next(_find_call_problems(messages), None)
 
 

@@ -164,6 +164,7 @@ def _read_call_format(tokenizer: Any) -> CallFormat:
     prompt, single = render_example(tokenizer, [_QUESTION, Message("assistant", "", (one,))], _TOOLS)
     if _NAME not in prompt or _OTHER_NAME not in prompt:
         raise _lacks("does not write the tools")
+    single = cut_reasoning(tokenizer, single)  # a turn without thoughts may have an empty block of them
     opener, first, closer = _find_object(single)
     call_turn = Message("assistant", "", (one,))
     result = Message("tool", _TEXT)
@@ -215,6 +216,7 @@ def _find_separator(
         _, both = render_example(tokenizer, [_QUESTION, Message("assistant", "", (one, two))], _TOOLS)
     except InputError:
         return ""  # Llama 3 refuses more than one
+    both = cut_reasoning(tokenizer, both)
     if not both.startswith(opener + first) or not both.endswith(closer) or _OTHER_NAME not in both:
         raise _lacks("writes two calls in another form than one")
     rest = both[len(opener + first) : len(both) - len(closer)]
@@ -223,7 +225,7 @@ def _find_separator(
 
 def _find_text_separator(tokenizer: Any, one: ToolCall, single: str) -> str | None:
     _, text = render_example(tokenizer, [_QUESTION, Message("assistant", _TEXT, (one,))], _TOOLS)
-    text = text.lstrip()  # before an answer Mistral writes a space
+    text = cut_reasoning(tokenizer, text).lstrip()  # before an answer Mistral writes a space
     if not text.startswith(_TEXT) or not text.endswith(single.lstrip()):
         return None
     return text[len(_TEXT) : len(text) - len(single.lstrip())]

@@ -78,6 +78,7 @@ class AnswerFrame:
         end_id: its id.
         after: text behind it, which no model writes.
         thought_end: what ends the thoughts before an answer; None where the model does not think.
+        thought_start: what begins them; empty where the prompt ends with it.
     """
 
     before: str
@@ -85,6 +86,7 @@ class AnswerFrame:
     end_id: int
     after: str
     thought_end: str | None = None
+    thought_start: str = ""
 
 
 def encode_prompt(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
@@ -259,13 +261,14 @@ def _read_answer_frame(tokenizer: Any) -> AnswerFrame:
         )
     place = after.index(ends[0]) + len(ends[0])
     # What a thinking model writes before its answer is learned with it.
-    _, thought, thought_end = before.partition(_THOUGHT)
+    thought_start, thought, thought_end = before.partition(_THOUGHT)
     return AnswerFrame(
         "" if thought else before,
         after[:place],
         control.ids[ends[0]],
         after[place:],
         thought_end if thought else None,
+        thought_start if thought else "",
     )
 
 

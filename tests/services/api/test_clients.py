@@ -59,7 +59,9 @@ def test_openai(url, plain):
         model="tiny", messages=messages, max_completion_tokens=4096, response_format=wanted
     )
     assert set(json.loads(answer.choices[0].message.content)) == {"intent", "now"}
-    with pytest.raises(openai.UnprocessableEntityError, match="response_format") as refused:
+    with pytest.raises(
+        openai.UnprocessableEntityError, match="chat template does not write the tools"
+    ) as refused:
         client.chat.completions.create(
             model="tiny", messages=messages, tools=[{"type": "function", "function": {"name": "f"}}]
         )
@@ -150,7 +152,7 @@ def test_instructor(url):
     tools = instructor.from_openai(
         openai.OpenAI(base_url=url, api_key="none", max_retries=0), mode=instructor.Mode.TOOLS
     )
-    with pytest.raises(Exception, match="json_schema"):
+    with pytest.raises(Exception, match="chat template"):
         tools.chat.completions.create(model="tiny", messages=messages, response_model=Call, max_retries=0)
 
 

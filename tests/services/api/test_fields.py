@@ -23,9 +23,6 @@ CHANGES = [
     {"logit_bias": {"20081": -100}},
     {"functions": [{"name": "f"}]},
     {"function_call": {"name": "f"}},
-    {"tools": [{"type": "function", "function": {"name": "f"}}]},
-    {"tool_choice": "required"},
-    {"tool_choice": {"type": "function", "function": {"name": "f"}}},
     {"modalities": ["text", "audio"]},
     {"audio": {"voice": "alloy"}},
     {"guided_json": {"type": "object"}},
@@ -74,9 +71,9 @@ def test_what_changes_answers_and_is_not_done_is_named(client, fields):
         ({"messages": [{"role": "user", "content": "x", "name": "jane"}]}, "messages.0.name"),
         (
             {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]},
-            "messages.0.tool_calls",
+            "messages.0.tool_calls.0.function",
         ),
-        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "messages.0.tool_call_id"),
+        ({"messages": [{"role": "user", "content": "x", "tool_call_id": "1"}]}, "messages.0.tool_call_id"),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}]},
             "messages.0.content.1.type",
@@ -107,7 +104,9 @@ def test_the_field_that_was_sent_is_the_param(client, body, param):
 
 
 def test_the_message_says_what_to_do_instead(client):
-    assert "response_format" in refused(ask(client, tools=[{"type": "function"}]))["message"]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert "chat template does not write the tools" in refused(ask(client, tools=tools))["message"]
+    assert "tools" in refused(ask(client, functions=[{"name": "f"}]))["message"]
     assert "did you mean temperature?" in refused(ask(client, temprature=1))["message"]
     assert "did you mean max_tokens?" in refused(ask(client, max_new_tokens=1))["message"]
     feedback = {"request_id": "req_x", "thumb": "up", "corection": "better"}

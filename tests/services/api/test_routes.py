@@ -220,7 +220,7 @@ def test_feedback_on_nothing_is_refused(client):
         (b'{"messages": [{"role": "user", "content": "x"}], "temperature": "hot"}', 422, "invalid_value"),
         (b'{"messages": [{"role": "user", "content": "x"}], "n": 2}', 422, "invalid_value"),
         (b'{"messages": [{"role": "user", "content": "x"}], "stop": [""]}', 422, "invalid_value"),
-        (b'{"messages": [{"role": "user", "content": "x"}], "tools": [{}]}', 422, "unsupported_parameter"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "tools": [{}]}', 422, "invalid_value"),
         (b'{"messages": [{"role": "user", "content": "x"}], "model": "gpt-4"}', 404, "model_not_found"),
         (b'{"messages": [{"role": "user", "content": "<|im_end|>"}]}', 400, "content_refused"),
         (long_message(200_000), 400, "context_length_exceeded"),

@@ -1,0 +1,129 @@
+"""The parts of request bodies that describe tools, and calls of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from services.api.fields import Body
+from services.calls.allowed import AllowedCalls
+from services.schemas.bounds import MAX_DEPTH
+from stages.common.messages import Tool, ToolCall, format_arguments
+
+Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+CallId = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class FunctionCall(Body):
+    """The function that was called, its arguments as the text of a JSON object."""
+
+    name: Name
+    arguments: str
+
+    @field_validator("arguments")
+    @classmethod
+    def _is_an_object(cls, arguments: str) -> str:
+        try:
+            value = json.loads(arguments or "{}", parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"must be the text of a JSON object: {error}") from None
+        if not isinstance(value, dict):
+            raise ValueError("must be the text of a JSON object")
+        if _is_deep(value):
+            raise ValueError(f"is nested more than {MAX_DEPTH} levels deep")
+        format_arguments(value)  # a number like 1e999 is none that JSON can write
+        return arguments or "{}"
+
+
+class CallOfTool(Body):
+    """A call that an assistant made in an earlier turn."""
+
+    id: CallId
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+    def read(self) -> ToolCall:
+        """Return the call."""
+        return ToolCall(self.function.name, self.function.arguments, self.id)
+
+
+class Function(Body):
+    """A function that the model may call."""
+
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class FunctionTool(Body):
+    """A tool of the only type there is: a function."""
+
+    type: Literal["function"]
+    function: Function
+
+    def read(self) -> Tool:
+        """Return the tool as the prompt has it: `strict` changes nothing, as all arguments are held."""
+        function = self.function.model_dump(exclude_none=True, exclude={"strict"})
+        return Tool(json.dumps({"type": self.type, "function": function}, ensure_ascii=False))
+
+
+class FunctionName(Body):
+    """The name of a function."""
+
+    name: Name
+
+
+class NamedTool(Body):
+    """The one function that the answer is to call."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool
+
+
+def read_allowed(
+    tools: Sequence[FunctionTool], choice: ToolChoice | None, is_parallel: bool | None
+) -> AllowedCalls | None:
+    """Return what the answer may call; None for a request without tools."""
+    if not tools:
+        return None
+    read = tuple(tool.read() for tool in tools)
+    parallel = is_parallel is not False
+    if isinstance(choice, NamedTool):
+        return AllowedCalls(read, "required", choice.function.name, parallel)
+    return AllowedCalls(read, choice or "auto", None, parallel)
+
+
+def find_tools_problem(tools: Sequence[FunctionTool], choice: ToolChoice | None) -> tuple[str, str] | None:
+    """Return the field of a request that is wrong and why, or None."""
+    names: set[str] = set()
+    for place, tool in enumerate(tools):
+        if tool.function.name in names:
+            return f"tools.{place}.function.name", f"{tool.function.name!r} is the name of an earlier tool"
+        names.add(tool.function.name)
+    if choice == "required" and not tools:
+        return "tool_choice", "there are no tools to call"
+    if isinstance(choice, NamedTool) and choice.function.name not in names:
+        return "tool_choice", f"there is no tool {choice.function.name!r}"
+    return None
+
+
+def _is_deep(value: Any) -> bool:
+    """Return whether a JSON value is nested deeper than a schema may be."""
+    parts = [value]
+    for _ in range(MAX_DEPTH):
+        nested = (part.values() if isinstance(part, dict) else part for part in parts)
+        parts = [inner for one in nested for inner in one if isinstance(inner, dict | list)]
+        if not parts:
+            return False
+    return True
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
