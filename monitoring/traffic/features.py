@@ -32,11 +32,11 @@ from monitoring.traffic.columns import (
     build_table_schema,
 )
 from monitoring.traffic.embeddings import embed
-from monitoring.traffic.languages import detect_language
 from monitoring.traffic.windows import QuarantinedEvent
 from services.events import CLIENT_GONE
 from stages.common.errors import InputError
 from stages.common.params.loop import FeatureSettings
+from stages.common.sources.detection.languages import detect_language
 
 if TYPE_CHECKING:
     import pyarrow as pa

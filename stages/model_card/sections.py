@@ -11,6 +11,7 @@ from typing import Any
 
 from stages.common.artifacts import artifacts
 from stages.common.escaping import clean_line, escape_markdown, format_code
+from stages.common.params.types import LANGUAGE_CODE
 from stages.common.records import Row, format_canonical_json
 from stages.common.repository.dvc_lock import Lock
 from stages.model_card.evidence import SECTIONS, Evidence
@@ -19,8 +20,6 @@ TEMPLATE = Path(__file__).with_name("card.md.j2")
 
 # The names under which the Hugging Face hub knows our metrics.
 HUB_METRICS = {"slot_f1": "f1", "macro_f1": "f1", "weighted_f1": "f1", "rouge_l": "rouge"}
-
-LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*")
 
 NOT_FOR_THE_HUB = ("finished", "answer_tokens", "length_ratio")
 
@@ -79,7 +78,7 @@ def to_hub_license(license: str) -> tuple[str, str | None]:
 
 def list_languages(rows: Sequence[Row]) -> list[str]:
     """Return the languages that the rows' tag `language` names by an ISO 639 code; none where it does not."""
-    return sorted({tag for row in rows if LANGUAGE.fullmatch(tag := row.tags.get("language", ""))})
+    return sorted({tag for row in rows if re.fullmatch(LANGUAGE_CODE, tag := row.tags.get("language", ""))})
 
 
 def count_sources(sides: Mapping[str, Sequence[Row]]) -> list[dict[str, Any]]:
