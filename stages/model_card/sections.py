@@ -203,6 +203,15 @@ def _counts(by_reason: Mapping[str, int]) -> str:
     )
 
 
+def list_params(lock: Lock) -> dict[str, Any]:
+    """Return the parameters for a reader elsewhere: the folder of a base model without its path here."""
+    params = {section: lock.params[section] for section in SECTIONS}
+    base = params["fetch_base"]
+    if base["origin"] == "folder":
+        params["fetch_base"] = {**base, "name": Path(base["name"]).name}
+    return params
+
+
 def list_lineage(lock: Lock) -> list[tuple[str, str]]:
     """Return the hashes that DVC recorded of data, base, adapter and answers, and one of the parameters."""
     paths = (
@@ -214,7 +223,7 @@ def list_lineage(lock: Lock) -> list[tuple[str, str]]:
         ("answers to the test", artifacts("evaluate")),
     )
     recorded = [(f"{what} (`{path}`)", found) for what, path in paths if (found := lock.hash_of(path))]
-    params = hashlib.sha256(format_canonical_json({s: lock.params[s] for s in SECTIONS}).encode()).hexdigest()
+    params = hashlib.sha256(format_canonical_json(list_params(lock)).encode()).hexdigest()
     return [*recorded, ("parameters (sha256 of the sections below as canonical JSON)", params)]
 
 
