@@ -46,7 +46,7 @@ SCHEMA_KEYWORDS = frozenset(
     )
 )
 # No other answer goes on while it compiles: for up to 0.4 s of CPU with these bounds and a vocabulary of
-# 49,152 tokens. 498 optional properties or texts of 60,000 characters, which other engines take, need 1 to 3 s.
+# 49,152 tokens. 498 optional properties or texts of 60,000 characters, which others take, need 1 to 3 s.
 MAX_SCHEMA_CHARS = 16_384
 MAX_OPTIONAL_PAIRS = 100**2  # of optional properties in an object, each of which may follow each other
 
