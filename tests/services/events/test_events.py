@@ -617,9 +617,22 @@ def test_a_short_lock_loses_no_event(sqlite_url, tmp_path, monkeypatch):
         other = sqlite3.connect(tmp_path / "events.db", isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
 
+        refused = []
+        write = store._writer.write
+
+        def note(*arguments):
+            try:
+                return write(*arguments)
+            except Exception:
+                refused.append(arguments)
+                raise
+
+        monkeypatch.setattr(store._writer, "write", note)
+
         async def release_later():
             recorded = asyncio.create_task(store.record(exchange(1)))
-            await asyncio.sleep(0.5)
+            while len(refused) < 2:
+                await asyncio.sleep(0.01)
             other.execute("ROLLBACK")
             await recorded
 
