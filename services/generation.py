@@ -181,6 +181,11 @@ class Generation:
             return
         stop_loading_on_sigterm(_process.running.handler.pool)
         logger.info("serving %s", served)
+        if not _process.running.handler.access.needs_keys():
+            logger.warning(
+                "no API key is needed: every user of this machine can ask and give feedback "
+                "(where others use it too, set services.access.keys: always)"
+            )
 
     @bentoml.on_shutdown
     async def stop(self) -> None:
