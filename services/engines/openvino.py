@@ -131,10 +131,9 @@ class OpenvinoEngine(Worker):
     def _prepare(self, sampling: Sampling) -> Any:
         if sampling.prompt_logprobs:
             raise Unsupported("the openvino engine has no log-probabilities of prompts")
-        if sampling.json_schema is not None:
-            check_size(sampling.json_schema)
         self._grammars.compile_for(sampling)
         if sampling.json_schema is not None:
+            check_size(sampling.json_schema)
             check_keywords(json.loads(sampling.json_schema))
         config = self._config(sampling)
         try:
