@@ -18,6 +18,7 @@ from typing import Annotated, Any, cast
 
 import bentoml
 import psutil
+from bentoml._internal.server.http import traffic
 from fastapi import Request
 from pydantic import Field
 from starlette.types import Scope
@@ -38,6 +39,7 @@ from services.engines.protocol import Sampling
 from services.engines.select import check_gpus, load_engine
 from services.errors import ApiError
 from services.events import StoreUnavailable
+from services.heap import settle_heap
 from services.keys.access import Caller
 from services.log_tracebacks import hide_messages
 from services.model_pool import LoadedModel, ModelPool
@@ -63,6 +65,9 @@ SETTINGS = PARAMS.services
 os.environ["FORWARDED_ALLOW_IPS"] = ",".join(SETTINGS.access.proxies)
 # BentoML passes no protocol to Uvicorn, which then takes this one.
 auto.AutoHTTPProtocol = make_protocol(SETTINGS.body_timeout_s)
+# BentoML's limit would keep a timer for each request until it is over, however soon the response has begun:
+# tens of thousands of objects in each collection of garbage. `Deadline` is the limit.
+cast(Any, traffic).TimeoutMiddleware = lambda app, timeout: app
 
 WORKER = "_bentoml_impl.worker.service"  # BentoML's module that runs the service in a process of its own
 
@@ -86,7 +91,9 @@ def load_model(tag: str) -> LoadedModel:
     # Now, as it takes a second with a large vocabulary: no request should wait for it.
     encode_text(tokenizer, "".join(tokenizer.all_special_tokens))
     engine = load_engine(files, tokenizer, SETTINGS.engine, SETTINGS.request_timeout_s)
-    return LoadedModel(files, tokenizer, engine)
+    model = LoadedModel(files, tokenizer, engine)
+    settle_heap()
+    return model
 
 
 def find_server() -> psutil.Process | None:
@@ -174,6 +181,11 @@ class Generation:
             return
         stop_loading_on_sigterm(_process.running.handler.pool)
         logger.info("serving %s", served)
+        if not _process.running.handler.access.needs_keys():
+            logger.warning(
+                "no API key is needed: every user of this machine can ask and give feedback "
+                "(where others use it too, set services.access.keys: always)"
+            )
 
     @bentoml.on_shutdown
     async def stop(self) -> None:

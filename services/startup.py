@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import time
+import logging
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from services.answering.handler import ChatHandler
 from services.background import run_forever
-from services.events import open_store, prune
+from services.events import ClockInDoubt, open_store, prune
 from services.guard import checks
 from services.keys.access import Access
 from services.keys.key_file import KeyFile
@@ -23,6 +23,8 @@ from stages.common.privacy.redaction import redact
 
 MAX_CLIENTS = 100_000  # clients with a rate in memory, about 100 bytes each
 PRUNE_EVERY_S = 86_400.0
+
+logger = logging.getLogger("services.startup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,7 @@ async def start(
     handler = ChatHandler(settings, pool, store, access, SchemaTrials(settings.guard.max_schema_cpu_s))
     tasks = [asyncio.create_task(run_forever(pool.follow))]
     if settings.events.retention_days is not None:
-        tasks.append(asyncio.create_task(run_forever(lambda: _prune_daily(settings.events))))
+        tasks.append(asyncio.create_task(run_forever(lambda: prune_daily(settings.events))))
     return RunningService(handler, tuple(tasks))
 
 
@@ -91,8 +93,11 @@ def make_access(settings: AccessSettings, keys_required: bool) -> Access:
     )
 
 
-async def _prune_daily(events: Events) -> None:
+async def prune_daily(events: Events) -> None:
     """Delete events older than the retention period, then wait a day."""
     assert events.retention_days is not None
-    await asyncio.to_thread(prune, events.url, time.time() - events.retention_days * 86_400)
+    try:
+        await asyncio.to_thread(prune, events.url, events.retention_days * 86_400)
+    except ClockInDoubt as error:
+        logger.error("no old events were deleted; tried again in a day: %s", error)
     await asyncio.sleep(PRUNE_EVERY_S)

@@ -178,7 +178,7 @@ def _answers(files: Sequence[DataFile]) -> Iterator[str]:
 
 def count_languages(rows: Sequence[Row]) -> dict[str, int] | None:
     """Return questions by language, of a sample; None if the detector is not installed."""
-    from monitoring.traffic.languages import NO_LANGUAGE, SHORT, detect_language
+    from stages.common.sources.detection.languages import NO_LANGUAGE, SHORT, detect_language
 
     step = max(1, len(rows) // LANGUAGE_SAMPLE_ROWS)
     try:

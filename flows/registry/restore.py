@@ -12,10 +12,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import uuid
 from pathlib import Path
 
 import yaml
 
+from flows.common import processes
 from flows.registry.model_versions import download_adapter, download_file, find_version
 from flows.registry.tracking import Registry
 from services.versions.store import add_pipeline_output, list_versions
@@ -97,16 +99,19 @@ def _make_checkout(registry: Registry, tag: str, folder: Path) -> None:
 
 
 def _export(folder: Path) -> None:
+    """Run the stage in a process of its own, which ends with this one even if this one is killed."""
     code = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, (code, os.environ.get("PYTHONPATH"))))
-    done = subprocess.run(
-        [sys.executable, "-m", "stages.export"],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    run_id = uuid.uuid4().hex
+    with processes.run_watchdog(run_id):
+        done = subprocess.run(
+            [sys.executable, "-m", "stages.export"],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": path, processes.RUN_ID_VARIABLE: run_id},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     if done.returncode != 0:
         raise InputError(
             f"the export failed: {done.stderr.strip()[-2000:]}", "fix the cause and run it again"

@@ -33,13 +33,13 @@ from monitoring.traffic.columns import (
     build_table_schema,
 )
 from monitoring.traffic.embeddings import embed
-from monitoring.traffic.languages import detect_language
 from monitoring.traffic.tool_use import ToolUse, is_call, list_tools, read_tool_use
 from monitoring.traffic.windows import QuarantinedEvent
 from services.events import CLIENT_GONE
 from stages.common.errors import InputError
 from stages.common.messages import read_calls
 from stages.common.params.loop import FeatureSettings
+from stages.common.sources.detection.languages import detect_language
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -13,7 +13,7 @@ from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
@@ -189,9 +189,11 @@ def _describe_model(alias: str, model: LoadedModel) -> dict[str, Any]:
 
 
 def _add_page(app: FastAPI) -> None:
+    html = (PAGE / "index.html").read_bytes()  # here, as each access to a file waits for a thread twice
+
     @app.get("/", include_in_schema=False)
-    async def page() -> FileResponse:
-        return FileResponse(PAGE / "index.html", headers=PAGE_HEADERS)
+    async def page() -> HTMLResponse:
+        return HTMLResponse(html, headers=PAGE_HEADERS)
 
     app.mount("/page/shared", StaticFiles(directory=PAGE_FILES), name="shared")
     app.mount("/page", StaticFiles(directory=PAGE), name="page")

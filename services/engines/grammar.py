@@ -10,7 +10,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from services.engines.protocol import Sampling, SchemaUnsupported
@@ -107,18 +107,13 @@ class Grammars:
     """
 
     def __init__(self, tokenizer: Any, vocab_size: int, end_id: int) -> None:
-        self._tokenizer = tokenizer
-        self._end_id = end_id
         self._compiled: OrderedDict[str, Any] = OrderedDict()  # grammars of calls, the newest last
-        self.vocab_size = vocab_size
-
-    @cached_property
-    def _tokens(self) -> Any:
-        """The vocabulary in llguidance's form; built for the first schema, since it takes half a second."""
         from llguidance.hf import from_tokenizer
 
-        size = max(self.vocab_size, len(self._tokenizer))
-        return from_tokenizer(self._tokenizer, n_vocab=size, eos_token=self._end_id)
+        self.vocab_size = vocab_size
+        # Now, while the model is loaded: it takes half a second, most of it with the interpreter's lock.
+        size = max(vocab_size, len(tokenizer))
+        self._tokens = from_tokenizer(tokenizer, n_vocab=size, eos_token=end_id)
 
     def compile_for(self, sampling: Sampling) -> Grammar | None:
         """Return the grammar of an answer's grammar, JSON schema or choices; None where it may be any text.

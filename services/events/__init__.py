@@ -9,7 +9,7 @@ Run: `perennial events export --from 2026-01-01T00:00 --to 2026-02-01T00:00 --ou
 """
 
 from services.events.person import NOT_REACHED, Person, export_person, forget
-from services.events.pruning import Pruned, prune
+from services.events.pruning import ClockInDoubt, Pruned, prune
 from services.events.reading import (
     Traffic,
     count_exchanges,
@@ -40,6 +40,7 @@ __all__ = [
     "NOT_REACHED",
     "TABLES",
     "BadEvent",
+    "ClockInDoubt",
     "Event",
     "EventStore",
     "Exchange",

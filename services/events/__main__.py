@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,6 +42,11 @@ def _arguments(words: Sequence[str]) -> argparse.Namespace:
     export.add_argument("--out", type=Path, required=True, help="the file to write")
     older = commands.add_parser("prune", help="delete old exchanges and their feedback")
     older.add_argument("--older-than-days", type=_days, required=True)
+    older.add_argument(
+        "--clock-is-right",
+        action="store_true",
+        help="delete even where most events are old and the clock may have jumped",
+    )
     gone = commands.add_parser("forget", help="delete the exchanges of one person, with their feedback")
     _add_person(gone, required=True)
     commands.add_parser("migrate", help="create the store, or upgrade its schema")
@@ -102,7 +106,8 @@ def main(words: Sequence[str] | None = None) -> None:
             rows = export_window(url, arguments.start, arguments.end, arguments.out)
         logger.info("wrote %d exchanges to %s", rows, arguments.out)
     elif arguments.command == "prune":
-        pruned = prune(url, time.time() - arguments.older_than_days * 86_400)
+        days = arguments.older_than_days
+        pruned = prune(url, days * 86_400, clock_is_right=arguments.clock_is_right)
         logger.info("deleted %d exchanges, %d feedback", pruned.exchanges, pruned.feedback)
     elif arguments.command == "forget":
         _forget(url, arguments)

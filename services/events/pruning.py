@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Engine, delete, exists, select
+from sqlalchemy import Engine, delete, exists, func, insert, select
 
 from services.events.opening import open_database
-from services.events.schema import exchanges, feedback
+from services.events.schema import exchanges, feedback, prunings
+from stages.common.errors import InputError
 from stages.common.logs import get_logger
 
 logger = get_logger("events")
 
 PAGE_ROWS = 1000  # deleted in one transaction
+# More exchanges than this, and more than this share of all, are deleted at once only if the clock is beyond
+# doubt: a clock that jumps ahead makes every event old.
+MAX_ROWS = 100
+MAX_SHARE = 0.5
+DOUBTED_AFTER_S = 7 * 86_400.0  # since the last pruning, or without one since the newest exchange
+
+
+class ClockInDoubt(InputError):
+    """Most events are old by a clock that may have jumped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,23 +36,62 @@ class Pruned:
     feedback: int
 
 
-def prune(url: str, before: float) -> Pruned:
-    """Delete exchanges received before `before` (unix s) and their feedback; return the counts.
+def prune(url: str, older_than_s: float, now: float | None = None, *, clock_is_right: bool = False) -> Pruned:
+    """Delete exchanges received more than `older_than_s` ago and their feedback; return the counts.
 
     Feedback without an exchange is deleted by its own time. Deletes in short transactions, so that the
     service can write in between; SQLite's file shrinks afterwards.
 
+    Args:
+        now: unix s; None for this machine's clock.
+        clock_is_right: a person has looked at the clock, so that any number may go.
+
     Raises:
+        ClockInDoubt: most exchanges would go, and the clock may have jumped.
         InputError: as `read_exchanges`.
     """
+    now = time.time() if now is None else now
+    before = now - older_than_s
     old_exchanges = select(exchanges.c.request_id).where(exchanges.c.received_at < before)
     orphan = ~exists().where(exchanges.c.request_id == feedback.c.request_id)
     old_feedback = select(feedback.c.feedback_id).where(feedback.c.given_at < before, orphan)
     with open_database(url) as engine:
+        if not clock_is_right:
+            _check_clock(engine, before, now)
         exchanges_gone, feedback_gone = delete_selected(engine, old_exchanges)
         _, orphans_gone = delete_selected(engine, old_feedback, only_feedback=True)
+        with engine.execution_options(writes=True).begin() as connection:
+            connection.execute(delete(prunings))
+            connection.execute(insert(prunings).values(pruned_at=now))
         release_pages(engine)
     return Pruned(exchanges_gone, feedback_gone + orphans_gone)
+
+
+def _check_clock(engine: Engine, before: float, now: float) -> None:
+    """Raise ClockInDoubt if most exchanges would go, a long time after the last sign of the clock."""
+    with engine.connect() as connection:
+        old = connection.execute(select(func.count()).where(exchanges.c.received_at < before)).scalar_one()
+        if old <= MAX_ROWS:
+            return
+        total, newest = connection.execute(
+            select(func.count(), func.max(exchanges.c.received_at)).select_from(exchanges)
+        ).one()
+        pruned = connection.execute(select(func.max(prunings.c.pruned_at))).scalar()
+    since, seen = ("the newest exchange", newest) if pruned is None else ("the last pruning", pruned)
+    if old > MAX_SHARE * total and now - seen > DOUBTED_AFTER_S:
+        raise ClockInDoubt(
+            f"{old} of {total} exchanges are from before {_show(before)}, and nothing of them is deleted: "
+            f"the clock tells {_show(now)}, and {since} was at {_show(seen)}, so it may have jumped",
+            "look at the clock of this machine; if it is right, "
+            "perennial events prune --older-than-days DAYS --clock-is-right",
+        )
+
+
+def _show(moment: float) -> str:
+    try:
+        return datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    except (ValueError, OverflowError, OSError):  # beyond any calendar
+        return f"{moment:g}"
 
 
 def delete_selected(engine: Engine, wanted: Any, only_feedback: bool = False) -> tuple[int, int]:

@@ -107,6 +107,7 @@ feedback = Table(
     Index("feedback_by_request", "request_id"),
     CheckConstraint("thumb IN (1, -1)", name="thumb_is_up_or_down"),
 )
+prunings = Table("prunings", metadata, Column("pruned_at", Double, nullable=False))  # only the last one
 TABLES = {Exchange: exchanges, Feedback: feedback}
 INSERTS = {kind: insert(table) for kind, table in TABLES.items()}
 

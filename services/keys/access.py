@@ -54,6 +54,10 @@ class Access:
         self._rates = RateLimit(max_clients, clock_ns)
         self._quotas = DailyQuota(max_clients, clock_s)
 
+    def needs_keys(self) -> bool:
+        """Return whether a request without a key is rejected now."""
+        return self._keys_required or self._keys.required
+
     def admit(self, authorization: str | None, address: str) -> Caller:
         """Authenticate a request and count it against the caller's rate.
 
@@ -69,7 +73,7 @@ class Access:
             client = f"address:{get_network(address)}"
             # Wrong keys also count against the address's rate, so that guessing is not free.
             self._take(client, self._requests_per_minute)
-            if self._keys_required or self._keys.required:
+            if self.needs_keys():
                 raise errors.invalid_api_key()
             return Caller(client, None, self._requests_per_minute, self._tokens_per_day)
         rate = key.requests_per_minute or self._requests_per_minute
@@ -83,7 +87,7 @@ class Access:
         Raises:
             ApiError: invalid_api_key, or rate_limit_exceeded.
         """
-        if (self._keys_required or self._keys.required) and self._find_key(authorization) is None:
+        if self.needs_keys() and self._find_key(authorization) is None:
             self.admit(authorization, address)
 
     def count_further(self, caller: Caller, requests: int) -> None:

@@ -28,6 +28,7 @@ from services.schemas.bounds import check_bounds
 
 MAX_WAITING = 64  # jobs that wait for a process; more are refused
 MAX_VERDICTS = 1024  # schemas whose verdict is remembered
+MAX_VOCABULARIES = 4  # a few MB each
 LEARN_CPU_S = 60.0  # for a vocabulary, which is the model's own and no request's
 # A budget is in CPU seconds, so that a verdict does not depend on what else runs; this is its bound in time.
 MAX_WALL_S = 60.0
@@ -121,6 +122,7 @@ class _Lane:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="schema")
         self._process: _Process | None = None
         self._known: set[str] = set()  # vocabularies that the process has
+        self._learning: OrderedDict[str, bytes] = OrderedDict()  # jobs that teach them, by name
         self.waiting = 0
         self._closed = False
 
@@ -148,20 +150,33 @@ class _Lane:
                 raise QueueFull("the service is stopping")
             self._process, self._known = _Process(), set()
         if tokenizer is not None and job["name"] not in self._known:
-            learn = {
+            learn = self._make_learning(job["name"], tokenizer)
+            if "problem" in self._process.ask(learn, LEARN_CPU_S):
+                raise QueueFull("the process for schemas did not start")
+            self._known.add(job["name"])
+        result = self._process.ask(_write_line(job), job["cpu_s"])
+        if self._process.has_ended():
+            logger.warning("a schema was refused: %s", result["problem"])
+        return result
+
+    def _make_learning(self, name: str, tokenizer: Any) -> bytes:
+        """Return the job that teaches a vocabulary; made once, as no other thread runs while it is made."""
+        if name not in self._learning:
+            job = {
                 "do": "learn",
-                "name": job["name"],
+                "name": name,
                 "tokenizer": tokenizer.backend_tokenizer.to_str(),
                 "end_id": tokenizer.eos_token_id or 0,
                 "cpu_s": LEARN_CPU_S,
             }
-            if "problem" in self._process.ask(learn):
-                raise QueueFull("the process for schemas did not start")
-            self._known.add(job["name"])
-        result = self._process.ask(job)
-        if self._process.has_ended():
-            logger.warning("a schema was refused: %s", result["problem"])
-        return result
+            self._learning[name] = _write_line(job)
+            if len(self._learning) > MAX_VOCABULARIES:
+                self._learning.popitem(last=False)
+        return self._learning[name]
+
+
+def _write_line(job: dict[str, Any]) -> bytes:
+    return json.dumps(job).encode() + b"\n"
 
 
 class _Process:
@@ -185,15 +200,19 @@ class _Process:
             self._process.send_signal(signal.SIGKILL)
         self._process.wait()
 
-    def ask(self, job: dict[str, Any]) -> dict[str, Any]:
+    def ask(self, job: bytes, cpu_s: float) -> dict[str, Any]:
         """Return the result of a job; a job that ends the process is the problem.
+
+        Args:
+            job: a line of JSON.
+            cpu_s: its budget.
 
         Raises:
             QueueFull: the job did not get its CPU seconds in time.
         """
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps(job).encode() + b"\n")
+            self._process.stdin.write(job)
             self._process.stdin.flush()
             line = self._read_line()
         except BrokenPipeError:
@@ -205,7 +224,7 @@ class _Process:
             return json.loads(line)  # type: ignore[no-any-return]
         self.kill()
         if self._process.returncode == -signal.SIGPROF:
-            return {"problem": f"the JSON schema takes more than {job['cpu_s']:g} s of CPU time to check"}
+            return {"problem": f"the JSON schema takes more than {cpu_s:g} s of CPU time to check"}
         return {"problem": "the JSON schema takes too much memory to check"}
 
     def _read_line(self) -> bytes:

@@ -39,7 +39,6 @@ from stages.model_card.checks import (
 )
 from stages.model_card.evidence import (
     BEFORE,
-    SECTIONS,
     SIDES,
     Evidence,
     find_metric,
@@ -55,6 +54,7 @@ from stages.model_card.sections import (
     describe_limits,
     list_languages,
     list_lineage,
+    list_params,
     list_results,
     render_card,
 )
@@ -98,7 +98,7 @@ def describe_training(
         "results": list_results(evidence["evaluate"]),
         "limits": describe_limits(evidence),
         "recipe": lock.params["finetune"],
-        "all_params": json.dumps({s: lock.params[s] for s in SECTIONS}, indent=2, ensure_ascii=False),
+        "all_params": json.dumps(list_params(lock), indent=2, ensure_ascii=False),
         "lineage": list_lineage(lock),
         "revision": read_revision(),
         "target_modules": adapter["target_modules"],

@@ -11,6 +11,7 @@ from typing import Any
 
 from stages.common.artifacts import artifacts
 from stages.common.escaping import clean_line, escape_markdown, format_code
+from stages.common.params.types import LANGUAGE_CODE
 from stages.common.records import Row, format_canonical_json
 from stages.common.repository.dvc_lock import Lock
 from stages.model_card.evidence import SECTIONS, Evidence
@@ -19,8 +20,6 @@ TEMPLATE = Path(__file__).with_name("card.md.j2")
 
 # The names under which the Hugging Face hub knows our metrics.
 HUB_METRICS = {"slot_f1": "f1", "macro_f1": "f1", "weighted_f1": "f1", "rouge_l": "rouge"}
-
-LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*")
 
 NOT_FOR_THE_HUB = ("finished", "answer_tokens", "length_ratio")
 
@@ -79,7 +78,7 @@ def to_hub_license(license: str) -> tuple[str, str | None]:
 
 def list_languages(rows: Sequence[Row]) -> list[str]:
     """Return the languages that the rows' tag `language` names by an ISO 639 code; none where it does not."""
-    return sorted({tag for row in rows if LANGUAGE.fullmatch(tag := row.tags.get("language", ""))})
+    return sorted({tag for row in rows if re.fullmatch(LANGUAGE_CODE, tag := row.tags.get("language", ""))})
 
 
 def count_sources(sides: Mapping[str, Sequence[Row]]) -> list[dict[str, Any]]:
@@ -204,6 +203,15 @@ def _counts(by_reason: Mapping[str, int]) -> str:
     )
 
 
+def list_params(lock: Lock) -> dict[str, Any]:
+    """Return the parameters for a reader elsewhere: the folder of a base model without its path here."""
+    params = {section: lock.params[section] for section in SECTIONS}
+    base = params["fetch_base"]
+    if base["origin"] == "folder":
+        params["fetch_base"] = {**base, "name": Path(base["name"]).name}
+    return params
+
+
 def list_lineage(lock: Lock) -> list[tuple[str, str]]:
     """Return the hashes that DVC recorded of data, base, adapter and answers, and one of the parameters."""
     paths = (
@@ -215,7 +223,7 @@ def list_lineage(lock: Lock) -> list[tuple[str, str]]:
         ("answers to the test", artifacts("evaluate")),
     )
     recorded = [(f"{what} (`{path}`)", found) for what, path in paths if (found := lock.hash_of(path))]
-    params = hashlib.sha256(format_canonical_json({s: lock.params[s] for s in SECTIONS}).encode()).hexdigest()
+    params = hashlib.sha256(format_canonical_json(list_params(lock)).encode()).hexdigest()
     return [*recorded, ("parameters (sha256 of the sections below as canonical JSON)", params)]
 
 

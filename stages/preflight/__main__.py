@@ -56,6 +56,14 @@ from stages.preflight.base_checks import (
     find_template_problems,
     find_unknown_tokens,
 )
+from stages.preflight.languages import (
+    MIN_SHARE,
+    count_languages,
+    describe_languages,
+    find_language_problems,
+    list_unstated,
+    to_evidence,
+)
 from stages.preflight.page import render_page
 
 logger = get_logger("preflight")
@@ -288,6 +296,10 @@ def main() -> None:
         problems += find_export_problems(tokenizer, config, size)
     fitting, misfits = encode_sides(params, count_context_tokens(config), tokenizer, sides)
     problems += find_row_problems(params, read_task(), size, fitting, misfits)
+    stated = params.model_card.language
+    languages = count_languages(list(sides.values())) if stated else None
+    if stated and languages:
+        problems += find_language_problems(stated, languages)
     limit = params.ask_base.max_new_tokens
     over_limit = [row.id for row, e in fitting["test"] if e.learned_count > limit]
     frame = read_answer_frame(tokenizer)
@@ -298,6 +310,7 @@ def main() -> None:
         "test_answers_over_max_new_tokens": len(over_limit),
         "template": {**asdict(frame), "writes_date": writes_date(tokenizer)},
         "text": describe_text(tokenizer, fitting),
+        "languages": to_evidence(languages) if languages else None,
     }
     for side in SIDES:
         lines = (format_reject(m.row, m.reason, m.detail) for m in misfits[side])
@@ -307,6 +320,11 @@ def main() -> None:
     )
     write_json(folder / "metrics.json", evidence)
     report_findings(evidence, misfits, over_limit, limit)
+    if stated and languages and (unstated := list_unstated(stated, languages)):
+        logger.warning(
+            "%d%% or more of the rows seem to be in each of %s, which model_card.language does not name: %s",
+            *(100 * MIN_SHARE, ", ".join(unstated), describe_languages(languages)),
+        )
     raise_problems(problems)
 
 

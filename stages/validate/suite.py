@@ -7,7 +7,8 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -231,17 +232,34 @@ def _as_list(value: Any) -> Any:
 def run_suite(suite: Any, table: pd.DataFrame) -> Any:
     """Validate the table; return Great Expectations' result with the positions of all unexpected rows."""
     import great_expectations as gx
-    from great_expectations.execution_engine import pandas_execution_engine
 
-    # It hashes the whole table for a record that is thrown away, which takes several copies of all texts.
-    pandas_execution_engine.hash_pandas_dataframe = lambda table: ""  # type: ignore[assignment]
     # It logs a temporary folder as a warning.
     logging.getLogger("great_expectations.data_context.types.base").setLevel(logging.ERROR)
     context = gx.get_context(mode="ephemeral")
     context.variables.progress_bars = {"globally": False}
     source = context.data_sources.add_pandas("perennial")
     batch = source.add_dataframe_asset("curated rows").add_batch_definition_whole_dataframe("all")
-    return batch.get_batch({"dataframe": table}).validate(suite, result_format={"result_format": "COMPLETE"})
+    with hash_no_table():
+        return batch.get_batch({"dataframe": table}).validate(
+            suite, result_format={"result_format": "COMPLETE"}
+        )
+
+
+@contextmanager
+def hash_no_table() -> Iterator[None]:
+    """Keep Great Expectations from hashing the table for a record that is thrown away.
+
+    A hash takes several copies of all texts. No setting turns it off; it is left out for tables above a size
+    that is a constant of the module, which is 0 in the block.
+    """
+    from great_expectations.execution_engine import pandas_execution_engine
+
+    before = pandas_execution_engine.HASH_THRESHOLD
+    pandas_execution_engine.HASH_THRESHOLD = 0
+    try:
+        yield
+    finally:
+        pandas_execution_engine.HASH_THRESHOLD = before
 
 
 def read_results(result: Any) -> list[ExpectationResult]:

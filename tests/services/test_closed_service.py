@@ -59,6 +59,17 @@ def test_every_route_refuses_other_hosts_other_origins_and_posts_without_preflig
 
 
 @pytest.mark.slow
+def test_another_user_of_the_machine_can_ask_until_keys_are_required_and_the_log_tells_it(service, tmp_path):
+    assert "every user of this machine can ask and give feedback" in service[1].read_text()
+    with serving_bento(tmp_path, {"keys: auto #": "keys: always #"}) as (_, url, log):
+        assert "every user of this machine" not in log.read_text()
+        for path in ("/v1/chat/completions", "/v1/completions", "/v1/feedback", "/ask"):
+            assert httpx.post(url + path, json={}).status_code == 401, path
+        for path in ("/v1/models", "/v1/models/tiny"):
+            assert httpx.get(url + path).status_code == 401, path
+
+
+@pytest.mark.slow
 def test_the_log_holds_nothing_that_was_asked_and_a_wrong_body_of_ask_is_told(service):
     url, log = service
     for body in (

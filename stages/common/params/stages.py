@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from typing_extensions import override
 
 from stages.common.params.checked_yaml import Section, suggest_nearest
-from stages.common.params.types import Count, Positive, PositiveCount, PrivateKind, Share
+from stages.common.params.types import Count, LanguageCode, Positive, PositiveCount, PrivateKind, Share
 
 AUTO: Literal["auto"] = "auto"
 
@@ -317,7 +317,7 @@ class ModelCard(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
     license: str
-    language: Annotated[tuple[str, ...], Field(min_length=1)] | None
+    language: Annotated[tuple[LanguageCode, ...], Field(min_length=1)] | None
     intended_use: Annotated[str, Field(min_length=1)] | None
     out_of_scope: Annotated[str, Field(min_length=1)] | None
 

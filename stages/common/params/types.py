@@ -1,10 +1,13 @@
-"""Numbers with limits, and kinds of private data, as the sections of `params.yaml` use them."""
+"""Numbers with limits, languages and kinds of private data, as the sections of `params.yaml` use them."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
 from pydantic import Field
+
+LANGUAGE_CODE = r"[a-z]{2,3}(-[A-Za-z0-9]+)*"  # ISO 639, with a region or a script
+LanguageCode = Annotated[str, Field(pattern=f"^{LANGUAGE_CODE}$")]
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0)]

@@ -3,8 +3,10 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -291,3 +293,26 @@ from stages.common.params.loading import load_params
 files = get_version(restore(Registry.of(Path(), load_params()), sys.argv[1]))
 print(json.dumps({"about": files.about, "version": files.version}))
 """
+
+
+EXPORTING = "from pathlib import Path; from flows.registry.restore import _export; _export(Path())"
+
+
+def test_the_export_of_a_killed_restore_ends(tmp_path):
+    os.mkfifo(tmp_path / "params.yaml")  # the export waits for what no one writes
+    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    with subprocess.Popen([sys.executable, "-c", EXPORTING], cwd=tmp_path, env=environment) as owner:
+        export = wait_for(partial(find_child, owner.pid, "stages.export"))
+        owner.kill()
+    _, alive = psutil.wait_procs([export], timeout=120)
+    for process in alive:
+        process.kill()
+    assert alive == []
+
+
+def find_child(pid, module):
+    """Return the child that runs a module; InputError while there is none."""
+    for child in psutil.Process(pid).children():
+        if module in child.cmdline():
+            return child
+    raise InputError("there is no such child", "wait")

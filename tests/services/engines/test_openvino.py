@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from services.engines.openvino import BLOCK_TOKENS, OpenvinoEngine, check_keywords
+from services.engines.openvino import BLOCK_TOKENS, OpenvinoEngine, check_keywords, check_size
 from services.engines.protocol import Sampling, SchemaUnsupported
 from stages.common.errors import InputError
 from tests.services.engines.makers import make_openvino, tiny
@@ -76,3 +76,26 @@ def test_an_unknown_keyword_is_found_at_any_depth():
 
 def test_properties_may_be_named_like_keywords():
     check_keywords({"properties": {"pattern": {"type": "string"}, "not": {"enum": [{"format": 1}]}}})
+
+
+def optional(count):
+    return {"type": "object", "properties": {f"k{n}": {"type": "string"} for n in range(count)}}
+
+
+def test_a_schema_that_would_hold_up_the_other_answers_is_refused_before_a_step():
+    """The pipeline compiles it in the middle of a step."""
+    several = {"anyOf": [optional(60), {"type": "array", "items": optional(60)}, optional(60)]}
+    named = optional(300) | {"required": [f"k{n}" for n in range(300)]}
+    for schema in (optional(100), named, {"enum": ["x" * 100] * 100}):
+        check_size(json.dumps(schema))
+    for schema, problem in (
+        (optional(101), "10201 pairs of properties that are not required"),
+        (several, "10800 pairs"),
+        ({"enum": ["x" * 100] * 200}, "characters; the openvino engine takes 16384"),
+    ):
+        with pytest.raises(SchemaUnsupported, match=problem):
+            check_size(json.dumps(schema))
+    engine = make_openvino()
+    with pytest.raises(SchemaUnsupported, match="10201 pairs"):
+        asyncio.run(answer(engine, ids_of("hello"), Sampling(4, json_schema=json.dumps(optional(101)))))
+    engine.close()

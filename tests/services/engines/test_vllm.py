@@ -240,7 +240,8 @@ def test_versions_share_the_base_model_and_unload_their_adapter(engine, adapter)
         async for _ in other.generate([5], Sampling(1)):
             pass
         other.close()
-        await asyncio.sleep(0.01)
+        while not core.removed:
+            await asyncio.sleep(0)
 
     asyncio.run(serve_and_close())
     assert core.asked[0][2].lora_int_id == 2

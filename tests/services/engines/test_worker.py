@@ -124,13 +124,18 @@ def test_an_aborted_request_leaves_before_the_next_step():
     engine.close()
 
 
+async def until_running(engine):
+    while not engine.load().running:
+        await asyncio.sleep(0.001)
+
+
 def test_a_loop_that_is_gone_harms_no_caller():
     engine = Counting(max_running=2)
     engine.gate.clear()
     loop = asyncio.new_event_loop()
     steps = engine.generate([1], Sampling(10**8))
     task = loop.create_task(anext(steps))
-    loop.run_until_complete(asyncio.sleep(0.01))
+    loop.run_until_complete(until_running(engine))
     task.cancel()
     loop.run_until_complete(asyncio.gather(task, return_exceptions=True))
     loop.close()

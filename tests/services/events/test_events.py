@@ -19,6 +19,7 @@ from monitoring.workspace import WORKSPACE
 from services.events import (
     NOT_REACHED,
     BadEvent,
+    ClockInDoubt,
     Feedback,
     Person,
     Pruned,
@@ -40,8 +41,10 @@ from services.events import (
 from services.events.__main__ import main
 from services.events.database import check_url, make_engine
 from services.events.schema import metadata
+from services.startup import prune_daily
 from stages.common.artifacts import artifacts
 from stages.common.errors import InputError
+from stages.common.params.loading import load_params
 from stages.common.privacy.redaction import pseudonymise
 from tests import exchanges
 
@@ -148,9 +151,10 @@ def test_a_store_of_the_first_version_keeps_its_events_under_the_names_of_this_o
     engine = make_engine(check_url(url))
     with engine.execution_options(writes=True).begin() as connection:
         connection.execute(text("ALTER TABLE exchanges RENAME COLUMN decisions TO verdicts"))
+        connection.execute(text("DROP TABLE prunings"))
         connection.execute(text("UPDATE alembic_version SET version_num = '0001'"))
     engine.dispose()
-    with pytest.raises(InputError, match="version 0001, and this code needs 0002"):
+    with pytest.raises(InputError, match="version 0001, and this code needs 0003"):
         list(read_exchanges(url, 0, 2000))
     opened(url).__enter__().close()
     assert rows_of(read_exchanges(url, 0, 2000)) == [asdict(EXCHANGE)]
@@ -297,21 +301,73 @@ def test_old_exchanges_go_with_their_feedback_and_the_rest_stays(url, monkeypatc
             for n in (0, 1)
         ]
         assert not any(record(store, *told, *orphans))
-        pruned = prune(url, 1020.0)
+        pruned = prune(url, 0.0, now=1020.0)
         assert (pruned.exchanges, pruned.feedback) == (20, 21)
         assert ids(url) == [f"r{n}" for n in range(20, 30)]
         left = [row["feedback_id"] for row in rows_of(read_feedback(url, 0, 1e12))]
         assert left == ["o1", *sorted(f"f{n}" for n in range(20, 30))]
         assert record(store, exchange(31)) == [None]
-        assert prune(url, 1020.0) == Pruned(0, 0)
+        assert prune(url, 0.0, now=1020.0) == Pruned(0, 0)
 
 
 def test_pruning_gives_the_space_back(sqlite_url, tmp_path):
     with opened(sqlite_url) as store:
         assert not any(record(store, *(exchange(n, answer="x" * 20_000) for n in range(100))))
     before = (tmp_path / "events.db").stat().st_size
-    prune(sqlite_url, 1e12)
+    prune(sqlite_url, 0.0)
     assert (tmp_path / "events.db").stat().st_size < before / 5
+
+
+DAY = 86_400.0
+
+
+def test_a_clock_that_jumps_ahead_deletes_nothing(url):
+    """Nor where requests have come since: what counts is when the events were pruned last."""
+    now = 1000 * DAY
+    with opened(url) as store:
+        assert prune(url, 90 * DAY, now=now) == Pruned(0, 0)
+        days = [replace(exchange(n), received_at=now - n * 0.5 * DAY) for n in range(150)]
+        jumped = replace(exchange(150), received_at=now + 365 * DAY)
+        assert not any(record(store, *days, jumped))
+        with pytest.raises(ClockInDoubt, match=r"150 of 151 .*last pruning was at 1972-09-27 00:00 UTC"):
+            prune(url, 90 * DAY, now=now + 366 * DAY)
+        assert len(ids(url)) == 151
+        # Back at the right time, a day later: what has become old goes, and no more.
+        assert prune(url, 74 * DAY, now=now + DAY) == Pruned(3, 0)
+
+
+def test_without_a_pruning_before_the_newest_exchange_tells_the_time(url):
+    with opened(url) as store:
+        assert not any(record(store, *(exchange(n) for n in range(101))))
+    with pytest.raises(ClockInDoubt, match=r"101 of 101 .*the newest exchange was at 1970-01-01 00:18 UTC"):
+        prune(url, 90 * DAY, now=100 * DAY)
+    assert prune(url, 90 * DAY, now=100 * DAY, clock_is_right=True) == Pruned(101, 0)
+
+
+def test_what_has_become_old_since_yesterday_goes_however_much_it_is(url):
+    """A day of many requests, then none: its ninetieth day ends like any other."""
+    with opened(url) as store:
+        assert not any(record(store, *(exchange(n) for n in range(101))))
+    for day in range(1, 91):
+        assert prune(url, 90 * DAY, now=day * DAY, clock_is_right=day == 1) == Pruned(0, 0)
+    assert prune(url, 90 * DAY, now=91 * DAY) == Pruned(101, 0)
+
+
+def test_the_service_logs_that_it_deletes_nothing_and_goes_on(sqlite_url, caplog):
+    with opened(sqlite_url) as store:
+        assert not any(record(store, *(exchange(n) for n in range(101))))
+    settings = load_params(ROOT / "params.yaml").services.events.model_copy(update={"url": sqlite_url})
+
+    async def prune_until_logged():
+        daily = asyncio.create_task(prune_daily(settings))
+        while not caplog.records and not daily.done():
+            await asyncio.sleep(0.01)
+        assert not daily.done()  # it waits for the next day
+        daily.cancel()
+
+    asyncio.run(prune_until_logged())
+    assert "no old events were deleted" in caplog.text and "it may have jumped" in caplog.text
+    assert len(ids(sqlite_url)) == 101
 
 
 def test_one_person_is_forgotten_with_all_feedback_and_no_one_else(url, monkeypatch):
@@ -561,9 +617,22 @@ def test_a_short_lock_loses_no_event(sqlite_url, tmp_path, monkeypatch):
         other = sqlite3.connect(tmp_path / "events.db", isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
 
+        refused = []
+        write = store._writer.write
+
+        def note(*arguments):
+            try:
+                return write(*arguments)
+            except Exception:
+                refused.append(arguments)
+                raise
+
+        monkeypatch.setattr(store._writer, "write", note)
+
         async def release_later():
             recorded = asyncio.create_task(store.record(exchange(1)))
-            await asyncio.sleep(0.5)
+            while len(refused) < 2:
+                await asyncio.sleep(0.01)
             other.execute("ROLLBACK")
             await recorded
 
@@ -784,6 +853,14 @@ def test_the_command_migrates_exports_and_prunes(sqlite_url, tmp_path):
     assert pq.read_table(out)["request_id"].to_pylist() == ["r0"]
     done = command("prune", "--older-than-days", "90", "--url", sqlite_url)
     assert "deleted 2 exchanges, 0 feedback" in done.stderr
+    with opened(sqlite_url) as store:
+        assert not any(record(store, *(exchange(n) for n in range(101))))
+    with make_engine(check_url(sqlite_url)).begin() as connection:
+        connection.execute(text("UPDATE prunings SET pruned_at = 0"))
+    done = command("prune", "--older-than-days", "90", "--url", sqlite_url)
+    assert done.returncode == 1 and "the clock of this machine; if it is right" in done.stderr
+    done = command("prune", "--older-than-days", "90", "--clock-is-right", "--url", sqlite_url)
+    assert "deleted 101 exchanges, 0 feedback" in done.stderr
 
 
 def test_the_command_exports_and_forgets_a_person_and_says_what_it_does_not_reach(sqlite_url, tmp_path):

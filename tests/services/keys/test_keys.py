@@ -80,6 +80,14 @@ def test_a_token_opens_its_key_and_no_other_token_does(path, clock):
     assert keys.find("\ud800") is None
 
 
+def test_keys_are_needed_from_the_first_one_on(path, clock):
+    asked = access(path, clock)
+    assert not asked.needs_keys()
+    store(path, "home")
+    clock.pass_s(2)
+    assert asked.needs_keys()
+
+
 def test_a_running_server_sees_a_revoked_key_after_a_second(path, clock):
     first, second = store(path, "first", "second")
     keys = KeyFile(path, clock.ns)

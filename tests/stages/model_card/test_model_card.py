@@ -1,3 +1,4 @@
+import hashlib
 import json
 import re
 import shutil
@@ -11,7 +12,7 @@ import yaml
 from stages.common.artifacts import read_json, write_json, write_text
 from stages.common.errors import InputError
 from stages.common.messages import Message, Tool, ToolCall
-from stages.common.records import make_row, write_rows
+from stages.common.records import format_canonical_json, make_row, write_rows
 from stages.common.repository.dvc_lock import compute_dvc_hash
 from stages.model_card.__main__ import main
 from stages.model_card.checks import check_metrics
@@ -413,6 +414,18 @@ def test_a_difference_that_is_none_is_named(project):
 def test_a_base_without_a_revision_has_a_card(project):
     change("fetch_base", revision=None, origin="folder", file=None)
     assert "revision" not in card().split("Base model:")[1].split("\n")[0]
+
+
+def test_a_base_in_a_folder_is_named_without_its_path_on_this_machine(project):
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    folder = {"origin": "folder", "name": "/srv/ann/models/Own-1B/", "revision": None, "file": None}
+    params["fetch_base"] |= {**folder, "sha256": None}
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    change("fetch_base", **folder | {"name": "Own-1B"})
+    text = card()
+    shown = json.loads(text.split("```json\n")[1].split("```")[0])
+    assert shown["fetch_base"]["name"] == "Own-1B" and "/srv/ann" not in text
+    assert hashlib.sha256(format_canonical_json(shown).encode()).hexdigest() in text
 
 
 def test_rows_under_a_licence_that_is_not_allowed_are_named(project):

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -19,13 +20,13 @@ GEMMA = GEMMA_2.replace("<start_of_turn>", "<|im_start|>").replace("<end_of_turn
 REPO = Path(__file__).parents[3]
 
 
-def row(n, answer=None, system=None, question=None, license="cc0-1.0"):
+def row(n, answer=None, system=None, question=None, license="cc0-1.0", language=None):
     messages = [
         *([Message("system", system)] if system else []),
         Message("user", question or f"question {n}"),
         Message("assistant", answer or f'{{"n":{n % 5}}}'),
     ]
-    return make_row(messages, "toy", license)
+    return make_row(messages, "toy", license, tags={"language": language} if language else {})
 
 
 @pytest.fixture
@@ -295,3 +296,56 @@ def test_test_answers_that_no_model_can_give_in_full_are_counted(lay_out, set_pa
     preflight.main()
     assert found()["test_answers_over_max_new_tokens"] == 10
     assert "longer than ask_base.max_new_tokens (40)" in caplog.text
+
+
+ENGLISH = "turn on the light in the kitchen, number {}"
+GERMAN = "schalte bitte das Licht in der Küche ein, Nummer {}"
+
+
+@pytest.mark.parametrize(
+    ("stated", "tags", "problem"),
+    [
+        (["en"], [None], None),
+        (["en-GB"], [None], None),
+        (["de"], [None], "names de, which no row has: detected en 44"),
+        (["en", "ja"], [None], "names ja, which no row has: detected en 44"),
+        (["la"], [None], None),  # the detector does not know Latin
+        (["en", "fr"], ["en", "fr"], None),
+        (["en", "fr"], ["en"], "names fr, which no row has: by tag en 44"),
+        (["en"], ["en", "fr-CA"], "does not name the rows' tag language: fr (22 rows)"),
+        (["en"], ["English"], None),  # no code, so the text is looked at
+        (None, ["fr"], None),
+    ],
+)
+def test_languages_that_the_rows_do_not_have_are_refused(lay_out, set_params, stated, tags, problem):
+    set_params(model_card__language=stated)
+    sides = {"train": range(30), "validation": range(100, 104), "test": range(200, 210)}
+    lay_out(
+        **{
+            side: [row(n, question=ENGLISH.format(n), language=tags[n % len(tags)]) for n in numbers]
+            for side, numbers in sides.items()
+        }
+    )
+    if problem is None:
+        preflight.main()
+        assert found()["problems"] == []
+    else:
+        with pytest.raises(InputError, match=re.escape(problem)):
+            preflight.main()
+        assert found()["success"] is False
+
+
+def test_a_language_of_many_rows_that_is_not_stated_is_told(lay_out, set_params, caplog):
+    set_params(model_card__language=["en"])
+    train = [row(n, question=(GERMAN if n % 2 else ENGLISH).format(n)) for n in range(60)]
+    lay_out(train=train)
+    preflight.main()
+    assert "in each of de, which model_card.language does not name" in caplog.text
+    assert found()["languages"]["detected"]["de"] == 30
+
+
+def test_a_language_that_is_no_code_is_refused_by_name(set_params, lay_out):
+    lay_out()
+    set_params(model_card__language=["German"])
+    with pytest.raises(InputError, match=r"model_card.language.*German"):
+        preflight.main()

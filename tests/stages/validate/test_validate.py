@@ -23,6 +23,7 @@ from stages.validate.suite import (
     build_suite,
     build_table,
     find_read_texts,
+    hash_no_table,
     list_expectations,
     read_results,
     run_suite,
@@ -358,3 +359,22 @@ def test_rows_are_shown_with_their_texts_where_the_table_has_none(project):
         main()
     [failure] = read_json(Path("reports/validate/failures.json"))["failures"]
     assert failure["rows"][0]["question"] == "Zürich ☀"
+
+
+def test_great_expectations_hashes_a_table_unless_it_is_told_not_to(monkeypatch):
+    """What the stage relies on: a release that hashes elsewhere, or by another rule, fails here."""
+    import great_expectations as gx
+    from great_expectations.execution_engine import pandas_execution_engine
+
+    hashed = []
+    monkeypatch.setattr(pandas_execution_engine, "hash_pandas_dataframe", hashed.append)
+    source = gx.get_context(mode="ephemeral").data_sources.add_pandas("x")
+    batch = source.add_dataframe_asset("x").add_batch_definition_whole_dataframe("x")
+    table = build_table([row("turn it on")], TASK, set())
+    batch.get_batch({"dataframe": table})
+    assert len(hashed) == 1
+    with hash_no_table():
+        batch.get_batch({"dataframe": table})
+    assert len(hashed) == 1
+    batch.get_batch({"dataframe": table})
+    assert len(hashed) == 2

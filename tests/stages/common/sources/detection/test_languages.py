@@ -2,9 +2,9 @@ import sys
 
 import pytest
 
-from monitoring.traffic import languages
-from monitoring.traffic.languages import detect_language
 from stages.common.errors import InputError
+from stages.common.sources.detection import languages
+from stages.common.sources.detection.languages import detect_language
 
 
 @pytest.mark.parametrize(
