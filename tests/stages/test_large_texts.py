@@ -78,9 +78,9 @@ def test_token_ids_are_read_one_row_at_a_time_where_they_are_many(tmp_path, monk
         make_row([Message("user", f"{n} " + "x" * CHARS), Message("assistant", "yes")], "toy", "mit")
         for n in range(ROWS)
     ]
-    held = list(encode_rows(tokenizer, rows, 4 * CHARS, "stop")[0]), encode_questions(tokenizer, rows)
+    held = list(encode_rows(tokenizer, rows, 4 * CHARS, "stop", "last")[0]), encode_questions(tokenizer, rows)
     monkeypatch.setattr(spool, "MAX_HELD", 10 * CHARS)
-    stored = encode_rows(tokenizer, rows, 4 * CHARS, "stop")[0], encode_questions(tokenizer, rows)
+    stored = encode_rows(tokenizer, rows, 4 * CHARS, "stop", "last")[0], encode_questions(tokenizer, rows)
     assert stored[1].is_stored and encode_fitting(tokenizer, rows)[0].is_stored
     assert [list(items) for items in stored] == [list(items) for items in held]
     assert [example for _, example in encode_fitting(tokenizer, rows)[0]] == held[0]
