@@ -107,10 +107,10 @@ class Grammars:
     """
 
     def __init__(self, tokenizer: Any, vocab_size: int, end_id: int) -> None:
-        self._compiled: OrderedDict[str, Any] = OrderedDict()  # grammars of calls, the newest last
         from llguidance.hf import from_tokenizer
 
         self.vocab_size = vocab_size
+        self._compiled: OrderedDict[str, Any] = OrderedDict()  # grammars of calls, the newest last
         # Now, while the model is loaded: it takes half a second, most of it with the interpreter's lock.
         size = max(vocab_size, len(tokenizer))
         self._tokens = from_tokenizer(tokenizer, n_vocab=size, eos_token=end_id)

@@ -23,6 +23,8 @@ from stages.common.messages import (
     format_arguments,
     format_calls,
     format_malformed,
+    is_malformed,
+    read_calls,
 )
 
 _NAME, _OTHER_NAME, _TEXT = "perennialtool", "perennialother", "perennialtext"
@@ -79,7 +81,8 @@ class CallFormat:
         Text without a call is itself; what begins a call and is none that is whole is `format_malformed`.
         """
         if not self.is_opened(text):
-            return text
+            # In our own notation, which is not the model's: no client is given that as a call.
+            return format_malformed(text) if read_calls(text) or is_malformed(text) else text
         before, opener, rest = self._split(text)
         try:
             calls = self._read_calls(opener + rest)

@@ -10,7 +10,15 @@ from stages.common.chat.template import (
 )
 from stages.common.chat.tools_template import adapt_template
 from stages.common.errors import InputError
-from stages.common.messages import Message, Tool, ToolCall, format_calls, is_malformed
+from stages.common.messages import (
+    Message,
+    Tool,
+    ToolCall,
+    format_calls,
+    format_malformed,
+    is_malformed,
+    read_calls,
+)
 from tests.stages.common.chat.tool_templates import IM, QWEN_CODER, START, WITH_TOOLS
 from tests.stages.common.chat_templates import FAMILIES, Family, make_family_tokenizer
 
@@ -84,6 +92,12 @@ def test_tools_calls_and_results_reach_the_prompt(tokenizer):
 def test_a_text_with_tools_is_itself(tokenizer):
     _, written = render_example(tokenizer, [USER, ANSWER], [LAMP])
     assert read_call_format(tokenizer).read(written).strip() == "It is on."
+
+
+def test_a_text_in_the_notation_that_is_judged_is_no_call_of_the_model(tokenizer):
+    found = read_call_format(tokenizer)
+    for text in (format_calls("", (CALL,)), format_malformed("a")):
+        assert read_calls(found.read(text)) is None and is_malformed(found.read(text))
 
 
 def test_a_call_that_is_not_whole_is_malformed_and_never_a_call(tokenizer):
