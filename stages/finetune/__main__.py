@@ -73,9 +73,10 @@ def main() -> None:
     selected = select_rows(rows, initial, trained_ids, params.replay_share, params.seed)
     tokenizer = load_tokenizer(base)
     examples, misfits = encode_rows(tokenizer, selected, params.max_length, params.on_long_row, turns)
+    validation_rows = read_rows(artifacts("split") / "validation.parquet")
     validated, not_validated = encode_fitting(
         tokenizer,
-        read_rows(artifacts("split") / "validation.parquet"),
+        validation_rows,
         params.max_length,
         learned_turns=turns,
     )
@@ -118,11 +119,11 @@ def main() -> None:
         reports("finetune") / "metrics.json",
         {
             "started_from": initial.version if initial else "base",
-            "train_rows": len(examples),
+            "train_rows": len(selected) - len(misfits),
             "rejected_long_rows": count_reasons(misfits).get(LONG, 0),
             "rejected_refused_rows": count_reasons(misfits).get(REFUSED, 0),
             "rows_not_replayed": len(rows) - len(selected),
-            "validation_rows": len(validation),
+            "validation_rows": len(validation_rows) - len(not_validated),
             "rejected_validation_rows": len(not_validated),
             "train_tokens": recipe.epochs * sum(len(e.input_ids) for e in examples),
             "answer_tokens": recipe.epochs * sum(e.learned_count for e in examples),

@@ -26,6 +26,7 @@ NEEDED = (
     *(f"validate.{key}" for key in ("rows", "success", "expectations_met", "expectations_total", "warnings")),
     *(f"check_bias.{key}" for key in ("rows", "success", "findings")),
     *(f"split.rows.{side}" for side in SIDES),
+    "split.test_answers",
     *(f"split.groups.{side}" for side in SIDES),
     *(f"split.{key}" for key in ("rows_in", "test_rows_over_cap", "train_rows_over_cap")),
     "split.train_rows_removed_as_near_duplicates",
@@ -80,7 +81,7 @@ AGREEMENTS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
         ),
         ("split.rows.train",),
     ),
-    (("evaluate.test_rows",), ("split.rows.test",)),
+    (("evaluate.test_rows",), ("split.test_answers",)),
 )
 
 # Results that every pipeline run must have.
@@ -165,11 +166,11 @@ def check_rows(sides: Mapping[str, Sequence[Row]], evidence: Evidence, allowed: 
     """Return differences between the files and the report of the split, and licences that are not allowed."""
     problems = []
     for side, rows in sides.items():
-        reported = find_metric(evidence, f"split.rows.{side}")
+        # On the test side each answer is a row.
+        name = "split.test_answers" if side == "test" else f"split.rows.{side}"
+        reported = find_metric(evidence, name)
         if reported is not None and reported != len(rows):
-            problems.append(
-                f"{side}.parquet of the split has {len(rows)} rows, and split.rows.{side} is {reported}"
-            )
+            problems.append(f"{side}.parquet of the split has {len(rows)} rows, and {name} is {reported}")
     licenses: dict[str, set[str]] = {}
     for rows in sides.values():
         for row in rows:
