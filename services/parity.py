@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import logging
 import os
 import sys
@@ -27,7 +28,7 @@ from stages.common.chat.plain import NOTHING_HIDDEN, write_conversation, write_t
 from stages.common.chat.template import encode_prompt, hash_template
 from stages.common.errors import InputError
 from stages.common.logs import set_quiet_environment, show_progress
-from stages.common.messages import Message, ToolCall, format_arguments
+from stages.common.messages import Message, ToolCall, format_arguments, format_malformed
 from stages.common.model.loading import load_tokenizer
 from stages.common.params.loading import Params, load_params
 from stages.common.records import Row, read_rows
@@ -206,9 +207,17 @@ def write_body(row: Row) -> dict[str, Any]:
 
 
 def read_served(message: Mapping[str, Any]) -> str:
-    """Return an answer of OpenAI's API as the text that is judged (`Message.answer`)."""
+    """Return an answer of OpenAI's API as the text that is judged (`Message.answer`).
+
+    A call of which the answer was cut is one that is malformed.
+    """
     calls = [call["function"] for call in message.get("tool_calls") or ()]
-    made = tuple(ToolCall(call["name"], call["arguments"]) for call in calls)
+    try:
+        # The server gives the arguments as the model wrote them, with its blanks.
+        written = [(call["name"], format_arguments(json.loads(call["arguments"]))) for call in calls]
+    except ValueError:
+        return format_malformed(json.dumps(calls, ensure_ascii=False))
+    made = tuple(ToolCall(name, arguments) for name, arguments in written)
     return Message("assistant", message["content"] or "", made).answer
 
 

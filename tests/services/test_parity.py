@@ -7,7 +7,7 @@ import pytest
 from services import parity
 from stages.common.artifacts import write_json
 from stages.common.errors import InputError
-from stages.common.messages import Message, Tool, ToolCall
+from stages.common.messages import Message, Tool, ToolCall, is_malformed
 from stages.common.model.generation import answer_questions, encode_questions
 from stages.common.model.loading import load_base, load_tokenizer
 from stages.common.params.loading import load_params
@@ -162,3 +162,11 @@ def test_a_conversation_with_tools_is_sent_as_a_client_sends_it_and_its_answer_r
 def test_a_conversation_without_tools_is_sent_as_it_was():
     row = make_row([Message("user", "a"), Message("assistant", "b")], source="test", license="mit")
     assert parity.write_body(row) == {"messages": [{"role": "user", "content": "a"}]}
+
+
+def test_served_calls_are_read_as_the_trainer_reads_them_whatever_their_blanks():
+    calls = [{"function": {"name": "light", "arguments": '{"a": "é", "b": [1, 2]}'}}]
+    wanted = '{"tool_calls":[{"name":"light","arguments":{"a":"é","b":[1,2]}}]}'
+    assert parity.read_served({"content": None, "tool_calls": calls}) == wanted
+    calls[0]["function"]["arguments"] = '{"a": "é'
+    assert is_malformed(parity.read_served({"content": None, "tool_calls": calls}))
