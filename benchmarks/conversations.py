@@ -141,8 +141,10 @@ def measure_grammar(engine: PagedEngine, tokenizer: Any) -> dict[str, float]:
 
 
 def _rename(tool: Tool, name: str) -> Tool:
+    """Return a tool with another name and schema: equal schemas are compiled once."""
     value = tool.value
     value["function"]["name"] = name
+    value["function"]["parameters"]["properties"][f"{name}_option"] = {"type": "integer"}
     return Tool(json.dumps(value))
 
 
