@@ -37,6 +37,18 @@ def decode_json(text: str) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+def read_list(value: Any) -> list[Any] | None:
+    """Return a list, or that of its JSON text; None if it is neither."""
+    if isinstance(value, str):
+        if not value.lstrip().startswith("["):
+            return None
+        try:
+            value = decode_json(value)
+        except ValueError:
+            return None
+    return value if isinstance(value, list) else None
+
+
 def encode_json(value: Any) -> str:
     """Return the JSON text of a value, in the order of its keys.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from stages.common.messages import Message, ToolCall
 from stages.common.sources.files.entries import BadRow, shorten
-from stages.common.sources.files.strict_json import decode_json, encode_json
+from stages.common.sources.files.strict_json import decode_json, encode_json, read_list
 from stages.common.sources.files.tools.calls import read_calls, read_id
 from stages.common.sources.files.tools.hermes import split_results, take_calls
 
@@ -213,14 +213,7 @@ def _read_weight(turn: Mapping[str, Any], place: int) -> bool | None:
 
 def is_conversation(value: Any) -> bool:
     """Return whether a value is a list of turns, or its JSON."""
-    if isinstance(value, str):
-        if not value.lstrip().startswith("["):
-            return False
-        try:
-            value = decode_json(value)
-        except ValueError:
-            return False
-    return isinstance(value, list) and bool(value) and all(_is_turn(turn) for turn in value)
+    return all(map(_is_turn, turns)) if (turns := read_list(value)) else False
 
 
 def _is_turn(turn: Any) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from stages.common.messages import ToolCall, format_arguments
 from stages.common.sources.files.entries import BadRow, shorten
-from stages.common.sources.files.strict_json import decode_json, encode_json
+from stages.common.sources.files.strict_json import decode_json, encode_json, read_list
 from stages.common.tools.schemas import find_name_problem
 
 # Names of a column of calls, likeliest first: xLAM's is the first.
@@ -34,14 +34,7 @@ def read_calls(value: Any, place: str) -> tuple[ToolCall, ...]:
 
 def is_call_list(value: Any) -> bool:
     """Return whether a value is a list of calls by their form, or its JSON text."""
-    if isinstance(value, str):
-        if not value.lstrip().startswith("["):
-            return False
-        try:
-            value = decode_json(value)
-        except ValueError:
-            return False
-    return isinstance(value, list) and bool(value) and all(map(_is_call, value))
+    return all(map(_is_call, calls)) if (calls := read_list(value)) else False
 
 
 def _is_call(value: Any) -> bool:
