@@ -17,7 +17,6 @@ from services.answering.held_tokens import HeldTokens
 from services.answering.request import Delta, Echo, GenerationRequest, Usage, make_request_id
 from services.answering.state import GenerationState, build_exchange
 from services.background import BackgroundTasks
-from services.calls.notation import find_shown_tokens
 from services.calls.reading import Piece, join_pieces
 from services.engines.detokenizer import IncrementalDetokenizer
 from services.engines.protocol import (
@@ -36,6 +35,7 @@ from services.keys.access import Access
 from services.metrics import get_metrics
 from services.model_pool import RESTARTING, LoadedModel, ModelPool, Route
 from services.schemas.trials import SchemaTrials
+from stages.common.chat.calls import find_shown_ids
 from stages.common.chat.template import TemplateRefusal, encode_text
 from stages.common.params.services import Services
 
@@ -216,7 +216,7 @@ class ChatHandler:
         """Yield the engine's steps with what they say; sets the finish reason with the last."""
         tokenizer = state.model.tokenizer
         has_calls = request.allowed is not None and bool(request.allowed.callable_tools)
-        shown = frozenset() if request.raw is not None else find_shown_tokens(tokenizer, has_calls)
+        shown = frozenset() if request.raw is not None else find_shown_ids(tokenizer, has_calls)
         text, held = IncrementalDetokenizer(tokenizer, request.stops, shown), HeldTokens()
         try:
             sampling = self._resolve_sampling(request, state.model)

@@ -33,19 +33,6 @@ def read_thoughts(tokenizer: Any) -> Thoughts | None:
     return None if frame.thought_end is None else Thoughts(frame.thought_start, frame.thought_end)
 
 
-def find_shown_tokens(tokenizer: Any, has_calls: bool) -> frozenset[int]:
-    """Return the special tokens that are read as text, because thoughts and calls are known by them."""
-    thoughts = read_thoughts(tokenizer)
-    text = thoughts.start + thoughts.end if thoughts else ""
-    if has_calls:
-        found = read_call_format(tokenizer)
-        text += found.opener + found.separator + found.closer
-    special = frozenset(tokenizer.all_special_ids)
-    return frozenset(
-        number for token, number in _read_added(tokenizer) if token in text and number in special
-    )
-
-
 def _read_added(tokenizer: Any) -> tuple[tuple[str, int], ...]:
     """Return the added tokens with their ids, but for blanks."""
     if tokenizer not in _known:

@@ -6,6 +6,8 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
+from stages.common.chat.control_tokens import list_special_ids
+
 
 class IncrementalDetokenizer:
     """Decodes the tokens of one answer as they arrive, in whole characters, up to the first stop string.
@@ -42,7 +44,7 @@ class IncrementalDetokenizer:
 
         self._tokenizer = tokenizer
         # Where some are shown, the others are left out here.
-        self._hidden = frozenset(tokenizer.all_special_ids) - shown if shown else frozenset()
+        self._hidden = list_special_ids(tokenizer) - shown if shown else frozenset()
         self._skips_special = not shown
         self._stream = DecodeStream(skip_special_tokens=self._skips_special)
         self._stops = tuple(stop for stop in stops if stop)

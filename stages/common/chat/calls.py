@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from stages.common.chat.control_tokens import read_control_tokens
-from stages.common.chat.template import cut_reasoning, read_answer_frame, render_example
+from stages.common.chat.control_tokens import list_special_ids
+from stages.common.chat.template import cut_reasoning, read_answer_frame, render_example, thinks
 from stages.common.errors import InputError
 from stages.common.messages import (
     Message,
@@ -141,15 +141,31 @@ def read_answer(tokenizer: Any, ids: Sequence[int], has_tools: bool) -> str:
         ids: what it wrote, without its end of turn.
         has_tools: whether it may call tools; if not, all that it wrote is text.
     """
-    thought_end = read_answer_frame(tokenizer).thought_end or ""
-    found = read_call_format(tokenizer) if has_tools else None
-    marks = thought_end + (found.opener + found.separator + found.closer if found else "")
-    # Control tokens are no part of an answer, but for those by which calls and thoughts are known.
-    names = {number: text for text, number in read_control_tokens(tokenizer).ids.items()}
-    kept = [token for token in ids if token not in names or names[token] in marks]
-    text = tokenizer.decode(kept, skip_special_tokens=not marks, clean_up_tokenization_spaces=False)
+    shown = find_shown_ids(tokenizer, has_tools)
+    hidden = list_special_ids(tokenizer) - shown
+    kept = [token for token in ids if token not in hidden]
+    text = tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     text = cut_reasoning(tokenizer, text)
-    return found.read(text) if found else text
+    return read_call_format(tokenizer).read(text) if has_tools else text
+
+
+def find_shown_ids(tokenizer: Any, has_tools: bool) -> frozenset[int]:
+    """Return the special tokens that are read as text, because thoughts and calls are known by them."""
+    if not tokenizer.chat_template:
+        return frozenset()
+    marks = ""
+    if thinks(tokenizer):
+        frame = read_answer_frame(tokenizer)
+        marks = frame.thought_start + (frame.thought_end or "")
+    if has_tools:
+        found = read_call_format(tokenizer)
+        marks += found.opener + found.separator + found.closer
+    added, special = tokenizer.added_tokens_decoder, list_special_ids(tokenizer)
+    return frozenset(
+        number
+        for number, token in added.items()
+        if number in special and token.content.strip() and token.content in marks
+    )
 
 
 def find_template_gap(tokenizer: Any) -> str | None:

@@ -154,3 +154,13 @@ def _read(tokenizer: Any) -> ControlTokens:
     ]
     changes_text = described.get("normalizer") is not None and any(token["normalized"] for token in tokens)
     return ControlTokens({token["content"]: token["id"] for token in tokens}, backend, changes_text)
+
+
+def list_special_ids(tokenizer: Any) -> frozenset[int]:
+    """Return the ids that decoding without special tokens leaves out.
+
+    A tokenizer's `all_special_ids` are only those with a role, such as the end of sequence: Mistral's
+    `[TOOL_CALLS]` has none and is special.
+    """
+    marked = (number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return frozenset(marked) | frozenset(tokenizer.all_special_ids)

@@ -318,7 +318,7 @@ def _render(
         )
     control = read_control_tokens(tokenizer)
     if not thinks(tokenizer):
-        messages = [replace(message, reasoning=None) for message in messages]
+        messages = [m if m.reasoning is None else replace(m, reasoning=None) for m in messages]
     try:
         text = tokenizer.apply_chat_template(
             write_conversation(control, messages),
