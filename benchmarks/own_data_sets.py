@@ -1,4 +1,4 @@
-"""Write five data sets in formats that users have, for `benchmarks.own_data`.
+"""Write six data sets in formats that users have, for `benchmarks.own_data`.
 
 Sentences come from the package home-assistant-intents (Apache-2.0), in several languages; commands from a
 clone of tldr-pages/tldr (CC-BY-4.0), instructions from one of hiyouga/LLaMA-Factory (Apache-2.0), if given.
@@ -25,6 +25,7 @@ SENTENCES_PER_TEMPLATE = 60
 NAMES = ("Atelier", "Loft", "Studio", "Radio", "Bar", "Salon", "Lego", "Anna", "Max", "Otto", "Disco", "Gong")
 COMMAND_ROWS = 6000
 LABEL_ROWS, LABELS = 10_000, 77
+MANY_ROWS, MANY_SENTENCES = 100_000, 1500
 SMALL_ROWS = 60
 CHAT_ROWS = 1500
 
@@ -50,7 +51,8 @@ def write_data_sets(
     folder.mkdir(parents=True, exist_ok=True)
     writers: dict[str, Callable[[], DataSet]] = {
         "anfragen": lambda: write_small(folder),
-        "labels": lambda: write_labels(folder),
+        "labels": lambda: write_labels(folder / "labels.csv.gz", LABEL_ROWS, SENTENCES_PER_TEMPLATE),
+        "many": lambda: write_labels(folder / "many.csv.gz", MANY_ROWS, MANY_SENTENCES),
         "openai": lambda: write_chats(folder),
     }
     if tldr:
@@ -60,7 +62,9 @@ def write_data_sets(
     return [write() for name, write in writers.items() if not only or name in only]
 
 
-def sample_sentences(languages: Sequence[str]) -> Iterator[tuple[str, str]]:
+def sample_sentences(
+    languages: Sequence[str], per_template: int = SENTENCES_PER_TEMPLATE
+) -> Iterator[tuple[str, str]]:
     """Yield sentences and their labels, the language and the intent."""
     import home_assistant_intents
     from hassil.parse_expression import parse_sentence
@@ -76,7 +80,7 @@ def sample_sentences(languages: Sequence[str]) -> Iterator[tuple[str, str]]:
             for template in (sentence for block in body["data"] for sentence in block["sentences"]):
                 expression = parse_sentence(template).expression
                 drawn = sample_expression(expression, None, rules, expand_lists=False)
-                for _, text in zip(range(SENTENCES_PER_TEMPLATE), drawn, strict=False):
+                for _, text in zip(range(per_template), drawn, strict=False):
                     yield fill_marks(text, rng), label
 
 
@@ -118,14 +122,13 @@ def write_small(folder: Path) -> DataSet:
     return DataSet("60-row CSV", path, "apache-2.0", len(rows))
 
 
-def write_labels(folder: Path) -> DataSet:
-    """Write 10,000 sentences of 77 labels, gzipped."""
-    path = folder / "labels.csv.gz"
-    rows = draw(sample_sentences(LANGUAGES), LABEL_ROWS, LABELS, seed=2)
+def write_labels(path: Path, number: int, per_template: int) -> DataSet:
+    """Write sentences of 77 labels, gzipped."""
+    rows = draw(sample_sentences(LANGUAGES, per_template), number, LABELS, seed=2)
     with gzip.GzipFile(path, "wb", mtime=0) as raw:
         text = "".join(f"{json.dumps(text, ensure_ascii=False)},{label}\n" for text, label in rows)
         raw.write(f"text,label\n{text}".encode())
-    return DataSet("10,000 rows, 77 labels", path, "apache-2.0", len(rows))
+    return DataSet(f"{len(rows):,} rows, {LABELS} labels", path, "apache-2.0", len(rows))
 
 
 def write_chats(folder: Path) -> DataSet:
