@@ -314,14 +314,14 @@ async def measure(place: Workspace, questions: Questions, quiet_s: float, second
         )
         try:
             await asyncio.sleep(2.0)
-            beside = await measure_phase(ours, seconds, first.request_id)
+            attacked = await measure_phase(ours, seconds, first.request_id)
             counts = await asyncio.to_thread(_end_attack, hostile)
         finally:
             await asyncio.to_thread(hostile.end)
         after = await load(ours.port, ours.requests, 1, from_row(0), 0.0, 1)
         lost = len(workers - {process.pid for process in ours.child.tree()})
         failures = len(FAILURES.findall(ours.child.log.read_text(errors="replace")))
-    return report(quiet, beside, counts, after.answers, lost + failures)
+    return report(quiet, attacked, counts, after.answers, lost + failures)
 
 
 def _end_attack(hostile: Child) -> dict[str, dict[str, int]]:
@@ -332,14 +332,14 @@ def _end_attack(hostile: Child) -> dict[str, dict[str, int]]:
 
 def report(
     quiet: tuple[Run[Answer], dict[str, Any]],
-    beside: tuple[Run[Answer], dict[str, Any]],
+    attacked: tuple[Run[Answer], dict[str, Any]],
     counts: dict[str, dict[str, int]],
     after: Sequence[Answer],
     restarts: int,
 ) -> Report:
     """Return the table of both phases, and that of the hostile clients."""
     made = Report()
-    phases = (quiet, beside)
+    phases = (quiet, attacked)
     answers = [run.answers for run, _ in phases]
     times = [[one.ended - one.sent for one in all_ if one.ok] for all_ in answers]
     tails = [quantile(one, 0.99) for one in times]
@@ -350,7 +350,7 @@ def report(
         ("good clients: failed", *failed, 0),
         ("good clients: answer, p50 / p99 / longest, ms", *(ms(one, *shares) for one in times), "–"),
         (
-            "good clients: p99, beside hostile ones to alone",
+            "good clients: p99, under attack to alone",
             "",
             f"× {tails[1] / tails[0]:.2f}",
             f"≤ × {ASKED_RATIO}",
@@ -365,9 +365,9 @@ def report(
         ("processes that ended, failures in the log", "", restarts, 0),
         ("a request afterwards", "", _show(by_status(after)), 200),
     ]
-    beside_s = beside[0].stopped - beside[0].started
+    attacked_s = attacked[0].stopped - attacked[0].started
     made.table(
-        (f"{GOOD_CLIENTS} good clients", "alone", f"beside {len(counts)} hostile, {beside_s:.0f} s", "asked"),
+        (f"{GOOD_CLIENTS} good clients", "alone", f"with {len(counts)} hostile, {attacked_s:.0f} s", "asked"),
         rows,
     )
     made.table(("hostile client", "what came of it"), [(name, _show(one)) for name, one in counts.items()])
@@ -390,7 +390,7 @@ def _show(counts: Mapping[str, int]) -> str:
 def main() -> None:
     """Measure both phases and print Markdown; or, as a child, be the hostile clients."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=300.0, help="beside hostile clients")
+    parser.add_argument("--seconds", type=float, default=300.0, help="good clients next to hostile ones")
     parser.add_argument("--quiet-s", type=float, default=60.0, help="good clients alone")
     parser.add_argument("--out", type=Path, help="also write all figures to this file, as JSON")
     parser.add_argument("--attack", type=int, metavar="PORT", help=argparse.SUPPRESS)

@@ -116,9 +116,9 @@ def make_checkout(folder: Path, stages: int, seconds: float) -> Path:
 def graph(stages: int, seconds: float) -> dict[str, Any]:
     """Return the stages of dvc.yaml: a chain, and an independent stage that the last but one also needs."""
     names = [f"stage_{number}" for number in range(stages)]
-    beside, *chain = names
+    independent, *chain = names
     needs = {name: [before] for name, before in zip(chain[1:], chain, strict=False)}
-    needs[chain[-1]] = [*needs.get(chain[-1], []), beside]
+    needs[chain[-1]] = [*needs.get(chain[-1], []), independent]
     return {
         name: {
             # Made from its name and inputs, so that no two checkouts differ.

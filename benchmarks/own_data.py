@@ -34,7 +34,9 @@ def main() -> None:
     parser.add_argument("--tldr", type=Path, help="a git clone of tldr-pages/tldr")
     parser.add_argument("--llama-factory", type=Path, help="a git clone of hiyouga/LLaMA-Factory")
     parser.add_argument("--folder", type=Path, help="where to clone to; kept afterwards")
-    parser.add_argument("--only", nargs="+", default=[], help="anfragen, labels, many, openai, commands, alpaca")
+    parser.add_argument(
+        "--only", nargs="+", default=[], help="anfragen, labels, many, openai, commands, alpaca"
+    )
     arguments = parser.parse_args()
     base = arguments.folder or Path(tempfile.mkdtemp(prefix="perennial-own-data-"))
     base.mkdir(parents=True, exist_ok=True)

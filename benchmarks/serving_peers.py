@@ -82,9 +82,9 @@ class Workspace:
 def workspace() -> Iterator[Workspace]:
     """Make a folder next to the checkout's own state, on the same disk, and remove it at the end."""
     source = Path.cwd()
-    beside = source / ".perennial"
-    beside.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="benchmark-", dir=beside, ignore_cleanup_errors=True) as name:
+    state = source / ".perennial"
+    state.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="benchmark-", dir=state, ignore_cleanup_errors=True) as name:
         folder = Path(name)
         for part in PARTS:
             if (source / part).exists():

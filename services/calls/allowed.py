@@ -46,8 +46,8 @@ class AllowedCalls:
 def read_schema(tool: Tool) -> dict[str, Any]:
     """Return the JSON schema of a tool's arguments, which are an object.
 
-    An object that names its properties has no others, unless a keyword of the schema allows them: a call with
-    an argument of which the tool knows nothing helps nobody who asked.
+    An object that names its properties has no others, unless a keyword of the schema allows them: the
+    tool could not run a call with an argument that it does not know.
     """
     schema = {"type": "object", **tool.parameters}
     if not _OPEN & schema.keys():

@@ -58,7 +58,7 @@ def read_call(value: Any, place: str) -> ToolCall:
     if (kind := value.get("type") or "function") != "function":
         raise BadRow("wrong_call", f"{place} is of the type {shorten(kind)}; only functions are learned")
     function = value.get("function", value)
-    if isinstance(function, str):  # the name, beside the arguments
+    if isinstance(function, str):  # the name, next to the arguments
         function = {**value, "name": function}
     if not isinstance(function, Mapping):
         raise BadRow("wrong_call", f"{place}: its function is a {type(function).__name__}, not an object")
