@@ -271,7 +271,7 @@ class ChatHandler:
         is_constrained = self.settings.answers.constrained_decoding
         grammar = hold_calls(request, model, is_constrained)
         if grammar is not None:
-            return replace(sampling, grammar=grammar.text, json_schema=None)
+            return replace(sampling, grammar=grammar.text, calls=grammar.form, json_schema=None)
         schema, choices = restrict_text(wanted.json_schema, model, is_constrained)
         return replace(sampling, json_schema=schema, choices=choices)
 

@@ -15,7 +15,7 @@ from functools import lru_cache
 
 from services.calls.allowed import AllowedCalls, read_schema
 from services.engines.grammar import set_whitespace
-from services.engines.protocol import SchemaUnsupported
+from services.engines.protocol import CallForm, SchemaUnsupported
 from stages.common.chat.calls import CallFormat
 from stages.common.messages import Tool
 
@@ -50,11 +50,13 @@ class CallGrammar:
         text: in llguidance's form of Lark.
         probes: beginnings of answers, each up to the arguments of one tool, where a grammar has most to do.
         schemas: of the arguments of each tool.
+        form: the same in parts; None where the notation has ids of calls.
     """
 
     text: str
     probes: tuple[str, ...]
     schemas: tuple[str, ...]
+    form: CallForm | None
 
 
 @lru_cache(maxsize=64)
@@ -76,7 +78,9 @@ def write_grammar(
         writer.add_calls(tools)
     writer.add_start(allowed.mode, json_schema, choices)
     schemas = tuple(json.dumps(read_schema(tool)) for tool in tools)
-    return CallGrammar("\n".join(writer.rules) + "\n", writer.probes(tools), schemas)
+    has_ids = marks.calls.id_key is not None
+    form = None if has_ids else writer.describe(allowed.mode, tools, schemas, json_schema, choices)
+    return CallGrammar("\n".join(writer.rules) + "\n", writer.probes(tools), schemas, form)
 
 
 class _Writer:
@@ -141,6 +145,29 @@ class _Writer:
             filled = self._fill(json.dumps(tool.name), "\0", '"abcdefghi"').partition("\0")[0]
             begins.append(f"{self._marks.thought_start}{self._marks.thought_end}{found.opener}{filled}")
         return tuple(begins)
+
+    def describe(
+        self,
+        mode: str,
+        tools: Sequence[Tool],
+        schemas: Sequence[str],
+        json_schema: str | None,
+        choices: tuple[str, ...],
+    ) -> CallForm:
+        """Return the same answers in parts, for a notation without ids."""
+        found, marks = self._format, self._marks
+        around = [self._fill(json.dumps(tool.name), "\0", "").split("\0") for tool in tools]
+        return CallForm(
+            mode,
+            (marks.thought_start.strip(), marks.thought_end) if marks.thought_end.strip() else None,
+            found.opener.lstrip(),
+            found.separator if self._is_parallel else "",
+            found.closer,
+            tuple((before, schema, after) for (before, after), schema in zip(around, schemas, strict=True)),
+            found.text_separator is not None and bool(found.opener.strip()),
+            json_schema,
+            choices,
+        )
 
     def _add_opened(self, calls: str) -> str:
         """Return the rule of calls, with text before them where the template writes such."""

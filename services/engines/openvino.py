@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import re
 import shutil
@@ -18,11 +17,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from services.engines.grammar import Grammars
+from services.engines.openvino_grammar import check_keywords, check_size, write_tags
 from services.engines.protocol import (
     EngineError,
     FinishReason,
     Sampling,
-    SchemaUnsupported,
     Step,
     TokenLogprob,
     Unsupported,
@@ -33,22 +32,6 @@ from stages.common.errors import InputError
 
 # Block size of OpenVINO's paged attention on a CPU; a test compares it with the pipeline's own.
 BLOCK_TOKENS = 32
-
-# JSON schema keywords that the pipeline supports. It compiles a schema in the middle of a step, has no way to
-# do so before, and fails as a whole on any other keyword, so those are rejected before. String lengths are
-# excluded because the pipeline then allows control characters, which JSON forbids.
-SCHEMA_KEYWORDS = frozenset(
-    (
-        *("type", "enum", "const", "anyOf", "$ref", "$defs", "definitions"),
-        *("properties", "required", "additionalProperties", "items", "minItems", "maxItems"),
-        *("minimum", "maximum"),
-        *("title", "description", "default", "examples", "$schema"),
-    )
-)
-# No other answer goes on while it compiles: for up to 0.4 s of CPU with these bounds and a vocabulary of
-# 49,152 tokens. 498 optional properties or texts of 60,000 characters, which others take, need 1 to 3 s.
-MAX_SCHEMA_CHARS = 16_384
-MAX_OPTIONAL_PAIRS = 100**2  # of optional properties in an object, each of which may follow each other
 
 
 class OpenvinoEngine(Worker):
@@ -131,22 +114,19 @@ class OpenvinoEngine(Worker):
     def _prepare(self, sampling: Sampling) -> Any:
         if sampling.prompt_logprobs:
             raise Unsupported("the openvino engine has no log-probabilities of prompts")
-        if sampling.grammar is not None:
-            raise SchemaUnsupported(
-                "the openvino engine holds no calls of tools; services.engine.kind: paged does"
-            )
         self._grammars.compile_for(sampling)
+        tags = write_tags(sampling.calls) if sampling.grammar is not None else None
         if sampling.json_schema is not None:
             check_size(sampling.json_schema)
             check_keywords(json.loads(sampling.json_schema))
-        config = self._config(sampling)
+        config = self._config(sampling, tags)
         try:
             config.validate()
         except RuntimeError as error:
             raise EngineError(f"OpenVINO rejects the parameters: {error}") from error
         return config
 
-    def _config(self, sampling: Sampling) -> Any:
+    def _config(self, sampling: Sampling, tags: str | None) -> Any:
         config = self._genai.GenerationConfig()
         config.apply_chat_template = False
         config.max_new_tokens = sampling.max_tokens
@@ -163,7 +143,11 @@ class OpenvinoEngine(Worker):
             )
         if sampling.logprobs is not None:
             config.logprobs = 1  # it reports the sampled token only, whatever the number
-        if sampling.json_schema is not None:
+        if tags is not None:
+            structured = self._genai.StructuredOutputConfig()
+            structured.structural_tags_config = tags
+            config.structured_output_config = structured
+        elif sampling.json_schema is not None:
             structured = self._genai.StructuredOutputConfig()
             structured.json_schema = sampling.json_schema
             config.structured_output_config = structured
@@ -225,48 +209,6 @@ class OpenvinoEngine(Worker):
 
 
 _REASONS: dict[str, FinishReason | None] = {"NONE": None, "STOP": "stop", "LENGTH": "length"}
-
-
-def check_size(schema: str) -> None:
-    """Raise SchemaUnsupported for a schema that the pipeline takes too long to compile."""
-    if len(schema) > MAX_SCHEMA_CHARS:
-        raise SchemaUnsupported(
-            f"the JSON schema has {len(schema)} characters; the openvino engine takes {MAX_SCHEMA_CHARS}"
-        )
-    pairs = 0
-    parts = [json.loads(schema)]
-    while parts:
-        part = parts.pop()
-        if isinstance(part, dict):
-            properties, required = part.get("properties"), part.get("required")
-            if isinstance(properties, dict):
-                names = required if isinstance(required, list) else []
-                pairs += sum(name not in names for name in properties) ** 2
-            parts += part.values()
-        elif isinstance(part, list):
-            parts += part
-    if pairs > MAX_OPTIONAL_PAIRS:
-        raise SchemaUnsupported(
-            f"the JSON schema has {pairs} pairs of properties that are not required in one object; the "
-            f"openvino engine takes {MAX_OPTIONAL_PAIRS}, as of {math.isqrt(MAX_OPTIONAL_PAIRS)} properties"
-        )
-
-
-def check_keywords(schema: Any) -> None:
-    """Raise SchemaUnsupported for a keyword that the pipeline does not support."""
-    if not isinstance(schema, dict):
-        return
-    unknown = sorted(set(schema) - SCHEMA_KEYWORDS)
-    if unknown:
-        raise SchemaUnsupported(f"the openvino engine does not support {', '.join(unknown)} in a JSON schema")
-    reference = schema.get("$ref", "#")
-    if not isinstance(reference, str) or not reference.startswith("#"):
-        raise SchemaUnsupported(f"the JSON schema refers to {reference!r}, which is outside of it")
-    for key in ("properties", "$defs", "definitions"):
-        for part in schema.get(key, {}).values():
-            check_keywords(part)
-    for part in (schema.get("items"), schema.get("additionalProperties"), *schema.get("anyOf", ())):
-        check_keywords(part)
 
 
 @contextlib.contextmanager

@@ -33,6 +33,30 @@ class ContextOverflow(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class CallForm:
+    """The answers that `Sampling.grammar` allows, in parts, for engines with another form of grammars.
+
+    Attributes:
+        mode: `auto`: text or calls · `required`: calls · `none`: text.
+        thought: what is before and after the thoughts of a model that thinks; None for others.
+        opener, separator, closer: what is before, between and after calls; no separator: one call.
+        tools: of each tool what is before the arguments of a call, their JSON schema, and what is after them.
+        has_text: whether text may come before calls.
+        json_schema, choices: what an answer without calls is held to; None and empty: any text.
+    """
+
+    mode: str
+    thought: tuple[str, str] | None
+    opener: str
+    separator: str
+    closer: str
+    tools: tuple[tuple[str, str, str], ...]
+    has_text: bool
+    json_schema: str | None = None
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Sampling:
     """Sampling parameters of one request.
 
@@ -45,6 +69,7 @@ class Sampling:
         json_schema: constrains decoding to JSON that fits this schema; `{}` is any JSON value.
         choices: constrains decoding to one of these texts; not together with `json_schema`.
         grammar: constrains decoding to a grammar in llguidance's form of Lark; not with the two above.
+        calls: the same as `grammar`, in parts; None where it is no grammar of calls, or they have ids.
         prompt_logprobs: report the prompt's tokens too, with the number of alternatives of `logprobs`.
     """
 
@@ -58,6 +83,7 @@ class Sampling:
     json_schema: str | None = None
     choices: tuple[str, ...] = ()
     grammar: str | None = None
+    calls: CallForm | None = None
     prompt_logprobs: bool = False
 
     @property

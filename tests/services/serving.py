@@ -105,6 +105,16 @@ def load_paged(files: ModelFiles) -> LoadedModel:
     return LoadedModel(files, tokenizer, engine)
 
 
+def load_openvino(files: ModelFiles) -> LoadedModel:
+    """Load a tiny version into the engine for architectures that the paged engine does not know."""
+    from services.engines.openvino import OpenvinoEngine
+
+    tokenizer = load_tokenizer(files.tokenizer)
+    config = files.gguf.parent / "config.json"
+    engine = OpenvinoEngine(files.gguf, config, tokenizer, kv_cache_mib=16, max_running=8, threads=1)
+    return LoadedModel(files, tokenizer, engine)
+
+
 @dataclass
 class Server:
     """A running service: where it is, and what is inside."""

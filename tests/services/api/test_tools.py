@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from stages.common.messages import is_malformed, read_calls
-from tests.services.serving import ask, load_paged, load_tiny, serving, stream
+from tests.services.serving import ask, load_openvino, load_paged, load_tiny, serving, stream
 from tests.services.tool_models import TOOLS, find_call_fault, make_tool, tool_files
 
-LOADS = {"paged": load_paged, "transformers": load_tiny}
+LOADS = {"paged": load_paged, "transformers": load_tiny, "openvino": load_openvino}
 HOT = {"temperature": 1.0, "max_tokens": 900}
 ROUTE = "/v1/chat/completions"
 

@@ -3,7 +3,8 @@ import json
 
 import pytest
 
-from services.engines.openvino import BLOCK_TOKENS, OpenvinoEngine, check_keywords, check_size
+from services.engines.openvino import BLOCK_TOKENS, OpenvinoEngine
+from services.engines.openvino_grammar import check_keywords, check_size
 from services.engines.protocol import Sampling, SchemaUnsupported
 from stages.common.errors import InputError
 from tests.services.engines.makers import make_openvino, tiny
