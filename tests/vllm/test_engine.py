@@ -8,14 +8,21 @@ import time
 import psutil
 import pytest
 
+from services.calls.allowed import AllowedCalls
+from services.calls.grammar import write_grammar
+from services.calls.notation import read_marks
+from services.calls.reading import AnswerReader, join_pieces
 from services.engines.grammar import set_whitespace
 from services.engines.protocol import EngineError, Sampling
 from services.engines.vllm import VllmEngine
 from services.model_pool import LoadedModel, ModelPool
 from services.versions.aliases import Aliases, Challenger, write_aliases
 from services.versions.store import ModelFiles
+from stages.common.chat.tools_template import adapt_template
 from stages.common.errors import InputError
+from stages.common.messages import Tool
 from stages.common.model.loading import load_tokenizer
+from tests.services.tool_models import TOOLS, find_call_fault
 from tests.vllm.models import make_adapter, make_base
 
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
@@ -90,6 +97,27 @@ def test_answers_fit_a_schema(engine, base, run):
     for seed in range(4):
         ids, _ = run(answer(engine, Sampling(64, 1.0, seed=seed, json_schema=SCHEMA)))
         assert isinstance(json.loads(tokenizer.decode(ids))["a"], bool)
+
+
+def test_calls_are_whole(engine, base, run):
+    tokenizer = load_tokenizer(base)
+    tokenizer.chat_template = adapt_template(tokenizer, {}, True, "default")
+    marks = read_marks(tokenizer)
+    allowed = AllowedCalls(tuple(Tool(json.dumps(tool)) for tool in TOOLS), mode="required")
+    grammar = write_grammar(marks, allowed)
+    finished = 0
+    for seed in range(6):
+        sampling = Sampling(200, 1.0, seed=seed, grammar=grammar.text, calls=grammar.form)
+        ids, steps = run(answer(engine, sampling))
+        if steps[-1].finish_reason != "stop":
+            continue
+        finished += 1
+        reader = AnswerReader(marks.calls, None)
+        for call in join_pieces([reader.push(tokenizer.decode(ids), is_last=True)]).calls:
+            function = {"name": call.name, "arguments": call.arguments}
+            assert find_call_fault({"id": call.id, "type": "function", "function": function}, TOOLS) is None
+        assert reader.has_calls
+    assert finished
 
 
 @pytest.mark.parametrize(("text", "fits"), [('{"a": 1}', True), ('{"a":1}', True), ('{"a":\n1}', False)])
