@@ -92,7 +92,8 @@ def propose(
         "curate": _propose_curate(found.survey, params["curate"]),
         "validate": _propose_validate(found, license, params["validate"]),
         "check_bias": {"groups": _propose_groups(tags, params["check_bias"]["groups"])},
-        "split": {"max_train_rows_per_group": None},  # the default is for the templates of home_intents
+        # The limit of a group is for the templates of home_intents, and a limit of all for former data.
+        "split": {"max_train_rows_per_group": None, "max_train_rows": None},
         "ask_base": {
             "max_new_tokens": _propose_new_tokens(found.survey, params["ask_base"]["max_new_tokens"])
         },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,7 @@ SHOWN_LANGUAGES = 5
 LEAST_SHARE = 0.01  # of the rows; a language with less is likely a wrong guess
 SHOWN_CHARS = 70
 BUSY_SHARE = 0.75  # of the cores; more are not busy with this command alone
+LONG_MINUTES, SHORT_MINUTES = 60, 30  # above the first, what runs in the second is shown too
 LEAST_TEST_ROWS = 100  # with fewer, an interval of 95 % is wider than ten points each way
 
 
@@ -165,6 +167,10 @@ def report_run(estimate: RunEstimate) -> str:
         lines.append(
             "               measured next to other work on this machine; without it the run is faster"
         )
+    if estimate.minutes > LONG_MINUTES:
+        exact = estimate.train_rows * SHORT_MINUTES / estimate.minutes
+        rows = round(exact, 1 - math.floor(math.log10(exact)))  # two digits: it is an estimate
+        lines.append(f"  sooner       about {SHORT_MINUTES} minutes with split.max_train_rows: {rows:.0f}")
     if estimate.test_rows < LEAST_TEST_ROWS:
         lines.append(
             "               so few test rows see large differences only; the report has the interval"

@@ -37,6 +37,7 @@ from stages.split.sides import (
     cap_training_rows,
     choose_group_labels,
     divide_rows,
+    draw_training_rows,
     read_strata,
     select_feedback,
     shuffle_together,
@@ -124,11 +125,15 @@ def main() -> None:
             train_over_cap,
             params.max_train_rows_per_group,
         )
+    drawn = draw_training_rows(capped, labels, params.max_train_rows, params.seed)
+    not_drawn = len(capped) - len(drawn)
+    if not_drawn:
+        logger.info("%d training rows not drawn: %s are wanted (split.max_train_rows)", not_drawn, len(drawn))
     shared = find_shared_parts(asked)
     links = find_shared_exchanges(asked)
     if feedback:
         links |= find_shared_exchanges(rows)
-    sides, learned, known = remove_known_answers(Sides(capped, sides.validation, sides.test), learned, links)
+    sides, learned, known = remove_known_answers(Sides(drawn, sides.validation, sides.test), learned, links)
     train = shuffle_together(sides.train, learned, params.seed)
     sides, removed = remove_near_duplicates(
         Sides(train, sides.validation, sides.test), params.near_duplicate_threshold, shared
@@ -147,6 +152,7 @@ def main() -> None:
             "answers in earlier turns (split)": known,
             "test rows over the limit of a group (split.max_test_rows_per_group)": over_cap,
             "training rows over the limit of a group (split.max_train_rows_per_group)": train_over_cap,
+            "training rows that were not drawn (split.max_train_rows)": not_drawn,
             "feedback rows of held-out groups (split)": rejected,
         },
         len(rows),
@@ -160,6 +166,7 @@ def main() -> None:
         "feedback_rows_of_held_out_groups": rejected,
         "test_rows_over_cap": over_cap,
         "train_rows_over_cap": train_over_cap,
+        "train_rows_not_drawn": not_drawn,
         "rows_removed_as_known_answers": known,
         "train_rows_removed_as_near_duplicates": removed,
         **count_sides(sides, labels, stratify_by),

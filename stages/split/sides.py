@@ -144,6 +144,32 @@ def cap_training_rows(
     return pick(rows, numbers), len(rows) - len(numbers)
 
 
+def draw_training_rows(
+    rows: Sequence[Row], labels: Mapping[str, str], max_rows: int | None, seed: int
+) -> Sequence[Row]:
+    """Return at most `max_rows` of the training rows, in which each label keeps its share.
+
+    Args:
+        labels: of the groups.
+        max_rows: None for all rows.
+    """
+    if max_rows is None or len(rows) <= max_rows:
+        return rows
+    by_label: dict[str, list[int]] = defaultdict(list)
+    for number, row in enumerate(rows):
+        by_label[labels[row.group]].append(number)
+    shares = {label: len(numbers) * max_rows / len(rows) for label, numbers in by_label.items()}
+    quotas = {label: math.floor(share) for label, share in shares.items()}
+    largest_rests = sorted(shares, key=lambda label: (quotas[label] - shares[label], label))
+    for label in largest_rests[: max_rows - sum(quotas.values())]:
+        quotas[label] += 1
+    drawn = (
+        random.Random(f"{seed}/{label}/draw").sample(numbers, quotas[label])
+        for label, numbers in sorted(by_label.items())
+    )
+    return pick(rows, sorted(number for numbers in drawn for number in numbers))
+
+
 def select_feedback(rows: Sequence[Row], sides: Mapping[str, Side]) -> tuple[Sequence[Row], int]:
     """Return the feedback rows for training, and how many are rejected because their group is held out."""
     free = [number for number, row in enumerate(rows) if sides.get(row.group, "train") == "train"]

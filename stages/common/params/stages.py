@@ -229,6 +229,7 @@ class Split(Section):
     test_fraction: Annotated[float, Field(gt=0.0, lt=1.0)]
     max_test_rows_per_group: PositiveCount
     max_train_rows_per_group: PositiveCount | None = None
+    max_train_rows: PositiveCount | None = None
     min_train_rows_per_label: Count = 0
     min_train_rows: AutoCount = AUTO
     min_test_rows: AutoCount = AUTO

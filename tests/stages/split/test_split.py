@@ -20,6 +20,7 @@ from stages.split.sides import (
     cap_training_rows,
     choose_group_labels,
     divide_rows,
+    draw_training_rows,
     read_strata,
 )
 
@@ -258,6 +259,32 @@ def test_the_rows_over_the_limit_are_counted_and_feedback_is_not_limited(project
     assert accounted == report["rows_in"]
     learned = read_rows(Path("artifacts/split/train.parquet"))
     assert {r.id for r in feedback_rows(8)} <= {r.id for r in learned}
+
+
+@pytest.mark.parametrize("limit", [7, 20, 59])
+def test_rows_are_drawn_with_the_share_of_each_label(limit):
+    groups = {
+        f"{label}{n}": label for label, count in {"a": 30, "b": 20, "c": 10}.items() for n in range(count)
+    }
+    rows = [row(distinct(n), group) for n, group in enumerate(groups)]
+    drawn = draw_training_rows(rows, groups, limit, seed=7)
+    counts = Counter(groups[r.group] for r in drawn)
+    assert len(drawn) == limit and len({r.id for r in drawn}) == limit
+    assert all(
+        abs(counts[label] - limit * share) < 1 for label, share in (("a", 1 / 2), ("b", 1 / 3), ("c", 1 / 6))
+    )
+    assert list(drawn) == [r for r in rows if r.id in {d.id for d in drawn}]
+    assert draw_training_rows(rows, groups, 60, seed=7) == rows
+    assert draw_training_rows(rows, groups, None, seed=7) == rows
+
+
+def test_the_rows_that_are_not_drawn_are_counted_and_feedback_is_kept(project):
+    project([*many(60), *feedback_rows(8)], max_train_rows=20)
+    main()
+    report = json.loads(Path("reports/split/metrics.json").read_text())
+    assert report["rows"]["train"] == 20 + 8
+    accounted = sum(report["rows"].values()) + report["test_rows_over_cap"] + report["train_rows_not_drawn"]
+    assert accounted == report["rows_in"]
 
 
 def feedback_rows(count, **more):
