@@ -32,7 +32,7 @@ from services.api.ask import AskCheck
 from services.api.bodies import BodyLimit
 from services.api.heads import make_protocol
 from services.api.middleware import ConcurrencyLimit, Deadline, RequestIds, listens_beyond_loopback
-from services.api.routes import get_request_id, make_app
+from services.api.routes import LIMITED_PATHS, get_request_id, make_app
 from services.api.same_origin import SameOrigin
 from services.api.schemas import Answer
 from services.engines.protocol import Sampling
@@ -273,7 +273,6 @@ def check_key(scope: Scope) -> None:
     get_handler().access.check_key(request.headers.get("authorization"), address)
 
 
-_LIMITED_PATHS = ("/v1/chat/completions", "/v1/completions", "/ask")
 _MIDDLEWARE: tuple[tuple[type, dict[str, Any]], ...] = (  # the outermost first
     (RequestIds, {}),
     (
@@ -295,7 +294,7 @@ _MIDDLEWARE: tuple[tuple[type, dict[str, Any]], ...] = (  # the outermost first
     (Deadline, {"timeout_s": SETTINGS.request_timeout_s, "stall_s": SETTINGS.body_timeout_s}),
     (
         ConcurrencyLimit,
-        {"paths": _LIMITED_PATHS, "limit": SETTINGS.engine.max_running + SETTINGS.engine.max_waiting},
+        {"paths": LIMITED_PATHS, "limit": SETTINGS.engine.max_running + SETTINGS.engine.max_waiting},
     ),
     (AskCheck, {"get_caller": get_caller}),
 )

@@ -27,7 +27,7 @@ async def check_tools(
     has_calls = any(message.tool_calls or message.tool_call_id for message in request.messages)
     gap = find_template_gap(model.tokenizer) if request.tools or has_calls else None
     if gap is not None:
-        param = "tools" if request.tools else "messages"
+        param = "tools" if request.tools else request.prompt_param
         raise errors.invalid_value(param, gap.replace("base model", "served model"))
     try:
         grammar = hold_calls(request, model, is_constrained)

@@ -99,7 +99,7 @@ class ChatHandler:
     async def _generate_within_quota(
         self, request: GenerationRequest, state: GenerationState
     ) -> AsyncIterator[Delta]:
-        await self._check_requested_schema(request.sampling.json_schema, state.model)
+        await self._check_requested_schema(request, state.model)
         await check_tools(request, state.model, self.schemas, self.settings.answers.constrained_decoding)
         prompt = self._encode(request, state)
         reserved = len(prompt) + request.sampling.max_tokens
@@ -177,18 +177,18 @@ class ChatHandler:
             raise errors.context_length_exceeded(len(prompt), limit, request.prompt_param)
         return prompt
 
-    async def _check_requested_schema(self, schema: str | None, model: LoadedModel) -> None:
+    async def _check_requested_schema(self, request: GenerationRequest, model: LoadedModel) -> None:
         """Reject a schema that is invalid, unsupported or too costly, before decoding starts.
 
         Raises:
             ApiError: invalid_value; or overloaded, if too many schemas wait to be checked.
         """
-        if schema is None:
+        if (schema := request.sampling.json_schema) is None:
             return
         try:
             await self.schemas.check_schema(schema, model.files.tag, model.tokenizer)
         except SchemaUnsupported as error:
-            raise errors.invalid_value("response_format", str(error)) from None
+            raise errors.invalid_value(request.schema_param, str(error)) from None
         except QueueFull:
             raise errors.overloaded(retry_after_s=1.0) from None
 
@@ -244,7 +244,7 @@ class ChatHandler:
                     if state.finish_reason:
                         return
         except SchemaUnsupported as error:
-            param = "tools" if request.tools else "response_format"
+            param = "tools" if request.tools else request.schema_param
             raise errors.invalid_value(param, str(error)) from None
         except Unsupported as error:
             raise errors.unsupported_parameter("echo", f"with logprobs is not supported: {error}") from None
@@ -371,7 +371,7 @@ def _tokenize(request: GenerationRequest, model: LoadedModel) -> list[int]:
     try:
         return model.encode_chat(request.messages, request.tools)
     except TemplateRefusal as error:
-        raise errors.invalid_value("messages", error.what) from None
+        raise errors.invalid_value(request.prompt_param, error.what) from None
 
 
 def _make_echo(request: GenerationRequest, prompt: list[int], step: Step, model: LoadedModel) -> Echo:

@@ -15,6 +15,8 @@ from services.events.turns import write_turns
 from services.keys.access import Caller
 from stages.common.messages import Message, Tool
 
+_PROMPT_PARAMS = {"/ask": "question", "/v1/responses": "input"}
+
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
@@ -55,9 +57,14 @@ class GenerationRequest:
     @property
     def prompt_param(self) -> str:
         """The field of the request's body that has the prompt, for messages of errors."""
-        if self.route == "/ask":
-            return "question"
+        if self.route in _PROMPT_PARAMS:
+            return _PROMPT_PARAMS[self.route]
         return "messages" if self.raw is None else "prompt"
+
+    @property
+    def schema_param(self) -> str:
+        """The field of the request's body that has the form of the answer, for messages of errors."""
+        return "text.format" if self.route == "/v1/responses" else "response_format"
 
     @property
     def tools(self) -> tuple[Tool, ...]:

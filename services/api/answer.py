@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from typing import Protocol
 
 from fastapi.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from services.answering.handler import ChatHandler
 from services.answering.request import Delta, GenerationRequest
-from services.api.responses import ResponseFormatter
 from services.errors import ApiError
 from services.model_pool import LoadedModel, Route
 
@@ -24,10 +23,36 @@ STREAM_HEADERS = {
 MAX_AT_ONCE = 8  # prompts of one request in the engine, so that a list leaves room for other requests
 MAX_UNSENT = 64  # pieces of answers that wait for a slow client
 
-MakeFormatter = Callable[[LoadedModel], ResponseFormatter]
 Answers = AsyncGenerator[
     tuple[int, Delta]
 ]  # the place of the prompt in the request, and a piece of its answer
+
+
+class Formatter(Protocol):
+    """Formats the answers to one request; each has the place of its prompt."""
+
+    def format_opening(self, first: Delta, place: int = 0) -> bytes:
+        """Return what a stream has before the first piece of an answer."""
+        ...
+
+    def format_chunk(self, delta: Delta, place: int = 0) -> bytes:
+        """Return a piece of a streamed answer."""
+        ...
+
+    def format_end(self) -> bytes:
+        """Return what a stream has after all answers."""
+        ...
+
+    def format_error(self, error: ApiError) -> bytes:
+        """Return what a stream ends with that fails."""
+        ...
+
+    def format_whole(self, answers: Sequence[Sequence[Delta]]) -> bytes:
+        """Return the body of a response that is not streamed."""
+        ...
+
+
+MakeFormatter = Callable[[LoadedModel], Formatter]
 
 
 class AnswerResponse(Response):
@@ -126,7 +151,7 @@ class AnswerResponse(Response):
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _send_stream(
-        self, formatter: ResponseFormatter, first: tuple[int, Delta], answers: Answers, send: Send
+        self, formatter: Formatter, first: tuple[int, Delta], answers: Answers, send: Send
     ) -> None:
         headers = {**STREAM_HEADERS, "X-Request-Id": self._requests[0].request_id}
         raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
@@ -135,21 +160,20 @@ class AnswerResponse(Response):
         opened: set[int] = set()
         try:
             while True:
+                chunk = b"" if place in opened else formatter.format_opening(delta, place)
+                opened.add(place)
                 if delta.echo is None:
-                    chunk = formatter.format_chunk(delta, place)
+                    chunk += formatter.format_chunk(delta, place)
                 else:
-                    chunk = await asyncio.to_thread(formatter.format_chunk, delta, place)
-                if place not in opened:
-                    opened.add(place)
-                    chunk = formatter.format_opening(delta, place) + chunk
+                    chunk += await asyncio.to_thread(formatter.format_chunk, delta, place)
                 unfinished -= delta.finish_reason is not None
                 if not unfinished:
-                    end = chunk + formatter.format_usage() + b"data: [DONE]\n\n"
+                    end = chunk + formatter.format_end()
                     break
                 await _send_body(send, chunk)
                 place, delta = await anext(answers)
         except ApiError as error:  # the status is sent already, so the stream ends with the error
-            end = b"data: " + json.dumps(error.body()).encode() + b"\n\n"
+            end = formatter.format_error(error)
         await _send_body(send, end, more=False)
 
 

@@ -46,8 +46,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "continue_final_message": (False,),
     "do_sample": (True,),
+    "background": (False,),
     "early_stopping": (False,),
     "echo": (False,),
+    "effort": ("none",),
     "function_call": ("none", "auto"),
     "ignore_eos": (False,),
     "include_stop_str_in_output": (False,),
@@ -63,6 +65,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "spaces_between_special_tokens": (True,),
     "tool_choice": ("none", "auto"),
     "top_k": (0, -1),
+    "truncation": ("disabled",),
     "truncate_prompt_tokens": (-1,),
     "typical_p": (1,),
     "use_beam_search": (False,),
@@ -72,6 +75,7 @@ _TOOLS = "/v1/chat/completions takes tools, and tool_choice"
 _GRAMMAR = "only JSON schemas are supported: response_format, type json_schema"
 ALTERNATIVES = {
     "audio": "only text is supported",
+    "background": "no response is stored here; wait for the answer, or stream it",
     "custom": "only tools of the type function are supported",
     "function_call": _TOOLS,
     "functions": _TOOLS,
@@ -89,6 +93,7 @@ ALTERNATIVES = {
     "tool_calls": _TOOLS,
     "tool_choice": _TOOLS,
     "tools": _TOOLS,
+    "truncation": "a conversation that is too long is rejected; shorten it",
 }
 SUPPORTED_TWIN = {"max_output_tokens": "max_tokens", "max_new_tokens": "max_tokens", "stop_sequences": "stop"}
 

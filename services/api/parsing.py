@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from services import errors
 from services.answering.handler import ChatHandler
 from services.answering.request import GenerationRequest
 from services.api.schemas import ChatMessage, ChatRequest, CompletionRequest, ResponseFormat
 from services.api.tools import read_allowed
-from services.calls.allowed import check_schemas
+from services.calls.allowed import AllowedCalls, check_schemas
 from services.engines.protocol import Sampling, SchemaUnsupported
 from services.keys.access import Caller
 from stages.common.messages import Message, find_call_problem
@@ -28,16 +30,9 @@ def parse_chat_request(
     if len(body.messages) > limit:
         raise errors.invalid_value("messages", f"{len(body.messages)} messages; at most {limit} are allowed")
     messages = tuple(map(_read_message, body.messages))
-    if all(message.role != "user" for message in messages):
-        raise errors.invalid_value("messages", "there is no message with the role user")
-    if any(message.has_tools for message in messages) and (problem := find_call_problem(messages)):
-        raise errors.invalid_value("messages", problem)
+    check_conversation(messages, "messages")
     allowed = read_allowed(body.tools or (), body.tool_choice, body.parallel_tool_calls)
-    if allowed is not None:
-        try:
-            check_schemas(allowed.tools)
-        except SchemaUnsupported as error:
-            raise errors.invalid_value("tools", str(error)) from None
+    check_allowed(allowed)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     sent = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     sampling = _parse_sampling(body, sent, logprobs, handler)
@@ -74,6 +69,33 @@ def parse_completion_requests(
         for place, prompt in enumerate(prompts[1:], start=1)
     ]
     return [first, *further]
+
+
+def check_conversation(messages: Sequence[Message], param: str) -> None:
+    """Check that a user takes part in a conversation, and that each result in it answers a call.
+
+    Args:
+        param: the field of the request that has the conversation.
+
+    Raises:
+        ApiError: invalid_value.
+    """
+    if all(message.role != "user" for message in messages):
+        raise errors.invalid_value(param, "there is no message with the role user")
+    if any(message.has_tools for message in messages) and (problem := find_call_problem(messages)):
+        raise errors.invalid_value(param, problem)
+
+
+def check_allowed(allowed: AllowedCalls | None) -> None:
+    """Check the schemas of a request's tools against the bounds.
+
+    Raises:
+        ApiError: invalid_value.
+    """
+    try:
+        check_schemas(allowed.tools if allowed else ())
+    except SchemaUnsupported as error:
+        raise errors.invalid_value("tools", str(error)) from None
 
 
 def _read_message(message: ChatMessage) -> Message:
@@ -113,28 +135,41 @@ def _parse_sampling(
     body: ChatRequest | CompletionRequest, length: str, logprobs: int | None, handler: ChatHandler
 ) -> Sampling:
     """Return the sampling parameters; `length` is the field that limits the answer."""
-    answers = handler.settings.answers
-    max_tokens = getattr(body, length)
-    if max_tokens is not None and max_tokens > answers.max_tokens:
-        if answers.above_max_tokens == "reject":
-            raise errors.invalid_value(length, f"{max_tokens} is above the limit of {answers.max_tokens}")
-        max_tokens = answers.max_tokens
     return Sampling(
-        max_tokens=answers.default_max_tokens if max_tokens is None else max_tokens,
+        max_tokens=limit_tokens(getattr(body, length), length, handler),
         temperature=body.temperature or 0.0,
         top_p=body.top_p or 1.0,
         seed=body.seed,
         frequency_penalty=body.frequency_penalty or 0.0,
         presence_penalty=body.presence_penalty or 0.0,
         logprobs=logprobs,
-        json_schema=_dump_schema(body.response_format),
+        json_schema=_read_schema(body.response_format),
     )
 
 
-def _dump_schema(wanted: ResponseFormat | None) -> str | None:
-    if wanted is None or wanted.type == "text":
+def limit_tokens(wanted: int | None, param: str, handler: ChatHandler) -> int:
+    """Return the most tokens of an answer; `param` is the field that limits it.
+
+    Raises:
+        ApiError: invalid_value, where more than the limit are rejected.
+    """
+    answers = handler.settings.answers
+    if wanted is None:
+        return answers.default_max_tokens
+    if wanted > answers.max_tokens and answers.above_max_tokens == "reject":
+        raise errors.invalid_value(param, f"{wanted} is above the limit of {answers.max_tokens}")
+    return min(wanted, answers.max_tokens)
+
+
+def dump_schema(kind: str, schema: dict[str, Any] | None) -> str | None:
+    """Return the JSON schema of an answer's form, `text`, `json_object` or `json_schema`; None for text."""
+    if kind == "text":
         return None
-    if wanted.json_schema is None:
-        return '{"type": "object"}'
     # Keys keep their order: answers are generated in it.
-    return json.dumps(wanted.json_schema.schema_)
+    return json.dumps({"type": "object"} if schema is None else schema)
+
+
+def _read_schema(wanted: ResponseFormat | None) -> str | None:
+    if wanted is None:
+        return None
+    return dump_schema(wanted.type, wanted.json_schema.schema_ if wanted.json_schema else None)

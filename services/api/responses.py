@@ -15,6 +15,7 @@ from services.answering.request import Delta, Usage
 from services.calls.reading import CallPiece, Piece, join_pieces
 from services.engines.protocol import TokenLogprob
 from services.engines.token_bytes import TokenBytes
+from services.errors import ApiError
 from services.model_pool import LoadedModel
 
 
@@ -91,8 +92,15 @@ class ResponseFormatter:
         rest = f'"logprobs": {logprobs}, "finish_reason": {reason}}}]{self._no_usage}}}'
         return f"{self._head}{place},{self._format.delta(text, delta)}, {rest}\n\n".encode()
 
-    def format_usage(self) -> bytes:
-        """Return the chunk of a stream that has the usage of all answers; empty if it was not asked for."""
+    def format_end(self) -> bytes:
+        """Return the end of a stream: the usage of all answers, if it was asked for, and the closing line."""
+        return self._format_usage() + b"data: [DONE]\n\n"
+
+    def format_error(self, error: ApiError) -> bytes:
+        """Return the chunk that ends a stream early."""
+        return b"data: " + json.dumps(error.body()).encode() + b"\n\n"
+
+    def _format_usage(self) -> bytes:
         if not self._wants_usage:
             return b""
         own: dict[str, Any] = {

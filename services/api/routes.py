@@ -22,6 +22,9 @@ from services import errors
 from services.answering.handler import ChatHandler
 from services.answering.request import make_request_id
 from services.api.answer import AnswerResponse, make_error_response
+from services.api.items.formatting import ItemFormatter
+from services.api.items.parsing import parse_responses_request
+from services.api.items.schemas import ResponsesRequest
 from services.api.parsing import parse_chat_request, parse_completion_requests
 from services.api.problems import convert_validation_error, describe_unread
 from services.api.responses import CHAT, COMPLETION, ResponseFormatter
@@ -91,6 +94,15 @@ def make_app(get_handler: GetHandler, get_caller: GetCaller) -> FastAPI:
         formatter = partial(ResponseFormatter, COMPLETION, request_id, body.model, body.wants_usage())
         return AnswerResponse(handler, requests, formatter, bool(body.stream))
 
+    @app.post("/v1/responses", responses=_ERRORS, response_model=None)
+    async def create_response(
+        body: ResponsesRequest, request_id: str = request_id, caller: Caller = caller
+    ) -> AnswerResponse:
+        """Answer a conversation of items."""
+        handler = get_handler()
+        request = parse_responses_request(body, request_id, caller, handler)
+        return AnswerResponse(handler, [request], partial(ItemFormatter, body, request), bool(body.stream))
+
     @app.post("/v1/feedback", responses=_ERRORS)
     async def create_feedback(body: FeedbackRequest, caller: Caller = caller) -> dict[str, str]:
         """Store feedback on an answer: a thumb, a correction, a comment."""
@@ -133,6 +145,8 @@ def make_app(get_handler: GetHandler, get_caller: GetCaller) -> FastAPI:
     return app
 
 
+# What the load is shed of: the routes whose answers take the models' time.
+LIMITED_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/ask")
 _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"description": text}

@@ -15,8 +15,10 @@ from stages.common.params.services import MAX_MESSAGES
 
 MAX_STOPS = 4  # as OpenAI has it
 MAX_ALTERNATIVES = 20
-
-
+Temperature = Annotated[float, Field(ge=0.0, le=2.0)]
+TopP = Annotated[float, Field(gt=0.0, le=1.0)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+User = Annotated[str, Field(max_length=256)]
 _NO_TOKENS = "0 is only possible with echo, which repeats the prompt"
 _Prompt = Annotated[str, Field(min_length=1)] | Annotated[list[int], Field(min_length=1, fail_fast=True)]
 
@@ -115,17 +117,17 @@ class _Sampled(Body):
 
     model: str | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = None
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    seed: Seed | None = None
     stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     frequency_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] | None = None
     response_format: ResponseFormat | None = None
-    user: Annotated[str, Field(max_length=256)] | None = None
-    session: Annotated[str, Field(max_length=256)] | None = None
+    user: User | None = None
+    session: User | None = None
     n: Annotated[int, Field(ge=1, le=1)] | None = None
 
     @field_validator("stop", mode="before")

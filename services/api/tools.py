@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
 from services.api.fields import Body
 from services.calls.allowed import AllowedCalls
@@ -17,25 +17,29 @@ Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 CallId = Annotated[str, Field(min_length=1, max_length=256)]
 
 
+def check_arguments(arguments: str) -> str:
+    """Return the arguments of a call, those of an empty text as an empty object.
+
+    Raises:
+        ValueError: they are not the text of a JSON object, or it is nested too deeply.
+    """
+    try:
+        value = json.loads(arguments or "{}", parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"must be the text of a JSON object: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError("must be the text of a JSON object")
+    if _is_deep(value):
+        raise ValueError(f"is nested more than {MAX_DEPTH} levels deep")
+    format_arguments(value)  # a number like 1e999 is none that JSON can write
+    return arguments or "{}"
+
+
 class FunctionCall(Body):
     """The function that was called, its arguments as the text of a JSON object."""
 
     name: Name
-    arguments: str
-
-    @field_validator("arguments")
-    @classmethod
-    def _is_an_object(cls, arguments: str) -> str:
-        try:
-            value = json.loads(arguments or "{}", parse_constant=_refuse_constant)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"must be the text of a JSON object: {error}") from None
-        if not isinstance(value, dict):
-            raise ValueError("must be the text of a JSON object")
-        if _is_deep(value):
-            raise ValueError(f"is nested more than {MAX_DEPTH} levels deep")
-        format_arguments(value)  # a number like 1e999 is none that JSON can write
-        return arguments or "{}"
+    arguments: Annotated[str, AfterValidator(check_arguments)]
 
 
 class CallOfTool(Body):
@@ -58,6 +62,11 @@ class Function(Body):
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
+    def read(self) -> Tool:
+        """Return the tool as the prompt has it: `strict` changes nothing, as all arguments are held."""
+        function = self.model_dump(exclude_none=True, include={"name", "description", "parameters"})
+        return Tool(json.dumps({"type": "function", "function": function}, ensure_ascii=False))
+
 
 class FunctionTool(Body):
     """A tool of the only type there is: a function."""
@@ -65,10 +74,11 @@ class FunctionTool(Body):
     type: Literal["function"]
     function: Function
 
-    def read(self) -> Tool:
-        """Return the tool as the prompt has it: `strict` changes nothing, as all arguments are held."""
-        function = self.function.model_dump(exclude_none=True, exclude={"strict"})
-        return Tool(json.dumps({"type": self.type, "function": function}, ensure_ascii=False))
+
+class FlatTool(Function):
+    """A tool as the Responses API has it: the fields of the function are its own."""
+
+    type: Literal["function"]
 
 
 class FunctionName(Body):
@@ -84,34 +94,51 @@ class NamedTool(Body):
     function: FunctionName
 
 
-ToolChoice = Literal["none", "auto", "required"] | NamedTool
+class FlatNamedTool(FunctionName):
+    """The one function that the answer is to call, as the Responses API has it."""
+
+    type: Literal["function"]
+
+
+_Mode = Literal["none", "auto", "required"]
+ToolChoice = _Mode | NamedTool
+FlatChoice = _Mode | FlatNamedTool
+AnyTool = FunctionTool | FlatTool
+AnyChoice = ToolChoice | FlatNamedTool
 
 
 def read_allowed(
-    tools: Sequence[FunctionTool], choice: ToolChoice | None, is_parallel: bool | None
+    tools: Sequence[AnyTool], choice: AnyChoice | None, is_parallel: bool | None
 ) -> AllowedCalls | None:
     """Return what the answer may call; None for a request without tools."""
     if not tools:
         return None
-    read = tuple(tool.read() for tool in tools)
+    read = tuple(_find_function(tool).read() for tool in tools)
     parallel = is_parallel is not False
-    if isinstance(choice, NamedTool):
-        return AllowedCalls(read, "required", choice.function.name, parallel)
+    if isinstance(choice, NamedTool | FlatNamedTool):
+        return AllowedCalls(read, "required", _find_function(choice).name, parallel)
     return AllowedCalls(read, choice or "auto", None, parallel)
 
 
-def find_tools_problem(tools: Sequence[FunctionTool], choice: ToolChoice | None) -> tuple[str, str] | None:
+def find_tools_problem(tools: Sequence[AnyTool], choice: AnyChoice | None) -> tuple[str, str] | None:
     """Return the field of a request that is wrong and why, or None."""
     names: set[str] = set()
     for place, tool in enumerate(tools):
-        if tool.function.name in names:
-            return f"tools.{place}.function.name", f"{tool.function.name!r} is the name of an earlier tool"
-        names.add(tool.function.name)
+        name = _find_function(tool).name
+        if name in names:
+            path = "function.name" if isinstance(tool, FunctionTool) else "name"
+            return f"tools.{place}.{path}", f"{name!r} is the name of an earlier tool"
+        names.add(name)
     if choice == "required" and not tools:
         return "tool_choice", "there are no tools to call"
-    if isinstance(choice, NamedTool) and choice.function.name not in names:
-        return "tool_choice", f"there is no tool {choice.function.name!r}"
+    if isinstance(choice, NamedTool | FlatNamedTool) and (name := _find_function(choice).name) not in names:
+        return "tool_choice", f"there is no tool {name!r}"
     return None
+
+
+def _find_function(named: Any) -> Any:
+    """Return the part of a tool or a choice that has the function's name."""
+    return getattr(named, "function", named)
 
 
 def _is_deep(value: Any) -> bool:

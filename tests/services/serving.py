@@ -15,7 +15,7 @@ from uvicorn.loops.auto import auto_loop_factory
 from services.api.bodies import BodyLimit
 from services.api.heads import make_protocol
 from services.api.middleware import ConcurrencyLimit, Deadline, RequestIds
-from services.api.routes import make_app
+from services.api.routes import LIMITED_PATHS, make_app
 from services.engines.paged.engine import PagedEngine
 from services.engines.transformers import TransformersEngine
 from services.model_pool import LoadedModel
@@ -194,7 +194,7 @@ def wrap(app, settings, access):
         access.check_key(request.headers.get("authorization"), request.client.host)
 
     limit = settings.engine.max_running + settings.engine.max_waiting
-    app = ConcurrencyLimit(app, ("/v1/chat/completions", "/v1/completions"), limit)
+    app = ConcurrencyLimit(app, LIMITED_PATHS, limit)
     app = Deadline(app, settings.request_timeout_s, settings.body_timeout_s)
     return RequestIds(BodyLimit(app, settings.guard.max_body_bytes, settings.body_timeout_s, check_key))
 
