@@ -1,4 +1,4 @@
-"""Write the pages that can be derived: parameters, commands and direct dependencies: `make docs`.
+"""Write the pages that can be derived: parameters, commands, dependencies, gaps of the API: `make docs`.
 
 `python -m docs.reference.generate --check` exits 1 if a page is out of date.
 """
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import re
 import sys
 import tomllib
@@ -22,6 +23,7 @@ from flows.__main__ import COMMANDS
 from stages.common.params.checked_yaml import Section
 from stages.common.params.loading import Params
 from tests.environments.wheels import GLIBC_MINOR, MACOS, PYTHONS
+from tests.services.api.openai_gaps import GAPS, ROUTES, TAKEN
 
 ROOT = Path(__file__).parents[2]
 HERE = ROOT / "docs" / "reference"
@@ -256,9 +258,43 @@ def license_of(name: str, locked: dict[str, str]) -> str:
     return found
 
 
+def openai_page() -> str:
+    """Return what OpenAI's API has and the service does not, as the tests send it, as Markdown."""
+    out = [
+        "# What OpenAI's API has and the service does not",
+        "",
+        "A test (`tests/services/api/test_openai_gaps.py`) sends each request here and checks that the",
+        "response is a 422 whose `param` names the field. It also compares the table with all fields that",
+        "OpenAI's client has: each is done, taken without effect, or in the table. Written by `make docs`.",
+        "",
+    ]
+    for path, gaps in GAPS.items():
+        out += [
+            f"## POST {path}",
+            "",
+            "| field | for instance | words of the refusal |",
+            "|---|---|---|",
+        ]
+        for gap in gaps:
+            sent = json.dumps(gap.sent)
+            out.append(f"| `{gap.param}` | `{sent}` | {gap.instead} |")
+        out.append("")
+        if TAKEN[path]:
+            names = ", ".join(f"`{name}`" for name in sorted(TAKEN[path]))
+            out += [f"Taken, without effect on the answer: {names}.", ""]
+    out += ["## Routes that are not there", "", "| route | status |", "|---|---|"]
+    out += [f"| `{method} {path}` | {status} |" for method, path, status in ROUTES]
+    return "\n".join(out).rstrip() + "\n"
+
+
 def main() -> None:
     """Write the pages, or check them."""
-    pages = {"params": page(), "commands": commands_page(), "dependencies": dependencies_page()}
+    pages = {
+        "params": page(),
+        "commands": commands_page(),
+        "dependencies": dependencies_page(),
+        "openai": openai_page(),
+    }
     for name, text in pages.items():
         path = HERE / f"{name}.md"
         if sys.argv[1:] != ["--check"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -52,16 +52,18 @@ def convert_validation_error(error: RequestValidationError, content_type: str = 
 
 def _pick(error: RequestValidationError) -> tuple[Any, tuple[int | str, ...]]:
     """Return the first problem with its location, of those of one union the innermost."""
-    found = [(problem, tuple(_keep_sent(problem["loc"][1:], error.body))) for problem in error.errors()]
+    found = [(problem, tuple(_keep_sent(problem, error.body))) for problem in error.errors()]
     outermost = found[0][1]
     same = [pair for pair in found if pair[1][: len(outermost)] == outermost]
     return max(same, key=lambda pair: len(pair[1]))
 
 
-def _keep_sent(where: Sequence[int | str], body: Any) -> Iterator[int | str]:
-    """Yield the parts of a location that are in the body, or missing at its end; not pydantic's own names."""
+def _keep_sent(problem: Any, body: Any) -> Iterator[int | str]:
+    """Yield the parts of a problem's location that are in the body, or missing; not pydantic's own names."""
+    where = problem["loc"][1:]
     for place, part in enumerate(where):
-        if isinstance(body, dict) and (part in body or place == len(where) - 1):
+        is_missing = problem["type"] == "missing" and place == len(where) - 1
+        if isinstance(body, dict) and (part in body or is_missing):
             body = body.get(part)
         elif isinstance(body, list) and isinstance(part, int) and part < len(body):
             body = body[part]

@@ -6,9 +6,10 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
-from services.api.fields import Body
+from services.api.fields import UNSUPPORTED, Body
 from services.calls.allowed import AllowedCalls
 from services.schemas.bounds import MAX_DEPTH
 from stages.common.messages import Tool, ToolCall, format_arguments
@@ -100,11 +101,20 @@ class FlatNamedTool(FunctionName):
     type: Literal["function"]
 
 
+def check_choice(choice: Any) -> Any:
+    """Return a choice of tools; reject one of a type that is not known."""
+    kind = choice.get("type") if isinstance(choice, dict) else "function"
+    if kind != "function":
+        problem = f"{str(kind)[:100]!r} is not supported; only 'function' is"
+        raise PydanticCustomError(UNSUPPORTED, "{problem}", {"field": "type", "problem": problem})
+    return choice
+
+
 _Mode = Literal["none", "auto", "required"]
-ToolChoice = _Mode | NamedTool
-FlatChoice = _Mode | FlatNamedTool
+ToolChoice = Annotated[_Mode | NamedTool, BeforeValidator(check_choice)]
+FlatChoice = Annotated[_Mode | FlatNamedTool, BeforeValidator(check_choice)]
 AnyTool = FunctionTool | FlatTool
-AnyChoice = ToolChoice | FlatNamedTool
+AnyChoice = _Mode | NamedTool | FlatNamedTool
 
 
 def read_allowed(

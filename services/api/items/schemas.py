@@ -155,14 +155,6 @@ class ResponsesRequest(Body):
                 _refuse(f"{place}.type", f"{str(kind)[:100]!r} is not supported; only 'function' is")
         return tools
 
-    @field_validator("tool_choice", mode="before")
-    @classmethod
-    def _names_a_function(cls, choice: Any) -> Any:
-        kind = choice.get("type") if isinstance(choice, dict) else "function"
-        if kind != "function":
-            _refuse("type", f"{str(kind)[:100]!r} is not supported; only 'function' is")
-        return choice
-
     @model_validator(mode="after")
     def _needs_no_store(self) -> ResponsesRequest:
         if self.store:
