@@ -13,13 +13,18 @@ from tests.services.tiny_checkout import make_checkout
 
 
 @contextmanager
-def serving_bento(folder, changes=None):
-    """Run the service in a checkout with changed parameters; yield its process, address and log."""
-    root = make_checkout(folder, changes)
+def serving_bento(folder, changes=None, start_s=180, path=(), **shape):
+    """Run the service in a checkout with changed parameters; yield its process, address and log.
+
+    Args:
+        path: further folders to import from.
+        shape: of the model.
+    """
+    root = make_checkout(folder, changes, **shape)
     port, log = network.free_port(), folder / "log"
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("PERENNIAL_")},
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([*map(str, path), str(ROOT)]),
         "BENTOML_HOME": str(folder / "bentoml"),
         "PERENNIAL_HOSTS": "own.example",
     }
@@ -29,7 +34,7 @@ def serving_bento(folder, changes=None):
             [*command, "--port", str(port)], cwd=root, env=environment, stdout=output, stderr=output
         )
     url = f"http://127.0.0.1:{port}"
-    until = time.monotonic() + 180
+    until = time.monotonic() + start_s
     try:
         while (answer := network.get(f"{url}/readyz")) is None or answer[0] != 200:
             assert process.poll() is None and time.monotonic() < until, log.read_text()
@@ -37,4 +42,4 @@ def serving_bento(folder, changes=None):
         yield process, url, log
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(60)
+        process.wait(120)
