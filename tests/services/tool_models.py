@@ -32,7 +32,9 @@ def make_tool(name: str, parameters: dict | None = None) -> dict:
 TOOLS = [make_tool("lamp", LAMP), make_tool("heat", HEAT), make_tool("stop")]
 
 
-def tool_files(folder: Path, template: str | None = None, **about) -> ModelFiles:
+def tool_files(
+    folder: Path, template: str | None = None, max_position_embeddings: int = 4096, **about
+) -> ModelFiles:
     """Save a tiny model that knows tools, with its GGUF file.
 
     Args:
@@ -42,9 +44,8 @@ def tool_files(folder: Path, template: str | None = None, **about) -> ModelFiles
 
     files = tiny_files(folder, **about)
     merges = (("a", "b"), ("t", "h"))  # GGUF holds no vocabulary without merges
-    save_model(
-        folder, merges=merges, tie_word_embeddings=False, initializer_range=0.5, max_position_embeddings=4096
-    )
+    shape = {"initializer_range": 0.5, "max_position_embeddings": max_position_embeddings}
+    save_model(folder, merges=merges, tie_word_embeddings=False, **shape)
     tokenizer = load_tokenizer(folder)
     tokenizer.chat_template = template or adapt_template(tokenizer, {}, True, "default")
     tokenizer.save_pretrained(folder)
