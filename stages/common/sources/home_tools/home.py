@@ -1,6 +1,6 @@
-"""A home that carries out the calls of the tools: what the packaged conversations draw at random happens here.
+"""A home that carries out the calls of the tools, and returns results like those of the rows.
 
-The same seed gives the same home. Rooms and devices exist once somebody names them, since conversations name
+The same seed gives the same home. Rooms and devices exist once a call names them, since conversations name
 any of the word lists; a few devices are missing, as in the rows.
 """
 
