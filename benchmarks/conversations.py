@@ -1,10 +1,11 @@
 """Conversations with tools: are calls held by their schemas, at which cost, and how fast are they learned?
 
     python -m benchmarks.conversations [required grammar training] [--calls 10000] [--rows 96] [--out FILE]
+    python -m benchmarks.conversations clients [--url http://127.0.0.1:3000/v1] [--count 50] [--auto]
 
-Needs `artifacts/fetch_base` and `artifacts/split` of the task with tools: `make run TASK=tools`, or `dvc
-repro preflight` with its parameters. The base model was never trained to call tools. Prints a JSON object;
-`docs/benchmarks.md` keeps the results.
+The first needs `artifacts/fetch_base` and `artifacts/split` of the task with tools: `make run TASK=tools`, or
+`dvc repro preflight` with its parameters. The base model was never trained to call tools. Prints a JSON
+object; `docs/benchmarks.md` keeps the results.
 
 - `required`: calls that the grammar forces at temperature 1: how many are malformed, name an unknown tool, or
   have arguments outside the schema.
@@ -12,6 +13,10 @@ repro preflight` with its parameters. The base model was never trained to call t
   compile 60 tools.
 - `training`: tokens a second of conversations of several turns in one sequence, next to those of their first
   turns alone, in turns.
+- `clients` (only if it is named): conversations of the clients openai, pydantic-ai and litellm with a running
+  service (`make serve`), with tools that run (`benchmarks/tool_clients.py`). Calls are forced, or left to the
+  model with `--auto`. A client that is not installed is named:
+  `pip install "pydantic-ai-slim[openai]" litellm`.
 """
 
 from __future__ import annotations
@@ -30,6 +35,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from benchmarks.machine import machine
+from benchmarks.tool_clients import CLIENTS, find_server, run_client
 from services.calls.allowed import AllowedCalls, read_schema
 from services.calls.grammar import write_grammar
 from services.calls.notation import read_marks
@@ -50,6 +56,7 @@ AT_ONCE = 16  # answers written together
 MAX_TOKENS = 400
 REPEATS = 5
 MANY_TOOLS = 60
+PARTS = ("required", "grammar", "training", "clients")
 
 
 def read_questions(tokenizer: Any) -> tuple[tuple[Tool, ...], list[list[int]]]:
@@ -188,14 +195,38 @@ def main() -> None:
     """Run the measurements that are named, or all."""
     set_quiet_environment()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", nargs="*", default=[], help="required, grammar, training; default: all")
+    parser.add_argument(
+        "what", nargs="*", default=[], help="required, grammar, training (default: these), clients"
+    )
     parser.add_argument("--calls", type=int, default=10_000)
     parser.add_argument("--rows", type=int, default=96)
+    parser.add_argument("--url", default="http://127.0.0.1:3000/v1", help="clients: the service's API")
+    parser.add_argument("--key", default="none", help="clients: a key of the service")
+    parser.add_argument("--count", type=int, default=50, help="clients: conversations of each")
+    parser.add_argument("--auto", action="store_true", help="clients: the model decides whether it calls")
     parser.add_argument("--out", type=Path, help="where to write the results as JSON, too")
     options = parser.parse_args()
+    if unknown := set(options.what) - set(PARTS):
+        parser.error(f"no part {', '.join(sorted(unknown))}: there are {', '.join(PARTS)}")
     wanted = options.what or ["required", "grammar", "training"]
-    tokenizer = load_tokenizer(artifacts("fetch_base"))
     found: dict[str, Any] = {"machine": machine()}
+    if "clients" in wanted:
+        server = find_server(options.url, options.key)
+        found["clients"] = {
+            name: run_client(name, server, options.count, "auto" if options.auto else "required")
+            for name in CLIENTS
+        }
+    if {"required", "grammar", "training"} & set(wanted):
+        found |= _measure_model(options, wanted)
+    if options.out:
+        write_json(options.out, found)
+    print(json.dumps(found, indent=2))
+
+
+def _measure_model(options: argparse.Namespace, wanted: Sequence[str]) -> dict[str, Any]:
+    """Return the measurements that need no service, of those that are named."""
+    found: dict[str, Any] = {}
+    tokenizer = load_tokenizer(artifacts("fetch_base"))
     if {"required", "grammar"} & set(wanted):
         engine = PagedEngine(artifacts("fetch_base"), tokenizer)
         try:
@@ -207,9 +238,7 @@ def main() -> None:
             engine.close()
     if "training" in wanted:
         found["training"] = measure_training(tokenizer, options.rows)
-    if options.out:
-        write_json(options.out, found)
-    print(json.dumps(found, indent=2))
+    return found
 
 
 if __name__ == "__main__":
