@@ -13,22 +13,24 @@ from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
 from services import errors
+from services.answering.embedding import EmbeddingRequest, embed_texts
 from services.answering.handler import ChatHandler
 from services.answering.request import make_request_id
 from services.api.answer import AnswerResponse, make_error_response
+from services.api.embeddings.schemas import EmbeddingsRequest, format_embeddings
 from services.api.items.formatting import ItemFormatter
 from services.api.items.parsing import parse_responses_request
 from services.api.items.schemas import ResponsesRequest
 from services.api.parsing import parse_chat_request, parse_completion_requests
 from services.api.problems import convert_validation_error, describe_unread
 from services.api.responses import CHAT, COMPLETION, ResponseFormatter
-from services.api.schemas import ChatRequest, CompletionRequest, FeedbackRequest
+from services.api.schemas import ChatRequest, CompletionRequest, FeedbackRequest, list_prompts
 from services.errors import ApiError
 from services.events import Feedback, StoreUnavailable
 from services.guard import policy
@@ -103,6 +105,17 @@ def make_app(get_handler: GetHandler, get_caller: GetCaller) -> FastAPI:
         request = parse_responses_request(body, request_id, caller, handler)
         return AnswerResponse(handler, [request], partial(ItemFormatter, body, request), bool(body.stream))
 
+    @app.post("/v1/embeddings", responses=_ERRORS, response_model=None)
+    async def create_embeddings(
+        body: EmbeddingsRequest, request_id: str = request_id, caller: Caller = caller
+    ) -> Response:
+        """Return texts as vectors."""
+        texts = tuple(list_prompts(body.input))
+        request = EmbeddingRequest(request_id, texts, caller, body.model, body.dimensions)
+        found = await embed_texts(request, get_handler())
+        content = await asyncio.to_thread(format_embeddings, found, body)
+        return Response(content, media_type="application/json")
+
     @app.post("/v1/feedback", responses=_ERRORS)
     async def create_feedback(body: FeedbackRequest, caller: Caller = caller) -> dict[str, str]:
         """Store feedback on an answer: a thumb, a correction, a comment."""
@@ -146,7 +159,7 @@ def make_app(get_handler: GetHandler, get_caller: GetCaller) -> FastAPI:
 
 
 # What the load is shed of: the routes whose answers take the models' time.
-LIMITED_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/ask")
+LIMITED_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/ask")
 _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"description": text}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import NoneType
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from services.api.fields import UNSUPPORTED, WRONG, Body, describe_unsupported
@@ -20,7 +20,29 @@ TopP = Annotated[float, Field(gt=0.0, le=1.0)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 User = Annotated[str, Field(max_length=256)]
 _NO_TOKENS = "0 is only possible with echo, which repeats the prompt"
+
+
+def check_prompts(value: Any) -> Any:
+    """Return a value that is a text or token ids, or a list of these; reject any other."""
+    if _is_prompt(value) or (isinstance(value, list) and value and all(map(_is_prompt, value))):
+        return value
+    raise ValueError("must be a text or a list of token ids, or a list of these, none of them empty")
+
+
+def _is_prompt(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(type(number) is int for number in value)
+    return isinstance(value, str) and bool(value)
+
+
 _Prompt = Annotated[str, Field(min_length=1)] | Annotated[list[int], Field(min_length=1, fail_fast=True)]
+Prompts = Annotated[_Prompt | Annotated[list[_Prompt], Field(fail_fast=True)], BeforeValidator(check_prompts)]
+
+
+def list_prompts(value: Any) -> list[str | tuple[int, ...]]:
+    """Return one or several prompts, as a request has them, as a list."""
+    several = isinstance(value, list) and not isinstance(value[0], int)
+    return [one if isinstance(one, str) else tuple(one) for one in (value if several else [value])]
 
 
 class TextPart(Body):
@@ -179,19 +201,12 @@ class ChatRequest(_Sampled):
 class CompletionRequest(_Sampled):
     """The body of /v1/completions: raw text or token ids, without a chat template."""
 
-    prompt: _Prompt | Annotated[list[_Prompt], Field(fail_fast=True)]
+    prompt: Prompts
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1, le=1)] | None = None
     suffix: Annotated[str, Field(max_length=0)] | None = None
-
-    @field_validator("prompt", mode="before")
-    @classmethod
-    def _is_a_prompt_or_several(cls, prompt: Any) -> Any:
-        if _is_prompt(prompt) or (isinstance(prompt, list) and prompt and all(map(_is_prompt, prompt))):
-            return prompt
-        raise ValueError("must be a text or a list of token ids, or a list of these, none of them empty")
 
     @model_validator(mode="after")
     def _asks_for_something(self) -> CompletionRequest:
@@ -203,15 +218,7 @@ class CompletionRequest(_Sampled):
 
     def prompts(self) -> list[str | tuple[int, ...]]:
         """Return the prompts."""
-        several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
-        prompts: Any = self.prompt if several else [self.prompt]
-        return [prompt if isinstance(prompt, str) else tuple(prompt) for prompt in prompts]
-
-
-def _is_prompt(value: Any) -> bool:
-    if isinstance(value, list):
-        return bool(value) and all(type(number) is int for number in value)
-    return isinstance(value, str) and bool(value)
+        return list_prompts(self.prompt)
 
 
 class FeedbackRequest(Body):

@@ -114,6 +114,8 @@ class OpenvinoEngine(Worker):
     def _prepare(self, sampling: Sampling) -> Any:
         if sampling.prompt_logprobs:
             raise Unsupported("the openvino engine has no log-probabilities of prompts")
+        if sampling.embeds_prompt:
+            raise Unsupported("the openvino engine has no vectors of prompts; use paged or transformers")
         self._grammars.compile_for(sampling)
         tags = write_tags(sampling.calls) if sampling.grammar is not None else None
         if sampling.json_schema is not None:

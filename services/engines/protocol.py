@@ -25,7 +25,7 @@ class SchemaUnsupported(ValueError):
 
 
 class Unsupported(ValueError):
-    """The engine has no log-probabilities of prompts; raised before the first step."""
+    """The engine has no log-probabilities or no vectors of prompts; raised before the first step."""
 
 
 class ContextOverflow(ValueError):
@@ -71,6 +71,7 @@ class Sampling:
         grammar: constrains decoding to a grammar in llguidance's form of Lark; not with the two above.
         calls: the same as `grammar`, in parts; None where it is no grammar of calls, or they have ids.
         prompt_logprobs: report the prompt's tokens too, with the number of alternatives of `logprobs`.
+        embeds_prompt: report the mean of the last hidden states of the prompt's tokens.
     """
 
     max_tokens: int
@@ -85,6 +86,7 @@ class Sampling:
     grammar: str | None = None
     calls: CallForm | None = None
     prompt_logprobs: bool = False
+    embeds_prompt: bool = False
 
     @property
     def is_constrained(self) -> bool:
@@ -117,6 +119,7 @@ class Step:
         queue_s: time in the queue; set on the first step only.
         prompt_logprobs: of the prompt's tokens from the second, if requested; on the first step only.
         end: log-probability of the end-of-turn token, on a last step that has one.
+        embedding: of the prompt, if requested; on the first step only.
     """
 
     token_ids: tuple[int, ...]
@@ -125,6 +128,7 @@ class Step:
     queue_s: float = 0.0
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     end: TokenLogprob | None = None
+    embedding: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,11 @@ class Sampler:
         """Whether log-probabilities of the prompt are wanted."""
         return self._sampling.prompt_logprobs
 
+    @property
+    def embeds_prompt(self) -> bool:
+        """Whether the mean of the prompt's hidden states is wanted."""
+        return self._sampling.embeds_prompt
+
     def score(self, logits: Logits, token: int) -> TokenLogprob:
         """Return the log-probability of a token of the prompt."""
         return compute_logprob(logits, token, self._sampling.logprobs or 0)

@@ -35,6 +35,7 @@ class _State:
     generated: int = 0
     last: int = -1
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    hidden_sum: Any = None  # of the prompt's tokens so far
 
 
 class TransformersEngine(Worker):
@@ -141,7 +142,7 @@ class TransformersEngine(Worker):
         state: _State = request.state
         chunk = request.prompt[state.prefilled : state.prefilled + self._batch_tokens]
         state.cache = state.cache or DynamicCache()
-        scored = state.sampler.scores_prompt
+        scored, embeds = state.sampler.scores_prompt, state.sampler.embeds_prompt
         ids = torch.tensor([chunk], device=self._device)
         positions = torch.arange(state.prefilled, state.prefilled + len(chunk), device=self._device)[None]
         out = self._model(
@@ -149,12 +150,16 @@ class TransformersEngine(Worker):
             position_ids=positions,
             past_key_values=state.cache,
             use_cache=True,
+            output_hidden_states=embeds,
             logits_to_keep=torch.arange(0 if scored else len(chunk) - 1, len(chunk), device=self._device),
         )
         if scored:
             following = request.prompt[state.prefilled + 1 : state.prefilled + len(chunk) + 1]
             rows = out.logits[0, : len(following)].float().cpu().numpy()
             state.prompt_logprobs += map(state.sampler.score, rows, following)
+        if embeds:
+            new = out.hidden_states[-1][0].double().sum(dim=0).cpu()
+            state.hidden_sum = new if state.hidden_sum is None else state.hidden_sum + new
         state.prefilled += len(chunk)
         if state.prefilled < len(request.prompt):
             return []
@@ -163,6 +168,9 @@ class TransformersEngine(Worker):
         first = results[0][1]
         if scored and isinstance(first, Step):
             results = [(request, replace(first, prompt_logprobs=tuple(state.prompt_logprobs)))]
+        if embeds and isinstance(first, Step):
+            vector = tuple((state.hidden_sum / len(request.prompt)).tolist())
+            results = [(request, replace(first, embedding=vector))]
         if not _is_end(results[0][1]):
             self._batch.join(request, state.cache)
         state.cache = None

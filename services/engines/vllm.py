@@ -27,6 +27,7 @@ from services.engines.protocol import (
     SchemaUnsupported,
     Step,
     TokenLogprob,
+    Unsupported,
 )
 from stages.common.artifacts import hash_files
 from stages.common.chat.template import end_of_turn_ids
@@ -147,6 +148,8 @@ class VllmEngine:
     async def _check(self, prompt: Sequence[int], sampling: Sampling) -> None:
         if reason := self.broken:
             raise EngineError(reason)
+        if sampling.embeds_prompt:
+            raise Unsupported("the vllm engine has no vectors of prompts; use paged or transformers")
         if not prompt or len(prompt) >= self.context_tokens:
             raise ContextOverflow(
                 f"the prompt has {len(prompt)} tokens, and the context {self.context_tokens} with the answer"

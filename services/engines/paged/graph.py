@@ -48,12 +48,14 @@ def build_graph(weights: Weights) -> Any:
         normed = _norm(x, block["attn_norm"], shape)
         x = op.add(x, _attention(normed, block, shape, turns, [*cache, *paging], longest))
         x = op.add(x, _feed_forward(_norm(x, block["ffn_norm"], shape), block))
-    x = op.gather(_norm(x, tensors["output_norm.weight"], shape), wanted, _int(0))
+    states = op.gather(_norm(x, tensors["output_norm.weight"], shape), wanted, _int(0))
     head = _matrix(tensors["output.weight"]) if "output.weight" in tensors else embedding
-    logits = op.matmul(x, head, transpose_a=False, transpose_b=True)
+    logits = op.matmul(states, head, transpose_a=False, transpose_b=True)
     out = op.result(logits)  # directly: the plugin would round anything in between to bfloat16
     out.output(0).set_names({"logits"})
-    return ov.Model([out], [ids, positions, *paging, longest, wanted, *caches], "paged llama")
+    hidden = op.result(states)
+    hidden.output(0).set_names({"hidden"})
+    return ov.Model([out, hidden], [ids, positions, *paging, longest, wanted, *caches], "paged llama")
 
 
 def _parameter(name: str, dims: list[int], kind: Any) -> Any:

@@ -130,6 +130,12 @@ class PagedModel:
         logits: NDArray[np.float32] = self._request.get_output_tensor(0).data
         return logits.reshape(-1, self.shape.vocabulary)[: len(wanted)]
 
+    @property
+    def hidden(self) -> NDArray[np.float32]:
+        """The last hidden states of the last step's rows [rows, hidden]; valid as long as its logits."""
+        states: NDArray[np.float32] = self._request.get_output_tensor(1).data
+        return states.reshape(-1, self.shape.hidden)
+
     def _set(self, name: str, values: Any, kind: type) -> None:
         import openvino as ov
 

@@ -31,6 +31,7 @@ class ActiveSequence:
         computed: tokens whose keys and values are in `blocks`.
         admitted: sequence number of the admission.
         prompt_logprobs: of the prompt's tokens so far, from the second; None where they are not wanted.
+        hidden_sum: of the prompt's tokens so far; None where no vector is wanted.
     """
 
     tokens: list[int]
@@ -42,6 +43,12 @@ class ActiveSequence:
     computed: int = 0
     admitted: int = 0
     prompt_logprobs: list[TokenLogprob] | None = None
+    hidden_sum: NDArray[np.float64] | None = None
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether something is wanted of each token of the prompt."""
+        return self.prompt_logprobs is not None or self.hidden_sum is not None
 
 
 @dataclass(slots=True)
@@ -99,6 +106,8 @@ class Scheduler:
         sequence = ActiveSequence(list(prompt), len(prompt), limit, sampler, keywords)
         if sampler.scores_prompt:
             sequence.prompt_logprobs = []
+        if sampler.embeds_prompt:
+            sequence.hidden_sum = np.zeros(self._model.shape.hidden)
         self._waiting.append(sequence)
         return sequence
 
@@ -125,6 +134,7 @@ class Scheduler:
             sequence = planned.sequence
             scored = max(0, rows - len(planned.draft) - 1) if planned.samples else rows
             self._score_prompt(planned, logits[row : row + scored])
+            self._add_hidden(planned, row)
             sequence.computed += len(planned.new)
             row, rows = row + scored, rows - scored
             if rows:
@@ -159,7 +169,7 @@ class Scheduler:
 
     def _reuse(self, sequence: ActiveSequence) -> None:
         """Reuse the blocks of a finished sequence: full ones are shared, rows of the last one are copied."""
-        if sequence.prompt_logprobs is not None:  # there are no logits of tokens that are not computed
+        if sequence.is_scored:  # there are no logits of tokens that are not computed
             return
         length, blocks = self._prefixes.find(sequence.tokens)
         length = min(length, len(sequence.tokens) - 1)  # the last token is computed anyway, for its logits
@@ -192,15 +202,14 @@ class Scheduler:
         scored = MAX_SCORED_TOKENS if generating else budget
         # Sequences with one token to compute generate; the others prefill.
         for sequence in sorted(self._running, key=lambda s: (s.computed < len(s.tokens) - 1, s.admitted)):
-            is_scored = sequence.prompt_logprobs is not None
-            room = min(budget, scored) if is_scored else budget
+            room = min(budget, scored) if sequence.is_scored else budget
             if room < 1:
                 continue
             planned = self._plan_sequence(sequence, room, generating)
             if self._allocate(planned, plan):
                 plan[id(sequence)] = planned
                 budget -= len(planned.new) + len(planned.draft)
-                scored -= len(planned.new) if is_scored else 0
+                scored -= len(planned.new) if sequence.is_scored else 0
         return list(plan.values())
 
     def _plan_sequence(self, sequence: ActiveSequence, budget: int, generating: int) -> _Planned:
@@ -267,7 +276,7 @@ class Scheduler:
             if row == len(planned.draft) or token != planned.draft[row]:
                 break
             sequence.computed += 1
-        if reason is not None and self._drafter is not None:
+        if reason is not None and self._drafter is not None and sequence.hidden_sum is None:
             answer = sequence.tokens[sequence.prompt_tokens :]
             last = [token] if reason == "stop" else []
             self._drafter.learn(sequence.tokens[: sequence.prompt_tokens], [*answer, *last])
@@ -276,7 +285,11 @@ class Scheduler:
         end = logprob if reason == "stop" else None
         prompt = tuple(sequence.prompt_logprobs or ())
         sequence.prompt_logprobs = None  # they are sent once
-        return Step(tuple(tokens), reason, tuple(logprobs), prompt_logprobs=prompt, end=end)
+        vector = None
+        if sequence.hidden_sum is not None:
+            vector = tuple((sequence.hidden_sum / sequence.prompt_tokens).tolist())
+            sequence.hidden_sum = None
+        return Step(tuple(tokens), reason, tuple(logprobs), prompt_logprobs=prompt, end=end, embedding=vector)
 
     def _score_prompt(self, planned: _Planned, logits: NDArray[np.float32]) -> None:
         """Keep the log-probabilities of the prompt's tokens that follow the new ones.
@@ -290,6 +303,16 @@ class Scheduler:
         del sequence.prompt_logprobs[sequence.computed :]  # computed once more after a preemption
         for place, row in enumerate(logits, start=sequence.computed + 1):
             sequence.prompt_logprobs.append(sequence.sampler.score(row, sequence.tokens[place]))
+
+    def _add_hidden(self, planned: _Planned, row: int) -> None:
+        """Add the hidden states of new tokens, whose rows begin at `row`."""
+        sequence = planned.sequence
+        if sequence.hidden_sum is None:
+            return
+        if sequence.computed == 0:  # also after a preemption
+            sequence.hidden_sum[:] = 0
+        rows = self._model.hidden[row : row + len(planned.new)]
+        sequence.hidden_sum += rows.sum(axis=0, dtype=np.float64)
 
 
 def _make_input(planned: _Planned) -> StepInput:
@@ -306,6 +329,6 @@ def _count_rows(planned: _Planned) -> int:
 
 
 def _is_scored(planned: _Planned) -> bool:
-    """Return whether the new tokens are of a prompt whose log-probabilities are wanted."""
+    """Return whether the new tokens are of a prompt of which each token's row is wanted."""
     sequence = planned.sequence
-    return sequence.prompt_logprobs is not None and sequence.computed < sequence.prompt_tokens
+    return sequence.is_scored and sequence.computed < sequence.prompt_tokens

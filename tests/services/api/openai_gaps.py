@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
+EMBEDDINGS = "/v1/embeddings"
 USER = {"role": "user", "content": "x"}
 FUNCTION = {"type": "function", "function": {"name": "f"}}
 FLAT_FUNCTION = {"type": "function", "name": "f"}
@@ -15,6 +16,7 @@ ANSWERED: dict[str, dict[str, Any]] = {
     CHAT: {"messages": [USER], "max_tokens": 4},
     COMPLETIONS: {"prompt": "x", "max_tokens": 4},
     RESPONSES: {"input": "x", "max_output_tokens": 4},
+    EMBEDDINGS: {"input": "x"},
 }
 
 
@@ -121,6 +123,7 @@ GAPS: dict[str, list[Gap]] = {
         Gap("top_logprobs", {"top_logprobs": 1}),
         Gap("truncation", {"truncation": "auto"}, "a conversation that is too long is rejected"),
     ],
+    EMBEDDINGS: [Gap("dimensions", {"dimensions": 5}, "is not possible")],
 }  # fmt: skip
 # Fields that are taken and change no answer: they name who asks, or how fast and how long to keep.
 _NOTED: dict[str, Any] = {
@@ -139,6 +142,7 @@ TAKEN: dict[str, dict[str, Any]] = {
     },
     COMPLETIONS: {},
     RESPONSES: _NOTED,
+    EMBEDDINGS: {},
 }
 # Method, path and status of what there is no route for.
 ROUTES: list[tuple[str, str, int]] = [

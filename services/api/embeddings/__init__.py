@@ -1,0 +1,1 @@
+"""Texts as vectors: `/v1/embeddings`."""
