@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from stages.common.chat.calls import read_answer
 from stages.common.chat.fitting import limit_answer
@@ -29,6 +29,10 @@ from stages.common.model.generation import (
 )
 from stages.common.model.loading import load_base, load_tuned, pick_device, pick_dtype, read_position_limit
 from stages.common.spool import view
+
+if TYPE_CHECKING:
+    from services.engines.paged.model import PagedModel
+    from services.engines.paged.offline import Completion
 
 logger = logging.getLogger(__name__)
 
@@ -140,20 +144,9 @@ def _ask_paged(
     dtype: str,
     on_progress: Callable[[int], None],
 ) -> ModelAnswers:
-    from services.engines.paged.model import PagedModel
     from services.engines.paged.offline import answer_offline
-    from services.engines.protocol import EngineError
 
-    try:
-        paged = PagedModel(
-            model.gguf or model.base,
-            cache_mib=KV_CACHE_MIB,
-            precision="float32" if dtype == "float32" else "auto",
-        )
-    except EngineError as error:
-        raise InputError(
-            f"the engine paged does not start: {error}", "set ask_base.engine: transformers"
-        ) from None
+    paged = _load_paged(model, dtype)
     check_fit(questions, max_new_tokens, paged.shape.context)
     ends = end_of_turn_ids(tokenizer)
     prompts = view(questions, attrgetter("prompt"))
@@ -165,7 +158,29 @@ def _ask_paged(
         lambda question: answer_offline(paged, [question.prompt], None, ends, max_new_tokens),
         _some(questions),
     )
-    answers = [
+    return ModelAnswers(_read_answers(tokenizer, found, questions), "paged", paged.dtype, seconds, latencies)
+
+
+def _load_paged(model: ModelFolders, dtype: str) -> PagedModel:
+    from services.engines.paged.model import PagedModel
+    from services.engines.protocol import EngineError
+
+    try:
+        return PagedModel(
+            model.gguf or model.base,
+            cache_mib=KV_CACHE_MIB,
+            precision="float32" if dtype == "float32" else "auto",
+        )
+    except EngineError as error:
+        raise InputError(
+            f"the engine paged does not start: {error}", "set ask_base.engine: transformers"
+        ) from None
+
+
+def _read_answers(
+    tokenizer: Any, found: Sequence[Completion], questions: Sequence[EvalPrompt]
+) -> list[Answer]:
+    return [
         Answer(
             read_answer(tokenizer, one.token_ids, question.has_tools),
             len(one.token_ids),
@@ -174,7 +189,6 @@ def _ask_paged(
         )
         for one, question in zip(found, questions, strict=True)
     ]
-    return ModelAnswers(answers, "paged", paged.dtype, seconds, latencies)
 
 
 def _ask_transformers(
@@ -186,12 +200,7 @@ def _ask_transformers(
     wanted_dtype: str,
     on_progress: Callable[[int], None],
 ) -> ModelAnswers:
-    device = pick_device()
-    dtype = pick_dtype(device, wanted_dtype)
-    if model.adapter is None:
-        loaded = load_base(model.base, dtype, device)
-    else:
-        loaded = load_tuned(model.base, model.adapter, dtype, device)
+    loaded, dtype = _load_transformers(model, wanted_dtype)
     check_fit(questions, max_new_tokens, read_position_limit(loaded.config))
     start = time.perf_counter()
     answers = answer_questions(loaded, tokenizer, questions, batch_size, max_new_tokens, on_progress)
@@ -200,6 +209,41 @@ def _ask_transformers(
         lambda question: answer_questions(loaded, tokenizer, [question], 1, max_new_tokens), _some(questions)
     )
     return ModelAnswers(answers, "transformers", str(dtype).removeprefix("torch."), seconds, latencies)
+
+
+def _load_transformers(model: ModelFolders, wanted_dtype: str) -> tuple[Any, Any]:
+    device = pick_device()
+    dtype = pick_dtype(device, wanted_dtype)
+    if model.adapter is None:
+        return load_base(model.base, dtype, device), dtype
+    return load_tuned(model.base, model.adapter, dtype, device), dtype
+
+
+def load_asker(
+    model: ModelFolders,
+    engine: EngineName,
+    tokenizer: Any,
+    batch_size: int,
+    max_new_tokens: int,
+    dtype: str = "auto",
+) -> Callable[[Sequence[EvalPrompt]], list[Answer]]:
+    """Load a model to be asked again and again; return what asks it for greedy answers.
+
+    The arguments are those of `ask_model`. The losses of the references are of no use.
+    """
+    if engine == "paged":
+        from services.engines.paged.offline import answer_offline
+
+        paged, ends = _load_paged(model, dtype), end_of_turn_ids(tokenizer)
+
+        def ask(questions: Sequence[EvalPrompt]) -> list[Answer]:
+            prompts = [question.prompt for question in questions]
+            found = answer_offline(paged, prompts, None, ends, max_new_tokens)
+            return _read_answers(tokenizer, found, questions)
+
+        return ask
+    loaded, _ = _load_transformers(model, dtype)
+    return lambda questions: answer_questions(loaded, tokenizer, questions, batch_size, max_new_tokens)
 
 
 def _some(questions: Sequence[EvalPrompt]) -> list[EvalPrompt]:

@@ -5,7 +5,8 @@ In: `artifacts/curate/task.json`, `artifacts/split/test.parquet`, `artifacts/ask
 Out: `reports/evaluate/metrics.json` with each metric as value, low, high and n for both models, their
 difference with a p-value, slices by class and tag, and the throughput (the only key that changes between
 identical runs); `errors.md` and `errors.csv`, worst first; `plots/`;
-`artifacts/evaluate/predictions.parquet`.
+`artifacts/evaluate/predictions.parquet`. With `evaluate.simulator`, whole conversations are also run with the
+model's own calls (`simulation.py`).
 
 Run it with `dvc repro evaluate` or `python -m stages.evaluate`.
 """
@@ -18,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from services.engines.offline import (
+    EngineName,
     ModelAnswers,
     ModelFolders,
     ask_model,
     compute_throughput,
+    load_asker,
     pick_engine,
 )
 from stages.common.artifacts import (
@@ -37,8 +40,8 @@ from stages.common.artifacts import (
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage, show_progress
 from stages.common.model.generation import Answer, EvalPrompt, encode_questions, read_answers
-from stages.common.model.loading import load_tokenizer
-from stages.common.params.loading import load_params
+from stages.common.model.loading import count_context_tokens, load_tokenizer, read_config
+from stages.common.params.loading import Params, load_params
 from stages.common.params.stages import AskBase
 from stages.common.records import ROWS_A_BATCH, Row, read_rows
 from stages.common.spool import pick
@@ -56,6 +59,8 @@ from stages.evaluate.results import (
     score,
     summarise,
 )
+from stages.evaluate.simulation import Simulator, load_simulator, simulate
+from stages.evaluate.simulation_report import choose_conversations, summarise_simulation
 
 logger = get_logger("evaluate")
 
@@ -138,12 +143,10 @@ def ask_tuned(
     questions: Sequence[EvalPrompt], tokenizer: Any, settings: AskBase, limit: int, exports_gguf: bool
 ) -> ModelAnswers:
     """Ask the tuned model, with the engine that asked the base model."""
-    base = artifacts("fetch_base")
-    engine = pick_engine(settings.engine, base, exports_gguf)
-    gguf = artifacts("export") / "model.gguf"
+    folders, engine = _find_tuned(settings, exports_gguf)
     logger.info("asking the tuned model %d questions", len(questions))
     return ask_model(
-        ModelFolders(base, artifacts("finetune"), gguf if engine == "paged" else None),
+        folders,
         engine,
         tokenizer,
         questions,
@@ -152,6 +155,55 @@ def ask_tuned(
         settings.dtype,
         lambda done: show_progress(logger, done, len(questions), "tuned"),
     )
+
+
+def _find_tuned(settings: AskBase, exports_gguf: bool) -> tuple[ModelFolders, EngineName]:
+    base = artifacts("fetch_base")
+    engine = pick_engine(settings.engine, base, exports_gguf)
+    gguf = artifacts("export") / "model.gguf"
+    return ModelFolders(base, artifacts("finetune"), gguf if engine == "paged" else None), engine
+
+
+def run_simulation(
+    all_rows: Sequence[Row],
+    simulator: Simulator | None,
+    tokenizer: Any,
+    task: Task,
+    params: Params,
+    limit: int,
+) -> dict[str, Any] | None:
+    """Run test conversations with the tuned model's own calls; None without a simulator."""
+    settings = params.evaluate
+    if simulator is None or settings.simulator is None:
+        return None
+    rows = choose_conversations(all_rows, settings.simulated_conversations, settings.seed)
+    logger.info("running %d conversations in %s", len(rows), settings.simulator)
+    folders, engine = _find_tuned(params.ask_base, params.export.gguf)
+    ask = load_asker(folders, engine, tokenizer, params.ask_base.batch_size, limit, params.ask_base.dtype)
+    context = count_context_tokens(read_config(folders.base))
+    room = None if context is None else context - limit
+    outcomes = simulate(rows, simulator, ask, tokenizer, task, room, 60.0 * settings.simulated_minutes)
+    sampling = Sampling(settings.confidence, settings.resamples, settings.seed)
+    found = summarise_simulation(settings.simulator, outcomes, len(rows), sampling)
+    for reason, count in found["simulator_errors"].items():
+        logger.warning("the simulator ended %d of %d conversations: %s", count, len(rows), reason)
+    return found
+
+
+def find_simulator(name: str | None, task: Task) -> Simulator | None:
+    """Return the simulator that is named, before anything is computed.
+
+    Raises:
+        InputError: it cannot be loaded, or the answers of the task call no tools.
+    """
+    if name is None:
+        return None
+    if task.kind != "tools":
+        raise InputError(
+            f"evaluate.simulator is {name}, and the task is of the kind {task.kind}, which calls no tools",
+            "set evaluate.simulator: null, or task.kind: tools",
+        )
+    return load_simulator(name)
 
 
 def _predictions(rows: Sequence[Row], answers: Sequence[Answer], task: Task) -> list[Prediction]:
@@ -167,7 +219,9 @@ def main() -> None:
     settings, task = params.evaluate, read_task()
     base_answers = read_answers(artifacts("ask_base") / "answers.parquet")
     base_report = read_json(reports("ask_base") / "metrics.json")
-    rows = read_test(read_rows(artifacts("split") / "test.parquet"), base_answers)
+    simulator = find_simulator(settings.simulator, task)
+    all_rows = read_rows(artifacts("split") / "test.parquet")
+    rows = read_test(all_rows, base_answers)
     check_references(rows, task)
     tokenizer = load_tokenizer(artifacts("fetch_base"))
     questions = encode_questions(tokenizer, rows)
@@ -201,6 +255,7 @@ def main() -> None:
             "by_type": dict(sorted(Counter(wrong.error_type for wrong in errors).items())),
             "right_in_base_only": sum(wrong.base_was_right for wrong in errors),
         },
+        "simulation": run_simulation(all_rows, simulator, tokenizer, task, params, limit),
         "throughput": {"tuned": compute_throughput(asked)},
     }
 

@@ -310,6 +310,9 @@ class Evaluate(Section):
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)]
     resamples: Annotated[int, Field(ge=100)]
     errors_shown: PositiveCount
+    simulator: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")] | None
+    simulated_conversations: PositiveCount
+    simulated_minutes: Annotated[float, Field(gt=0.0)]
     seed: int
 
 

@@ -28,6 +28,7 @@ from tests.tiny import save_model
 
 MERGES = (("a", "b"), ("t", "h"))  # GGUF needs a vocabulary with merges
 TASK = JsonTask("intent")
+WORLD = "tests.stages.evaluate.test_simulation:Lamps"
 ROOT = Path(__file__).parents[3]
 
 
@@ -161,7 +162,9 @@ def conversations(n=12):
 
 
 def test_calls_are_judged_turn_by_turn(project):
-    folder = project(list(unroll(conversations(), "all")), ToolsTask()) / "artifacts/fetch_base"
+    folder = (
+        project(list(unroll(conversations(), "all")), ToolsTask(), simulator=WORLD) / "artifacts/fetch_base"
+    )
     tokenizer = load_tokenizer(folder)
     tokenizer.chat_template = adapt_template(tokenizer, {}, True, "auto")
     tokenizer.save_pretrained(folder)
@@ -177,6 +180,11 @@ def test_calls_are_judged_turn_by_turn(project):
     page = Path("reports/evaluate/errors.md").read_text()
     assert "`light(area=2)`" in page and "turn 1: `light 2` → `on`" in page
     assert "needless call (lower is better)" in Path("reports/evaluate/plots/comparison.svg").read_text()
+    simulation = report["simulation"]
+    assert (simulation["conversations"], simulation["judged"], simulation["out_of_time"]) == (12, 12, 0)
+    assert simulation["simulator_errors"] == {}
+    assert simulation["by_turns"].keys() == {"2"}
+    assert set(simulation["tuned"]) == {"end_state_match", "results_found", "calls_ran", "finished"}
 
 
 def test_free_conversations_are_judged_by_their_texts(project):
