@@ -1,24 +1,31 @@
-// The playground: one question to one or two versions, streamed, with thumbs and corrections.
+// The playground: questions to one or two versions, streamed, with calls of tools, thumbs and corrections.
 
+import { askResults, closeResults, drawCalls, drawThoughts } from "./calls.js";
 import { markRecords, markWords } from "./compare.js";
+import { CallsForm } from "./correct.js";
 import { announce, byId, drawCard, drawText, drawWaiting, element, fromTemplate } from "./draw.js";
 import { call, KEY, RequestError, RETRYABLE, streamAnswer, TITLES } from "./service.js";
+import { canonical, findFault, formatAnswer, nameOfTool, readTools, toMessage } from "./tools.js";
 import { compact, humane, humaneTime, formatWait, indented, isRecord, jsonProblem, looksLikeJson, parse, parseSoFar } from "./text.js";
 
 const [question, send, stopButton] = ["question", "send", "stop"].map(byId);
 const [left, right, sideBySide] = ["left", "right", "side-by-side"].map(byId);
+const [toolsText, toolChoice] = ["tools-text", "tool-choice"].map(byId);
+let offered = ""; // the text of the tools that the page itself put in
 
 let models = [];
 const running = new Set(); // an AbortController for each answer being streamed
 let lastAsked = "";
 let waitingForKey = []; // what to retry once a key is entered
+let conversation = startConversation();
 
 // ---------------------------------------------------------------- a panel: the answer of one version
 
 class Panel {
-  constructor(turn, model) {
-    this.turn = turn;
-    this.model = model;
+  /** `request` has the messages that are sent, and the tools with their choice. */
+  constructor(turn, model, request) {
+    Object.assign(this, { turn, model, request });
+    this.tools = request.tools;
     this.labelKey = model.perennial?.task?.label_key ?? null;
     this.root = fromTemplate("panel-template");
     this.part = (selector) => this.root.querySelector(selector);
@@ -33,8 +40,9 @@ class Panel {
   }
 
   async ask() {
-    this.result = { text: "", requestId: null, usage: null, finish: null };
+    this.result = { text: "", reasoning: "", calls: [], requestId: null, usage: null, finish: null };
     this.record = undefined;
+    if (this.tools.length) showToolsProblem("");
     this.settled = false;
     this.root.dataset.state = "running";
     this.body.ariaBusy = "true";
@@ -44,7 +52,7 @@ class Panel {
     running.add(controller);
     showBusy();
     try {
-      await streamAnswer(this.model, this.turn.question, controller.signal, this.result, () => this.scheduleDraw());
+      await streamAnswer(this.model, this.request, controller.signal, this.result, () => this.scheduleDraw());
       this.finish();
     } catch (error) {
       if (error.name === "AbortError") this.finishStopped();
@@ -66,43 +74,86 @@ class Panel {
     });
   }
 
+  /** The place of the answer's text, after its thoughts and before its calls. */
+  spoken() {
+    let place = this.body.querySelector(".spoken");
+    if (!place) this.body.replaceChildren((place = element("div", "spoken")));
+    return place;
+  }
+
   drawSoFar() {
-    const { text } = this.result;
-    if (!looksLikeJson(text) && text.trim()) return drawText(this.body, text);
+    const { text, reasoning, calls } = this.result;
+    if (!text.trim() && !reasoning && !calls.length) return;
     const value = parseSoFar(text);
+    if (!looksLikeJson(text) && text.trim()) drawText(this.spoken(), text);
     // Until the first member is complete, keep what is drawn.
-    if (isRecord(value) && Object.keys(value).length) drawCard(this.body, value, this.labelKey);
+    else if (isRecord(value) && Object.keys(value).length) drawCard(this.spoken(), value, this.labelKey);
+    if (reasoning || calls.length) this.drawCalls(false);
+  }
+
+  drawCalls(isWhole) {
+    this.spoken();
+    drawThoughts(this.body, this.result.reasoning);
+    drawCalls(this.body, this.result.calls, this.tools, isWhole);
   }
 
   draw() {
-    const { text } = this.result;
+    const { text, calls } = this.result;
     const value = looksLikeJson(text) ? parse(text) : undefined;
     this.record = isRecord(value) && Object.keys(value).length ? value : undefined;
     this.part(".raw-toggle").hidden = !this.record;
+    const place = this.spoken();
     if (this.record) {
-      this.body.replaceChildren();
-      drawCard(this.body, this.record, this.labelKey);
-    } else if (!text) this.body.replaceChildren(element("p", "note", "The answer is empty."));
-    else drawText(this.body, value === undefined ? text : indented(text), value === undefined ? "plain" : "code");
+      place.replaceChildren();
+      drawCard(place, this.record, this.labelKey);
+    } else if (text) drawText(place, value === undefined ? text : indented(text), value === undefined ? "plain" : "code");
+    else place.replaceChildren(...(calls.length ? [] : [element("p", "note", "The answer is empty.")]));
+    this.drawCalls(true);
   }
 
   finish() {
     this.settled = true;
     this.root.dataset.state = "done";
     this.draw();
-    const { text, finish } = this.result;
-    if (this.labelKey && parse(text) === undefined) this.addNote("This is not valid JSON.");
+    const { text, calls, finish } = this.result;
+    if (this.labelKey && !calls.length && parse(text) === undefined) this.addNote("This is not valid JSON.");
     if (finish === "length") this.addNote("Cut off at the maximum length.");
     this.showMetrics();
     this.part(".feedback").hidden = !this.result.requestId;
     this.resetFeedback();
+    this.goOn();
+  }
+
+  /** Keep the answer in the conversation, and ask for the results of its calls. */
+  goOn() {
+    const { text, calls } = this.result;
+    if (!this.turn.isOpen || !this.turn.isConversation) return;
+    if ((!text.trim() && !calls.length) || calls.some((call) => findFault(call, this.tools))) return this.addNote("The conversation goes on without this answer.");
+    const messages = [...this.request.messages, toMessage(this.result)];
+    conversation.messages.set(this.model.id, messages);
+    if (!calls.length) return;
+    for (const [place, item] of this.body.querySelectorAll(".call").entries()) {
+      const button = item.firstChild.appendChild(element("button", "quiet", "Correct this call"));
+      button.type = "button";
+      button.onclick = () => this.showEditor(true, false, place);
+      button.hidden = !this.result.requestId;
+    }
+    askResults(this.body, calls, (results) => this.turn.sendResults(this, [...messages, ...results]));
+  }
+
+  /** Take neither results nor another try: the conversation has moved on. */
+  close() {
+    closeResults(this.body);
+    if (this.turn.isConversation) this.part(".problem button").hidden = true;
   }
 
   finishStopped() {
     this.settled = true;
     this.root.dataset.state = "stopped";
-    if (this.result.text) this.draw();
+    const { text, reasoning, calls } = this.result;
+    if (text || calls.length) this.draw();
     else this.body.replaceChildren();
+    if (!text && !calls.length && reasoning) this.drawCalls(true);
     this.addNote("Stopped.");
   }
 
@@ -124,10 +175,10 @@ class Panel {
   showRaw(raw) {
     const toggle = this.part(".raw-toggle");
     toggle.ariaPressed = String(raw);
-    if (raw) drawText(this.body, this.result.text, "code");
+    if (raw) drawText(this.spoken(), this.result.text, "code");
     else {
-      this.body.replaceChildren();
-      drawCard(this.body, this.record, this.labelKey);
+      this.spoken().replaceChildren();
+      drawCard(this.spoken(), this.record, this.labelKey);
       this.turn.compare();
     }
   }
@@ -137,7 +188,8 @@ class Panel {
     if (this.root.dataset.state === "failed") return "no answer";
     if (this.root.dataset.state === "stopped") return "stopped";
     const label = this.record?.[this.labelKey];
-    return typeof label === "string" ? humane(label) : this.result.text.trim();
+    if (typeof label === "string") return humane(label);
+    return this.result.text.trim() || this.result.calls.map((call) => call.name).join(", ");
   }
 
   // -------------------------------------------------------------- errors
@@ -146,7 +198,7 @@ class Panel {
     this.settled = true;
     this.root.dataset.state = "failed";
     // An answer that the guard rejected is not shown, not even in part.
-    if (this.result.text && problem.kind !== "guard") this.draw();
+    if ((this.result.text || this.result.calls.length) && problem.kind !== "guard") this.draw();
     else this.body.replaceChildren();
     const box = this.part(".problem");
     this.part(".problem-title").textContent = TITLES[problem.kind];
@@ -159,6 +211,7 @@ class Panel {
     if (!retry.hidden) countDown(retry, problem.waitS);
     if (problem.kind === "key") askForKey(() => this.ask());
     if (problem.kind === "gone") loadModels();
+    if (/^tools?(_choice)?\b/.test(problem.param ?? "")) showToolsProblem(problem.message);
   }
 
   retry() {
@@ -184,6 +237,13 @@ class Panel {
     const wrong = this.part(".wrong");
     wrong.id = `wrong-${++Panel.count}`;
     this.part(".correction").setAttribute("aria-describedby", wrong.id);
+    const addCall = this.part(".add-call");
+    addCall.hidden = !this.tools.length;
+    if (!this.tools.length) return;
+    this.callsForm = new CallsForm(this.part(".right-calls"), this.tools);
+    addCall.onclick = () => this.callsForm.add();
+    this.part(".correction-name").textContent = "Text of the answer";
+    this.part(".correction").rows = 2;
   }
 
   resetFeedback() {
@@ -191,15 +251,17 @@ class Panel {
     const { text } = this.result;
     this.part(".correction").value = parse(text) === undefined ? text : indented(text);
     this.part(".correction").classList.toggle("prose", !this.labelKey);
+    this.callsForm?.show(this.result.calls.filter((call) => isRecord(parse(call.arguments || "{}"))));
     this.part(".comment").value = "";
     this.showMessage("");
   }
 
-  showEditor(open, focusBack = false) {
+  showEditor(open, focusBack = false, place = 0) {
     this.part(".editor").hidden = !open;
     this.part(".better").ariaExpanded = String(open);
     this.showProblem("");
-    if (open) this.part(".correction").focus();
+    if (open && this.callsForm?.calls.length) this.callsForm.focus(place);
+    else if (open) this.part(".correction").focus();
     else if (focusBack) this.part(".better").focus();
   }
 
@@ -232,8 +294,11 @@ class Panel {
       this.showProblem(`This is not valid JSON: ${jsonProblem(typed)}`);
       return this.part(".correction").focus();
     }
+    const calls = this.callsForm ? this.callsForm.read() : [];
+    if (!calls) return;
     const tidy = (text) => (parse(text) === undefined ? text.trim() : compact(text.trim()));
-    const correction = typed && tidy(typed) !== tidy(this.result.text) ? tidy(typed) : null;
+    const right = formatAnswer(tidy(typed), calls);
+    const correction = right && right !== formatAnswer(tidy(this.result.text), this.result.calls) ? right : null;
     if (!correction && !comment) {
       this.showProblem("Change the answer or add a comment first.");
       return this.part(".correction").focus();
@@ -252,6 +317,8 @@ class Panel {
       return true;
     } catch (error) {
       if (error.kind === "key") askForKey(() => {});
+      // What the service finds wrong with a correction is told in the form.
+      if (error.param === "correction" && !this.part(".editor").hidden) this.showProblem(error.message);
       this.showMessage(`Not saved. ${error.message}`, true);
       return false;
     } finally {
@@ -280,33 +347,154 @@ function countDown(button, seconds) {
 // ---------------------------------------------------------------- a turn: a question and its panels
 
 class Turn {
-  constructor(text, chosen) {
-    this.question = text;
+  /** `requestFor` makes the request to a model. */
+  constructor(text, chosen, isConversation, requestFor) {
+    Object.assign(this, { question: text, isConversation, isOpen: true });
     this.root = fromTemplate("turn-template");
     this.root.querySelector(".asked").textContent = text;
-    this.panels = chosen.map((model) => new Panel(this, model));
-    this.root.querySelector(".panels").append(...this.panels.map((panel) => panel.root));
+    this.columns = chosen.map((model) => {
+      const root = this.root.querySelector(".panels").appendChild(element("div", "column"));
+      return { root, panels: [] };
+    });
+    chosen.forEach((model, side) => this.addPanel(this.columns[side], model, requestFor(model)));
+  }
+
+  addPanel(column, model, request) {
+    const panel = new Panel(this, model, request);
+    column.panels.push(panel);
+    column.root.append(panel.root);
+    return panel;
+  }
+
+  get panels() {
+    return this.columns.flatMap((column) => column.panels);
+  }
+
+  /** Ask for what follows on the results of a panel's calls; a choice of tools is for the question alone. */
+  sendResults(panel, messages) {
+    const column = this.columns.find((one) => one.panels.includes(panel));
+    const next = this.addPanel(column, panel.model, { ...panel.request, messages, choice: panel.request.choice === "none" ? "none" : "auto" });
+    announce("Waiting for the answer.");
+    next.ask();
+    next.root.scrollIntoView({ block: "nearest" });
+    question.focus({ preventScroll: true });
+  }
+
+  close() {
+    this.isOpen = false;
+    for (const panel of this.panels) panel.close();
   }
 
   panelSettled() {
     if (!this.panels.every((panel) => panel.settled)) return;
-    const summarys = new Set(this.panels.map((panel) => panel.summary()).filter(Boolean));
+    const last = this.columns.map((column) => column.panels.at(-1));
+    const summarys = new Set(last.map((panel) => panel.summary()).filter(Boolean));
     this.root.querySelector(".outcome").textContent = [...summarys].join(" / ");
     this.compare();
   }
 
   /** Mark the differences between two answers, and summarise them in one line. */
   compare() {
-    const [a, b] = this.panels;
-    if (!b) return;
+    if (this.columns.length < 2) return;
+    const [a, b] = this.columns.map((column) => column.panels[0]);
     const line = this.root.querySelector(".comparison");
     const done = [a, b].every((panel) => panel.settled && panel.root.dataset.state === "done");
     line.hidden = !done;
     if (!done) return;
-    const differences = a.record && b.record ? markRecords(a, b) : markWords(a, b);
+    const differences = countDifferences(a, b);
     const plural = differences === 1 ? "one place" : `${differences} places`;
     line.textContent = !differences ? "Both answers are the same." : differences < 0 ? "The answers differ." : `The answers differ in ${plural}.`;
   }
+}
+
+/** Mark the differences of two answers and count them; -1: they differ. */
+function countDifferences(a, b) {
+  if ([a, b].some((panel) => panel.result.calls.length)) return canonical(a.result) === canonical(b.result) ? 0 : -1;
+  return a.record && b.record ? markRecords(a, b) : markWords(a, b);
+}
+
+// ---------------------------------------------------------------- the conversation and its tools
+
+/** The messages so far, by model: each version goes on with its own answers. */
+function startConversation() {
+  return { id: `${Date.now().toString(36)}`, messages: new Map(), turns: [] };
+}
+
+/** A task of single questions has no history, unless tools are given. */
+const isConversational = (tools) => tools.length > 0 || chosenModels().some((model) => ["tools", "chat"].includes(model.perennial?.task?.kind));
+
+function startAgain() {
+  if (running.size) return;
+  keepCurrent();
+  for (const turn of conversation.turns) turn.close();
+  conversation = startConversation();
+  placeComposer();
+}
+
+/** The question follows the conversation; without one it is on top. */
+function placeComposer() {
+  const form = byId("ask");
+  const goesOn = conversation.turns.length > 0;
+  byId("again").hidden = !goesOn;
+  question.placeholder = goesOn ? "Go on with the conversation…" : "Ask as your users would…";
+  const before = goesOn ? byId("current") : byId("unreachable");
+  if (form.previousElementSibling === before) return;
+  const hadFocus = form.contains(document.activeElement);
+  before.after(form);
+  if (hadFocus) question.focus({ preventScroll: true });
+}
+
+/** The typed tools; undefined if they are wrong, which is told at their field. */
+function readTypedTools() {
+  try {
+    const tools = readTools(toolsText.value);
+    showToolsProblem("");
+    return tools;
+  } catch (error) {
+    showToolsProblem(error.message);
+    toolsText.focus();
+    return undefined;
+  }
+}
+
+function showToolsProblem(text) {
+  byId("tools-wrong").textContent = text;
+  byId("tools-wrong").hidden = !text;
+  toolsText.ariaInvalid = String(Boolean(text));
+  if (text) byId("tools").open = true;
+}
+
+/** Count the tools, and list them as choices. */
+function showTools() {
+  let tools = [];
+  try {
+    tools = readTools(toolsText.value);
+  } catch {} // told when they are sent, not while they are typed
+  byId("tools-count").textContent = tools.length ? `${tools.length} given` : "none given";
+  const before = toolChoice.value;
+  const fixed = Array.from(toolChoice.options).slice(0, 3);
+  toolChoice.replaceChildren(...fixed, ...tools.map((tool) => new Option(`${nameOfTool(tool)} alone`, `tool ${nameOfTool(tool)}`)));
+  toolChoice.value = before;
+  if (toolChoice.selectedIndex < 0) toolChoice.value = "auto";
+  byId("own-tools").hidden = !ownTools() || toolsText.value === ownTools();
+}
+
+/** The tools that the model was trained with, as text; empty where the service does not know them. */
+function ownTools() {
+  const tools = chosenModels()[0]?.perennial?.tools ?? [];
+  return tools.length ? JSON.stringify(tools, null, 2) : "";
+}
+
+/** Offer the model's own tools, unless a person has typed others. */
+function offerTools() {
+  if (toolsText.value === offered) toolsText.value = ownTools();
+  offered = ownTools();
+  showTools();
+}
+
+function readChoice() {
+  const { value } = toolChoice;
+  return value.startsWith("tool ") ? { type: "function", function: { name: value.slice(5) } } : value;
 }
 
 // ---------------------------------------------------------------- versions, keys, the question box
@@ -362,7 +550,15 @@ function showSides() {
   byId("right-pick").hidden = !two;
   byId("left-name").textContent = two ? "Left" : "Version";
   document.body.classList.toggle("wide", two);
+  showVersion();
+}
+
+/** Show what depends on the chosen versions; another version begins a conversation of its own. */
+function showVersion() {
+  const chosen = chosenModels().map((model) => model.id).join(" ");
+  if (conversation.turns.length && chosen !== conversation.models) startAgain();
   showExamples();
+  offerTools();
 }
 
 function showExamples() {
@@ -396,24 +592,40 @@ function ask(text) {
   const chosen = chosenModels();
   if (running.size || !chosen.length) return;
   if (!text.trim()) return question.focus();
-  const turn = new Turn(text.trim(), chosen);
-  keepCurrent();
+  const tools = readTypedTools();
+  if (!tools) return;
+  const isConversation = isConversational(tools);
+  const said = { role: "user", content: text.trim() };
+  const requestFor = (model) => {
+    const before = isConversation ? (conversation.messages.get(model.id) ?? []) : [];
+    return { messages: [...before, said], tools, choice: readChoice(), session: isConversation ? conversation.id : null };
+  };
+  if (!isConversation) startAgain();
+  for (const earlier of conversation.turns) earlier.close();
+  const turn = new Turn(said.content, chosen, isConversation, requestFor);
+  if (isConversation) {
+    if (!conversation.turns.length) keepCurrent();
+    conversation.turns.push(turn);
+    conversation.models = chosen.map((model) => model.id).join(" ");
+  }
   byId("current").append(turn.root);
+  placeComposer();
   announce(chosen.length > 1 ? "Waiting for both versions." : "Waiting for the answer.");
   for (const panel of turn.panels) panel.ask();
+  if (isConversation) turn.root.scrollIntoView({ block: "nearest" });
   lastAsked = turn.question;
   question.value = "";
 }
 
-/** Move the current turn to the earlier ones, closed unless its editor is open. */
+/** Move the current turns to the earlier ones, closed unless their editor is open. */
 function keepCurrent() {
-  const turn = byId("current").firstElementChild;
-  if (!turn) return;
-  turn.open = Boolean(turn.querySelector(".editor:not([hidden])"));
-  const item = element("li");
-  item.append(turn);
-  byId("earlier").querySelector("ol").prepend(item);
-  byId("earlier").hidden = false;
+  for (const turn of [...byId("current").children]) {
+    turn.open = Boolean(turn.querySelector(".editor:not([hidden])"));
+    const item = element("li");
+    item.append(turn);
+    byId("earlier").querySelector("ol").prepend(item);
+    byId("earlier").hidden = false;
+  }
 }
 
 function stop() {
@@ -465,7 +677,18 @@ document.addEventListener("keydown", (event) => {
 });
 stopButton.onclick = stop;
 sideBySide.onchange = showSides;
-left.onchange = showExamples;
+left.onchange = right.onchange = showVersion;
+byId("again").onclick = () => {
+  startAgain();
+  question.focus();
+};
+toolsText.oninput = showTools;
+byId("own-tools").onclick = () => {
+  toolsText.value = offered = ownTools();
+  showToolsProblem("");
+  showTools();
+  toolsText.focus();
+};
 byId("unreachable").querySelector("button").onclick = (event) => {
   if (event.currentTarget.ariaDisabled !== "true") loadModels();
 };

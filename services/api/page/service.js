@@ -4,11 +4,11 @@ export const KEY = "perennial-api-key";
 // Identifies the tab in the stored events. Not randomUUID, which needs https or localhost.
 const USER = "page-" + Array.from(crypto.getRandomValues(new Uint8Array(6)), (b) => b.toString(16).padStart(2, "0")).join("");
 
-/** A failed request; `kind` is a key of `TITLES`, `reason` the guard's reason code. */
+/** A failed request; `kind` is a key of `TITLES`, `reason` the guard's reason code, `param` the wrong field. */
 export class RequestError extends Error {
-  constructor(kind, message, { reason = null, waitS = 0 } = {}) {
+  constructor(kind, message, { reason = null, waitS = 0, param = null } = {}) {
     super(message);
-    Object.assign(this, { kind, reason, waitS });
+    Object.assign(this, { kind, reason, waitS, param });
   }
 }
 
@@ -54,7 +54,7 @@ async function readError(answer) {
   const error = (await answer.json().catch(() => null))?.error ?? {};
   const message = error.message || `The service answered with status ${answer.status}.`;
   const kind = KIND_OF_CODE[error.code] ?? KIND_OF_STATUS[answer.status] ?? (answer.status > 500 ? "down" : "other");
-  return new RequestError(kind, message, { reason: error.reason, waitS: secondsToWait(answer.headers.get("Retry-After")) });
+  return new RequestError(kind, message, { reason: error.reason, param: error.param, waitS: secondsToWait(answer.headers.get("Retry-After")) });
 }
 
 /** Retry-After is a number of seconds, or a date. */
@@ -77,15 +77,23 @@ async function* events(body) {
   }
 }
 
-/** Stream one answer into `result`; calls `onText` after each piece. */
-export async function streamAnswer(model, text, signal, result, onText) {
+/** Stream one answer into `result`; calls `onPiece` after each piece. */
+export async function streamAnswer(model, request, signal, result, onPiece) {
   // The service adds the system prompt of training to a conversation without one.
-  const messages = [{ role: "user", content: text }];
+  const { messages, tools, choice, session } = request;
   const started = performance.now();
   const answer = await call("v1/chat/completions", {
     method: "POST",
     signal,
-    body: JSON.stringify({ model: pinned(model), messages, stream: true, stream_options: { include_usage: true }, user: USER }),
+    body: JSON.stringify({
+      model: pinned(model),
+      messages,
+      ...(tools.length && { tools, tool_choice: choice }),
+      stream: true,
+      stream_options: { include_usage: true },
+      user: USER,
+      ...(session && { session: `${USER}-${session}` }),
+    }),
   });
   result.requestId = answer.headers.get("X-Request-Id");
   try {
@@ -97,15 +105,14 @@ export async function streamAnswer(model, text, signal, result, onText) {
         throw new RequestError(KIND_OF_CODE[code] ?? "failed", message, { reason });
       }
       if (chunk.usage) result.usage = chunk.usage;
-      const choice = chunk.choices?.[0];
-      if (choice?.delta?.content) {
+      const [picked] = chunk.choices ?? [];
+      if (addPiece(result, picked?.delta ?? {})) {
         const now = performance.now();
         result.firstMs ??= now - started;
         result.lastMs = now - started;
-        result.text += choice.delta.content;
-        onText();
+        onPiece();
       }
-      if (choice?.finish_reason) result.finish = choice.finish_reason;
+      if (picked?.finish_reason) result.finish = picked.finish_reason;
     }
   } catch (error) {
     if (error instanceof RequestError || error.name === "AbortError") throw error;
@@ -113,6 +120,19 @@ export async function streamAnswer(model, text, signal, result, onText) {
   }
   if (result.finish === "content_filter") throw new RequestError("guard", "The answer was rejected by the guard.");
   if (!result.finish) throw new RequestError("network", "The connection broke before the answer was complete.");
+}
+
+/** Add a piece of a stream to `result`; return whether it has anything. */
+function addPiece(result, { content, reasoning_content: reasoning, tool_calls: calls = [] }) {
+  result.text += content ?? "";
+  result.reasoning += reasoning ?? "";
+  for (const piece of calls) {
+    const call = (result.calls[piece.index] ??= { id: null, name: "", arguments: "" });
+    call.id ??= piece.id ?? null;
+    call.name += piece.function?.name ?? "";
+    call.arguments += piece.function?.arguments ?? "";
+  }
+  return Boolean(content || reasoning || calls.length);
 }
 
 /** The name of exactly this version: under the bare model name a canary may answer. */
