@@ -210,6 +210,7 @@ def _describe_model(alias: str, model: LoadedModel) -> dict[str, Any]:
             "template_sha256": hash_template(model.tokenizer),
             "context_tokens": model.engine.context_tokens,
             "examples": about.get("examples") or [],
+            "tools": about.get("tools") or [],
             **shown,
         },
     }

@@ -102,6 +102,13 @@ def find_common_system_prompt(rows: Sequence[Row]) -> str | None:
     return first if all(prompt == first for prompt in prompts) else None
 
 
+def find_common_tools(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return the tools that all rows offer, in the order of the first row; none if they differ or have none."""
+    offered = [row.tools for row in rows]
+    first = offered[0] if offered else ()
+    return [tool.value for tool in first] if all(tools == first for tools in offered) else []
+
+
 def copy_tokenizer(base: Path, into: Path) -> None:
     """Copy what `load_tokenizer` needs of the base model, byte by byte."""
     for name in TOKENIZER_FILES:
@@ -226,6 +233,7 @@ def main() -> None:
             "name": name,
             "system_prompt": system_prompt,
             "task": task.describe(),
+            "tools": find_common_tools(rows),
             "version": compute_version(folder, base, adapter),
         }
         write_serving(folder / "serving.json", serving)

@@ -40,6 +40,11 @@ ANSWERS = {
     "be hostile in json": json.dumps({"intent": HOSTILE, "area": HOSTILE}),
     "break the json": '{"intent":"HassTurnOn","area":',
 }
+HOSTILE_CALLS = [
+    ("lamp", json.dumps({"room": HOSTILE, "level": "30", "share": 1.0})),
+    (HOSTILE, "{}"),
+    ("lamp", '{"level": '),
+]
 REFUSED = "(refused)"  # in a stream: the guard refuses what comes next
 # Where the challenger answers otherwise.
 OTHER_ANSWERS = {
@@ -127,7 +132,7 @@ class PageServer:
                     body = error_body("content_refused", "The answer was refused.", "personal_data")
                     yield f"data: {json.dumps(body)}\n\n"
                     return
-                yield event(request_id, {"content": text})
+                yield event(request_id, text if isinstance(text, dict) else {"content": text})
             yield event(request_id, {}, finish="stop")
             usage = {"prompt_tokens": 31, "completion_tokens": 18, "total_tokens": 49}
             yield f"data: {json.dumps({'id': request_id, 'choices': [], 'usage': usage})}\n\n"
@@ -164,6 +169,13 @@ def event(request_id, delta, finish=None):
     return f"data: {json.dumps(chunk)}\n\n"
 
 
+def call_piece(place, arguments, id=None, name=None):
+    """A piece of a call as in a stream; the first has id and name."""
+    first = {"id": id, "type": "function"} if id else {}
+    function = {"name": name, "arguments": arguments} if name else {"arguments": arguments}
+    return {"tool_calls": [{"index": place, **first, "function": function}]}
+
+
 def pieces(question, model):
     """The answer in pieces of four characters; None ends the connection early."""
     if question == "never end":
@@ -171,6 +183,12 @@ def pieces(question, model):
             yield "on and on "
     if question == "break off":
         yield from ["Half an ", None]
+    if question == "be hostile in calls":
+        yield {"reasoning_content": HOSTILE}
+        for place, (name, arguments) in enumerate(HOSTILE_CALLS):
+            yield call_piece(place, "", id=f"call_{place}", name=name)
+            yield from (call_piece(place, arguments[i : i + 9]) for i in range(0, len(arguments), 9))
+        return
     if question == "give a secret away":
         yield from ["The secret is ", REFUSED]
     answer = ANSWERS.get(question, '{"intent":"HassNevermind"}')

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from services.events import read_exchanges, read_feedback
+from stages.common.messages import read_calls
 from tests.services.page_server import (
     CHALLENGER,
     CHAMPION,
@@ -20,6 +21,7 @@ from tests.services.page_server import (
 )
 from tests.services.serving import serving as whole_service
 from tests.services.serving import tiny_files
+from tests.services.tool_models import TOOLS, make_tool, tool_files
 
 pytest.importorskip("playwright", reason="pip install playwright axe-playwright-python")
 from axe_playwright_python.sync_playwright import Axe
@@ -122,6 +124,118 @@ def test_the_service_itself_is_asked_and_told_what_people_think(open_page, tmp_p
         (kept,) = [row for batch in read_exchanges(url, 0, time.time() + 9) for row in batch.to_pylist()]
     assert given["thumb"] == -1 and given["request_id"] == kept["request_id"]
     assert json.loads(kept["messages"]) == [{"role": "user", "content": "turn on the lights"}]
+
+
+MORE_TOOLS = [
+    *TOOLS,
+    make_tool(
+        "plan",
+        {
+            "type": "object",
+            "properties": {
+                "title": {"type": "string", "description": "in a few words"},
+                "hours": {"type": "array", "items": {"type": "number"}},
+                "share": {"type": "number", "maximum": 1},
+            },
+            "required": ["title", "hours"],
+        },
+    ),
+]
+
+
+@pytest.fixture
+def tool_service(tmp_path):
+    """The whole service around a tiny model that was trained with tools, as far as its files tell."""
+    files = tool_files(tmp_path / "model", tools=MORE_TOOLS, task={"kind": "tools", "label_key": None})
+    with whole_service(tmp_path, files, answers={"default_max_tokens": 200, "max_tokens": 400}) as real:
+        yield real
+
+
+def stored(read, real):
+    url = real.handler.settings.events.url
+    return [row for batch in read(url, 0, time.time() + 9) for row in batch.to_pylist()]
+
+
+def test_a_call_is_made_answered_and_corrected(open_page, tool_service):
+    page = open_page(tool_service.url, reduced_motion="reduce")
+    page.get_by_text("Tools 4 given").click()
+    assert json.loads(page.get_by_label("Tools that the model may call").input_value()) == MORE_TOOLS
+    page.get_by_label("The answer").select_option("lamp alone")
+    ask(page, "light in the hall")
+    panel = answered(page)
+    expect(panel.locator(".call-name").first).to_have_text("lamp")
+    assert panel.locator(".call").first.locator("dt").all_inner_texts() == ["room", "level"]
+    check_accessible(page, "calls")
+
+    send = page.get_by_role("button", name=re.compile("Send the results?"))
+    send.click()
+    expect(page.locator("#current .call .wrong").first).to_have_text("Type what the tool returned.")
+    for field in page.get_by_label("Result of lamp").all():
+        field.fill('{"ok": true}')
+    send.click()
+    answered(page, count=2)
+    expect(send).to_have_count(0)
+
+    first = page.locator("#current .panel").first
+    first.get_by_role("button", name="Correct this call").first.click()
+    call = first.get_by_role("group", name="Call 1", exact=True)
+    call.get_by_label("level").fill("12.5")
+    first.get_by_role("button", name="Send", exact=True).click()
+    expect(call.locator(".wrong:visible")).to_have_text("This is not a whole number.")
+    expect(call.get_by_label("level")).to_be_focused()
+    call.get_by_label("Tool", exact=True).select_option("plan")
+    call.get_by_label("hours").fill("[1.0, 12345678901234567890")
+    first.get_by_role("button", name="Send", exact=True).click()
+    assert call.locator(".wrong:visible").all_inner_texts()[0] == "This argument is required."
+    expect(call.locator(".wrong:visible").nth(1)).to_contain_text("This is not valid JSON")
+    check_accessible(page, "a correction")
+    call.get_by_label("title").fill('say "hi"')
+    call.get_by_label("hours").fill("[1.0, 12345678901234567890]")
+    while first.get_by_role("button", name="Remove this call").count() > 1:
+        first.get_by_role("button", name="Remove this call").last.click()
+    first.get_by_role("button", name="Send", exact=True).click()
+    expect(first.locator(".message")).to_have_text("Saved, thank you")
+
+    ask(page, "and now?")
+    answered(page, count=3)
+    page.get_by_role("button", name="New conversation").click()
+    expect(page.locator("#current")).to_be_empty()
+    expect(page.locator("#earlier .turn")).to_have_count(2)
+
+    (given,) = stored(read_feedback, tool_service)
+    kept = sorted(stored(read_exchanges, tool_service), key=lambda one: one["asked_at"])
+    assert given["request_id"] == kept[0]["request_id"]
+    assert given["correction"] == (
+        '{"tool_calls":[{"name":"plan","arguments":{"title":"say \\"hi\\"","hours":[1.0,12345678901234567890]}}]}'
+    )
+    _, (corrected,) = read_calls(given["correction"])
+    assert corrected.values == {"title": 'say "hi"', "hours": [1.0, 12345678901234567890]}
+    roles = [[message["role"] for message in json.loads(one["messages"])] for one in kept]
+    calls = len(read_calls(kept[0]["answer"])[1])
+    assert roles[0] == ["user"] and roles[1] == ["user", "assistant", *["tool"] * calls]
+    assert roles[2] == [*roles[1], "assistant", "user"]
+    assert len({one["session"] for one in kept}) == 1 and kept[0]["session"]
+
+
+def test_tools_that_are_none_are_told_at_their_field(open_page, tool_service):
+    page = open_page(tool_service.url, viewport={"width": 360, "height": 800}, color_scheme="dark")
+    page.get_by_text("Tools 4 given").click()
+    field = page.get_by_label("Tools that the model may call")
+    for text, problem in (
+        ("[{", "This is not valid JSON"),
+        ("{}", "Write the tools as a list"),
+        ('[{"name": "lamp"}]', "Tool 1 has no function with a name"),
+        (json.dumps([TOOLS[0], TOOLS[0]]), "'lamp' is the name of an earlier tool"),  # told by the service
+        (json.dumps([make_tool("lamp", {"type": "string"})]), "must be of the type object"),
+    ):
+        field.fill(text)
+        ask(page, "light")
+        expect(page.locator("#tools-wrong")).to_contain_text(problem)
+        expect(field).to_have_attribute("aria-invalid", "true")
+    check_accessible(page, "wrong tools")
+    page.get_by_role("button", name="Use the model's own tools").click()
+    assert json.loads(field.input_value()) == MORE_TOOLS
+    expect(page.locator("#tools-wrong")).to_be_hidden()
 
 
 def test_a_question_is_answered_and_drawn_as_a_card(open_page, service):
@@ -413,6 +527,32 @@ def test_a_key_is_asked_for_and_kept_in_the_tab_alone(open_page, service):
 
     assert page.evaluate("Object.values(sessionStorage)") == [KEY]
     assert page.evaluate("localStorage.length") == 0 and page.context.cookies() == []
+
+
+def test_calls_are_text_and_wrong_ones_are_marked(open_page, service):
+    page = open_page()
+    page.get_by_text("Tools none given").click()
+    page.get_by_label("Tools that the model may call").fill(json.dumps(TOOLS))
+    ask(page, "be hostile in calls")
+    panel = answered(page)
+    assert panel.locator(".fault").all_inner_texts() == [
+        "",
+        "No tool has this name.",
+        "This call is malformed: its arguments are not a JSON object.",
+    ]
+    assert panel.locator(".call").first.locator("dd").all_inner_texts() == [HOSTILE, '"30"', "1.0"]
+    expect(panel.locator(".call").nth(2)).to_contain_text('{"level": ')
+    expect(panel.locator(".call-name").nth(1)).to_have_text(HOSTILE)
+    expect(panel.locator(".thought-text")).to_be_hidden()
+    panel.get_by_text("Thoughts").click()
+    expect(panel.locator(".thought-text")).to_have_text(HOSTILE)
+    expect(page.locator("main img, main script")).to_have_count(0)
+    expect(page.get_by_role("button", name="Send the results")).to_have_count(0)
+    check_accessible(page, "wrong calls")
+    ask(page, "turn on the kitchen lights")
+    answered(page, count=2)
+    # An answer with broken calls is no part of the conversation, as no service takes it back.
+    assert [len(asked["messages"]) for asked in service.asked] == [1, 1]
 
 
 @pytest.mark.parametrize("question", ["be hostile", "be hostile in json"])

@@ -113,6 +113,7 @@ def test_the_folder_holds_all_that_a_server_reads(project):
         "name": "home-intents-smollm2-135m",
         "system_prompt": "Answer as JSON.",
         "task": {"kind": "json", "label_key": "intent", "labels": None},
+        "tools": [],
         "version": evidence()["version"],
     }
 
