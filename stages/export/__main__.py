@@ -103,7 +103,7 @@ def find_common_system_prompt(rows: Sequence[Row]) -> str | None:
 
 
 def find_common_tools(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return the tools that all rows offer, in the order of the first row; none if they differ or have none."""
+    """Return the tools that all rows offer, in their order; none if the rows differ or have none."""
     offered = [row.tools for row in rows]
     first = offered[0] if offered else ()
     return [tool.value for tool in first] if all(tools == first for tools in offered) else []

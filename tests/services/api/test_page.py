@@ -203,11 +203,11 @@ def test_a_call_is_made_answered_and_corrected(open_page, tool_service):
     expect(page.locator("#earlier .turn")).to_have_count(2)
 
     (given,) = stored(read_feedback, tool_service)
-    kept = sorted(stored(read_exchanges, tool_service), key=lambda one: one["asked_at"])
+    kept = sorted(stored(read_exchanges, tool_service), key=lambda one: one["received_at"])
     assert given["request_id"] == kept[0]["request_id"]
-    assert given["correction"] == (
-        '{"tool_calls":[{"name":"plan","arguments":{"title":"say \\"hi\\"","hours":[1.0,12345678901234567890]}}]}'
-    )
+    hours = "[1.0,12345678901234567890]"
+    wanted = f'{{"title":"say \\"hi\\"","hours":{hours}}}'
+    assert given["correction"] == f'{{"tool_calls":[{{"name":"plan","arguments":{wanted}}}]}}'
     _, (corrected,) = read_calls(given["correction"])
     assert corrected.values == {"title": 'say "hi"', "hours": [1.0, 12345678901234567890]}
     roles = [[message["role"] for message in json.loads(one["messages"])] for one in kept]

@@ -10,7 +10,7 @@ from stages import fetch_base
 from stages.common.artifacts import hash_file, read_json, write_json
 from stages.common.chat.template import encode_prompt
 from stages.common.errors import InputError
-from stages.common.messages import Message
+from stages.common.messages import Message, Tool
 from stages.common.model.loading import load_tokenizer
 from stages.common.records import make_row, write_rows
 from stages.common.task.json_task import JsonTask
@@ -218,6 +218,19 @@ def test_system_prompts_that_differ_are_none(project):
     export.main()
     assert serving()["system_prompt"] is None
     assert "SYSTEM" not in Path("artifacts/export/Modelfile").read_text()
+
+
+def test_tools_are_those_that_all_rows_offer():
+    lamp, heat = (Tool(json.dumps({"type": "function", "function": {"name": n}})) for n in ("lamp", "heat"))
+    messages = [Message("user", "hi"), Message("assistant", "ho")]
+
+    def offering(*tools):
+        return make_row(messages, "toy", "cc0-1.0", tools=tools)
+
+    assert export.find_common_tools([offering(lamp, heat)] * 2) == [lamp.value, heat.value]
+    assert export.find_common_tools([offering(lamp), offering(heat)]) == []
+    assert export.find_common_tools([offering(lamp), offering()]) == []
+    assert export.find_common_tools([]) == []
 
 
 @pytest.mark.parametrize(
