@@ -2,8 +2,8 @@
 
 Reads nothing; writes playground-tools-light.png and playground-tools-dark.png next to this file.
 
-    python docs/images/playground_tools.py http://127.0.0.1:3000/ "turn on all garden floor lights" '{"ok":true}' \\
-        "the candelabra alone"
+    python docs/images/playground_tools.py http://127.0.0.1:3000/ \\
+        "turn on all garden floor lights" '{"ok":true}' "the candelabra alone"
 
 The call of the first question gets the result; that of the second is in correction.
 """
