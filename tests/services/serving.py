@@ -186,6 +186,17 @@ def serving(folder: Path, *versions: ModelFiles, load=load_tiny, keys_required=F
     assert "error" not in state, state.get("error")
 
 
+@contextmanager
+def serving_unbroken(folder: Path, files: ModelFiles, **answers):
+    """Serve a version by the default engine, for random input; check that the engine never starts again."""
+    guard = {"max_schema_cpu_s": 0.3}
+    with serving(folder, files, load=load_paged, answers=answers, guard=guard) as running:
+        engine = running.handler.pool.champion.engine
+        yield running
+        assert running.handler.pool.champion.engine is engine, "the engine was started again"
+        assert engine.broken is None
+
+
 def wrap(app, settings, access):
     """Return the application in the middleware that the service has."""
 

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from schemathesis import GenerationMode
 
 from services.api.ask import AskRequest
+from services.api.embeddings.schemas import EmbeddingsRequest
+from services.api.items.schemas import KINDS, ResponsesRequest
 from services.api.schemas import ChatRequest, CompletionRequest, FeedbackRequest
 from tests.services.bento import serving_bento
-from tests.services.serving import load_paged, paged_files, serving
+from tests.services.serving import paged_files, serving_unbroken
 
 STATUSES = {200, 400, 401, 404, 405, 413, 415, 422, 429, 499}
 QUIET = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
@@ -33,9 +35,12 @@ GET_ROUTES += ["/livez", "/readyz", "/healthz", "/metrics", "/schema.json"]
 BODIES = {
     "/v1/chat/completions": (ChatRequest, {"messages": [{"role": "user", "content": "Hello"}]}),
     "/v1/completions": (CompletionRequest, {"prompt": "Hello"}),
+    "/v1/responses": (ResponsesRequest, {"input": "Hello"}),
+    "/v1/embeddings": (EmbeddingsRequest, {"input": "Hello"}),
     "/v1/feedback": (FeedbackRequest, {"request_id": "req_1", "thumb": "up"}),
 }
 
+OTHERS = {"stream": True, "temperature": 1.0, "encoding_format": "base64"}  # sent with a field of any value
 NUMBERS = [0, -0.0, 1, -1, 2, 0.5, 1e-320, 1e-40, 1e-5, 2**31, 2**53 + 1, 2**63 - 1, 2**63, -(2**63), 2**70]
 NUMBERS += [1e308, -1e308, float("nan"), float("inf"), 10**400]
 TEXTS = [
@@ -104,28 +109,49 @@ MESSAGES = st.lists(
     max_size=3,
 )
 
+ITEMS = st.lists(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "type": st.sampled_from(KINDS) | VALUES,
+            "role": st.sampled_from(["user", "system", "assistant", "developer", "tool"]),
+            "call_id": st.sampled_from(["x", "y", ""]),
+            "name": st.sampled_from(["a", "a.b", ""]),
+            "arguments": st.sampled_from(["{}", "", "[]", '{"a":1e999}', "{" * 500]),
+            **dict.fromkeys(
+                ("content", "output"),
+                ANY_JSON
+                | st.lists(
+                    st.fixed_dictionaries(
+                        {"type": st.sampled_from(["input_text", "output_text", "reasoning_text"])},
+                        optional={"text": VALUES},
+                    ),
+                    max_size=2,
+                ),
+            ),
+        },
+    ),
+    max_size=4,
+).map(lambda items: [{"role": "user", "content": "on"}, *items])
+TEXT_FORMATS = SCHEMAS.map(
+    lambda schema: {"format": {"type": "json_schema", "name": "x", "schema": schema}},
+)
+SHAPED = {"response_format": FORMATS, "messages": MESSAGES, "input": ITEMS, "text": TEXT_FORMATS}
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz")
-    answers = {"default_max_tokens": 4, "max_tokens": 8}
     files = paged_files(folder / "model")
-    with serving(folder, files, load=load_paged, answers=answers, guard={"max_schema_cpu_s": 0.3}) as running:
-        engine = running.handler.pool.champion.engine
+    with serving_unbroken(folder, files, default_max_tokens=4, max_tokens=8) as running:
         yield running
-        assert running.handler.pool.champion.engine is engine, "the engine was started again"
-        assert engine.broken is None
 
 
 @pytest.mark.slow
 def test_no_input_breaks_the_service(server):
     described = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     operations = [found.ok() for found in described.get_all_operations()]
-    assert {operation.path for operation in operations} >= {
-        "/v1/chat/completions",
-        "/v1/completions",
-        "/v1/feedback",
-    }
+    assert {operation.path for operation in operations} >= BODIES.keys()
     for operation in operations:
         for mode in GenerationMode:  # what the description allows, and what it does not
 
@@ -171,12 +197,14 @@ def test_every_field_at_its_edges_is_answered_or_refused(server, path, field):
 @pytest.mark.slow
 @pytest.mark.parametrize(("path", "field"), name_fields())
 def test_every_field_takes_or_refuses_any_json(server, path, field):
-    shaped = {"response_format": FORMATS, "messages": MESSAGES}.get(field, st.lists(VALUES, max_size=4))
+    kind, body = BODIES[path]
+    further = [{}, *({name: value} for name, value in OTHERS.items() if name in kind.model_fields)]
+    shaped = SHAPED.get(field, st.lists(VALUES, max_size=4))
 
-    @given(value=ANY_JSON | shaped, others=st.sampled_from([{}, {"stream": True}, {"temperature": 1.0}]))
+    @given(value=ANY_JSON | shaped, others=st.sampled_from(further))
     @settings(max_examples=40, **QUIET)
     def refuse_or_answer(value, others):
-        send(client, path, {**BODIES[path][1], **(others if path != "/v1/feedback" else {}), field: value})
+        send(client, path, {**body, **others, field: value})
 
     with server.client() as client:
         refuse_or_answer()

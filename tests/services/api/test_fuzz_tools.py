@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.services.api.test_fuzz import ANY_JSON, QUIET, SCHEMAS, VALUES, send
-from tests.services.serving import load_paged, serving
+from tests.services.api.test_fuzz import ANY_JSON, ITEMS, QUIET, SCHEMAS, VALUES, send
+from tests.services.serving import serving_unbroken
 from tests.services.tool_models import tool_files
 
 ROUTE = "/v1/chat/completions"
@@ -45,13 +45,9 @@ CHOICES = st.sampled_from(["auto", "none", "required", None, {"type": "function"
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz")
-    answers = {"default_max_tokens": 4, "max_tokens": 30}
     files = tool_files(folder / "model")
-    with serving(folder, files, load=load_paged, answers=answers, guard={"max_schema_cpu_s": 0.3}) as running:
-        engine = running.handler.pool.champion.engine
+    with serving_unbroken(folder, files, default_max_tokens=4, max_tokens=30) as running:
         yield running
-        assert running.handler.pool.champion.engine is engine, "the engine was started again"
-        assert engine.broken is None
 
 
 @pytest.mark.slow
@@ -68,6 +64,33 @@ def test_any_tools_are_held_or_refused(server):
         body = {"tools": tools, "tool_choice": choice, "parallel_tool_calls": parallel, "max_tokens": 30}
         messages = [{"role": "user", "content": "on"}, *turns]
         send(client, ROUTE, {"messages": messages, "temperature": temperature, **body})
+
+    with server.client() as client:
+        refuse_or_answer()
+
+
+@pytest.mark.slow
+def test_any_tools_of_a_response_are_held_or_refused(server):
+    def flatten(part):
+        """Return a tool or a choice as the Responses API has it."""
+        inner = part.get("function") if isinstance(part, dict) else None
+        return {**part, **inner, "function": None} if isinstance(inner, dict) else part
+
+    @given(
+        tools=TOOLS,
+        choice=CHOICES | ANY_JSON,
+        parallel=st.sampled_from([None, True, False]),
+        items=ITEMS,
+        stream=st.booleans(),
+    )
+    @settings(max_examples=250, **QUIET)
+    def refuse_or_answer(tools, choice, parallel, items, stream):
+        body = {
+            "tools": [*map(flatten, tools)],
+            "tool_choice": flatten(choice),
+            "parallel_tool_calls": parallel,
+        }
+        send(client, "/v1/responses", {"input": items, "stream": stream, "max_output_tokens": 30, **body})
 
     with server.client() as client:
         refuse_or_answer()
