@@ -290,7 +290,7 @@ class Panel {
     if (this.sending) return;
     const typed = this.part(".correction").value.trim();
     const comment = this.part(".comment").value.trim() || null;
-    if (this.labelKey && parse(typed) === undefined) {
+    if (this.labelKey && (typed || !this.callsForm?.calls.length) && parse(typed) === undefined) {
       this.showProblem(`This is not valid JSON: ${jsonProblem(typed)}`);
       return this.part(".correction").focus();
     }

@@ -549,6 +549,24 @@ def test_calls_are_text_and_wrong_ones_are_marked(open_page, service):
     expect(page.locator("main img, main script")).to_have_count(0)
     expect(page.get_by_role("button", name="Send the results")).to_have_count(0)
     check_accessible(page, "wrong calls")
+    # A call of no tool and a broken one leave two calls to correct: the first is right, the second gets a tool.
+    panel.get_by_role("button", name="Correct it").click()
+    send = panel.get_by_role("button", name="Send", exact=True)
+    send.click()
+    first = panel.get_by_role("group", name="Call 1", exact=True)
+    expect(first.locator(".wrong:visible")).to_have_count(
+        2
+    )  # its room is none of the list, its level is a text
+    first.get_by_role("button", name="Remove this call").click()
+    expect(panel.get_by_role("group", name="Call 2", exact=True)).to_have_count(0)
+    send.click()
+    expect(first.locator(".wrong:visible")).to_have_text("Choose a tool.")
+    first.get_by_label("Tool", exact=True).select_option("heat")
+    first.get_by_label("on", exact=True).select_option("true")
+    send.click()
+    expect(panel.locator(".message")).to_have_text("Saved, thank you")
+    assert service.feedback[-1]["correction"] == '{"tool_calls":[{"name":"heat","arguments":{"on":true}}]}'
+
     ask(page, "turn on the kitchen lights")
     answered(page, count=2)
     # An answer with broken calls is no part of the conversation, as no service takes it back.

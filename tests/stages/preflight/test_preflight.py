@@ -1,5 +1,6 @@
 import json
 import re
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -209,6 +210,17 @@ def test_the_page_shows_the_answer_and_its_end_as_learned_and_nothing_else(lay_o
     assert '<span class="learned">{&quot;n&quot;:0}</span>' in page
     assert page.count('class="learned control"') == 3
     assert "think" in page and 'learned">&lt;think' not in page
+
+
+def test_the_page_folds_a_long_text_that_is_not_learned_and_loses_none_of_it(lay_out, set_params):
+    long = " ".join(f"<{number}>" for number in range(300))
+    lay_out(train=[row(n, question=long) for n in range(12)])
+    preflight.main()
+    page = Path("reports/preflight/learned.html").read_text()
+    assert page.count("<details>") == page.count("more characters</summary>") == 3
+    assert escape(long) in re.sub("<details><summary>.*?</summary>", "", page)
+    learned = re.findall('<span class="learned">.*?</span>', page)
+    assert learned and "<details>" not in "".join(learned)
 
 
 def test_the_page_runs_nothing_that_rows_hold(lay_out, set_params):
