@@ -130,11 +130,10 @@ function makeArgument(key, schema, isRequired, given, remark = "") {
 function kindOf(schema, given) {
   const options = Array.isArray(schema?.enum) ? schema.enum : isRecord(schema) && "const" in schema ? [schema.const] : undefined;
   const type = schema?.type;
-  const value = given === undefined ? undefined : parse(given);
   if (options) return choice("one of these", options, given);
   if (type === "boolean") return choice("true or false", [true, false], given);
-  if ((type === "integer" || type === "number") && (given === undefined || typeof value === "number")) return numeric(type, schema);
-  if (type === "string" && (given === undefined || typeof value === "string")) return plain;
+  if (type === "integer" || type === "number") return numeric(type, schema);
+  if (type === "string") return plain;
   return json(typeof type === "string" ? type : "", schema);
 }
 
@@ -157,7 +156,7 @@ function numeric(type, schema) {
   return {
     name: type === "integer" ? "whole number" : "number",
     control: () => Object.assign(element("input"), { type: "text", inputMode: "decimal", autocomplete: "off" }),
-    fill: (control, given) => (control.value = given),
+    fill: (control, given) => (control.value = given), // a text keeps its quotes, and is refused
     read: (control) => control.value.trim(),
     find(text) {
       const value = parse(text);
@@ -173,7 +172,7 @@ function numeric(type, schema) {
 const plain = {
   name: "text",
   control: () => makeArea(1),
-  fill: (control, given) => (control.value = parse(given)),
+  fill: (control, given) => (control.value = typeof parse(given) === "string" ? parse(given) : given),
   read: (control) => (control.value === "" ? "" : JSON.stringify(control.value)),
   find: () => "",
 };
