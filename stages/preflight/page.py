@@ -34,8 +34,8 @@ details[open] > summary {{ display: block; }}
 <h1>What is learned</h1>
 <p>Each row as the model reads it. <span class="learned">Green</span> is learned: each answer and the end of
 its turn. <span class="control">Framed</span> are control tokens: only the chat template writes them. The same
-letters in a text of yours have no frame. Long texts that are not learned, such as descriptions of tools, are folded:
-choose the underlined line to read them.</p>
+letters in a text of yours have no frame. Long texts that are not learned, such as descriptions of tools, are
+folded: choose the underlined line to read them.</p>
 """
 MAX_UNFOLDED = 800  # characters of a text that is not learned
 BEGINNING = 120  # characters of a folded text that stay to be seen
