@@ -217,7 +217,8 @@ class ChatHandler:
         tokenizer = state.model.tokenizer
         has_calls = request.allowed is not None and bool(request.allowed.callable_tools)
         shown = frozenset() if request.raw is not None else find_shown_ids(tokenizer, has_calls)
-        text, held = IncrementalDetokenizer(tokenizer, request.stops, shown), HeldTokens()
+        stops = () if has_calls else request.stops  # else the reader's, which end no call
+        text, held = IncrementalDetokenizer(tokenizer, stops, shown), HeldTokens()
         try:
             sampling = self._resolve_sampling(request, state.model)
             reader = state.reader = make_reader(request, sampling, tokenizer)
@@ -233,6 +234,7 @@ class ChatHandler:
                         step = replace(step, end=None)
                     reason = "stop" if text.stopped else step.finish_reason
                     piece = reader.push(new, is_last=reason is not None)
+                    reason = "stop" if reader.stopped else reason
                     state.add(step, new, piece.reasoning)
                     state.finish_reason = "tool_calls" if reason == "stop" and reader.has_calls else reason
                     yield (

@@ -47,5 +47,7 @@ def make_reader(request: GenerationRequest, sampling: Sampling, tokenizer: Any) 
     has_calls = request.allowed is not None and bool(request.allowed.callable_tools)
     thinks = request.raw is None and (sampling.grammar is not None or not sampling.is_constrained)
     return AnswerReader(
-        read_call_format(tokenizer) if has_calls else None, read_thoughts(tokenizer) if thinks else None
+        read_call_format(tokenizer) if has_calls else None,
+        read_thoughts(tokenizer) if thinks else None,
+        request.stops if has_calls else (),
     )

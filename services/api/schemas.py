@@ -184,8 +184,11 @@ class ChatRequest(_Sampled):
     @model_validator(mode="after")
     def _tools_fit(self) -> ChatRequest:
         problem = find_tools_problem(self.tools or (), self.tool_choice)
-        if problem is None and self.stop and self.tools and self.tool_choice != "none":
-            problem = "stop", "with tools it could cut a call; leave it out, or send tool_choice: none"
+        if problem is None and self.stop and self.tools and self.tool_choice != "none" and self.logprobs:
+            problem = (
+                "logprobs",
+                "with stop and tools is not supported; leave one out, or send tool_choice: none",
+            )
         if problem is not None:
             field, reason = problem
             raise PydanticCustomError(WRONG, "{problem}", {"field": field, "problem": reason})

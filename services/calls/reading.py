@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from services.engines.detokenizer import StopFinder
 from stages.common.chat.calls import CallFormat
 
 
@@ -64,12 +65,15 @@ class AnswerReader:
     Args:
         calls: how the model writes calls; None if it may not call tools.
         thoughts: what it writes around thoughts; None if it has none in this answer.
+        stops: strings that end the text of an answer that may call tools; no thought or call has one.
     """
 
-    __slots__ = ("_calls", "_format", "_has_thought", "_held", "_state", "_thoughts", "answer")
+    __slots__ = ("_calls", "_format", "_has_thought", "_held", "_state", "_stops", "_thoughts", "answer")
 
-    def __init__(self, calls: CallFormat | None, thoughts: Thoughts | None) -> None:
-        self._format, self._thoughts = calls, thoughts
+    def __init__(
+        self, calls: CallFormat | None, thoughts: Thoughts | None, stops: Sequence[str] = ()
+    ) -> None:
+        self._format, self._thoughts, self._stops = calls, thoughts, StopFinder(stops)
         self._calls: _CallReader | None = None
         self._held = ""
         self._state = "begin" if thoughts else "text"
@@ -81,6 +85,11 @@ class AnswerReader:
         """Whether a call has begun."""
         return self._calls is not None and self._calls.count > 0
 
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has ended the answer."""
+        return self._stops.stopped
+
     def push(self, text: str, is_last: bool = False) -> Piece:
         """Add text; return what is new and final.
 
@@ -90,6 +99,8 @@ class AnswerReader:
         if self._format is None and self._thoughts is None:
             self.answer += text
             return Piece(text)
+        if self.stopped:
+            return Piece()
         self._held += text
         return join_pieces(self._read(is_last))
 
@@ -149,11 +160,12 @@ class AnswerReader:
         before, found, _ = self._held.partition(mark)
         if found:
             before = self._held[: len(before.rstrip())]
-            piece = self._release(len(before))
-            self._open(self._held.index(mark) + len(mark))
+            piece = self._release(len(before), is_end=True)
+            if not self.stopped:
+                self._open(self._held.index(mark) + len(mark))
             return piece
         kept = 0 if is_last else _count_held(self._held, mark)
-        return self._release(len(self._held) - kept)
+        return self._release(len(self._held) - kept, is_last)
 
     def _read_unmarked(self, is_last: bool) -> Piece:
         """Read text where a call is the whole answer, known by its beginning."""
@@ -165,10 +177,13 @@ class AnswerReader:
             return Piece()
         if not self.answer and not is_last and begin.startswith(found):
             return Piece()
-        return self._release(len(self._held))
+        return self._release(len(self._held), is_last)
 
-    def _release(self, count: int) -> Piece:
-        text, self._held = self._held[:count], self._held[count:]
+    def _release(self, count: int, is_end: bool = False) -> Piece:
+        """Return the beginning of the text; `is_end`: no text follows it."""
+        text, self._held = self._stops.push(self._held[:count]), self._held[count:]
+        if is_end and not self.stopped:
+            text += self._stops.finish()
         self.answer += text
         return Piece(text)
 

@@ -9,6 +9,45 @@ from typing import Any
 from stages.common.chat.control_tokens import list_special_ids
 
 
+class StopFinder:
+    """Gives the text of one answer up to its first stop string, and holds back an end that may begin one.
+
+    The first stop string is the one that is complete first, the longest if several end together.
+
+    Args:
+        stops: strings that end the answer and are not part of it.
+    """
+
+    __slots__ = ("_held", "_stops", "stopped")
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stop for stop in stops if stop)
+        self._held = ""
+        self.stopped = False  # a stop string was found
+
+    def __bool__(self) -> bool:
+        return bool(self._stops)
+
+    def push(self, text: str) -> str:
+        """Add text; return what is new and final."""
+        if not self._stops:
+            return text
+        text = self._held + text
+        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            self._held = ""
+            return text[: min(found)[1]]
+        kept = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - kept :]
+        return text[: len(text) - kept]
+
+    def finish(self) -> str:
+        """Return the text held back; call where no text follows."""
+        held, self._held = self._held, ""
+        return held
+
+
 class IncrementalDetokenizer:
     """Decodes the tokens of one answer as they arrive, in whole characters, up to the first stop string.
 
@@ -27,14 +66,12 @@ class IncrementalDetokenizer:
         "_decoded",
         "_finished",
         "_given",
-        "_held",
         "_hidden",
         "_ids",
         "_skips_special",
         "_stops",
         "_stream",
         "_tokenizer",
-        "stopped",
     )
 
     def __init__(
@@ -47,14 +84,17 @@ class IncrementalDetokenizer:
         self._hidden = list_special_ids(tokenizer) - shown if shown else frozenset()
         self._skips_special = not shown
         self._stream = DecodeStream(skip_special_tokens=self._skips_special)
-        self._stops = tuple(stop for stop in stops if stop)
+        self._stops = StopFinder(stops)
         self._ids: list[int] = []
         self._begins: list[int] = []  # characters decoded before each token
         self._decoded = 0  # characters decoded so far
         self._given = 0  # characters returned so far
         self._finished = False
-        self._held = ""  # the end of them, held back as it may begin a stop string
-        self.stopped = False  # a stop string was found
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was found."""
+        return self._stops.stopped
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Add tokens; return the new text that is final."""
@@ -72,7 +112,7 @@ class IncrementalDetokenizer:
                 pieces.append(piece)
                 self._decoded += len(piece)
         text = "".join(pieces)
-        return self._give(self._until_stop(text) if self._stops else text)
+        return self._give(self._stops.push(text))
 
     def finish(self) -> str:
         """Return the text held back; call after the last token."""
@@ -83,12 +123,11 @@ class IncrementalDetokenizer:
             skip_special_tokens=self._skips_special,
             clean_up_tokenization_spaces=False,
         )
-        text = self._until_stop(whole[self._decoded :])
+        text = self._stops.push(whole[self._decoded :])
         if self.stopped:
             return self._give(text)
-        held, self._held = self._held, ""
         self._finished = True
-        return self._give(text + held)
+        return self._give(text + self._stops.finish())
 
     def count_released(self) -> int:
         """Return how many tokens belong to the text returned so far: none that begins behind it.
@@ -102,18 +141,6 @@ class IncrementalDetokenizer:
     def _give(self, text: str) -> str:
         self._given += len(text)
         return text
-
-    def _until_stop(self, text: str) -> str:
-        """Return the text up to a stop string, holding back an end that may begin one."""
-        text = self._held + text
-        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
-        if found:
-            self.stopped = True
-            self._held = ""
-            return text[: min(found)[1]]
-        kept = max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - kept :]
-        return text[: len(text) - kept]
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -74,6 +74,7 @@ GAPS: dict[str, list[Gap]] = {
         Gap("function_call", {"function_call": {"name": "f"}}, TAKES_TOOLS),
         Gap("functions", {"functions": [{"name": "f"}]}, TAKES_TOOLS),
         Gap("logit_bias", {"logit_bias": {"5": -100}}),
+        Gap("logprobs", {"logprobs": True, "stop": "x", "tools": [FUNCTION]}, "leave one out"),
         *(Gap("messages.0.content.0.type", make_part(kind), ONLY_TEXT_PARTS)
           for kind in ("file", "image_url", "input_audio", "refusal")),
         Gap("messages.0.name", {"messages": [{**USER, "name": "ann"}]}, "leave it out"),
@@ -82,7 +83,6 @@ GAPS: dict[str, list[Gap]] = {
         Gap("moderation", {"moderation": {"model": "omni-moderation-latest"}}),
         Gap("n", {"n": 2}),
         Gap("reasoning_effort", {"reasoning_effort": "high"}),
-        Gap("stop", {"stop": "x", "tools": [FUNCTION]}, "tool_choice: none"),
         Gap("tool_choice.type", {"tool_choice": {"type": "allowed_tools"}}, ONLY_FUNCTIONS),
         Gap("tools.0.custom", {"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "the type function"),
         Gap("verbosity", {"verbosity": "low"}),

@@ -205,7 +205,7 @@ REFUSED = [
     ({"tools": [{"type": "custom", "custom": {"name": "a"}}]}, "tools.0.custom"),
     ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice"),
     ({"tool_choice": "required"}, "tool_choice"),
-    ({"tools": TOOLS, "stop": "x"}, "stop"),
+    ({"tools": TOOLS, "stop": "x", "logprobs": True}, "logprobs"),
     ({"tools": TOOLS, "n": 2}, "n"),
     ({"functions": [{"name": "f"}]}, "functions"),
     ({"messages": [USER, calling({}, {})]}, "messages.1.tool_calls"),
@@ -229,6 +229,18 @@ def test_what_is_wrong_with_tools_is_named(client, fields, param):
     response = ask(client, **fields)
     error = response.json()["error"]
     assert (response.status_code, error["param"]) == (422, param), error
+
+
+def test_a_stop_string_ends_text_and_no_call(client):
+    fields = {"tools": TOOLS, "tool_choice": "required", "seed": 2, **HOT}
+    plain, stopped = (answer_of(ask(client, **fields, **more)) for more in ({}, {"stop": ["{", "<", "l"]}))
+    calls = [[call["function"] for call in one["message"]["tool_calls"]] for one in (plain, stopped)]
+    assert calls[0] and calls[0] == calls[1] and stopped["finish_reason"] == "tool_calls"
+    body = {"tools": TOOLS, "max_tokens": 12, "seed": 2}
+    text = answer_of(ask(client, **body))["message"]["content"]
+    assert len(text) > 3, "the model calls a tool at once"
+    choice = answer_of(ask(client, stop=text[2:4], **body))
+    assert choice["finish_reason"] == "stop" and choice["message"]["content"] == text[: text.index(text[2:4])]
 
 
 def test_a_conversation_goes_on_behind_results(client):

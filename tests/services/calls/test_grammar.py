@@ -114,6 +114,29 @@ def test_text_that_begins_no_call_is_released():
     assert reader.answer == "one <toolbox> two \n" == reader.judge()
 
 
+@pytest.mark.parametrize(
+    ("text", "stops", "left", "calls"),
+    [
+        ("one STOP two", ["STOP"], "one ", 0),
+        ("one ST", ["STOP"], "one ST", 0),
+        ("A moment.", ["<", "{"], "A moment.", 1),  # signs of the call alone
+        ("A moment. ST", ["STOP", "hall"], "A moment. ST", 1),
+        ("A STOP moment.", ["STOP"], "A ", 0),  # with a call behind it
+        ("", ["l", "{", "<tool_call>"], "", 1),
+    ],
+)
+def test_a_stop_string_ends_text_alone_however_it_is_cut(text, stops, left, calls):
+    tokenizer = adapt(WITH_TOOLS["qwen-2.5"])
+    has_call = "STOP t" not in text and text != "one ST"
+    whole = written(tokenizer, text, LAMP) if has_call else text
+    for size in (1, 2, 3, 7, 1000):
+        reader = AnswerReader(read_marks(tokenizer).calls, None, stops)
+        pieces = [reader.push(whole[at : at + size]) for at in range(0, len(whole), size)]
+        read = join_pieces([*pieces, reader.push("", is_last=True)])
+        assert (read.text, len(read.calls)) == (left, calls)
+        assert reader.stopped == (calls == 0 and left != text)
+
+
 def test_thoughts_come_before_text_and_calls():
     tokenizer = make_family_tokenizer(WITH_TOOLS["qwen-3"])
     tokenizer.chat_template = adapt_template(tokenizer, {"enable_thinking": True}, True, "auto")
