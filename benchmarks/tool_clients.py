@@ -36,7 +36,8 @@ QUESTIONS = (
     ("set_temperature", "20 degrees in the office"),
 )
 TURNS = 3  # questions of a conversation
-MAX_ROUNDS = 4  # of calls before an answer
+MAX_ROUNDS = 4  # of calls before an answer, or of empty answers
+COUNTED = ("finished", "streamed", "turns", "rounds", "parallel", "calls", "empty")
 MAX_TEXT, MAX_NUMBER = 16, 99  # of arguments: random weights end no text by themselves
 CALL_TOKENS, ANSWER_TOKENS = 900, 24
 
@@ -159,7 +160,7 @@ def run_client(name: str, server: Server, count: int, choice: Choice) -> dict[st
         except Exception as error:  # of the client, of any kind: each ends one conversation and is counted
             failures[f"{type(error).__name__}: {error}"[:200]] += 1
         total.update(conversation.found)
-    counted = {key: total[key] for key in ("finished", "streamed", "turns", "rounds", "parallel", "calls")}
+    counted = {key: total[key] for key in COUNTED}
     return {**found, "conversations": count, **counted, "failures": dict(failures)}
 
 
@@ -205,16 +206,20 @@ def _talk_litellm(server: Server, conversation: Conversation) -> None:
 def _talk(send: Send, conversation: Conversation) -> None:
     """Hold a conversation with a client that leaves running the tools to its user."""
     messages: list[dict[str, Any]] = []
-    shared = {"tools": conversation.tools, "temperature": 1.0, "seed": conversation.number}
+    shared = {"tools": conversation.tools, "temperature": 1.0}
     for question in conversation.questions:
         messages.append({"role": "user", "content": question})
-        for step in range(MAX_ROUNDS + 1):
-            choice = _choose(conversation.choice, step)
+        has_results = False
+        for seed in range(conversation.number, conversation.number + MAX_ROUNDS + 1):
+            choice = _choose(conversation.choice, has_results)
             limit = ANSWER_TOKENS if choice == "none" else CALL_TOKENS
-            answer = send(messages=list(messages), tool_choice=choice, max_tokens=limit, **shared)
+            answer = send(messages=list(messages), tool_choice=choice, max_tokens=limit, seed=seed, **shared)
             message = answer.choices[0].message
             calls = message.tool_calls or []
             conversation.count_round(len(calls), choice == "required")
+            if not calls and not message.content:  # the model's own choice: it is asked again
+                conversation.found["empty"] += 1
+                continue
             messages.append(_write_turn(message.content, calls))
             if not calls:
                 conversation.end_turn(message.content)
@@ -222,15 +227,16 @@ def _talk(send: Send, conversation: Conversation) -> None:
             for call in calls:
                 result = conversation.run(call.function.name, call.function.arguments)
                 messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
+            has_results = True
         else:
-            raise ValueError(f"more than {MAX_ROUNDS} rounds of calls")
+            raise ValueError(f"no answer after {MAX_ROUNDS + 1} requests")
 
 
-def _choose(choice: Choice, step: int) -> str:
+def _choose(choice: Choice, has_results: bool) -> str:
     """Return the `tool_choice` of a request: forced calls first, then the answer."""
     if choice == "auto":
         return "auto"
-    return "required" if step == 0 else "none"
+    return "none" if has_results else "required"
 
 
 def _write_turn(content: str | None, calls: Sequence[Any]) -> dict[str, Any]:
@@ -262,7 +268,7 @@ async def _talk_with_agent(server: Server, conversation: Conversation) -> None:
             OpenAIChatModel(server.model, provider=OpenAIProvider(openai_client=client)),
             tools=[_make_tool(conversation, tool["function"]) for tool in conversation.tools],
             model_settings=lambda context: _make_settings(context.messages, conversation),
-            retries=0,
+            retries=MAX_ROUNDS,  # of empty answers, with another seed
         )
         history: list[Any] = []
         for question in conversation.questions:
@@ -274,6 +280,7 @@ async def _talk_with_agent(server: Server, conversation: Conversation) -> None:
                 answered = await agent.run(question, message_history=history)
                 text, new = answered.output, answered.new_messages()
             for message in new:
+                _check_retries(message, conversation)
                 if isinstance(message, ModelResponse):
                     conversation.count_round(len(message.tool_calls), is_forced=False)
             if conversation.choice == "required" and not any(
@@ -299,10 +306,27 @@ def _make_tool(conversation: Conversation, function: Mapping[str, Any]) -> Any:
 
 def _make_settings(messages: Sequence[Any], conversation: Conversation) -> Any:
     """Return the settings of an agent's next request, which depend on what came before it."""
-    has_results = any(part.part_kind == "tool-return" for part in messages[-1].parts)
-    choice = _choose(conversation.choice, int(has_results))
+    question = max(place for place, message in enumerate(messages) if _has_part(message, "user-prompt"))
+    has_results = any(_has_part(message, "tool-return") for message in messages[question:])
+    choice = _choose(conversation.choice, has_results)
     limit = ANSWER_TOKENS if choice == "none" else CALL_TOKENS
-    return {"tool_choice": choice, "max_tokens": limit, "temperature": 1.0, "seed": conversation.number}
+    return {"tool_choice": choice, "max_tokens": limit, "temperature": 1.0, "seed": len(messages)}
+
+
+def _check_retries(message: Any, conversation: Conversation) -> None:
+    """Count the empty answers after which an agent asked again.
+
+    Raises:
+        ValueError: it asked again because a call could not be run.
+    """
+    for part in message.parts:
+        if part.part_kind == "retry-prompt" and part.tool_name:
+            raise ValueError(f"a call of {part.tool_name} could not be run")
+        conversation.found["empty"] += part.part_kind == "retry-prompt"
+
+
+def _has_part(message: Any, kind: str) -> bool:
+    return any(part.part_kind == kind for part in message.parts)
 
 
 def _bound(tool: dict[str, Any]) -> dict[str, Any]:
