@@ -189,6 +189,10 @@ def pieces(question, model):
             yield call_piece(place, "", id=f"call_{place}", name=name)
             yield from (call_piece(place, arguments[i : i + 9]) for i in range(0, len(arguments), 9))
         return
+    if question == "light the lamp":
+        level = 3 if model.endswith(CHALLENGER) else 7
+        yield call_piece(0, f'{{"room":"hall","level":{level}}}', id="call_0", name="lamp")
+        return
     if question == "give a secret away":
         yield from ["The secret is ", REFUSED]
     answer = ANSWERS.get(question, '{"intent":"HassNevermind"}')

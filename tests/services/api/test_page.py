@@ -574,6 +574,39 @@ def test_calls_are_text_and_wrong_ones_are_marked(open_page, service):
     assert [len(asked["messages"]) for asked in service.asked] == [1, 1]
 
 
+def test_each_of_two_versions_goes_on_with_its_own_calls(open_page, service):
+    service.versions = [CHAMPION, CHALLENGER]
+    page = open_page(viewport={"width": 360, "height": 800}, reduced_motion="reduce")
+    page.get_by_text("Tools none given").click()
+    page.get_by_label("Tools that the model may call").fill(json.dumps(TOOLS))
+    page.get_by_label("The answer").select_option("lamp alone")
+    ask(page, "light the lamp")
+    left, right = answered(page, count=2).all()
+    expect(page.locator("#current .comparison")).to_have_text("The answers differ.")
+    left.get_by_label("Result of lamp").fill("lit")
+    left.get_by_role("button", name="Send the result").click()
+    answered(page, count=3)
+    check_accessible(page, "two versions with calls")
+    ask(page, "tell me a story")
+    answered(page, count=5)
+    expect(right.get_by_role("button", name="Send the result")).to_have_count(
+        0
+    )  # the person went on without it
+
+    first, second = service.asked[:2]
+    assert {first["tool_choice"]["function"]["name"], second["tool_choice"]["function"]["name"]} == {"lamp"}
+    assert service.asked[2]["tool_choice"] == "auto"  # with the result the model may answer
+    by_model = {asked["model"]: asked["messages"] for asked in service.asked[3:]}
+    own, other = by_model[f"{NAME}:{CHAMPION}"], by_model[f"{NAME}:{CHALLENGER}"]
+    assert [message["role"] for message in own] == ["user", "assistant", "tool", "assistant", "user"]
+    assert [message["role"] for message in other] == ["user", "assistant", "user"]
+    assert own[2] == {"role": "tool", "tool_call_id": "call_0", "content": "lit"}
+    called = [messages[1]["tool_calls"][0]["function"]["arguments"] for messages in (own, other)]
+    assert [json.loads(arguments)["level"] for arguments in called] == [7, 3]
+    page.get_by_label("Left").select_option(f"{NAME}:{CHALLENGER}")
+    expect(page.locator("#current")).to_be_empty()  # another version begins a conversation of its own
+
+
 @pytest.mark.parametrize("question", ["be hostile", "be hostile in json"])
 def test_markup_in_an_answer_is_text(open_page, service, question):
     service.versions = [CHAMPION, CHALLENGER]
