@@ -11,6 +11,7 @@ from stages.common.errors import InputError
 from stages.common.messages import Message, Tool, ToolCall, format_calls, format_malformed
 from stages.common.model.generation import Answer
 from stages.common.records import make_row
+from stages.common.sources.home_tools.home import Home
 from stages.common.task.text_task import TextTask
 from stages.common.task.tools_task import ToolsTask
 from stages.evaluate import simulation
@@ -18,6 +19,7 @@ from stages.evaluate.__main__ import find_simulator
 from stages.evaluate.results import Sampling
 from stages.evaluate.simulation import MAX_ROUNDS, list_conversations, load_simulator, simulate
 from stages.evaluate.simulation_report import choose_conversations, summarise_simulation
+from tests.stages.common.sources.home_tools.test_collect import few
 from tests.tiny import make_tokenizer
 
 SCHEMA = {
@@ -183,6 +185,25 @@ def test_a_conversation_is_its_longest_test_row():
     assert len(rows) == 24
     assert {row.messages for row in list_conversations(rows)} == {row.messages for row in whole}
     assert len(choose_conversations(rows, 2, 7)) == 2
+
+
+def test_the_packaged_conversations_end_as_the_reference_does_in_the_packaged_home():
+    rows = list_conversations(unroll(few().rows, "all"))[::7]
+    assert len({row.tags["shape"] for row in rows}) == 4
+    for row in rows:
+        answers = [message.answer for message in row.messages if message.role == "assistant"]
+        (one,), asked = run(answers, [row], simulator=Home)
+        assert (one.end, one.error) == ("finished", None), row
+        assert one.state_matches and one.has_results and one.ran == one.calls
+        assert len(asked) == len(answers)
+
+
+def test_a_model_that_calls_nothing_does_not_match_where_something_is_set():
+    rows = [row for row in list_conversations(few().rows) if row.tags.get("tool") == "set_state"][:20]
+    outcomes, _ = run(["done"], rows, simulator=Home)
+    assert len(outcomes) == 20 and not any(one.has_results for one in outcomes)
+    # Those that find no device change nothing either.
+    assert sum(one.state_matches for one in outcomes) < 5
 
 
 def test_what_is_no_simulator_is_named():
