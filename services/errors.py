@@ -19,6 +19,7 @@ CODES: dict[str, tuple[int, str]] = {
     "context_length_exceeded": (400, "invalid_request_error"),
     "content_refused": (400, "invalid_request_error"),
     "invalid_api_key": (401, "invalid_request_error"),
+    "wrong_user": (403, "invalid_request_error"),
     "not_found": (404, "invalid_request_error"),
     "model_not_found": (404, "invalid_request_error"),
     "method_not_allowed": (405, "invalid_request_error"),
@@ -141,6 +142,12 @@ def content_refused(reason: str, param: str | None = "messages") -> ApiError:
 def invalid_api_key() -> ApiError:
     """Return the error for a missing, unknown or revoked key; which of the three is not disclosed."""
     return _error("invalid_api_key", "No valid API key. Send one as `Authorization: Bearer KEY`.")
+
+
+def wrong_user(fix: str) -> ApiError:
+    """Return the error for a connection of another user of this machine, or of one that cannot be found."""
+    message = "Only processes of the user who runs this server are answered, as no key is needed here."
+    return _error("wrong_user", f"{message} fix: {fix}" if fix else message)
 
 
 def not_found(path: str) -> ApiError:

@@ -44,6 +44,7 @@ from services.keys.access import Caller
 from services.log_tracebacks import hide_messages
 from services.model_pool import LoadedModel, ModelPool
 from services.parent import end_with_parent
+from services.peers.own_user import OwnUser
 from services.startup import RunningService, start, stop
 from services.versions.store import ModelFiles, find_served, get_version
 from stages.common.chat.template import encode_text
@@ -69,6 +70,7 @@ auto.AutoHTTPProtocol = make_protocol(SETTINGS.body_timeout_s)
 # tens of thousands of objects in each collection of garbage. `Deadline` is the limit.
 cast(Any, traffic).TimeoutMiddleware = lambda app, timeout: app
 
+ADD_KEY = "the user who runs the service adds a key with `perennial keys add NAME`"
 WORKER = "_bentoml_impl.worker.service"  # BentoML's module that runs the service in a process of its own
 
 logger = logging.getLogger("services.generation")
@@ -183,8 +185,9 @@ class Generation:
         logger.info("serving %s", served)
         if not _process.running.handler.access.needs_keys():
             logger.warning(
-                "no API key is needed: every user of this machine can ask and give feedback "
-                "(where others use it too, set services.access.keys: always)"
+                "no API key is needed: only processes of user %d and root are answered (for others: %s)",
+                os.geteuid(),
+                ADD_KEY,
             )
 
     @bentoml.on_shutdown
@@ -273,6 +276,11 @@ def check_key(scope: Scope) -> None:
     get_handler().access.check_key(request.headers.get("authorization"), address)
 
 
+def needs_own_user() -> bool:
+    """Return whether only the user who runs the service may ask: as long as no key is needed."""
+    return _process.running is not None and not _process.running.handler.access.needs_keys()
+
+
 _MIDDLEWARE: tuple[tuple[type, dict[str, Any]], ...] = (  # the outermost first
     (RequestIds, {}),
     (
@@ -283,6 +291,7 @@ _MIDDLEWARE: tuple[tuple[type, dict[str, Any]], ...] = (  # the outermost first
             "setting": "services.access.hosts",
         },
     ),
+    (OwnUser, {"is_needed": needs_own_user, "fix": f"{ADD_KEY}; requests with a key are answered"}),
     (
         BodyLimit,
         {

@@ -54,12 +54,12 @@ class PageSecret:
     What is let in by cookie gets the header Authorization, for an application that asks for it itself.
 
     Args:
-        is_needed: False: every request is let in, and only the cookie is given.
         open_paths: of probes, which need no secret.
+        otherwise: answers requests without the secret; None: they get a 401.
     """
 
     def __init__(
-        self, app: ASGIApp, secret: str, open_paths: Collection[str] = (), is_needed: bool = True
+        self, app: ASGIApp, secret: str, open_paths: Collection[str] = (), otherwise: ASGIApp | None = None
     ) -> None:
         self._app = app
         self._secret = secret.encode()
@@ -67,7 +67,7 @@ class PageSecret:
         # Not the secret itself: a cookie goes to every port of the host that the operator opens.
         self._cookie = hashlib.sha256(b"cookie of " + self._secret).hexdigest()
         self._open_paths = frozenset(open_paths)
-        self._is_needed = is_needed
+        self._otherwise = otherwise
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or ask for the secret."""
@@ -77,7 +77,9 @@ class PageSecret:
             return await self._give_cookie(scope, query, send)
         if self._is_let_in(scope):
             return await self._app({**scope, "headers": self._add_header(scope)}, receive, send)
-        if not self._is_needed or (scope["path"] in self._open_paths and scope["method"] in ("GET", "HEAD")):
+        if self._otherwise is not None:
+            return await self._otherwise(scope, receive, send)
+        if scope["path"] in self._open_paths and scope["method"] in ("GET", "HEAD"):
             return await self._app(scope, receive, send)
         return await _ask_for_secret(send)
 

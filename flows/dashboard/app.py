@@ -29,6 +29,7 @@ from flows.dashboard.status import StatusCache, read_status
 from monitoring.report_texts import PAGE_POLICY
 from monitoring.verdicts import WATCH
 from services.api.same_origin import SameOrigin
+from services.peers.own_user import OwnUser
 from stages.common.errors import InputError
 from stages.common.page.shared import PAGE_FILES
 from stages.common.params.loading import load_params
@@ -213,10 +214,10 @@ def format_number(value: float | None) -> str:
 def make_guarded_app() -> ASGIApp:
     """Return the app of the checkout in this folder, for its own hosts and origin.
 
-    It only reads, and asks for no secret; a browser that brings the one of `make up` gets the cookie that
-    opens the pages it links to.
+    It only reads, and asks the user who runs it for no secret; a browser that brings the one of `make up`
+    gets the cookie that opens the pages it links to, and this one to another user.
     """
     app: ASGIApp = make_app(Path())
-    if secret := os.environ.get(guarded_pages.SECRET):
-        app = PageSecret(app, secret, is_needed=False)
-    return SameOrigin(app)
+    own = OwnUser(app, open_paths=("/healthz",), fix="open the link that `make up` printed when it started")
+    secret = os.environ.get(guarded_pages.SECRET)
+    return SameOrigin(PageSecret(app, secret, otherwise=own) if secret else own)

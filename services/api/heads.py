@@ -21,6 +21,7 @@ class _TimedHead(asyncio.Protocol):
 
     timeout_s: float
     cycle: Any  # Uvicorn's, of the last request whose head is complete
+    app_state: dict[str, Any]  # Uvicorn's, of which every request gets a copy
     _timer: asyncio.TimerHandle | None = None
     _transport: asyncio.BaseTransport
     _head_bytes = 0
@@ -28,6 +29,9 @@ class _TimedHead(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self._transport = transport
+        # The socket's own addresses, whatever a proxy names; `services.peers` keeps what it finds here too.
+        ends = {"peer": transport.get_extra_info("peername"), "own": transport.get_extra_info("sockname")}
+        self.app_state = {**self.app_state, "connection": ends}
         self._start()
 
     def data_received(self, data: bytes) -> None:

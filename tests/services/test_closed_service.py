@@ -1,13 +1,17 @@
 """The real service as `make serve` starts it, asked by a page elsewhere, by proxies, with broken bodies."""
 
 import signal
+import time
 
 import httpx
 import psutil
 import pytest
 
+from services.keys.key_file import make_key, write_keys
+from services.peers.own_user import PROBES
 from stages.common import network
 from tests.services.bento import serving_bento
+from tests.services.users import OTHER_USER, needs_root, send_as
 
 SECRET = "zoe@example.com 4111111111111111"
 RATE = {"requests_per_minute: null": "requests_per_minute: 20"}
@@ -59,10 +63,37 @@ def test_every_route_refuses_other_hosts_other_origins_and_posts_without_preflig
 
 
 @pytest.mark.slow
-def test_another_user_of_the_machine_can_ask_until_keys_are_required_and_the_log_tells_it(service, tmp_path):
-    assert "every user of this machine can ask and give feedback" in service[1].read_text()
+@needs_root
+def test_another_user_of_the_machine_gets_only_the_probes_until_there_is_a_key(tmp_path):
+    with serving_bento(tmp_path) as (_, url, log):
+        paths = httpx.get(f"{url}/docs.json").json()["paths"]
+        routes = {(method.upper(), path) for path, ways in paths.items() for method in ways}
+        closed = {(method, path) for method, path in routes if path not in PROBES} | {("GET", "/")}
+        assert {("POST", "/ask"), ("POST", "/v1/feedback"), ("GET", "/v1/models")} <= closed
+        json_type = {"Content-Type": "application/json"}
+        requests = [(method, path, "{}", json_type) for method, path in sorted(closed)]
+        for (method, path, *_), (status, text) in zip(
+            requests, send_as(OTHER_USER, url, *requests), strict=True
+        ):
+            assert status == 403 and "perennial keys add NAME" in text, (method, path, text)
+        for status, _ in send_as(OTHER_USER, url, *(("GET", path, None, {}) for path in PROBES)):
+            assert status == 200
+        assert f"a connection belongs to user {OTHER_USER}" in log.read_text()
+        key, token = make_key("all", "2026-01-01T00:00:00Z")
+        write_keys(tmp_path / ".perennial" / "api_keys.json", [key])
+        until = time.monotonic() + 60
+        while httpx.get(f"{url}/v1/models").status_code != 401:  # the own user needs it too from now on
+            assert time.monotonic() < until
+        named = ("GET", "/v1/models", None, {"Authorization": f"Bearer {token}"})
+        (known, _), (unknown, _) = send_as(OTHER_USER, url, named, ("GET", "/v1/models", None, {}))
+        assert (known, unknown) == (200, 401)
+
+
+@pytest.mark.slow
+def test_where_keys_are_always_needed_no_one_asks_without_and_the_log_names_no_own_user(service, tmp_path):
+    assert "only processes of user" in service[1].read_text()
     with serving_bento(tmp_path, {"keys: auto #": "keys: always #"}) as (_, url, log):
-        assert "every user of this machine" not in log.read_text()
+        assert "only processes of user" not in log.read_text()
         for path in ("/v1/chat/completions", "/v1/completions", "/v1/feedback", "/ask"):
             assert httpx.post(url + path, json={}).status_code == 401, path
         for path in ("/v1/models", "/v1/models/tiny"):

@@ -76,9 +76,10 @@ def test_a_wrong_secret_in_the_url_is_not_let_in_and_no_path_leads_elsewhere():
     assert answer.headers["location"] == "/evil.example/"
 
 
-def test_a_page_that_only_reads_gives_the_cookie_and_asks_for_nothing():
-    page = client(is_needed=False)
-    assert page.get("/").status_code == 200
+def test_a_page_may_have_another_answer_for_who_brings_no_secret():
+    page = client(otherwise=PlainTextResponse("no secret", 403))
+    assert page.get("/").text == "no secret" == page.get("/", headers={"Cookie": f"{COOKIE}=x"}).text
+    assert page.get("/", auth=("any", SECRET)).status_code == 200
     assert page.get(make_link("/", SECRET)).headers["set-cookie"].startswith(COOKIE)
 
 

@@ -12,10 +12,11 @@ import time
 import httpx
 import pytest
 
-from flows.common.page_secret import COOKIE
+from flows.common.page_secret import COOKIE, make_header
 from stages.common import network
 from tests.services.serving import ROOT
 from tests.services.tiny_checkout import make_checkout
+from tests.services.users import OTHER_USER, needs_root, send_as
 
 PAGES = ("dashboard", "prefect", "mlflow", "evidently")
 SAFE = {"get", "head", "options"}
@@ -123,6 +124,20 @@ def test_another_user_of_the_machine_gets_nothing_but_the_probe(pages, name):
     assert httpx.get(urls[name] + "/", timeout=60).status_code == 401
     assert httpx.get(urls[name] + OPEN[name], timeout=60).status_code == 200
     assert stat.S_IMODE((root / ".perennial/server.json").stat().st_mode) == 0o600
+
+
+@pytest.mark.slow
+@needs_root
+def test_a_process_of_another_user_sees_the_dashboard_and_asks_the_service_only_with_a_secret(pages):
+    _, urls, secret, _ = pages
+    for name, paths in {"dashboard": ("/", "/api/status"), "service": ("/", "/v1/models")}.items():
+        for status, text in send_as(OTHER_USER, urls[name], *(("GET", path, None, {}) for path in paths)):
+            assert status == 403 and "wrong_user" in text, name
+    word = {"Authorization": make_header(secret)}
+    answers = send_as(
+        OTHER_USER, urls["dashboard"], ("GET", "/healthz", None, {}), ("GET", "/api/status", None, word)
+    )
+    assert [status for status, _ in answers] == [200, 200]
 
 
 @pytest.mark.slow
