@@ -2,8 +2,8 @@
 
 Each conversation has several questions. A question gets calls, each call is run in a home of its own
 (`stages.common.sources.home_tools.home`), and the results get an answer in words. Every second conversation
-is streamed. A conversation is finished if every call could be read, fitted the schema of its tool and ran,
-and its result was answered.
+is streamed. A conversation is finished if every question got a call, every call could be read, fitted the
+schema of its tool and ran, and its result was answered.
 
 With `required` the calls are forced, and the answers have `tool_choice: none`: a model of random weights
 finishes, too. With `auto` the model decides, as one that was trained for these tools can.
@@ -90,14 +90,14 @@ class Conversation:
         self.found["calls"] += 1
         return result
 
-    def count_round(self, calls: int, is_forced: bool) -> None:
+    def count_round(self, calls: int, is_due: bool) -> None:
         """Count one answer of the model that calls tools.
 
         Raises:
-            ValueError: a call was forced, and there is none.
+            ValueError: the question needs a call, and there is none.
         """
-        if is_forced and not calls:
-            raise ValueError("no call, though one was required")
+        if is_due and not calls:
+            raise ValueError("no call, though the question needs one")
         self.found["rounds"] += bool(calls)
         self.found["parallel"] += calls > 1
 
@@ -216,7 +216,7 @@ def _talk(send: Send, conversation: Conversation) -> None:
             answer = send(messages=list(messages), tool_choice=choice, max_tokens=limit, seed=seed, **shared)
             message = answer.choices[0].message
             calls = message.tool_calls or []
-            conversation.count_round(len(calls), choice == "required")
+            conversation.count_round(len(calls), is_due=not has_results)
             if not calls and not message.content:  # the model's own choice: it is asked again
                 conversation.found["empty"] += 1
                 continue
@@ -279,14 +279,12 @@ async def _talk_with_agent(server: Server, conversation: Conversation) -> None:
             else:
                 answered = await agent.run(question, message_history=history)
                 text, new = answered.output, answered.new_messages()
+            is_due = True
             for message in new:
                 _check_retries(message, conversation)
                 if isinstance(message, ModelResponse):
-                    conversation.count_round(len(message.tool_calls), is_forced=False)
-            if conversation.choice == "required" and not any(
-                isinstance(message, ModelResponse) and message.tool_calls for message in new
-            ):
-                raise ValueError("no call, though one was required")
+                    conversation.count_round(len(message.tool_calls), is_due)
+                    is_due = False
             conversation.end_turn(text)
             history += new
 

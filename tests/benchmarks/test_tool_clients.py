@@ -41,6 +41,17 @@ def test_a_client_finishes_its_conversations_with_random_weights(server, client)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("client", CLIENTS)
+def test_a_model_that_answers_without_a_call_finishes_nothing(server, client):
+    if find_spec(MODULES[client]) is None:
+        pytest.skip(f"{client} is not installed")
+    found = run_client(client, server, 2, "auto")  # random weights begin no call by themselves
+    assert (found["finished"], found["turns"], found["calls"]) == (0, 0, 0)
+    assert found["failures"] == {"ValueError: no call, though the question needs one": 2}
+
+
+@pytest.mark.slow
 def test_a_service_that_cannot_be_reached_is_a_counted_failure():
     found = run_client("openai", Server(NOWHERE, "tiny"), 2, "required")
     assert found["finished"] == 0 and found["failures"] == {"APIConnectionError: Connection error.": 2}
@@ -66,7 +77,7 @@ def test_a_call_that_does_not_fit_does_not_run():
 def test_missing_calls_and_answers_end_a_conversation():
     conversation = Conversation(0, "required")
     with pytest.raises(ValueError, match="no call"):
-        conversation.count_round(0, is_forced=True)
+        conversation.count_round(0, is_due=True)
     with pytest.raises(ValueError, match="no answer"):
         conversation.end_turn("")
     assert not +conversation.found
