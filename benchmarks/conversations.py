@@ -1,7 +1,6 @@
 """Conversations with tools: are calls held by their schemas, at which cost, and how fast are they learned?
 
     python -m benchmarks.conversations [required grammar training] [--calls 10000] [--rows 96] [--out FILE]
-    python -m benchmarks.conversations calls
     python -m benchmarks.conversations clients [--url http://127.0.0.1:3000/v1] [--count 50] [--auto]
 
 The first needs `artifacts/fetch_base` and `artifacts/split` of the task with tools: `make run TASK=tools`, or
@@ -14,8 +13,6 @@ object; `docs/benchmarks.md` keeps the results.
   compile 60 tools.
 - `training`: tokens a second of conversations of several turns in one sequence, next to those of their first
   turns alone, in turns.
-- `calls` (only if it is named): base and tuned model on 300 questions in the shape of BFCL's AST categories
-  (`benchmarks/call_set.py`), with Wilson intervals. Needs `artifacts` up to `export`.
 - `clients` (only if it is named): conversations of the clients openai, pydantic-ai and litellm with a running
   service (`make serve`), with tools that run (`benchmarks/tool_clients.py`). Calls are forced, or left to the
   model with `--auto`. A client that is not installed is named:
@@ -37,7 +34,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from benchmarks.call_set import measure_calls, write_cases
 from benchmarks.machine import machine
 from benchmarks.tool_clients import CLIENTS, find_server, run_client
 from services.calls.allowed import AllowedCalls, read_schema
@@ -60,7 +56,7 @@ AT_ONCE = 16  # answers written together
 MAX_TOKENS = 400
 REPEATS = 5
 MANY_TOOLS = 60
-PARTS = ("required", "grammar", "training", "calls", "clients")
+PARTS = ("required", "grammar", "training", "clients")
 
 
 def read_questions(tokenizer: Any) -> tuple[tuple[Tool, ...], list[list[int]]]:
@@ -200,7 +196,7 @@ def main() -> None:
     set_quiet_environment()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument(
-        "what", nargs="*", default=[], help="required, grammar, training (default: these), calls, clients"
+        "what", nargs="*", default=[], help="required, grammar, training (default: these), clients"
     )
     parser.add_argument("--calls", type=int, default=10_000)
     parser.add_argument("--rows", type=int, default=96)
@@ -242,8 +238,6 @@ def _measure_model(options: argparse.Namespace, wanted: Sequence[str]) -> dict[s
             engine.close()
     if "training" in wanted:
         found["training"] = measure_training(tokenizer, options.rows)
-    if "calls" in wanted:
-        found["calls"] = measure_calls(tokenizer, write_cases())
     return found
 
 
