@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 from services.api.fields import UNSUPPORTED, Body
 from services.calls.allowed import AllowedCalls
 from services.schemas.bounds import MAX_DEPTH
-from stages.common.messages import Tool, ToolCall, format_arguments
+from stages.common.messages import Tool, ToolCall, format_arguments, refuse_constant
 
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 CallId = Annotated[str, Field(min_length=1, max_length=256)]
@@ -25,7 +25,7 @@ def check_arguments(arguments: str) -> str:
         ValueError: they are not the text of a JSON object, or it is nested too deeply.
     """
     try:
-        value = json.loads(arguments or "{}", parse_constant=_refuse_constant)
+        value = json.loads(arguments or "{}", parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"must be the text of a JSON object: {error}") from None
     if not isinstance(value, dict):
@@ -160,7 +160,3 @@ def _is_deep(value: Any) -> bool:
         if not parts:
             return False
     return True
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")

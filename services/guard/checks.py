@@ -32,6 +32,7 @@ from typing import Any
 
 from services.guard.text_classifier import TextClassifier, load_classifier
 from stages.common.errors import InputError
+from stages.common.messages import refuse_constant
 from stages.common.privacy import personal_data
 from stages.common.privacy.secrets import find_named_secrets
 
@@ -95,7 +96,7 @@ def check_schema(answer: str, schema: str) -> GuardDecision:
         InputError: the schema is not valid.
     """
     try:
-        value = json.loads(answer, parse_constant=_reject_constant)
+        value = json.loads(answer, parse_constant=refuse_constant)
     except (ValueError, RecursionError):
         return GuardDecision(False, "not_json")
     try:
@@ -181,10 +182,6 @@ def _decode_printable(data: bytes) -> Iterator[str]:
         if text and printable >= MIN_PRINTABLE * len(text) and (encoding == "utf-8" or text.isascii()):
             yield text
             return
-
-
-def _reject_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 @lru_cache(maxsize=128)  # schemas come from requests, so the cache is bounded

@@ -201,3 +201,24 @@ def _read_call(call: Any) -> ToolCall:
 
 def _to_json(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
+
+
+def refuse_repeated_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object of its pairs; the hook of `json.loads` that takes no key twice.
+
+    Raises:
+        ValueError: a key is given twice, and readers disagree about which value counts.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key is given twice")
+    return found
+
+
+def refuse_constant(name: str) -> Any:
+    """Take neither NaN nor infinity; the hook of `json.loads` for what Python reads and JSON does not have.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(f"{name} is not JSON")

@@ -25,6 +25,8 @@ from stages.common.messages import (
     format_malformed,
     is_malformed,
     read_calls,
+    refuse_constant,
+    refuse_repeated_keys,
 )
 
 _NAME, _OTHER_NAME, _TEXT = "perennialtool", "perennialother", "perennialtext"
@@ -95,7 +97,7 @@ class CallFormat:
 
     def _read_calls(self, text: str) -> list[ToolCall]:
         """Return the calls of a text that begins with the opener; a ValueError if it is anything else."""
-        decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        decoder = json.JSONDecoder(object_pairs_hook=refuse_repeated_keys, parse_constant=refuse_constant)
         calls: list[ToolCall] = []
         place = len(self.opener.strip())
         separator, closer = self.separator.strip(), self.closer.strip()
@@ -255,14 +257,3 @@ def _lacks(what: str) -> InputError:
         f"the base model's chat template {what}",
         "set task.tools_template: default, or choose a base model that was trained to call tools",
     )
-
-
-def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key is given twice")
-    return found
-
-
-def _refuse_constant(text: str) -> Any:
-    raise ValueError(f"{text} is not JSON")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from stages.common.messages import refuse_constant, refuse_repeated_keys
 from stages.common.records import format_canonical_json
 from stages.common.task.metrics import Metric, compute_ratio, compute_share
 
@@ -49,7 +50,7 @@ def read_json_answer(text: str) -> JsonAnswer | None:
     """
     try:
         value = json.loads(
-            text, object_pairs_hook=_object, parse_float=_number, parse_constant=_refuse_constant
+            text, object_pairs_hook=refuse_repeated_keys, parse_float=_number, parse_constant=refuse_constant
         )
         canonical = format_canonical_json(value)
         canonical.encode("utf-8")
@@ -127,22 +128,11 @@ def find_json_errors(
     return errors or {"wrong answer": f"{answer.canonical}, not {reference.canonical}"}
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key is given twice")
-    return found
-
-
 def _number(text: str) -> float | int:
     number = float(text)
     if not math.isfinite(number):
         raise ValueError(f"{text} is beyond any float")
     return int(number) if number.is_integer() and abs(number) <= MAX_EXACT_FLOAT else number
-
-
-def _refuse_constant(text: str) -> Any:
-    raise ValueError(f"{text} is not JSON")
 
 
 def _kind(value: Any) -> str:
