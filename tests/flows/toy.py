@@ -34,6 +34,12 @@ if order(f"{name}-slow"):
     until += float(order(f"{name}-slow"))
 while time.monotonic() < until:
     time.sleep(0.02)
+if event := order(f"{name}-waits"):  # for another stage's event, as "read end"
+    patience = time.monotonic() + 300
+    while f"{event} " not in pathlib.Path("faults/ran").read_text():
+        if time.monotonic() > patience:
+            sys.exit(f"error: {event} did not come in 300 s")
+        time.sleep(0.02)
 for step in range(1, 201):
     say(f"progress {step}/200 loss 0.5")
 if order(f"{name}-fails"):
