@@ -20,7 +20,11 @@ def files(tmp_path_factory):
     return tool_files(tmp_path_factory.mktemp("tools") / "model")
 
 
-@pytest.fixture(scope="module", params=LOADS)
+# OpenVINO compiles each grammar in the middle of a step, which takes its time.
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.slow if name == "openvino" else ()) for name in LOADS],
+)
 def server(request, tmp_path_factory, files):
     folder = tmp_path_factory.mktemp(request.param)
     answers = {"default_max_tokens": 24, "max_tokens": 2000}
