@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -12,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services import errors
+from services.answering.failures import convert_failure
 from services.answering.handler import MAX_CHARS_PER_TOKEN, ChatHandler
-from services.engines.protocol import ContextOverflow, EngineError, QueueFull, Sampling, Unsupported
+from services.engines.protocol import ContextOverflow, EngineError, Sampling, Unsupported
 from services.errors import ApiError
 from services.keys.access import Caller
 from services.metrics import get_metrics
-from services.model_pool import RESTARTING, LoadedModel
+from services.model_pool import LoadedModel
 from stages.common.chat.template import encode_text
 
 ROUTE = "/v1/embeddings"
@@ -26,8 +26,6 @@ SAMPLING = Sampling(max_tokens=1, embeds_prompt=True)
 
 Text = str | tuple[int, ...]
 Floats = NDArray[np.float32]
-
-logger = logging.getLogger("services.answering.embedding")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,16 +105,21 @@ async def _embed_within_quota(
     handler.access.reserve(request.caller, tokens)
     used = 0
     try:
+        if request.dimensions is not None:
+            await _check_dimensions(request, prompts[0], model)
         vectors = await _embed_all(request, prompts, model)
         used = tokens
     finally:
         handler.access.settle(request.caller, tokens, used)
-    if request.dimensions not in (None, vectors.shape[1]):
-        problem = (
-            f"{request.dimensions} is not possible; the vectors of this model have {vectors.shape[1]} numbers"
-        )
-        raise errors.unsupported_parameter("dimensions", problem)
     return Embeddings(vectors, tokens, model)
+
+
+async def _check_dimensions(request: EmbeddingRequest, prompt: list[int], model: LoadedModel) -> None:
+    """Reject another size than that of the vector of one token, before all texts are embedded."""
+    size = (await _embed_all(request, [prompt[:1]], model)).shape[1]
+    if request.dimensions != size:
+        problem = f"{request.dimensions} is not possible; the vectors of this model have {size} numbers"
+        raise errors.unsupported_parameter("dimensions", problem)
 
 
 def _check_sizes(texts: Sequence[Text], limit: int) -> None:
@@ -164,13 +167,8 @@ async def _embed_all(request: EmbeddingRequest, prompts: Sequence[list[int]], mo
     except ContextOverflow:
         longest, limit = max(map(len, prompts)), model.engine.context_tokens
         raise errors.context_length_exceeded(longest, limit, "input") from None
-    except QueueFull:
-        raise errors.overloaded(retry_after_s=1.0) from None
-    except EngineError:
-        if model.engine.broken is not None:  # the pool starts it again
-            raise errors.not_ready(RESTARTING) from None
-        logger.exception("%s: the engine failed", request.request_id)
-        raise errors.engine_failed(request.request_id) from None
+    except EngineError as error:
+        raise convert_failure(error, model, request.request_id) from None
     finally:
         for task in tasks:
             task.cancel()

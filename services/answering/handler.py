@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from services import errors
 from services.answering import deadline
 from services.answering.checking import check_calls, check_tools
+from services.answering.failures import convert_failure
 from services.answering.held_calls import hold_calls, make_reader, restrict_text
 from services.answering.held_tokens import HeldTokens
 from services.answering.request import Delta, Echo, GenerationRequest, Usage, make_request_id
@@ -33,7 +34,7 @@ from services.events import CLIENT_GONE, EventStore, StoreUnavailable
 from services.guard.policy import CheckResult, buffers_output, check_answer, check_prompt
 from services.keys.access import Access
 from services.metrics import get_metrics
-from services.model_pool import RESTARTING, LoadedModel, ModelPool, Route
+from services.model_pool import LoadedModel, ModelPool, Route
 from services.schemas.trials import SchemaTrials
 from stages.common.chat.calls import find_shown_ids
 from stages.common.chat.template import TemplateRefusal, encode_text
@@ -253,13 +254,8 @@ class ChatHandler:
         except ContextOverflow:
             limit = state.model.engine.context_tokens
             raise errors.context_length_exceeded(len(prompt), limit, request.prompt_param) from None
-        except QueueFull:
-            raise errors.overloaded(retry_after_s=1.0) from None
-        except EngineError:
-            if state.model.engine.broken is not None:  # the pool starts it again
-                raise errors.not_ready(RESTARTING) from None
-            logger.exception("%s: the engine failed", request.request_id)
-            raise errors.engine_failed(request.request_id) from None
+        except EngineError as error:
+            raise convert_failure(error, state.model, request.request_id) from None
         raise errors.engine_failed(request.request_id)
 
     def _resolve_sampling(self, request: GenerationRequest, model: LoadedModel) -> Sampling:

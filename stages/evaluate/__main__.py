@@ -6,7 +6,7 @@ Out: `reports/evaluate/metrics.json` with each metric as value, low, high and n 
 difference with a p-value, slices by class and tag, and the throughput (the only key that changes between
 identical runs); `errors.md` and `errors.csv`, worst first; `plots/`;
 `artifacts/evaluate/predictions.parquet`. With `evaluate.simulator`, whole conversations are also run with the
-model's own calls (`simulation.py`).
+model's own calls (`simulation.py`), as many as end within `evaluate.simulated_minutes`.
 
 Run it with `dvc repro evaluate` or `python -m stages.evaluate`.
 """

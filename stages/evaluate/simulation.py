@@ -30,6 +30,7 @@ from stages.common.messages import Message, ToolCall, format_arguments, is_malfo
 from stages.common.model.generation import Answer, EvalPrompt
 from stages.common.records import Row
 from stages.common.task.protocol import Task
+from stages.common.tools.schemas import find_argument_problem
 
 MAX_ROUNDS = 6  # of calls before an answer: more is a loop
 RUN_S = 10.0  # for one call, and for a new world
@@ -208,14 +209,12 @@ def _go_on(one: Outcome, answer: Answer, task: Task) -> None:
 
 def _run_calls(one: Outcome, calls: Sequence[ToolCall]) -> None:
     """Carry out calls; one that no tool has, or that does not fit its schema, gets an error as its result."""
-    from jsonschema import Draft202012Validator
-
-    schemas = {tool.name: tool.parameters for tool in one.row.tools}
+    tools = {tool.name: tool for tool in one.row.tools}
     for call in calls:
         one.calls += 1
-        if call.name not in schemas:
+        if call.name not in tools:
             result = {"error": f"unknown tool {call.name}"}
-        elif not Draft202012Validator(schemas[call.name]).is_valid(call.values):
+        elif find_argument_problem(tools[call.name], call.values) is not None:
             result = {"error": "arguments outside the schema"}
         else:
             result, compared = _run(one.world, call)

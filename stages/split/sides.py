@@ -147,7 +147,7 @@ def cap_training_rows(
 def draw_training_rows(
     rows: Sequence[Row], labels: Mapping[str, str], max_rows: int | None, seed: int
 ) -> Sequence[Row]:
-    """Return at most `max_rows` of the training rows, in which each label keeps its share.
+    """Return at most `max_rows` of the training rows: one of each label if it can be, else its share.
 
     Args:
         labels: of the groups.
@@ -163,6 +163,11 @@ def draw_training_rows(
     largest_rests = sorted(shares, key=lambda label: (quotas[label] - shares[label], label))
     for label in largest_rests[: max_rows - sum(quotas.values())]:
         quotas[label] += 1
+    for label in [label for label, quota in quotas.items() if not quota]:
+        largest = max(quotas, key=lambda other: quotas[other])
+        if quotas[largest] > 1:  # a class without a row could not be learned
+            quotas[largest] -= 1
+            quotas[label] = 1
     drawn = (
         random.Random(f"{seed}/{label}/draw").sample(numbers, quotas[label])
         for label, numbers in sorted(by_label.items())

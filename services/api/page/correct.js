@@ -134,7 +134,7 @@ function kindOf(schema, given) {
   if (type === "boolean") return choice("true or false", [true, false], given);
   if (type === "integer" || type === "number") return numeric(type, schema);
   if (type === "string") return plain;
-  return json(typeof type === "string" ? type : "", schema);
+  return json(typeof type === "string" ? type : "");
 }
 
 function choice(name, options, given) {

@@ -278,6 +278,15 @@ def test_rows_are_drawn_with_the_share_of_each_label(limit):
     assert draw_training_rows(rows, groups, None, seed=7) == rows
 
 
+def test_a_rare_label_keeps_a_row_when_rows_are_drawn():
+    groups = {f"common{n}": "common" for n in range(97)} | {f"rare{n}": f"rare{n}" for n in range(3)}
+    rows = [row(distinct(n), group) for n, group in enumerate(groups)]
+    for limit in (4, 5, 40):
+        drawn = draw_training_rows(rows, groups, limit, seed=7)
+        assert len(drawn) == limit and len({groups[r.group] for r in drawn}) == 4
+    assert len(draw_training_rows(rows, groups, 3, seed=7)) == 3
+
+
 def test_the_rows_that_are_not_drawn_are_counted_and_feedback_is_kept(project):
     project([*many(60), *feedback_rows(8)], max_train_rows=20)
     main()
