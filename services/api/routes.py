@@ -20,6 +20,7 @@ from starlette.routing import Match, Route
 
 from services import errors
 from services.answering.embedding import EmbeddingRequest, embed_texts
+from services.answering.feedback import take_feedback
 from services.answering.handler import ChatHandler
 from services.answering.request import make_request_id
 from services.api.answer import AnswerResponse, make_error_response
@@ -32,8 +33,7 @@ from services.api.problems import convert_validation_error, describe_unread
 from services.api.responses import CHAT, COMPLETION, ResponseFormatter
 from services.api.schemas import ChatRequest, CompletionRequest, FeedbackRequest, list_prompts
 from services.errors import ApiError
-from services.events import Feedback, StoreUnavailable
-from services.guard import policy
+from services.events import Feedback
 from services.keys.access import Caller
 from services.model_pool import LoadedModel
 from stages.common.chat.template import hash_template
@@ -119,10 +119,6 @@ def make_app(get_handler: GetHandler, get_caller: GetCaller) -> FastAPI:
     @app.post("/v1/feedback", responses=_ERRORS)
     async def create_feedback(body: FeedbackRequest, caller: Caller = caller) -> dict[str, str]:
         """Store feedback on an answer: a thumb, a correction, a comment."""
-        handler = get_handler()
-        store = handler.store
-        if body.correction:
-            await asyncio.to_thread(check_correction, body.correction, handler)
         event = Feedback(
             feedback_id=f"fb_{uuid.uuid4().hex}",
             request_id=body.request_id,
@@ -132,14 +128,7 @@ def make_app(get_handler: GetHandler, get_caller: GetCaller) -> FastAPI:
             correction=body.correction,
             comment=body.comment,
         )
-        try:
-            if not await store.answer_exists(body.request_id):
-                raise errors.invalid_value(
-                    "request_id", f"there is no answer with the id {body.request_id!r}"
-                )
-            await store.record(event)
-        except StoreUnavailable:
-            raise errors.store_unavailable() from None
+        await take_feedback(event, get_handler())
         return {"feedback_id": event.feedback_id}
 
     @app.api_route("/v1/{path:path}", methods=_METHODS, include_in_schema=False)
@@ -181,18 +170,6 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 def get_request_id(request: Request) -> str:
     """Return the id that the middleware gave a request."""
     return getattr(request.state, "request_id", None) or make_request_id()
-
-
-def check_correction(correction: str, handler: ChatHandler) -> None:
-    """Have the guard look at a correction, which may become an answer that a model learns.
-
-    Raises:
-        ApiError: a check that is enforced rejects it.
-    """
-    settings = handler.settings.guard
-    for result in policy.check_correction(correction, handler.pool.champion.control_tokens, settings):
-        if result.policy == "enforce" and not result.decision.allow:
-            raise errors.content_refused(result.decision.reason or result.check, "correction")
 
 
 def _describe_model(alias: str, model: LoadedModel) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
-from sqlalchemy import URL, Connection, Engine, delete, exists, select
+from sqlalchemy import URL, Connection, Engine, delete, select
 
 from services.events.database import (
     FileIds,
@@ -134,19 +134,16 @@ class EventStore:
             return f"the database has not responded for {seconds:.0f} s"
         return self._problem
 
-    async def answer_exists(self, request_id: str) -> bool:
-        """Return whether the store has an answer to this request.
+    def find_parameters(self, request_id: str) -> str | None:
+        """Return the parameters of an answered request, as JSON; None if the store has no such answer.
 
         Raises:
             StoreUnavailable: the database cannot be read.
         """
-        return await asyncio.to_thread(self._answer_exists, request_id)
-
-    def _answer_exists(self, request_id: str) -> bool:
+        wanted = (exchanges.c.request_id == _storable(request_id)) & exchanges.c.answer.is_not(None)
         try:
             with self._engine.connect() as connection:
-                wanted = (exchanges.c.request_id == _storable(request_id)) & exchanges.c.answer.is_not(None)
-                return bool(connection.execute(select(exists().where(wanted))).scalar())
+                return connection.execute(select(exchanges.c.parameters).where(wanted)).scalar()
         except Exception as error:
             raise StoreUnavailable(describe_error(error)) from error
 

@@ -1,5 +1,6 @@
 """The routes, asked as clients ask them: a real engine, a real store, real sockets."""
 
+import asyncio
 import json
 import threading
 import time
@@ -197,6 +198,24 @@ def test_a_correction_is_looked_at_by_the_guard_like_any_input(client, server):
         "control_tokens",
     )
     assert not [row for row in events(server, read_feedback) if row["request_id"] == request_id]
+
+
+def test_feedback_waits_for_no_other_work(client, server):
+    request_id = ask(client, max_tokens=3).headers["x-request-id"]
+    over = threading.Event()
+
+    async def fill_threads():
+        loop = asyncio.get_running_loop()
+        return [loop.run_in_executor(None, over.wait) for _ in range(64)]  # it has at most 32 threads
+
+    server.run(fill_threads())
+    try:
+        given = client.post("/v1/feedback", json={"request_id": request_id, "correction": "better"})
+    finally:
+        over.set()
+    assert given.status_code == 200
+    kept = [row["correction"] for row in events(server, read_feedback) if row["request_id"] == request_id]
+    assert kept == ["better"]
 
 
 def test_feedback_on_nothing_is_refused(client):

@@ -284,11 +284,11 @@ def test_feedback_comes_with_its_exchange(url, tmp_path):
     assert pq.read_table(tmp_path / "window.parquet").to_pylist() == []
 
 
-def test_an_answer_exists_once_it_is_stored(url):
+def test_the_parameters_of_an_answer_are_found_once_it_is_stored(url):
     with opened(url) as store:
         assert not any(record(store, EXCHANGE, exchange(1, answer=None, status=422)))
-        found = [asyncio.run(store.answer_exists(name)) for name in ("r0", "r1", "r2")]
-    assert found == [True, False, False]
+        found = [store.find_parameters(name) for name in ("r0", "r1", "r2")]
+    assert found == ['{"max_tokens": 9}', None, None]
 
 
 def test_old_exchanges_go_with_their_feedback_and_the_rest_stays(url, monkeypatch):
