@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from services.api.fields import UNSUPPORTED, Body
 from services.calls.allowed import AllowedCalls
-from services.schemas.bounds import MAX_DEPTH
+from services.schemas.bounds import MAX_DEPTH, is_deep
 from stages.common.messages import Tool, ToolCall, format_arguments, refuse_constant
 
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
@@ -30,7 +30,7 @@ def check_arguments(arguments: str) -> str:
         raise ValueError(f"must be the text of a JSON object: {error}") from None
     if not isinstance(value, dict):
         raise ValueError("must be the text of a JSON object")
-    if _is_deep(value):
+    if is_deep(value):
         raise ValueError(f"is nested more than {MAX_DEPTH} levels deep")
     format_arguments(value)  # a number like 1e999 is none that JSON can write
     return arguments or "{}"
@@ -149,14 +149,3 @@ def find_tools_problem(tools: Sequence[AnyTool], choice: AnyChoice | None) -> tu
 def _find_function(named: Any) -> Any:
     """Return the part of a tool or a choice that has the function's name."""
     return getattr(named, "function", named)
-
-
-def _is_deep(value: Any) -> bool:
-    """Return whether a JSON value is nested deeper than a schema may be."""
-    parts = [value]
-    for _ in range(MAX_DEPTH):
-        nested = (part.values() if isinstance(part, dict) else part for part in parts)
-        parts = [inner for one in nested for inner in one if isinstance(inner, dict | list)]
-        if not parts:
-            return False
-    return True

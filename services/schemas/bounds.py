@@ -62,6 +62,17 @@ def check_bounds(schema: str) -> None:
                 parts.append((part, depth + 1, is_schema and key not in VALUES))
 
 
+def is_deep(value: Any) -> bool:
+    """Return whether a JSON value is nested deeper than a schema may be."""
+    parts = [value]
+    for _ in range(MAX_DEPTH):
+        nested = (part.values() if isinstance(part, dict) else part for part in parts)
+        parts = [inner for one in nested for inner in one if isinstance(inner, dict | list)]
+        if not parts:
+            return False
+    return True
+
+
 def _check_optional(schema: dict[str, Any]) -> None:
     properties, required = schema.get("properties"), schema.get("required")
     if not isinstance(properties, dict):

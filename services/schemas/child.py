@@ -23,6 +23,8 @@ from services.engines.protocol import SchemaUnsupported
 from services.guard.checks import check_schema
 from services.parent import end_with_parent
 from stages.common.errors import InputError
+from stages.common.messages import Tool
+from stages.common.tools.schemas import find_argument_problem
 
 NICENESS = 5  # answers come before the trial of a schema
 MAX_MIB = 512  # memory that one job may take
@@ -40,6 +42,8 @@ def run_job(job: dict[str, Any], tokens: dict[str, Any]) -> dict[str, Any]:
     try:
         if job["do"] == "compile_grammar":
             return try_grammar(job, tokens[job["name"]])
+        if job["do"] == "check_calls":
+            return {"wrong": find_wrong_call(job)}
         decision = check_schema(job.get("answer", "null"), job["schema"])
         if job["do"] == "compile":
             vocabulary = tokens[job["name"]]
@@ -74,6 +78,14 @@ def try_grammar(job: dict[str, Any], vocabulary: Any) -> dict[str, Any]:
         if not state.allowed().any():
             raise SchemaUnsupported(f"no arguments fit the schema of a tool, behind {probe!r}")
     return {}
+
+
+def find_wrong_call(job: dict[str, Any]) -> str | None:
+    """Return the first call whose arguments do not fit the schema of its tool, with the reason, or None."""
+    for name, arguments in job["calls"]:
+        if problem := find_argument_problem(Tool(job["tools"][name]), arguments):
+            return f"{name}: {problem}"
+    return None
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -25,6 +25,7 @@ from services.engines.protocol import QueueFull, SchemaUnsupported
 from services.guard.checks import GuardDecision
 from services.parent import make_parent_variable
 from services.schemas.bounds import check_bounds
+from stages.common.messages import Tool, ToolCall
 
 MAX_WAITING = 64  # jobs that wait for a process; more are refused
 MAX_VERDICTS = 1024  # schemas whose verdict is remembered
@@ -45,9 +46,11 @@ class SchemaTrials:
 
     def __init__(self, cpu_s: float) -> None:
         self._cpu_s = cpu_s
-        # Answers wait for no compilation: each kind of job has a process, which starts with the first.
+        # Answers wait for no compilation, and feedback for no answer: each kind of job has a process, which
+        # starts with the first.
         self._compiling = _Lane()
         self._checking = _Lane()
+        self._correcting = _Lane()
         self._verdicts: OrderedDict[tuple[str, str], str | None] = OrderedDict()
 
     async def check_schema(self, schema: str, name: str, tokenizer: Any) -> None:
@@ -105,6 +108,27 @@ class SchemaTrials:
             return GuardDecision(False, "schema_too_slow")
         return GuardDecision(result["allow"], result["reason"])
 
+    async def find_wrong_call(self, calls: Sequence[ToolCall], tools: Mapping[str, Tool]) -> str | None:
+        """Return what is wrong with the arguments of a call in a correction, or None.
+
+        Args:
+            tools: by their names; all that are called are there.
+
+        Raises:
+            SchemaUnsupported: the arguments cannot be checked within the budget.
+            QueueFull: too many corrections wait to be checked.
+        """
+        job = {
+            "do": "check_calls",
+            "tools": {call.name: tools[call.name].text for call in calls},
+            "calls": [(call.name, call.values) for call in calls],
+            "cpu_s": self._cpu_s,
+        }
+        result = await self._correcting.run(job, None)
+        if "problem" in result:
+            raise SchemaUnsupported(result["problem"])
+        return result["wrong"]  # type: ignore[no-any-return]
+
     def count_waiting(self) -> int:
         """Return how many requests wait for the trial of a schema, the running one included."""
         return self._compiling.waiting
@@ -113,6 +137,7 @@ class SchemaTrials:
         """End the processes."""
         self._compiling.close()
         self._checking.close()
+        self._correcting.close()
 
 
 class _Lane:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -63,7 +64,8 @@ class ToolsTask(Task):
     def find_problem(self, answer: str) -> str | None:
         text = respell_calls(answer)
         turn = read_tool_answer(text)
-        if turn.malformed is not None or (not turn.calls and CALLS_KEY in read_object(text)):
+        begins_call = CALLS_KEY in read_object(text) or _BEGINS_CALL.match(text)
+        if turn.malformed is not None or (not turn.calls and begins_call):
             return f"the answer begins a call that is none: calls are {_FORM}, without NaN or a repeated key"
         if not turn.is_usable:
             return "the answer is empty: it has neither text nor a call"
@@ -128,4 +130,5 @@ class ToolsTask(Task):
         return read_tool_answer(answer.strip()).malformed is None
 
 
+_BEGINS_CALL = re.compile(rf'{{\s*"{CALLS_KEY}"')  # also where the JSON is broken behind it
 _FORM = format_calls("", [ToolCall("...", "{}")])

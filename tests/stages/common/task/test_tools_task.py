@@ -205,6 +205,7 @@ def test_the_class_of_an_answer_is_the_tool(answer, name):
             "begins a call that is none: calls are",
         ),
         ('{"tool_calls": []}', "begins a call that is none: calls are"),
+        ('{"tool_calls": [{"name": "f", "arguments": {},}]}', "begins a call that is none"),
     ],
 )
 def test_an_answer_that_cannot_be_learned_is_refused(answer, problem):

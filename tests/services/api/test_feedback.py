@@ -1,0 +1,122 @@
+"""Corrections of answers to requests with tools: their calls have to fit the tools of the request."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from services.events import read_feedback
+from stages.common.messages import read_calls
+from tests.exchanges import EXCHANGE
+from tests.services.api.test_routes import events
+from tests.services.schemas.test_trials import fork
+from tests.services.serving import ask, load_paged, serving
+from tests.services.tool_models import TOOLS, make_tool, tool_files
+
+RIGHT = {"name": "lamp", "arguments": {"room": "hall", "level": 3}}
+MAIL = make_tool("mail", {"type": "object", "properties": {"to": {"enum": ["ann@example.org"]}}})
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corrected")
+    guard = {"max_schema_cpu_s": 0.5}
+    with serving(folder, tool_files(folder / "model"), load=load_paged, guard=guard) as running:
+        yield running
+
+
+def correct(client, correction, **asked):
+    """Ask with tools, correct the answer, and return its id and the response to the correction."""
+    request_id = ask(client, max_tokens=4, **asked).headers["x-request-id"]
+    body = {"request_id": request_id, "thumb": "down", "correction": correction}
+    return request_id, client.post("/v1/feedback", json=body)
+
+
+def find_stored(server, request_id):
+    return [row["correction"] for row in events(server, read_feedback) if row["request_id"] == request_id]
+
+
+def write(*calls):
+    return json.dumps({"tool_calls": calls})
+
+
+def call(name, **arguments):
+    return {"name": name, "arguments": arguments}
+
+
+@pytest.mark.parametrize(
+    ("correction", "told"),
+    [
+        (write(call("lmp", room="hall")), ["'lmp'", "3 tools", "did you mean lamp?"]),
+        (write(call("lamp", room="hall", level=12)), ["lamp: $.level: 12", "maximum of 9"]),
+        (write(call("lamp", room="cellar", level=1)), ["lamp: $.room: 'cellar'", "'kitchen'"]),
+        (write(call("lamp", room="hall")), ["lamp: $: 'level' is a required property"]),
+        (write(call("heat", on=True, onn=1)), ["'onn' is no argument of heat; did you mean on?"]),
+        (write(RIGHT, call("stop", now=True)), ["'now' is no argument of stop"]),
+        (write({"name": "lamp", "arguments": '{"room": "hall"}'}), ["a call that is none", '"arguments":{}']),
+        ('{"tool_calls": [{"name": "stop", "arguments": {},}]}', ["a call that is none"]),
+        (write(), ["a call that is none"]),
+        (write(call(" ")), ["a call names no tool"]),
+        *(
+            (write(call("stop", x="DEEP")).replace('"DEEP"', "[" * depth + "]" * depth), [])
+            for depth in (64, 900, 970, 980, 990, 9_000)
+        ),
+    ],
+)
+def test_a_correction_that_could_not_be_run_is_refused_and_not_stored(client, server, correction, told):
+    request_id, response = correct(client, correction, tools=TOOLS)
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["param"]) == (422, "invalid_value", "correction")
+    assert all(text in error["message"] for text in [*told, "fix: "]), error["message"]
+    assert find_stored(server, request_id) == []
+
+
+@pytest.mark.parametrize(
+    "correction",
+    [
+        write(RIGHT),
+        write(RIGHT, call("stop")),
+        json.dumps({"tool_calls": [RIGHT], "content": "At once."}, indent=2),
+        "Which room?",
+        '{"room": "hall"}',
+    ],
+)
+def test_a_correction_that_fits_the_tools_is_stored_as_given(client, server, correction):
+    request_id, response = correct(client, correction, tools=TOOLS)
+    assert response.status_code == 200, response.text
+    assert find_stored(server, request_id) == [correction]
+
+
+def test_without_tools_a_correction_may_be_any_text(client, server):
+    request_id, response = correct(client, write(call("lmp")))
+    assert response.status_code == 200
+    assert find_stored(server, request_id) == [write(call("lmp"))]
+
+
+def test_an_argument_that_the_store_redacts_fits_its_redacted_schema(client, server):
+    request_id, response = correct(client, write(call("mail", to="ann@example.org")), tools=[MAIL])
+    assert response.status_code == 200, response.text
+    (stored,) = find_stored(server, request_id)
+    assert read_calls(json.dumps(json.loads(stored), separators=(",", ":")))[1][0].values == {"to": "[email]"}
+    assert correct(client, write(call("mail", to="someone")), tools=[MAIL])[1].status_code == 422
+
+
+def test_a_schema_that_takes_too_long_refuses_its_own_corrections_only(client, server):
+    schema = {"type": "object", "properties": {"x": {"$ref": "#/$defs/d0"}}, "$defs": fork(30)["$defs"]}
+    parameters = json.dumps({"tools": [make_tool("slow", schema)]})
+    server.run(server.handler.store.record(replace(EXCHANGE, request_id="slow", parameters=parameters)))
+    body = {"request_id": "slow", "correction": write(call("slow", x="y"))}
+    response = client.post("/v1/feedback", json=body)
+    assert response.status_code == 422
+    assert "more than 0.5 s of CPU time" in response.json()["error"]["message"]
+    assert find_stored(server, "slow") == []
+    assert correct(client, write(RIGHT), tools=TOOLS)[1].status_code == 200
+
+
+@pytest.mark.parametrize("parameters", ["", "[]", '{"tools": 3}', '{"tools": [{"function": {}}]}'])
+def test_a_damaged_event_has_no_tools(client, server, parameters):
+    request_id = f"damaged {parameters}"
+    server.run(server.handler.store.record(replace(EXCHANGE, request_id=request_id, parameters=parameters)))
+    body = {"request_id": request_id, "correction": write(RIGHT)}
+    assert client.post("/v1/feedback", json=body).status_code == 200
+    assert find_stored(server, request_id) == [write(RIGHT)]
