@@ -25,7 +25,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from stages.common.errors import InputError
 from stages.common.messages import refuse_constant
 from stages.common.privacy import personal_data
 from stages.common.privacy.secrets import find_named_secrets
+from stages.common.tools.validation import choose_validator, make_validator
 
 DATA = Path(__file__).parent / "data"
 
@@ -50,7 +50,6 @@ CONTROL_TOKENS = re.compile(
 # Long enough for one short instruction; shorter runs are mostly words or ids.
 BASE64 = re.compile(r"(?<![A-Za-z0-9+/_-])[A-Za-z0-9+/_-]{20,}={0,2}")
 HEX = re.compile(r"(?<![0-9A-Fa-f])(?:[0-9A-Fa-f]{2}[ :]?){12,}")
-MAX_PATTERN_S = 0.1  # for one `pattern` in a request's schema
 MIN_PRINTABLE = 0.95  # share of a decoded text; random bytes have about a third
 
 
@@ -186,14 +185,12 @@ def _decode_printable(data: bytes) -> Iterator[str]:
 
 @lru_cache(maxsize=128)  # schemas come from requests, so the cache is bounded
 def _compile_validator(schema: str) -> Any:
-    """Compile a schema; references to other documents are not followed (no server-side fetches)."""
+    """Compile a schema."""
     import jsonschema  # type: ignore[import-untyped]
-    import referencing
 
     try:
         parsed = json.loads(schema)
-        kind = jsonschema.validators.validator_for(parsed, jsonschema.Draft202012Validator)
-        kind.check_schema(parsed)
+        choose_validator(parsed).check_schema(parsed)
     except (ValueError, RecursionError, jsonschema.SchemaError) as error:
         problem = getattr(error, "message", str(error))
         raise InputError(
@@ -204,31 +201,7 @@ def _compile_validator(schema: str) -> Any:
             "the JSON schema has patternProperties, which is not supported",
             "list the properties, or allow additional ones",
         )
-    bounded = jsonschema.validators.extend(kind, {"pattern": _check_pattern, "multipleOf": _check_multiple})
-    return bounded(parsed, registry=referencing.Registry())
-
-
-def _check_pattern(_validator: Any, pattern: str, instance: object, _schema: object) -> Iterator[Any]:
-    """Check the keyword `pattern` with a time limit: patterns in requests can backtrack forever."""
-    import jsonschema
-    import regex  # type: ignore[import-untyped]
-
-    if isinstance(instance, str):
-        try:
-            found = regex.search(pattern, instance, timeout=MAX_PATTERN_S)
-        except regex.error:
-            found = None
-        if not found:
-            yield jsonschema.ValidationError("does not match the pattern")
-
-
-def _check_multiple(_validator: Any, multiple: float, instance: object, _schema: object) -> Iterator[Any]:
-    """Check the keyword `multipleOf` in decimals, as it is written: in floats 4.47 is no multiple of 0.01."""
-    import jsonschema
-
-    is_number = isinstance(instance, int | float) and not isinstance(instance, bool)
-    if is_number and Fraction(repr(instance)) % Fraction(repr(multiple)):
-        yield jsonschema.ValidationError(f"is not a multiple of {multiple!r}")
+    return make_validator(parsed)
 
 
 def _has_pattern_properties(schema: object) -> bool:

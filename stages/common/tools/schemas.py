@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 from urllib.parse import unquote
 
 from stages.common.messages import Tool
 from stages.common.params.checked_yaml import suggest_nearest
+from stages.common.tools.validation import choose_validator, make_validator
 
 # OpenAI's API takes 128 tools a request; a prompt with more than twice as many has room for little else.
 MAX_TOOLS = 256
 NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")  # OpenAI's rule, which clients and grammars rely on
-MAX_PATTERN_S = 0.1
 MAX_SHOWN_CHARS = 160
 # Keywords whose value is data, and keywords whose value has schemas by their names.
 DATA_KEYWORDS = ("const", "enum", "default", "example", "examples")
@@ -46,7 +45,7 @@ def find_name_problem(name: Any) -> str | None:
 
 def find_schema_problem(schema: Any) -> str | None:
     """Return why a value cannot be the JSON schema of a tool's arguments, or None."""
-    import jsonschema
+    import jsonschema  # type: ignore[import-untyped]
 
     if not isinstance(schema, Mapping):
         return f"its parameters are a {type(schema).__name__}, not a JSON schema"
@@ -58,7 +57,7 @@ def find_schema_problem(schema: Any) -> str | None:
             f"its parameters ({shown}) are neither a JSON schema of an object nor arguments with a type each"
         )
     try:
-        _choose_validator(schema).check_schema(schema)
+        choose_validator(schema).check_schema(schema)
         return _find_keyword_problem(schema) or _find_reference_problem(schema)
     except jsonschema.SchemaError as error:
         return f"its parameters are no JSON schema: {error.json_path}: {_shorten(error.message)}"
@@ -79,27 +78,17 @@ def find_argument_problem(tool: Tool, arguments: Mapping[str, Any]) -> str | Non
         error = next(validator.iter_errors(arguments), None)
     except RecursionError:
         return "the arguments are nested too deeply"
+    except TimeoutError as too_slow:
+        return _shorten(str(too_slow))
     return f"{error.json_path}: {_shorten(error.message)}" if error else None
 
 
 @lru_cache(maxsize=4096)
 def _compile(text: str) -> tuple[Any, frozenset[str] | None]:
     """Return the validator of a tool's arguments, and their names if no others are allowed."""
-    import jsonschema
-    import referencing
-
     schema = Tool(text).parameters
-    bounded = jsonschema.validators.extend(
-        _choose_validator(schema), {"pattern": _check_pattern, "multipleOf": _check_multiple}
-    )
     known = None if OPEN_KEYWORDS & schema.keys() else frozenset(schema.get("properties", ()))
-    return bounded(schema, registry=referencing.Registry()), known  # an empty registry fetches nothing
-
-
-def _choose_validator(schema: Mapping[str, Any]) -> Any:
-    import jsonschema
-
-    return jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)
+    return make_validator(schema), known
 
 
 def _find_keyword_problem(schema: Mapping[str, Any]) -> str | None:
@@ -162,31 +151,6 @@ def _walk(part: Any) -> Iterator[Mapping[str, Any]]:
                     yield from _walk(inner)
             elif keyword not in DATA_KEYWORDS:
                 yield from _walk(value)
-
-
-def _check_pattern(_validator: Any, pattern: str, instance: object, _schema: object) -> Iterator[Any]:
-    """Check the keyword `pattern` with a time limit: it can backtrack forever."""
-    import jsonschema
-    import regex  # type: ignore[import-untyped]
-
-    if not isinstance(instance, str):
-        return
-    try:
-        if not regex.search(pattern, instance, timeout=MAX_PATTERN_S):
-            yield jsonschema.ValidationError(f"does not match the pattern {pattern!r}")
-    except TimeoutError:
-        yield jsonschema.ValidationError(f"takes too long to match the pattern {pattern!r}")
-    except regex.error:
-        yield jsonschema.ValidationError(f"cannot be checked with the pattern {pattern!r}")
-
-
-def _check_multiple(_validator: Any, multiple: float, instance: object, _schema: object) -> Iterator[Any]:
-    """Check the keyword `multipleOf` in decimals, as it is written: in floats 4.47 is no multiple of 0.01."""
-    import jsonschema
-
-    is_number = isinstance(instance, int | float) and not isinstance(instance, bool)
-    if is_number and Fraction(repr(instance)) % Fraction(repr(multiple)):
-        yield jsonschema.ValidationError(f"{instance!r} is not a multiple of {multiple!r}")
 
 
 def _shorten(text: str) -> str:

@@ -183,10 +183,8 @@ def test_a_pattern_that_would_take_years_is_cut_short():
     schema = json.dumps({"type": "string", "pattern": "^(a|a)*$"})
 
     assert checks.check_schema('"aaa"', schema).allow
-    assert checks.check_schema(json.dumps("a" * 60 + "!"), schema).reason in {
-        "schema_too_slow",
-        "schema_mismatch",
-    }
+    for asked in (schema, f'{{"not": {schema}}}'):
+        assert checks.check_schema(json.dumps("a" * 60 + "!"), asked).reason == "schema_too_slow"
 
 
 def secret(*parts):
