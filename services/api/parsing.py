@@ -72,7 +72,7 @@ def parse_completion_requests(
 
 
 def check_conversation(messages: Sequence[Message], param: str) -> None:
-    """Check that a user takes part in a conversation, and that each result in it answers a call.
+    """Check that a user takes part, no turn of the assistant is empty, and each result answers a call.
 
     Args:
         param: the field of the request that has the conversation.
@@ -82,7 +82,7 @@ def check_conversation(messages: Sequence[Message], param: str) -> None:
     """
     if all(message.role != "user" for message in messages):
         raise errors.invalid_value(param, "there is no message with the role user")
-    if any(message.has_tools for message in messages) and (problem := find_call_problem(messages)):
+    if problem := find_call_problem(messages):
         raise errors.invalid_value(param, problem)
 
 

@@ -95,6 +95,8 @@ class ChatMessage(Body):
             return "tool_call_id", "is missing: a message of the role tool names the call whose result it is"
         if self.content is None and not self.tool_calls:
             return "content", "is missing or null, and every message needs a text, or calls of tools"
+        if self.role == "assistant" and not self.tool_calls and not self.text().strip():
+            return "content", "is empty, and a turn of the assistant needs a text or calls; fix: leave it out"
         ids = [call.id for call in self.tool_calls or ()]
         if len(set(ids)) < len(ids):
             return "tool_calls", "two calls have one id"

@@ -216,6 +216,7 @@ REFUSED = [
     ({"input": [{**THOUGHTS, "summary": [{"text": "x"}]}]}, "input.0.summary"),
     ({"input": [{**THOUGHTS, "encrypted_content": "x"}]}, "input.0.encrypted_content"),
     ({"input": [USER, THOUGHTS]}, "input"),
+    ({"input": [USER, {"role": "assistant", "content": ""}, USER]}, "input"),
     ({"tools": [{"type": "function", "name": "f"}, {"type": "function", "name": "f"}]}, "tools.1.name"),
     ({"tools": [{"type": "function", "name": "a.b"}]}, "tools.0.name"),
     ({"tools": [{"type": "function", "name": "f", "parameters": {"type": "array"}}]}, "tools"),

@@ -217,6 +217,10 @@ REFUSED = [
     ({"messages": [USER, RESULT]}, "messages"),
     ({"messages": [USER, {"role": "tool", "content": "x"}]}, "messages.1.tool_call_id"),
     ({"messages": [USER, {"role": "assistant", "content": None}]}, "messages.1.content"),
+    *(
+        ({"messages": [USER, {"role": "assistant", "content": empty}, USER]}, "messages.1.content")
+        for empty in ("", " \n", [], [{"type": "text", "text": ""}])
+    ),
     ({"messages": [dict(calling({}), role="user")]}, "messages.0.tool_calls"),
     *(
         (
