@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 from services.api.fields import UNSUPPORTED, Body
 from services.calls.allowed import AllowedCalls
 from services.schemas.bounds import MAX_DEPTH, is_deep
-from stages.common.messages import Tool, ToolCall, format_arguments, refuse_constant
+from stages.common.messages import Tool, ToolCall, format_arguments, read_strict_json
 
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 CallId = Annotated[str, Field(min_length=1, max_length=256)]
@@ -22,10 +22,10 @@ def check_arguments(arguments: str) -> str:
     """Return the arguments of a call, those of an empty text as an empty object.
 
     Raises:
-        ValueError: they are not the text of a JSON object, or it is nested too deeply.
+        ValueError: they are not the text of a JSON object, a key is given twice, or it is nested too deeply.
     """
     try:
-        value = json.loads(arguments or "{}", parse_constant=refuse_constant)
+        value = read_strict_json(arguments or "{}")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"must be the text of a JSON object: {error}") from None
     if not isinstance(value, dict):

@@ -31,7 +31,7 @@ from typing import Any
 
 from services.guard.text_classifier import TextClassifier, load_classifier
 from stages.common.errors import InputError
-from stages.common.messages import refuse_constant
+from stages.common.messages import read_strict_json
 from stages.common.privacy import personal_data
 from stages.common.privacy.secrets import find_named_secrets
 from stages.common.tools.validation import choose_validator, make_validator
@@ -95,7 +95,7 @@ def check_schema(answer: str, schema: str) -> GuardDecision:
         InputError: the schema is not valid.
     """
     try:
-        value = json.loads(answer, parse_constant=refuse_constant)
+        value = read_strict_json(answer)
     except (ValueError, RecursionError):
         return GuardDecision(False, "not_json")
     try:

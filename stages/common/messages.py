@@ -203,6 +203,16 @@ def _to_json(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
+def read_strict_json(text: str) -> Any:
+    """Return the value of a JSON text that every reader takes for the same.
+
+    Raises:
+        ValueError: it is not JSON, has a key twice or a number that JSON lacks.
+        RecursionError: it is nested too deeply.
+    """
+    return json.loads(text, object_pairs_hook=refuse_repeated_keys, parse_constant=refuse_constant)
+
+
 def refuse_repeated_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object of its pairs; the hook of `json.loads` that takes no key twice.
 

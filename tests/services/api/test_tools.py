@@ -227,7 +227,10 @@ REFUSED = [
             {"messages": [USER, calling({"function": {"name": "lamp", "arguments": text}})]},
             "messages.1.tool_calls.0.function.arguments",
         )
-        for text in ("on", "[]", '"{}"', '{"a": 1e999}', "[" * 90_000, '{"a":' * 80 + "1" + "}" * 80)
+        for text in (
+            *("on", "[]", '"{}"', '{"a": 1e999}', "[" * 90_000, '{"a":' * 80 + "1" + "}" * 80),
+            *('{"a": 1, "a": 2}', '{"b": [{"a": 1, "a": 1}]}', '{"a": NaN}'),
+        )
     ),
 ]
 

@@ -152,6 +152,7 @@ SCHEMA = json.dumps(
         ('{"intent": "HassTurnOn", "slots": []}', GuardDecision(False, "schema_mismatch")),
         ('{"intent": "HassTurnOn"', GuardDecision(False, "not_json")),
         ("NaN", GuardDecision(False, "not_json")),
+        ('{"intent": "HassTurnOff", "intent": "HassTurnOn"}', GuardDecision(False, "not_json")),
         ("[" * 100_000, GuardDecision(False, "not_json")),
     ],
 )

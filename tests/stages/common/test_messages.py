@@ -1,6 +1,3 @@
-import json
-from functools import partial
-
 import pytest
 
 from stages.common.messages import (
@@ -9,8 +6,7 @@ from stages.common.messages import (
     find_conversation_problem,
     format_calls,
     read_calls,
-    refuse_constant,
-    refuse_repeated_keys,
+    read_strict_json,
 )
 
 CALL = ToolCall("lamp", '{"on":true}', "c1")
@@ -79,8 +75,7 @@ def test_calls_and_results_that_do_not_belong_together_are_named(messages, probl
 
 
 def test_json_of_a_key_twice_and_of_numbers_that_json_has_not_is_refused():
-    read = partial(json.loads, object_pairs_hook=refuse_repeated_keys, parse_constant=refuse_constant)
-    assert read('{"a": [{"a": 1}, 1e3]}') == {"a": [{"a": 1}, 1000.0]}
+    assert read_strict_json('{"a": [{"a": 1}, 1e3]}') == {"a": [{"a": 1}, 1000.0]}
     for text in ('{"a": 1, "a": 1}', '[{"b": {"a": 1, "a": 2}}]', "NaN", '{"a": -Infinity}', "[Infinity]"):
         with pytest.raises(ValueError, match=r"a key is given twice|is not JSON"):
-            read(text)
+            read_strict_json(text)
