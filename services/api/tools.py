@@ -13,9 +13,23 @@ from services.api.fields import UNSUPPORTED, Body
 from services.calls.allowed import AllowedCalls
 from services.schemas.bounds import MAX_DEPTH, is_deep
 from stages.common.messages import Tool, ToolCall, format_arguments, read_strict_json
+from stages.common.tools.schemas import NAME, find_name_problem
 
-Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 CallId = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+def check_name(name: str) -> str:
+    """Return the name of a tool.
+
+    Raises:
+        ValueError: no tool can have it, with one that it can have.
+    """
+    if problem := find_name_problem(name):
+        raise ValueError(problem)
+    return name
+
+
+Name = Annotated[str, AfterValidator(check_name), Field(json_schema_extra={"pattern": f"^{NAME.pattern}$"})]
 
 
 def check_arguments(arguments: str) -> str:

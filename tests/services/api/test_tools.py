@@ -242,6 +242,25 @@ def test_what_is_wrong_with_tools_is_named(client, fields, param):
     assert (response.status_code, error["param"]) == (422, param), error
 
 
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [make_tool("home.lamp")]}, "tools.0.function.name"),
+        (
+            {"messages": [USER, calling({"function": {"name": "home.lamp", "arguments": "{}"}})]},
+            "messages.1.tool_calls.0.function.name",
+        ),
+        (
+            {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "home.lamp"}}},
+            "tool_choice.function.name",
+        ),
+    ],
+)
+def test_a_name_that_no_tool_can_have_is_refused_with_one_that_it_can_have(client, fields, param):
+    error = ask(client, **fields).json()["error"]
+    assert error["param"] == param and "fix: call it 'home_lamp'" in error["message"]
+
+
 def test_a_stop_string_ends_text_and_no_call(client):
     fields = {"tools": TOOLS, "tool_choice": "required", "seed": 2, **HOT}
     plain, stopped = (answer_of(ask(client, **fields, **more)) for more in ({}, {"stop": ["{", "<", "l"]}))
