@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from flows.__main__ import COMMANDS
+from services.api.fields import IGNORED
 from stages.common.params.checked_yaml import Section
 from stages.common.params.loading import Params
 from tests.environments.wheels import GLIBC_MINOR, MACOS, PYTHONS
@@ -282,6 +283,14 @@ def openai_page() -> str:
         if TAKEN[path]:
             names = ", ".join(f"`{name}`" for name in sorted(TAKEN[path]))
             out += [f"Taken, without effect on the answer: {names}.", ""]
+    ignored = ", ".join(f"`{name}`" for name in sorted(IGNORED))
+    out += [
+        "## Fields that are ignored",
+        "",
+        "On every route, in the request and in each object within it, where the route has no such field of",
+        f"its own, as they change no answer: {ignored}.",
+        "",
+    ]
     out += ["## Routes that are not there", "", "| route | status |", "|---|---|"]
     out += [f"| `{method} {path}` | {status} |" for method, path, status in ROUTES]
     return "\n".join(out).rstrip() + "\n"

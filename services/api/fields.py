@@ -1,7 +1,7 @@
 """Fields that requests of other servers' clients have, and this service does not.
 
-A field that changes no answer is ignored. Any other is rejected by its name, unless its value asks for what
-is done anyway: an answer other than the one asked for would be worse than none.
+A field that changes no answer and promises nothing is ignored. Any other is rejected by its name, unless its
+value asks for what is done anyway: an answer other than the one asked for would be worse than none.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ UNSUPPORTED = "unsupported_field"  # it is not taken
 BROKEN_TEXT = "broken_text"  # its text is not Unicode
 WRONG = "wrong_field"  # its value does not fit other fields
 
-# They name who asks, what to keep, how fast to answer, or they describe what another field already holds.
+# They name who asks, how fast to answer, or they describe what another field already holds.
 IGNORED = frozenset(
     {
         "annotations",
@@ -29,7 +29,6 @@ IGNORED = frozenset(
         "index",
         "metadata",
         "parallel_tool_calls",
-        "prediction",
         "priority",
         "prompt_cache_key",
         "prompt_cache_options",
@@ -37,7 +36,6 @@ IGNORED = frozenset(
         "request_id",
         "safety_identifier",
         "service_tier",
-        "store",
     }
 )
 # Values besides null and what is empty that ask for what is done anyway.
@@ -64,6 +62,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "return_token_ids": (False,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
+    "store": (False,),
     "tool_choice": ("none", "auto"),
     "top_k": (0, -1),
     "truncation": ("disabled",),
@@ -88,7 +87,9 @@ ALTERNATIVES = {
     "json_schema": "it belongs into response_format, type json_schema",
     "modalities": "only text is supported",
     "name": "the chat template has no place for the name of a participant; leave it out",
+    "prediction": "no answer is written faster for it; leave it out",
     "schema": "it is only taken as response_format.json_schema.schema, with type json_schema",
+    "store": "no answer can be retrieved here; send false",
     "structured_outputs": _GRAMMAR,
     "tool_call_id": _TOOLS,
     "tool_calls": _TOOLS,

@@ -82,7 +82,9 @@ GAPS: dict[str, list[Gap]] = {
         Gap("modalities", {"modalities": ["text", "audio"]}, ONLY_TEXT),
         Gap("moderation", {"moderation": {"model": "omni-moderation-latest"}}),
         Gap("n", {"n": 2}),
+        Gap("prediction", {"prediction": {"type": "content", "content": "x"}}, "leave it out"),
         Gap("reasoning_effort", {"reasoning_effort": "high"}),
+        Gap("store", {"store": True}, "send false"),
         Gap("tool_choice.type", {"tool_choice": {"type": "allowed_tools"}}, ONLY_FUNCTIONS),
         Gap("tools.0.custom", {"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "the type function"),
         Gap("verbosity", {"verbosity": "low"}),
@@ -134,12 +136,7 @@ _NOTED: dict[str, Any] = {
     "service_tier": "flex",
 }
 TAKEN: dict[str, dict[str, Any]] = {
-    CHAT: {
-        **_NOTED,
-        "metadata": {"a": "b"},
-        "prediction": {"type": "content", "content": "x"},
-        "store": True,
-    },
+    CHAT: {**_NOTED, "metadata": {"a": "b"}},
     COMPLETIONS: {},
     RESPONSES: _NOTED,
     EMBEDDINGS: {},

@@ -107,8 +107,8 @@ def test_the_message_says_what_to_do_instead(client):
 
 
 SAME = [
-    {"metadata": {"a": "b"}, "store": True, "service_tier": "auto", "safety_identifier": "u"},
-    {"prompt_cache_key": "k", "prediction": {"type": "content", "content": "x"}, "parallel_tool_calls": True},
+    {"metadata": {"a": "b"}, "store": False, "service_tier": "auto", "safety_identifier": "u"},
+    {"prompt_cache_key": "k", "prediction": None, "parallel_tool_calls": True},
     {"tools": [], "tool_choice": "none", "functions": [], "function_call": "none", "modalities": ["text"]},
     {"logit_bias": {}, "logit_bias_": None, "guided_json": None, "top_k": -1, "min_p": 0.0},
     {"repetition_penalty": 1.0, "tool_choice": "auto", "n": 1, "stream_options": None, "user": None},
