@@ -19,6 +19,7 @@ EXCHANGE = Exchange(
     status=200,
     reason=None,
     answer='{"intent":"On"}',
+    reasoning=None,
     finish_reason="stop",
     prompt_tokens=5,
     completion_tokens=4,

@@ -118,6 +118,7 @@ class Label:
         prompt_hash: hash of the conversation without case, spaces and the signs around it.
         value: the label as the model would write it; same: a text that is equal for equal labels.
         error: the worst type of error of the answer that is corrected; None if there is none to correct.
+        reasoning: what the model thought before an answer that is confirmed; None for a correction.
     """
 
     at: float
@@ -131,6 +132,7 @@ class Label:
     same: str
     tools: tuple[Tool, ...] = ()
     error: str | None = None
+    reasoning: str | None = None
 
 
 @dataclass(slots=True)
@@ -200,7 +202,8 @@ def label_of(
     text, kind, at = _newest_feedback(exchange, feedback, settings.thumbs_up_as_label)
     prompt, tools = _prompt(exchange, task)
     question = next(message.content for message in reversed(prompt) if message.role == "user")
-    parts = [text, *(part for message in prompt for part in _texts(message))]
+    reasoning = exchange["reasoning"] if kind == "thumb" else None
+    parts = [text, reasoning or "", *(part for message in prompt for part in _texts(message))]
     if not question.strip() or not text.strip():
         raise ExcludedFeedbackError("empty")
     if len(question) > task.max_question_chars or len(text) > task.max_answer_chars:
@@ -237,6 +240,7 @@ def label_of(
         same,
         tools,
         _find_error(exchange["answer"], text, task) if kind == "correction" else None,
+        reasoning,
     )
 
 

@@ -148,6 +148,7 @@ def _row(label: Label, license: str, task: ServedTask, style: tuple[str, str]) -
     if task.answers.class_name and (found := task.answers.read_class(text)):
         tags[task.answers.class_name] = found
     answer = task.answers.to_message(task.answers.rewrite(text, task.answer_schema, style))
+    answer = replace(answer, reasoning=label.reasoning)
     # Of a conversation only the labelled answer is learned: no one said that the earlier ones are right.
     before = [replace(one, is_learned=False) if one.role == "assistant" else one for one in label.prompt]
     group = f"feedback/{label.prompt_hash}"

@@ -208,8 +208,7 @@ class ChatHandler:
             )
         elif requested is not None and guard.schema_ != "off":
             decision = await self.schemas.check_answer(state.answer, requested)
-        thoughts = "".join(state.reasoning)
-        apply_guard(state, check_answer(state.answer, schema, is_json, guard, decision, thoughts), None)
+        apply_guard(state, check_answer(state.answer, schema, is_json, guard, decision, state.thoughts), None)
 
     async def _decode(
         self, prompt: list[int], request: GenerationRequest, state: GenerationState

@@ -67,6 +67,11 @@ class GenerationState:
         return self.reader.judge() if self.reader else self.text
 
     @property
+    def thoughts(self) -> str:
+        """What the model has thought so far, before its answer."""
+        return "".join(self.reasoning)
+
+    @property
     def valid(self) -> bool | None:
         """Whether the answer fits its schema; None where that was not checked."""
         decision = self.decisions.get("schema")
@@ -143,6 +148,7 @@ def build_exchange(
         status=status,
         reason=reason,
         answer=state.answer if state.finish_reason else None,
+        reasoning=(state.thoughts or None) if state.finish_reason else None,
         finish_reason=state.finish_reason,
         prompt_tokens=state.prompt_tokens,
         completion_tokens=state.completion_tokens,

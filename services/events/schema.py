@@ -32,6 +32,7 @@ class Exchange:
         decisions: JSON {check: [allow, reason]} of the guard's decisions.
         status: HTTP status.
         reason: code of the rejection or error.
+        reasoning: what the model thought before the answer; None for none.
     """
 
     request_id: str
@@ -49,6 +50,7 @@ class Exchange:
     status: int
     reason: str | None
     answer: str | None
+    reasoning: str | None
     finish_reason: str | None
     prompt_tokens: int
     completion_tokens: int
@@ -79,7 +81,7 @@ Event = Exchange | Feedback
 EVENT_FIELDS = {kind: tuple(field.name for field in fields(kind)) for kind in (Exchange, Feedback)}
 EVENT_VALUES = {kind: attrgetter(*names) for kind, names in EVENT_FIELDS.items()}
 # What users write; "parameters" holds stop strings and schemas.
-REDACTED = ("messages", "parameters", "answer", "correction", "comment")
+REDACTED = ("messages", "parameters", "answer", "reasoning", "correction", "comment")
 
 metadata = MetaData()
 COLUMN_TYPES = {"str": Text, "float": Double, "int": Integer, "bool": Boolean}

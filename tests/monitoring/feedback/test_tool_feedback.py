@@ -119,6 +119,25 @@ def test_an_answer_after_a_result_is_learned_with_the_call_before_it_and_nothing
     assert read == [row]
 
 
+def test_a_confirmed_answer_is_learned_with_its_thoughts_and_a_corrected_one_without(events, tmp_path):
+    ask(events, "hall", HALL, thumb=1, reasoning="A light, in the hall.")
+    ask(events, "attic", HALL, correction=turn(("light", {"area": "attic"})), reasoning="The hall?")
+    ask(events, "eve", HALL, thumb=1, reasoning="It is for [email].")
+    labelled = events.rows(task=TOOLS)
+    write_labelled(tmp_path, labelled)
+    read = [*read_labelled(tmp_path / ROWS), *read_labelled(tmp_path / HELD_OUT)]
+    assert {row.question: row.messages[-1].reasoning for row in read} == {
+        "hall": "A light, in the hall.",
+        "attic": None,
+    }
+    assert labelled.report["excluded"] == {"redacted": 1}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(format_rows(read))
+    assert [row.messages for row in collect_feedback(path, None, "stop").rows] == [
+        row.messages for row in read
+    ]
+
+
 def test_the_pipeline_collects_the_rows_that_were_written(events, tmp_path):
     ask(events, "", "Hm.", correction="It is on.", messages=json.dumps(TOLD), user="x")
     ask(events, "attic too", "Hm.", correction=HALL, user="y")

@@ -6,13 +6,22 @@ from dataclasses import replace
 import pytest
 
 from services.events import read_feedback
+from stages.common.chat.template import fix_argument
 from stages.common.messages import read_calls
+from stages.common.model.loading import load_tokenizer
 from tests.exchanges import EXCHANGE
 from tests.services.api.test_routes import events
 from tests.services.schemas.test_trials import fork
-from tests.services.serving import ask, load_paged, serving
+from tests.services.serving import ask, load_paged, serving, tiny_files
 from tests.services.tool_models import TOOLS, make_tool, tool_files
 
+# A model that thinks first, and whose prompt ends with what begins its thoughts.
+THINKING = (
+    fix_argument("enable_thinking", True) + "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.role == 'assistant' %}<think>\n{{ message.reasoning_content }}\n</think>\n\n{% endif %}"
+    "{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
 RIGHT = {"name": "lamp", "arguments": {"room": "hall", "level": 3}}
 MAIL = make_tool("mail", {"type": "object", "properties": {"to": {"enum": ["ann@example.org"]}}})
 
@@ -120,3 +129,19 @@ def test_a_damaged_event_has_no_tools(client, server, parameters):
     body = {"request_id": request_id, "correction": write(RIGHT)}
     assert client.post("/v1/feedback", json=body).status_code == 200
     assert find_stored(server, request_id) == [write(RIGHT)]
+
+
+def test_thoughts_are_stored_with_their_answer(tmp_path):
+    files = tiny_files(tmp_path / "model")
+    tokenizer = load_tokenizer(files.tokenizer)
+    tokenizer.chat_template = THINKING
+    tokenizer.save_pretrained(files.tokenizer)
+    with serving(tmp_path, files) as running, running.client() as client:
+        thought = ask(client, max_tokens=12)
+        plain = client.post("/v1/completions", json={"prompt": "Hello", "max_tokens": 12})
+        stored = {row["request_id"]: row for row in events(running)}
+    thoughts = thought.json()["choices"][0]["message"]["reasoning_content"]
+    row = stored[thought.headers["x-request-id"]]
+    assert thoughts and (row["reasoning"], row["answer"]) == (thoughts, "")
+    row = stored[plain.headers["x-request-id"]]
+    assert row["answer"] and row["reasoning"] is None

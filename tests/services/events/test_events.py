@@ -152,9 +152,10 @@ def test_a_store_of_the_first_version_keeps_its_events_under_the_names_of_this_o
     with engine.execution_options(writes=True).begin() as connection:
         connection.execute(text("ALTER TABLE exchanges RENAME COLUMN decisions TO verdicts"))
         connection.execute(text("DROP TABLE prunings"))
+        connection.execute(text("ALTER TABLE exchanges DROP COLUMN reasoning"))
         connection.execute(text("UPDATE alembic_version SET version_num = '0001'"))
     engine.dispose()
-    with pytest.raises(InputError, match="version 0001, and this code needs 0003"):
+    with pytest.raises(InputError, match="version 0001, and this code needs 0004"):
         list(read_exchanges(url, 0, 2000))
     opened(url).__enter__().close()
     assert rows_of(read_exchanges(url, 0, 2000)) == [asdict(EXCHANGE)]
@@ -225,6 +226,7 @@ def test_personal_data_is_not_stored(url):
     messages = json.dumps([{"role": "user", "content": "I am ann@example.org"}])
     parameters = json.dumps({"stop": ["ann@example.org"], "json_schema": '{"const": "ann@example.org"}'})
     asked = exchange(1, messages=messages, parameters=parameters, answer="hello ann@example.org")
+    asked = replace(asked, reasoning='It is {"to": "ann@example.org"}.')
     with opened(url) as store:
         told = replace(FEEDBACK, correction='{"to": "ann@example.org"}', comment="ring +4930123456")
         assert record(store, asked, told) == [None, None]
@@ -232,6 +234,7 @@ def test_personal_data_is_not_stored(url):
     assert json.loads(row["messages"])[0]["content"] == "I am [email]"
     assert json.loads(row["parameters"]) == {"stop": ["[email]"], "json_schema": '{"const": "[email]"}'}
     assert row["answer"] == "hello [email]"
+    assert row["reasoning"] == 'It is {"to": "[email]"}.'
     assert (feedback["correction"], feedback["comment"]) == ('{"to": "[email]"}', "ring [phone]")
 
 
