@@ -76,7 +76,7 @@ watch: $(VENV)/.core ## test the traffic for drift once; retrain if it has drift
 retrain: $(VENV)/.core $(VENV)/.$(SERVE_EXTRAS) ## train a candidate on production feedback; promote it if it is better
 	@perennial retrain
 
-demo: $(VENV)/.core $(VENV)/.$(SERVE_EXTRAS) ## run the whole loop on generated traffic: drift, retraining, gate, canary, promotion (20 minutes)
+demo: $(VENV)/.core $(VENV)/.$(SERVE_EXTRAS) ## run the whole loop on generated traffic: drift, retraining, gate, canary, promotion (20 minutes to an hour and a half)
 	@perennial demo
 
 schedule: $(VENV)/.core ## register the flows and their schedules on a running server

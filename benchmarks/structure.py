@@ -96,7 +96,11 @@ def python_files(root: Path) -> list[Path]:
 
 
 def import_graph(root: Path) -> dict[str, set[str]]:
-    """Return which module imports which, at its top or inside a function; a package is its `__init__`."""
+    """Return which module imports which, at its top, inside a function, or by its name in a string.
+
+    A package is its `__init__`. A string counts if it is the whole name of a module, with an attribute or
+    without (`flows.dashboard.app:make_guarded_app`), as commands, uvicorn and Prefect take them.
+    """
     names = {name_of(path, root): path for path in python_files(root)}
     graph: dict[str, set[str]] = {}
     for name, path in names.items():
@@ -107,6 +111,8 @@ def import_graph(root: Path) -> dict[str, set[str]]:
             elif isinstance(node, ast.ImportFrom) and node.module:
                 inner = {f"{node.module}.{alias.name}" for alias in node.names}
                 wanted |= {one for one in inner if one in names} or {node.module}
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                wanted |= {node.value.split(":")[0]}
         graph[name] = {one for one in wanted if one in names and one != name}
     return graph
 

@@ -183,6 +183,11 @@ def get_window_folder(root: Path, window_id: str) -> Path:
     return root / WATCH / window_id
 
 
+def list_verdict_files(root: Path) -> list[Path]:
+    """Return the files of all verdicts by window; the name of a window's folder starts with its time."""
+    return sorted((root / WATCH).glob("*/verdict.json"))
+
+
 def write_verdict(root: Path, verdict: DriftVerdict) -> Path:
     """Write the verdict, all or nothing, over an older one of the same window; return its path.
 
@@ -194,13 +199,13 @@ def write_verdict(root: Path, verdict: DriftVerdict) -> Path:
     return path
 
 
-def set_aside_broken_verdicts(root: Path) -> list[Path]:
+def move_broken_verdicts(root: Path) -> list[Path]:
     """Rename the files that are no verdicts to `verdict.broken.json`, and return their new paths.
 
-    The window of the newest one is judged again; an older one is passed over.
+    The window of the newest one is judged again; an older one is not judged again.
     """
     moved = []
-    for path in sorted((root / WATCH).glob("*/verdict.json")):
+    for path in list_verdict_files(root):
         try:
             _read(path)
         except InputError as error:
@@ -229,7 +234,7 @@ def read_verdicts(root: Path) -> list[DriftVerdict]:
     Raises:
         InputError: a file is not a verdict; the message names it.
     """
-    verdicts = [_read(path) for path in sorted((root / WATCH).glob("*/verdict.json"))]
+    verdicts = [_read(path) for path in list_verdict_files(root)]
     return sorted(verdicts, key=lambda verdict: (verdict.window.end, verdict.id))
 
 

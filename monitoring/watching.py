@@ -40,8 +40,8 @@ from monitoring.verdicts import (
     Period,
     TriggerDecision,
     get_window_folder,
+    move_broken_verdicts,
     read_verdicts,
-    set_aside_broken_verdicts,
     write_verdict,
 )
 from monitoring.workspace import add_to_workspace
@@ -128,7 +128,7 @@ def judge_new_windows(
     Raises:
         InputError: the store cannot be read, or a package is not installed.
     """
-    set_aside_broken_verdicts(root)
+    move_broken_verdicts(root)
     known = [verdict for verdict in read_verdicts(root) if verdict.tag == reference.tag]
     known = [verdict for verdict in known if verdict.window.end <= now]
     _recount(root, url, reference.tag, known[-RECOUNTED:])

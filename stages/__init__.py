@@ -1,1 +1,1 @@
-"""The pipeline's stages: one module per DVC stage; files are their only interface."""
+"""The pipeline's stages: one file or folder per DVC stage; files are their only interface."""

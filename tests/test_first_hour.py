@@ -1,7 +1,7 @@
 """The README's commands in the README's order, in one checkout: with the packaged data, then with one's own.
 
 The real commands on a model of a few thousand parameters: what it learns is not the point. `make demo` is
-stopped once it serves its own model; the rest of it takes a model that can learn. `make test` runs this.
+stopped once it serves its own model; the rest of it takes a model that can learn. `make test-slow` runs this.
 """
 
 import json
@@ -177,6 +177,12 @@ def test_the_commands_of_the_readme_in_its_order_and_then_with_own_data(newcomer
     wait_until(lambda: is_served(root), up, "the service is ready")
     assert isinstance(ask(root, "my payslip is broken"), str)
     newcomer.stop(up)
+    assert newcomer.processes() == []
+
+    serve = newcomer.start("serve")
+    wait_until(lambda: is_served(root), serve, "the service is ready")
+    assert isinstance(ask(root, "turn on the lights in the kitchen"), str)
+    newcomer.stop(serve)
     assert newcomer.processes() == []
 
 

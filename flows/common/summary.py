@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Figure:
+class MetricValue:
     """A metric with its interval."""
 
     value: float
@@ -34,9 +34,9 @@ class Comparison:
     """One metric of the base and of the tuned model."""
 
     metric: str
-    base: Figure
-    tuned: Figure
-    difference: Figure | None
+    base: MetricValue
+    tuned: MetricValue
+    difference: MetricValue | None
     p_value: float | None
 
     @property
@@ -68,14 +68,14 @@ def get_card_path(root: Path) -> Path:
 def list_comparisons(metrics: dict[str, Any]) -> list[Comparison]:
     """Pair the figures of base and tuned in the content of reports/evaluate/metrics.json."""
     base, tuned, difference = (metrics.get(part, {}) for part in ("base", "tuned", "difference"))
-    names = [name for name in tuned if _is_figure(tuned[name]) and _is_figure(base.get(name))]
+    names = [name for name in tuned if _is_metric_value(tuned[name]) and _is_metric_value(base.get(name))]
     known = {metric["name"]: position for position, metric in enumerate(metrics.get("metrics", ()))}
     return [
         Comparison(
             name,
-            _figure(base[name]),
-            _figure(tuned[name]),
-            _figure(difference[name]) if _is_figure(difference.get(name)) else None,
+            _metric_value(base[name]),
+            _metric_value(tuned[name]),
+            _metric_value(difference[name]) if _is_metric_value(difference.get(name)) else None,
             _p_value(difference.get(name)),
         )
         for name in sorted(names, key=lambda name: (known.get(name, len(known)), name))
@@ -108,12 +108,12 @@ def build_terminal_table(results: Sequence[Comparison]) -> Table:
     return shown
 
 
-def _is_figure(value: Any) -> bool:
+def _is_metric_value(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("value"), int | float)
 
 
-def _figure(value: dict[str, Any]) -> Figure:
-    return Figure(value["value"], value.get("low"), value.get("high"))
+def _metric_value(value: dict[str, Any]) -> MetricValue:
+    return MetricValue(value["value"], value.get("low"), value.get("high"))
 
 
 def _p_value(value: Any) -> float | None:

@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from flows.common.prefect_api import read_announced_url, read_auth_string
-from flows.gate.verdict import GateVerdict, read_verdict_file
+from flows.common.up_state import read_up_state
+from flows.gate.verdict import GateVerdict, list_verdict_files, read_verdict_file
 from flows.release.canary import read_trials
 from flows.retrain import progress
-from flows.up.state import read_up_state
-from monitoring.verdicts import WATCH, DriftVerdict, get_window_folder, read_verdict
+from monitoring.feedback.rows import REPORT as FEEDBACK_REPORT
+from monitoring.verdicts import DriftVerdict, get_window_folder, read_verdict
+from monitoring.verdicts import list_verdict_files as list_window_files
 from services.versions.aliases import ALIASES, Aliases, read_aliases
 from services.versions.releases import Release, read_releases
 from services.versions.store import SERVING, read_pipeline_tag
@@ -70,7 +72,7 @@ def read_status(root: Path, params: Params, cache: StatusCache, now: float | Non
         "retraining": _retraining(root, problems),
         "gates": _gates(root, problems),
         "releases": _releases(root, problems),
-        "feedback": _json(root / "reports" / "feedback.json", problems),
+        "feedback": _json(root / FEEDBACK_REPORT, problems),
         "traffic": _traffic(root, params.services.events.url, cache, problems),
         "programs": _programs(root, params, problems),
     }
@@ -114,8 +116,7 @@ def _releases(root: Path, problems: list[str]) -> list[dict[str, Any]]:
 def _verdicts(root: Path, cache: StatusCache, problems: list[str]) -> list[DriftVerdict]:
     """Return the newest verdicts, oldest first; a file that did not change is not read again."""
     found: dict[str, tuple[float, DriftVerdict]] = {}
-    # The name of a window starts with its time.
-    for path in sorted((root / WATCH).glob("*/verdict.json"))[-MAX_WINDOWS:]:
+    for path in list_window_files(root)[-MAX_WINDOWS:]:
         window = path.parent.name
         with _reporting(problems):
             changed = path.stat().st_mtime
@@ -148,7 +149,7 @@ def _short(verdict: DriftVerdict) -> dict[str, Any]:
 def _gates(root: Path, problems: list[str]) -> list[dict[str, Any]]:
     """Return the gate's verdicts, newest first, each with its canary and bake period."""
     verdicts: list[GateVerdict] = []
-    for path in (root / "reports" / "gate").glob("*.json"):
+    for path in list_verdict_files(root):
         with _reporting(problems):
             verdicts.append(read_verdict_file(path))
     verdicts.sort(key=lambda verdict: verdict.made_at, reverse=True)

@@ -73,7 +73,7 @@ def serve(root: Path, params: Params, candidate: str, champion: str | None) -> I
     Raises:
         InputError: it does not start, or is not ready in time; the error has the end of its log.
     """
-    end_leftovers(root)
+    end_orphans(root)
     run_id = uuid.uuid4().hex
     port = network.free_port()
     with own_folder(root, params, candidate, champion, run_id) as folder, processes.run_watchdog(run_id):
@@ -143,7 +143,7 @@ def get_events_url(folder: Path) -> str:
     return f"sqlite:///{folder / 'events.db'}"
 
 
-def end_leftovers(root: Path) -> int:
+def end_orphans(root: Path) -> int:
     """End private servers whose owner was killed, and remove their folders; return their number."""
     ended = 0
     for folder in sorted((root / STATE).glob(f"{PREFIX}*")):

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from stages.common.artifacts import hash_file, read_json, write_json
+from stages.common.artifacts import hash_file, read_json, reports, write_json
 from stages.common.errors import InputError
 from stages.common.tag import Tag
 
@@ -98,6 +98,11 @@ def find_changed_files(root: Path, verdict: GateVerdict) -> list[str]:
 def hash_files(root: Path, paths: Sequence[Path]) -> dict[str, str]:
     """Return the SHA-256 of each file, by its path from the root; folders are skipped."""
     return {path.relative_to(root).as_posix(): hash_file(path) for path in paths if path.is_file()}
+
+
+def list_verdict_files(root: Path) -> list[Path]:
+    """Return the files of all verdicts, one a version."""
+    return sorted((root / reports("gate")).glob("*.json"))
 
 
 def read_verdict_file(path: Path) -> GateVerdict:

@@ -66,7 +66,7 @@ class CanaryVerdict:
     Attributes:
         requests, baseline_requests: answered by the version, and by its baseline.
         timed_out: too few users came in time, and flows.retrain.canary.on_timeout decided.
-        start: see `Trial`; began: the first look at a canary.
+        start: see `Trial`; began: the first analysis of a canary.
         analyses: how many of `ANALYSES` were done.
         alpha: of all analyses together.
     """
@@ -154,7 +154,7 @@ def judge_bake(
 
 
 def _read_known(root: Path, tag: str, kind: Kind, since: float) -> dict[str, Any] | None:
-    """Return what the last look at a trial wrote; None at the first look."""
+    """Return what the last analysis of a trial wrote; None at the first one."""
     known: dict[str, Any] | None = _read(root, tag).get(kind)
     return known if known is not None and known["since"] == since else None
 
@@ -166,7 +166,7 @@ def _find_start(known: dict[str, Any] | None, since: float, now: Moment) -> floa
 
 
 def _find_beginning(known: dict[str, Any] | None, since: float, now: Moment) -> Moment:
-    """Return the first look at a trial: it comes within seconds, and its clock cannot be set."""
+    """Return the first analysis of a trial: it comes within seconds, and its clock cannot be set."""
     began = known.get("began") if known else None
     return Moment(**began) if began else replace(now, at=min(since, now.at))
 

@@ -126,7 +126,7 @@ def _show_result(root: Path, name: str, result: PipelineResult, seconds: float) 
         terminal.print(summary.build_terminal_table(results))
         terminal.print("intervals from the test rows; p of a paired test", style="dim")
         terminal.print(f"{summary.read_resolution(root)}\n", style="dim")
-    where = {"card": summary.get_card_path(root), "figures": root / "reports" / "evaluate" / "metrics.json"}
+    where = {"card": summary.get_card_path(root), "metrics": root / "reports" / "evaluate" / "metrics.json"}
     for what, path in where.items():
         if path.exists():
             terminal.print(f"{what:<8} {path.relative_to(root)}")

@@ -11,6 +11,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from flows.training.stage_process import stage_environment
+from stages.common.artifacts import reports
 
 if TYPE_CHECKING:
     import logging
@@ -43,10 +44,12 @@ class AllCores:
 
 
 def estimate_lines(root: Path, stages: Sequence[str]) -> list[str]:
-    """Return how long stages will take, as lines; none if the rows are not there yet.
+    """Return how long stages will take, as lines; none if the rows are not counted yet.
 
     In a process of its own: torch would stay in the memory of this one.
     """
+    if not (root / reports("preflight") / "metrics.json").exists():
+        return []
     command = [sys.executable, "-m", "stages.common.run_estimate", *stages]
     try:
         done = subprocess.run(
@@ -59,5 +62,8 @@ def estimate_lines(root: Path, stages: Sequence[str]) -> list[str]:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return []
-    return done.stdout.splitlines() if done.returncode == 0 else []
+        return [f"no estimate of the time: it took more than {ESTIMATE_TIMEOUT_S} s"]
+    if done.returncode != 0:
+        reasons = [line for line in done.stderr.splitlines() if not line.lstrip().startswith("fix:")]
+        return [f"no estimate of the time: {reasons[-1] if reasons else 'no reason given'}"]
+    return done.stdout.splitlines()

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from flows.common import console, guarded_pages, prefect_api, processes
 from flows.common.page_secret import make_auth_string, make_link, make_secret
-from flows.up.state import UP_STATE
+from flows.common.up_state import UP_STATE
 from flows.up.supervisor import Program, Supervisor, call_on_signals, check_ports, nothing_missing
 from stages.common import network
 from stages.common.artifacts import STATE, artifacts, read_json

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 
 from flows.common import processes
-from flows.up.state import Condition, ProgramState, UpState, write_up_state
+from flows.common.up_state import Condition, ProgramState, UpState, write_up_state
 from stages.common import network
 from stages.common.errors import InputError
 

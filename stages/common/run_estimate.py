@@ -185,7 +185,7 @@ def main() -> None:
         if "sides" not in counted:
             raise InputError(
                 f"preflight counted no tokens: {'; '.join(counted['problems'])}",
-                "run it again once that is mended: dvc repro preflight",
+                "run it again once that is fixed: dvc repro preflight",
             )
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")

@@ -7,8 +7,7 @@ difference with a p-value, slices by class and tag, and the throughput (the only
 identical runs); `errors.md` and `errors.csv`, worst first; `plots/`;
 `artifacts/evaluate/predictions.parquet`. With `evaluate.simulator`, whole conversations are also run with the
 model's own calls (`simulation.py`), as many as end within `evaluate.simulated_minutes`.
-
-Run it with `dvc repro evaluate` or `python -m stages.evaluate`.
+Run: `python -m stages.evaluate`
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ class SimulatorError(Exception):
 
 
 @dataclass(slots=True)
-class Outcome:
+class SimulatedConversation:
     """How a conversation went, and what is needed to go on.
 
     Attributes:
@@ -135,7 +135,7 @@ def simulate(
     task: Task,
     max_prompt_tokens: int | None,
     seconds: float,
-) -> list[Outcome]:
+) -> list[SimulatedConversation]:
     """Run conversations, all of them a step at a time; return those that ended.
 
     Args:
@@ -161,15 +161,15 @@ def simulate(
     return [one for one in outcomes if not _is_open(one)]
 
 
-def _is_open(one: Outcome) -> bool:
+def _is_open(one: SimulatedConversation) -> bool:
     return one.end is None and one.error is None
 
 
-def _begin(row: Row, simulator: Simulator) -> Outcome:
+def _begin(row: Row, simulator: Simulator) -> SimulatedConversation:
     """Return a conversation at its first question, with the end of the reference's calls."""
     first = next(place for place, message in enumerate(row.messages) if message.role == "user")
     users = [message for message in row.messages if message.role == "user"]
-    one = Outcome(row, _NoWorld(), "", Counter(), list(row.messages[: first + 1]), users[1:])
+    one = SimulatedConversation(row, _NoWorld(), "", Counter(), list(row.messages[: first + 1]), users[1:])
 
     def prepare() -> None:
         number = int(sha256(row.id.encode()).hexdigest()[:8], 16)
@@ -184,7 +184,7 @@ def _begin(row: Row, simulator: Simulator) -> Outcome:
     return one
 
 
-def _go_on(one: Outcome, answer: Answer, task: Task) -> None:
+def _go_on(one: SimulatedConversation, answer: Answer, task: Task) -> None:
     """Carry out the calls of an answer, or put the next question after it."""
     if is_malformed(answer.text):
         one.end = "malformed call"
@@ -207,7 +207,7 @@ def _go_on(one: Outcome, answer: Answer, task: Task) -> None:
         one.end = f"{MAX_ROUNDS} answers with calls to one question"
 
 
-def _run_calls(one: Outcome, calls: Sequence[ToolCall]) -> None:
+def _run_calls(one: SimulatedConversation, calls: Sequence[ToolCall]) -> None:
     """Carry out calls; one that no tool has, or that does not fit its schema, gets an error as its result."""
     tools = {tool.name: tool for tool in one.row.tools}
     for call in calls:
@@ -242,7 +242,7 @@ def _to_json(value: Any, what: str) -> str:
         raise SimulatorError(f"{what} is no JSON: {error}") from None
 
 
-def _try(one: Outcome, step: Callable[[], None]) -> None:
+def _try(one: SimulatedConversation, step: Callable[[], None]) -> None:
     """Do a step with the simulator; its error ends the conversation."""
     try:
         step()

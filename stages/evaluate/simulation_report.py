@@ -12,7 +12,7 @@ import numpy as np
 from stages.common.records import Row
 from stages.common.task.metrics import Metric, compute_ratio, compute_share
 from stages.evaluate.results import Metrics, Sampling, with_intervals
-from stages.evaluate.simulation import FINISHED, Outcome, list_conversations
+from stages.evaluate.simulation import FINISHED, SimulatedConversation, list_conversations
 
 MEANINGS = {
     "end_state_match": "conversations after which the world is as after the reference's calls",
@@ -29,7 +29,7 @@ def choose_conversations(rows: Sequence[Row], count: int, seed: int) -> list[Row
 
 
 def summarise_simulation(
-    name: str, outcomes: Sequence[Outcome], chosen: int, sampling: Sampling
+    name: str, outcomes: Sequence[SimulatedConversation], chosen: int, sampling: Sampling
 ) -> dict[str, Any]:
     """Return what is reported of a simulation.
 
@@ -53,7 +53,7 @@ def summarise_simulation(
     }
 
 
-def _measure(outcomes: Sequence[Outcome], sampling: Sampling) -> dict[str, dict[str, float]]:
+def _measure(outcomes: Sequence[SimulatedConversation], sampling: Sampling) -> dict[str, dict[str, float]]:
     if not outcomes:
         return {}
     metrics: Metrics = {

@@ -5,8 +5,7 @@ the schema of the answers.
 Out: `artifacts/export` with `model.gguf` and a `Modelfile` for Ollama (neither with export.gguf: false),
 the tokenizer's files and `serving.json`; `reports/export/metrics.json` with what was checked: every tensor
 and the token ids of every training conversation, as read back from the file.
-
-Run it with `dvc repro export` or `python -m stages.export`.
+Run: `python -m stages.export`
 """
 
 from __future__ import annotations

@@ -595,14 +595,14 @@ function ask(text) {
   const tools = readTypedTools();
   if (!tools) return;
   const isConversation = isConversational(tools);
-  const said = { role: "user", content: text.trim() };
+  const sent = { role: "user", content: text.trim() };
   const requestFor = (model) => {
     const before = isConversation ? (conversation.messages.get(model.id) ?? []) : [];
-    return { messages: [...before, said], tools, choice: readChoice(), session: isConversation ? conversation.id : null };
+    return { messages: [...before, sent], tools, choice: readChoice(), session: isConversation ? conversation.id : null };
   };
   if (!isConversation) startAgain();
   for (const earlier of conversation.turns) earlier.close();
-  const turn = new Turn(said.content, chosen, isConversation, requestFor);
+  const turn = new Turn(sent.content, chosen, isConversation, requestFor);
   if (isConversation) {
     if (!conversation.turns.length) keepCurrent();
     conversation.turns.push(turn);

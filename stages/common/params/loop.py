@@ -11,10 +11,19 @@ from typing_extensions import override
 
 from stages.common.params.checked_yaml import Section
 from stages.common.params.schedule import Cron, Timezone
-from stages.common.params.types import Count, NotNegative, Positive, PositiveCount, Share
+from stages.common.params.types import (
+    Confidence,
+    Count,
+    NotNegative,
+    OpenShare,
+    Port,
+    Positive,
+    PositiveCount,
+    Resamples,
+    Share,
+)
 
 Chance = Annotated[float, Field(gt=0.0, lt=0.5)]
-Port = Annotated[int, Field(ge=1, le=65535)]
 DriftType = Literal["input", "output", "quality"]
 
 
@@ -85,7 +94,7 @@ class FeedbackSettings(Section):
     max_share_per_key: Annotated[float, Field(gt=0.0, le=1.0)]
     max_rows: PositiveCount
     on_suspicion: Literal["drop", "keep"]
-    holdout_share: Annotated[float, Field(gt=0.0, lt=1.0)]
+    holdout_share: OpenShare
     seed: int
 
 
@@ -128,8 +137,8 @@ class GateSettings(Section):
     max_unsafe_increase: Share
     max_rows: PositiveCount | None
     concurrency: PositiveCount
-    confidence: Annotated[float, Field(gt=0.5, lt=1.0)]
-    resamples: Annotated[int, Field(ge=100)]
+    confidence: Confidence
+    resamples: Resamples
     seed: int
 
 

@@ -10,7 +10,7 @@ from pydantic import Field
 from typing_extensions import override
 
 from stages.common.params.checked_yaml import Section
-from stages.common.params.types import Count, Positive, PositiveCount, PrivateKind, Share
+from stages.common.params.types import Count, NotNegative, Port, Positive, PositiveCount, PrivateKind, Share
 
 MAX_MESSAGES = 2_000  # of one request that are checked one by one
 
@@ -110,7 +110,7 @@ class Events(Section):
     on_failure: Literal["refuse", "drop"]
     queue_size: PositiveCount
     group_rows: PositiveCount
-    group_wait_ms: Annotated[float, Field(ge=0.0)]
+    group_wait_ms: NotNegative
     redact: tuple[PrivateKind, ...]
     retention_days: PositiveCount | None
 
@@ -127,7 +127,7 @@ class Services(Section):
     """How the model is served."""
 
     host: Annotated[str, Field(min_length=1)]
-    port: Annotated[int, Field(ge=1, le=65535)]
+    port: Port
     request_timeout_s: Positive
     body_timeout_s: Positive
     engine: EngineSettings

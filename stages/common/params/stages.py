@@ -14,7 +14,18 @@ from pydantic_core import PydanticCustomError
 from typing_extensions import override
 
 from stages.common.params.checked_yaml import Section, suggest_nearest
-from stages.common.params.types import Count, LanguageCode, Positive, PositiveCount, PrivateKind, Share
+from stages.common.params.types import (
+    Confidence,
+    Count,
+    LanguageCode,
+    NotNegative,
+    OpenShare,
+    Positive,
+    PositiveCount,
+    PrivateKind,
+    Resamples,
+    Share,
+)
 
 AUTO: Literal["auto"] = "auto"
 
@@ -207,7 +218,7 @@ class CheckBias(Section):
 
     groups: Annotated[dict[str, GroupLimits], Field(min_length=1)]
     min_rows: PositiveCount
-    alpha: Annotated[float, Field(gt=0.0, lt=1.0)]
+    alpha: OpenShare
     permutations: PositiveCount
     seed: int
 
@@ -226,7 +237,7 @@ class Split(Section):
     """Which rows are learned, and which are asked."""
 
     validation_fraction: Share
-    test_fraction: Annotated[float, Field(gt=0.0, lt=1.0)]
+    test_fraction: OpenShare
     max_test_rows_per_group: PositiveCount
     max_train_rows_per_group: PositiveCount | None = None
     max_train_rows: PositiveCount | None = None
@@ -275,7 +286,7 @@ class Finetune(Section):
 
     # One folder only: DVC watches it.
     warm_start_from: Literal["artifacts/initial_adapter"] | None = "artifacts/initial_adapter"
-    replay_share: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
+    replay_share: Share = 1.0
     rank: PositiveCount
     alpha: Positive
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -283,7 +294,7 @@ class Finetune(Section):
     learning_rate: Positive
     schedule: Literal["cosine", "linear", "constant"]
     warmup_fraction: Share
-    weight_decay: Annotated[float, Field(ge=0.0)]
+    weight_decay: NotNegative
     adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)]
     max_grad_norm: Positive
     batch_size: PositiveCount
@@ -307,12 +318,12 @@ class Export(Section):
 class Evaluate(Section):
     """How base and tuned model are compared."""
 
-    confidence: Annotated[float, Field(gt=0.5, lt=1.0)]
-    resamples: Annotated[int, Field(ge=100)]
+    confidence: Confidence
+    resamples: Resamples
     errors_shown: PositiveCount
     simulator: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")] | None
     simulated_conversations: PositiveCount
-    simulated_minutes: Annotated[float, Field(gt=0.0)]
+    simulated_minutes: Positive
     seed: int
 
 

@@ -12,6 +12,10 @@ LanguageCode = Annotated[str, Field(pattern=f"^{LANGUAGE_CODE}$")]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0)]
 PositiveCount = Annotated[int, Field(ge=1)]
+OpenShare = Annotated[float, Field(gt=0.0, lt=1.0)]
+Confidence = Annotated[float, Field(gt=0.5, lt=1.0)]  # of an interval
+Resamples = Annotated[int, Field(ge=100)]  # of a bootstrap or a permutation test
+Port = Annotated[int, Field(ge=1, le=65535)]
 Positive = Annotated[float, Field(gt=0.0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
 # Keys of stages.common.privacy.personal_data.RECOGNISERS; a test compares them.

@@ -11,9 +11,9 @@ from urllib.parse import urlsplit
 import pytest
 from starlette.testclient import TestClient
 
+from flows.common.up_state import UP_STATE, ProgramState, UpState, write_up_state
 from flows.dashboard.app import format_duration, format_number, make_app
 from flows.dashboard.status import MAX_BINS, StatusCache, cut_bins, read_status
-from flows.up.state import UP_STATE, ProgramState, UpState, write_up_state
 from services.events import count_traffic, read_time_span
 from services.versions.aliases import ALIASES, read_aliases, write_aliases
 from stages.common.artifacts import write_json

@@ -305,9 +305,9 @@ def test_the_private_server_has_files_of_its_own_and_no_user_limits(tmp_path):
 
 def test_the_folder_of_a_private_server_is_its_owners_as_long_as_it_lives(tmp_path):
     with private_server.own_folder(tmp_path, SHIPPED, NEW, OLD, "id") as folder:
-        assert private_server.end_leftovers(tmp_path) == 0 and folder.exists()
+        assert private_server.end_orphans(tmp_path) == 0 and folder.exists()
         left = shutil.copytree(folder, folder.with_name(f"{folder.name}-killed"))  # which no one holds
-        assert private_server.end_leftovers(tmp_path) == 1
+        assert private_server.end_orphans(tmp_path) == 1
         assert folder.exists() and not left.exists()
 
 
@@ -459,5 +459,5 @@ def test_a_killed_gate_leaves_no_server_running(project):
     while processes.find_orphans(run_id) and time.monotonic() < until:
         time.sleep(0.2)
     assert processes.find_orphans(run_id) == []
-    assert private_server.end_leftovers(root) == 1
+    assert private_server.end_orphans(root) == 1
     assert list((root / ".perennial").glob("gate-service-*")) == []

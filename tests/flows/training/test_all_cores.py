@@ -51,3 +51,11 @@ def test_without_rows_there_is_no_estimate(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
     assert estimate_lines(tmp_path, ["finetune"]) == []
+
+
+def test_an_estimate_that_fails_gives_its_reason(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    write_json(tmp_path / "reports/preflight/metrics.json", {"success": False, "problems": ["too long"]})
+    lines = estimate_lines(tmp_path, ["finetune"])
+    assert lines == ["no estimate of the time: error: preflight counted no tokens: too long"]

@@ -19,7 +19,7 @@ from stages.common.sources.home_intents.collect import LICENSE, check_version
 from stages.common.sources.home_intents.grammar import PACKAGE, load_grammar
 from stages.common.sources.home_intents.writer import Writer
 from stages.common.sources.home_tools.conversations import Conversation, ConversationWriter, make_tags
-from stages.common.sources.home_tools.families import Plan, make_plan
+from stages.common.sources.home_tools.families import TemplatePlan, make_plan
 from stages.common.sources.home_tools.follow_ups import read_follow_ups
 from stages.common.sources.home_tools.phrases import LANGUAGE, read_words
 from stages.common.sources.home_tools.tools import read_tools
@@ -69,7 +69,11 @@ def collect_home_tools(
 
 
 def _write(
-    plan: Plan, writer: ConversationWriter, rows_per_tool: int, rows_per_pair: int, rows_per_family: int
+    plan: TemplatePlan,
+    writer: ConversationWriter,
+    rows_per_tool: int,
+    rows_per_pair: int,
+    rows_per_family: int,
 ) -> Iterator[tuple[str, str, Conversation]]:
     """Yield each conversation with its shape and group."""
     for groups in plan.single.values():
@@ -89,7 +93,9 @@ def _write(
             yield NO_CALL, f"no_tool/{one.text}", conversation
 
 
-def _count(rows: list[Row], plan: Plan, writer: Writer, conversations: ConversationWriter) -> dict[str, Any]:
+def _count(
+    rows: list[Row], plan: TemplatePlan, writer: Writer, conversations: ConversationWriter
+) -> dict[str, Any]:
     calls = Counter(call.name for row in rows for message in row.messages for call in message.tool_calls)
     return {
         "tools": len(read_tools()),

@@ -44,7 +44,7 @@ class Family:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class TemplatePlan:
     """All templates, each in one place.
 
     Attributes:
@@ -59,7 +59,7 @@ class Plan:
     uncovered: tuple[FollowUp, ...]
 
 
-def make_plan(templates: Iterable[Template], follow_ups: Sequence[FollowUp], seed: int) -> Plan:
+def make_plan(templates: Iterable[Template], follow_ups: Sequence[FollowUp], seed: int) -> TemplatePlan:
     """Divide the templates; the same seed gives the same plan."""
     by_tool: dict[str, dict[str, list[Template]]] = defaultdict(lambda: defaultdict(list))
     for template in filter(is_usable, templates):
@@ -80,7 +80,7 @@ def make_plan(templates: Iterable[Template], follow_ups: Sequence[FollowUp], see
     alone = sorted(uncovered, key=lambda one: _shuffle_key(seed, one.text))
     alone = alone[: round(ALONE_SHARE * len(alone))]
     shared = [one for one in follow_ups if one not in alone]
-    return Plan(
+    return TemplatePlan(
         single, tuple(_pair(paired, seed)), tuple(_make_families(openers, shared, seed)), tuple(alone)
     )
 
