@@ -55,7 +55,7 @@ TOOLS = Words(
     label_key=None,
     prose={
         "intended_use": (
-            "Turn the requests of a conversation with a smart home into calls of its tools, and tell their "
+            "Turn the requests of a conversation with a smart home into calls of its tools, and state their "
             "results, on the machine at home."
         ),
         "out_of_scope": (
