@@ -76,6 +76,20 @@ def under_schema(schema: Any, **fields: Any) -> dict[str, Any]:
     return make_chat(response_format=wanted, **fields)
 
 
+def with_tool(schema: Any, **fields: Any) -> dict[str, Any]:
+    """Return the body of a chat request with a tool, an argument of which must fit a schema."""
+    own = {"$defs": schema["$defs"]} if "$defs" in schema else {}
+    parameters = {"type": "object", "properties": {"x": schema}, "required": ["x"], **own}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    return make_chat(tools=[tool], tool_choice="required", **fields)
+
+
+async def send_schema(port: int, schema: Any, count: Count) -> None:
+    """Send a schema as that of the answer, and as that of a tool."""
+    for body in (under_schema(schema), with_tool(schema)):
+        await send(port, make_request(port, body), count)
+
+
 async def send(port: int, request: bytes, count: Count) -> None:
     """Send a request on a connection of its own, and read the response."""
     status = await post(port, request)
@@ -123,6 +137,12 @@ def fork(depth: int) -> dict[str, Any]:
     return {"$ref": "#/$defs/d0", "$defs": {**definitions, f"d{depth}": {"enum": ["x"]}}}
 
 
+def chain(length: int) -> dict[str, Any]:
+    """Return a schema whose references form a chain."""
+    links = {f"d{n}": {"$ref": f"#/$defs/d{n + 1}"} for n in range(length)}
+    return {"$ref": "#/$defs/d0", "$defs": {**links, f"d{length}": {"enum": ["x"]}}}
+
+
 def nest(depth: int) -> dict[str, Any]:
     """Return a schema of lists within lists."""
     schema: dict[str, Any] = {"type": "integer"}
@@ -132,11 +152,11 @@ def nest(depth: int) -> dict[str, Any]:
 
 
 async def send_references(port: int, count: Count) -> None:
-    """Send schemas with 2^k ways to read a value, each another one."""
+    """Send schemas with 2^k ways to read a value, each another one, and chains of thousands of references."""
     for depth in itertools.count(30):
-        await send(
-            port, make_request(port, under_schema(fork(depth % 17 + 30) | {"title": str(depth)})), count
-        )
+        await send_schema(port, fork(depth % 17 + 30) | {"title": str(depth)}, count)
+        await send_schema(port, chain(27_000) | {"title": str(depth)}, count)
+        await send_schema(port, chain(1500) | {"title": str(depth)}, count)
 
 
 async def send_patterns(port: int, count: Count) -> None:
@@ -148,7 +168,7 @@ async def send_patterns(port: int, count: Count) -> None:
             {"type": "string", "pattern": f"^(a+)+{number}$"},
             {"type": "string", "pattern": f"^([ab]{{1,{900 + number}}}){{1,900}}$"},
         ):
-            await send(port, make_request(port, under_schema(schema)), count)
+            await send_schema(port, schema, count)
 
 
 async def send_large_schemas(port: int, count: Count) -> None:
@@ -164,7 +184,7 @@ async def send_large_schemas(port: int, count: Count) -> None:
             {"enum": texts},
             {"title": str(number), **nest(60)},
         ):
-            await send(port, make_request(port, under_schema(schema)), count)
+            await send_schema(port, schema, count)
 
 
 async def send_edges(port: int, count: Count) -> None:

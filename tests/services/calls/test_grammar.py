@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from services.calls import allowed
 from services.calls.allowed import AllowedCalls, check_schemas, read_schema
 from services.calls.grammar import MAX_CALLS, write_grammar
 from services.calls.notation import read_marks, read_thoughts
@@ -210,6 +211,41 @@ def test_arguments_are_an_object_with_the_named_properties():
     assert read_schema(own) == {"type": "object", "allOf": [{"required": ["a"]}]}
     with pytest.raises(SchemaUnsupported, match="type object"):
         check_schemas([Tool('{"function": {"name": "f", "parameters": {"type": "array"}}}')])
+
+
+def chain(length, end):
+    """Return a tool whose references form a chain, each the one before the next."""
+    links = {f"d{n}": {"$ref": f"#/$defs/d{n + 1}"} for n in range(length)}
+    parameters = {"$ref": "#/$defs/d0", "$defs": {**links, f"d{length}": end}}
+    return Tool(json.dumps({"function": {"name": "f", "parameters": parameters}}))
+
+
+@pytest.fixture
+def followed(monkeypatch):
+    """The references that a check has followed."""
+    found, follow = [], allowed._follow
+
+    def count(schema, reference):
+        found.append(reference)
+        return follow(schema, reference)
+
+    monkeypatch.setattr(allowed, "_follow", count)
+    return found
+
+
+def test_each_reference_of_a_chain_is_followed_once(followed):
+    check_schemas([chain(1500, {"type": "object"})])
+    assert len(followed) == 1501
+    followed.clear()
+    with pytest.raises(SchemaUnsupported, match="refers to itself"):
+        check_schemas([chain(1500, {"$ref": "#/$defs/d7"})])
+    assert len(followed) <= 1502
+
+
+def test_a_chain_beyond_the_bounds_is_refused_before_it_is_followed(followed):
+    with pytest.raises(SchemaUnsupported, match="characters; at most"):
+        check_schemas([chain(27_000, {"type": "object"})])
+    assert followed == []
 
 
 def test_a_form_of_text_cannot_be_told_from_a_call_without_a_mark():

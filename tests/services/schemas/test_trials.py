@@ -4,15 +4,26 @@ import asyncio
 import json
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 
-from services.engines.protocol import QueueFull, SchemaUnsupported
+from services.answering.checking import check_calls
+from services.answering.request import GenerationRequest
+from services.calls.allowed import AllowedCalls, check_schemas
+from services.calls.grammar import write_grammar
+from services.calls.notation import read_marks
+from services.engines.protocol import QueueFull, Sampling, SchemaUnsupported
+from services.keys.access import Caller
 from services.schemas import trials
 from services.schemas.trials import SchemaTrials
+from stages.common.chat.tools_template import adapt_template
+from stages.common.messages import Tool, ToolCall, format_calls
 from tests.tiny import make_tokenizer
 
 TOKENIZER = make_tokenizer()
+CALLER = make_tokenizer()  # the tokenizer of a model that knows tools
+CALLER.chat_template = adapt_template(CALLER, {}, True, "default")
 
 
 def fork(depth):
@@ -47,6 +58,40 @@ def test_the_worst_schemas_are_refused_and_the_next_one_is_tried(tried, schema):
     with pytest.raises(SchemaUnsupported):
         check(tried, schema)
     check(tried, {"type": "object", "properties": {"a": {"type": "integer"}}})
+
+
+async def check_tool(tried, schema):
+    """Check the schema of a tool, or that of its argument; return how often the event loop ran meanwhile."""
+    argument = {"properties": {"x": schema}, "required": ["x"]}
+    parameters = {"type": "object", **(schema if "$ref" in schema else argument)}
+    tool = Tool(json.dumps({"function": {"name": "f", "parameters": parameters}}))
+    check_schemas([tool])
+    grammar = write_grammar(read_marks(CALLER), AllowedCalls((tool,), "required"))
+    trial = asyncio.ensure_future(
+        tried.check_grammar(grammar.text, grammar.schemas, grammar.probes, "caller", CALLER)
+    )
+    turns = 0
+    while not trial.done():
+        turns += 1
+        await asyncio.sleep(0.001)
+    trial.result()
+    return turns
+
+
+@pytest.mark.parametrize("schema", WORST.values(), ids=WORST)
+def test_the_worst_schemas_of_tools_are_refused_and_the_next_one_is_tried(tried, schema):
+    with pytest.raises(SchemaUnsupported):
+        asyncio.run(check_tool(tried, schema))
+    assert asyncio.run(check_tool(tried, {"type": "integer"})) > 1, "the trial ran on the event loop"
+
+
+def test_the_calls_of_an_answer_are_checked_within_the_budget(tried):
+    schema = {"type": "object", "properties": {"x": {"$ref": "#/$defs/d0"}}, "$defs": fork(30)["$defs"]}
+    answer = format_calls("", [ToolCall("f", '{"x": "y"}')])
+    tool = Tool(json.dumps({"function": {"name": "f", "parameters": schema}}))
+    request = GenerationRequest("x", "/v1/chat/completions", (), Sampling(9), Caller("c", None, None, None))
+    request = replace(request, allowed=AllowedCalls((tool,)))
+    assert asyncio.run(check_calls(request, answer, tried)).reason == "schema_too_slow"
 
 
 def test_what_takes_too_long_says_so_and_is_not_tried_again(tried, monkeypatch):
