@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from services.api.fields import UNSUPPORTED, Body
+from services.api.fields import UNSUPPORTED, Body, find_broken_text
 from services.calls.allowed import AllowedCalls
 from services.schemas.bounds import MAX_DEPTH, is_deep
 from stages.common.messages import Tool, ToolCall, format_arguments, read_strict_json
@@ -36,7 +36,8 @@ def check_arguments(arguments: str) -> str:
     """Return the arguments of a call, those of an empty text as an empty object.
 
     Raises:
-        ValueError: they are not the text of a JSON object, a key is given twice, or it is nested too deeply.
+        ValueError: they are not the text of a JSON object, a key is given twice, it is nested too deeply, or
+            a text in it is not valid Unicode.
     """
     try:
         value = read_strict_json(arguments or "{}")
@@ -46,6 +47,9 @@ def check_arguments(arguments: str) -> str:
         raise ValueError("must be the text of a JSON object")
     if is_deep(value):
         raise ValueError(f"is nested more than {MAX_DEPTH} levels deep")
+    if (path := find_broken_text(value)) is not None:  # written as an escape, which is valid in the text
+        where = f" at {path!r}" if path else ""
+        raise ValueError(f"has half of a surrogate pair{where}, which is not valid Unicode")
     format_arguments(value)  # a number like 1e999 is none that JSON can write
     return arguments or "{}"
 

@@ -80,7 +80,8 @@ class CallFormat:
     def read(self, text: str) -> str:
         """Return what a model wrote as the text that is judged (`Message.answer`).
 
-        Text without a call is itself; what begins a call and is none that is whole is `format_malformed`.
+        Text without a call is itself; what begins a call and is none that is whole is `format_malformed`, as
+        are calls with an escape of half a surrogate pair: no store or response can encode the character.
         """
         if not self.is_opened(text):
             # In our own notation, which is not the model's: no client is given that as a call.
@@ -88,9 +89,11 @@ class CallFormat:
         before, opener, rest = self._split(text)
         try:
             calls = self._read_calls(opener + rest)
+            answer = format_calls(before.strip() if calls else text, calls)
+            answer.encode()
         except (ValueError, RecursionError, TypeError):
             return format_malformed(text)
-        return format_calls(before.strip() if calls else text, calls)
+        return answer
 
     def _split(self, text: str) -> tuple[str, str, str]:
         return text.partition(self.opener.strip()) if self.opener.strip() else ("", "", text)

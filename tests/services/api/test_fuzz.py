@@ -117,7 +117,7 @@ ITEMS = st.lists(
             "role": st.sampled_from(["user", "system", "assistant", "developer", "tool"]),
             "call_id": st.sampled_from(["x", "y", ""]),
             "name": st.sampled_from(["a", "a.b", ""]),
-            "arguments": st.sampled_from(["{}", "", "[]", '{"a":1e999}', "{" * 500]),
+            "arguments": st.sampled_from(["{}", "", "[]", '{"a":1e999}', "{" * 500, r'{"a":"\ud83d"}']),
             **dict.fromkeys(
                 ("content", "output"),
                 ANY_JSON

@@ -10,7 +10,21 @@ from tests.services.tool_models import tool_files
 
 ROUTE = "/v1/chat/completions"
 NAMES = st.sampled_from(["a", "a-b", "lamp", "a.b", "", "x" * 65, "\ud83d", "<tool_call>"])
-ARGUMENTS = st.sampled_from(["{}", "", '{"a":1}', "[]", "on", '{"a":1e999}', '{"a":NaN}', '"', "{" * 500])
+ARGUMENTS = st.sampled_from(
+    [
+        "{}",
+        "",
+        '{"a":1}',
+        "[]",
+        "on",
+        '{"a":1e999}',
+        '{"a":NaN}',
+        '"',
+        "{" * 500,
+        r'{"a":"\ud83d"}',
+        r'{"\udfff":1}',
+    ]
+)
 TOOLS = st.lists(
     st.fixed_dictionaries(
         {

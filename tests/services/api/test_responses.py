@@ -211,6 +211,7 @@ REFUSED = [
     ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0.type"),
     ({"input": [{**F, "arguments": "on"}]}, "input.0.arguments"),
     ({"input": [{**F, "arguments": '{"a": 1, "a": 2}'}]}, "input.0.arguments"),
+    ({"input": [{**F, "arguments": r'{"a": "\ud83d"}'}]}, "input.0.arguments"),
     ({"input": [{**F, "name": "a.b"}]}, "input.0.name"),
     ({"input": [USER, {"type": "function_call_output", "call_id": "1", "output": "x"}]}, "input"),
     ({"input": [{"type": "reasoning", "content": "x"}]}, "input.0.content"),

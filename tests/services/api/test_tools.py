@@ -229,6 +229,7 @@ REFUSED = [
         )
         for text in (
             *("on", "[]", '"{}"', '{"a": 1e999}', "[" * 90_000, '{"a":' * 80 + "1" + "}" * 80),
+            *(r'{"a": {"b": ["\ud83d"]}}', r'{"\udfff": 1}'),
             *('{"a": 1, "a": 2}', '{"b": [{"a": 1, "a": 1}]}', '{"a": NaN}'),
         )
     ),
@@ -259,6 +260,15 @@ def test_what_is_wrong_with_tools_is_named(client, fields, param):
 def test_a_name_that_no_tool_can_have_is_refused_with_one_that_it_can_have(client, fields, param):
     error = ask(client, **fields).json()["error"]
     assert error["param"] == param and "fix: call it 'home_lamp'" in error["message"]
+
+
+def test_half_a_surrogate_pair_in_arguments_is_named_and_a_whole_one_is_taken(client):
+    def send(text):
+        call = calling({"function": {"name": "lamp", "arguments": text}})
+        return ask(client, messages=[USER, call, RESULT], tools=TOOLS, max_tokens=4)
+
+    assert "at 'a.b.0'" in send(r'{"a": {"b": ["\ud83d"]}}').json()["error"]["message"]
+    answer_of(send(r'{"a": "\ud83d\ude00"}'))
 
 
 def test_a_stop_string_ends_text_and_no_call(client):

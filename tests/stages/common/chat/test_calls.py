@@ -110,6 +110,18 @@ def test_a_call_that_is_not_whole_is_malformed_and_never_a_call(tokenizer):
         assert is_malformed(found.read(broken))
 
 
+def test_a_call_with_half_a_surrogate_pair_is_malformed_and_can_be_stored(tokenizer):
+    found = read_call_format(tokenizer)
+    _, written = render_example(tokenizer, [USER, ASKS], [LAMP])
+    assert '"on"' in written
+    for half in (r'"\ud83d"', r'"a\udfff"'):
+        for key in ("on", "a"):
+            read = found.read(written.replace(f'"{key}"', half))
+            assert is_malformed(read) and read.encode()
+    whole = read_calls(found.read(written.replace('"on"', r'"\ud83d\ude00"')))
+    assert whole is not None and "\U0001f600" in whole[1][0].values
+
+
 def test_all_answers_of_a_conversation_are_learned_with_the_prompts_they_will_be_asked_with(tokenizer):
     places = [1, 3, 5]
     examples = encode_conversation(tokenizer, WHOLE, [LAMP], places)
