@@ -9,10 +9,12 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Collection
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
+
+from services.schemas.bounds import MAX_DEPTH, is_deep
 
 # Types of pydantic's errors whose context has the field.
 UNSUPPORTED = "unsupported_field"  # it is not taken
@@ -118,6 +120,20 @@ class Body(BaseModel):
                 context = {"field": name, "problem": describe_unsupported(name, known)}
                 raise PydanticCustomError(UNSUPPORTED, "{problem}", context)
         return body
+
+
+def check_depth(value: Any) -> Any:
+    """Return a JSON value that every part of the service can write and walk through.
+
+    Raises:
+        ValueError: it is nested too deeply.
+    """
+    if is_deep(value):
+        raise ValueError(f"is nested more than {MAX_DEPTH} levels deep")
+    return value
+
+
+JsonObject = Annotated[dict[str, Any], AfterValidator(check_depth)]
 
 
 def asks_for_nothing(name: str, value: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from services.api.fields import UNSUPPORTED, WRONG, Body, describe_unsupported
+from services.api.fields import UNSUPPORTED, WRONG, Body, JsonObject, describe_unsupported
 from services.api.tools import CallId, CallOfTool, FunctionTool, ToolChoice, find_tools_problem
 from services.calls.allowed import MAX_TOOLS
 from stages.common.params.services import MAX_MESSAGES
@@ -113,7 +113,7 @@ class JsonSchema(Body):
     """A named JSON schema."""
 
     name: Annotated[str, Field(max_length=64)] = "answer"
-    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    schema_: Annotated[JsonObject, Field(alias="schema")]
     strict: bool | None = None
 
 

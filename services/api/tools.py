@@ -9,9 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from services.api.fields import UNSUPPORTED, Body, find_broken_text
+from services.api.fields import UNSUPPORTED, Body, JsonObject, check_depth, find_broken_text
 from services.calls.allowed import AllowedCalls
-from services.schemas.bounds import MAX_DEPTH, is_deep
 from stages.common.messages import Tool, ToolCall, format_arguments, read_strict_json
 from stages.common.tools.schemas import NAME, find_name_problem
 
@@ -45,8 +44,7 @@ def check_arguments(arguments: str) -> str:
         raise ValueError(f"must be the text of a JSON object: {error}") from None
     if not isinstance(value, dict):
         raise ValueError("must be the text of a JSON object")
-    if is_deep(value):
-        raise ValueError(f"is nested more than {MAX_DEPTH} levels deep")
+    check_depth(value)
     if (path := find_broken_text(value)) is not None:  # written as an escape, which is valid in the text
         where = f" at {path!r}" if path else ""
         raise ValueError(f"has half of a surrogate pair{where}, which is not valid Unicode")
@@ -78,7 +76,7 @@ class Function(Body):
 
     name: Name
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: JsonObject | None = None
     strict: bool | None = None
 
     def read(self) -> Tool:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from services.api.fields import UNSUPPORTED, WRONG, Body
+from services.api.fields import UNSUPPORTED, WRONG, Body, JsonObject
 from services.api.schemas import Seed, Temperature, TopP, User
 from services.api.tools import CallId, FlatChoice, FlatTool, Name, check_arguments, find_tools_problem
 from services.calls.allowed import MAX_TOOLS
@@ -88,7 +88,7 @@ class TextFormat(Body):
 
     type: Literal["text", "json_object", "json_schema"]
     name: Annotated[str, Field(max_length=64)] = "answer"
-    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    schema_: Annotated[JsonObject | None, Field(alias="schema")] = None
     strict: bool | None = None
     description: str | None = None
 

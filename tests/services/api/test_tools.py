@@ -271,6 +271,39 @@ def test_half_a_surrogate_pair_in_arguments_is_named_and_a_whole_one_is_taken(cl
     answer_of(send(r'{"a": "\ud83d\ude00"}'))
 
 
+MARK = "the deep one"
+FORM = {"type": "json_schema", "name": "x", "schema": MARK}
+CHAT, ITEMS = {"messages": [USER]}, {"input": "on"}
+DEEP = {
+    "tools.0.function.parameters": (ROUTE, {**CHAT, "tools": [make_tool("f", MARK)]}),
+    "response_format.json_schema.schema": (
+        ROUTE,
+        {**CHAT, "response_format": {"type": FORM["type"], "json_schema": {"name": "x", "schema": MARK}}},
+    ),
+    "tools.0.parameters": (
+        "/v1/responses",
+        {**ITEMS, "tools": [{"type": "function", "name": "f", "parameters": MARK}]},
+    ),
+    "text.format.schema": ("/v1/responses", {**ITEMS, "text": {"format": FORM}}),
+    "messages.0.content": (ROUTE, {"messages": [{**USER, "content": MARK}]}),
+    "logit_bias": (ROUTE, {**CHAT, "logit_bias": MARK}),
+}
+
+
+@pytest.mark.parametrize("param", DEEP)
+def test_deep_values_are_refused_around_the_depth_that_the_parser_reads(client, param):
+    path, body = DEEP[param]
+    statuses = set()
+    for depth in (70, 300, *range(800, 1010, 10), 2000):
+        deep = '{"items":' * depth + "{}" + "}" * depth
+        content = json.dumps(body).replace(json.dumps(MARK), deep)
+        response = client.post(path, content=content, headers={"Content-Type": "application/json"})
+        error = response.json()["error"]
+        assert (response.status_code, error["param"]) in ((422, param), (400, None)), (depth, error)
+        statuses.add(response.status_code)
+    assert statuses == {400, 422}, "the parser's limit is not among the depths"
+
+
 def test_a_stop_string_ends_text_and_no_call(client):
     fields = {"tools": TOOLS, "tool_choice": "required", "seed": 2, **HOT}
     plain, stopped = (answer_of(ask(client, **fields, **more)) for more in ({}, {"stop": ["{", "<", "l"]}))
