@@ -2,7 +2,7 @@
 
 In: nothing but the section `fetch_base` of `params.yaml`, and of `task` what concerns the chat template.
 Out: `artifacts/fetch_base/` (config.json, model.safetensors in bfloat16, tokenizer with chat template);
-`reports/fetch_base/metrics.json` (licence, revision, checksum, size).
+`reports/fetch_base/metrics.json` (licence, revision, checksum, size, what the template lacked).
 Run: `python -m stages.fetch_base`
 """
 
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.common.artifacts import artifacts, atomic_dir, hash_file, hash_files, reports, write_json
-from stages.common.chat.tools_template import adapt_template
+from stages.common.chat.tools_template import adapt_template, find_filled_gap
 from stages.common.errors import InputError, TransientError
 from stages.common.licenses import to_spdx
 from stages.common.logs import get_logger, run_stage
@@ -283,9 +283,11 @@ def convert(found: Found, into: Path, task: TaskSettings) -> dict[str, Any]:
             "choose an instruction-tuned base model (fetch_base in params.yaml)",
         )
     own_template = tokenizer.chat_template
-    tokenizer.chat_template = adapt_template(
-        tokenizer, task.template_arguments, task.kind == "tools", task.tools_template
-    )
+    wanted = (task.template_arguments, task.kind == "tools", task.tools_template)
+    gap = find_filled_gap(tokenizer, *wanted)
+    tokenizer.chat_template = adapt_template(tokenizer, *wanted)
+    if gap:
+        logger.warning("%s: the default notation of tools takes its place (task.tools_template: auto)", gap)
     _forget_quantization(model)
     try:
         # One file of any size: its checksum identifies the model in the lineage.
@@ -305,6 +307,7 @@ def convert(found: Found, into: Path, task: TaskSettings) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "sha256": hash_file(into / "model.safetensors"),
+        "tools_template_gap": gap,
     }
 
 

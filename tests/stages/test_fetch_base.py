@@ -295,19 +295,23 @@ def test_the_default_base_comes_whole_from_its_wheel(tmp_path, monkeypatch):
     assert "Paris" in tokenizer.decode(answer)
 
 
-def test_a_base_without_tools_in_its_template_gets_them_for_a_task_with_tools(project, tiny_folder):
+def test_a_base_without_tools_in_its_template_gets_them_for_a_task_with_tools(project, tiny_folder, caplog):
     from transformers import AutoTokenizer
 
     from stages.common.chat.calls import read_call_format
 
     project(origin="folder", name=str(tiny_folder), license="apache-2.0")
     main()
-    assert read_json(Path("reports/fetch_base/metrics.json"))["chat_template"] == "own"
+    report = read_json(Path("reports/fetch_base/metrics.json"))
+    assert report["chat_template"] == "own" and report["tools_template_gap"] is None
     params = yaml.safe_load(Path("params.yaml").read_text())
     params["task"] |= {"kind": "tools", "label_key": None, "stratify_by": None}
     Path("params.yaml").write_text(yaml.safe_dump(params))
     main()
-    assert read_json(Path("reports/fetch_base/metrics.json"))["chat_template"] == "adapted"
+    report = read_json(Path("reports/fetch_base/metrics.json"))
+    gap = "the base model's chat template does not write the tools"
+    assert report["chat_template"] == "adapted" and report["tools_template_gap"] == gap
+    assert gap in caplog.text
     saved = AutoTokenizer.from_pretrained("artifacts/fetch_base")
     assert read_call_format(saved).opener == "<tool_call>\n"
     params["task"]["tools_template"] = "own"

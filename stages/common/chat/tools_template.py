@@ -80,8 +80,7 @@ def adapt_template(
     Raises:
         InputError: the template is to write tools and cannot.
     """
-    adapted = copy.deepcopy(tokenizer)
-    adapted.chat_template = _fix_arguments(str(tokenizer.chat_template), arguments)
+    adapted = _with_arguments(tokenizer, arguments)
     if not with_tools:
         return str(adapted.chat_template)
     gap = None if tools_template == "default" else find_template_gap(adapted)
@@ -95,6 +94,22 @@ def adapt_template(
                 "choose another base model (fetch_base in params.yaml)",
             )
     return str(adapted.chat_template)
+
+
+def find_filled_gap(
+    tokenizer: Any, arguments: Mapping[str, Any], with_tools: bool, tools_template: ToolsTemplate
+) -> str | None:
+    """Return what the model's own template lacks and `adapt_template` adds, where nothing asked for it."""
+    if not with_tools or tools_template != "auto":
+        return None
+    return find_template_gap(_with_arguments(tokenizer, arguments))
+
+
+def _with_arguments(tokenizer: Any, arguments: Mapping[str, Any]) -> Any:
+    """Return a copy of the tokenizer whose template has the arguments fixed."""
+    fixed = copy.deepcopy(tokenizer)
+    fixed.chat_template = _fix_arguments(str(tokenizer.chat_template), arguments)
+    return fixed
 
 
 def _fix_arguments(template: str, arguments: Mapping[str, Any]) -> str:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from stages.common.chat.calls import read_call_format
@@ -8,7 +10,7 @@ from stages.common.chat.template import (
     encode_prompt,
     render_example,
 )
-from stages.common.chat.tools_template import adapt_template
+from stages.common.chat.tools_template import adapt_template, find_filled_gap
 from stages.common.errors import InputError
 from stages.common.messages import (
     Message,
@@ -70,6 +72,21 @@ def test_calls_of_another_form_than_json_get_the_default_notation():
     assert read_call_format(made).opener == "<tool_call>\n"
     with pytest.raises(InputError, match="tools_template: auto"):
         adapt_template(make_family_tokenizer(FAMILIES["chatml"]), {}, True, "own")
+
+
+def test_what_the_models_own_template_lacks_is_named_where_the_default_fills_it():
+    qwen = WITH_TOOLS["qwen-2.5"]
+    drops = replace(qwen, template=qwen.template.replace("elif message.role == 'tool'", "elif false"))
+    made = make_family_tokenizer(drops)
+    assert "drops calls of tools or their results" in (find_filled_gap(made, {}, True, "auto") or "")
+    plain = make_family_tokenizer(FAMILIES["chatml"])
+    assert "does not write the tools" in (find_filled_gap(plain, {}, True, "auto") or "")
+    for tokenizer, *wanted in (
+        (make_family_tokenizer(qwen), True, "auto"),
+        (plain, False, "auto"),
+        (plain, True, "default"),
+    ):
+        assert find_filled_gap(tokenizer, {}, *wanted) is None
 
 
 def test_what_the_template_writes_is_read_back(tokenizer):
