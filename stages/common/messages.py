@@ -134,8 +134,8 @@ def find_conversation_problem(messages: Sequence[Message]) -> str | None:
     for message in messages:
         if message.role not in ROLES:
             return f"unknown role {message.role!r} (known: {', '.join(ROLES)})"
-    if any(m.role == "system" for m in messages[1:]):
-        return "a system message after the first place"
+    if problem := find_system_problem(messages):
+        return problem
     if not any(m.role == "user" for m in messages):
         return "no user message"
     if messages[-1].role != "assistant":
@@ -143,6 +143,29 @@ def find_conversation_problem(messages: Sequence[Message]) -> str | None:
     if not messages[-1].content.strip() and not messages[-1].tool_calls:
         return "no answer: the last message is empty"
     return find_call_problem(messages)
+
+
+def join_system(messages: Sequence[Message]) -> list[Message]:
+    """Return a conversation whose first system messages are one, joined by a blank line.
+
+    Rows and requests have two where OpenAI's `developer`, read as system, comes with a `system` message; chat
+    templates and training know one.
+    """
+    first = next((n for n, message in enumerate(messages) if message.role != "system"), len(messages))
+    if first < 2:
+        return list(messages)
+    texts = (message.content for message in messages[:first])
+    return [Message("system", "\n\n".join(filter(str.strip, texts))), *messages[first:]]
+
+
+def find_system_problem(messages: Sequence[Message]) -> str | None:
+    """Return that there is a system message after the first place, or None."""
+    if all(message.role != "system" for message in messages[1:]):
+        return None
+    return (
+        "a system message after the first place: those of the roles system and developer come before all "
+        "others; fix: write its text into the first"
+    )
 
 
 def find_call_problem(messages: Sequence[Message]) -> str | None:

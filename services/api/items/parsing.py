@@ -13,7 +13,7 @@ from services.api.parsing import check_allowed, check_conversation, dump_schema,
 from services.api.tools import read_allowed
 from services.engines.protocol import Sampling
 from services.keys.access import Caller
-from stages.common.messages import Message, ToolCall
+from stages.common.messages import Message, ToolCall, join_system
 
 ROUTE = "/v1/responses"
 
@@ -30,9 +30,8 @@ def parse_responses_request(
     items = body.input if isinstance(body.input, list) else [Item(role="user", content=body.input)]
     if len(items) > limit:
         raise errors.invalid_value("input", f"{len(items)} items; at most {limit} are allowed")
-    messages = tuple(read_items(items))
-    if body.instructions:
-        messages = (Message("system", body.instructions), *messages)
+    instructions = [Message("system", body.instructions)] if body.instructions else []
+    messages = tuple(join_system([*instructions, *read_items(items)]))
     check_conversation(messages, "input")
     allowed = read_allowed(body.tools or (), body.tool_choice, body.parallel_tool_calls)
     check_allowed(allowed)

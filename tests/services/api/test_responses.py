@@ -222,6 +222,7 @@ REFUSED = [
     ({"tools": [{"type": "function", "name": "f"}, {"type": "function", "name": "f"}]}, "tools.1.name"),
     ({"tools": [{"type": "function", "name": "a.b"}]}, "tools.0.name"),
     ({"tools": [{"type": "function", "name": "f", "parameters": {"type": "array"}}]}, "tools"),
+    ({"input": [USER, {"role": "developer", "content": "x"}]}, "input"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
     ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
@@ -242,6 +243,22 @@ def test_the_field_that_is_wrong_is_named(client, body, param):
     assert refused.status_code == 422, refused.text
     error = refused.json()["error"]
     assert error["param"] == param and error["message"].startswith(f"{param}: ")
+
+
+def test_the_first_system_and_developer_messages_are_one(client):
+    user, kind = {"role": "user", "content": "light on"}, {"role": "developer", "content": "Be kind."}
+    texts, tokens = set(), set()
+    for before in (
+        [{"role": "system", "content": "Be short.\n\nBe kind."}],
+        [{"role": "system", "content": "Be short."}, kind],
+        [{"role": "developer", "content": "Be short."}, {**kind, "role": "system"}],
+    ):
+        chat = client.post("/v1/chat/completions", json={"messages": [*before, user], "max_tokens": 8}).json()
+        texts.add(chat["choices"][0]["message"]["content"])
+        tokens.add(chat["usage"]["prompt_tokens"])
+    response = create(client, instructions="Be short.", input=[kind, user], max_output_tokens=8)
+    texts.add(response["output"][0]["content"][0]["text"])
+    assert len(texts) == 1 and tokens == {response["usage"]["input_tokens"]}
 
 
 def test_of_a_large_body_the_first_error_is_enough():

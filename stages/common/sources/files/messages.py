@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from stages.common.messages import Message, Tool
+from stages.common.messages import Message, Tool, join_system
 from stages.common.params.checked_yaml import suggest_nearest
 from stages.common.sources.files.entries import BadRow, Record, shorten
 from stages.common.sources.files.shapes import Shape
@@ -30,7 +30,7 @@ def read_conversation(fields: Record, shape: Shape, forms: set[str]) -> Conversa
         BadRow: a field is missing, empty or of another kind.
     """
     tools = read_tools(fields.get(shape.tools), forms) if shape.tools else ()
-    messages = find_answer(_read_turns(fields, shape, forms))
+    messages = join_system(find_answer(_read_turns(fields, shape, forms)))
     system = fields.get(shape.system) if shape.system else None
     if isinstance(system, str) and system.strip() and messages and messages[0].role != "system":
         messages = [Message("system", system), *messages]

@@ -322,6 +322,15 @@ def test_a_passage_as_group_is_named_by_its_hash_and_a_short_name_stays():
     assert name_group(passages[0]) == name_group(passages[0])
 
 
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_a_system_message_within_a_conversation_is_a_bad_row_with_a_fix(tmp_path, role):
+    talk = [("system", "s"), ("user", "hi"), (role, "late"), ("assistant", "hello")]
+    good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    path = jsonl(tmp_path, good, {"messages": [{"role": who, "content": text} for who, text in talk]})
+    (rejected,) = collect(path).rejected
+    assert rejected.line == 2 and "fix: write its text into the first" in rejected.detail
+
+
 def test_rows_without_tools_keep_the_ids_and_the_file_that_they_had_before_tools_were_read(tmp_path):
     chats = [
         [

@@ -66,6 +66,12 @@ def test_the_role_developer_is_the_system():
     assert messages_of(turns(("developer", "Be brief."), USER, ANSWER))[0] == ("system", "Be brief.")
 
 
+@pytest.mark.parametrize("roles", [("system", "developer"), ("developer", "system")])
+def test_the_first_messages_of_both_roles_are_one(roles):
+    first = zip(roles, ("Be brief.", "Be kind."), strict=True)
+    assert messages_of(turns(*first, USER, ANSWER)) == [("system", "Be brief.\n\nBe kind."), USER, ANSWER]
+
+
 def test_an_answer_of_weight_zero_is_not_learned():
     assert fault_of(turns(USER, ("assistant", "wrong"), weight=0)) == "weight_zero"
     assert messages_of(turns(USER, ANSWER, ("user", "sure?"), ("assistant", "no"), weight=0)) == [
