@@ -32,9 +32,10 @@ logger = logging.getLogger("flows.init")
 
 DATA = Path("data")  # DVC watches this folder
 FEEDBACK = DATA / "feedback"  # written by the retraining flow
+SESSIONS = ("session_id", "conversation_id", "thread_id")  # columns, likeliest first
 MIN_CONTEXT_SHARE = 0.9  # of the first rows have a passage
 MIN_ROWS_A_PASSAGE = 1.5  # on average
-MIN_PASSAGES = 20  # fewer are too few groups to split
+MIN_GROUPS = 20  # fewer sessions or passages are too few to split
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +142,7 @@ def _read_data_file(
         format = detect_format(path, options)
     if columns.group is None:
         records = read_fields(sample_entries(read_entries(path, format))[0])
-        columns = replace(columns, group=find_passages(path, records, columns))
+        columns = replace(columns, group=find_group(path, records, columns))
     collected = collect_file(
         path,
         license,
@@ -153,6 +154,27 @@ def _read_data_file(
         lambda done: show_count(logger, done, f"rows of {path} read"),
     )
     return DataFile(path, find_data_path(path, folder), options, columns, is_guessed, collected)
+
+
+def find_group(path: Path, records: Sequence[Record], columns: Columns) -> str | None:
+    """Return the column whose rows belong to one side of the split: of sessions, or of passages; or None."""
+    return find_sessions(records) or find_passages(path, records, columns)
+
+
+def find_sessions(records: Sequence[Record]) -> str | None:
+    """Return the column that names the session of a row, if several rows share one; None if there is none.
+
+    Turns of one session follow from each other: what is tested must not be next to what was learned.
+    """
+    for wanted in SESSIONS:
+        for name in {name: None for record in records for name in record}:
+            if re.sub(r"[^a-z]", "", str(name).lower()) != wanted.replace("_", ""):
+                continue
+            cells = (record.get(name) for record in records)
+            found = Counter(cell for cell in cells if isinstance(cell, str | int) and cell != "")
+            if found.total() > len(found) >= MIN_GROUPS:
+                return name
+    return None
 
 
 def find_passages(path: Path, records: Sequence[Record], columns: Columns) -> str | None:
@@ -168,7 +190,7 @@ def find_passages(path: Path, records: Sequence[Record], columns: Columns) -> st
     texts = Counter(cell for cell in cells if isinstance(cell, str) and cell.strip())
     rows = texts.total()
     is_shared = rows > MIN_CONTEXT_SHARE * len(records) and rows > MIN_ROWS_A_PASSAGE * len(texts)
-    return context if is_shared and len(texts) >= MIN_PASSAGES else None
+    return context if is_shared and len(texts) >= MIN_GROUPS else None
 
 
 def name_options(fix: str) -> str:

@@ -310,6 +310,21 @@ def test_questions_about_one_passage_are_one_group(capsys):
     assert entry()["group_column"] == "question"
 
 
+@pytest.mark.parametrize("name", ["session_id", "ThreadId", "conversation-id"])
+def test_rows_of_one_session_are_one_group(capsys, name):
+    rows = [{**row, name: f"s{n // 3}" if n % 5 else None} for n, row in enumerate(passages(4))]
+    run(write_jsonl("data/a.jsonl", rows))
+    assert entry()["group_column"] == name
+    assert f"rows with the same {name} stay on one side" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rows_a_session", [1, 12, 120])
+def test_sessions_of_one_row_and_a_few_for_all_rows_are_no_groups(rows_a_session):
+    rows = [{**row, "session_id": n // rows_a_session} for n, row in enumerate(passages(1))]
+    run(write_jsonl("data/a.jsonl", rows))
+    assert "group_column" not in entry()
+
+
 @pytest.mark.parametrize("rows_a_passage", [1, 12, 120])
 def test_passages_of_their_own_and_a_few_for_all_rows_are_no_groups(rows_a_passage):
     run(write_jsonl("data/a.jsonl", passages(rows_a_passage)))
