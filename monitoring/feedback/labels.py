@@ -119,6 +119,7 @@ class Label:
         value: the label as the model would write it; same: a text that is equal for equal labels.
         error: the worst type of error of the answer that is corrected; None if there is none to correct.
         reasoning: what the model thought before an answer that is confirmed; None for a correction.
+        session_hash: hash of the session that the client named; None if it named none.
     """
 
     at: float
@@ -133,6 +134,7 @@ class Label:
     tools: tuple[Tool, ...] = ()
     error: str | None = None
     reasoning: str | None = None
+    session_hash: str | None = None
 
 
 @dataclass(slots=True)
@@ -241,6 +243,7 @@ def label_of(
         tools,
         _find_error(exchange["answer"], text, task) if kind == "correction" else None,
         reasoning,
+        _hash_session(exchange),
     )
 
 
@@ -334,6 +337,14 @@ def _identify_user(exchange: Mapping[str, Any], key: str | None) -> str | None:
     name = exchange["user"] or exchange["session"]
     # Two applications, each with a key, may both have a user of that name.
     return f"{exchange['key_id'] or ''}/{name}" if name else None
+
+
+def _hash_session(exchange: Mapping[str, Any]) -> str | None:
+    """Return 16 hex digits that identify the session of an exchange; each key has sessions of its own."""
+    if not exchange["session"]:
+        return None
+    name = json.dumps(["session", exchange["key_id"], exchange["session"]])
+    return hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
 def normalise_text(text: str) -> str:

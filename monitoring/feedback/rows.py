@@ -16,15 +16,15 @@ be learned. A user may try to poison the model by feedback, so every rule of `mo
     duplicates  one row a question
     number      max_rows, the newest stay
 
-Some questions are kept apart to judge a challenger by. Which ones follows from a hash of the question: the
-same question is on the same side in every retraining, and one that was ever held out is never learned.
+Some questions are kept apart to judge a challenger by. Which ones follows from a hash of the question, or of
+the session for conversations (`monitoring.feedback.sides`): the same question is on the same side in every
+retraining, the turns of a session are on one side, and what was ever held out is never learned.
 
 `perennial feedback` (`flows.feedback`) shows what the feedback in the event store would become.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -48,11 +48,13 @@ from monitoring.feedback.labels import (
     Excluded,
     Label,
     ServedTask,
+    hash_prompt,
     make_pseudonym,
     make_tool,
     name_key,
     read_labels,
 )
+from monitoring.feedback.sides import find_apart, name_groups
 from services.events import read_joined
 from services.events.turns import read_turn, write_turns
 from stages.common.artifacts import STATE, read_lines, reports, write_json, write_text
@@ -97,7 +99,7 @@ def label_rows(
 
     Args:
         url: of the event store.
-        held_out: hashes of questions that were held out before (`read_held_out_before`).
+        held_out: hashes of questions and sessions that were held out before (`read_held_out_before`).
 
     Raises:
         InputError: the event store cannot be read.
@@ -107,6 +109,7 @@ def label_rows(
     for batch in read_joined(url, start, end):
         labels += read_labels(batch, end, settings, task, counts)
     steps = {"labels": len(labels)}
+    groups = name_groups(labels)
 
     def share_keys(some: list[Label]) -> tuple[list[Label], Excluded]:
         share, at_least = settings.max_share_per_key, settings.max_rows_per_user
@@ -128,22 +131,14 @@ def label_rows(
         steps[name] = len(labels)
     style = max((COMPACT, SPACED), key=lambda one: (counts.styles[one], one == COMPACT))
     sides: dict[bool, list[Row]] = {False: [], True: []}
+    apart = find_apart(labels, groups, settings.holdout_share, settings.seed, held_out)
     for label in sorted(labels, key=lambda one: one.prompt_hash):
-        apart = (
-            is_held_out(label.prompt_hash, settings.holdout_share, settings.seed)
-            or label.prompt_hash in held_out
-        )
-        sides[apart].append(_row(label, settings.license, task, style))
+        group = groups[label.request_id]
+        sides[group in apart].append(_row(label, group, settings.license, task, style))
     return Labelled(sides[False], sides[True], _report(sides, labels, counts, steps))
 
 
-def is_held_out(question: str, share: float, seed: int) -> bool:
-    """Return whether a prompt is held out: decided by its hash, so that it never changes sides."""
-    digest = hashlib.blake2b(f"{seed}/{question}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest) < share * 2**64
-
-
-def _row(label: Label, license: str, task: ServedTask, style: tuple[str, str]) -> Row:
+def _row(label: Label, group: str, license: str, task: ServedTask, style: tuple[str, str]) -> Row:
     text, tags = label.value, {"feedback": str(label.kind)}
     if task.answers.class_name and (found := task.answers.read_class(text)):
         tags[task.answers.class_name] = found
@@ -151,8 +146,9 @@ def _row(label: Label, license: str, task: ServedTask, style: tuple[str, str]) -
     answer = replace(answer, reasoning=label.reasoning)
     # Of a conversation only the labelled answer is learned: no one said that the earlier ones are right.
     before = [replace(one, is_learned=False) if one.role == "assistant" else one for one in label.prompt]
-    group = f"feedback/{label.prompt_hash}"
-    return make_row([*before, answer], "feedback", license, group, tags, "feedback", label.tools)
+    return make_row(
+        [*before, answer], "feedback", license, f"feedback/{group}", tags, "feedback", label.tools
+    )
 
 
 def _report(
@@ -198,7 +194,7 @@ def _by_label(rows: Sequence[Row]) -> dict[str, int]:
 
 
 def read_held_out_before(root: Path = Path()) -> frozenset[str]:
-    """Return the hashes of all prompts ever held out."""
+    """Return the hashes of all questions and sessions ever held out."""
     path = root / HELD_OUT_PROMPTS
     return frozenset(path.read_text(encoding="utf-8").split()) if path.is_file() else frozenset()
 
@@ -208,7 +204,9 @@ def write_labelled(root: Path, labelled: Labelled) -> None:
 
     The questions held out are written first: a run that is killed here has at most held out more.
     """
-    held_out = {row.group.removeprefix("feedback/") for row in labelled.holdout} | read_held_out_before(root)
+    groups = {row.group.removeprefix("feedback/") for row in labelled.holdout}
+    questions = {hash_prompt(row.messages[:-1]) for row in labelled.holdout}
+    held_out = groups | questions | read_held_out_before(root)
     write_text(root / HELD_OUT_PROMPTS, "".join(f"{question}\n" for question in sorted(held_out)))
     write_text(root / HELD_OUT, format_rows(labelled.holdout))
     write_text(root / ROWS, format_rows(labelled.train))

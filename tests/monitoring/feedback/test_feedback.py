@@ -21,13 +21,13 @@ from monitoring.feedback.rows import (
     REPORT,
     ROWS,
     format_report,
-    is_held_out,
     label_rows,
     read_held_out_before,
     read_labelled,
     summarise_exclusions,
     write_labelled,
 )
+from monitoring.feedback.sides import is_held_out
 from services.events import Feedback, open_store
 from stages.common.errors import InputError
 from stages.common.messages import Message
@@ -549,6 +549,43 @@ def test_what_was_ever_held_out_is_not_learned_though_the_share_falls(events, tm
     assert {row.group for row in first.holdout} <= {row.group for row in again.holdout}
     write_labelled(tmp_path, replace(again, holdout=[]))
     assert {row.group.removeprefix("feedback/") for row in first.holdout} <= read_held_out_before(tmp_path)
+
+
+def add_session(events, number, **changes):
+    """Add a question and the one after it, both corrected."""
+    turns = [{"role": "user", "content": f"question {number}"}, {"role": "assistant", "content": ON}]
+    changes["session"] = f"s{number}"
+    events.add_exchange(f"question {number}", correction=ON, **changes)
+    later = json.dumps([*turns, {"role": "user", "content": f"and {number}?"}])
+    events.add_exchange("", correction=OFF, messages=later, **changes)
+
+
+def test_the_turns_of_a_session_are_on_one_side_and_stay_there(tmp_path):
+    first, later, alone = (Events(tmp_path / name) for name in ("first", "later", "alone"))
+    for number in range(60):
+        add_session(first, number)
+        add_session(later, number)
+        alone.add_exchange(f"Question {number}", correction=ON)
+    labelled = first.rows()
+    learned, apart = ({row.group for row in side} for side in (labelled.train, labelled.holdout))
+    assert learned and apart and not learned & apart
+    assert len(learned | apart) == 60 and len(labelled.train) + len(labelled.holdout) == 120
+    write_labelled(tmp_path, labelled)
+    less = SETTINGS.model_copy(update={"holdout_share": 0.001})
+    again = later.rows(less, held_out=read_held_out_before(tmp_path))
+    assert apart <= {row.group for row in again.holdout}
+    questions = {row.question for row in alone.rows(less, held_out=read_held_out_before(tmp_path)).holdout}
+    assert {row.question.lower() for row in labelled.holdout if len(row.messages) == 2} <= {
+        question.lower() for question in questions
+    }
+
+
+def test_a_session_of_questions_alone_leaves_each_on_its_own_side(events):
+    for number in range(20):
+        events.add_exchange(f"question {number}", correction=ON, session="one")
+        events.add_exchange(f"from elsewhere {number}", correction=ON, session=None)
+    rows = [*(labelled := events.rows()).train, *labelled.holdout]
+    assert {row.group for row in rows} == {f"feedback/{hash_prompt(row.messages[:-1])}" for row in rows}
 
 
 def test_what_is_written_is_read_back_and_the_same_events_give_the_same_bytes(events, tmp_path):
