@@ -45,6 +45,7 @@ Excluded = Counter[tuple[str, str]]  # rows that are excluded, by reason and nam
 REASONS = {
     "no_label": "a thumb down or a comment alone",
     "raw_prompt": "the text was to be continued, not answered",
+    "with_tools": "asked with tools, which only tasks of the kind `tools` learn",
     "own_choice": "the request asked for a call of a tool, or for none",
     "own_schema": "the request asked for an answer of its own form",
     "corrupt": "the event holds no conversation, or text that is no Unicode",
@@ -284,14 +285,19 @@ def _prompt(exchange: Mapping[str, Any], task: ServedTask) -> tuple[tuple[Messag
         tools = tuple(make_tool(value) for value in parameters.get("tools") or ())
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ExcludedFeedbackError("corrupt") from None
-    if tools and choice != "auto":
-        raise ExcludedFeedbackError("own_choice")
-    if own_schema is not None:
-        raise ExcludedFeedbackError("own_schema")
     last = max((place for place, one in enumerate(messages) if one.role in ("user", "tool")), default=-1)
     messages = messages[: last + 1]
     if find_conversation_problem([*messages, Message("assistant", "-")]):
         raise ExcludedFeedbackError("corrupt")
+    if task.answers.kind != "tools" and (
+        tools or any(one.tool_calls or one.role == "tool" for one in messages)
+    ):
+        # Its rows would have a prompt that no other row has, or a call as their answer.
+        raise ExcludedFeedbackError("with_tools")
+    if tools and choice != "auto":
+        raise ExcludedFeedbackError("own_choice")
+    if own_schema is not None:
+        raise ExcludedFeedbackError("own_schema")
     if messages[0].role == "system" and task.system_prompt is not None:
         # A model that learned under two system prompts has none that a server could put in by itself.
         if messages[0].content.strip() != task.system_prompt.strip():

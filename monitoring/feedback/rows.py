@@ -5,8 +5,9 @@ be learned. A user may try to poison the model by feedback, so every rule of `mo
 `params.yaml` removes rows and reports how many:
 
     label       a thumb down alone, or a comment, is no label
-    form        no conversation, a question or label that is empty or too long or names personal data, no JSON
-                where the task is JSON, a label outside the answers' schema
+    form        no conversation, one with tools where the task is of another kind, a question or label that is
+                empty or too long or names personal data, no JSON where the task is JSON, a label outside the
+                answers' schema
     suspicion   what the guard found in the exchange
     repetition  one person's older labels of one question
     users       max_rows_per_user, the newest stay

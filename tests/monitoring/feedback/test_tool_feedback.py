@@ -8,10 +8,12 @@ import pytest
 from monitoring.feedback.rows import HELD_OUT, ROWS, format_report, format_rows, read_labelled, write_labelled
 from stages.common.messages import Message, ToolCall, format_arguments, format_malformed
 from stages.common.sources.feedback import collect_feedback
+from stages.common.task.json_task import JsonTask
 from stages.common.task.tools_task import ToolsTask
-from tests.monitoring.feedback.test_feedback import TASK, Events
+from tests.monitoring.feedback.test_feedback import ON, TASK, TEXT, Events
 
 TOOLS = replace(TASK, answers=ToolsTask(), answer_schema=None, system_prompt=None)
+FREE_JSON = replace(TASK, answers=JsonTask(None), answer_schema=None)
 LIGHT = {"type": "function", "function": {"name": "light", "parameters": {"type": "object"}}}
 BLIND = {"type": "function", "function": {"name": "blind"}}
 PARAMETERS = {"json_schema": None, "tools": [LIGHT, BLIND], "tool_choice": "auto"}
@@ -94,6 +96,20 @@ def test_what_cannot_be_learned_from_is_excluded_with_its_reason(
 ):
     ask(events, "a", answer, parameters, correction=correction)
     assert events.rows(task=TOOLS).report["excluded"] == {reason: 1}
+
+
+@pytest.mark.parametrize("task", [TASK, TEXT, FREE_JSON])
+def test_a_task_without_tools_learns_nothing_from_requests_with_tools(events, task):
+    ask(events, "up", HALL, thumb=1, finish_reason="tool_calls")
+    ask(events, "a call", ON, correction=HALL)
+    ask(events, "an answer", HALL, correction=ON)
+    ask(events, "required", HALL, PARAMETERS | {"tool_choice": "required"}, correction=HALL)
+    # The tools are not sent again with the result of the call.
+    ask(events, "", ON, {"json_schema": None}, correction=ON, messages=json.dumps(TOLD))
+    ask(events, "without tools", ON, {"json_schema": None}, thumb=1)
+    labelled = events.rows(task=task)
+    assert labelled.report["excluded"] == {"with_tools": 5}
+    assert [row.question for row in (*labelled.train, *labelled.holdout)] == ["without tools"]
 
 
 @pytest.mark.parametrize("place", [1, 2])
