@@ -93,7 +93,7 @@ def list_watched_columns(batches: Iterable[pa.RecordBatch], settings: FeatureSet
 def _answer_columns(batches: Iterable[pa.RecordBatch], max_categories: int) -> list[Column]:
     answers = 0
     exchanges = with_tools = 0
-    whole: Counter[str] = Counter()  # answers that are not JSON objects
+    whole: Counter[str] = Counter()  # answers that are not JSON objects, of exchanges without tools
     seen: Counter[str] = Counter()
     values: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for batch in batches:
@@ -101,13 +101,14 @@ def _answer_columns(batches: Iterable[pa.RecordBatch], max_categories: int) -> l
         for row in texts:
             answer = _whole_answer(row)
             is_calling = answer is not None and is_call(answer)
+            has_tools = is_calling or bool(list_tools(row["parameters"]))
             exchanges += 1
-            with_tools += is_calling or bool(list_tools(row["parameters"]))
+            with_tools += has_tools
             if is_calling:
                 continue
             value = NO_JSON if answer is None else parse_json(answer)
             if not isinstance(value, dict):
-                if answer is not None and len(whole) <= COUNTED_VALUES * max_categories:
+                if answer is not None and not has_tools and len(whole) <= COUNTED_VALUES * max_categories:
                     whole[format_category(answer.strip())] += 1
                 continue
             answers += 1
@@ -119,11 +120,10 @@ def _answer_columns(batches: Iterable[pa.RecordBatch], max_categories: int) -> l
     wanted = max(MIN_KEY_ROWS, MIN_KEY_SHARE * answers)
     keys = [key for key, rows in seen.most_common() if rows >= wanted][:MAX_KEYS]
     found = [_answer_column(key, values[key], seen[key], max_categories) for key in sorted(keys)]
-    if with_tools >= max(MIN_KEY_ROWS, MIN_KEY_SHARE * exchanges):
-        return [*TOOL_FEATURES, *found]
     if whole.total() > answers and len(whole) <= max(MAX_CLASS_SHARE * whole.total(), 2):
         found.append(Column(ANSWER_CLASS, "output", "category", None, "", "the whole answer, one of a few"))
-    return found
+    uses_tools = with_tools >= max(MIN_KEY_ROWS, MIN_KEY_SHARE * exchanges)
+    return [*TOOL_FEATURES, *found] if uses_tools else found
 
 
 def _answer_column(key: str, values: Counter[str], rows: int, max_categories: int) -> Column:
@@ -275,7 +275,9 @@ def _guard(check: str) -> Callable[[_Seen], float | None]:
 
 
 def _answer_class(one: _Seen) -> str | None:
-    return None if one.answer is None or one.fields is not None else format_category(one.answer.strip())
+    if one.answer is None or one.fields is not None or one.tools is not None:
+        return None
+    return format_category(one.answer.strip())
 
 
 def _answered(name: str) -> Callable[[_Seen], Any]:

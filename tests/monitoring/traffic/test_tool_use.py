@@ -63,3 +63,17 @@ def test_an_answer_that_was_cut_off_has_no_calls(changes):
 def test_traffic_without_tools_has_none_of_these_columns():
     table = made_of('{"intent":"On"}', "text", parameters="{}")
     assert not {column.name for column in TOOL_FEATURES} & set(table.column_names)
+
+
+def test_the_classes_of_a_task_are_watched_in_traffic_that_has_tools_too():
+    labelled = [exchange(n, answer=("yes", "no")[n % 2], parameters="{}") for n in range(30)]
+    with_tools = [
+        exchange(30 + n, answer=answer, parameters=PARAMETERS) for n, answer in enumerate((ONE, "Hm."))
+    ]
+    data = batch(*labelled, *with_tools * 4)
+    columns = list_watched_columns([data], SETTINGS)
+    (table,) = compute_feature_tables([data], columns, SETTINGS)
+    assert table["answer_class"].to_pylist() == ["yes", "no"] * 15 + [None] * 8
+    assert table["called_tools"].to_pylist()[30:32] == ["light", "(text)"]
+    only_tools = list_watched_columns([batch(*with_tools * 20)], SETTINGS)
+    assert "answer_class" not in {column.name for column in only_tools}
