@@ -111,6 +111,37 @@ def test_corrupt_events_are_set_aside_and_late_ones_counted(tmp_path, url, setti
     assert noted.late_rows == 1
 
 
+def with_tools(events, every):
+    """Exchanges of which one session in `every` offers tools: a call, or an answer to its result."""
+    tool = {"type": "function", "function": {"name": "light", "parameters": {"type": "object"}}}
+    parameters = json.dumps({"tools": [tool], "tool_choice": "auto"})
+    call = {"id": "a", "name": "light", "arguments": {}}
+    told = [
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "on", "tool_call_id": "a"},
+    ]
+    made = []
+    for number, one in enumerate(events):
+        session, place = int(one.session.removeprefix("s")), number % 2
+        if session % every == 0:
+            messages = json.dumps([*json.loads(one.messages), *told * place])
+            answer = one.answer if place else '{"tool_calls":[{"name":"light","arguments":{}}]}'
+            one = replace(one, messages=messages, answer=answer, parameters=parameters)
+        made.append(one)
+    return made
+
+
+@pytest.mark.slow
+def test_a_steady_share_of_requests_with_tools_is_no_drift_and_another_share_is(tmp_path, url, settings):
+    events = [*with_tools(some(0, 1000), every=10), *with_tools(some(1000, 200), every=2)]
+    stored(url, *events)
+    usual = read_reference(url, TAG, settings, NOW)
+    assert {"calls", "called_tools"} <= {column.name for column in usual.columns}
+    same, again, more = look_once(tmp_path, url, usual, settings)
+    assert (same.judged, same.drifted, again.drifted, more.drifted) == (True, False, False, True)
+    assert {"answer_form", "turns"} <= {change.column for change in more.changes}
+
+
 def of_users(events, users):
     return [
         replace(one, session=None, user=f"app{number % users}", key_id="k")
