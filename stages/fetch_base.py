@@ -283,7 +283,9 @@ def convert(found: Found, into: Path, task: TaskSettings) -> dict[str, Any]:
             "choose an instruction-tuned base model (fetch_base in params.yaml)",
         )
     own_template = tokenizer.chat_template
-    wanted = (task.template_arguments, task.kind == "tools", task.tools_template)
+    # `default` is for any kind of task: a service may get requests with tools next to those of its task.
+    with_tools = task.kind == "tools" or task.tools_template == "default"
+    wanted = (task.template_arguments, with_tools, task.tools_template)
     gap = find_filled_gap(tokenizer, *wanted)
     tokenizer.chat_template = adapt_template(tokenizer, *wanted)
     if gap:

@@ -295,6 +295,23 @@ def test_the_default_base_comes_whole_from_its_wheel(tmp_path, monkeypatch):
     assert "Paris" in tokenizer.decode(answer)
 
 
+def test_a_task_of_another_kind_gets_the_notation_of_tools_only_when_told(project, tiny_folder):
+    from transformers import AutoTokenizer
+
+    from stages.common.chat.calls import find_template_gap, read_call_format
+
+    project(origin="folder", name=str(tiny_folder), license="apache-2.0")
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    assert (params["task"]["kind"], params["task"]["tools_template"]) == ("json", "auto")
+    main()
+    assert find_template_gap(AutoTokenizer.from_pretrained("artifacts/fetch_base"))
+    params["task"]["tools_template"] = "default"
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    main()
+    saved = AutoTokenizer.from_pretrained("artifacts/fetch_base")
+    assert read_call_format(saved).opener == "<tool_call>\n"
+
+
 def test_a_base_without_tools_in_its_template_gets_them_for_a_task_with_tools(project, tiny_folder, caplog):
     from transformers import AutoTokenizer
 
