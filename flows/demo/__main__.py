@@ -2,9 +2,9 @@
 
 A model is trained and served in a separate checkout (`.perennial/demo`; the project's files are not
 changed). Users ask what it was trained on; then the traffic changes: new phrasings, a new wing of the house,
-German. Drift is detected, the users' corrections become training rows, and the candidate passes the gate and
-a canary before it is promoted; a poisoned one is rejected. Service, flows and pages are those of `make up`;
-only the users are simulated.
+German. A tenth of the requests offers tools, all day. Drift is detected, the users' corrections become
+training rows, and the candidate passes the gate and a canary before it is promoted; a poisoned one is
+rejected. Service, flows and pages are those of `make up`; only the users are simulated.
 
     perennial demo           # the whole demo
     perennial demo --show    # the pages of the last demo again, until Ctrl-C
@@ -32,6 +32,8 @@ from flows.demo.checkout import build_checkout_environment, make_checkout, run_p
 from flows.demo.poison import train_poisoned
 from flows.demo.replay import ReplayResult, replay
 from flows.demo.report import REPORT, Accuracy, DemoResult, Step, format_share, write_report
+from flows.demo.tool_replay import ToolCounts
+from flows.demo.tool_traffic import count_tool_requests, write_conversations
 from flows.demo.traffic import Kind, TrafficModel, is_english_default, read_traffic_model, write_traffic
 from flows.gate.judge import run_gate
 from flows.gate.verdict import GateVerdict
@@ -54,6 +56,7 @@ OLD: Mapping[Kind, float] = {"known": 1.0}
 # What is smaller than in production, so that the demo takes minutes; everything else is as shipped.
 SOURCE = {"reserved_share": 0.15, "rows_per_template": 5}
 SETTINGS: dict[str, Any] = {
+    "task.tools_template": "default",  # for the requests with tools
     "finetune.replay_share": 0.25,
     "ask_base.max_rows": 300,
     "flows.training.cron": None,
@@ -87,6 +90,7 @@ class DemoRun:
     model: TrafficModel
     began: float = field(default_factory=time.monotonic)
     steps: list[Step] = field(default_factory=list)
+    tools: ToolCounts = field(default_factory=ToolCounts)
     seed: int = 0
 
     @contextmanager
@@ -109,10 +113,18 @@ class DemoRun:
         logger.info("%s: %s (%.0f s)", name, step.result or f"{step.asked} requests", step.took_s)
 
     def ask(self, mix: Mapping[Kind, float], count: int, concurrency: int = 8) -> ReplayResult:
-        """Send `count` requests that were not sent before."""
+        """Send `count` requests that were not sent before, a fixed share of them with tools."""
         self.seed += 1
-        requests = write_traffic(self.model, mix, count, self.seed)
-        return replay(self.url, requests, seed=self.seed, concurrency=concurrency)
+        with_tools = count_tool_requests(count, self.seed)
+        result = replay(
+            self.url,
+            write_traffic(self.model, mix, count - with_tools, self.seed),
+            conversations=write_conversations(with_tools, self.seed),
+            seed=self.seed,
+            concurrency=concurrency,
+        )
+        self.tools.add(result.tools)
+        return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -178,7 +190,9 @@ def _run(root: Path) -> None:
     poisoned = _reject_poisoned(demo)
     minutes = (time.monotonic() - demo.began) / 60
     retraining = read_last_retraining(checkout)
-    text = write_report(checkout, DemoResult(demo.steps, accuracy, drift, retraining, poisoned, minutes))
+    text = write_report(
+        checkout, DemoResult(demo.steps, accuracy, drift, retraining, poisoned, minutes, demo.tools)
+    )
     report = (checkout / REPORT).relative_to(root)
     sys.stdout.write(f"\n{text}\nreport  {report}\npages   perennial demo --show\n")
 

@@ -8,38 +8,19 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any
 
+from flows.demo.caller import USUAL_HABITS, Caller, Habits
+from flows.demo.tool_replay import ToolCounts, converse
+from flows.demo.tool_traffic import ToolConversation
 from flows.demo.traffic import KINDS, Kind, Request
-
-if TYPE_CHECKING:
-    import httpx
 
 VISIT_REQUESTS = (3, 8)  # of one user in a row
 LOOK_AHEAD = 40  # requests among which a visit finds related ones
 REGULARS_PER_INTENT = 6  # users who mostly ask for the same things
 TIMEOUT_S = 120.0
-
-
-@dataclass(frozen=True, slots=True)
-class Habits:
-    """How users behave.
-
-    Attributes:
-        corrected: share of the wrong answers that get a thumbs down and the right answer.
-        thumbs_up: share of the right answers that get a thumbs up.
-        users: number of users.
-    """
-
-    corrected: float = 0.7
-    thumbs_up: float = 0.3
-    users: int = 60
-
-
-USUAL_HABITS = Habits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +30,11 @@ class Visit:
     user: str
     session: str
     requests: tuple[Request, ...]
+
+    @property
+    def size(self) -> int:
+        """The number of requests."""
+        return len(self.requests)
 
 
 def make_visits(requests: Sequence[Request], users: int, seed: int) -> list[Visit]:
@@ -76,6 +62,27 @@ def make_visits(requests: Sequence[Request], users: int, seed: int) -> list[Visi
     return dealt
 
 
+def mix_evenly(
+    visits: Sequence[Visit], conversations: Sequence[ToolConversation]
+) -> list[Visit | ToolConversation]:
+    """Return both in their order, the conversations evenly among the visits.
+
+    So every window of the traffic has the same share of requests with tools.
+    """
+    placed = [*_find_middles(visits), *_find_middles(conversations)]
+    return [one for _, one in sorted(placed, key=lambda pair: pair[0])]
+
+
+def _find_middles(
+    sources: Sequence[Visit] | Sequence[ToolConversation],
+) -> Iterator[tuple[float, Visit | ToolConversation]]:
+    """Yield each with the share of all their requests that come before its middle."""
+    total, done = sum(one.size for one in sources), 0
+    for one in sources:
+        yield (done + one.size / 2) / total, one
+        done += one.size
+
+
 @dataclass(frozen=True, slots=True)
 class Score:
     """How often a version answered one kind of request correctly."""
@@ -93,8 +100,9 @@ class ReplayResult:
     Attributes:
         asked: requests sent; failed: calls (requests and feedback) without status 200.
         failures: number by cause.
-        scores: of the answered requests; `version` is NAME:VERSION.
-        corrections, thumbs_up: feedback that the service accepted.
+        scores: of the answered requests without tools; `version` is NAME:VERSION.
+        corrections, thumbs_up: feedback on them that the service accepted.
+        tools: what came of the conversations with tools.
     """
 
     asked: int
@@ -104,6 +112,7 @@ class ReplayResult:
     corrections: int
     thumbs_up: int
     seconds: float
+    tools: ToolCounts
 
     @property
     def versions(self) -> dict[str, int]:
@@ -124,17 +133,17 @@ class ReplayResult:
 class _Tally:
     """Counts of a replay so far."""
 
-    asked: int = 0
-    failures: Counter[str] = field(default_factory=Counter)
     answered: Counter[tuple[str, Kind, bool]] = field(default_factory=Counter)
     corrections: int = 0
     thumbs_up: int = 0
+    tools: ToolCounts = field(default_factory=ToolCounts)
 
 
 def replay(
     url: str,
     requests: Sequence[Request],
     *,
+    conversations: Sequence[ToolConversation] = (),
     habits: Habits = USUAL_HABITS,
     concurrency: int = 8,
     seed: int = 7,
@@ -150,6 +159,7 @@ def replay(
     Args:
         url: of the service.
         requests: in their order of arrival.
+        conversations: with tools, which come evenly among the requests.
         habits: of the users.
         concurrency: users at the same time; each waits for an answer before the next request.
         seed: of users and their feedback; a new one for each replay, or sessions are shared.
@@ -160,25 +170,25 @@ def replay(
     """
     logging.getLogger("httpx").setLevel(logging.WARNING)
     started, tally = time.monotonic(), _Tally()
-    progress = (lambda: on_progress(tally.asked, len(requests))) if on_progress else lambda: None
-    asyncio.run(
+    count = len(requests) + sum(one.size for one in conversations)
+    caller = asyncio.run(
         _replay(
             url,
-            make_visits(requests, habits.users, seed),
+            mix_evenly(make_visits(requests, habits.users, seed), conversations),
             habits,
             concurrency,
             {"Authorization": f"Bearer {key}"} if key else {},
             max_tokens,
             tally,
-            progress,
+            (lambda asked: on_progress(asked, count)) if on_progress else lambda _: None,
             should_stop or (lambda: False),
         )
     )
     pairs = sorted({(version, kind) for version, kind, _ in tally.answered})
     return ReplayResult(
-        asked=tally.asked,
-        failed=sum(tally.failures.values()),
-        failures=dict(sorted(tally.failures.items())),
+        asked=caller.asked,
+        failed=sum(caller.failures.values()),
+        failures=dict(sorted(caller.failures.items())),
         scores=tuple(
             Score(version, kind, right + tally.answered[version, kind, False], right)
             for version, kind in pairs
@@ -187,92 +197,60 @@ def replay(
         corrections=tally.corrections,
         thumbs_up=tally.thumbs_up,
         seconds=time.monotonic() - started,
+        tools=tally.tools,
     )
 
 
 async def _replay(
     url: str,
-    waiting: Sequence[Visit],
+    waiting: Sequence[Visit | ToolConversation],
     habits: Habits,
     concurrency: int,
     headers: Mapping[str, str],
     max_tokens: int,
     tally: _Tally,
-    progress: Callable[[], None],
+    on_asked: Callable[[int], None],
     should_stop: Callable[[], bool],
-) -> None:
+) -> Caller:
+    """Send everything; return the caller with its counts."""
     import httpx
 
     queue = iter(waiting)
 
-    async def ask_visits(client: httpx.AsyncClient) -> None:
-        for visit in queue:
+    async def ask_visits(caller: Caller) -> None:
+        for one in queue:
             if should_stop():
                 return
-            moods = random.Random(visit.session)  # not shared: answers come in any order
-            for request in visit.requests:
-                await _ask(client, visit, request, habits, moods, max_tokens, tally, progress)
+            if isinstance(one, ToolConversation):
+                await converse(caller, one, habits, tally.tools)
+                continue
+            moods = random.Random(one.session)  # not shared: answers come in any order
+            for request in one.requests:
+                await _ask(caller, one, request, habits, moods, tally)
 
-    async with (
-        httpx.AsyncClient(base_url=url, headers=headers, timeout=TIMEOUT_S) as client,
-        asyncio.TaskGroup() as group,
-    ):
-        for _ in range(concurrency):
-            group.create_task(ask_visits(client))
+    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=TIMEOUT_S) as client:
+        caller = Caller(client, max_tokens, on_asked)
+        async with asyncio.TaskGroup() as group:
+            for _ in range(concurrency):
+                group.create_task(ask_visits(caller))
+    return caller
 
 
 async def _ask(
-    client: httpx.AsyncClient,
-    visit: Visit,
-    request: Request,
-    habits: Habits,
-    moods: random.Random,
-    max_tokens: int,
-    tally: _Tally,
-    progress: Callable[[], None],
+    caller: Caller, visit: Visit, request: Request, habits: Habits, moods: random.Random, tally: _Tally
 ) -> None:
-    body = {
-        "messages": [{"role": "user", "content": request.text}],
-        "user": visit.user,
-        "session": visit.session,
-        "max_tokens": max_tokens,
-    }
     mood = moods.random()
-    answer = await _post(client, "/v1/chat/completions", body, tally)
-    tally.asked += 1
-    progress()
+    answer = await caller.ask([{"role": "user", "content": request.text}], visit.user, visit.session)
     if answer is None:
         return
     right = is_right(answer["choices"][0]["message"]["content"], request.label)
     tally.answered[f"{answer['model']}:{answer['system_fingerprint']}", request.kind, right] += 1
-    feedback: dict[str, Any] = {"request_id": answer["id"]}
+    # No count is added to in the line that waits: others change it meanwhile.
     if right and mood < habits.thumbs_up:
-        if await _post(client, "/v1/feedback", {**feedback, "thumb": "up"}, tally) is not None:
+        if await caller.confirm(answer["id"]):
             tally.thumbs_up += 1
-    elif not right and mood < habits.corrected:
-        feedback |= {"thumb": "down", "correction": request.label}
-        if await _post(client, "/v1/feedback", feedback, tally) is not None:
-            tally.corrections += 1
-
-
-async def _post(
-    client: httpx.AsyncClient, path: str, body: Mapping[str, Any], tally: _Tally
-) -> dict[str, Any] | None:
-    """Return the response of a call; count the failure if there is none."""
-    import httpx
-
-    try:
-        answer = await client.post(path, json=dict(body))
-        value: dict[str, Any] = answer.json()
-    except httpx.HTTPError as error:
-        tally.failures[f"{path} {type(error).__name__}"] += 1
-        return None
-    except ValueError:
-        value = {}
-    if answer.status_code != 200 or not value:
-        tally.failures[f"{path} {answer.status_code}"] += 1
-        return None
-    return value
+    elif not right and mood < habits.corrected and await caller.correct(answer["id"], request.label):
+        tally.corrections += 1
 
 
 def is_right(text: str, label: str) -> bool:

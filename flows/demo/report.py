@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from flows.demo.tool_replay import ToolCounts
 from flows.gate.verdict import GateVerdict
 from flows.retrain.progress import RetrainResult
 from stages.common.artifacts import write_json, write_text
@@ -57,6 +58,7 @@ class DemoResult:
     retraining: RetrainResult
     poisoned: GateVerdict
     minutes: float
+    tools: ToolCounts
 
     @property
     def asked(self) -> int:
@@ -81,6 +83,7 @@ def write_report(checkout: Path, result: DemoResult) -> str:
             "retraining": asdict(result.retraining),
             "requests": result.asked,
             "failed": result.failed,
+            "tools": asdict(result.tools),
             "minutes": result.minutes,
             "poisoned": asdict(result.poisoned),
         },
@@ -109,9 +112,19 @@ def render_report(result: DemoResult) -> str:
             f"- {result.drift}",
             f"- {retraining.outcome}: {retraining.summary}",
             f"- the poisoned candidate {result.poisoned.tag} was rejected",
+            f"- {format_tools(result.tools)}",
             f"- {result.asked} requests, {result.failed} failed; {result.minutes:.1f} minutes",
             "",
         ]
+    )
+
+
+def format_tools(tools: ToolCounts) -> str:
+    """Return what came of the conversations with tools, in one line."""
+    cut = f", {tools.cut} cut off by `max_tokens`" if tools.cut else ""
+    return (
+        f"{tools.conversations} conversations with tools ({tools.asked} requests): {tools.calls} calls, "
+        f"{tools.malformed} malformed{cut}; {tools.told} of {tools.results} results answered"
     )
 
 
