@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from services import errors
 from services.answering.failures import convert_failure
-from services.answering.handler import MAX_CHARS_PER_TOKEN, ChatHandler
+from services.answering.handler import ChatHandler
+from services.answering.prompts import MAX_CHARS_PER_TOKEN
 from services.engines.protocol import ContextOverflow, EngineError, Sampling, Unsupported
 from services.errors import ApiError
 from services.keys.access import Caller

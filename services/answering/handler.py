@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 
@@ -15,6 +15,7 @@ from services.answering.checking import check_calls, check_tools
 from services.answering.failures import convert_failure
 from services.answering.held_calls import hold_calls, make_reader, restrict_text
 from services.answering.held_tokens import HeldTokens
+from services.answering.prompts import apply_guard, encode_prompt, read_texts
 from services.answering.request import Delta, Echo, GenerationRequest, Usage, make_request_id
 from services.answering.state import GenerationState, build_exchange
 from services.background import BackgroundTasks
@@ -31,17 +32,14 @@ from services.engines.protocol import (
 )
 from services.errors import ApiError
 from services.events import CLIENT_GONE, EventStore, StoreUnavailable
-from services.guard.policy import CheckResult, buffers_output, check_answer, check_prompt
+from services.guard.policy import buffers_output, check_answer
 from services.keys.access import Access
 from services.metrics import get_metrics
 from services.model_pool import LoadedModel, ModelPool, Route
 from services.schemas.trials import SchemaTrials
 from stages.common.chat.calls import find_shown_ids
-from stages.common.chat.template import TemplateRefusal, encode_text
 from stages.common.params.services import Services
 
-# No token of a known vocabulary is longer than this, so a longer prompt is rejected before it is tokenized.
-MAX_CHARS_PER_TOKEN = 32
 MAX_SHADOWS = 8  # shadow answers at the same time; more are skipped and counted
 
 logger = logging.getLogger("services.answering")
@@ -100,9 +98,11 @@ class ChatHandler:
     async def _generate_within_quota(
         self, request: GenerationRequest, state: GenerationState
     ) -> AsyncIterator[Delta]:
+        guard = self.settings.guard
+        texts = read_texts(request, state, guard.max_prompt_tokens)
         await self._check_requested_schema(request, state.model)
         await check_tools(request, state.model, self.schemas, self.settings.answers.constrained_decoding)
-        prompt = self._encode(request, state)
+        prompt = await encode_prompt(texts, request, state, guard)
         reserved = len(prompt) + request.sampling.max_tokens
         self.access.reserve(request.caller, reserved)
         try:
@@ -156,27 +156,6 @@ class ChatHandler:
         if (problem := self._store_problem()) is not None:
             logger.error("the event store cannot be written: %s", problem)
             raise errors.store_unavailable()
-
-    def _encode(self, request: GenerationRequest, state: GenerationState) -> list[int]:
-        """Return the token ids of the prompt, after the guard has checked it.
-
-        Raises:
-            ApiError: the prompt is too long, or the guard rejects it.
-        """
-        limit = self.settings.guard.max_prompt_tokens
-        texts = request.as_texts(state.model.decode_prompt)
-        chars = sum(len(text["content"]) for text in texts)
-        if chars > limit * MAX_CHARS_PER_TOKEN:
-            state.unread = True
-            tokens = chars // MAX_CHARS_PER_TOKEN
-            raise errors.context_length_exceeded(tokens, limit, request.prompt_param)
-        checked = check_prompt(texts, state.model.control_tokens, self.settings.guard)
-        apply_guard(state, checked, request.prompt_param)
-        prompt = _tokenize(request, state.model)
-        state.prompt_tokens = len(prompt)
-        if len(prompt) > limit:
-            raise errors.context_length_exceeded(len(prompt), limit, request.prompt_param)
-        return prompt
 
     async def _check_requested_schema(self, request: GenerationRequest, model: LoadedModel) -> None:
         """Reject a schema that is invalid, unsupported or too costly, before decoding starts.
@@ -330,7 +309,9 @@ class ChatHandler:
         state = GenerationState(Route(shadow, "shadow"))
         try:
             with shadow.in_use(), suppress(StoreUnavailable):
-                prompt = self._encode(own, state)
+                guard = self.settings.guard
+                texts = read_texts(own, state, guard.max_prompt_tokens)
+                prompt = await encode_prompt(texts, own, state, guard)
                 async for _ in self._decode(prompt, own, state):
                     pass
                 await self._check_answer(own, state)
@@ -341,34 +322,6 @@ class ChatHandler:
             logger.info("%s: the shadow of %s failed: %s", own.request_id, request.request_id, error)
         finally:
             self._shadows -= 1
-
-
-def apply_guard(state: GenerationState, results: Iterable[CheckResult], param: str | None) -> None:
-    """Record the results of checks, and reject where an enforced one does not allow the text.
-
-    Args:
-        param: the field of the request that was checked; None for an answer.
-
-    Raises:
-        ApiError: content_refused.
-    """
-    for result in results:
-        decision = result.decision
-        state.decisions[result.check] = decision
-        get_metrics().decisions.labels(result.check, decision.reason or "allow", state.version).inc()
-        if result.policy == "enforce" and not decision.allow:
-            raise errors.content_refused(decision.reason or result.check, param)
-
-
-def _tokenize(request: GenerationRequest, model: LoadedModel) -> list[int]:
-    if isinstance(request.raw, tuple):
-        return list(request.raw)
-    if request.raw is not None:
-        return encode_text(model.tokenizer, request.raw)
-    try:
-        return model.encode_chat(request.messages, request.tools)
-    except TemplateRefusal as error:
-        raise errors.invalid_value(request.prompt_param, error.what) from None
 
 
 def _make_echo(request: GenerationRequest, prompt: list[int], step: Step, model: LoadedModel) -> Echo:

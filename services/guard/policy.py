@@ -19,6 +19,11 @@ class CheckResult:
     policy: Policy
     decision: GuardDecision
 
+    @property
+    def rejects(self) -> bool:
+        """Whether the text may not be used."""
+        return self.policy == "enforce" and not self.decision.allow
+
 
 def check_prompt(
     messages: Sequence[Mapping[str, str]], control_tokens: Sequence[str], settings: Guard

@@ -3,11 +3,15 @@
 import asyncio
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 
+from services.answering import prompts
 from services.engines.paged.model import PagedModel
+from stages.common.chat.template import encode_prompt
+from stages.common.messages import Message
 from tests.services.schemas.test_trials import fork
 from tests.services.serving import ask, load_paged, paged_files, serving
 
@@ -190,3 +194,40 @@ def test_a_schema_that_no_grammar_holds_is_refused(client, schema):
     answer = client.post("/v1/chat/completions", content=json.dumps(body), headers=headers)
     assert answer.status_code == 422, answer.text
     assert answer.json()["error"]["param"].startswith("response_format")
+
+
+def test_a_long_prompt_is_checked_and_tokenized_in_a_thread_of_its_own(client, monkeypatch):
+    used = []
+
+    def note(do):
+        def noted(*given):
+            used.append(threading.current_thread().name.startswith("prompt"))
+            return do(*given)
+
+        return noted
+
+    for name in ("check_prompt", "_tokenize"):
+        monkeypatch.setattr(prompts, name, note(getattr(prompts, name)))
+    monkeypatch.setattr(prompts, "MAX_INLINE_CHARS", 100)
+    for size in (50, 150):
+        assert ask(client, "x" * size, max_tokens=1).status_code == 200
+    assert used == [False, False, True, True]
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_its_schema_is_tried(server, client):
+    known = len(server.handler.schemas._verdicts)
+    refused = ask_for(
+        client, {"const": "a schema of its own"}, messages=[{"role": "user", "content": "x " * 90_000}]
+    )
+    assert refused.json()["error"]["code"] == "context_length_exceeded"
+    assert len(server.handler.schemas._verdicts) == known
+
+
+def test_threads_that_share_a_tokenizer_make_the_same_prompts(server):
+    tokenizer = server.handler.pool.champion.tokenizer
+    marks = ("", *tokenizer.all_special_tokens)
+    talks = [[Message("user", f"{marks[n % len(marks)]} light {n} on " * n)] for n in range(60)]
+    alone = [encode_prompt(tokenizer, talk) for talk in talks]
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(5):
+            assert [*threads.map(lambda talk: encode_prompt(tokenizer, talk), talks)] == alone
