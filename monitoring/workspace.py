@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from monitoring.report import METHOD
 from monitoring.verdicts import DriftVerdict
-from stages.common.artifacts import STATE, read_json, write_json
+from stages.common.artifacts import STATE, make_folder, read_json, write_json
 from stages.common.logs import set_quiet_environment
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def add_to_workspace(root: Path, verdict: DriftVerdict, snapshot: Snapshot) -> s
     set_quiet_environment()
     from evidently.ui.workspace import Workspace
 
+    make_folder(root / WORKSPACE)
     workspace = Workspace.create(str(root / WORKSPACE))
     project = _project(workspace)
     index_path = root / WORKSPACE / "runs.json"

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import psutil
 
+from stages.common.artifacts import make_folder
+
 RUN_ID_VARIABLE = "PERENNIAL_RUN_ID"
 
 # An interrupt lets a stage remove its half-written files and DVC release its locks.
@@ -45,7 +47,7 @@ def start(
         folder: the working folder; None for this process's own.
         environment: the whole environment; None for this process's own.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(log.parent)
     with log.open("ab") as file:
         return subprocess.Popen(
             command,

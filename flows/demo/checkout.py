@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from stages.common.artifacts import STATE, write_text
+from stages.common.artifacts import STATE, make_folder, write_text
 from stages.common.errors import InputError
 from stages.common.params.loading import load_params
 from stages.common.repository.git import run_git
@@ -94,7 +94,7 @@ def override_params(path: Path, overrides: Mapping[str, Any]) -> None:
 def _snapshot(root: Path, repository: Path) -> str:
     """Commit the files of `root` that git does not ignore to `repository`; return the commit."""
     if not repository.is_dir():
-        repository.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(repository.parent)
         run_git(repository.parent, "init", "--quiet", "--bare", repository.name)
     identity = {
         f"GIT_{role}_{key}": value

@@ -27,7 +27,7 @@ import services
 from flows.common import processes
 from services.versions.aliases import ALIASES, Aliases, Challenger, write_aliases
 from stages.common import network
-from stages.common.artifacts import STATE, read_json, write_json, write_text
+from stages.common.artifacts import STATE, make_folder, read_json, write_json, write_text
 from stages.common.errors import InputError
 from stages.common.locks import hold_lock, try_file_lock
 from stages.common.logs import QUIET_ENVIRONMENT
@@ -94,7 +94,7 @@ def own_folder(
 
     It is locked as long as its owner lives: the kernel knows, whatever happens to clocks and process numbers.
     """
-    (root / STATE).mkdir(parents=True, exist_ok=True)
+    make_folder(root / STATE)
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=root / STATE)).resolve()
     with hold_lock(folder / LOCK):
         try:
@@ -166,7 +166,7 @@ def end_orphans(root: Path) -> int:
 
 
 def _start(folder: Path, log: Path, run_id: str, port: int) -> subprocess.Popen[bytes]:
-    log.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(log.parent)
     command = [sys.executable, "-m", "bentoml", "serve", "services.generation:Generation"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     path = os.pathsep.join(filter(None, [str(CODE), os.environ.get("PYTHONPATH")]))

@@ -21,7 +21,16 @@ from flows.common import processes
 from flows.registry.model_versions import download_adapter, download_file, find_version
 from flows.registry.tracking import Registry
 from services.versions.store import add_pipeline_output, list_versions
-from stages.common.artifacts import STATE, artifacts, missing, read_json, reports, write_json, write_text
+from stages.common.artifacts import (
+    STATE,
+    artifacts,
+    make_folder,
+    missing,
+    read_json,
+    reports,
+    write_json,
+    write_text,
+)
 from stages.common.errors import InputError
 from stages.common.model.adapter import list_adapter_files
 from stages.common.tag import Tag
@@ -60,7 +69,7 @@ def restore(registry: Registry, tag: str) -> str:
             "fetch that base model first: fetch_base in params.yaml, then dvc repro fetch_base",
         )
     kept = root / STATE
-    kept.mkdir(exist_ok=True)
+    make_folder(kept)
     with tempfile.TemporaryDirectory(prefix="restore-", dir=kept) as name:
         folder = Path(name)
         _make_checkout(registry, tag, folder)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from stages.common import network
-from stages.common.artifacts import STATE, atomic_write
+from stages.common.artifacts import STATE, atomic_write, make_folder
 from stages.common.errors import InputError
 from stages.common.locks import hold_lock
 from stages.common.logs import set_quiet_environment
@@ -166,7 +166,7 @@ def _check(address: str) -> None:
 
 def _open_file(path: Path) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with closing(sqlite3.connect(path, timeout=REACH_TIMEOUT_S)) as connection:
             connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
     except (sqlite3.Error, OSError) as error:

@@ -21,7 +21,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from flows.common import processes
-from stages.common.artifacts import STATE, write_json
+from stages.common.artifacts import STATE, make_folder, write_json
 from stages.common.errors import InputError
 
 POLL_S = 0.5
@@ -91,7 +91,7 @@ def hold(root: Path, *, wait: bool = True) -> Iterator[RunLock]:
         InputError: another run holds the lock, and `wait` is false.
     """
     folder = root / STATE
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     with _locked(folder, wait):
         _clean_up(folder)
         lock = RunLock(folder, _own_record())

@@ -22,6 +22,7 @@ from types import FrameType
 from flows.common import processes
 from flows.common.up_state import Condition, ProgramState, UpState, write_up_state
 from stages.common import network
+from stages.common.artifacts import make_folder
 from stages.common.errors import InputError
 
 POLL_S = 0.1
@@ -157,7 +158,7 @@ class Supervisor:
 
     def _start(self, program: Program) -> subprocess.Popen[bytes]:
         log = self._logs / f"{program.name}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(log.parent)
         if log.exists() and log.stat().st_size > MAX_LOG_BYTES:
             os.replace(log, log.with_suffix(".log.1"))
         with log.open("ab") as file:

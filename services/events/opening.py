@@ -12,6 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from services.events.database import check_url, describe_error, get_sqlite_path, make_engine, mask_password
 from services.events.migrations import find_version_problem, migrate
 from services.events.schema import StoreUnavailable
+from stages.common.artifacts import close_to_others, make_folder
 from stages.common.errors import InputError
 
 
@@ -19,7 +20,9 @@ def migrate_store(url: URL) -> bool:
     """Create the store at `url` or upgrade its schema; return whether anything changed."""
     path = get_sqlite_path(url)
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
+        path.touch(mode=0o600)  # SQLite gives the mode to its log too
+        close_to_others(path, 0o600)
     engine = make_engine(url, create=True)
     try:
         return migrate(engine, mask_password(url))

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from stages.common.artifacts import STATE
+from stages.common.artifacts import STATE, make_folder
 from stages.common.errors import InputError
 
 RELEASES = STATE / "releases.jsonl"
@@ -71,7 +71,7 @@ def append_release(root: Path, release: Release) -> None:
         return
     line = json.dumps(asdict(release), ensure_ascii=False, allow_nan=False) + "\n"
     path = root / RELEASES
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with path.open("a+b") as file:
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)

@@ -27,6 +27,27 @@ def reports(stage: str) -> Path:
     return Path("reports") / stage
 
 
+def make_folder(path: Path) -> None:
+    """Create a folder with its parents; that of the state, wherever it is above, only for its owner.
+
+    What runs remember has texts of users: events, answers, logs. A folder of theirs that others can open is
+    closed, if it is this user's.
+    """
+    state = next((folder for folder in (path, *path.parents) if folder.name == STATE.name), None)
+    if state is not None:
+        state.parent.mkdir(parents=True, exist_ok=True)
+        state.mkdir(mode=0o700, exist_ok=True)
+        close_to_others(state, 0o700)
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def close_to_others(path: Path, mode: int) -> None:
+    """Give a file or folder a mode, if it is this user's and others can open it."""
+    found = path.stat()
+    if found.st_mode & 0o077 and found.st_uid == os.getuid():
+        path.chmod(mode)
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` so that `path` holds either the old content or all of the new."""
     with atomic_write(path) as temporary:
@@ -114,7 +135,7 @@ def atomic_write(path: Path, mode: int = 0o644) -> Iterator[Path]:
     Args:
         mode: the permissions of the file in the end; until then only its owner can read it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
@@ -129,7 +150,7 @@ def atomic_write(path: Path, mode: int = 0o644) -> Iterator[Path]:
 @contextmanager
 def atomic_dir(path: Path) -> Iterator[Path]:
     """Yield an empty folder next to `path`; on success it takes the place of `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     for killed in path.parent.glob(f".{path.name}.*"):  # a process killed in here could not tidy up
         shutil.rmtree(killed, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))

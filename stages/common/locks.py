@@ -8,6 +8,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from stages.common.artifacts import make_folder
+
 
 @contextmanager
 def hold_lock(path: Path) -> Iterator[None]:
@@ -16,7 +18,7 @@ def hold_lock(path: Path) -> Iterator[None]:
     The kernel releases it when the process ends, however that happens. The file stays and is empty: its
     existence means nothing. Threads exclude each other too; taken again inside the block, it waits forever.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with FileLock(path):
         yield
 
@@ -24,7 +26,7 @@ def hold_lock(path: Path) -> Iterator[None]:
 @contextmanager
 def try_file_lock(path: Path) -> Iterator[bool]:
     """Hold the lock file `path` for the block if it is free; yield whether it is held."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     lock = FileLock(path)
     try:
         lock.acquire(blocking=False)

@@ -426,6 +426,21 @@ def test_the_places_that_forgetting_does_not_reach_are_those_that_are_written():
         assert str(place) in places
 
 
+@pytest.mark.parametrize("folder", [".perennial", "own"])
+@pytest.mark.parametrize("is_wide", [False, True])
+def test_no_other_user_reads_the_files_of_the_store(tmp_path, folder, is_wide):
+    path = tmp_path / folder / "events.db"
+    if is_wide:  # as an earlier version made them
+        path.parent.mkdir(mode=0o755)
+        path.touch(0o644)
+    with opened(f"sqlite:///{path}") as store:
+        record(store, exchange(1))
+        modes = {file.name: file.stat().st_mode & 0o777 for file in path.parent.iterdir()}
+    assert {"events.db", "events.db-wal"} <= modes.keys() and set(modes.values()) == {0o600}
+    if folder == ".perennial":
+        assert path.parent.stat().st_mode & 0o777 == 0o700
+
+
 def test_sqlite_waits_for_the_disk(sqlite_url):
     with opened(sqlite_url) as store, store._engine.connect() as connection:
         pragmas = {

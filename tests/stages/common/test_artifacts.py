@@ -2,9 +2,11 @@ import pytest
 from dvc_data.hashfile.istextfile import DEFAULT_CHUNK_SIZE, istextblock
 
 from stages.common.artifacts import (
+    STATE,
     atomic_dir,
     atomic_write,
     hash_files,
+    make_folder,
     read_json,
     read_lines,
     write_json,
@@ -92,3 +94,14 @@ def test_the_hash_of_files_depends_on_their_names_and_contents_and_not_on_their_
     assert one == two != other
     write_text(tmp_path / "two" / "config", "deg")
     assert hash_files(sorted((tmp_path / "two").iterdir())) != one
+
+
+def test_only_its_owner_can_open_the_folder_of_the_state(tmp_path):
+    state = tmp_path / "checkout" / STATE
+    make_folder(state / "logs")
+    assert state.stat().st_mode & 0o777 == 0o700
+    state.chmod(0o755)
+    write_json(state / "gate" / "x" / "answers.json", {})
+    assert state.stat().st_mode & 0o777 == 0o700
+    write_json(tmp_path / "checkout" / "reports" / "metrics.json", {})
+    assert (tmp_path / "checkout" / "reports").stat().st_mode & 0o777 != 0o700
