@@ -18,6 +18,10 @@ from stages.common.privacy.redaction import hash_name
 
 logger = get_logger("events")
 
+# Stages whose artifacts have rows, and those whose reports quote some.
+_WITH_ROWS = ("collect", "curate", "split", "preflight", "ask_base", "evaluate")
+_THAT_QUOTE = ("validate", "preflight", "evaluate", "model_card")
+
 # Where else it may be, with what removes it there.
 NOT_REACHED = (
     (
@@ -25,22 +29,32 @@ NOT_REACHED = (
         "rows made of feedback; the next retraining writes them from the events that are left",
     ),
     (
-        f"{artifacts('collect')}, {artifacts('curate')}, {artifacts('split')} and {artifacts('evaluate')}",
-        "rows, rejected rows and answers; the next training writes them again",
+        ", ".join(str(artifacts(stage)) for stage in _WITH_ROWS),
+        "rows, rejected rows, long rows and answers; the next training writes them again",
     ),
     (
-        f"{artifacts('finetune')} and {artifacts('export')}, and the versions in MLflow",
+        f"{STATE / 'tests'}/*.parquet and {STATE / 'gate'}/*/answers.json",
+        "test rows of each version and the answers to them; search them for the person's texts, and delete"
+        " the files that have one: a champion without its file is judged on the candidate's test rows",
+    ),
+    (
+        f"{artifacts('finetune')}, {artifacts('export')}, {artifacts('initial_adapter')},"
+        f" {Path('checkpoints') / 'finetune'}, and the versions in BentoML's model store and in MLflow",
         "weights that learned from the rows, and draft_corpus.npz with rows themselves; train again, then"
-        " delete the older versions",
+        " delete the older versions and checkpoints",
     ),
     (".dvc/cache and DVC's remotes", "older rows and models; dvc gc --workspace, with --cloud for a remote"),
     (
-        f"{reports('watch').parent}, {STATE / 'evidently'} and the runs in MLflow",
+        ", ".join(str(reports(stage)) for stage in _THAT_QUOTE),
+        "pages and tables that quote rows; the next training writes them again",
+    ),
+    (
+        f"{reports('watch').parent}, {STATE / 'evidently'}, {STATE / 'mlflow-artifacts'} and MLflow's runs",
         "reports that may quote words of questions and answers; delete those of the time",
     ),
     (
-        "exported files, logs of proxies, copies and backups of the event store",
-        "delete them there",
+        f"{STATE / 'logs'}, exported files, logs of proxies, copies and backups of the event store",
+        "search them for the person's texts, and delete them there",
     ),
 )
 

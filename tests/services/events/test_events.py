@@ -1,6 +1,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from sqlalchemy import text
 
+from flows.gate.evaluation import GATE, TESTS
 from monitoring.feedback.rows import HELD_OUT, ROWS
 from monitoring.workspace import WORKSPACE
 from services.events import (
@@ -42,7 +45,7 @@ from services.events.__main__ import main
 from services.events.database import check_url, make_engine
 from services.events.schema import metadata
 from services.startup import prune_daily
-from stages.common.artifacts import artifacts
+from stages.common.artifacts import STATE
 from stages.common.errors import InputError
 from stages.common.params.loading import load_params
 from stages.common.privacy.redaction import pseudonymise
@@ -419,10 +422,37 @@ def test_nothing_of_a_forgotten_person_is_left_in_the_files(sqlite_url, tmp_path
     assert files and not any(b"zanzibar" in file for file in files)
 
 
-def test_the_places_that_forgetting_does_not_reach_are_those_that_are_written():
+# What stages and runs write without a text of a user.
+WITHOUT_TEXTS = {"artifacts/fetch_base", "reports/curate/rows.svg", "reports/check_bias/groups.svg"}
+WITHOUT_TEXTS |= {"reports/finetune/loss.svg", "reports/finetune/loss.csv"}
+STATE_WITHOUT_TEXTS = {
+    "aliases.json",
+    "api_keys.json",
+    "mlflow-run.lock",
+    "poisoned.json",
+    "prefect",
+    "up.json",
+}
+STATE_WITHOUT_TEXTS |= {"release.lock", "releases.jsonl", "retrain.json", "retrain.lock", "retrainings.jsonl"}
+STATE_WITHOUT_TEXTS |= {"server.json", "server.log", "demo"}  # the demo's checkout has no texts of users
+
+
+def test_every_place_that_stages_and_runs_write_is_reached_or_named():
     places = " ".join(place for place, _ in NOT_REACHED)
-    folders = [artifacts(stage) for stage in ("collect", "curate", "split", "evaluate", "finetune", "export")]
-    for place in (ROWS, HELD_OUT, WORKSPACE, *folders):
+    root = Path(__file__).parents[3]
+    stages = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"].values()
+    outs = [next(iter(out)) if isinstance(out, dict) else out for stage in stages for out in stage["outs"]]
+    code = [
+        path.read_text()
+        for top in ("flows", "monitoring", "services", "stages")
+        for path in root.glob(f"{top}/**/*.py")
+    ]
+    names = {name for text in code for name in re.findall(r'STATE\)? / "([^"]+)"', text)}
+    assert len(outs) > 15 and len(names) > 15
+    named = {out for out in outs if "/".join(out.split("/")[:2]) in places}
+    assert set(outs) - named == WITHOUT_TEXTS & set(outs)
+    assert {name for name in names if str(STATE / name) not in places} == STATE_WITHOUT_TEXTS
+    for place in (ROWS, HELD_OUT, WORKSPACE, TESTS, GATE, "checkpoints/finetune", "BentoML's model store"):
         assert str(place) in places
 
 
