@@ -47,7 +47,7 @@ bento: $(VENV)/.$(SERVE_EXTRAS) ## pack the champion and the service for another
 test: $(VENV)/.dev ## the fast tests (under five minutes, no GPU, no network)
 	@python -m pytest -m "not slow" --numprocesses logical --maxprocesses 4 --dist loadfile
 
-test-slow: $(VENV)/.dev ## the slow tests: the real base model, servers, a browser
+test-slow: $(VENV)/.dev .venv-clients/.installed ## the slow tests: the real base model, servers, a browser
 	@python -m pytest -m slow --numprocesses 2 --dist loadfile --timeout 900
 
 test-all: test test-slow ## every test
@@ -91,15 +91,17 @@ check-wheels: $(VENV)/.dev ## check that the index has a wheel of every pin for 
 check-pythons: $(VENV)/.dev ## install and run the fast tests on every supported Python found here (7 GB each)
 	@python -m tests.environments.pythons
 
-lock: $(VENV)/.dev ## re-resolve requirements.lock and requirements-gpu.lock for every supported Python and platform
+lock: $(VENV)/.dev ## re-resolve the three locks for every supported Python and platform
 	@UV_CUSTOM_COMPILE_COMMAND="make lock" uv pip compile --quiet --upgrade --universal --fork-strategy fewest \
 	  $(LOCKED_EXTRAS) --output-file requirements.lock pyproject.toml > /dev/null
 	@UV_CUSTOM_COMPILE_COMMAND="make lock" uv pip compile --quiet --upgrade --universal --fork-strategy fewest \
 	  --no-config --python-version 3.11 --extra serve --extra postgres --extra gpu \
 	  --output-file requirements-gpu.lock pyproject.toml > /dev/null
+	@UV_CUSTOM_COMPILE_COMMAND="make lock" uv pip compile --quiet --upgrade --universal --no-config --python-version 3.11 \
+	  --output-file tests/clients/requirements.lock tests/clients/requirements.in > /dev/null
 
 clean: ## remove the environments and everything a run made; data/ and git are kept
-	@rm -rf $(VENV) .venv-gpu .venv-vllm reports checkpoints .perennial dvc.lock .dvc/cache .dvc/tmp *.egg-info
+	@rm -rf $(VENV) .venv-gpu .venv-vllm .venv-clients reports checkpoints .perennial dvc.lock .dvc/cache .dvc/tmp *.egg-info
 	@find artifacts -mindepth 1 -not -path artifacts/initial_adapter -not -path artifacts/initial_adapter/README.md -delete
 
 # The stamp is touched last, so an interrupted installation is repeated.
@@ -117,6 +119,13 @@ $(VENV)/.dev: pyproject.toml requirements.lock | $(BIN)/python
 	@echo "installing what training, serving and development need (a few minutes the first time) …"
 	@$(INSTALL) '.[core,serve,postgres,monitor,dev]'
 	@touch $@ $(VENV)/.core $(VENV)/.serve
+
+# The clients' pins exclude the project's, so they have an environment of their own.
+.venv-clients/.installed: tests/clients/requirements.lock | $(VENV)/.dev
+	@echo "installing the clients of OpenAI's API that the slow tests use …"
+	@python -m venv .venv-clients
+	@.venv-clients/bin/python -m pip install --quiet --no-compile --requirement tests/clients/requirements.lock
+	@touch $@
 
 # A new pip: that of Python 3.11 finds no versions that BentoML and vLLM both take. The CPU build of vLLM does not pin
 # three packages for pictures and sound, whose default builds want CUDA; text needs none of them.
