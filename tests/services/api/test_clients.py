@@ -117,29 +117,20 @@ def expected(server, url, plain, tmp_path_factory):
     return path
 
 
-@pytest.mark.skipif(
-    not PYTHON.exists(), reason="the clients have an environment of their own: make test-slow"
-)
+@pytest.mark.skipif(not PYTHON.exists(), reason="clients have an own environment: make test-slow")
 @pytest.mark.parametrize("name", ["langchain", "litellm", "instructor", "pydantic_ai", "llm", "lm_eval"])
 def test_client(expected, tmp_path, name):
     """The test of one client, in the environment of the clients."""
     folder = ROOT / "tests" / "clients"
-    options = [
-        "-c",
-        os.devnull,
-        "--rootdir",
-        str(folder),
-        "--confcutdir",
-        str(folder),
-        "-p",
-        "no:cacheprovider",
-    ]
+    # Nothing of the project's own settings and fixtures.
+    options = ["-c", os.devnull, "--rootdir", str(folder), "--confcutdir", str(folder)]
     done = subprocess.run(
-        [str(PYTHON), "-m", "pytest", "-q", *options, str(folder / "test_clients.py"), "-k", f"test_{name}"],
+        [str(PYTHON), "-m", "pytest", *options, str(folder / "test_clients.py"), "-k", f"test_{name}"],
         env={
             "PATH": os.environ["PATH"],
             "HOME": str(tmp_path),  # llm and litellm write there
             "PERENNIAL_CLIENTS_EXPECTED": str(expected),
+            "PYTEST_ADDOPTS": "-q -p no:cacheprovider",
             "PYTHONDONTWRITEBYTECODE": "1",
         },
         capture_output=True,
