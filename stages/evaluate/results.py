@@ -25,6 +25,7 @@ COMMON_MEANINGS = {
 }
 
 LAST_TURN = 5  # from which on turns are one slice
+AFTER_RESULT = "after_result"
 
 Metrics = dict[str, Metric]
 Results = dict[str, dict[str, float]]
@@ -106,13 +107,22 @@ def compare(base: Metrics, tuned: Metrics, groups: Sequence[str], sampling: Samp
 
 
 def slice_rows(rows: Sequence[Row], task: Task, tags: Sequence[str]) -> dict[str, list[str | None]]:
-    """Return the value of each row by slice: the class of its reference, the turn, then each tag."""
+    """Return the value of each row by slice: the class of its reference, the turn, then each tag.
+
+    Where answers may call tools, `after_result` is whether an answer follows the result of a call.
+    """
     found: dict[str, list[str | None]] = {}
     if task.class_name:
         found[task.class_name] = [task.read_class(row.answer) for row in rows]
     if any(TURN in row.tags for row in rows):
         found[TURN] = [_name_turn(row.tags.get(TURN, "1")) for row in rows]
+    if task.kind == "tools" and any(map(_is_after_result, rows)):
+        found[AFTER_RESULT] = ["yes" if _is_after_result(row) else "no" for row in rows]
     return {**found, **{tag: [row.tags.get(tag) for row in rows] for tag in tags if tag not in found}}
+
+
+def _is_after_result(row: Row) -> bool:
+    return bool(row.prompt) and row.prompt[-1].role == "tool"
 
 
 def _name_turn(turn: str) -> str:

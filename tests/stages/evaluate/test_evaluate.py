@@ -172,6 +172,11 @@ def test_calls_are_judged_turn_by_turn(project):
     assert (report["rows"], report["primary"], report["class_name"]) == (36, "call_match", "tool")
     assert set(report["tuned"]) >= set(ToolsTask().meanings)
     assert {value: found["n"] for value, found in report["slices"]["turn"].items()} == {"1": 24, "2": 12}
+    assert {value: found["n"] for value, found in report["slices"]["after_result"].items()} == {
+        "no": 24,
+        "yes": 12,
+    }
+    assert "by after_result" in Path("reports/evaluate/plots/slices.svg").read_text()
     assert {value: found["n"] for value, found in report["slices"]["tool"].items()} == {
         "(text)": 24,
         "light": 12,

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter, defaultdict
 from functools import cache
+from pathlib import Path
 
 import jsonschema
 import pytest
@@ -22,8 +23,11 @@ from stages.common.sources.home_tools.follow_ups import KINDS, OPPOSITE, read_fo
 from stages.common.sources.home_tools.phrases import read_words
 from stages.common.sources.home_tools.tools import make_call, read_tools
 
+ROOT = Path(__file__).parents[5]
 SHIPPED = next(
-    source for source in load_params("params.tools.yaml").collect.sources if isinstance(source, HomeTools)
+    source
+    for source in load_params(ROOT / "params.tools.yaml").collect.sources
+    if isinstance(source, HomeTools)
 )
 SEED = 7
 
