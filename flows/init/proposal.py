@@ -18,6 +18,7 @@ from stages.common.sources.detection.survey import Spread, Survey
 from stages.common.sources.detection.task_kind import TaskKind
 from stages.common.sources.detection.tool_use import ToolUse
 from stages.common.sources.files.entries import count
+from stages.common.task.settings import CONVERSATIONS
 
 USUAL_LICENSES = (
     "apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "odbl-1.0",
@@ -136,6 +137,9 @@ def _propose_validate(found: Findings, license: str, validate: Mapping[str, Any]
         "max_prompt_chars": max(validate["max_prompt_chars"], 2 * _raise_limit(1, survey.question_chars)),
         "max_answer_chars": _raise_limit(validate["max_answer_chars"], survey.answer_chars),
     }
+    if found.task.kind in CONVERSATIONS:  # of which the tools and all earlier turns are in the prompt
+        largest = math.ceil(ROOM * survey.largest_prompt_chars / 100) * 100
+        values["max_prompt_chars"] = max(values["max_prompt_chars"], largest)
     if found.task.kind == "tools":  # one tool can be learned: when to call it, and with what
         values["min_labels"] = min(validate["min_labels"], len(survey.classes))
     if survey.classes and "max_label_share" in validate:

@@ -27,6 +27,7 @@ from stages.common.artifacts import artifacts, reports, write_json, write_lines
 from stages.common.chat.conversations import join_conversations
 from stages.common.errors import InputError
 from stages.common.logs import ROWS_A_STEP, get_logger, run_stage, show_progress
+from stages.common.messages import LearnedTurns
 from stages.common.params.loading import load_params
 from stages.common.params.stages import Curate
 from stages.common.records import (
@@ -66,17 +67,20 @@ from stages.curate.spelling import count_changes, format_changes, spell_rows
 logger = get_logger("curate")
 
 
-def list_rules(params: Curate, task: Task, system_prompt: str | None) -> list[Rule]:
+def list_rules(
+    params: Curate, task: Task, system_prompt: str | None, learned_turns: LearnedTurns
+) -> list[Rule]:
     """Return the rules for one row; what a parameter sets to null is not among them.
 
     Args:
         system_prompt: the operator's own; personal data in it, such as an address for support, is no reason.
+        learned_turns: which answers of a row are learned, and so looked at.
     """
     rules: list[Rule] = [
         find_personal_data(params.personal_data, system_prompt),  # the first, so that no other keeps its text
         limit_question_length(params.min_question_chars, params.max_question_chars),
-        limit_answer_length(params.max_answer_chars),
-        check_answer(task),
+        limit_answer_length(params.max_answer_chars, learned_turns),
+        check_answer(task, learned_turns),
         check_calls(task),
         limit_repetition(params.max_same_characters, params.max_same_words),
     ]
@@ -169,9 +173,8 @@ def main() -> None:
     # Feedback adds no label to a closed set.
     own = exclude_feedback(rows) or rows
     task = resolve_task(everything.task, (row.answer for row in own))
-    kept, rejected = apply_rules(
-        rows, list_rules(params, task, everything.task.system_prompt), list_table_rules(params, task)
-    )
+    rules = list_rules(params, task, everything.task.system_prompt, everything.task.turns)
+    kept, rejected = apply_rules(rows, rules, list_table_rules(params, task))
     groups = join_conversations(kept)
     counts = count_rows(len(rows), kept, rejected)
     joined = counts["groups_kept"] - len(set(groups))

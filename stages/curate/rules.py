@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from stages.common.chat.turns import list_learned
+from stages.common.messages import LearnedTurns
 from stages.common.privacy.personal_data import find_kind
 from stages.common.privacy.row_texts import list_private_texts
 from stages.common.records import Row
@@ -46,28 +48,38 @@ def limit_question_length(min_chars: int, max_chars: int) -> Rule:
     return rule
 
 
-def limit_answer_length(max_chars: int) -> Rule:
-    """Return the rule that rejects empty and longer answers."""
+def limit_answer_length(max_chars: int, learned_turns: LearnedTurns = "last") -> Rule:
+    """Return the rule that rejects rows with a learned answer that is empty or longer."""
 
     def rule(row: Row) -> Rejection | None:
-        length = len(row.answer.strip())
-        if not has_visible(row.answer):
-            return Rejection("empty_answer", "no visible character")
-        if length > max_chars:
-            return Rejection("long_answer", f"{length} characters, at most {max_chars} required")
+        for place, answer in _list_answers(row, learned_turns):
+            length = len(answer.strip())
+            if not has_visible(answer):
+                return Rejection("empty_answer", f"{place}no visible character")
+            if length > max_chars:
+                return Rejection("long_answer", f"{place}{length} characters, at most {max_chars} required")
         return None
 
     return rule
 
 
-def check_answer(task: Task) -> Rule:
-    """Return the rule that rejects answers that are not valid for the task."""
+def check_answer(task: Task, learned_turns: LearnedTurns = "last") -> Rule:
+    """Return the rule that rejects rows with a learned answer that is not valid for the task."""
 
     def rule(row: Row) -> Rejection | None:
-        problem = task.find_problem(row.answer)
-        return Rejection("invalid_answer", problem) if problem else None
+        for place, answer in _list_answers(row, learned_turns):
+            if problem := task.find_problem(answer):
+                return Rejection("invalid_answer", f"{place}{problem}")
+        return None
 
     return rule
+
+
+def _list_answers(row: Row, learned_turns: LearnedTurns) -> Iterator[tuple[str, str]]:
+    """Yield each learned answer of a row, with its place for the detail; that of the last one is empty."""
+    last = len(row.messages) - 1
+    for place in list_learned(row.messages, learned_turns):
+        yield "" if place == last else f"message {place + 1}: ", row.messages[place].answer
 
 
 def limit_repetition(max_characters: int | None, max_words: int | None) -> Rule:

@@ -89,7 +89,7 @@ def main() -> None:
         raise missing(path)
     rows = read_rows(path)
     task = read_task()
-    table = build_table(rows, task, find_read_texts(params.expectations))
+    table = build_table(rows, task, find_read_texts(params.expectations), everything.task.turns)
     classes = table["label"].nunique() if task.class_name else 0
     min_rows = choose_min_rows(params.min_rows, split.test_fraction, split.validation_fraction, classes)
     own = list_expectations(

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stages.common.chat.row_class import read_row_class
+from stages.common.chat.turns import list_learned
 from stages.common.errors import ParamsError
+from stages.common.messages import LearnedTurns
 from stages.common.params.checked_yaml import suggest_nearest
 from stages.common.records import ORIGINS, Row
 from stages.common.task.protocol import Task
@@ -31,7 +33,7 @@ FIELDS: Mapping[str, Callable[[Row], Any]] = {
     "system_prompt": lambda row: m.content if (m := row.messages[0]).role == "system" else None,
     "question": lambda row: row.question,
     "answer": lambda row: row.answer,
-    "prompt_chars": lambda row: sum(len(message.answer) for message in row.prompt),
+    "prompt_chars": lambda row: sum(map(len, list_prompt_texts(row))),
     "answer_chars": lambda row: len(row.answer),
     "turns": lambda row: len(row.messages),
     "tools": lambda row: len(row.tools),
@@ -71,6 +73,11 @@ class ExpectationResult:
         return f"{self.type}({self.column})" if self.column else self.type
 
 
+def list_prompt_texts(row: Row) -> list[str]:
+    """Return what the model reads before the last answer: the tools, and all messages."""
+    return [*(tool.text for tool in row.tools), *(message.answer for message in row.prompt)]
+
+
 def find_read_texts(specs: Iterable[Spec]) -> set[str]:
     """Return the columns of texts that expectations of the user name, or that tables' columns are about."""
     specs = list(specs)
@@ -80,20 +87,29 @@ def find_read_texts(specs: Iterable[Spec]) -> set[str]:
     return {name for name in TEXTS if re.search(rf"\b{name}\b", named)}
 
 
-def build_table(rows: Sequence[Row], task: Task, texts: Collection[str] = TEXTS) -> pd.DataFrame:
+def build_table(
+    rows: Sequence[Row], task: Task, texts: Collection[str] = TEXTS, learned_turns: LearnedTurns = "last"
+) -> pd.DataFrame:
     """Return one table row for each row: its fields, its lengths in characters, its tags as `tag_<key>`.
 
-    `answer_is_valid` holds for answers of the task. Where these have classes, `label` is a row's class
-    (None where it has none) and `label_share` the rows with the same class over all rows.
+    `answer_is_valid` holds if all learned answers of a row are of the task, and `answer_chars` is the length
+    of the longest; the other columns of answers are about the last. Where answers have classes, `label` is a
+    row's class (None where it has none) and `label_share` the rows with the same class over all rows.
 
     Args:
         texts: the columns of `TEXTS` that the table gets; others take no memory.
+        learned_turns: which answers of a row are learned.
     """
     import pandas as pd
 
     excluded = set(TEXTS) - set(texts)
     read = {name: read_field for name, read_field in FIELDS.items() if name not in excluded}
-    read["answer_is_valid"] = lambda row: task.find_problem(row.answer) is None
+
+    def list_answers(row: Row) -> list[str]:
+        return [row.messages[place].answer for place in list_learned(row.messages, learned_turns)]
+
+    read["answer_chars"] = lambda row: max(map(len, list_answers(row)), default=0)
+    read["answer_is_valid"] = lambda row: all(task.find_problem(one) is None for one in list_answers(row))
     if task.class_name is not None:
         read["label"] = lambda row: read_row_class(row, task)
     table: dict[str, Any] = {name: [] for name in read}

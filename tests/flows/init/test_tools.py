@@ -165,3 +165,13 @@ def test_one_tool_is_enough(capsys):
     assert params["model_card"]["intended_use"].startswith("Call 1 tool, ")
     for stage in (collect, curate, validate):
         stage.main()
+
+
+def test_tools_longer_than_the_limit_of_a_prompt_raise_it_and_validate_takes_the_rows():
+    rows = [openai(*asked) for asked in ASKED]
+    for one in rows:
+        one["tools"][0] = {"type": "function", "function": {**schema("warmth"), "description": "w " * 6000}}
+    assert run(write_jsonl("data/agent.jsonl", rows)) == 0
+    assert written()["validate"]["max_prompt_chars"] > 12_000
+    for stage in (collect, curate, validate):
+        stage.main()

@@ -13,7 +13,13 @@ from stages.common.task.tools_task import ToolsTask
 from stages.curate.calls import check_calls
 from stages.curate.duplicates import find_conflicting_answers, find_exact_duplicates, find_near_duplicates
 from stages.curate.private import format_rejects
-from stages.curate.rules import Rejection, find_personal_data, limit_repetition
+from stages.curate.rules import (
+    Rejection,
+    check_answer,
+    find_personal_data,
+    limit_answer_length,
+    limit_repetition,
+)
 from stages.curate.spelling import spell_rows
 
 KINDS = ["email", "phone", "secret"]
@@ -44,6 +50,23 @@ def talk(
 def fault_of(row, task=None):
     rejection = check_calls(task or ToolsTask())(row)
     return (rejection.reason, rejection.detail) if rejection else None
+
+
+def test_every_learned_answer_has_a_length_and_is_one_of_the_task():
+    broken = '{"tool_calls": [{"function": "lamp"}]}'
+    for first, rule, fault in (
+        ("too long", limit_answer_length, ("long_answer", "message 2: 8 characters, at most 7 required")),
+        ("\u200b", limit_answer_length, ("empty_answer", "message 2: no visible character")),
+        (broken, check_answer, ("invalid_answer", "message 2: the answer begins a call that is none")),
+    ):
+        limit = 7 if rule is limit_answer_length else ToolsTask()
+        turns = [Message("user", "a"), Message("assistant", first), Message("user", "b")]
+        row = make_row([*turns, Message("assistant", "ok")], "toy", "mit")
+        found = rule(limit, "all")(row)
+        assert found is not None and (found.reason, found.detail[: len(fault[1])]) == fault
+        assert rule(limit)(row) is None and rule(limit, "last")(row) is None
+        turns[1] = replace(turns[1], is_learned=False)
+        assert rule(limit, "all")(make_row([*turns, Message("assistant", "ok")], "toy", "mit")) is None
 
 
 def test_a_call_that_fits_its_tool_is_kept():

@@ -1,5 +1,6 @@
 """The curated rows against the suite: what passes, what stops the pipeline, and what people get to see."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -11,12 +12,13 @@ import yaml
 
 from stages.common.artifacts import read_json, write_json
 from stages.common.errors import InputError, ParamsError
-from stages.common.messages import Message
+from stages.common.messages import Message, Tool, ToolCall
 from stages.common.params.loading import load_params
 from stages.common.records import make_row, write_rows
 from stages.common.task.json_task import JsonTask
 from stages.common.task.kinds import TASK_FILE
 from stages.common.task.text_task import TextTask
+from stages.common.task.tools_task import ToolsTask
 from stages.validate.__main__ import main
 from stages.validate.suite import (
     TEXTS,
@@ -61,6 +63,32 @@ def outcomes(rows, own=(), task=TASK, **changes):
     table = build_table(rows, task, find_read_texts(own))
     suite = build_suite([*list_expectations(**limits), *own], table.columns)
     return {outcome.name: outcome for outcome in read_results(run_suite(suite, table))}
+
+
+def test_all_learned_answers_and_the_tools_of_a_conversation_are_looked_at():
+    lamp = Tool(json.dumps({"type": "function", "function": {"name": "lamp", "description": "d" * 60}}))
+    asks, broken = Message("assistant", "", (ToolCall("lamp", "{}"),)), '{"tool_calls": [{"function": "l"}]}'
+
+    def talk(*answers, tools=(lamp,)):
+        asked = (Message("user", "hi"), asks, Message("tool", "done"))
+        turns = [turn for answer in answers for turn in (*asked, Message("assistant", answer))]
+        return make_row(turns, "test", "apache-2.0", tools=tools)
+
+    rows = [talk("on"), talk(broken, "off"), talk("x" * 90, "ok"), talk("on", tools=())]
+    table = build_table(rows, ToolsTask(), learned_turns="all")
+    assert list(table["answer_is_valid"]) == [True, False, True, True]
+    assert table["answer_chars"][2] == 90
+    assert table["prompt_chars"][0] == table["prompt_chars"][3] + len(lamp.text)
+    found = build_table(rows, ToolsTask(), learned_turns="last")
+    assert found["answer_is_valid"].all()
+    assert list(found["answer_chars"]) == [2, 3, 2, 2]
+
+
+def test_a_row_of_one_turn_is_measured_as_before():
+    for rows, task in ((good_rows(), TASK), ([row("hi", "no json")], TASK)):
+        last, every = (build_table(rows, task, learned_turns=turns) for turns in ("last", "all"))
+        assert last.equals(every) and list(last["answer_chars"]) == [len(row.answer) for row in rows]
+        assert list(last["prompt_chars"]) == [len(row.question) for row in rows]
 
 
 def failed(found):

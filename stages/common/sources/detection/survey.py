@@ -66,6 +66,7 @@ class Survey:
 
     Attributes:
         own_system: rows with a system message of their own.
+        largest_prompt_chars: of all messages before an answer and the tools together.
         classes: rows by class, the largest first; empty for a task without classes.
         duplicates: rows whose messages an earlier row has.
         conflicts: rows whose prompt another row answers differently.
@@ -80,6 +81,7 @@ class Survey:
     own_system: int
     question_chars: Spread
     answer_chars: Spread
+    largest_prompt_chars: int
     classes: Mapping[str, int]
     duplicates: int
     conflicts: int
@@ -110,6 +112,7 @@ class _Totals:
         self.chars = 0
         self.own_system = 0
         self.questions, self.answers = array("q"), array("q")
+        self.largest_prompt = 0
         self.classes: Counter[str] = Counter()
         self._ids: set[str] = set()
         self._exchanges: Counter[tuple[int, int]] = Counter()
@@ -124,6 +127,7 @@ class _Totals:
         self._ids.add(row.id)
         # By hashes: prompts may be passages.
         prompt = (*(m.answer for m in row.prompt), *(tool.text for tool in row.tools))
+        self.largest_prompt = max(self.largest_prompt, sum(map(len, prompt)))
         self._exchanges[hash(prompt), hash(row.answer)] += 1
 
     def count_duplicates(self) -> int:
@@ -170,6 +174,7 @@ def survey_rows(
         own_system=totals.own_system,
         question_chars=measure_spread(totals.questions),
         answer_chars=measure_spread(totals.answers),
+        largest_prompt_chars=totals.largest_prompt,
         classes=dict(totals.classes.most_common()),
         duplicates=totals.count_duplicates(),
         conflicts=totals.count_conflicts(),
