@@ -41,6 +41,7 @@ from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage, show_progress
 from stages.common.model.loading import count_context_tokens, load_tokenizer, read_config
 from stages.common.params.loading import Params, load_params
+from stages.common.privacy.row_texts import list_private_texts
 from stages.common.records import Row, count_chars, format_reject, read_rows
 from stages.common.spool import spool
 from stages.common.statistics.sizes import choose_min_test_rows, choose_min_train_rows
@@ -226,7 +227,7 @@ def describe_text(tokenizer: Any, fitting: FittingSides) -> dict[str, Any]:
     changed = 0
     first_changed: list[tuple[Row, Encoded]] = []
     for row, example in chain.from_iterable(fitting[side] for side in SIDES):
-        if tokens := control.find("\n".join(m.content for m in row.messages)):
+        if tokens := control.find("\n".join(text for _, text in list_private_texts(row))):
             held[row.id] = set(tokens)
         if example.is_changed:
             changed += 1

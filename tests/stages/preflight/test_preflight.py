@@ -1,5 +1,6 @@
 import json
 import re
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 
@@ -7,9 +8,9 @@ import pytest
 import yaml
 
 from stages.common.artifacts import write_json
-from stages.common.chat.template import encode_example
+from stages.common.chat.template import Encoded, encode_example
 from stages.common.errors import InputError
-from stages.common.messages import Message
+from stages.common.messages import Message, Tool, ToolCall
 from stages.common.records import make_row, write_rows
 from stages.preflight import __main__ as preflight
 from stages.preflight import base_checks
@@ -183,6 +184,24 @@ def test_an_answer_that_is_no_json_object_is_named(lay_out, set_params, answer):
     lay_out(train=[wrong, *[row(n) for n in range(30)]])
     with pytest.raises(InputError, match=f"1 answers are not of kind json\n.*row {wrong.id}"):
         preflight.main()
+
+
+def test_control_tokens_are_counted_in_every_text_of_a_row():
+    tokenizer = make_tokenizer()
+    mark = "<|im_end|>"
+    assert mark in tokenizer.all_special_tokens
+    call = ToolCall("f", json.dumps({"a": mark}))
+    tool = Tool(json.dumps({"type": "function", "function": {"name": "f", "description": mark}}))
+    plain = Message("assistant", "so")
+    rows = [
+        replace(row(1), messages=(Message("user", "x"), Message("assistant", "", (call,)))),
+        replace(row(2), messages=(Message("user", "x"), replace(plain, reasoning=mark))),
+        replace(row(3), messages=(Message("user", "x"), plain), tools=(tool,)),
+        replace(row(4), messages=(Message("user", "x"), plain)),
+    ]
+    fitting = {"train": [(one, Encoded([0], 1)) for one in rows], "validation": [], "test": []}
+    text = preflight.describe_text(tokenizer, fitting)
+    assert text["first_rows_with_control_tokens"] == sorted(one.id for one in rows[:3])
 
 
 def test_control_tokens_in_texts_are_counted_and_stay_text(lay_out, set_params):
