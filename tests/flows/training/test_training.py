@@ -105,13 +105,12 @@ def test_a_transient_error_is_tried_again(retrain, api):
     assert api.task_states(api.last_run())["train"] == "Completed"
 
 
-def test_wrong_parameters_end_with_2_within_three_seconds_before_prefect_is_imported(finished):
+def test_wrong_parameters_end_with_2_before_prefect_is_imported(finished):
     finished.change("params.yaml", "learning_rate: 0.003", "learning_rat: fast")
-    started = time.monotonic()
 
     done = finished.run(PYTHONPROFILEIMPORTTIME="1")
 
-    assert done.returncode == 2 and time.monotonic() - started < 3
+    assert done.returncode == 2
     assert "learning_rat" in done.stderr and "error: " in done.stderr
     assert "| prefect\n" not in done.stderr and "| dvc\n" not in done.stderr
 

@@ -1,7 +1,6 @@
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -192,19 +191,16 @@ def test_a_file_that_is_no_mapping_is_a_clear_error(tmp_path, content):
     assert "fix" in str(error.value)
 
 
-def test_the_check_exits_2_within_three_seconds_before_anything_heavy_is_imported(tmp_path):
+def test_the_check_exits_2_before_anything_heavy_is_imported(tmp_path):
     path = tmp_path / "params.yaml"
     path.write_text(SHIPPED.read_text().replace("rank: 16", "rnak: 16"))
     command = [sys.executable, "-X", "importtime", "-m", "stages.common.params", str(path)]
-    started = time.monotonic()
     done = subprocess.run(command, cwd=SHIPPED.parent, capture_output=True, text=True)
-    took = time.monotonic() - started
     assert done.returncode == 2
     assert "did you mean rank?" in done.stderr
     assert not {"torch", "prefect", "dvc", "transformers"} & {
         line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time")
     }
-    assert took < 60, "bounded only; docs/benchmarks.md has the figure"
 
 
 @pytest.mark.parametrize(
