@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -120,12 +121,23 @@ def hash_files(paths: Iterable[Path]) -> str:
 
 def missing(path: Path) -> InputError:
     """Return the error for a file that an earlier stage should have written."""
+    if path.is_relative_to(artifacts("initial_adapter")):  # no stage writes it
+        return InputError(
+            f"{path} does not exist",
+            "git checkout artifacts/initial_adapter, or set finetune.warm_start_from: null",
+        )
     return InputError(f"{path} does not exist", f"run the stage that writes it: {_repro(path)}")
+
+
+def find_missing(error: FileNotFoundError) -> InputError | None:
+    """Return the error of `missing` for what a library has not found; None if no stage writes it."""
+    found = re.search(r"(?:artifacts|reports)/[^\s'\"]+", str(error))
+    return missing(Path(found[0])) if found else None
 
 
 def _repro(path: Path) -> str:
     parts = path.parts
-    return f"dvc repro {parts[1]}" if len(parts) > 2 and parts[0] in ("artifacts", "reports") else "dvc repro"
+    return f"dvc repro {parts[1]}" if len(parts) > 1 and parts[0] in ("artifacts", "reports") else "dvc repro"
 
 
 @contextmanager

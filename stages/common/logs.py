@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
+from stages.common.artifacts import find_missing
 from stages.common.errors import InputError
 
 # Nothing phones home from a training machine. Set before the libraries are imported.
@@ -51,7 +52,8 @@ def set_quiet_environment() -> None:
 def run_stage(main: Callable[[], None], when_memory_is_full: str = MORE_MEMORY) -> NoReturn:
     """Run a stage's `main` and exit: 0 done, 1 bad input, 2 bad parameters, else a traceback.
 
-    A user's mistake gets its message and no traceback; full disks and memories are a user's matter too.
+    A user's mistake gets its message and no traceback; full disks and memories are a user's matter too, as is
+    a stage that is run before those whose files it reads.
 
     Args:
         when_memory_is_full: what the user can lower.
@@ -69,6 +71,8 @@ def run_stage(main: Callable[[], None], when_memory_is_full: str = MORE_MEMORY) 
     except InputError as error:
         _leave(f"error: {error}", error.exit_code)
     except Exception as error:
+        if isinstance(error, FileNotFoundError) and (absent := find_missing(error)):
+            _leave(f"error: {absent}", absent.exit_code)
         if _is_full_memory(error):
             message = str(error).strip() or type(error).__name__
             _leave(f"error: the memory is full: {message.splitlines()[0]}\n  fix: {when_memory_is_full}", 1)

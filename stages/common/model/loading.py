@@ -45,9 +45,9 @@ def pick_dtype(device: torch.device, wanted: str = "auto") -> torch.dtype:
 
 def load_tokenizer(folder: Path) -> Any:
     """Load the tokenizer of a model folder, with a padding token."""
+    _check_folder(folder)
     from transformers import AutoTokenizer
 
-    _check_folder(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
