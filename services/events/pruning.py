@@ -17,11 +17,11 @@ from stages.common.logs import get_logger
 logger = get_logger("events")
 
 PAGE_ROWS = 1000  # deleted in one transaction
-# More exchanges than this, and more than this share of all, are deleted at once only if the clock is beyond
-# doubt: a clock that jumps ahead makes every event old.
+# All exchanges, or more than this number and this share of them, are deleted at once only if the clock is
+# beyond doubt: a clock that jumps ahead makes every event old.
 MAX_ROWS = 100
 MAX_SHARE = 0.5
-DOUBTED_AFTER_S = 7 * 86_400.0  # since the last pruning, or without one since the newest exchange
+DOUBTED_AFTER_S = 7 * 86_400.0  # since the last pruning; without one, between two exchanges
 
 
 class ClockInDoubt(InputError):
@@ -70,15 +70,18 @@ def prune(url: str, older_than_s: float, now: float | None = None, *, clock_is_r
 def _check_clock(engine: Engine, before: float, now: float) -> None:
     """Raise ClockInDoubt if most exchanges would go, a long time after the last sign of the clock."""
     with engine.connect() as connection:
-        old = connection.execute(select(func.count()).where(exchanges.c.received_at < before)).scalar_one()
-        if old <= MAX_ROWS:
+        time_of, is_old = exchanges.c.received_at, exchanges.c.received_at < before
+        old, last = connection.execute(select(func.count(), func.max(time_of)).where(is_old)).one()
+        total = connection.execute(select(func.count()).select_from(exchanges)).scalar_one()
+        if old == 0 or (old <= MAX_ROWS and old < total):
             return
-        total, newest = connection.execute(
-            select(func.count(), func.max(exchanges.c.received_at)).select_from(exchanges)
-        ).one()
+        following = connection.execute(select(func.min(time_of)).where(~is_old)).scalar()
         pruned = connection.execute(select(func.max(prunings.c.pruned_at))).scalar()
-    since, seen = ("the newest exchange", newest) if pruned is None else ("the last pruning", pruned)
-    if old > MAX_SHARE * total and now - seen > DOUBTED_AFTER_S:
+    if pruned is not None:
+        since, seen, until = "the last pruning", pruned, now
+    else:  # the first exchange after a jump has the wrong time as well
+        since, seen, until = "the newest exchange before then", last, following or now
+    if old > MAX_SHARE * total and until - seen > DOUBTED_AFTER_S:
         raise ClockInDoubt(
             f"{old} of {total} exchanges are from before {_show(before)}, and nothing of them is deleted: "
             f"the clock tells {_show(now)}, and {since} was at {_show(seen)}, so it may have jumped",

@@ -320,7 +320,7 @@ def test_pruning_gives_the_space_back(sqlite_url, tmp_path):
     with opened(sqlite_url) as store:
         assert not any(record(store, *(exchange(n, answer="x" * 20_000) for n in range(100))))
     before = (tmp_path / "events.db").stat().st_size
-    prune(sqlite_url, 0.0)
+    prune(sqlite_url, 0.0, clock_is_right=True)
     assert (tmp_path / "events.db").stat().st_size < before / 5
 
 
@@ -345,9 +345,29 @@ def test_a_clock_that_jumps_ahead_deletes_nothing(url):
 def test_without_a_pruning_before_the_newest_exchange_tells_the_time(url):
     with opened(url) as store:
         assert not any(record(store, *(exchange(n) for n in range(101))))
-    with pytest.raises(ClockInDoubt, match=r"101 of 101 .*the newest exchange was at 1970-01-01 00:18 UTC"):
+    with pytest.raises(ClockInDoubt, match=r"101 of 101 .*before then was at 1970-01-01 00:18 UTC"):
         prune(url, 90 * DAY, now=100 * DAY)
     assert prune(url, 90 * DAY, now=100 * DAY, clock_is_right=True) == Pruned(101, 0)
+
+
+def test_all_of_a_few_exchanges_go_at_once_only_if_the_clock_is_right(url):
+    with opened(url) as store:
+        assert not any(record(store, *(exchange(n) for n in range(3))))
+    with pytest.raises(ClockInDoubt, match="3 of 3 exchanges"):
+        prune(url, 90 * DAY, now=100 * DAY)
+    assert prune(url, 90 * DAY, now=100 * DAY, clock_is_right=True) == Pruned(3, 0)
+
+
+def test_without_a_pruning_before_a_gap_between_the_exchanges_tells_that_the_clock_has_jumped(url):
+    """Those that came since have the wrong time too; without a gap, it is only the first pruning."""
+    now = 1000 * DAY
+    with opened(url) as store:
+        days = [replace(exchange(n), received_at=now - n * 0.5 * DAY) for n in range(150)]
+        jumped = [replace(exchange(n), received_at=now + (365 + n) * DAY) for n in range(150, 153)]
+        assert not any(record(store, *days, *jumped))
+    with pytest.raises(ClockInDoubt, match=r"150 of 153 .*the newest exchange before then was at 1972-09-27"):
+        prune(url, 90 * DAY, now=now + 519 * DAY)
+    assert prune(url, 20 * DAY, now=now) == Pruned(109, 0)
 
 
 def test_what_has_become_old_since_yesterday_goes_however_much_it_is(url):
@@ -899,7 +919,7 @@ def test_the_command_migrates_exports_and_prunes(sqlite_url, tmp_path):
     window = ("--from", "1970-01-01T00:00", "--to", "1970-01-01T01:00+00:00")
     assert command("export", *window, "--out", out, "--url", sqlite_url).returncode == 0
     assert pq.read_table(out)["request_id"].to_pylist() == ["r0"]
-    done = command("prune", "--older-than-days", "90", "--url", sqlite_url)
+    done = command("prune", "--older-than-days", "90", "--clock-is-right", "--url", sqlite_url)
     assert "deleted 2 exchanges, 0 feedback" in done.stderr
     with opened(sqlite_url) as store:
         assert not any(record(store, *(exchange(n) for n in range(101))))
