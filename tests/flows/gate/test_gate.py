@@ -22,7 +22,7 @@ from services import parity
 from services.versions.aliases import ALIASES, Aliases, Challenger, read_aliases, write_aliases
 from stages.common.artifacts import hash_file, read_json, write_json, write_text
 from stages.common.errors import InputError
-from stages.common.messages import Message
+from stages.common.messages import Message, ToolCall, format_calls
 from stages.common.params.loading import load_params
 from stages.common.records import make_row, write_rows
 from stages.common.repository.dvc_lock import compute_dvc_hash
@@ -30,6 +30,7 @@ from stages.common.statistics.intervals import Difference
 from stages.common.task.json_task import JsonTask
 from stages.common.task.kinds import TASK_FILE
 from stages.common.task.text_task import TextTask
+from stages.common.task.tools_task import ToolsTask
 from tests.services.serving import ROOT
 from tests.tiny import save_model
 
@@ -202,6 +203,27 @@ def test_text_tasks_are_judged_by_chrf():
     )
     new = judged(task=TextTask(), new=text, old=text)[1]["new_window"]
     assert new.summary.startswith("chrf on 60 rows") and 0.5 < new.value < 1.0
+
+
+def test_calls_are_judged_by_structure_and_a_candidate_that_no_longer_calls_is_refused():
+    def call(arguments):
+        return format_calls("", [ToolCall("light_set", arguments)])
+
+    right, reordered = (call(text) for text in ('{"area":"hall","level":3}', '{"level": 3, "area": "hall"}'))
+    sides = [(reordered, call('{"area":"hall"}')), ("The light is on.", reordered)]
+    better, silent = (
+        PairedAnswers(
+            tuple(row(f"q{n}", right, group=f"g{n}") for n in range(60)),
+            candidate=(candidate,) * 60,
+            champion=(champion,) * 60,
+        )
+        for candidate, champion in sides
+    )
+    verdict, criteria = judged(task=ToolsTask(), new=better, old=better)
+    assert criteria["new_window"].summary.startswith("call match on 60 rows")
+    assert criteria["new_window"].passed and criteria["new_window"].value == pytest.approx(1.0)
+    verdict, criteria = judged(task=ToolsTask(), new=better, old=silent)
+    assert not criteria["old_test"].passed and not verdict.passed
 
 
 def test_a_verdict_survives_writing_and_reading_and_others_are_told_apart(tmp_path):
