@@ -15,7 +15,7 @@ from services.api.tools import read_allowed
 from services.calls.allowed import AllowedCalls, check_schemas
 from services.engines.protocol import Sampling, SchemaUnsupported
 from services.keys.access import Caller
-from stages.common.messages import Message, find_call_problem, find_system_problem, join_system
+from stages.common.messages import Message, find_call_problem, join_system
 
 
 def parse_chat_request(
@@ -72,7 +72,9 @@ def parse_completion_requests(
 
 
 def check_conversation(messages: Sequence[Message], param: str) -> None:
-    """Check that a conversation is one that rows could have: its roles, its answers, its calls and results.
+    """Check that a user takes part, no turn of the assistant is empty, and each result answers a call.
+
+    A system message in the middle, which agents send, is left to the model's template.
 
     Args:
         param: the field of the request that has the conversation.
@@ -82,7 +84,7 @@ def check_conversation(messages: Sequence[Message], param: str) -> None:
     """
     if all(message.role != "user" for message in messages):
         raise errors.invalid_value(param, "there is no message with the role user")
-    if problem := find_system_problem(messages) or find_call_problem(messages):
+    if problem := find_call_problem(messages):
         raise errors.invalid_value(param, problem)
 
 

@@ -222,7 +222,6 @@ REFUSED = [
     ({"tools": [{"type": "function", "name": "f"}, {"type": "function", "name": "f"}]}, "tools.1.name"),
     ({"tools": [{"type": "function", "name": "a.b"}]}, "tools.0.name"),
     ({"tools": [{"type": "function", "name": "f", "parameters": {"type": "array"}}]}, "tools"),
-    ({"input": [USER, {"role": "developer", "content": "x"}]}, "input"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
     ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
@@ -259,6 +258,15 @@ def test_the_first_system_and_developer_messages_are_one(client):
     response = create(client, instructions="Be short.", input=[kind, user], max_output_tokens=8)
     texts.add(response["output"][0]["content"][0]["text"])
     assert len(texts) == 1 and tokens == {response["usage"]["input_tokens"]}
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_a_system_message_in_the_middle_is_left_to_the_template(client, role):
+    user, late = {"role": "user", "content": "light on"}, {"role": role, "content": "Be kind."}
+    messages = [user, {"role": "assistant", "content": "Done."}, late, user]
+    chat = client.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 8}).json()
+    response = create(client, input=messages, max_output_tokens=8)
+    assert chat["usage"]["prompt_tokens"] == response["usage"]["input_tokens"] > 0
 
 
 def test_of_a_large_body_the_first_error_is_enough():

@@ -246,10 +246,6 @@ REFUSED = [
     ({"messages": [USER, calling({}, {})]}, "messages.1.tool_calls"),
     ({"messages": [USER, calling({}), USER, RESULT]}, "messages"),
     ({"messages": [USER, RESULT]}, "messages"),
-    *(
-        ({"messages": [{"role": "system", "content": "s"}, USER, {"role": role, "content": "t"}]}, "messages")
-        for role in ("system", "developer")
-    ),
     ({"messages": [USER, {"role": "tool", "content": "x"}]}, "messages.1.tool_call_id"),
     ({"messages": [USER, {"role": "assistant", "content": None}]}, "messages.1.content"),
     *(
