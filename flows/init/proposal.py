@@ -138,8 +138,8 @@ def _propose_validate(found: Findings, license: str, validate: Mapping[str, Any]
         "max_answer_chars": _raise_limit(validate["max_answer_chars"], survey.answer_chars),
     }
     if found.task.kind in CONVERSATIONS:  # of which the tools and all earlier turns are in the prompt
-        largest = math.ceil(ROOM * survey.largest_prompt_chars / 100) * 100
-        values["max_prompt_chars"] = max(values["max_prompt_chars"], largest)
+        longest = math.ceil(ROOM * survey.largest_prompt_chars / 100) * 100
+        values["max_prompt_chars"] = max(values["max_prompt_chars"], longest)
     if found.task.kind == "tools":  # one tool can be learned: when to call it, and with what
         values["min_labels"] = min(validate["min_labels"], len(survey.classes))
     if survey.classes and "max_label_share" in validate:
