@@ -342,7 +342,7 @@ def test_the_page_stays_fresh_and_what_was_opened_stays_open(checkout, served, b
     page.evaluate("document.activeElement.blur()")
     aliases = json.loads((checkout / ".perennial/aliases.json").read_text())
     write_json(checkout / ".perennial/aliases.json", aliases | {"challenger": None})
-    page.get_by_label("Champion").get_by_text("none", exact=True).wait_for(timeout=15_000)
+    page.get_by_label("Champion").get_by_text("none", exact=True).wait_for(timeout=60_000)
     assert refused.evaluate("one => one.open")
 
 
@@ -353,5 +353,5 @@ def test_a_link_that_has_the_focus_is_not_taken_away(checkout, served, browser):
     link = page.get_by_role("link", name="Service")
     link.focus()
     leave_traces(checkout, time.time())
-    page.get_by_text("31 points better").wait_for(timeout=15_000)
+    page.get_by_text("31 points better").wait_for(timeout=60_000)
     assert link.evaluate("one => one === document.activeElement")

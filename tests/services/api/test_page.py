@@ -43,6 +43,8 @@ FLAGS = [
     # What the page asks for is checked below; this holds the browser itself to the one address.
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 ]
+PATIENCE_MS = 60_000  # a test that hangs ends; a busy machine is waited for
+expect.set_options(timeout=PATIENCE_MS)
 DIFFERENT = "dim the string bulbs in the hallway"
 FOCUS_IS_SEEN = """() => {
   const shown = (e) => e && getComputedStyle(e).outlineStyle !== "none";
@@ -81,7 +83,7 @@ def open_page(browser, service):
         contexts.append(context)
         context.on("request", lambda request: hosts.add(urlsplit(request.url).hostname))
         page = context.new_page()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(PATIENCE_MS)
         page.on("console", on_console)
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.goto(url or service.url)
