@@ -10,10 +10,10 @@ from typing import Any
 
 from flows.demo.caller import Caller, Habits
 from flows.demo.tool_traffic import Question, ToolConversation, list_tools
-from stages.common.messages import ToolCall, format_arguments, format_calls
+from stages.common.messages import Tool, ToolCall, format_arguments, format_calls, read_strict_json
 from stages.common.sources.home_tools.home import Home
-from stages.common.sources.home_tools.tools import make_call
 from stages.common.task.tool_answers import calls_match, read_tool_answer
+from stages.common.tools.schemas import find_argument_problem
 
 HOMES = 1000  # different ones
 MAX_CALL_TOKENS = 192  # the longest call that the demo's tools allow has fewer
@@ -108,14 +108,16 @@ def _count_calls(calls: Sequence[Mapping[str, Any]], choice: str, is_cut: bool, 
 
 
 def _fits(function: Mapping[str, str]) -> bool:
-    """Return whether a call names one of the tools and its arguments fit its schema."""
-    if function["name"] not in {tool["function"]["name"] for tool in list_tools()}:
+    """Return whether a call names one of the tools and its arguments fit the schema that was sent."""
+    tools = {tool["function"]["name"]: tool for tool in list_tools()}
+    if function["name"] not in tools:
         return False
     try:
-        arguments = json.loads(function["arguments"])
+        arguments = read_strict_json(function["arguments"])
     except ValueError:
         return False
-    return isinstance(arguments, dict) and make_call(function["name"], arguments) is not None
+    tool = Tool(json.dumps(tools[function["name"]]))
+    return isinstance(arguments, dict) and find_argument_problem(tool, arguments) is None
 
 
 async def _give_feedback(

@@ -160,6 +160,12 @@ def test_conversations_held_at_the_same_time_are_all_counted():
         (calling(ToolCall("set_state", '{"state":"purple"}')), {"calls": 1, "malformed": 1}),
         (calling(ToolCall("set_state", '{"state":"on"')), {"calls": 1, "malformed": 1}),
         (calling(ToolCall("set_state", "[]")), {"calls": 1, "malformed": 1}),
+        (calling(ToolCall("set_state", '{"state":"on","state":"off"}')), {"calls": 1, "malformed": 1}),
+        # Longer than the text that the demo's own schema allows.
+        (
+            calling(ToolCall("set_state", f'{{"state":"on","name":"{41 * "x"}"}}')),
+            {"calls": 1, "malformed": 1},
+        ),
         (chat("I will not."), {"malformed": 1}),
         (calling(ON, finish_reason="length"), {"cut": 1}),
         ((503, {"error": {}}), {}),
