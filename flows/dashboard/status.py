@@ -41,6 +41,7 @@ STEPS_S = (10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 10_800, 21_600)
 FRESH_BINS = 3  # counted again each time: their answers and feedback are still coming
 COUNT_WITHIN_S = 2.0  # the rest is counted at the next refresh
 HTTP_TIMEOUT_S = 1.5
+PREFECT_READ_TIMEOUT_S = 10.0  # it accepts at once where it is up, and answers late on a busy machine
 PROGRAMS = ("service", "prefect", "executor", "mlflow", "evidently", "dashboard")  # as the page shows them
 FLOWS = ("watch", "retrain", "release", "training")
 
@@ -208,7 +209,8 @@ def _flows(root: Path, port: int) -> dict[str, Any]:
     user, _, password = (read_auth_string(root, api) or "").partition(":")
     found: dict[str, Any] = {}
     try:
-        with httpx.Client(timeout=HTTP_TIMEOUT_S, auth=(user, password) if password else None) as client:
+        timeout = httpx.Timeout(PREFECT_READ_TIMEOUT_S, connect=HTTP_TIMEOUT_S)
+        with httpx.Client(timeout=timeout, auth=(user, password) if password else None) as client:
             flows = client.post(f"{api}/flows/filter", json={"limit": 200}).raise_for_status().json()
             # Ours, and only those that ran: the server may be shared with other projects.
             for flow in (one for one in flows if one["name"] in FLOWS):
