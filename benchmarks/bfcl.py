@@ -151,7 +151,7 @@ def ask(engine: PagedEngine, tokenizer: Any, questions: Sequence[Question], scor
     def sample(number: int) -> Sampling:
         return Sampling(max_tokens=MAX_TOKENS, grammar=grammars[number])
 
-    answers = asyncio.run(run_many(engine, prompts, sample, len(questions)))
+    answers = asyncio.run(run_many(engine, prompts, sample, range(len(questions))))
     right = []
     for question, (ids, ended) in zip(questions, answers, strict=True):
         turn = read_calls(read_answer(tokenizer, [i for i in ids if i not in ends], has_tools=True))

@@ -25,6 +25,7 @@ import argparse
 import asyncio
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -54,6 +55,7 @@ from stages.common.records import Row, read_rows
 
 AT_ONCE = 16  # answers written together
 MAX_TOKENS = 400
+ROUND = 10 * AT_ONCE  # answers between two lines of progress
 REPEATS = 5
 MANY_TOOLS = 60
 PARTS = ("required", "grammar", "training", "clients")
@@ -77,20 +79,23 @@ async def generate(engine: PagedEngine, prompt: Sequence[int], sampling: Samplin
 
 
 async def run_many(
-    engine: PagedEngine, prompts: Sequence[Sequence[int]], samplings: Callable[[int], Sampling], count: int
+    engine: PagedEngine,
+    prompts: Sequence[Sequence[int]],
+    samplings: Callable[[int], Sampling],
+    numbers: range,
 ) -> list[tuple[list[int], bool]]:
-    """Return `count` answers, some at once."""
+    """Return the answers of these numbers, some at once."""
     places = asyncio.Semaphore(AT_ONCE)
 
     async def one(number: int) -> tuple[list[int], bool]:
         async with places:
             return await generate(engine, prompts[number % len(prompts)], samplings(number))
 
-    return list(await asyncio.gather(*map(one, range(count))))
+    return list(await asyncio.gather(*map(one, numbers)))
 
 
 def measure_required(engine: PagedEngine, tokenizer: Any, count: int) -> dict[str, int]:
-    """Force calls at temperature 1 and count what is wrong with them."""
+    """Force `count` calls or more at temperature 1 and count what is wrong; `cut`: reached MAX_TOKENS."""
     from jsonschema import Draft202012Validator
 
     tools, prompts = read_questions(tokenizer)
@@ -101,21 +106,24 @@ def measure_required(engine: PagedEngine, tokenizer: Any, count: int) -> dict[st
         return Sampling(max_tokens=MAX_TOKENS, temperature=1.0, seed=number, grammar=grammar)
 
     ends = end_of_turn_ids(tokenizer)
-    found: Counter[str] = Counter()
-    for ids, ended in asyncio.run(run_many(engine, prompts, sample, count)):
-        found["requests"] += 1
-        if not ended:
-            found["cut at the limit"] += 1
-            continue
-        turn = read_calls(read_answer(tokenizer, [i for i in ids if i not in ends], has_tools=True))
-        if turn is None:
-            found["malformed"] += 1
-            continue
-        for call in turn[1]:
-            found["calls"] += 1
-            found["unknown tools"] += call.name not in checks
-            found["arguments outside the schema"] += not checks[call.name].is_valid(call.values)
-    return {"malformed": 0, **found}
+    found: Counter[str] = Counter(malformed=0, cut=0, calls=0)
+    while found["calls"] < count:
+        first = found["requests"]
+        for ids, ended in asyncio.run(run_many(engine, prompts, sample, range(first, first + ROUND))):
+            found["requests"] += 1
+            if not ended:
+                found["cut"] += 1
+                continue
+            turn = read_calls(read_answer(tokenizer, [i for i in ids if i not in ends], has_tools=True))
+            if turn is None:
+                found["malformed"] += 1
+                continue
+            for call in turn[1]:
+                found["calls"] += 1
+                found["unknown tools"] += call.name not in checks
+                found["arguments outside the schema"] += not checks[call.name].is_valid(call.values)
+        sys.stderr.write(f"{dict(found)}\n")
+    return dict(found)
 
 
 def measure_grammar(engine: PagedEngine, tokenizer: Any) -> dict[str, float]:
@@ -128,7 +136,7 @@ def measure_grammar(engine: PagedEngine, tokenizer: Any) -> dict[str, float]:
         for name, text in (("free", None), ("held", grammar)):
             sampling = Sampling(max_tokens=48, temperature=1.0, seed=repeat, grammar=text)
             start = time.perf_counter()
-            answers = asyncio.run(run_many(engine, prompts, lambda _, one=sampling: one, 2 * AT_ONCE))  # type: ignore[misc]
+            answers = asyncio.run(run_many(engine, prompts, lambda _, one=sampling: one, range(2 * AT_ONCE)))  # type: ignore[misc]
             speeds[name].append(sum(len(ids) for ids, _ in answers) / (time.perf_counter() - start))
     grammars = Grammars(tokenizer, len(tokenizer), min(end_of_turn_ids(tokenizer)))
     compiled = []
