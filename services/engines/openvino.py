@@ -18,6 +18,7 @@ from typing import Any
 
 from services.engines.grammar import Grammars
 from services.engines.openvino_grammar import check_keywords, check_size, write_tags
+from services.engines.paged.model import computes_bfloat16
 from services.engines.protocol import (
     EngineError,
     FinishReason,
@@ -91,6 +92,8 @@ class OpenvinoEngine(Worker):
         self._start()
 
     def _open(self, gguf: Path, blocks: int, threads: int | None, batch_tokens: int, precision: str) -> Any:
+        import openvino
+
         scheduler = self._genai.SchedulerConfig()
         scheduler.num_kv_blocks = blocks
         scheduler.max_num_seqs = self.max_running
@@ -100,6 +103,8 @@ class OpenvinoEngine(Worker):
         properties: dict[str, Any] = {"KV_CACHE_PRECISION": "f16"}
         if threads:
             properties["INFERENCE_NUM_THREADS"] = threads
+        if not computes_bfloat16(openvino.Core()):
+            properties["INFERENCE_PRECISION_HINT"] = "f32"
         if precision == "float32":
             properties |= {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,10 @@ from stages.common.errors import InputError
 
 WARM_SIZES = (1, 8, 16, 32, 48, 64, 96)
 MAX_PADDING = 12  # tokens of padding above which a step of another size is faster
+# Values of ONEDNN_MAX_CPU_ISA under which oneDNN has no products in bfloat16, which the plugin still reports.
+WITHOUT_BFLOAT16 = frozenset(
+    {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +38,12 @@ class StepInput:
     past: int
     blocks: Sequence[int]
     rows: int
+
+
+def computes_bfloat16(core: Any) -> bool:
+    """Return whether OpenVINO computes in bfloat16 here: the processor can, and oneDNN may."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    return limit not in WITHOUT_BFLOAT16 and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 class PagedModel:
@@ -51,8 +62,7 @@ class PagedModel:
         weights = read_weights(path)
         self.shape: LlamaShape = weights.shape
         core = ov.Core()
-        native = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        kind = "bf16" if native and precision == "auto" else "f32"
+        kind = "bf16" if precision == "auto" and computes_bfloat16(core) else "f32"
         self.dtype = {"bf16": "bfloat16", "f32": "float32"}[kind]
         options: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": kind,

@@ -1,4 +1,7 @@
 import asyncio
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -239,3 +242,19 @@ def test_more_sequences_at_once_need_surer_tokens():
 
 def test_steps_are_padded_little():
     assert all(0 <= pad_count(count) - count < max(4, count / 8) for count in range(1, 1000))
+
+
+def test_where_onednn_may_not_compute_bfloat16_it_is_float32():
+    """OpenVINO reports bfloat16 all the same, and its first step fails. oneDNN reads it once."""
+    code = (
+        "import sys; from pathlib import Path; from services.engines.paged.model import PagedModel; "
+        "model = PagedModel(Path(sys.argv[1]), cache_mib=4, threads=1); model.warm_up(64); print(model.dtype)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code, str(tiny().folder / "model.gguf")],
+        env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.split() == ["float32"]
