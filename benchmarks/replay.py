@@ -1,8 +1,8 @@
-"""Learning, forgetting and cost of a retraining with several values of `finetune.replay_share`.
+"""Learning, forgetting and cost of a retraining, by `finetune.replay_share` and learning rate.
 
 Needs a checkout in which a retraining has run, and uses its old and new rows, its initial adapter, and the
-labelled questions that were held out. Trains once for each share from that adapter, and evaluates each
-model on the old test rows and on the held-out ones.
+labelled questions that were held out. Trains once for each share and rate from that adapter, and evaluates
+each model on the old test rows and on the held-out ones.
 
 Run: `make demo`, then `python -m benchmarks.replay` (about a quarter of an hour on two cores)
 """
@@ -14,6 +14,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +39,22 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.replay", description=__doc__)
     parser.add_argument("--home", type=Path, default=CHECKOUT, help="where a retraining has been")
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
+    parser.add_argument("--rates", type=float, nargs="+", help="default: that of params.yaml")
     options = parser.parse_args(words)
     home = options.home.resolve()
     workspace = prepared(home, home.with_name(f"{home.name}-replay"))
-    sys.stdout.write(f"{machine()}\n\n| replay_share | rows | training, s | old test | new, held out |\n")
-    sys.stdout.write("|---|---:|---:|---|---|\n")
+    rates = options.rates or [load_params(home / "params.yaml").finetune.learning_rate]
+    head = ("replay_share", "learning rate", "rows", "training, s", "old test", "new, held out")
+    sys.stdout.write(f"{machine()}\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}\n")
     _copy(home / artifacts("initial_adapter"), workspace / artifacts("finetune"))
-    tell("before", "", "", judged(workspace))
-    for share in options.shares:
-        override_params(workspace / "params.yaml", {"finetune.replay_share": share})
+    tell("before", "", "", "", judged(workspace))
+    for share, rate in product(options.shares, rates):
+        changes = {"finetune.replay_share": share, "finetune.learning_rate": rate}
+        override_params(workspace / "params.yaml", changes)
         run(workspace, "finetune")
         trained = read_json(workspace / reports("finetune") / "metrics.json")
         seconds = f"{trained['throughput']['seconds']:.0f}"
-        tell(f"{share:g}", f"{trained['train_rows']:,}", seconds, judged(workspace))
+        tell(f"{share:g}", f"{rate:g}", f"{trained['train_rows']:,}", seconds, judged(workspace))
     return 0
 
 
@@ -95,10 +99,10 @@ def run(workspace: Path, stage: str) -> None:
     run_python(workspace, "-m", f"stages.{stage}", log=log, environment={"HF_HUB_OFFLINE": "1"})
 
 
-def tell(name: str, rows: str, seconds: str, right: dict[str, Any]) -> None:
+def tell(share: str, rate: str, rows: str, seconds: str, right: dict[str, Any]) -> None:
     """Print a line of the table."""
     cells = [f"{_percent(right[kind])} of {right[kind]['n']}" for kind in (OLD, NEW)]
-    sys.stdout.write(f"| {' | '.join([name, rows, seconds, *cells])} |\n")
+    sys.stdout.write(f"| {' | '.join([share, rate, rows, seconds, *cells])} |\n")
     sys.stdout.flush()
 
 
