@@ -1,5 +1,6 @@
 import asyncio
 import json
+import logging
 import os
 import re
 import signal
@@ -49,26 +50,11 @@ from stages.common.artifacts import STATE
 from stages.common.errors import InputError
 from stages.common.params.loading import load_params
 from stages.common.privacy.redaction import pseudonymise
-from tests import exchanges
+from tests.services.events.recorded import EXCHANGE, exchange
 
 ROOT = Path(__file__).parents[3]
 
-# As the service records one: with a key, a time and a duration that no float32 could hold.
-EXCHANGE = replace(
-    exchanges.EXCHANGE,
-    received_at=1000.25,
-    key_id="k1",
-    session="s1",
-    messages='[{"role": "user", "content": "light on"}]',
-    parameters='{"max_tokens": 9}',
-    total_s=1 / 3,
-    decisions='{"injection": [true, null]}',
-)
 FEEDBACK = Feedback("f0", "r0", 1001.5, None, -1, '{"intent":"Off"}', "no")
-
-
-def exchange(number, **changes):
-    return replace(EXCHANGE, request_id=f"r{number}", received_at=1000.0 + number, **changes)
 
 
 @contextmanager
@@ -712,7 +698,7 @@ def test_a_short_lock_loses_no_event(sqlite_url, tmp_path, monkeypatch):
 WRITE = """
 import asyncio, sys
 from services.events import StoreUnavailable, open_store
-from tests.services.events.test_events import exchange
+from tests.services.events.recorded import exchange
 
 async def recorder(store, number):
     for event in range(number, 10**9, 16):
@@ -813,7 +799,7 @@ def test_a_database_that_hangs_is_reported_and_blocks_no_caller(postgresql, post
 FILL = """
 import asyncio, resource, signal, sys, time
 from services.events import StoreUnavailable, open_store, read_exchanges
-from tests.services.events.test_events import exchange
+from tests.services.events.recorded import exchange
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 url, kind, store = sys.argv[1], sys.argv[2], None
@@ -910,37 +896,47 @@ def command(*words, cwd=ROOT):
     )
 
 
-def test_the_command_migrates_exports_and_prunes(sqlite_url, tmp_path):
-    done = command("migrate", "--url", sqlite_url)
-    assert done.returncode == 0, done.stderr
+@pytest.fixture
+def told(caplog):
+    """A function that runs the command in this process and returns what it logs."""
+
+    def run(*words):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            main([*map(str, words)])
+        return caplog.text
+
+    return run
+
+
+def test_the_command_migrates_exports_and_prunes(sqlite_url, tmp_path, told):
+    assert "has been upgraded" in told("migrate", "--url", sqlite_url)
     with opened(sqlite_url) as store:
         assert not any(record(store, EXCHANGE, exchange(5000)))
     out = tmp_path / "out.parquet"
     window = ("--from", "1970-01-01T00:00", "--to", "1970-01-01T01:00+00:00")
-    assert command("export", *window, "--out", out, "--url", sqlite_url).returncode == 0
+    assert "wrote 1 exchanges" in told("export", *window, "--out", out, "--url", sqlite_url)
     assert pq.read_table(out)["request_id"].to_pylist() == ["r0"]
-    done = command("prune", "--older-than-days", "90", "--clock-is-right", "--url", sqlite_url)
-    assert "deleted 2 exchanges, 0 feedback" in done.stderr
+    old = ("prune", "--older-than-days", "90", "--url", sqlite_url)
+    assert "deleted 2 exchanges, 0 feedback" in told(*old, "--clock-is-right")
     with opened(sqlite_url) as store:
         assert not any(record(store, *(exchange(n) for n in range(101))))
     with make_engine(check_url(sqlite_url)).begin() as connection:
         connection.execute(text("UPDATE prunings SET pruned_at = 0"))
-    done = command("prune", "--older-than-days", "90", "--url", sqlite_url)
-    assert done.returncode == 1 and "the clock of this machine; if it is right" in done.stderr
-    done = command("prune", "--older-than-days", "90", "--clock-is-right", "--url", sqlite_url)
-    assert "deleted 101 exchanges, 0 feedback" in done.stderr
+    with pytest.raises(InputError, match="the clock of this machine; if it is right"):
+        told(*old)
+    assert "deleted 101 exchanges, 0 feedback" in told(*old, "--clock-is-right")
 
 
-def test_the_command_exports_and_forgets_a_person_and_says_what_it_does_not_reach(sqlite_url, tmp_path):
+def test_the_command_exports_and_forgets_a_person_and_says_what_it_does_not_reach(sqlite_url, tmp_path, told):
     with opened(sqlite_url) as store:
         assert not any(record(store, exchange(1, user="ann"), exchange(2, user="bob")))
     out = tmp_path / "ann.parquet"
-    done = command("export", "--user", "ann", "--out", out, "--url", sqlite_url)
-    assert done.returncode == 0, done.stderr
+    told("export", "--user", "ann", "--out", out, "--url", sqlite_url)
     assert pq.read_table(out)["request_id"].to_pylist() == ["r1"]
-    done = command("forget", "--user", "ann", "--url", sqlite_url)
-    assert "deleted 1 exchanges, 0 feedback" in done.stderr
-    assert all(place in done.stderr and fix in done.stderr for place, fix in NOT_REACHED)
+    printed = told("forget", "--user", "ann", "--url", sqlite_url)
+    assert "deleted 1 exchanges, 0 feedback" in printed
+    assert all(place in printed and fix in printed for place, fix in NOT_REACHED)
     assert ids(sqlite_url) == ["r2"]
 
 
