@@ -4,6 +4,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+from filelock import FileLock
 
 from flows.common import prefect_api, processes
 from flows.common.page_secret import make_auth_string
@@ -44,18 +45,33 @@ def api(clean_environment, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished_toy(tmp_path_factory, clean_environment):
-    """A small checkout in which `dvc repro` has run everything; copied by `finished`."""
-    toy = make_toy(tmp_path_factory.mktemp("finished"), clean_environment)
-    assert toy.dvc("repro").returncode == 0
-    toy.forget()
-    return toy
+    """A small checkout in which `dvc repro` has run everything; copied by `finished`.
+
+    The worker that needs it first makes it, for all of them.
+    """
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    root = shared / "finished-toy"
+    with FileLock(shared / "finished-toy.lock"):
+        if not root.exists():
+            toy = make_toy(tmp_path_factory.mktemp("making"), clean_environment)
+            assert toy.dvc("repro").returncode == 0
+            toy.forget()
+            toy.root.rename(root)
+    return Toy(root, clean_environment)
 
 
 @pytest.fixture
-def finished(tmp_path, finished_toy, api):
-    """A small checkout in which everything has run, its runs going to the server of the tests."""
+def offline(tmp_path, finished_toy):
+    """A small checkout in which everything has run, for what needs no Prefect."""
     root = shutil.copytree(finished_toy.root, tmp_path / "checkout", symlinks=True)
-    return Toy(root, {**finished_toy.environment, "PREFECT_API_URL": api.url})
+    return Toy(root, finished_toy.environment)
+
+
+@pytest.fixture
+def finished(offline, api):
+    """The same, its runs going to the server of the tests."""
+    return Toy(offline.root, {**offline.environment, "PREFECT_API_URL": api.url})
 
 
 @pytest.fixture
@@ -69,12 +85,6 @@ def retrain(finished):
 def toy(tmp_path, clean_environment, api):
     """A small checkout whose runs go to the server of the tests."""
     return make_toy(tmp_path, {**clean_environment, "PREFECT_API_URL": api.url})
-
-
-@pytest.fixture
-def offline_toy(tmp_path, clean_environment):
-    """A small checkout for what needs no Prefect at all."""
-    return make_toy(tmp_path, clean_environment)
 
 
 @pytest.fixture

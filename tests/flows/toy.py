@@ -177,7 +177,7 @@ def make_toy(root: Path, environment: dict[str, str], seconds: float = 0.0) -> T
     toy.write(".gitignore", "/faults/\n/.perennial/\n/fetch.txt\n/read.txt\n/train.txt\n/judge.txt\n")
     subprocess.run(["git", "init", "-q", "."], cwd=root, check=True)
     assert toy.dvc("init", "-q").returncode == 0
-    toy.dvc("config", "core.analytics", "false")
+    toy.write(".dvc/config", "[core]\n    analytics = false\n")
     return toy
 
 

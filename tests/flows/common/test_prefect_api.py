@@ -68,17 +68,27 @@ def test_the_server_of_another_checkout_is_left_alone(home, api, monkeypatch):
     assert prefect_api.lets_in(home, api.url)
 
 
-def test_a_temporary_server_is_closed_to_all_but_the_run(home, monkeypatch):
+def check_closed(url, auth_string):
+    """Check that the server answers who has its secret, and no page elsewhere."""
+    flows, evil = f"{url}/flows/filter", {"Origin": "https://evil.example"}
+    auth = tuple(auth_string.split(":"))
+    assert httpx.post(flows, json={}).status_code == 401
+    assert httpx.post(flows, json={}, auth=("perennial", "guessed")).status_code == 401
+    assert httpx.post(flows, json={}, auth=auth, headers=evil).status_code == 403
+    assert httpx.post(flows, json={}, auth=auth).status_code == 200
+
+
+def test_a_server_for_one_run_is_closed_to_all_but_the_run(api):
+    check_closed(api.url, api.auth_string)
+
+
+@pytest.mark.slow
+def test_where_none_answers_a_run_starts_a_server_of_its_own_which_is_closed(home, monkeypatch):
     monkeypatch.setattr(prefect_api, "DEFAULT_URL", f"http://127.0.0.1:{network.free_port()}/api")
     with prefect_api.connect(home) as found:
         found.wait()
         assert found.is_temporary
-        flows, evil = f"{found.url}/flows/filter", {"Origin": "https://evil.example"}
-        auth = tuple(os.environ["PREFECT_API_AUTH_STRING"].split(":"))
-        assert httpx.post(flows, json={}).status_code == 401
-        assert httpx.post(flows, json={}, auth=("perennial", "guessed")).status_code == 401
-        assert httpx.post(flows, json={}, auth=auth, headers=evil).status_code == 403
-        assert httpx.post(flows, json={}, auth=auth).status_code == 200
+        check_closed(found.url, os.environ["PREFECT_API_AUTH_STRING"])
 
 
 def test_a_server_that_was_announced_but_is_down_is_not_used(home, monkeypatch):

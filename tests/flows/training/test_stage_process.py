@@ -75,45 +75,45 @@ def test_an_error_of_dvc_itself_is_told_as_dvc_tells_it():
     assert find_error(lines, "x", 255) == "output 'x.txt' does not exist"
 
 
-def test_a_stage_started_early_is_the_one_that_is_taken(finished):
-    finished.change("params.yaml", "learning_rate: 0.003", "learning_rate: 0.002")
-    processes = StageProcesses(finished.root)
+def test_a_stage_started_early_is_the_one_that_is_taken(offline):
+    offline.change("params.yaml", "learning_rate: 0.003", "learning_rate: 0.002")
+    processes = StageProcesses(offline.root)
 
     processes.start_early("train")
-    finished.wait_for("train")
+    offline.wait_for("train")
     lines: list[str] = []
     outcome = processes.run("train", lines.append, lambda blocked: False)
 
     assert outcome.how == "ran" and "train: wrote train.txt" in lines
-    assert finished.begun() == ["train"]
+    assert offline.begun() == ["train"]
 
 
-def test_dvc_says_whether_a_stage_ran_was_unchanged_or_restored(finished):
-    processes = StageProcesses(finished.root)
+def test_dvc_says_whether_a_stage_ran_was_unchanged_or_restored(offline):
+    processes = StageProcesses(offline.root)
 
     assert processes.run("train", [].append, lambda blocked: False).how == "unchanged"
-    (finished.root / "train.txt").unlink()
+    (offline.root / "train.txt").unlink()
     assert processes.run("train", [].append, lambda blocked: False).how == "restored"
 
 
-def test_a_stage_that_ignores_the_interrupt_is_killed_in_the_end(finished, monkeypatch):
+def test_a_stage_that_ignores_the_interrupt_is_killed_in_the_end(offline, monkeypatch):
     monkeypatch.setattr("flows.training.stage_process.INTERRUPT_PATIENCE_S", 0.5)
-    finished.change(
+    offline.change(
         "dvc.yaml", "python work/stage.py train 0 train.txt", "trap '' INT TERM; sleep 60; echo train.txt"
     )
-    processes = StageProcesses(finished.root)
+    processes = StageProcesses(offline.root)
     outcomes = []
     thread = threading.Thread(
         target=lambda: outcomes.append(processes.run("train", [].append, lambda blocked: False))
     )
     thread.start()
-    while not any("sleep" in one.name() for one in finished.processes()):
+    while not any("sleep" in one.name() for one in offline.processes()):
         time.sleep(0.05)
 
     processes.stop(signal.SIGINT)
     thread.join(timeout=60)
 
     assert outcomes[0].how == "failed"
-    assert finished.processes() == []
+    assert offline.processes() == []
     with pytest.raises(InterruptedError):
         processes.run("judge", [].append, lambda blocked: False)

@@ -120,6 +120,7 @@ def test_without_git_the_task_is_refused_only_for_the_default(tmp_path):
         use_task(tmp_path, "tools")
 
 
+@pytest.mark.slow
 def test_the_run_takes_the_task_before_it_makes_its_plan(finished):
     """A run with the task goes by its parameters; so does the next one without."""
     text = read(finished.root).replace("learning_rate: 0.003", "learning_rate: 0.001")

@@ -26,13 +26,29 @@ def test_a_first_run_runs_every_stage_in_order_and_shows_it_in_prefect(toy, api)
     assert bar["type"] == "progress" and bar["data"] == 100.0
 
 
-def test_nothing_runs_again_when_nothing_changed(finished, api):
+def test_nothing_runs_again_when_nothing_changed_and_the_results_are_shown_and_become_a_table(finished, api):
+    finished.write(
+        "reports/evaluate/metrics.json",
+        '{"base": {"exact_match": {"value": 0.0, "low": 0.0, "high": 0.01, "n": 400}},'
+        ' "tuned": {"exact_match": {"value": 0.74, "low": 0.70, "high": 0.78, "n": 400}},'
+        ' "difference": {"exact_match": {"value": 0.74, "low": 0.70, "high": 0.78, "p_value": 0.0001}},'
+        ' "resolution": {"statement": "400 rows show differences of 0.04."}}',
+    )
+    finished.write("reports/model_card/README.md", "# A model\n")
+
     done = finished.run()
 
     assert done.returncode == 0 and finished.begun() == []
     run = api.last_run()
     assert run["name"] == "nothing changed"
     assert api.task_states(run) == dict.fromkeys(STAGES, "Unchanged")
+    row = "exact match  0.00 (0.00 to 0.01)  0.74 (0.70 to 0.78)  +0.74, p < 0.001"
+    assert row in done.stdout
+    assert "400 rows show differences of 0.04." in done.stdout
+    assert "reports/model_card/README.md" in done.stdout
+    artifacts = api.artifacts(run)
+    assert artifacts["results"]["type"] == "table"
+    assert artifacts["model-card"]["data"] == "# A model\n"
 
 
 def test_a_changed_parameter_runs_its_stage_and_names_the_run(retrain, api):
@@ -122,6 +138,7 @@ def test_an_unknown_stage_is_named_with_the_known_ones(finished):
     assert "no stage 'tarin'" in done.stderr and "fetch, judge, read, train" in done.stderr
 
 
+@pytest.mark.slow
 def test_after_kill_9_no_stage_lives_on_and_the_next_run_says_so_and_goes_on(retrain):
     retrain.inject_fault("train-slow", "60")
     process = retrain.start("--until", "train")
@@ -245,6 +262,7 @@ def test_a_dvc_repro_started_during_a_run_is_refused_by_dvc_and_the_run_goes_on(
     assert process.returncode == 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_stage_and_the_run_in_good_order(retrain, api):
     retrain.inject_fault("train-slow", "60")
     process = retrain.start()
@@ -285,27 +303,6 @@ def test_a_run_with_no_server_starts_one_for_itself_and_ends_it(tmp_path, clean_
     assert done.returncode == 0, done.stderr
     assert "View at" not in done.stderr and "Error logging to API" not in done.stderr
     assert toy.processes() == []
-
-
-def test_the_results_are_shown_and_become_a_table(finished, api):
-    finished.write(
-        "reports/evaluate/metrics.json",
-        '{"base": {"exact_match": {"value": 0.0, "low": 0.0, "high": 0.01, "n": 400}},'
-        ' "tuned": {"exact_match": {"value": 0.74, "low": 0.70, "high": 0.78, "n": 400}},'
-        ' "difference": {"exact_match": {"value": 0.74, "low": 0.70, "high": 0.78, "p_value": 0.0001}},'
-        ' "resolution": {"statement": "400 rows show differences of 0.04."}}',
-    )
-    finished.write("reports/model_card/README.md", "# A model\n")
-
-    done = finished.run()
-
-    row = "exact match  0.00 (0.00 to 0.01)  0.74 (0.70 to 0.78)  +0.74, p < 0.001"
-    assert row in done.stdout
-    assert "400 rows show differences of 0.04." in done.stdout
-    assert "reports/model_card/README.md" in done.stdout
-    artifacts = api.artifacts(api.last_run())
-    assert artifacts["results"]["type"] == "table"
-    assert artifacts["model-card"]["data"] == "# A model\n"
 
 
 # A user's changes: text of params.yaml -> its replacement, and the name that Prefect must show unchanged.
@@ -355,9 +352,8 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize(
-    "change", [key if key == "sources" else pytest.param(key, marks=pytest.mark.slow) for key in CHANGES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_second_run_is_named_after_any_change_of_the_parameters(finished, api, change):
     old, new, name = CHANGES[change]
     finished.change("params.yaml", old, new)
