@@ -19,26 +19,17 @@ RATE = {"requests_per_minute: null": "requests_per_minute: 20"}
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory):
-    """Yield the service's address and its log; twenty requests a minute are allowed from one address."""
-    with serving_bento(tmp_path_factory.mktemp("service"), RATE) as (_, url, log):
-        yield url, log
+    """Yield the service's address, its log and BentoML's parent process.
 
-
-@pytest.mark.slow
-def test_the_worker_ends_when_bentomls_parent_process_is_killed(tmp_path):
-    with serving_bento(tmp_path) as (process, url, _):
-        children = psutil.Process(process.pid).children(recursive=True)
-        assert children
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        _, alive = psutil.wait_procs(children, timeout=120)
-        assert alive == []
-        assert network.get(f"{url}/livez") is None
+    Twenty requests a minute are allowed from one address.
+    """
+    with serving_bento(tmp_path_factory.mktemp("service"), RATE) as (process, url, log):
+        yield url, log, process
 
 
 @pytest.mark.slow
 def test_every_route_refuses_other_hosts_other_origins_and_posts_without_preflight(service):
-    url, _ = service
+    url, *_ = service
     paths = httpx.get(f"{url}/docs.json").json()["paths"]
     routes = {(method.upper(), path) for path, ways in paths.items() for method in ways}
     assert {("POST", "/ask"), ("POST", "/v1/feedback"), ("GET", "/metrics"), ("GET", "/readyz")} <= routes
@@ -102,7 +93,7 @@ def test_where_keys_are_always_needed_no_one_asks_without_and_the_log_names_no_o
 
 @pytest.mark.slow
 def test_the_log_holds_nothing_that_was_asked_and_a_wrong_body_of_ask_is_told(service):
-    url, log = service
+    url, log, _ = service
     for body in (
         f'{{"question": ["{SECRET}"]}}',
         f'{{"question": "{SECRET}',
@@ -119,8 +110,8 @@ def test_the_log_holds_nothing_that_was_asked_and_a_wrong_body_of_ask_is_told(se
 
 @pytest.mark.slow
 def test_no_header_of_a_client_chooses_its_address(service):
-    """Runs last: it uses up the minute's requests."""
-    url, _ = service
+    """Runs last but one: it uses up the minute's requests."""
+    url, *_ = service
     named = [{"X-Forwarded-For": f"10.1.{n}.1", "Forwarded": f"for=10.1.{n}.1"} for n in range(60)]
     with httpx.Client() as client:
         chat = [
@@ -129,3 +120,16 @@ def test_no_header_of_a_client_chooses_its_address(service):
         ]
         asks = [client.post(f"{url}/ask", json={"question": 5}, headers=one).status_code for one in named]
     assert 429 in chat and 429 in asks
+
+
+@pytest.mark.slow
+def test_the_worker_ends_when_bentomls_parent_process_is_killed(service):
+    """Runs last: it ends the service of the other tests."""
+    url, _, process = service
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert children and network.get(f"{url}/livez") is not None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    _, alive = psutil.wait_procs(children, timeout=120)
+    assert alive == []
+    assert network.get(f"{url}/livez") is None
