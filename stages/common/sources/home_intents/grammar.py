@@ -8,6 +8,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from hashlib import sha256
 from typing import Any
 
@@ -56,8 +57,9 @@ class Grammar:
     intents: Intents
 
 
+@cache
 def load_grammar(language: str) -> Grammar:
-    """Parse the templates of a language.
+    """Parse the templates of a language, once a process: it takes seconds.
 
     Raises:
         InputError: the package has no such language.
