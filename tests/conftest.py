@@ -1,8 +1,11 @@
-"""What every test process needs, set before anything reads it, and which tests begin first."""
+"""What every test process needs, set before anything reads it, and which worker runs which file when."""
 
+import gc
 import os
 import signal
 from pathlib import Path
+
+import pytest
 
 # One thread a process: the test models are tiny, and waiting threads slow a busy machine down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,12 +15,29 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TESTS = Path(__file__).parent
-# The files that take longest. They begin first: the last file of a run keeps one worker while the others wait.
+# Files that share what takes long to make run in one worker.
+TOGETHER = {
+    "one Prefect server": (
+        "flows/training/test_training.py",
+        "flows/training/test_task_params.py",
+        "flows/training/test_dvc_locks.py",
+        "flows/common/test_prefect_api.py",
+        "flows/common/test_notifications.py",
+        "flows/watch/test_watch_run.py",
+        "flows/test_deployments.py",
+    ),
+    "the packaged conversations": (
+        "stages/common/sources/home_tools/test_collect.py",
+        "stages/common/sources/home_tools/test_home.py",
+        "stages/evaluate/test_simulation.py",
+    ),
+}
+# What takes longest begins first: the last file keeps one worker while the others have ended.
 LONGEST = (
     "flows/retrain/test_retrain_loop.py",
+    *TOGETHER["one Prefect server"],
     "test_first_hour.py",
-    "flows/training/test_training.py",
-    "flows/test_deployments.py",
+    *TOGETHER["the packaged conversations"],
 )
 
 
@@ -27,7 +47,30 @@ def pytest_configure(config):
         config.option.loadscopereorder = False
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Give a worker whole files, as `--dist loadfile` does, and those of `TOGETHER` at once."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    groups = {f"tests/{file}": name for name, files in TOGETHER.items() for file in files}
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return groups.get(file, file)
+
+    return Scheduling(config, log)
+
+
 def pytest_collection_modifyitems(items):
     """Put the tests of the longest files first."""
     ranks = {TESTS / name: rank for rank, name in enumerate(LONGEST)}
     items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+
+
+def pytest_collection_finish():
+    """Leave what was imported out of the collections of garbage: each whole one would take half a second."""
+    gc.collect()
+    gc.freeze()

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -60,7 +61,8 @@ def file_of(module: str) -> Path | None:
     return found if (found := place.with_suffix(".py")).exists() else None
 
 
-def our_imports(path: Path) -> set[str]:
+@cache
+def our_imports(path: Path) -> frozenset[str]:
     """Every module of ours that a file imports, at its top or inside a function."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -72,7 +74,12 @@ def our_imports(path: Path) -> set[str]:
         for name in names:
             if name.split(".")[0] in PACKAGES and file_of(name):
                 found.add(name)
-    return found
+    return frozenset(found)
+
+
+@cache
+def whole_graph() -> dict[str, set[str]]:
+    return import_graph(ROOT)
 
 
 def home(module: str) -> str:
@@ -91,13 +98,13 @@ def test_imports_go_one_way(path):
 
 
 def test_no_module_imports_itself_through_others():
-    assert find_circles(import_graph(ROOT)) == []
+    assert find_circles(whole_graph()) == []
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_folder_imports_itself_through_others(package):
     """A module directly in the package is a room of its own."""
-    assert find_circles(fold_graph(import_graph(ROOT), package)) == []
+    assert find_circles(fold_graph(whole_graph(), package)) == []
 
 
 def test_no_module_is_named_in_a_string_to_be_imported():

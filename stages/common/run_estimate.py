@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,12 @@ def read_model_size(base: Path) -> ModelSize:
         return DEFAULT_SIZE
 
 
+@cache
 def measure_product_speed(dtype: str, device: str = "cpu", seconds: float = PROBE_S) -> float:
-    """Return the floating-point operations a second of matrix products in a number format."""
+    """Return the floating-point operations a second of matrix products in a number format.
+
+    Measured once a process.
+    """
     import torch
 
     rows, inputs, outputs = PROBE_SIZES

@@ -28,9 +28,9 @@ def clean_environment(tmp_path_factory):
     }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def api(clean_environment, tmp_path_factory):
-    """A real Prefect server on a free port, ended with the tests."""
+    """A real Prefect server on a free port, ended with the tests of the flows."""
     port, log = network.free_port(), tmp_path_factory.mktemp("server") / "log"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFECT_HOME", clean_environment["PREFECT_HOME"])

@@ -60,10 +60,10 @@ def test_one_command_registers_the_schedule_of_params_yaml(finished, api):
     assert trigger["expect"] == ["perennial.drift"]
 
 
-def test_without_a_server_registering_says_how_to_start_one(finished):
+def test_without_a_server_registering_says_how_to_start_one(offline):
     nowhere = f"http://127.0.0.1:{network.free_port()}/api"
 
-    process = start(finished, "flows.deployments", PREFECT_API_URL=nowhere)
+    process = start(offline, "flows.deployments", PREFECT_API_URL=nowhere)
     out, _ = process.communicate(timeout=30)
 
     assert process.returncode == 1

@@ -193,14 +193,15 @@ class Api:
         self.auth_string = auth_string
         user, _, password = auth_string.partition(":")
         self.auth = user, password
+        self.client = httpx.Client(auth=self.auth, timeout=30)
 
     def rows(self, kind: str, **body: Any) -> list[dict[str, Any]]:
-        answer = httpx.post(f"{self.url}/{kind}/filter", json=body, auth=self.auth, timeout=30)
+        answer = self.client.post(f"{self.url}/{kind}/filter", json=body)
         answer.raise_for_status()
         return answer.json()
 
     def automations(self) -> list[dict[str, Any]]:
-        answer = httpx.post(f"{self.url}/automations/filter", json={}, auth=self.auth, timeout=30)
+        answer = self.client.post(f"{self.url}/automations/filter", json={})
         answer.raise_for_status()
         return answer.json()
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import ssl
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,6 +29,8 @@ from tests.tiny import save_model
 
 ROOT = Path(__file__).resolve().parents[2]
 ADDRESS = "127.0.0.1"
+# Nothing here speaks TLS, and to read the machine's certificates takes longer than most requests.
+NO_CERTIFICATES = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
 def settings(folder: Path, **changes):
@@ -125,7 +128,7 @@ class Server:
     loop: asyncio.AbstractEventLoop
 
     def client(self, **options) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=60.0, **options)
+        return httpx.Client(base_url=self.url, timeout=60.0, verify=NO_CERTIFICATES, **options)
 
     def run(self, coroutine):
         """Run something in the service's own loop."""

@@ -33,8 +33,10 @@ class Cycle:
 
 @pytest.fixture(autouse=True)
 def unfrozen():
-    yield
+    """Nothing is left out at the start of a test; afterwards all is, as `tests/conftest.py` has it."""
     gc.unfreeze()
+    yield
+    gc.freeze()
 
 
 def test_a_full_collection_visits_only_what_came_later():

@@ -66,7 +66,7 @@ def parse(path: Path) -> Document:
         ParamsError: the file is missing, is not UTF-8, is not YAML, or is not a mapping.
     """
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=_Loader)
+        root = _compose(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ParamsError(
             f"{path} does not exist", "run in the project's folder, which contains it"
@@ -78,6 +78,18 @@ def parse(path: Path) -> Document:
     if not isinstance(root, yaml.MappingNode):
         raise ParamsError(f"{path} has no keys", f"start from the {path} of the repository")
     return Document(root, _tuples(_Loader("").construct_document(root)))
+
+
+def _compose(text: str) -> yaml.Node | None:
+    """Return the nodes of a YAML text, by libyaml where PyYAML has it: a fifth of the time.
+
+    The errors are always those of PyYAML's own parser.
+    """
+    try:
+        root: yaml.Node | None = yaml.compose(text, Loader=_FastLoader)
+    except yaml.YAMLError:
+        root = yaml.compose(text, Loader=_Loader)
+    return root
 
 
 def check_section(document: Document, key: str, model: Any) -> tuple[Any, list[Problem]]:
@@ -128,6 +140,10 @@ class _Loader(yaml.SafeLoader):
     """YAML as DVC reads it: 1e-3 is a number, a version such as 2026.10.27 is text, a day is text."""
 
 
+class _FastLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """The same, parsed by libyaml."""
+
+
 _FLOAT, _TIMESTAMP = "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp"
 _Loader.yaml_implicit_resolvers = {
     letter: [(tag, pattern) for tag, pattern in resolvers if tag not in (_FLOAT, _TIMESTAMP)]
@@ -138,6 +154,7 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$"),
     list("-+0123456789."),
 )
+_FastLoader.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
 def _described(document: Document, key: str, model: Any, error: ValidationError) -> Iterator[Problem]:

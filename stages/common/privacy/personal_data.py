@@ -11,7 +11,6 @@ import ipaddress
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
 from itertools import pairwise
 
 from stages.common.privacy.secrets import Span, find_secrets
@@ -248,12 +247,23 @@ def _fold(text: str) -> tuple[str, list[int] | None]:
     """Return the text as it looks, and the place of each character in `text`; None where all stay."""
     if text.isascii():
         return text, None
-    seen = [(place, plain) for place, c in enumerate(text) if (plain := _look(c))]
-    plain = "".join(c for _, c in seen)
-    return plain, None if len(seen) == len(text) else [place for place, _ in seen]
+    plain = text.translate(_LOOKS)
+    if len(plain) == len(text):
+        return plain, None
+    return plain, [place for place, character in enumerate(text) if _LOOKS[ord(character)]]
 
 
-@cache
+class _Looks(dict[int, str]):
+    """What each character looks like, by its number: `str.translate` takes a tenth of the time of a loop."""
+
+    def __missing__(self, number: int) -> str:
+        self[number] = plain = _look(chr(number))
+        return plain
+
+
+_LOOKS = _Looks()
+
+
 def _look(character: str) -> str:
     """Return the plain character that one looks like; empty for an invisible one."""
     if character.isascii():

@@ -5,10 +5,8 @@ from urllib.parse import quote
 
 import httpx
 import pytest
-import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from schemathesis import GenerationMode
 
 from services.api.ask import AskRequest
 from services.api.embeddings.schemas import EmbeddingsRequest
@@ -149,6 +147,9 @@ def server(tmp_path_factory):
 
 @pytest.mark.slow
 def test_no_input_breaks_the_service(server):
+    import schemathesis
+    from schemathesis import GenerationMode
+
     described = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     operations = [found.ok() for found in described.get_all_operations()]
     assert {operation.path for operation in operations} >= BODIES.keys()

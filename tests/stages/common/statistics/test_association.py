@@ -128,4 +128,5 @@ def test_a_name_as_long_as_a_passage_takes_no_memory_in_every_row():
     finally:
         tracemalloc.stop()
     assert peak < 4_000_000  # bytes; an array of text of that width has 1.3 GB
-    assert codes.tolist() == [sorted(set(names)).index(name) for name in names]
+    order = {name: code for code, name in enumerate(sorted(set(names)))}
+    assert codes.tolist() == [order[name] for name in names]
