@@ -74,3 +74,4 @@ def pytest_collection_finish():
     """Leave what was imported out of the collections of garbage: each whole one would take half a second."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000)

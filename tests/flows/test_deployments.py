@@ -38,6 +38,7 @@ def wait_until(condition, timeout_s: float, what: str):
     return found
 
 
+@pytest.mark.slow
 def test_one_command_registers_the_schedule_of_params_yaml(finished, api):
     finished.change("params.yaml", "cron: 0 3 * * 1", "cron: 30 2 * * *")
     finished.change("params.yaml", "timezone: UTC", "timezone: Europe/Madrid")

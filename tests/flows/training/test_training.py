@@ -51,6 +51,7 @@ def test_nothing_runs_again_when_nothing_changed_and_the_results_are_shown_and_b
     assert artifacts["model-card"]["data"] == "# A model\n"
 
 
+@pytest.mark.slow
 def test_a_changed_parameter_runs_its_stage_and_names_the_run(retrain, api):
     assert retrain.run().returncode == 0
 

@@ -5,6 +5,7 @@ import contextlib
 import json
 import math
 import threading
+from functools import cache
 
 import jsonschema
 import pytest
@@ -67,6 +68,12 @@ async def answer(engine, prompt, sampling):
 
 def expected(prompt, count):
     """Return what transformers' own `generate` writes."""
+    ids, reason = generate(tuple(prompt), count)
+    return [*ids], reason
+
+
+@cache
+def generate(prompt, count):
     import torch
 
     model = tiny().model
