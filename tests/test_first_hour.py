@@ -18,7 +18,7 @@ import pytest
 
 from flows.demo.__main__ import CHECKOUT
 from flows.demo.checkout import make_checkout, override_params
-from stages.common.network import free_port
+from stages.common.network import free_port, get
 from stages.common.params.loading import load_params
 from tests.tiny import save_model
 
@@ -131,11 +131,8 @@ def newcomer(tmp_path):
 
 
 def is_served(root):
-    url = f"http://127.0.0.1:{load_params(root / 'params.yaml').services.port}"
-    try:
-        return httpx.get(f"{url}/readyz", timeout=5).status_code == 200
-    except httpx.HTTPError:
-        return False
+    answer = get(f"http://127.0.0.1:{load_params(root / 'params.yaml').services.port}/readyz", 5)
+    return answer is not None and answer[0] == 200
 
 
 def ask(root, question):
