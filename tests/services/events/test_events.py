@@ -192,7 +192,7 @@ def test_a_second_event_with_an_id_is_refused_and_its_group_is_stored(url):
     ],
 )
 def test_an_event_that_fits_no_table_harms_no_other(url, bad):
-    with opened(url, group_wait_s=0.2) as store:
+    with opened(url, group_wait_s=0.05) as store:
         outcomes = record(store, EXCHANGE, bad, FEEDBACK)
         assert [type(outcome) for outcome in outcomes] == [type(None), BadEvent, type(None)]
         assert store.find_problem() is None
