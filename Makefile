@@ -24,6 +24,9 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 # The event store on PostgreSQL: make serve SERVE_EXTRAS=serve,postgres
 SERVE_EXTRAS := serve
 
+# One more than the cores, up to four: a fifth of the time a fast test waits for a server or a process.
+WORKERS := import os; print(min(4, 1 + (os.cpu_count() or 1)))
+
 .PHONY: help init run serve watch retrain demo parity bento test test-slow test-all test-vllm lint format docs lock check-wheels check-pythons up schedule check-params clean
 
 help: ## list the commands
@@ -45,7 +48,7 @@ bento: $(VENV)/.$(SERVE_EXTRAS) ## pack the champion and the service for another
 	@perennial package
 
 test: $(VENV)/.dev ## the fast tests (under five minutes, no GPU, no network)
-	@python -m pytest -m "not slow" --numprocesses logical --maxprocesses 4 --dist loadfile
+	@python -m pytest -m "not slow" --numprocesses "$$(python -c '$(WORKERS)')" --dist loadfile
 
 test-slow: $(VENV)/.dev .venv-clients/.installed ## the slow tests: the real base model, servers, a browser
 	@python -m pytest -m slow --numprocesses 2 --dist loadfile --timeout 900

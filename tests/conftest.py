@@ -70,8 +70,17 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 
-def pytest_collection_finish():
-    """Leave what was imported out of the collections of garbage: each whole one would take half a second."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(10_000)
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Collect no garbage while everything is imported, and leave it out of later collections.
+
+    Each whole one would take half a second, and a training asks for several.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(10_000)
+        gc.enable()
