@@ -58,6 +58,19 @@ def run_stage(main: Callable[[], None], when_memory_is_full: str = MORE_MEMORY) 
     Args:
         when_memory_is_full: what the user can lower.
     """
+    configure_process()
+    try:
+        main()
+    except Exception as error:
+        known = explain_failure(error, when_memory_is_full)
+        if known is None:
+            raise
+        _leave(f"error: {known}", known.exit_code)
+    sys.exit(0)
+
+
+def configure_process() -> None:
+    """Set the environment and the logs of a stage's process, before it imports libraries."""
     set_quiet_environment()
     # How long a thread of torch spins before it sleeps. The default is for a machine of one's own: next to
     # a service on the same cores a training was three times slower with it, and alone no faster.
@@ -66,25 +79,27 @@ def run_stage(main: Callable[[], None], when_memory_is_full: str = MORE_MEMORY) 
     logging.captureWarnings(True)
     for noisy in ("httpx", "urllib3", "filelock", "great_expectations", "matplotlib", "py.warnings"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    try:
-        main()
-    except InputError as error:
-        _leave(f"error: {error}", error.exit_code)
-    except Exception as error:
-        if isinstance(error, FileNotFoundError) and (absent := find_missing(error)):
-            _leave(f"error: {absent}", absent.exit_code)
-        if _is_full_memory(error):
-            message = str(error).strip() or type(error).__name__
-            _leave(f"error: the memory is full: {message.splitlines()[0]}\n  fix: {when_memory_is_full}", 1)
-        if not _is_full_disk(error):
-            raise
-        where = f" while writing {error.filename}" if isinstance(error, OSError) and error.filename else ""
-        _leave(
-            f"error: the disk is full{where}\n  fix: free some space and run again; "
-            "finished stages and checkpoints are kept",
-            1,
-        )
-    sys.exit(0)
+
+
+def explain_failure(error: Exception, when_memory_is_full: str = MORE_MEMORY) -> InputError | None:
+    """Return an error that the user can fix, with the fix; None for any other.
+
+    Besides bad input these are a missing file of an earlier stage, a full memory and a full disk.
+    """
+    if isinstance(error, InputError):
+        return error
+    if isinstance(error, FileNotFoundError) and (absent := find_missing(error)):
+        return absent
+    if _is_full_memory(error):
+        message = str(error).strip() or type(error).__name__
+        return InputError(f"the memory is full: {message.splitlines()[0]}", when_memory_is_full)
+    if not _is_full_disk(error):
+        return None
+    where = f" while writing {error.filename}" if isinstance(error, OSError) and error.filename else ""
+    return InputError(
+        f"the disk is full{where}",
+        "free some space and run again; finished stages and checkpoints are kept",
+    )
 
 
 def _is_full_memory(error: Exception) -> bool:
@@ -126,8 +141,11 @@ def show_progress(logger: logging.Logger, done: int, total: int, note: str = "")
     """Show that `done` of `total` steps are finished.
 
     A terminal gets a bar. Elsewhere a line `progress 120/400 note` is logged, at most one a
-    second and always the last one; the training flow reads these lines.
+    second and always the last one; the training flow reads these lines. A logger that shows no such lines, as
+    that of one of several processes that train together, gets no bar either.
     """
+    if not logger.isEnabledFor(logging.INFO):
+        return
     if sys.stderr.isatty():
         _draw_bar(logger.name, done, total, note)
         return
