@@ -261,6 +261,7 @@ def test_a_documented_command_exists(page, command):
             "python3.11",
             "prefect",
             "kubectl",
+            "torchrun",
         }
 
 

@@ -6,7 +6,8 @@ Out: `artifacts/finetune/` (a peft adapter); `reports/finetune/metrics.json`, `l
 Run: `python -m stages.finetune`
 
 Only the answers are learned. A killed run resumes from its last complete checkpoint in
-`checkpoints/finetune/<fingerprint>/` and ends with the same adapter, byte by byte, as an uninterrupted run.
+`checkpoints/finetune/<fingerprint>/` and ends with the same adapter, byte by byte, as an uninterrupted run in
+as many processes. `devices` has how several processes train together; the first of them writes and reports.
 """
 
 from __future__ import annotations
@@ -33,11 +34,18 @@ from stages.common.records import Row, read_rows
 from stages.common.spool import view
 from stages.finetune.batches import encode_rows, select_rows
 from stages.finetune.checkpoints import CHECKPOINTS, remove_other_runs
+from stages.finetune.devices.group import compute_on_hosts, count_processes, is_main
+from stages.finetune.devices.workers import run_on_devices
 from stages.finetune.plots import plot_loss
 from stages.finetune.recipe import Recipe, compute_fingerprint
 from stages.finetune.result import write_loss_csv
 
 logger = get_logger("finetune")
+
+WHEN_MEMORY_IS_FULL = (
+    "lower finetune.batch_size (and raise finetune.gradient_accumulation by as much), lower "
+    "finetune.max_length, or choose a smaller base model"
+)
 
 
 def read_training_rows() -> Sequence[Row]:
@@ -63,6 +71,12 @@ def find_initial_adapter(folder: str | None) -> InitialAdapter | None:
 
 def main() -> None:
     """Train on what `split` wrote, with the settings of `finetune` in `params.yaml`."""
+    params = load_params().finetune
+    run_on_devices(train_adapter, params.devices, params.launcher, params.batch_size, WHEN_MEMORY_IS_FULL)
+
+
+def train_adapter() -> None:
+    """Train in this process, with the others of its group; the first one writes the result."""
     everything = load_params()
     params, turns = everything.finetune, everything.task.turns
     recipe = Recipe(**params.model_dump(include=set(Recipe.__dataclass_fields__)))
@@ -97,10 +111,16 @@ def main() -> None:
     from stages.finetune.adapter import build_model, save_adapter
     from stages.finetune.trainer import train
 
-    checkpoints = CHECKPOINTS / compute_fingerprint(recipe, examples, base, initial)
-    remove_other_runs(checkpoints)
+    checkpoints = CHECKPOINTS / compute_on_hosts(
+        lambda: compute_fingerprint(recipe, examples, base, initial),
+        "the recipe, rows, base model, code or library versions",
+        "copy params.yaml, artifacts/ and the code of one host to the others, with the same versions",
+    )
+    if is_main():
+        remove_other_runs(checkpoints)
     model = build_model(base, recipe, initial)
-    logger.info("training on %d rows, %s on %s", len(examples), model.dtype, model.device)
+    processes = f" in {count_processes()} processes" if count_processes() > 1 else ""
+    logger.info("training on %d rows, %s on %s%s", len(examples), model.dtype, model.device.type, processes)
     result = train(
         model,
         examples,
@@ -110,6 +130,8 @@ def main() -> None:
         checkpoints,
         params.checkpoint_every_steps,
     )
+    if not is_main():
+        return
 
     trained_now = {row.id for row in selected} - {misfit.row.id for misfit in misfits}
     save_adapter(model, artifacts("finetune"), trained_ids | trained_now)
@@ -142,8 +164,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(
-        main,
-        "lower finetune.batch_size (and raise finetune.gradient_accumulation by as much), lower "
-        "finetune.max_length, or choose a smaller base model",
-    )
+    # Processes that are started find `train_adapter` in this module by its name, which is not `__main__`.
+    from stages.finetune import __main__ as stage
+
+    run_stage(stage.main, WHEN_MEMORY_IS_FULL)

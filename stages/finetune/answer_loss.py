@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from stages.finetune.devices.group import count_processes, gather, get_rank
 from stages.finetune.shared_prefix import Layout
 
 # Rows of logits widened to float32 at once: with 50,000 words 25 MB, which a processor's cache can hold.
@@ -37,12 +39,17 @@ def compute_loss(model: Any, batch: Layout) -> float:
 
 
 def compute_mean_loss(model: Any, batches: Iterable[Layout]) -> float | None:
-    """Return the mean loss per answer token over batches, or None if there are none."""
+    """Return the mean loss per answer token over batches, or None if there are none.
+
+    Each process computes its share of the batches; all return the same.
+    """
     model.eval()
     total, tokens = 0.0, 0
-    for batch in batches:
+    for batch in islice(batches, get_rank(), None, count_processes()):
         total += compute_loss(model, batch) * len(batch.targets)
         tokens += len(batch.targets)
+    found = gather((total, tokens))
+    total, tokens = sum(loss for loss, _ in found), sum(count for _, count in found)
     return total / tokens if tokens else None
 
 

@@ -118,6 +118,15 @@ def plan_batches(lengths: Sequence[int], batch_size: int, epochs: int, seed: int
     return plan
 
 
+def deal_out(plan: Sequence[list[int]], processes: int) -> list[list[int]]:
+    """Return each process's share of each batch: those of the first batch by process, then of the second.
+
+    A share takes every n-th row of a batch, whose rows are sorted by length, so that shares are about equally
+    long. A batch with fewer rows than processes leaves some shares empty.
+    """
+    return [batch[rank::processes] for batch in plan for rank in range(processes)]
+
+
 def count_tokens(plan: Sequence[Sequence[int]], lengths: Sequence[int], accumulation: int) -> list[int]:
     """Return the tokens of each update: `accumulation` batches of the plan at a time."""
     return [

@@ -6,12 +6,14 @@ its `complete.json` has the size of every other file, so a killed run resumes fr
 
 from __future__ import annotations
 
+import platform
 import shutil
 from pathlib import Path
 
 from stages.common.artifacts import read_json, write_json
 from stages.common.errors import InputError
 from stages.common.logs import get_logger
+from stages.finetune.devices.group import gather, is_main
 
 logger = get_logger("finetune")
 
@@ -33,6 +35,26 @@ def find_checkpoint(folder: Path) -> Path | None:
             logger.info("removing %s: it is incomplete", path)
             shutil.rmtree(path)
     return max(complete)[1] if complete else None
+
+
+def choose_checkpoint(folder: Path) -> Path | None:
+    """Return the newest complete checkpoint of the first process, for all processes to resume from.
+
+    Raises:
+        InputError: a host of the training does not have it.
+    """
+    newest = gather(find_checkpoint(folder) if is_main() else None)[0]
+    if newest is None:
+        return None
+    seen = gather((platform.node(), _is_complete(newest)))
+    without = sorted({host for host, has_it in seen if not has_it})
+    if without:
+        raise InputError(
+            f"{newest} of {seen[0][0]} is not, or not whole, on {', '.join(without)}",
+            f"put {CHECKPOINTS} on a file system that all hosts share, copy it to them, "
+            "or remove it to start from the beginning",
+        )
+    return newest
 
 
 def get_step(checkpoint: Path) -> int:

@@ -44,7 +44,8 @@ def compute_fingerprint(
 ) -> str:
     """Return a hash of everything that decides the result: recipe, rows, base, code, library versions.
 
-    Checkpoints are kept under it, so a run never resumes from those of another recipe.
+    Checkpoints are kept under it, so a run never resumes from those of another recipe. The number of
+    processes is not part of it: it changes only the order of sums, so a run may resume with another number.
     """
     here = Path(__file__).resolve().parent
     shared = [here.parent / "common" / name for name in SHARED_CODE]
@@ -53,7 +54,7 @@ def compute_fingerprint(
         "rows": _hash_examples(examples),
         "base": {p.name: hash_file(p) for p in sorted(base.iterdir()) if p.is_file()},
         "initial": {p.name: hash_file(p) for p in initial.files} if initial else {},
-        "code": {p.name: hash_file(p) for p in sorted(here.glob("*.py"))},
+        "code": {str(p.relative_to(here)): hash_file(p) for p in sorted(here.rglob("*.py"))},
         "shared_code": {p.name: hash_file(p) for p in shared},
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
     }

@@ -30,6 +30,7 @@ class TrainingResult:
 
     Attributes:
         validation_loss: per answer token, at the end; None without validation rows.
+        processes: how many trained together; the memory is of all.
         fast_modules: modules with faster training code, by kind.
         seconds: of this process: the rest of the training if it resumed.
         tokens: trained on in those seconds.
@@ -39,6 +40,7 @@ class TrainingResult:
     validation_loss: float | None
     dtype: str
     device: str
+    processes: int
     share_prefix: bool
     fast_modules: dict[str, int]
     trained_parameters: int
@@ -63,6 +65,7 @@ class TrainingResult:
             "trained_parameters": self.trained_parameters,
             "dtype": self.dtype,
             "device": self.device,
+            "processes": self.processes,
             "share_prefix": self.share_prefix,
             "fast_modules": self.fast_modules,
             "train_loss": self.train_loss,

@@ -56,6 +56,10 @@ class Layout:
         }
         return replace(self, **moved)
 
+    def without_targets(self) -> Layout:
+        """Return the same batch with nothing to predict."""
+        return replace(self, answer_positions=self.answer_positions[:0], targets=self.targets[:0])
+
     def answer_logits(self, model: Any) -> Tensor:
         """Return the model's logits for the answers' tokens only, shape (answer tokens, words)."""
         logits: Tensor

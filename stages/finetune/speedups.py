@@ -9,6 +9,7 @@ from stages.common.chat.template import Encoded
 from stages.common.logs import get_logger
 from stages.common.spool import pick
 from stages.finetune.answer_loss import compute_loss
+from stages.finetune.devices.group import all_agree
 from stages.finetune.fast_lora import keep_freed_memory, slow_down, speed_up
 from stages.finetune.shared_prefix import can_share_prefix, lay_out, use_shared_prefix
 
@@ -35,8 +36,9 @@ def speed_up_training(model: Any, examples: Sequence[Encoded], pad_id: int) -> t
         use_shared_prefix(base)
     modules = speed_up(model)
     fast = compute_loss(model, lay_out(few, pad_id, share_prefix))
-    # bfloat16 keeps three digits; a wrong attention changes the first.
-    if abs(fast - plain) <= 0.02 * abs(plain) + 0.01:
+    # bfloat16 keeps three digits; a wrong attention changes the first. Processes on different machines may
+    # find different losses, and must do the same.
+    if all_agree(abs(fast - plain) <= 0.02 * abs(plain) + 0.01):
         return share_prefix, modules
     logger.warning(
         "the faster training code changes the loss of this model (%.4f instead of %.4f): "

@@ -24,14 +24,15 @@ from stages.common.chat.template import Encoded
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, show_progress
 from stages.finetune.answer_loss import compute_mean_loss, cross_entropy_sum
-from stages.finetune.batches import count_tokens, plan_batches
+from stages.finetune.batches import count_tokens, deal_out, plan_batches
 from stages.finetune.checkpoints import (
     PREFIX,
     check_free_space,
-    find_checkpoint,
+    choose_checkpoint,
     get_step,
     mark_complete,
 )
+from stages.finetune.devices.group import count_processes, gather, get_rank, is_main, wait_for_all
 from stages.finetune.recipe import Recipe
 from stages.finetune.result import LossPoint, TrainingResult
 from stages.finetune.shared_prefix import Layout, lay_out
@@ -43,7 +44,11 @@ ESTIMATED_AFTER_STEPS = 5  # the first is slow: memory and kernels are made
 
 
 class AnswerTrainer(Trainer):
-    """A Trainer that takes the planned batches in order and learns the answers only."""
+    """A Trainer that takes the planned batches in order and learns the answers only.
+
+    Several processes take the shares of a batch in turn. Trainer counts the answer tokens of all, and
+    averages gradients and losses over the processes.
+    """
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return SequentialSampler(train_dataset or self.train_dataset)
@@ -55,10 +60,15 @@ class AnswerTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Return the sum of the answers' losses over the answer tokens of the whole update."""
+        """Return the sum of the answers' losses over the answer tokens of the whole update.
+
+        Of several processes each returns as many times the sum over its own rows, so that their mean is it.
+        """
         assert num_items_in_batch is not None  # Trainer counts the labels
         batch = inputs["batch"].to(model.device)
-        return cross_entropy_sum(batch.answer_logits(model), batch.targets) / num_items_in_batch
+        own: Tensor = cross_entropy_sum(batch.answer_logits(model), batch.targets)
+        mean: Tensor = own * self.accelerator.num_processes / num_items_in_batch
+        return mean
 
 
 class TrainingMonitor(TrainerCallback):
@@ -96,8 +106,10 @@ class TrainingMonitor(TrainerCallback):
             )
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Mark the checkpoint that was just written."""
-        mark_complete(Path(args.output_dir) / f"{PREFIX}{state.global_step}")
+        """Mark the checkpoint once every process has written its part."""
+        wait_for_all()
+        if is_main():
+            mark_complete(Path(args.output_dir) / f"{PREFIX}{state.global_step}")
 
 
 def train(
@@ -121,27 +133,32 @@ def train(
     lengths = [len(e.input_ids) for e in examples]
     plan = plan_batches(lengths, recipe.batch_size, recipe.epochs, recipe.seed)
     tokens_of_step = count_tokens(plan, lengths, recipe.gradient_accumulation)
-    resumed_from = find_checkpoint(checkpoints)
+    resumed_from = choose_checkpoint(checkpoints)
     first_step = get_step(resumed_from) if resumed_from else 0
     if resumed_from:
         logger.info("resuming from step %d of %d (%s)", first_step, len(tokens_of_step), resumed_from)
     trained_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     check_free_space(checkpoints, trained_parameters)
 
+    shortest = min(range(len(lengths)), key=lengths.__getitem__)
+
     def collate(items: Sequence[list[int]]) -> dict[str, Any]:
-        return _inputs(lay_out([examples[i] for i in items[0]], pad_id, share_prefix))
+        # Every process must compute. One whose share is empty computes a row and learns nothing from it.
+        batch = lay_out([examples[i] for i in items[0] or [shortest]], pad_id, share_prefix)
+        return _inputs(batch if items[0] else batch.without_targets())
 
     trainer = AnswerTrainer(
         model=model,
-        args=_training_arguments(
-            recipe, len(tokens_of_step), model.device.type, checkpoints, checkpoint_every_steps
-        ),
-        train_dataset=plan,
+        args=_training_arguments(recipe, len(tokens_of_step), model, checkpoints, checkpoint_every_steps),
+        train_dataset=deal_out(plan, count_processes()),
         data_collator=collate,
         callbacks=[TrainingMonitor(tokens_of_step, first_step)],
     )
     trainer.model_accepts_loss_kwargs = True
     trainer.remove_callback(PrinterCallback)
+    if count_processes() > 1:
+        # Trainer gives all processes the same seed, and so their rows the same dropout.
+        torch.manual_seed(hash((recipe.seed, get_rank(), first_step)))
     started = time.monotonic()
     with _clear_failures(checkpoints):
         trainer.train(resume_from_checkpoint=str(resumed_from) if resumed_from else None)
@@ -160,21 +177,23 @@ def train(
         ),
         dtype=str(model.dtype).removeprefix("torch."),
         device=model.device.type,
+        processes=count_processes(),
         share_prefix=share_prefix,
         fast_modules=fast_modules,
         trained_parameters=trained_parameters,
         seconds=seconds,
         tokens=sum(tokens_of_step[first_step:]),
-        peak_rss_mib=measure_peak_rss_mib(),
+        peak_rss_mib=sum(gather(measure_peak_rss_mib())),
     )
 
 
 def _training_arguments(
-    recipe: Recipe, steps: int, device: str, checkpoints: Path, checkpoint_every_steps: int
+    recipe: Recipe, steps: int, model: PeftModel, checkpoints: Path, checkpoint_every_steps: int
 ) -> TrainingArguments:
+    device = model.device.type
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
-        # One item of the data is one whole batch of the plan, and the plan holds all epochs.
+        # One item of the data is one process's share of a batch of the plan, and the plan holds all epochs.
         per_device_train_batch_size=1,
         num_train_epochs=1,
         gradient_accumulation_steps=recipe.gradient_accumulation,
@@ -190,6 +209,9 @@ def _training_arguments(
         bf16=False,
         use_cpu=device == "cpu",
         dataloader_pin_memory=device == "cuda",
+        # Several processes: a batch may not reach every expert of a mixture; all other weights always learn.
+        ddp_find_unused_parameters=any("expert" in name for name in _trained_names(model)),
+        ddp_broadcast_buffers=False,
         remove_unused_columns=False,
         save_strategy="steps",
         save_steps=checkpoint_every_steps,
@@ -200,9 +222,13 @@ def _training_arguments(
         disable_tqdm=True,
     )
     if arguments.n_gpu > 1:
-        # A batch is one sequence: it cannot be divided among several GPUs.
+        # Each GPU has a process of its own: this one must not divide a batch among all it sees.
         arguments._n_gpu = 1
     return arguments
+
+
+def _trained_names(model: PeftModel) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def _inputs(batch: Layout) -> dict[str, Any]:

@@ -304,6 +304,8 @@ class Finetune(Section):
     on_long_row: Literal["drop", "stop"]
     checkpoint_every_steps: PositiveCount
     dtype: Literal["auto", "bfloat16", "float32"]
+    devices: AutoCount = AUTO
+    launcher: Literal["local", "torchrun"] = "local"
     seed: int
 
 

@@ -1,0 +1,165 @@
+"""Two processes with gloo on this host: they learn as one does, are resumed, and fail as one."""
+
+import csv
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from stages.common.errors import InputError
+from stages.finetune.__main__ import main
+from stages.finetune.devices.workers import start_workers
+from stages.finetune.trainer import TrainingMonitor
+from tests.stages.finetune.devices import jobs
+from tests.stages.finetune.project import REPO, adapter, change_finetune, evidence, make_project
+
+pytestmark = pytest.mark.slow
+
+# 41 rows: the last batch of an epoch has one row, and one of two processes none.
+SETTINGS = {"gradient_accumulation": 2, "epochs": 2}
+MODULE = ["-m", "stages.finetune"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *MODULE]
+TWO_CORES = pytest.mark.skipif(
+    len(psutil.Process().cpu_affinity()) < 2 if hasattr(psutil.Process, "cpu_affinity") else False,
+    reason="two processes want two cores",
+)
+
+
+def start(project, command=MODULE):
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=project,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    return output
+
+
+def curve(project):
+    with (project / "reports" / "finetune" / "loss.csv").open() as file:
+        return [float(point["loss"]) for point in csv.DictReader(file)]
+
+
+def find_workers(stage):
+    """The processes that train, by rank."""
+    children = psutil.Process(stage.pid).children()
+    return [child for child in children if any("spawn_main" in part for part in child.cmdline())]
+
+
+@TWO_CORES
+def test_processes_agree_on_what_they_do_and_their_failures_are_one_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    start_workers(jobs.tell_each_other, 2, "cpu", "")
+    assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}
+    for job, error, message in (
+        (jobs.fail_in_the_second, InputError, "^row 7 is broken\n  fix: correct it$"),
+        (jobs.divide_by_zero, RuntimeError, r"process \d of 2 failed:[\s\S]*return 1 / 0"),
+        (jobs.end_the_second_and_hold_the_first, InputError, "process 1 of 2 was ended by SIGTERM"),
+    ):
+        with pytest.raises(error, match=message):
+            start_workers(job, 2, "cpu", "")
+        assert not multiprocessing.active_children()
+    (tmp_path / "own").mkdir()
+    monkeypatch.chdir(tmp_path / "own")
+    with pytest.raises(InputError, match=r"checkpoint-3 of \S+ is not, or not whole, on"):
+        start_workers(jobs.resume_from_what_one_has, 2, "cpu", "")
+
+
+@TWO_CORES
+def test_two_processes_have_the_losses_of_one_whoever_starts_them(tmp_path):
+    one = make_project(tmp_path / "one", 41, **SETTINGS)
+    two = make_project(tmp_path / "two", 41, **SETTINGS, devices=2)
+    by_torchrun = make_project(tmp_path / "torchrun", 41, **SETTINGS, launcher="torchrun")
+    finish(start(one))
+    log = finish(start(two))
+    assert "in 2 processes" in log and log.count("training on") == 1
+    finish(start(by_torchrun, TORCHRUN))
+    assert len(curve(one)) == 11
+    assert curve(two) == pytest.approx(curve(one), rel=1e-4)
+    assert evidence(two)["validation_loss"] == pytest.approx(evidence(one)["validation_loss"], rel=1e-4)
+    assert (evidence(one)["processes"], evidence(two)["processes"]) == (1, 2)
+    assert evidence(two)["steps"] == evidence(one)["steps"]
+    assert adapter(by_torchrun) == adapter(two)
+    assert evidence(by_torchrun) == evidence(two)
+
+
+@TWO_CORES
+def test_a_training_one_of_whose_processes_is_killed_ends_with_one_error_and_resumes_bit_for_bit(tmp_path):
+    settings = {"devices": 2, "dropout": 0.1}
+    unbroken = make_project(tmp_path / "unbroken", 160, **settings)
+    finish(start(unbroken))
+    killed = make_project(tmp_path / "killed", 160, **settings)
+    stage = start(killed)
+    deadline = time.monotonic() + 60
+    while not list(killed.glob("checkpoints/finetune/*/checkpoint-1[0-9]/complete.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    workers = find_workers(stage)
+    assert len(workers) == 2
+    workers[1].send_signal(signal.SIGKILL)
+    output, _ = stage.communicate(timeout=60)
+    assert stage.returncode == 1
+    assert output.count("error: ") == 1 and "Traceback" not in output, output
+    assert re.search(r"error: process 1 of 2 was ended by SIGKILL\n  fix: .*checkpoint", output)
+    assert not any(worker.is_running() for worker in workers)
+    assert not (killed / "artifacts" / "finetune").exists()
+    log = finish(start(killed))
+    assert int(re.search(r"resuming from step (\d+) of", log)[1]) >= 9
+    assert adapter(killed) == adapter(unbroken)
+    assert evidence(killed) == evidence(unbroken)
+
+
+@TWO_CORES
+def test_a_run_of_one_process_is_resumed_by_two_right_to_rounding(tmp_path, monkeypatch):
+    unbroken, broken = (make_project(tmp_path / name, 80) for name in ("unbroken", "broken"))
+    monkeypatch.chdir(unbroken)
+    main()
+    monkeypatch.chdir(broken)
+
+    def stop_after_seven(monitor, arguments, state, *_: object, **__: object) -> None:
+        if state.global_step == 7:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(TrainingMonitor, "on_log", stop_after_seven)
+        main()
+    change_finetune(broken, devices=2)
+    assert "resuming from step 6 of 20" in finish(start(broken))
+    assert len(curve(broken)) == 20
+    assert curve(broken) == pytest.approx(curve(unbroken), rel=1e-4)
+
+
+@TWO_CORES
+def test_bad_input_to_two_processes_is_one_error_and_the_end_of_the_first_is_the_end_of_all(tmp_path):
+    settings = {"devices": 2, "learning_rate": 1e30, "warmup_fraction": 0.0}
+    for command, launcher in ((MODULE, "local"), (TORCHRUN, "torchrun")):
+        stage = start(make_project(tmp_path / launcher, **settings, launcher=launcher), command)
+        output, _ = stage.communicate(timeout=120)
+        assert stage.returncode == 1
+        assert len(re.findall(r"^error: .*diverged\n  fix: lower finetune.learning_rate", output, re.M)) == 1
+    endless = make_project(tmp_path / "endless", 160, devices=2, epochs=1000)
+    stage = start(endless)
+    deadline = time.monotonic() + 60
+    while not list(endless.glob("checkpoints/finetune/*/checkpoint-*/complete.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    workers = find_workers(stage)
+    stage.kill()
+    stage.communicate(timeout=60)
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert len(workers) == 2 and not alive
