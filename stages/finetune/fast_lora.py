@@ -38,17 +38,17 @@ def keep_freed_memory() -> bool:
 def speed_up(model: Any) -> dict[str, int]:
     """Replace the forward passes of the known modules of a peft model; return how many of each kind.
 
-    Linear layers are replaced if their adapter is plain LoRA without dropout; RMS norms if their class is
-    one of those whose arithmetic `rms_norm` repeats. The parameters, their names and the file that
-    `save_pretrained` writes stay what they are.
+    Linear layers are replaced if their adapter is plain LoRA without dropout; norms if their weights are
+    frozen and their results on random numbers are those of `rms_norm`. The parameters, their names and the
+    file that `save_pretrained` writes stay what they are.
     """
     replaced = {"lora_linear": 0, "rms_norm": 0}
     for module in model.modules():
         if _is_plain_lora(module):
             module.forward = partial(_lora_forward, module)
             replaced["lora_linear"] += 1
-        elif type(module).__name__ in _RMS_NORMS:
-            module.forward = partial(_rms_norm_forward, module)
+        elif (form := _find_norm_form(module)) is not None:
+            module.forward = partial(_rms_norm_forward, module, *form)
             replaced["rms_norm"] += 1
     return replaced
 
@@ -70,9 +70,9 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Te
     return y
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Return w x / sqrt(mean(x^2) + eps), computed in float32, in the dtype of x; w is frozen."""
-    y: Tensor = _RmsNorm.apply(x, weight, eps)
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """Return (offset + w) x / sqrt(mean(x^2) + eps), computed in float32, in the dtype of x; w is frozen."""
+    y: Tensor = _RmsNorm.apply(x, weight, eps, offset)
     return y
 
 
@@ -106,36 +106,43 @@ class _LoraLinear(Function):
 
 class _RmsNorm(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
         wide = x.float()
         norm: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        y: Tensor = wide.mul(inverse).mul_(weight.float())
+        ctx.offset = offset
+        y: Tensor = wide.mul(inverse).mul_(weight.float() + offset)
         return y.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
         wide = x.float()
-        dy = grads[0].float() * weight.float()
+        dy = grads[0].float() * (weight.float() + ctx.offset)
         # d/dx of x r(x): r dy - x r^3 mean(dy x)
         mean = (dy * wide).mean(dim=-1, keepdim=True)
         dx = dy.addcmul_(wide, mean.mul_(inverse).mul_(inverse), value=-1.0).mul_(inverse)
-        return dx.to(x.dtype), None, None
+        return dx.to(x.dtype), None, None, None
 
 
 def _lora_forward(module: Any, x: Tensor) -> Tensor:
     adapter = module.active_adapters[0]
     base = module.base_layer
     a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
-    return lora_linear(x, base.weight, base.bias, a, b, module.scaling[adapter])
+    # GPT-2 keeps its weights as [inputs, outputs].
+    weight = base.weight.t() if module.fan_in_fan_out else base.weight
+    return lora_linear(x, weight, base.bias, a, b, module.scaling[adapter])
 
 
 def _is_plain_lora(module: Any) -> bool:
     from peft.tuners.lora.layer import Linear
+    from transformers.pytorch_utils import Conv1D
 
-    if type(module) is not Linear or type(module.base_layer) is not torch.nn.Linear:
+    if type(module) is not Linear:
+        return False
+    layer = Conv1D if module.fan_in_fan_out else torch.nn.Linear
+    if type(module.base_layer) is not layer:
         return False
     if module.merged or module.disable_adapters or len(module.active_adapters) != 1:
         return False
@@ -144,15 +151,38 @@ def _is_plain_lora(module: Any) -> bool:
         isinstance(module.lora_dropout[adapter], torch.nn.Identity)
         and module.lora_B[adapter].bias is None
         and adapter not in module.lora_variant
-        and not module.fan_in_fan_out
         and not module.base_layer.weight.requires_grad
     )
 
 
-def _rms_norm_forward(module: Any, x: Tensor) -> Tensor:
-    return rms_norm(x, module.weight, module.variance_epsilon)
+def _find_norm_form(module: Any) -> tuple[float, float] | None:
+    """Return eps and offset with which `rms_norm` computes what a module computes, or None.
+
+    Transformers has an RMS norm of its own for each architecture. Most multiply by the weight, Gemma's by
+    1 + weight, and some do more: so it is asked for its results instead of its name.
+    """
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(eps, float) or [name for name, _ in module.named_parameters()] != ["weight"]:
+        return None
+    weight = module.weight
+    if weight.dim() != 1 or weight.requires_grad:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, len(weight), generator=generator)
+    x *= torch.tensor([[eps**0.5], [1.0], [30.0]])  # eps decides the first row
+    x = x.to(weight.device)
+    with torch.no_grad():
+        try:
+            wanted = module(x)
+        except (RuntimeError, TypeError, ValueError):
+            return None  # it takes other inputs
+        for offset in (0.0, 1.0):
+            found = rms_norm(x, weight, eps, offset)
+            same = isinstance(wanted, Tensor) and wanted.shape == found.shape and wanted.dtype == found.dtype
+            if same and torch.allclose(found, wanted, rtol=1e-5, atol=1e-6):
+                return eps, offset
+    return None
 
 
-# Norms that multiply by the weight itself (Gemma multiplies by 1 + weight) and keep their eps in
-# `variance_epsilon`.
-_RMS_NORMS = frozenset({"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "SmolLM3RMSNorm"})
+def _rms_norm_forward(module: Any, eps: float, offset: float, x: Tensor) -> Tensor:
+    return rms_norm(x, module.weight, eps, offset)

@@ -15,6 +15,7 @@ import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -120,16 +121,15 @@ def _common_prefix(examples: Sequence[Encoded]) -> int:
 
 
 def can_share_prefix(model: Any) -> bool:
-    """Return whether a transformers model takes our attention: full attention, and an exchangeable one."""
+    """Return whether a transformers model takes our attention: an exchangeable one, over all or a window."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     return (
         bool(getattr(type(model), "_supports_attention_backend", False))
         and "logits_to_keep" in inspect.signature(model.forward).parameters
-        and kinds == {"full_attention"}
-        and not getattr(config, "sliding_window", None)
+        and kinds <= {"full_attention", "sliding_attention"}
         and not getattr(config, "attention_dropout", 0.0)
-        and not getattr(config, "attn_logit_softcapping", None)
+        and not getattr(config, "attn_pdrop", 0.0)
     )
 
 
@@ -151,6 +151,8 @@ def shared_prefix_attention(
     prefix_length: int,
     rows: int,
     scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attend within the prefix, and from each row to the prefix and itself.
@@ -158,23 +160,36 @@ def shared_prefix_attention(
     Args:
         query: shape (1, heads, tokens, head size); key and value have as many heads, or fewer
             (each then serves several heads of the query).
+        sliding_window: tokens that a token attends to, itself included; None for all.
+        softcap: a bound of the scores.
 
     Returns:
         shape (1, tokens, heads, head size).
     """
     scale = scaling if scaling is not None else 1.0 / math.sqrt(query.shape[-1])
+    attend = partial(_causal, window=sliding_window or _find_window(module), softcap=softcap)
     parts = []
     if prefix_length:
         head = [states[:, :, :prefix_length] for states in (query, key, value)]
-        parts.append(_causal(head[0] * scale, head[1], head[2]).transpose(1, 2))
+        parts.append(attend(head[0] * scale, head[1], head[2]).transpose(1, 2))
     rest = [_by_row(states, prefix_length, rows) for states in (query, key, value)]
     if prefix_length:
         rest[1:] = [
             torch.cat([shared[:, :, :prefix_length].expand(rows, -1, -1, -1), own], dim=2)
             for shared, own in zip((key, value), rest[1:], strict=True)
         ]
-    parts.append(_causal(rest[0] * scale, rest[1], rest[2]).transpose(1, 2).flatten(0, 1)[None])
+    parts.append(attend(rest[0] * scale, rest[1], rest[2]).transpose(1, 2).flatten(0, 1)[None])
     return torch.cat(parts, dim=1), None
+
+
+def _find_window(module: Any) -> int | None:
+    """Return the window of a layer as transformers' masks have it; some models pass it by no argument."""
+    config = getattr(module, "config", None)
+    kinds, layer = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    if kinds and layer is not None and kinds[layer] == "full_attention":
+        return None
+    window: int | None = getattr(config, "sliding_window", None)
+    return window
 
 
 def _by_row(states: Tensor, prefix_length: int, rows: int) -> Tensor:
@@ -183,7 +198,7 @@ def _by_row(states: Tensor, prefix_length: int, rows: int) -> Tensor:
     return behind.transpose(0, 1)
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _causal(query: Tensor, key: Tensor, value: Tensor, window: int | None, softcap: float | None) -> Tensor:
     """Return causal attention of queries at the end of the keys, by plain products.
 
     On a CPU, `scaled_dot_product_attention` in bfloat16 takes nine times as long backward.
@@ -193,9 +208,13 @@ def _causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     # Heads that share a key go through one product.
     grouped = query.reshape(rows, groups, -1, size)
     scores: Tensor = torch.matmul(grouped, key.transpose(-1, -2))
-    future = torch.ones(width, keys, dtype=torch.bool, device=query.device).triu(keys - width + 1)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    hidden = torch.ones(width, keys, dtype=torch.bool, device=query.device).triu(keys - width + 1)
+    if window is not None and window < keys:
+        hidden |= torch.ones_like(hidden).tril(keys - width - window)
     weights = torch.softmax(
-        scores.view(rows, heads, width, keys) + _minus_infinity_at(future, scores.dtype), dim=-1
+        scores.view(rows, heads, width, keys) + _minus_infinity_at(hidden, scores.dtype), dim=-1
     )
     mixed: Tensor = torch.matmul(weights.view(rows, groups, -1, keys), value)
     return mixed.view(rows, heads, width, size)

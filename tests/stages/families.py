@@ -1,6 +1,8 @@
-"""A project with a tiny random model of a known family, as `split` leaves it."""
+"""Known model families with tiny random models, and a project with one, as `split` leaves it."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -28,51 +30,142 @@ VISION = {
     "image_size": 28,
     "patch_size": 14,
 }
-GPT_2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
-GEMMA = {"sliding_window": 512, "query_pre_attn_scalar": 16}
-NESTED = {"text_config": TEXT | GEMMA, "vision_config": VISION, "mm_tokens_per_image": 1}
-
-# The chat template, transformers' model type, its settings, and whether GGUF knows the architecture.
-KNOWN = {
-    "llama": ("llama-3", "llama", TEXT, True),
-    "qwen2": ("qwen-2.5", "qwen2", TEXT, True),
-    "qwen3": ("qwen-3", "qwen3", TEXT, True),
-    "mistral": ("mistral-3", "mistral", TEXT, True),
-    "gemma2": ("gemma-2", "gemma2", TEXT | GEMMA, False),
-    "gemma3-text": ("gemma-3", "gemma3_text", TEXT | GEMMA, False),
-    "gemma3": ("gemma-3", "gemma3", NESTED, False),
-    "phi3": ("phi-3", "phi3", TEXT, False),
-    "gpt2": ("gpt-2", "gpt2", GPT_2, False),
+LLAMA_3_ROTATION = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
 }
+GPT_2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "initializer_range": 0.3}
+GEMMA = {"sliding_window": 512, "query_pre_attn_scalar": 16}
+GEMMA_3 = GEMMA | {"num_hidden_layers": 6}  # the sixth is of full attention
+NESTED = {"text_config": TEXT | GEMMA_3, "vision_config": VISION, "mm_tokens_per_image": 1}
+EXPERTS = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
+GRANITE = {
+    "attention_multiplier": 0.2,
+    "embedding_multiplier": 2.0,
+    "residual_multiplier": 0.5,
+    "logits_scaling": 1.5,
+}
+
+EVERY_PART = ("attention", "linear layers", "norms")
+
+
+@dataclass(frozen=True)
+class Known:
+    """A family, its model of a few thousand weights, and what is promised of it; tests hold each promise.
+
+    Attributes:
+        models: of the family, as people call them.
+        template: a key of `FAMILIES`.
+        fast: which parts of a training step have the fast path on a CPU.
+        gguf: whether GGUF and llama.cpp know the architecture.
+        paged, openvino: whether that engine computes it from its GGUF.
+        adapters: whether vLLM's own list of models has adapters for it.
+        sentencepiece: of the models, those whose tokenizer no GGUF export has.
+    """
+
+    models: str
+    template: str
+    model_type: str
+    settings: dict[str, Any]
+    fast: tuple[str, ...] = EVERY_PART
+    gguf: bool = True
+    paged: bool = True
+    openvino: bool = False
+    adapters: bool = True
+    sentencepiece: str | None = None
+
+
+KNOWN = {
+    "llama": Known(
+        "Llama 2 and 3.0, SmolLM 1 and 2", "llama-3", "llama", TEXT, openvino=True, sentencepiece="Llama 2"
+    ),
+    "llama3": Known("Llama 3.1 to 3.3", "llama-3", "llama", TEXT | {"rope_parameters": LLAMA_3_ROTATION}),
+    "qwen2": Known("Qwen 2 and 2.5", "qwen-2.5", "qwen2", TEXT, openvino=True),
+    "qwen3": Known("Qwen 3", "qwen-3", "qwen3", TEXT, openvino=True),
+    "qwen3-moe": Known("Qwen 3 with experts", "qwen-3", "qwen3_moe", TEXT | EXPERTS, paged=False),
+    "mistral": Known(
+        "Mistral 7B and Nemo", "mistral-3", "mistral", TEXT, openvino=True, sentencepiece="Mistral 7B"
+    ),
+    "gemma2": Known("Gemma 2", "gemma-2", "gemma2", TEXT | GEMMA, paged=False, sentencepiece="all"),
+    "gemma3-text": Known(
+        "Gemma 3 270M and 1B", "gemma-3", "gemma3_text", TEXT | GEMMA_3, sentencepiece="all"
+    ),
+    "gemma3": Known(
+        "Gemma 3 from 4B on (text)", "gemma-3", "gemma3", NESTED, paged=False, sentencepiece="all"
+    ),
+    "phi3": Known("Phi 3 mini (4k), Phi 4", "phi-3", "phi3", TEXT, sentencepiece="Phi 3"),
+    "smollm3": Known("SmolLM 3", "smollm-3", "smollm3", TEXT | {"num_hidden_layers": 4}),
+    "granite": Known("Granite 3", "granite", "granite", TEXT | GRANITE),
+    "olmo2": Known("OLMo 2", "olmo-2", "olmo2", TEXT),
+    # Its layers drop a part of their activations while training, in each row another: no prefix is shared.
+    "gpt2": Known("GPT-2", "gpt-2", "gpt2", GPT_2, ("linear layers",), paged=False, adapters=False),
+    "gpt-neox": Known(
+        "GPT-NeoX, Pythia",
+        "chatml",
+        "gpt_neox",
+        TEXT,
+        ("attention", "linear layers"),
+        gguf=False,
+        paged=False,
+        adapters=False,
+    ),
+}
+
+
+def build_config(family, size, **ids):
+    """Return the configuration of a family's tiny model with a vocabulary of `size` tokens."""
+    from transformers import AutoConfig
+
+    settings = KNOWN[family].settings
+    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, **ids}
+    words = {"vocab_size": size, **ids}
+    if "text_config" in settings:
+        settings = {**settings, **ids, "text_config": settings["text_config"] | words}
+    else:
+        settings = {**settings, **words}
+    return AutoConfig.for_model(KNOWN[family].model_type, **settings)
+
+
+def build_model(config, seed=0):
+    """Return a random model whose norms and biases are random, too."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, weights in model.named_parameters():
+            if weights.dim() == 1:
+                weights.add_(torch.randn_like(weights), alpha=0.2 if "bias" in name else 0.1)
+    return model
+
+
+def round_weights(model):
+    """Round the weights to float16, which a GGUF holds exactly; not what is computed, such as frequencies."""
+    for weights in model.parameters():
+        weights.data = weights.data.half().float()
+    return model
 
 
 def make_base(folder, family):
     """Save a random model of a family with a byte-level tokenizer of its tokens and template."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    template, model_type, settings, _ = KNOWN[family]
-    tokenizer = make_family_tokenizer(FAMILIES[template])
+    tokenizer = make_family_tokenizer(FAMILIES[KNOWN[family].template])
     tokenizer.pad_token = tokenizer.eos_token
-    size = len(tokenizer)
     ids = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    settings = {**settings, **ids}
-    if "text_config" in settings:
-        settings["text_config"] = settings["text_config"] | ids | {"vocab_size": size}
-    else:
-        settings["vocab_size"] = size
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
-    model.save_pretrained(folder)
+    build_model(build_config(family, len(tokenizer), **ids)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def takes_system(family):
-    return FAMILIES[KNOWN[family][0]].takes_system
+    return FAMILIES[KNOWN[family].template].takes_system
 
 
 def row(question, answer, system=None):

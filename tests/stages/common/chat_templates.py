@@ -132,6 +132,20 @@ SMOLLM_3 = (
     "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
 )
 
+GRANITE = (
+    "{%- for message in messages %}{{- '<|start_of_role|>' + message['role'] + '<|end_of_role|>'"
+    " + message['content'] + '<|end_of_text|>\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|start_of_role|>assistant<|end_of_role|>' }}{%- endif %}"
+)
+
+# The roles are text, not tokens; the line behind an answer is left out after the last.
+OLMO_2 = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    "{{ '<|assistant|>\n' + message['content'] + eos_token }}{% if not loop.last %}{{ '\n' }}{% endif %}"
+    "{% else %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
 # The end of sequence behind every message, and nothing that opens an answer.
 GPT_2 = "{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}"
 
@@ -165,6 +179,7 @@ class Family:
 IM = ("<|endoftext|>", "<|im_end|>", "<|im_start|>")
 THINK = ("<think>", "</think>")
 TURNS = ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
+ROLES = ("<|end_of_text|>", "<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>")
 HEADERS = ("<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>")
 PHI = ("<s>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 EMPTY_THOUGHT = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
@@ -174,9 +189,11 @@ FAMILIES = {
     "gemma-2": Family(GEMMA_2, TURNS, "<start_of_turn>model\n", "<end_of_turn>", takes_system=False),
     "gemma-3": Family(GEMMA_3, TURNS, "<start_of_turn>model\n", "<end_of_turn>"),
     "gpt-2": Family(GPT_2, ("<|endoftext|>", "<|endoftext|>"), "light on<|endoftext|>", "<|endoftext|>"),
+    "granite": Family(GRANITE, ROLES, "<|start_of_role|>assistant<|end_of_role|>", "<|end_of_text|>"),
     "llama-3": Family(LLAMA_3, HEADERS, "assistant<|end_header_id|>\n\n", "<|eot_id|>"),
     "mistral-1": Family(MISTRAL_1, ("<s>", "</s>"), "light on [/INST] ", " </s>", takes_system=False),
     "mistral-3": Family(MISTRAL_3, ("<s>", "</s>", "[INST]", "[/INST]"), "light on[/INST]", "</s>"),
+    "olmo-2": Family(OLMO_2, ("<|endoftext|>", "<|endoftext|>"), "<|assistant|>\n", "<|endoftext|>"),
     "phi-3": Family(PHI_3, PHI, "<|assistant|>\n", "<|end|>"),
     "phi-4": Family(PHI_4, (*IM, "<|im_sep|>"), "<|im_start|>assistant<|im_sep|>", "<|im_end|>"),
     "qwen-2.5": Family(QWEN_25, IM, "<|im_start|>assistant\n", "<|im_end|>", ("<|fim_prefix|>",)),

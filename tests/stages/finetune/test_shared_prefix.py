@@ -4,6 +4,7 @@ import torch
 from stages.common.chat.template import Encoded
 from stages.finetune.answer_loss import cross_entropy_sum
 from stages.finetune.shared_prefix import can_share_prefix, lay_out, use_shared_prefix
+from tests.stages.families import build_config, build_model
 from tests.tiny import make_model
 
 PAD = 1
@@ -15,11 +16,15 @@ EXAMPLES = [
 ]
 
 
+def gradients(model):
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
 def loss_and_gradient(model, batch):
     model.zero_grad()
     loss = cross_entropy_sum(batch.answer_logits(model), batch.targets)
     loss.backward()
-    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}
+    return loss.detach(), gradients(model)
 
 
 def one_by_one(model, examples):
@@ -34,7 +39,16 @@ def one_by_one(model, examples):
         )
         loss.backward()
         total += loss.detach()
-    return total, {n: p.grad.clone() for n, p in model.named_parameters()}
+    return total, gradients(model)
+
+
+def assert_equal_but_for_rounding(found, expected):
+    """Compare losses, and gradients by their length: with large weights their entries are large, too."""
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)
+    assert found[1].keys() == expected[1].keys()
+    whole = torch.cat([gradient.flatten() for gradient in expected[1].values()]).norm()
+    for name, gradient in expected[1].items():
+        assert (found[1][name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-6 * whole, name
 
 
 def test_a_batch_as_one_sequence_has_the_loss_and_gradients_of_its_rows_one_by_one():
@@ -85,9 +99,34 @@ def test_the_prefix_leaves_each_row_the_prompt_token_that_predicts_its_answer():
     assert batch.input_ids[0, batch.answer_positions].tolist() == [6, 6, 9]
 
 
+@pytest.mark.parametrize("window", [1, 3, 5, 100])
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "qwen2"])
+def test_a_window_that_rows_reach_or_not_hides_the_same_tokens_as_in_rows_one_by_one(family, window):
+    config = build_config(family, 50)
+    config.sliding_window = window
+    if family == "qwen2":
+        config.layer_types = ["full_attention", "sliding_attention"]
+    expected = one_by_one(build_model(config), EXAMPLES)
+    model = build_model(config)
+    assert can_share_prefix(model)
+    use_shared_prefix(model)
+    assert_equal_but_for_rounding(loss_and_gradient(model, lay_out(EXAMPLES, PAD)), expected)
+
+
+def test_a_window_that_a_layer_does_not_pass_on_is_found_in_its_settings():
+    config = build_config("qwen2", 50)
+    config.sliding_window, config.layer_types = 3, ["full_attention", "sliding_attention"]
+    model = build_model(config)
+    expected = one_by_one(model, EXAMPLES)
+    use_shared_prefix(model)
+    for layer in model.model.layers:
+        layer.self_attn.sliding_window = None
+    assert_equal_but_for_rounding(loss_and_gradient(model, lay_out(EXAMPLES, PAD)), expected)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("attention_dropout", 0.1), ("sliding_window", 8), ("layer_types", ["sliding_attention"])],
+    [("attention_dropout", 0.1), ("attn_pdrop", 0.1), ("layer_types", ["chunked_attention"])],
 )
 def test_models_that_attend_otherwise_do_not_share_a_prefix(key, value):
     model = make_model()

@@ -1,0 +1,52 @@
+"""The fast path of every known family: losses and gradients are those of transformers."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from stages.finetune.fast_lora import slow_down
+from stages.finetune.shared_prefix import lay_out
+from stages.finetune.speedups import speed_up_training
+from tests.stages.families import KNOWN, build_config, build_model
+from tests.stages.finetune.test_shared_prefix import (
+    EXAMPLES,
+    PAD,
+    assert_equal_but_for_rounding,
+    loss_and_gradient,
+    one_by_one,
+)
+
+
+def with_adapter(family):
+    """Return a random model of a family with a random adapter on every linear layer."""
+    tuned = get_peft_model(
+        build_model(build_config(family, 50)),
+        LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    with torch.no_grad():
+        for name, weights in tuned.named_parameters():
+            if "lora_" in name:
+                weights.copy_(torch.randn_like(weights) * 0.2)
+    return tuned.eval()
+
+
+@pytest.mark.parametrize("family", KNOWN)
+def test_the_fast_path_of_a_family_has_its_losses_and_gradients(family):
+    model = with_adapter(family)
+    expected = one_by_one(model, EXAMPLES)
+    share_prefix, modules = speed_up_training(model, EXAMPLES, PAD)
+    found = {"attention": share_prefix, "linear layers": modules["lora_linear"], "norms": modules["rms_norm"]}
+    assert tuple(part for part, is_fast in found.items() if is_fast) == KNOWN[family].fast
+    batch = lay_out(EXAMPLES, PAD, share_prefix)
+    assert_equal_but_for_rounding(loss_and_gradient(model, batch), expected)
+
+
+def test_a_norm_that_learns_or_computes_otherwise_is_left_as_it_is():
+    model = with_adapter("llama")
+    norms = [m for m in model.modules() if type(m).__name__ == "LlamaRMSNorm"]
+    norms[0].weight.requires_grad_()
+    norms[1].forward = lambda x: torch.nn.functional.rms_norm(x, x.shape[-1:], norms[1].weight ** 2, 1e-6)
+    _, modules = speed_up_training(model, EXAMPLES, PAD)
+    assert modules["rms_norm"] == len(norms) - 2
+    slow_down(model)
+    assert all("forward" not in vars(norm) for norm in norms[2:])
