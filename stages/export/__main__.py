@@ -32,7 +32,8 @@ from stages.common.artifacts import (
 from stages.common.chat.fitting import find_refused
 from stages.common.chat.template import end_of_turn_ids, render_whole
 from stages.common.errors import InputError
-from stages.common.gguf.model import check_tensors, find_architecture, write_gguf
+from stages.common.gguf.architectures import find_architecture
+from stages.common.gguf.model import check_tensors, write_gguf
 from stages.common.gguf.vocabulary import count_equal, read_gguf_vocabulary, read_vocabulary
 from stages.common.logs import get_logger, run_stage, show_progress
 from stages.common.model.draft_corpus import encode_corpus, write_corpus
@@ -128,7 +129,7 @@ def export_gguf(
 
     logging.getLogger("gguf").setLevel(logging.WARNING)  # else: the byte order, and a name that soon changes
     # Before the weights are read: a refusal should come at once.
-    architecture = find_architecture(read_config(base))
+    architecture = find_architecture(read_config(base)).name
     tokenizer = load_tokenizer(base)
     # On the CPU and in float32: the sum of base and adapter is rounded once, into the file's own type.
     model = load_tuned(base, adapter, torch.float32, torch.device("cpu"))

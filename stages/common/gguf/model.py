@@ -1,7 +1,7 @@
 """Write a transformers model as one GGUF file, the format of llama.cpp, Ollama and OpenVINO.
 
 A GGUF file has a few settings and the tensors under GGUF's names; the arithmetic is in the program that reads
-it. So only architectures are supported whose arithmetic there is known to be the same.
+it (`architectures.py`).
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.common.errors import InputError
+from stages.common.gguf.architectures import Change, Part, find_architecture, get_head_size, read_rotation
 from stages.common.gguf.vocabulary import FIX, Vocabulary, add_vocabulary
 from stages.common.model.loading import count_context_tokens
 
@@ -22,12 +23,11 @@ if TYPE_CHECKING:
     import numpy as np
     from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 
-# model_type of transformers → architecture of GGUF.
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-
 # Error of a tensor: the norm of the rounding error over the norm of the tensor. The limits are about four
 # times the error of a normal distribution in these types, so that only a broken tensor exceeds them.
 LARGEST_ERROR = {"F32": 0.0, "F16": 1e-3, "BF16": 8e-3, "Q8_0": 0.03, "Q4_0": 0.35}
+
+ROTATION_DIVISORS = "rope_freqs.weight"
 
 Array = Any  # numpy.ndarray, which is imported only where it is needed
 
@@ -54,94 +54,92 @@ class TensorReport:
     errors: dict[str, float]
 
 
-def find_architecture(config: Any) -> str:
-    """Return the GGUF architecture for a model of this configuration.
-
-    Raises:
-        InputError: no architecture is known to compute the same.
-    """
-    kind = config.model_type
-    if kind not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise InputError(f"the base model's architecture {kind!r} has no GGUF export (known: {known})", FIX)
-    if config.hidden_act not in ("silu", "swish"):
-        raise InputError(f"the base model's activation {config.hidden_act!r} is not GGUF's silu", FIX)
-    rope = config.rope_parameters
-    scaled = ("default", "llama3") if ARCHITECTURES[kind] == "llama" else ("default",)
-    if rope.get("rope_type", "default") not in scaled:
-        raise InputError(
-            f"the base model scales its positions by {rope['rope_type']!r}, which the GGUF export of {kind} "
-            f"does not know (it knows {', '.join(scaled)})",
-            FIX,
-        )
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise InputError("the base model rotates only a part of each head", FIX)
-    return ARCHITECTURES[kind]
-
-
 def list_tensors(model: Any) -> Iterator[Tensor]:
-    """Yield the tensors of a model under their names in GGUF.
+    """Yield the tensors of a model under their names in GGUF; of one with pictures, those of its text.
 
     Raises:
         InputError: GGUF has no name for one of them.
     """
-    import gguf
-
-    config = model.config
-    architecture = find_architecture(config)
-    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(numbers[architecture], config.num_hidden_layers)
-    state = model.state_dict()
-    embedding = model.get_input_embeddings().weight.data_ptr()
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for key, tensor in state.items():
-        if key == "lm_head.weight" and tensor.data_ptr() == embedding:
-            continue  # tied: without an output layer GGUF uses the embedding
-        name = names.get_name(key, try_suffixes=(".weight", ".bias"))
-        if name is None:
-            raise InputError(f"the base model's tensor {key} has no name in GGUF's {architecture}", FIX)
-        # GGUF's llama rotates adjacent values, transformers the two halves of a head; qwen keeps halves.
-        halves = next((heads[h] for h in heads if f".{h}." in key), None) if architecture == "llama" else None
-        yield Tensor(name, tuple(tensor.shape), partial(_values, tensor, halves))
-    if config.rope_parameters.get("rope_type", "default") == "llama3":
-        yield Tensor("rope_freqs.weight", (_head_size(config) // 2,), partial(_position_divisors, model))
-
-
-def _values(tensor: Any, halves_of_heads: int | None) -> Array:
     import torch
 
-    values = tensor.detach().to("cpu", torch.float32).numpy()
-    if halves_of_heads is None:
-        return values
-    size = len(values) // halves_of_heads
-    pairs = values.reshape(halves_of_heads, 2, size // 2, *values.shape[1:]).swapaxes(1, 2)
-    return pairs.reshape(values.shape)
+    config = model.config.get_text_config()
+    for key, tensor in _list_state(model):
+        for name, change in name_parts(config, key):
+            shape = change(torch.empty_like(tensor, device="meta")).shape
+            yield Tensor(name, tuple(shape), partial(_values, tensor, change))
+    if (divisors := compute_divisors(config)) is not None:
+        yield Tensor(ROTATION_DIVISORS, divisors.shape, lambda: divisors)
 
 
-def _position_divisors(model: Any) -> Array:
-    """Return the divisor of each rotary frequency; shape (head size / 2)."""
+def name_parts(config: Any, key: str) -> list[Part]:
+    """Return the names in GGUF of the parts of a tensor, and how each is laid out there.
+
+    Raises:
+        InputError: GGUF has no name for one of them.
+    """
+    architecture = find_architecture(config)
+    names = _map_names(architecture.name, config.num_hidden_layers)
+    parts = []
+    for part, change in architecture.split(config, key):
+        name = names.get_name(part, try_suffixes=(".weight", ".bias"))
+        if name is None:
+            raise InputError(f"the base model's tensor {part} has no name in GGUF's {architecture.name}", FIX)
+        parts.append((name, change))
+    return parts
+
+
+@cache
+def _map_names(architecture: str, layers: int) -> Any:
+    import gguf
+
+    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    return gguf.get_tensor_name_map(numbers[architecture], layers)
+
+
+def _list_state(model: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the tensors that compute text, without an output layer that is the embedding."""
+    state = model.state_dict()
+    if model.config.get_text_config() is not model.config:
+        state = {f"model.{key}": tensor for key, tensor in model.get_decoder().state_dict().items()}
+        state["lm_head.weight"] = model.get_output_embeddings().weight
+    embedding = model.get_input_embeddings().weight
+    for key, tensor in state.items():
+        # Tied: without an output layer GGUF uses the embedding.
+        if not (key == "lm_head.weight" and tensor.data_ptr() == embedding.data_ptr()):
+            yield key, tensor
+
+
+def _values(tensor: Any, change: Change) -> Array:
+    import torch
+
+    return change(tensor.detach().to("cpu", torch.float32)).contiguous().numpy()
+
+
+def compute_divisors(config: Any) -> Array | None:
+    """Return the divisor of each rotary frequency, shape (head size / 2); None if all are 1."""
     import numpy as np
 
-    config, size = model.config, _head_size(model.config)
-    plain = config.rope_parameters["rope_theta"] ** -(np.arange(0, size, 2) / size)
-    used = model.get_decoder().rotary_emb.inv_freq.detach().cpu().double().numpy()
-    return (plain / used).astype(np.float32)
+    rope = read_rotation(config)
+    if (kind := rope.get("rope_type", "default")) != "llama3":
+        return None
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-
-def _head_size(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    size = get_head_size(config)
+    used, _ = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
+    plain = rope["rope_theta"] ** -(np.arange(0, size, 2) / size)
+    return (plain / used.double().numpy()).astype(np.float32)
 
 
 def choose_type(tensor: Tensor, quantization: str) -> GGMLQuantizationType:
     """Return the type to write a tensor in.
 
-    Norms and biases stay float32: they are small, and llama.cpp requires it. With q4_0, embedding and output
-    layer have 8 bits: with four, far more answers would change than the size is worth. Tensors whose rows are
-    not a multiple of a block stay float16.
+    Norms, biases, learned positions and what chooses experts stay float32: they are small, and llama.cpp
+    requires it. With q4_0, embedding and output layer have 8 bits: with four, far more answers would change
+    than the size is worth. Tensors whose rows are not a multiple of a block stay float16.
     """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    if len(tensor.shape) == 1:
+    if len(tensor.shape) == 1 or tensor.name.endswith(("position_embd.weight", "ffn_gate_inp.weight")):
         return GGMLQuantizationType.F32
     outer = tensor.name in ("token_embd.weight", "output.weight")
     wanted = GGMLQuantizationType["Q8_0" if outer and quantization == "q4_0" else quantization.upper()]
@@ -169,9 +167,9 @@ def write_gguf(
     from gguf.quants import quantize
 
     tensors = list(list_tensors(model))
-    writer = GGUFWriter(path, find_architecture(model.config))
+    writer = GGUFWriter(path, find_architecture(model.config).name)
     try:
-        _add_settings(writer, model.config, vocabulary, quantization, name)
+        _add_settings(writer, model.config.get_text_config(), vocabulary, quantization, name)
         add_vocabulary(writer, vocabulary)
         for tensor in tensors:
             kind = choose_type(tensor, quantization)
@@ -190,6 +188,15 @@ def write_gguf(
         writer.close()
 
 
+def list_settings(config: Any) -> dict[str, Any]:
+    """Return the settings of a model's GGUF file that decide its arithmetic, by their keys there."""
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(None, find_architecture(config).name)
+    _add_sizes(writer, config)
+    return {key: entry.value for key, entry in writer.kv_data[0].items()}
+
+
 def _add_settings(
     writer: GGUFWriter, config: Any, vocabulary: Vocabulary, quantization: str, name: str
 ) -> None:
@@ -200,18 +207,33 @@ def _add_settings(
     writer.add_file_type(gguf.LlamaFileType[kinds[quantization]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(len(vocabulary.tokens))
+    _add_sizes(writer, config)
+
+
+def _add_sizes(writer: GGUFWriter, config: Any) -> None:
     if context := count_context_tokens(config):
         writer.add_context_length(context)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_feed_forward_length(_read_feed_forward(config))
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(_head_size(config))
-    writer.add_value_length(_head_size(config))
-    writer.add_rope_dimension_count(_head_size(config))
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_head_count_kv(getattr(config, "num_key_value_heads", config.num_attention_heads))
+    writer.add_key_length(get_head_size(config))
+    writer.add_value_length(get_head_size(config))
+    if rope := read_rotation(config):
+        writer.add_rope_dimension_count(get_head_size(config))
+        writer.add_rope_freq_base(rope["rope_theta"])
+    if (epsilon := getattr(config, "rms_norm_eps", None)) is not None:
+        writer.add_layer_norm_rms_eps(epsilon)
+    else:
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    find_architecture(config).add_settings(writer, config)
+
+
+def _read_feed_forward(config: Any) -> int:
+    """Return the width of the feed-forward layers; GPT-2's is four times the model's if it has none."""
+    width = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
+    return int(width or 4 * config.hidden_size)
 
 
 def check_tensors(reader: GGUFReader, model: Any, file: Path) -> TensorReport:

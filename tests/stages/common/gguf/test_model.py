@@ -3,9 +3,11 @@ import torch
 from gguf import GGUFReader
 
 from stages.common.errors import InputError
-from stages.common.gguf.model import check_tensors, find_architecture, list_tensors, write_gguf
+from stages.common.gguf.architectures import find_architecture
+from stages.common.gguf.model import check_tensors, list_tensors, write_gguf
 from stages.common.gguf.vocabulary import read_vocabulary
 from tests.llama_cpp import LlamaCpp
+from tests.stages.families import KNOWN, build_config, build_model, round_weights
 from tests.tiny import make_model, make_tokenizer
 
 ROTATION = {"rope_type": "default", "rope_theta": 10000.0}
@@ -27,28 +29,33 @@ MODELS = {
     "qwen2_untied": {"tie_word_embeddings": False},
     "qwen3": {"head_dim": 16},
 }
+# Those whose arithmetic has no model above.
+FAMILIES = [name for name, known in KNOWN.items() if known.gguf and known.model_type not in MODELS]
 PROMPTS = [[0, 40, 41, 42], [2 + (7 * n * n + 3) % 94 for n in range(60)]]
 
 
 def model_of(name):
     """Return a model whose answers depend on every weight, exact in float16."""
-    shape = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "initializer_range": 0.4}
-    model = make_model(3, name.split("_")[0], **shape, **MODELS[name])
+    if name in MODELS:
+        shape = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "initializer_range": 0.4}
+        model = make_model(3, name.split("_")[0], **shape, **MODELS[name])
+    else:
+        model = build_model(build_config(name, 260), 3)
     with torch.no_grad():
         for key, tensor in model.named_parameters():
             if key.endswith("bias"):
                 tensor.normal_(std=0.5)
-            elif "norm" in key:
+            elif "norm" in key and name in MODELS:
                 tensor.uniform_(0.5, 1.5)
         # Never the likeliest: marks and bytes beyond ASCII. llama.cpp gives no logprobs of an end or of half
         # a character.
         model.get_output_embeddings().weight[[0, 1, *range(96, 260)]] = 0
-    return model.half().float()
+    return round_weights(model)
 
 
 def write(path, model, quantization="f16"):
     # One merge: llama.cpp reads no vocabulary without.
-    vocabulary = read_vocabulary(make_tokenizer((("t", "h"),)), model.config.vocab_size)
+    vocabulary = read_vocabulary(make_tokenizer((("t", "h"),)), model.config.get_text_config().vocab_size)
     write_gguf(path, model, vocabulary, quantization, "tiny")
     return path
 
@@ -62,7 +69,7 @@ def likely(model, prompt):
         return model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *FAMILIES])
 def test_llama_cpp_computes_what_transformers_computes(name, tmp_path):
     model = model_of(name)
     llama_cpp = LlamaCpp(write(tmp_path / "model.gguf", model))
@@ -151,6 +158,28 @@ def test_an_architecture_that_is_not_known_is_named_with_the_way_out():
 def test_arithmetic_that_gguf_does_not_have_is_refused(changes, message):
     with pytest.raises(InputError, match=message):
         find_architecture(small(0, **changes).config)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("gemma2", {"query_pre_attn_scalar": 99}, "query_pre_attn_scalar is 99, not 16"),
+        ("gemma2", {"attn_logit_softcapping": None}, "softcapping is null"),
+        ("gemma3-text", {"layer_types": ["full_attention"] * 6}, "not every 6th"),
+        ("gemma3-text", {"final_logit_softcapping": 30.0}, "its logits are capped"),
+        ("granite", {"attention_bias": True}, "linear layers have biases"),
+        ("smollm3", {"no_rope_layers": [1, 0, 1, 0]}, "not every fourth"),
+        ("qwen3-moe", {"norm_topk_prob": False}, "norm_topk_prob is false"),
+        ("gpt2", {"activation_function": "relu"}, "activation 'relu'"),
+    ],
+)
+def test_what_an_architecture_of_llama_cpp_takes_for_granted_is_checked(family, changes, message):
+    config = build_config(family, 260)
+    find_architecture(config)
+    for key, value in changes.items():
+        setattr(config, key, value)
+    with pytest.raises(InputError, match=message):
+        find_architecture(config)
 
 
 def test_a_tensor_without_a_name_in_gguf_is_refused():
