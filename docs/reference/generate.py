@@ -1,4 +1,4 @@
-"""Write the pages that can be derived: parameters, commands, dependencies, gaps of the API: `make docs`.
+"""Write the pages that can be derived: parameters, commands, dependencies, families, API: `make docs`.
 
 `python -m docs.reference.generate --check` exits 1 if a page is out of date.
 """
@@ -25,6 +25,7 @@ from stages.common.params.checked_yaml import Section
 from stages.common.params.loading import Params
 from tests.environments.wheels import GLIBC_MINOR, MACOS, PYTHONS
 from tests.services.api.openai_gaps import GAPS, ROUTES, TAKEN
+from tests.stages.families import EVERY_PART, KNOWN
 
 ROOT = Path(__file__).parents[2]
 HERE = ROOT / "docs" / "reference"
@@ -296,6 +297,60 @@ def openai_page() -> str:
     return "\n".join(out).rstrip() + "\n"
 
 
+def families_page() -> str:
+    """Return which model families work with what, as the tests hold it, as Markdown."""
+    out = [
+        "# Model families",
+        "",
+        "What works with which base model. A test trains, exports, evaluates and serves a tiny model of each",
+        "family (`tests/stages/test_families.py`). Others compare the fast path with transformers' losses",
+        "and gradients, the GGUF with llama.cpp, and `paged` with transformers. Written by `make docs`.",
+        "",
+        "| family | `model_type` | train | fast path on a CPU | GGUF | evaluated by | `paged` | `openvino` "
+        "| `vllm` | `transformers` |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for known in KNOWN.values():
+        fast = "all" if known.fast == EVERY_PART else ", ".join(known.fast)
+        gguf = {None: "yes", "all": "tokenizer"}.get(known.sentencepiece, f"not {known.sentencepiece}")
+        has_gguf = known.gguf and known.sentencepiece != "all"
+        engines = [
+            "no" if not computes else gguf if known.sentencepiece else "yes"
+            for computes in (known.paged, known.openvino)
+        ]
+        cells = [
+            known.models,
+            f"`{known.model_type}`",
+            "yes",
+            fast,
+            gguf if known.gguf else "no",
+            "`paged`" if known.paged and has_gguf else "`transformers`",
+            *engines,
+            "listed" if known.adapters else "no adapters",
+            "yes",
+        ]
+        out.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*out, "", FAMILY_NOTES])
+
+
+FAMILY_NOTES = """\
+- *fast path*: the parts of a LoRA training step that [run faster](../benchmarks.md#training-speed); the rest
+  is transformers' own. Sliding windows and caps of attention scores are kept.
+- *not …*, *tokenizer*: the GGUF export has tokenizers of byte-level BPE only, and those models have one of
+  SentencePiece. `preflight` refuses them before training and names `export.gguf: false`.
+- `paged` and `openvino` read the GGUF. Without one, or where both columns have *no*, `auto` takes
+  `transformers` on a CPU, which is [many times slower](../adr/0005-the-engine-on-a-cpu.md) than `paged`. An
+  engine that is named in `params.yaml` and does not compute the model is refused before training.
+- `openvino` is not given scaled positions (Llama 3.1 and later) or a Llama with biases: its answers
+  would be wrong.
+- *listed*: in vLLM's list of models that take adapters. Tested here with Llama only.
+- Of a mixture of experts the attention is trained, not the experts: `all-linear` finds no layers in them.
+- Other families that transformers loads as causal language models are trained the same way. What is fast is
+  found out for each module, and [checked](../adr/0004-fast-training-without-a-compiler.md). `transformers`
+  serves them.
+"""
+
+
 def main() -> None:
     """Write the pages, or check them."""
     pages = {
@@ -303,6 +358,7 @@ def main() -> None:
         "commands": commands_page(),
         "dependencies": dependencies_page(),
         "openai": openai_page(),
+        "families": families_page(),
     }
     for name, text in pages.items():
         path = HERE / f"{name}.md"

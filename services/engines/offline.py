@@ -16,6 +16,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from services.engines.support import check_paged
 from stages.common.chat.calls import read_answer
 from stages.common.chat.fitting import limit_answer
 from stages.common.chat.template import end_of_turn_ids
@@ -93,15 +94,13 @@ def pick_engine(wanted: str, base: Path, exports_gguf: bool) -> EngineName:
 
 
 def _why_not_paged(base: Path, exports_gguf: bool) -> str | None:
-    from services.engines.paged.weights import check_llama
-
     if pick_device().type != "cpu":
         return "this machine has a GPU"
     if find_spec("openvino") is None:
         return "OpenVINO is not installed"
     if not exports_gguf:
         return "the tuned model has no GGUF (export.gguf: false)"
-    return check_llama(json.loads((base / "config.json").read_text(encoding="utf-8")))
+    return check_paged(json.loads((base / "config.json").read_text(encoding="utf-8")))
 
 
 def answer_limit(questions: Sequence[EvalPrompt], max_new_tokens: int) -> int:

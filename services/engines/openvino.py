@@ -1,4 +1,4 @@
-"""The CPU engine for other architectures: OpenVINO GenAI's continuous batching over a GGUF file.
+"""The CPU engine where the graph of `paged` does not compile: OpenVINO GenAI over a GGUF file.
 
 OpenVINO reads and compiles the GGUF when the server starts. Its pipeline has paged attention, prefix caching
 and chunked prefill.

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from services.engines.paged.weights import check_llama
 from services.engines.protocol import Engine, EngineError
+from services.engines.support import check_engine
 from stages.common.errors import InputError
 from stages.common.model.draft_corpus import read_corpus
 
@@ -51,10 +50,6 @@ class ModelFiles(Protocol):
     def adapter(self) -> Path | None:
         """Return the folder of the adapter, or None."""
         ...
-
-
-# Architectures (`model_type`) that OpenVINO can read from GGUF.
-OPENVINO_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def load_engine(files: ModelFiles, tokenizer: Any, settings: EngineSettings, drain_s: float = 0.0) -> Engine:
@@ -174,20 +169,13 @@ def _reason_against_vllm(base: Path | None) -> str | None:
 def _reason_against_paged(folder: Path, gguf: Path | None) -> str | None:
     if find_spec("openvino") is None:
         return "OpenVINO is not installed (pip install 'perennial[serve]')"
-    if gguf is None:
-        return "the model has no GGUF (export.gguf in params.yaml)"
-    return check_llama(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    return check_engine("paged", folder, gguf is not None)
 
 
 def _reason_against_openvino(folder: Path, gguf: Path | None) -> str | None:
     if find_spec("openvino_genai") is None:
         return "OpenVINO is not installed (pip install 'perennial[serve]')"
-    if gguf is None:
-        return "the model has no GGUF (export.gguf in params.yaml)"
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-    if kind not in OPENVINO_TYPES:
-        return f"it cannot read GGUF files of the architecture {kind!r} (only {', '.join(OPENVINO_TYPES)})"
-    return None
+    return check_engine("openvino", folder, gguf is not None)
 
 
 def _count_gpus() -> int:

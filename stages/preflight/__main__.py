@@ -52,6 +52,7 @@ from stages.preflight.base_checks import (
     count_needed_bytes,
     count_parameters,
     find_disk_problems,
+    find_engine_problems,
     find_export_problems,
     find_license_problems,
     find_template_problems,
@@ -84,7 +85,9 @@ def find_base_problems(params: Params, base: Path, tokenizer: Any, rows: Iterabl
     exported = params.export.gguf
     fetched = read_json(reports("fetch_base") / "metrics.json")
     weights = count_parameters(base)
+    engines = {"services.engine.kind": params.services.engine.kind, "ask_base.engine": params.ask_base.engine}
     return [
+        *find_engine_problems(engines, base, exported),
         *find_unknown_tokens(tokenizer, size, exported),
         *find_license_problems(
             rows, params.validate_.allowed_licenses, params.model_card.license, fetched.get("license")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from services.engines.support import check_engine
 from stages.common.chat.template import end_of_turn_ids
 from stages.common.errors import InputError
-from stages.common.gguf.model import find_architecture, list_tensors
+from stages.common.gguf.architectures import find_architecture
+from stages.common.gguf.model import list_tensors
 from stages.common.gguf.vocabulary import read_vocabulary
 from stages.common.licenses import to_spdx
 from stages.common.records import Row
@@ -62,6 +64,19 @@ def find_export_problems(tokenizer: Any, config: Any, embedding_rows: int) -> li
     if max(tokenizer.get_vocab().values()) < embedding_rows:  # else it is a problem of its own
         problems += _collect([lambda: read_vocabulary(tokenizer, embedding_rows)])
     return problems
+
+
+def find_engine_problems(kinds: Mapping[str, str], base: Path, exports_gguf: bool) -> list[InputError]:
+    """Return which engines of params.yaml cannot compute this base model.
+
+    Args:
+        kinds: by the parameter that names the engine.
+    """
+    return [
+        InputError(f"{name} is {kind}, and {reason}", f"set {name}: auto")
+        for name, kind in kinds.items()
+        if (reason := check_engine(kind, base, exports_gguf)) is not None
+    ]
 
 
 def _list_tensor_names(config: Any) -> list[str]:

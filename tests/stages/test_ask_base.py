@@ -90,9 +90,9 @@ def test_without_a_gguf_transformers_answers_alike(project):
 
 
 def test_an_engine_that_cannot_compute_the_model_is_refused_only_if_it_is_wanted(tmp_path):
-    save_model(tmp_path, model_type="qwen2")
+    save_model(tmp_path, model_type="gpt_neox")
     assert pick_engine("auto", tmp_path, True) == "transformers"
-    with pytest.raises(InputError, match="this one is of 'qwen2'"):
+    with pytest.raises(InputError, match="this model is of 'gpt_neox'"):
         pick_engine("paged", tmp_path, True)
 
 

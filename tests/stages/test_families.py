@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from services.engines.openvino import OpenvinoEngine
+from services.engines.paged.engine import PagedEngine
 from services.engines.protocol import Sampling
 from services.engines.transformers import TransformersEngine
 from stages import ask_base
@@ -33,16 +35,24 @@ def numbered(family):
 
 
 PROMPT = [3, 4, 5, 6, 7, 8]
+SCHEMA = '{"type":"object","properties":{"n":{"type":"integer"}},"required":["n"]}'
 
 
-async def ask(**sampling):
-    """Return the tokens that the engine which runs everywhere writes with base and adapter."""
-    base, adapter = Path("artifacts/fetch_base"), Path("artifacts/finetune")
-    engine = TransformersEngine(base, adapter, load_tokenizer(base), device="cpu", precision="float32")
-    try:
-        return [t async for step in engine.generate(PROMPT, Sampling(12, **sampling)) for t in step.token_ids]
-    finally:
-        engine.close()
+def load_engine(kind):
+    """Load what was trained into an engine, computing in float32."""
+    base, adapter, exported = (Path(f"artifacts/{name}") for name in ("fetch_base", "finetune", "export"))
+    tokenizer = load_tokenizer(base)
+    if kind == "transformers":
+        return TransformersEngine(base, adapter, tokenizer, device="cpu", precision="float32")
+    common = {"kv_cache_mib": 16, "threads": 1, "precision": "float32"}
+    if kind == "openvino":
+        return OpenvinoEngine(exported / "model.gguf", exported / "config.json", tokenizer, **common)
+    return PagedEngine(exported / "model.gguf", tokenizer, **common)
+
+
+async def ask(engine, **sampling):
+    """Return the tokens that an engine writes."""
+    return [t async for step in engine.generate(PROMPT, Sampling(12, **sampling)) for t in step.token_ids]
 
 
 def generate():
@@ -59,24 +69,32 @@ def generate():
 @pytest.mark.slow
 @pytest.mark.parametrize("family", KNOWN)
 def test_a_family_is_trained_exported_evaluated_and_served(project, family):
-    knows_gguf = KNOWN[family][3]
-    write_project(family, numbered(family), export__gguf=knows_gguf)
+    known = KNOWN[family]
+    write_project(family, numbered(family), export__gguf=known.gguf, ask_base__engine="auto")
     for stage in (preflight, ask_base, finetune, export, evaluate):
         stage.main()
-    assert json.loads(Path("reports/evaluate/metrics.json").read_text())["rows"] == 8
+    report = json.loads(Path("reports/evaluate/metrics.json").read_text())
+    assert report["rows"] == 8
+    engine = "paged" if known.paged else "transformers"
+    assert report["engine"] == {"base": engine, "tuned": engine}
     assert json.loads(Path("artifacts/export/serving.json").read_text())["context_tokens"] == 512
-    assert Path("artifacts/export/model.gguf").exists() == knows_gguf
-    assert asyncio.run(ask()) == generate()
-    number = asyncio.run(
-        ask(json_schema='{"type":"object","properties":{"n":{"type":"integer"}},"required":["n"]}')
-    )
-    assert load_tokenizer(Path("artifacts/export")).decode(number).replace(" ", "").startswith('{"n":')
+    assert Path("artifacts/export/model.gguf").exists() == known.gguf
+    kinds = {"transformers": True, "paged": known.paged, "openvino": known.openvino}
+    for kind in (kind for kind, computes in kinds.items() if computes):
+        engine = load_engine(kind)
+        try:
+            assert asyncio.run(ask(engine)) == generate(), kind
+            number = asyncio.run(ask(engine, json_schema=SCHEMA))
+        finally:
+            engine.close()
+        text = "".join(load_tokenizer(Path("artifacts/export")).decode(number).split())
+        assert text and text.startswith('{"n":'[: len(text)]), kind  # a random model may write blanks
 
 
-@pytest.mark.parametrize("family", [name for name, (*_, knows_gguf) in KNOWN.items() if not knows_gguf])
+@pytest.mark.parametrize("family", [name for name, known in KNOWN.items() if not known.gguf])
 def test_a_family_without_gguf_is_refused_before_training_unless_no_gguf_is_wanted(project, family):
     write_project(family, numbered(family))
-    with pytest.raises(InputError, match=f"'{KNOWN[family][1]}' has no GGUF export") as error:
+    with pytest.raises(InputError, match=f"'{KNOWN[family].model_type}' has no GGUF export") as error:
         preflight.main()
     assert "export.gguf: false" in error.value.fix
 

@@ -1,4 +1,4 @@
-"""The CPU engine with speculative decoding: a Llama on OpenVINO's runtime, scheduled here."""
+"""The CPU engine with speculative decoding: a decoder on OpenVINO's runtime, scheduled here."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _State:
 
 
 class PagedEngine(Worker):
-    """Generate with a Llama on a CPU, with continuous batching and speculative decoding.
+    """Generate with a Llama, Mistral or Qwen on a CPU, with continuous batching and speculative decoding.
 
     Args:
         gguf: the merged model.

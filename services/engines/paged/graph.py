@@ -1,4 +1,4 @@
-"""A Llama as an OpenVINO graph over paged keys and values.
+"""A decoder as an OpenVINO graph over paged keys and values.
 
 The tokens of a step are one row, sequence after sequence; attention finds the past of each sequence in the
 blocks of one pool (PagedAttention, Kwon et al. 2023). The graph is built by hand instead of converted, so
@@ -7,12 +7,13 @@ that logits are computed only where needed, and only numpy and the runtime are r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from services.engines.paged.weights import LlamaShape, Weights
+from services.engines.paged.weights import DecoderShape, Rotation, Weights
 
 STEP_INPUTS = ("past_lens", "subsequence_begins", "block_indices", "block_indices_begins")
 
@@ -36,8 +37,13 @@ def build_graph(weights: Weights) -> Any:
     embedding = _matrix(tensors["token_embd.weight"])
     # [tokens, 1, hidden]: the plugin's fusions know activations with three axes.
     x = op.gather(embedding, op.unsqueeze(ids, _int(1)), _int(0))
-    turns = _rotations(positions, shape)
-    for layer in range(shape.layers):
+    x = _scale(x, shape.embedding_scale)
+    turns = {
+        rotation: _turn(positions, rotation, shape, tensors.get("rope_freqs.weight"))
+        for rotation in set(shape.rotations)
+        if rotation is not None
+    }
+    for layer, rotation in enumerate(shape.rotations):
         cache = [_parameter(f"{kind}_cache.{layer}", [-1, -1, -1, -1], None) for kind in ("key", "value")]
         caches += cache
         block = {
@@ -45,17 +51,23 @@ def build_graph(weights: Weights) -> Any:
             for name, array in tensors.items()
             if name.startswith(f"blk.{layer}.")
         }
-        normed = _norm(x, block["attn_norm"], shape)
-        x = op.add(x, _attention(normed, block, shape, turns, [*cache, *paging], longest))
-        x = op.add(x, _feed_forward(_norm(x, block["ffn_norm"], shape), block))
+
+        def norm(x: Any, name: str, block: dict[str, NDArray[Any]] = block) -> Any:
+            return _norm(x, block[name], shape) if name in block else x
+
+        turn = None if rotation is None else turns[rotation]
+        mixed = _attention(norm(x, "attn_norm"), block, shape, turn, [*cache, *paging], longest)
+        x = op.add(x, _scale(norm(mixed, "post_attention_norm"), shape.residual_scale))
+        fed = _feed_forward(norm(x, "ffn_norm"), block, shape)
+        x = op.add(x, _scale(norm(fed, "post_ffw_norm"), shape.residual_scale))
     states = op.gather(_norm(x, tensors["output_norm.weight"], shape), wanted, _int(0))
     head = _matrix(tensors["output.weight"]) if "output.weight" in tensors else embedding
-    logits = op.matmul(states, head, transpose_a=False, transpose_b=True)
+    logits = op.matmul(_scale(states, 1 / shape.logit_divisor), head, transpose_a=False, transpose_b=True)
     out = op.result(logits)  # directly: the plugin would round anything in between to bfloat16
     out.output(0).set_names({"logits"})
     hidden = op.result(states)
     hidden.output(0).set_names({"hidden"})
-    return ov.Model([out, hidden], [ids, positions, *paging, longest, wanted, *caches], "paged llama")
+    return ov.Model([out, hidden], [ids, positions, *paging, longest, wanted, *caches], "paged decoder")
 
 
 def _parameter(name: str, dims: list[int], kind: Any) -> Any:
@@ -89,24 +101,48 @@ def _matrix(array: NDArray[Any]) -> Any:
     return node if array.dtype == np.float32 else op.convert(node, ov.Type.f32)
 
 
-def _norm(x: Any, scale: NDArray[Any], shape: LlamaShape) -> Any:
+def _scale(x: Any, factor: float) -> Any:
+    from openvino import opset13 as op
+
+    return x if factor == 1.0 else op.multiply(x, op.constant(np.full((1, 1, 1), factor, np.float32)))
+
+
+def _linear(x: Any, block: dict[str, NDArray[Any]], name: str) -> Any:
+    from openvino import opset13 as op
+
+    product = op.matmul(x, _matrix(block[name]), False, True)
+    bias = block.get(f"{name}.bias")
+    return product if bias is None else op.add(product, _row(bias))
+
+
+def _row(array: NDArray[Any]) -> Any:
+    """Return a vector of numbers, one for each column of activations."""
+    from openvino import opset13 as op
+
+    return op.constant(array.astype(np.float32).reshape(1, 1, -1))
+
+
+def _norm(x: Any, scale: NDArray[Any], shape: DecoderShape, axes: int = 3) -> Any:
     """Root-mean-square normalization (Zhang and Sennrich 2019), in the pattern that the plugin fuses."""
     from openvino import opset13 as op
 
-    one = np.ones((1, 1, 1), np.float32)
+    one = np.ones((1,) * axes, np.float32)
     square = op.power(x, op.constant(one * 2))
     mean = op.reduce_mean(square, _ints([-1]), keep_dims=True)
     root = op.sqrt(op.add(mean, op.constant(one * np.float32(shape.norm_epsilon))))
     scaled = op.multiply(op.divide(op.constant(one), root), x)
-    return op.multiply(scaled, op.constant(scale.astype(np.float32).reshape(1, 1, -1)))
+    return op.multiply(scaled, op.constant(scale.astype(np.float32).reshape(*one.shape[1:], -1)))
 
 
-def _rotations(positions: Any, shape: LlamaShape) -> tuple[Any, Any]:
+def _turn(
+    positions: Any, rotation: Rotation, shape: DecoderShape, divisors: NDArray[Any] | None
+) -> tuple[Any, Any]:
     """Return cosine and sine of the rotary embedding (Su et al. 2021), [tokens, 1, 1, head_dim]."""
     import openvino as ov
     from openvino import opset13 as op
 
-    turns = shape.rope_base ** -(np.arange(0, shape.head_dim, 2, dtype=np.float64) / shape.head_dim)
+    turns = rotation.base ** -(np.arange(0, shape.head_dim, 2, dtype=np.float64) / shape.head_dim)
+    turns /= rotation.divisor if divisors is None else divisors
     row = op.convert(op.unsqueeze(op.unsqueeze(positions, _int(1)), _int(1)), ov.Type.f32)
     frequencies = op.constant(turns.astype(np.float32).reshape(1, -1, 1))
     count = op.gather(op.shape_of(positions), _ints([0]), _int(0))
@@ -138,8 +174,8 @@ def _split(x: Any, axis: int, lengths: list[int]) -> list[Any]:
 def _attention(
     x: Any,
     block: dict[str, NDArray[Any]],
-    shape: LlamaShape,
-    turns: tuple[Any, Any],
+    shape: DecoderShape,
+    turn: tuple[Any, Any] | None,
     paging: list[Any],
     longest: Any,
 ) -> Any:
@@ -154,17 +190,43 @@ def _attention(
         return op.reshape(op.transpose(rows, _ints([0, 2, 1, 3])), _ints([0, -1]), True)
 
     # One product and one rotation for queries and keys: each node costs a few microseconds per step.
-    product = _matrix(np.concatenate([block["attn_q"], block["attn_k"], block["attn_v"]]))
-    turning, value = _split(op.matmul(x, product, False, True), 2, [(heads + kv_heads) * dim, kv_heads * dim])
-    turned = flat(_rotated(by_head(turning, heads + kv_heads), turns, dim // 2))
-    query, key = _split(turned, 1, [heads * dim, kv_heads * dim])
+    if "attn_qkv" not in block:
+        block = block | _join(block, ("attn_q", "attn_k", "attn_v"), "attn_qkv")
+    turning, value = _split(_linear(x, block, "attn_qkv"), 2, [(heads + kv_heads) * dim, kv_heads * dim])
+    by_heads = by_head(_norm_all_heads(turning, block, shape), heads + kv_heads)
+    if "attn_q_norm" in block and len(block["attn_q_norm"]) == dim:
+        parts = _split(by_heads, 1, [heads, kv_heads])
+        norms = (block["attn_q_norm"], block["attn_k_norm"])
+        by_heads = op.concat([_norm(p, n, shape, 4) for p, n in zip(parts, norms, strict=True)], 1)
+    if turn is not None:
+        by_heads = _rotated(by_heads, turn, dim // 2)
+    query, key = _split(flat(by_heads), 1, [heads * dim, kv_heads * dim])
     mixed = _paged_attention([query, key, flat(by_head(value, kv_heads)), *paging], longest, shape)
-    return op.matmul(
-        op.reshape(mixed, _ints([-1, 1, heads * dim]), False), _matrix(block["attn_output"]), False, True
-    )
+    return _linear(op.reshape(mixed, _ints([-1, 1, heads * dim]), False), block, "attn_output")
 
 
-def _paged_attention(inputs: list[Any], longest: Any, shape: LlamaShape) -> Any:
+def _norm_all_heads(x: Any, block: dict[str, NDArray[Any]], shape: DecoderShape) -> Any:
+    """Return queries and keys, each normalized over all heads together where the weights are as wide."""
+    from openvino import opset13 as op
+
+    if "attn_q_norm" not in block or len(block["attn_q_norm"]) == shape.head_dim:
+        return x
+    norms = [block["attn_q_norm"], block["attn_k_norm"]]
+    parts = _split(x, 2, [len(norm) for norm in norms])
+    return op.concat([_norm(p, n, shape) for p, n in zip(parts, norms, strict=True)], 2)
+
+
+def _join(block: dict[str, NDArray[Any]], names: Sequence[str], joined: str) -> dict[str, NDArray[Any]]:
+    """Return one linear layer that computes several of the same input."""
+    layer = {joined: np.concatenate([block[name] for name in names])}
+    if any(f"{name}.bias" in block for name in names):
+        zeros = (np.zeros(len(block[name]), np.float32) for name in names)
+        biases = [block.get(f"{name}.bias", zero) for name, zero in zip(names, zeros, strict=True)]
+        layer[f"{joined}.bias"] = np.concatenate(biases)
+    return layer
+
+
+def _paged_attention(inputs: list[Any], longest: Any, shape: DecoderShape) -> Any:
     """Return the plugin's attention; the inputs after `longest` are for features that are not used.
 
     The inputs are those of OpenVINO 2026.4, as in the result of its `paged_attention_transformation`.
@@ -182,7 +244,7 @@ def _paged_attention(inputs: list[Any], longest: Any, shape: LlamaShape) -> Any:
     i32, f32 = np.int32, np.float32
     # Unlike elsewhere, a node is not accepted in place of its output.
     inputs = [value.output(0) if isinstance(value, Node) else value for value in inputs]
-    rest = [op.constant(np.array(shape.head_dim**-0.5, f32)), zero(), empty(f32), longest]
+    rest = [op.constant(np.array(shape.attention_scale, f32)), zero(), empty(f32), longest]
     rest += [empty(i32), empty(i32), empty(i32), empty(f32), empty(f32), zero(), zero()]
     rest += [empty(f32, (0, 0, 0, 0)), zero(), empty(i32), empty(i32), empty(i32), empty(i32)]
     rest += [empty(np.uint8), empty(i32)]
@@ -193,9 +255,13 @@ def _paged_attention(inputs: list[Any], longest: Any, shape: LlamaShape) -> Any:
     return node.output(0)
 
 
-def _feed_forward(x: Any, block: dict[str, NDArray[Any]]) -> Any:
+def _feed_forward(x: Any, block: dict[str, NDArray[Any]], shape: DecoderShape) -> Any:
     from openvino import opset13 as op
 
-    gate = op.swish(op.matmul(x, _matrix(block["ffn_gate"]), False, True))
-    up = op.matmul(x, _matrix(block["ffn_up"]), False, True)
-    return op.matmul(op.multiply(gate, up), _matrix(block["ffn_down"]), False, True)
+    up = _linear(x, block, "ffn_up")
+    if "ffn_gate" in block:
+        gate = _linear(x, block, "ffn_gate")
+    else:  # one matrix has both
+        gate, up = _split(up, 2, [len(block["ffn_up"]) // 2] * 2)
+    active = op.gelu(gate, "tanh") if shape.gelu else op.swish(gate)
+    return _linear(op.multiply(active, up), block, "ffn_down")

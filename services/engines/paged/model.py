@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.engines.paged.graph import build_graph
-from services.engines.paged.weights import LlamaShape, read_weights
+from services.engines.paged.weights import DecoderShape, read_weights
 from services.engines.protocol import EngineError
 from stages.common.errors import InputError
 
@@ -47,7 +47,7 @@ def computes_bfloat16(core: Any) -> bool:
 
 
 class PagedModel:
-    """A Llama on the CPU that computes tokens of many sequences in one step.
+    """A decoder on the CPU that computes tokens of many sequences in one step.
 
     Args:
         path: the GGUF file, or a folder with `config.json` and safetensors.
@@ -60,7 +60,7 @@ class PagedModel:
         import openvino as ov
 
         weights = read_weights(path)
-        self.shape: LlamaShape = weights.shape
+        self.shape: DecoderShape = weights.shape
         core = ov.Core()
         kind = "bf16" if precision == "auto" and computes_bfloat16(core) else "f32"
         self.dtype = {"bf16": "bfloat16", "f32": "float32"}[kind]

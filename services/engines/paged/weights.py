@@ -1,9 +1,9 @@
-"""The weights of a Llama as arrays, from a GGUF file or from a folder of safetensors."""
+"""The weights of a decoder as arrays, from a GGUF file or from a folder of safetensors."""
 
 from __future__ import annotations
 
 import json
-import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,31 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from services.engines.paged.gguf_file import GgufFile, read_file
+from services.engines.paged.gguf_file import read_file
 from services.engines.protocol import EngineError
+from services.engines.support import PAGED_TYPES, check_paged, describe_other
 from stages.common.errors import InputError
+
+# Those whose GGUF interleaves the halves of the rotary embedding.
+_INTERLEAVED = ("llama", "smollm3", "granite")
 
 
 @dataclass(frozen=True, slots=True)
-class LlamaShape:
-    """Sizes of a Llama; groups of `heads` share keys and values (`kv_heads`)."""
+class Rotation:
+    """A rotary embedding: the base of its frequencies, and what divides them all."""
+
+    base: float
+    divisor: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderShape:
+    """Sizes and constants of a decoder; groups of `heads` share keys and values (`kv_heads`).
+
+    Attributes:
+        rotations: of each layer; None in a layer without positions.
+        gelu: whether the feed-forward layers have GELU, by tanh, in place of SiLU.
+    """
 
     layers: int
     hidden: int
@@ -27,24 +44,29 @@ class LlamaShape:
     head_dim: int
     vocabulary: int
     context: int
-    rope_base: float
     norm_epsilon: float
+    rotations: tuple[Rotation | None, ...]
+    attention_scale: float
+    embedding_scale: float
+    residual_scale: float
+    logit_divisor: float
+    gelu: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """A Llama's sizes and its tensors by GGUF name, rows first: [outputs, inputs].
+    """A decoder's sizes and its tensors by GGUF name, rows first: [outputs, inputs].
 
     The halves of the rotary embedding are contiguous, as in Hugging Face's checkpoints, not interleaved as in
-    llama.cpp.
+    llama.cpp. `rope_freqs.weight`, where there is one, divides its frequencies one by one.
     """
 
-    shape: LlamaShape
+    shape: DecoderShape
     tensors: dict[str, NDArray[Any]]
 
 
 def read_weights(path: Path) -> Weights:
-    """Read a Llama from a GGUF file, or from a folder with its `config.json` and safetensors.
+    """Read a decoder from a GGUF file, or from a folder with its `config.json` and safetensors.
 
     Raises:
         InputError: the file or folder is missing, or cannot be read.
@@ -54,7 +76,7 @@ def read_weights(path: Path) -> Weights:
 
 
 def read_gguf(path: Path) -> Weights:
-    """Read a Llama from a GGUF file.
+    """Read a decoder from a GGUF file.
 
     Raises:
         InputError: the file is missing, or is not GGUF.
@@ -67,111 +89,99 @@ def read_gguf(path: Path) -> Weights:
             f"{path} cannot be read: {error}",
             "export it again (dvc repro export), or use another engine (services.engine.kind)",
         ) from error
-    shape = _shape(file)
-    tensors = dict(file.tensors)
-    for name, array in tensors.items():
-        if name.endswith("attn_q.weight"):
-            tensors[name] = _side_by_side(array, shape.heads)
-        elif name.endswith("attn_k.weight"):
-            tensors[name] = _side_by_side(array, shape.kv_heads)
-    return Weights(shape, tensors)
+    if (architecture := file.values.get("general.architecture")) not in PAGED_TYPES.values():
+        raise EngineError(describe_other(architecture))
+    return _build(file.values, dict(file.tensors))
 
 
 def read_safetensors(folder: Path) -> Weights:
-    """Read a Llama from a checkpoint of transformers; bfloat16 weights become float32.
+    """Read a decoder from a checkpoint of transformers; bfloat16 weights become float32.
 
     Raises:
         InputError: the folder has no checkpoint.
         EngineError: it has another architecture.
     """
-    import torch
-    from safetensors.torch import load_file
+    from stages.common.gguf.model import list_settings
+    from stages.common.model.loading import read_config
 
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise InputError(f"{folder} contains no model", "fetch it again: dvc repro fetch_base")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if (reason := check_llama(config)) is not None:
+    if (reason := check_paged(json.loads((folder / "config.json").read_text(encoding="utf-8")))) is not None:
         raise EngineError(reason)
-    tensors = {}
-    for file in files:
-        for name, tensor in load_file(file).items():
-            numbers = tensor if tensor.dtype == torch.float16 else tensor.float()
-            tensors[_gguf_name(name)] = numbers.numpy()
-    if config.get("tie_word_embeddings", False):
+    config = read_config(folder)
+    tensors = dict(_read_tensors(config, files))
+    if config.tie_word_embeddings:
         tensors.pop("output.weight", None)
-    heads, hidden = config["num_attention_heads"], config["hidden_size"]
-    rope = config.get("rope_parameters") or config
-    shape = LlamaShape(
-        layers=config["num_hidden_layers"],
-        hidden=hidden,
-        heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or hidden // heads,
-        vocabulary=len(tensors["token_embd.weight"]),
-        context=config["max_position_embeddings"],
-        rope_base=rope.get("rope_theta") or 10_000.0,
-        norm_epsilon=config["rms_norm_eps"],
-    )
+    return _build(list_settings(config), tensors)
+
+
+def _read_tensors(config: Any, files: list[Path]) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Yield the tensors of a checkpoint as its GGUF has them; matrices in float16 stay in it."""
+    import torch
+    from safetensors.torch import load_file
+
+    from stages.common.gguf.model import compute_divisors, name_parts
+
+    for file in files:
+        for key, tensor in load_file(file).items():
+            if key.endswith("rotary_emb.inv_freq"):
+                continue  # old checkpoints have what is computed from the settings
+            for name, change in name_parts(config, key):
+                narrow = tensor.dtype == torch.float16 and tensor.dim() > 1
+                numbers = change(tensor if narrow else tensor.float())
+                yield name, numbers.contiguous().numpy()
+    if (divisors := compute_divisors(config)) is not None:
+        yield "rope_freqs.weight", divisors
+
+
+def _build(values: Mapping[str, Any], tensors: dict[str, NDArray[Any]]) -> Weights:
+    """Return the weights of a GGUF file's values and tensors."""
+    architecture = values["general.architecture"]
+    shape = _shape(values, architecture, len(tensors["token_embd.weight"]))
+    if architecture in _INTERLEAVED:
+        heads = {"attn_q": shape.heads, "attn_k": shape.kv_heads}
+        for name, array in tensors.items():
+            if (count := heads.get(name.split(".")[-2])) is not None:
+                tensors[name] = _side_by_side(array, count)
     return Weights(shape, tensors)
 
 
-def check_llama(config: dict[str, Any]) -> str | None:
-    """Return why the paged engine does not compute a model of this `config.json`; None if it does."""
-    if config["model_type"] != "llama" or config.get("attention_bias") or config.get("mlp_bias"):
-        return (
-            f"the paged engine computes plain Llama models only, and this one is of {config['model_type']!r}"
-        )
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if rope.get("rope_type", "default") != "default" or config.get("hidden_act", "silu") != "silu":
-        return "the paged engine computes plain Llama models only, with no rope scaling and with SiLU"
-    return None
-
-
-_GGUF_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-
-def _gguf_name(name: str) -> str:
-    """Return the GGUF name of a tensor of transformers' Llama; an unknown name stays."""
-    stem = name.removesuffix(".weight")
-    layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem)
-    if layer is None:
-        return f"{_GGUF_NAMES.get(stem, stem)}.weight"
-    return f"blk.{layer[1]}.{_GGUF_NAMES.get(layer[2], layer[2])}.weight"
-
-
-def _shape(file: GgufFile) -> LlamaShape:
-    if (architecture := file.values.get("general.architecture")) != "llama":
-        raise EngineError(f"the paged engine computes Llama models, and this one is of {architecture!r}")
-    values = {key.removeprefix("llama."): value for key, value in file.values.items()}
-    hidden, heads = values["embedding_length"], values["attention.head_count"]
-    return LlamaShape(
-        layers=values["block_count"],
+def _shape(values: Mapping[str, Any], architecture: str, vocabulary: int) -> DecoderShape:
+    own = {key.removeprefix(f"{architecture}."): value for key, value in values.items()}
+    layers, hidden, heads = own["block_count"], own["embedding_length"], own["attention.head_count"]
+    head_dim = own.get("rope.dimension_count", hidden // heads)
+    gemma = architecture == "gemma3"
+    scaled_width = hidden // heads if gemma and layers == 62 else head_dim  # as the largest Gemma 3 has it
+    return DecoderShape(
+        layers=layers,
         hidden=hidden,
         heads=heads,
-        kv_heads=values.get("attention.head_count_kv", heads),
-        head_dim=values.get("rope.dimension_count", hidden // heads),
-        vocabulary=len(file.tensors["token_embd.weight"]),
-        context=values["context_length"],
-        rope_base=values.get("rope.freq_base", 10_000.0),
-        norm_epsilon=values["attention.layer_norm_rms_epsilon"],
+        kv_heads=own.get("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        vocabulary=vocabulary,
+        context=own["context_length"],
+        norm_epsilon=own["attention.layer_norm_rms_epsilon"],
+        rotations=_list_rotations(architecture, layers, own),
+        attention_scale=own.get("attention.scale", scaled_width**-0.5),
+        embedding_scale=hidden**0.5 if gemma else own.get("embedding_scale", 1.0),
+        residual_scale=own.get("residual_scale", 1.0),
+        logit_divisor=own.get("logit_scale", 1.0),
+        gelu=gemma,
     )
+
+
+def _list_rotations(architecture: str, layers: int, own: Mapping[str, Any]) -> tuple[Rotation | None, ...]:
+    """Return the rotation of each layer: the file's, but for layers whose architecture has its own."""
+    usual = Rotation(own.get("rope.freq_base", 10_000.0), own.get("rope.scaling.factor", 1.0))
+    if architecture == "smollm3":
+        return tuple(None if layer % 4 == 3 else usual for layer in range(layers))
+    if architecture == "gemma3":
+        return tuple(usual if layer % 6 == 5 else Rotation(10_000.0) for layer in range(layers))
+    return (usual,) * layers
 
 
 def _side_by_side(rows: NDArray[Any], heads: int) -> NDArray[Any]:
     """Undo llama.cpp's interleaving of the halves of the rotary embedding."""
-    halves = rows.reshape(heads, rows.shape[0] // heads // 2, 2, rows.shape[1]).swapaxes(1, 2)
+    halves = rows.reshape(heads, len(rows) // heads // 2, 2, *rows.shape[1:]).swapaxes(1, 2)
     return np.ascontiguousarray(halves).reshape(rows.shape)

@@ -69,7 +69,7 @@ def set_params(tmp_path):
         params["ask_base"]["max_new_tokens"] = 40
         for name, value in changes.items():
             section, key = name.split("__")
-            params[section][key] = value
+            params[section][key] = params[section][key] | value if isinstance(value, dict) else value
         (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
 
     write()
@@ -294,6 +294,24 @@ def test_an_architecture_without_gguf_is_refused_unless_no_gguf_is_wanted(lay_ou
     assert "export.gguf: false" in error.value.fix
     set_params(export__gguf=False)
     preflight.main()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ask_base__engine": "paged"}, "ask_base.engine is paged, and the paged engine computes llama"),
+        ({"services__engine": {"kind": "openvino"}}, "services.engine.kind is openvino, and it cannot read"),
+        ({"ask_base__engine": "paged", "export__gguf": False}, "the model has no GGUF"),
+    ],
+)
+def test_an_engine_that_cannot_compute_the_model_is_refused_before_training(
+    lay_out, set_params, changes, message
+):
+    lay_out(model=make_model(model_type="gemma2", vocab_size=SIZE))
+    set_params(**changes)
+    with pytest.raises(InputError, match=message) as error:
+        preflight.main()
+    assert ": auto" in error.value.fix
 
 
 def test_licences_that_the_card_would_refuse_are_refused_now(lay_out, set_params):

@@ -1,0 +1,77 @@
+"""Which engine computes which architecture, from the `config.json` of a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# Architectures (`model_type`) that the paged engine computes → their names in GGUF.
+PAGED_TYPES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "phi3": "phi3",
+    "smollm3": "smollm3",
+    "granite": "granite",
+    "olmo2": "olmo2",
+    "gemma3_text": "gemma3",
+}
+# Those that OpenVINO GenAI can read from GGUF.
+OPENVINO_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+_PAGED_ROTATIONS = ("default", "llama3", "linear")
+
+
+def check_engine(kind: str, folder: Path, has_gguf: bool) -> str | None:
+    """Return why an engine computes the model of a folder on no machine; None if it does on some.
+
+    What no GGUF can contain is not asked here: there is no file of such a model.
+
+    Args:
+        kind: as in `services.engine.kind`.
+        folder: has the model's `config.json`.
+        has_gguf: whether the model has, or will have, a GGUF file.
+    """
+    checks = {"paged": check_paged, "openvino": check_openvino}
+    if kind not in checks:
+        return None
+    if not has_gguf:
+        return "the model has no GGUF (export.gguf in params.yaml)"
+    return checks[kind](json.loads((folder / "config.json").read_text(encoding="utf-8")))
+
+
+def check_paged(config: Mapping[str, Any]) -> str | None:
+    """Return why the paged engine does not compute a model of this `config.json`; None if it does."""
+    if config["model_type"] not in PAGED_TYPES:
+        return describe_other(config["model_type"])
+    if (rotation := _read_rotation(config)) not in _PAGED_ROTATIONS:
+        return f"the paged engine does not compute positions scaled by {rotation!r}"
+    return None
+
+
+def describe_other(architecture: object) -> str:
+    """Return that the paged engine does not compute an architecture, and what it does."""
+    return f"the paged engine computes {', '.join(PAGED_TYPES)}, and this model is of {architecture!r}"
+
+
+def check_openvino(config: Mapping[str, Any]) -> str | None:
+    """Return why OpenVINO GenAI does not compute the GGUF of such a model; None if it does."""
+    kind = config["model_type"]
+    if kind not in OPENVINO_TYPES:
+        return f"it cannot read GGUF files of the architecture {kind!r} (only {', '.join(OPENVINO_TYPES)})"
+    # It would answer all the same, and wrongly: its reader skips the tensor that scales positions, and
+    # leaves the biases of a Llama in the order of llama.cpp.
+    if (rotation := _read_rotation(config)) != "default":
+        return f"it does not compute positions scaled by {rotation!r}"
+    if kind == "llama" and (config.get("attention_bias") or config.get("mlp_bias")):
+        return "it does not compute a Llama with biases"
+    return None
+
+
+def _read_rotation(config: Mapping[str, Any]) -> str:
+    """Return how positions are scaled; Gemma 3 has one way for each kind of layer."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = rope.get("full_attention", rope)
+    return str(rope.get("rope_type", rope.get("type", "default")))
