@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from stages.common import run_estimate
+from stages.common.machine.products import measure_product_speed
 from stages.common.model.loading import pick_device, pick_dtype
-from stages.common.run_estimate import Work, measure_product_speed, read_model_size
+from stages.common.run_estimate import Work, read_model_size
 from stages.common.sources.detection.survey import Survey
 from stages.common.statistics.sizes import choose_max_test_rows
 

@@ -184,16 +184,17 @@ def make_key(name: str) -> str:
 
 
 def read_curve(root: Path) -> Iterator[tuple[str, int, float]]:
-    """Yield the points of the training curves: name (`curve/loss`), step, value."""
-    path = root / reports("finetune") / "loss.csv"
-    if not path.exists():
-        return
-    with path.open(newline="", encoding="utf-8") as file:
-        for line in csv.DictReader(file):
-            step = int(line.pop("step"))
-            for name, value in line.items():
-                if value:
-                    yield f"curve/{name}", step, float(value)
+    """Yield the points of the training's curves: name (`curve/loss`, `validation/loss`), step, value."""
+    for curve, name in (("curve", "loss.csv"), ("validation", "validation.csv")):
+        path = root / reports("finetune") / name
+        if not path.exists():
+            continue
+        with path.open(newline="", encoding="utf-8") as file:
+            for line in csv.DictReader(file):
+                step = int(line.pop("step"))
+                for metric, value in line.items():
+                    if value:
+                        yield f"{curve}/{metric}", step, float(value)
 
 
 def flatten_params(params: Params) -> dict[str, str]:

@@ -228,7 +228,8 @@ def _log_files(client: MlflowClient, run: Run, root: Path) -> None:
     for path in (Path("dvc.yaml"), LOCK, artifacts("export") / "serving.json"):
         if (root / path).exists():
             client.log_artifact(run_id, str(root / path))
-    for path in (*find_metrics_files(root), reports("finetune") / "loss.csv"):
+    curves = [reports("finetune") / name for name in ("loss.csv", "validation.csv")]
+    for path in (*find_metrics_files(root), *curves):
         if (root / path).exists():
             client.log_artifact(run_id, str(root / path), f"reports/{path.parent.name}")
     for path in sorted((root / "reports").rglob("*.svg")):

@@ -25,6 +25,11 @@ TAIL_LINES = 60  # kept for the error of a failed stage
 BLOCKED_POLL_S = 1.0
 INTERRUPT_PATIENCE_S = 8.0  # then SIGKILL
 READ_POLL_S = 0.5
+# The kernel's killer of processes when the memory is full; the process itself prints nothing.
+KILLED = (
+    "if it was not stopped by hand, the machine ran out of memory: lower finetune.batch_size or "
+    "finetune.max_length, or end other programs"
+)
 CHUNK_BYTES = 65536
 
 _PROGRESS = re.compile(r"^(?:[\w.]+: )?progress (\d+)/(\d+) ?(.*)$")
@@ -89,7 +94,8 @@ def find_error(lines: list[str], stage: str, exit_code: int) -> str:
             return line.removeprefix("ERROR: ").removeprefix(f"failed to reproduce '{stage}': ")
     last = next((line for line in reversed(output) if line.strip()), "")
     how = f"was killed by signal {-exit_code}" if exit_code < 0 else f"ended with exit code {exit_code}"
-    return f"it {how}; its last line: {last}" if last else f"it {how} and printed nothing"
+    what = f"it {how}; its last line: {last}" if last else f"it {how} and printed nothing"
+    return f"{what}\n  fix: {KILLED}" if exit_code == -signal.SIGKILL else what
 
 
 @dataclass

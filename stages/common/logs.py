@@ -90,7 +90,7 @@ def explain_failure(error: Exception, when_memory_is_full: str = MORE_MEMORY) ->
         return error
     if isinstance(error, FileNotFoundError) and (absent := find_missing(error)):
         return absent
-    if _is_full_memory(error):
+    if is_full_memory(error):
         message = str(error).strip() or type(error).__name__
         return InputError(f"the memory is full: {message.splitlines()[0]}", when_memory_is_full)
     if not _is_full_disk(error):
@@ -102,7 +102,7 @@ def explain_failure(error: Exception, when_memory_is_full: str = MORE_MEMORY) ->
     )
 
 
-def _is_full_memory(error: Exception) -> bool:
+def is_full_memory(error: Exception) -> bool:
     """Return whether a GPU or the machine has no memory left; torch reports it in several ways."""
     if isinstance(error, MemoryError):
         return True

@@ -10,16 +10,19 @@ The first updates of a training correct the estimate.
 from __future__ import annotations
 
 import json
+import os
 import sys
-import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from stages.common.artifacts import artifacts, read_json, reports
 from stages.common.errors import InputError
+from stages.common.machine.memory import format_bytes, read_free_memory, read_total_memory
+from stages.common.machine.products import measure_product_speed
+from stages.common.machine.training_memory import Batch, estimate_training_memory
+from stages.common.model.loading import count_parameters, pick_device, pick_dtype
 
 # Of the speed of plain matrix products, what a whole step reaches. Measured with the default base model in
 # batches of 4 (of 16: 0.76 and 0.62); its rows share a third of their tokens, which are counted with every
@@ -28,8 +31,6 @@ TRAINING_SHARE = {"float32": 0.7, "bfloat16": 0.47}
 ANSWERING_SHARE = {"float32": 0.6, "bfloat16": 0.6}
 TRANSFORMERS_SHARE = 0.05  # of generation by transformers, on any machine
 OVERHEAD_S = 15.0  # a stage that computes: its start, imports, reading the model
-PROBE_S = 0.5
-PROBE_SIZES = (600, 576, 1536)  # tokens of a batch, and a layer of the default base model
 ANSWER_ROOM = 1.25  # the base model mostly writes to the limit
 
 
@@ -98,29 +99,6 @@ def read_model_size(base: Path) -> ModelSize:
         return DEFAULT_SIZE
 
 
-@cache
-def measure_product_speed(dtype: str, device: str = "cpu", seconds: float = PROBE_S) -> float:
-    """Return the floating-point operations a second of matrix products in a number format.
-
-    Measured once a process.
-    """
-    import torch
-
-    rows, inputs, outputs = PROBE_SIZES
-    kind = getattr(torch, dtype)
-    x = torch.ones(rows, inputs, dtype=kind, device=device)
-    weight = torch.ones(outputs, inputs, dtype=kind, device=device)
-    for _ in range(3):  # the first ones make kernels
-        torch.nn.functional.linear(x, weight)
-    count, start = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - start) < seconds:
-        for _ in range(10):
-            y = torch.nn.functional.linear(x, weight)
-        float(y[0, 0])  # waits for a GPU
-        count += 10
-    return 2.0 * rows * inputs * outputs * count / elapsed
-
-
 def estimate_run(work: Work, size: ModelSize, dtype: str, speed: float, paged: bool = True) -> Estimate:
     """Return how long the stages take that train and answer.
 
@@ -178,9 +156,66 @@ def describe(work: Work, estimate: Estimate, stages: Collection[str] = STAGES) -
     return "\n".join(lines)
 
 
+def describe_machine(device: Any) -> str:
+    """Return what the machine has, as a line."""
+    memory = f"{format_bytes(read_total_memory())} of memory, {format_bytes(read_free_memory())} of it free"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpu = ""
+    if device.type == "cuda":
+        import torch
+
+        free, total = torch.cuda.mem_get_info(device)
+        name = torch.cuda.get_device_name(device)
+        gpu = f"; {name} with {format_bytes(total)}, {format_bytes(free)} of it free"
+    return f"this machine: {cores} cores, {memory}{gpu}"
+
+
+def describe_memory(params: Any, train: Mapping[str, Any], base: Path, dtype: str, free: int) -> str | None:
+    """Return about how much memory the training takes, as a line; None where the base model is another kind.
+
+    Args:
+        train: what `preflight` counted in the training rows.
+    """
+    finetune = params.finetune
+    batch = Batch(min(finetune.batch_size, train["rows"]), train["longest"], train["longest_answer"])
+    try:
+        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        weights = count_parameters(base)
+        needed = estimate_training_memory(
+            config, weights, finetune.rank, batch, 4 if dtype == "float32" else 2
+        )
+    except (OSError, KeyError):
+        return None
+    line = f"  memory: finetune takes about {format_bytes(needed)}"
+    if needed > free:
+        line += (
+            f", and {format_bytes(free)} are free: lower finetune.batch_size (and raise "
+            "finetune.gradient_accumulation by as much) or finetune.max_length"
+        )
+    return line
+
+
+def describe_costs(seconds: float, settings: Any) -> str | None:
+    """Return about what the run takes in energy and money, as a line; None where neither is known.
+
+    Args:
+        settings: the section `flows.training`.
+    """
+    hours, found = seconds / 3600, []
+    if settings.power_watts is not None:
+        watt_hours = settings.power_watts * hours
+        found.append(f"{watt_hours:.3g} Wh at {settings.power_watts:g} W")
+        if settings.co2_g_per_kwh is not None:
+            found.append(f"{watt_hours * settings.co2_g_per_kwh / 1000:.3g} g CO2")
+    if settings.price_per_hour is not None:
+        found.append(f"a price of {settings.price_per_hour * hours:.3g}")
+    return f"  it takes about {', '.join(found)}" if found else None
+
+
 def main() -> None:
     """Print the estimate of the stages that are named, or all, for the rows that `preflight` counted."""
-    from stages.common.model.loading import pick_device, pick_dtype
+    import torch
+
     from stages.common.params.loading import load_params
     from stages.common.statistics.sizes import choose_max_test_rows
 
@@ -203,7 +238,14 @@ def main() -> None:
     paged = device.type == "cpu" and params.export.gguf and params.ask_base.engine != "transformers"
     estimate = estimate_run(work, read_model_size(base), dtype, speed, paged)
     stages = [stage for stage in STAGES if stage in sys.argv[1:]] or STAGES
-    sys.stdout.write(describe(work, estimate, stages) + "\n")
+    lines: list[str | None] = [describe_machine(device), describe(work, estimate, stages)]
+    if "finetune" in stages:
+        free = read_free_memory()
+        if device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+        lines.append(describe_memory(params, counted["sides"]["train"], base, dtype, free))
+    lines.append(describe_costs(estimate.sum_of(stages), params.flows.training))
+    sys.stdout.write("".join(f"{line}\n" for line in lines if line))
 
 
 if __name__ == "__main__":

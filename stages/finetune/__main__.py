@@ -1,8 +1,9 @@
 """Finetune: train a LoRA adapter on the base model.
 
 In: `artifacts/split/train.parquet`, `validation.parquet`, `artifacts/fetch_base/`;
-`artifacts/initial_adapter/`, which may hold an adapter to start from.
-Out: `artifacts/finetune/` (a peft adapter); `reports/finetune/metrics.json`, `loss.csv`, `loss.svg`.
+`artifacts/curate/task.json`; `artifacts/initial_adapter/`, which may hold an adapter to start from.
+Out: `artifacts/finetune/` (a peft adapter); `reports/finetune/metrics.json`, `loss.csv`, `validation.csv`,
+`loss.svg`.
 Run: `python -m stages.finetune`
 
 Only the answers are learned. A killed run resumes from its last complete checkpoint in
@@ -28,7 +29,7 @@ from stages.common.chat.fitting import (
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage
 from stages.common.model.adapter import InitialAdapter, check_base, read_initial_adapter
-from stages.common.model.loading import load_tokenizer
+from stages.common.model.loading import limit_length, load_tokenizer, read_config
 from stages.common.params.loading import load_params
 from stages.common.records import Row, read_rows
 from stages.common.spool import view
@@ -37,8 +38,10 @@ from stages.finetune.checkpoints import CHECKPOINTS, remove_other_runs
 from stages.finetune.devices.group import compute_on_hosts, count_processes, is_main
 from stages.finetune.devices.workers import run_on_devices
 from stages.finetune.plots import plot_loss
+from stages.finetune.progress.cost import Prices
+from stages.finetune.progress.watch import plan_watch
 from stages.finetune.recipe import Recipe, compute_fingerprint
-from stages.finetune.result import write_loss_csv
+from stages.finetune.result import write_loss_csv, write_validation_csv
 
 logger = get_logger("finetune")
 
@@ -86,15 +89,19 @@ def train_adapter() -> None:
     trained_ids = initial.read_trained_ids() if initial else frozenset()
     selected = select_rows(rows, initial, trained_ids, params.replay_share, params.seed)
     tokenizer = load_tokenizer(base)
-    examples, misfits = encode_rows(tokenizer, selected, params.max_length, params.on_long_row, turns)
+    limit = limit_length(params.max_length, read_config(base))
+    examples, row_ids, misfits = encode_rows(
+        tokenizer, selected, params.max_length, params.on_long_row, turns, limit
+    )
     validation_rows = read_rows(artifacts("split") / "validation.parquet")
     validated, not_validated = encode_fitting(
         tokenizer,
         validation_rows,
-        params.max_length,
+        limit,
         learned_turns=turns,
     )
     validation = view(validated, itemgetter(1))
+    watch = plan_watch(everything, tokenizer, list({row.id: row for row, _ in validated}.values()))
     for rows_of, excluded in (("training", misfits), ("validation", not_validated)):
         if excluded:
             logger.warning(
@@ -111,8 +118,9 @@ def train_adapter() -> None:
     from stages.finetune.adapter import build_model, save_adapter
     from stages.finetune.trainer import train
 
+    watched = watch.describe() if watch else None
     checkpoints = CHECKPOINTS / compute_on_hosts(
-        lambda: compute_fingerprint(recipe, examples, base, initial),
+        lambda: compute_fingerprint(recipe, examples, base, initial, watched),
         "the recipe, rows, base model, code or library versions",
         "copy params.yaml, artifacts/ and the code of one host to the others, with the same versions",
     )
@@ -129,14 +137,18 @@ def train_adapter() -> None:
         recipe,
         checkpoints,
         params.checkpoint_every_steps,
+        row_ids.__getitem__,
+        watch,
+        Prices(**everything.flows.training.model_dump(include=set(Prices.__dataclass_fields__))),
     )
     if not is_main():
         return
 
-    trained_now = {row.id for row in selected} - {misfit.row.id for misfit in misfits}
+    trained_now = {row_ids[number] for number in result.learned_rows}
     save_adapter(model, artifacts("finetune"), trained_ids | trained_now)
     write_loss_csv(result.curve, reports("finetune") / "loss.csv")
-    plot_loss(result, reports("finetune") / "loss.svg")
+    write_validation_csv(result.validation, reports("finetune") / "validation.csv")
+    plot_loss(result, watch.sample.read_scales() if watch else {}, reports("finetune") / "loss.svg")
     write_json(
         reports("finetune") / "metrics.json",
         {
@@ -147,8 +159,7 @@ def train_adapter() -> None:
             "rows_not_replayed": len(rows) - len(selected),
             "validation_rows": len(validation_rows) - len(not_validated),
             "rejected_validation_rows": len(not_validated),
-            "train_tokens": recipe.epochs * sum(len(e.input_ids) for e in examples),
-            "answer_tokens": recipe.epochs * sum(e.learned_count for e in examples),
+            "rows_asked": len(watch.sample.rows) if watch else 0,
             **result.to_metrics(),
         },
     )
@@ -161,6 +172,7 @@ def train_adapter() -> None:
         result.curve[-1].loss,
         "-" if result.validation_loss is None else f"{result.validation_loss:.4f}",
     )
+    logger.info("it took %s", result.cost.describe())
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from stages.common.errors import InputError
 from stages.common.logs import get_logger
 from stages.common.model.adapter import CONFIG, PAGE, WEIGHTS, InitialAdapter, write_trained_ids
 from stages.common.model.loading import load_base, pick_device, pick_dtype
+from stages.common.model.targets import check_rank, check_targets
 from stages.finetune.recipe import Recipe
 
 logger = get_logger("finetune")
@@ -39,6 +40,8 @@ def build_model(base: Path, recipe: Recipe, initial: InitialAdapter | None = Non
     model = load_base(base, pick_dtype(device, recipe.dtype), device)
     set_seed(recipe.seed)
     targets = recipe.target_modules
+    check_rank(getattr(model.config.get_text_config(), "hidden_size", None), recipe.rank)
+    check_targets(model, targets)
     config = LoraConfig(
         r=recipe.rank,
         lora_alpha=recipe.alpha,

@@ -15,6 +15,7 @@ from stages.common.chat.fitting import (
     describe_misfits,
     encode_fitting,
     select_misfits,
+    suggest_for_long,
 )
 from stages.common.chat.template import Encoded
 from stages.common.errors import InputError
@@ -69,25 +70,37 @@ def select_rows(
 
 
 def encode_rows(
-    tokenizer: Any, rows: Sequence[Row], max_length: int, on_long_row: str, learned_turns: LearnedTurns
-) -> tuple[Sequence[Encoded], Sequence[Misfit]]:
-    """Return the rows as token ids, and those excluded: longer than `max_length`, or refused by the template.
+    tokenizer: Any,
+    rows: Sequence[Row],
+    max_length: int,
+    on_long_row: str,
+    learned_turns: LearnedTurns,
+    positions: int | None = None,
+) -> tuple[Sequence[Encoded], Sequence[str], Sequence[Misfit]]:
+    """Return the rows as token ids, the id of the row of each, and the rows excluded.
+
+    Excluded are rows that are too long, and those that the template refuses.
+
+    Args:
+        max_length: the most tokens of a row.
+        positions: of the base model, where they are fewer than `max_length`.
 
     Raises:
         InputError: a row is too long and `on_long_row` is `stop`, or no row is left.
     """
+    limit = min(max_length, positions or max_length)
     fitting, misfits = encode_fitting(
         tokenizer,
         rows,
-        max_length,
+        limit,
         lambda done: show_progress(logger, done, len(rows), "rows encoded"),
         learned_turns,
     )
     long = select_misfits(misfits, LONG)
     if long and on_long_row == "stop":
         raise InputError(
-            f"{len(long)} of {len(rows)} rows are longer than {max_length} tokens:\n{describe_misfits(long)}",
-            "raise finetune.max_length, shorten the rows, or set finetune.on_long_row: drop",
+            f"{len(long)} of {len(rows)} rows are longer than {limit} tokens:\n{describe_misfits(long)}",
+            suggest_for_long(limit, max_length),
         )
     if rows and not fitting:
         raise InputError(
@@ -95,7 +108,11 @@ def encode_rows(
             "raise finetune.max_length for rows that are too long; for rows that the chat template refuses, "
             "set task.system_prompt: null, correct their roles, or choose another base model",
         )
-    return view(fitting, itemgetter(1)), misfits
+    return view(fitting, itemgetter(1)), view(fitting, _read_id), misfits
+
+
+def _read_id(pair: tuple[Row, Encoded]) -> str:
+    return pair[0].id
 
 
 def plan_batches(lengths: Sequence[int], batch_size: int, epochs: int, seed: int) -> list[list[int]]:

@@ -1,7 +1,8 @@
 """Checkpoints: which are complete, which are kept, and whether the disk can hold them.
 
 The trainer writes `checkpoints/finetune/<fingerprint>/checkpoint-<step>/`. A checkpoint is complete once
-its `complete.json` has the size of every other file, so a killed run resumes from the last complete one.
+its `complete.json` has the size and the hash of every other file, so a killed run resumes from the last
+complete one. The hash finds a file that has its size and not its content, as after a power failure.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import platform
 import shutil
 from pathlib import Path
 
-from stages.common.artifacts import read_json, write_json
+from stages.common.artifacts import hash_file, read_json, write_json
 from stages.common.errors import InputError
 from stages.common.logs import get_logger
 from stages.finetune.devices.group import gather, is_main
@@ -27,14 +28,17 @@ PREFIX = "checkpoint-"
 
 def find_checkpoint(folder: Path) -> Path | None:
     """Return the newest complete checkpoint, and remove the incomplete ones."""
-    complete: list[tuple[int, Path]] = []
     for path in folder.glob(f"{PREFIX}*"):
-        if _is_complete(path):
-            complete.append((get_step(path), path))
-        else:
-            logger.info("removing %s: it is incomplete", path)
+        if problem := _find_problem(path):
+            logger.warning("removing the checkpoint %s: %s", path, problem)
             shutil.rmtree(path)
-    return max(complete)[1] if complete else None
+    complete = list_complete(folder)
+    return complete[-1] if complete else None
+
+
+def list_complete(folder: Path) -> list[Path]:
+    """Return the checkpoints that were written to their end, oldest first; their content is not read."""
+    return sorted((path.parent for path in folder.glob(f"{PREFIX}*/{COMPLETE}")), key=get_step)
 
 
 def choose_checkpoint(folder: Path) -> Path | None:
@@ -46,7 +50,7 @@ def choose_checkpoint(folder: Path) -> Path | None:
     newest = gather(find_checkpoint(folder) if is_main() else None)[0]
     if newest is None:
         return None
-    seen = gather((platform.node(), _is_complete(newest)))
+    seen = gather((platform.node(), _find_problem(newest) is None))
     without = sorted({host for host, has_it in seen if not has_it})
     if without:
         raise InputError(
@@ -63,17 +67,33 @@ def get_step(checkpoint: Path) -> int:
 
 
 def mark_complete(checkpoint: Path) -> None:
-    """Write the size of every file of a checkpoint, once all of them are written."""
-    sizes = {path.name: path.stat().st_size for path in sorted(checkpoint.iterdir()) if path.is_file()}
-    write_json(checkpoint / COMPLETE, sizes)
+    """Write the size and the hash of every file of a checkpoint, once all of them are written."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != COMPLETE)
+    found = {
+        str(path.relative_to(checkpoint)): {"size": path.stat().st_size, "sha256": hash_file(path)}
+        for path in files
+    }
+    write_json(checkpoint / COMPLETE, found)
 
 
-def _is_complete(checkpoint: Path) -> bool:
+def _find_problem(checkpoint: Path) -> str | None:
+    """Return why a training cannot go on from a checkpoint, or None."""
+    if not (checkpoint / COMPLETE).is_file():
+        return "it was not written to its end"
     try:
-        sizes = read_json(checkpoint / COMPLETE)
-    except InputError:
-        return False
-    return all((checkpoint / n).is_file() and (checkpoint / n).stat().st_size == s for n, s in sizes.items())
+        found = read_json(checkpoint / COMPLETE)
+        expected = {name: (one["size"], one["sha256"]) for name, one in found.items()}
+    except (InputError, AttributeError, TypeError, KeyError):
+        return f"{COMPLETE} is damaged"
+    for name, (size, sha256) in expected.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} is cut: it has {path.stat().st_size} bytes of {size}"
+        if hash_file(path) != sha256:
+            return f"{name} is damaged: it has its size and another content"
+    return None
 
 
 def remove_other_runs(folder: Path, kept: int = OTHER_RUNS_KEPT) -> None:

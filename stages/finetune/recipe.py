@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from stages.common.artifacts import hash_file
 from stages.common.chat.template import Encoded
@@ -15,7 +16,7 @@ from stages.common.model.adapter import InitialAdapter
 from stages.common.records import format_canonical_json
 
 # Modules of stages/common that decide the adapter, besides all files of this folder.
-SHARED_CODE = ("model/adapter.py", "model/loading.py")
+SHARED_CODE = ("model/adapter.py", "model/generation.py", "model/loading.py")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +41,19 @@ class Recipe:
 
 
 def compute_fingerprint(
-    recipe: Recipe, examples: Sequence[Encoded], base: Path, initial: InitialAdapter | None = None
+    recipe: Recipe,
+    examples: Sequence[Encoded],
+    base: Path,
+    initial: InitialAdapter | None = None,
+    watched: Mapping[str, Any] | None = None,
 ) -> str:
     """Return a hash of everything that decides the result: recipe, rows, base, code, library versions.
 
     Checkpoints are kept under it, so a run never resumes from those of another recipe. The number of
     processes is not part of it: it changes only the order of sums, so a run may resume with another number.
+
+    Args:
+        watched: what is asked during the training, and when it stops.
     """
     here = Path(__file__).resolve().parent
     shared = [here.parent / "common" / name for name in SHARED_CODE]
@@ -53,6 +61,7 @@ def compute_fingerprint(
         "recipe": asdict(recipe),
         "rows": _hash_examples(examples),
         "base": {p.name: hash_file(p) for p in sorted(base.iterdir()) if p.is_file()},
+        "watched": watched,
         "initial": {p.name: hash_file(p) for p in initial.files} if initial else {},
         "code": {str(p.relative_to(here)): hash_file(p) for p in sorted(here.rglob("*.py"))},
         "shared_code": {p.name: hash_file(p) for p in shared},

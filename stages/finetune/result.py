@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from stages.common.artifacts import write_text
+from stages.finetune.progress.cost import Cost
+from stages.finetune.progress.validation import ValidationPoint
 
 # Weight of the past in the running mean: about the last 20 updates.
 KEEP = 0.95
@@ -32,8 +34,13 @@ class TrainingResult:
         validation_loss: per answer token, at the end; None without validation rows.
         processes: how many trained together; the memory is of all.
         fast_modules: modules with faster training code, by kind.
-        seconds: of this process: the rest of the training if it resumed.
+        validation: the points at which validation rows were asked.
+        kept_step: the update after which the adapter was as it is kept; the last one, or the best.
+        learned_rows: numbers of the rows that were learned up to there.
+        train_tokens: of all updates; `answer_tokens` are those that were learned of them.
+        seconds: of this process, without those of the validation: the rest of the training if it resumed.
         tokens: trained on in those seconds.
+        cost: energy, price and share of the machine.
     """
 
     curve: list[LossPoint]
@@ -44,9 +51,16 @@ class TrainingResult:
     share_prefix: bool
     fast_modules: dict[str, int]
     trained_parameters: int
+    validation: list[ValidationPoint]
+    kept_step: int
+    learned_rows: frozenset[int]
+    train_tokens: int
+    answer_tokens: int
     seconds: float
+    validation_seconds: float
     tokens: int
     peak_rss_mib: int
+    cost: Cost
 
     @property
     def train_loss(self) -> float:
@@ -70,10 +84,18 @@ class TrainingResult:
             "fast_modules": self.fast_modules,
             "train_loss": self.train_loss,
             "validation_loss": self.validation_loss,
+            "validation_points": [
+                {"step": point.step, "loss": point.loss, **point.metrics} for point in self.validation
+            ],
+            "kept_step": self.kept_step,
+            "train_tokens": self.train_tokens,
+            "answer_tokens": self.answer_tokens,
             "throughput": {
                 "seconds": round(self.seconds, 1),
+                "validation_seconds": round(self.validation_seconds, 1),
                 "tokens_per_second": round(self.tokens_per_second, 1),
                 "peak_rss_mib": self.peak_rss_mib,
+                **self.cost.to_metrics(),
             },
         }
 
@@ -84,6 +106,20 @@ def write_loss_csv(curve: Sequence[LossPoint], path: Path) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["step", "loss", "learning_rate"])
     writer.writerows([p.step, f"{p.loss:.6f}", f"{p.learning_rate:.6e}"] for p in curve)
+    write_text(path, text.getvalue())
+
+
+def write_validation_csv(points: Sequence[ValidationPoint], path: Path) -> None:
+    """Write the points at which validation rows were asked as CSV, one a line, for DVC's plots."""
+    text = io.StringIO()
+    # A checkpoint keeps the points with their metrics by name, whatever their order was.
+    names = sorted({name for point in points for name in point.metrics})
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["step", "loss", *names])
+    writer.writerows(
+        [p.step, f"{p.loss:.6f}", *(f"{p.metrics[name]:.6f}" if name in p.metrics else "" for name in names)]
+        for p in points
+    )
     write_text(path, text.getvalue())
 
 

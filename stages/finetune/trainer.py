@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import errno
-import math
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -23,6 +22,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from stages.common.chat.template import Encoded
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, show_progress
+from stages.common.machine.memory import release_freed_memory
+from stages.common.spool import pick
 from stages.finetune.answer_loss import compute_mean_loss, cross_entropy_sum
 from stages.finetune.batches import count_tokens, deal_out, plan_batches
 from stages.finetune.checkpoints import (
@@ -33,6 +34,14 @@ from stages.finetune.checkpoints import (
     mark_complete,
 )
 from stages.finetune.devices.group import count_processes, gather, get_rank, is_main, wait_for_all
+from stages.finetune.progress.asking import Validation
+from stages.finetune.progress.cost import Prices
+from stages.finetune.progress.divergence import BatchLoss, check_final_loss, check_update, check_weights
+from stages.finetune.progress.early_stopping import put_best_into, take_best_from
+from stages.finetune.progress.memory import check_memory, explain_full_memory, plan_memory
+from stages.finetune.progress.meter import Meter
+from stages.finetune.progress.validation import read_attention, read_points
+from stages.finetune.progress.watch import Watch
 from stages.finetune.recipe import Recipe
 from stages.finetune.result import LossPoint, TrainingResult
 from stages.finetune.shared_prefix import Layout, lay_out
@@ -49,6 +58,11 @@ class AnswerTrainer(Trainer):
     Several processes take the shares of a batch in turn. Trainer counts the answer tokens of all, and
     averages gradients and losses over the processes.
     """
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.batch_losses: list[BatchLoss] = []  # of the update that is under way
+        self.meter: Meter | None = None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return SequentialSampler(train_dataset or self.train_dataset)
@@ -68,48 +82,58 @@ class AnswerTrainer(Trainer):
         batch = inputs["batch"].to(model.device)
         own: Tensor = cross_entropy_sum(batch.answer_logits(model), batch.targets)
         mean: Tensor = own * self.accelerator.num_processes / num_items_in_batch
+        self.batch_losses.append(BatchLoss(inputs["rows"], mean.detach()))
+        if self.meter:
+            self.meter.count(batch.input_ids.numel(), len(batch.targets))
         return mean
 
 
 class TrainingMonitor(TrainerCallback):
     """Show progress, mark complete checkpoints, and stop when the loss is not a number."""
 
-    def __init__(self, tokens_of_step: Sequence[int], first_step: int) -> None:
-        self.tokens_of_step, self.first_step = tokens_of_step, first_step
-        self.started = time.monotonic()
+    def __init__(
+        self,
+        first_step: int,
+        name_row: Callable[[int], str],
+        meter: Meter,
+        validation: Validation | None = None,
+    ) -> None:
+        self.first_step, self.name_row, self.meter = first_step, name_row, meter
+        self.validation = validation
+        self.batch_losses: list[BatchLoss] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the clock."""
-        self.started = time.monotonic()
+        self.meter.start()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Check the loss of an update and log it with the speed and the time left."""
         if "loss" not in logs:
             return
-        if not (math.isfinite(logs["loss"]) and math.isfinite(logs.get("grad_norm", 0.0))):
-            raise InputError(
-                f"the loss is {logs['loss']} at step {state.global_step}: training has diverged",
-                "lower finetune.learning_rate or finetune.max_grad_norm and run again",
-            )
-        elapsed = time.monotonic() - self.started
-        speed = sum(self.tokens_of_step[self.first_step : state.global_step]) / elapsed
-        left = int(sum(self.tokens_of_step[state.global_step :]) / speed)
-        note = f"loss {logs['loss']:.4f}, {speed:.0f} tokens/s, {left // 60}:{left % 60:02d} left"
+        checkpoints = Path(args.output_dir)
+        check_update(state.global_step, state.max_steps, logs, self.batch_losses, self.name_row, checkpoints)
+        self.batch_losses.clear()
+        asked = self.validation
+        reading = self.meter.read(state.global_step, asked.seconds if asked else 0.0)
+        note = f"loss {logs['loss']:.4f}, {self.meter.describe(reading)}{asked.note if asked else ''}"
         show_progress(logger, state.global_step, state.max_steps, note)
         if state.global_step == self.first_step + ESTIMATED_AFTER_STEPS:
-            end = datetime.now().astimezone() + timedelta(seconds=left)
+            end = datetime.now().astimezone() + timedelta(seconds=reading.seconds_left)
             logger.info(
                 "measured: %.0f tokens/s, about %.1f min of training left, until %s",
-                speed,
-                left / 60,
+                reading.tokens_per_second,
+                reading.seconds_left / 60,
                 end.strftime("%H:%M"),
             )
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Mark the checkpoint once every process has written its part."""
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Check the weights of the checkpoint, and mark it once every process has written its part."""
+        checkpoint = Path(args.output_dir) / f"{PREFIX}{state.global_step}"
+        check_weights(model, state.global_step, checkpoint.parent)
         wait_for_all()
         if is_main():
-            mark_complete(Path(args.output_dir) / f"{PREFIX}{state.global_step}")
+            put_best_into(checkpoint)
+            mark_complete(checkpoint)
 
 
 def train(
@@ -120,15 +144,22 @@ def train(
     recipe: Recipe,
     checkpoints: Path,
     checkpoint_every_steps: int,
+    name_row: Callable[[int], str] = "number {}".format,
+    watch: Watch | None = None,
+    prices: Prices | None = None,
 ) -> TrainingResult:
     """Train the adapter of `model`, from the newest complete checkpoint in `checkpoints` if there is one.
 
     Args:
         validation: rows whose loss is computed at the end.
+        name_row: returns the id of the row of an example, for messages.
+        watch: what is asked during the training, if anything.
+        prices: of the machine, for what the training took.
 
     Raises:
-        InputError: the disk is or will be too full, or the loss is not a number.
+        InputError: the disk or the memory is or will be too full, or the loss is not a number.
     """
+    attention = read_attention(model)
     share_prefix, fast_modules = speed_up_training(model, examples, pad_id)
     lengths = [len(e.input_ids) for e in examples]
     plan = plan_batches(lengths, recipe.batch_size, recipe.epochs, recipe.seed)
@@ -136,53 +167,80 @@ def train(
     resumed_from = choose_checkpoint(checkpoints)
     first_step = get_step(resumed_from) if resumed_from else 0
     if resumed_from:
+        take_best_from(resumed_from)
         logger.info("resuming from step %d of %d (%s)", first_step, len(tokens_of_step), resumed_from)
     trained_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     check_free_space(checkpoints, trained_parameters)
+    memory = plan_memory(model, examples, pad_id, share_prefix)
+    sizes = -(-recipe.batch_size // count_processes()), recipe.gradient_accumulation
+    heaviest = max(plan, key=lambda batch: len(batch) * max(lengths[row] for row in batch))
+    estimated = check_memory(memory, pick(examples, heaviest[:: count_processes()]), *sizes)
 
     shortest = min(range(len(lengths)), key=lengths.__getitem__)
 
     def collate(items: Sequence[list[int]]) -> dict[str, Any]:
         # Every process must compute. One whose share is empty computes a row and learns nothing from it.
         batch = lay_out([examples[i] for i in items[0] or [shortest]], pad_id, share_prefix)
-        return _inputs(batch if items[0] else batch.without_targets())
+        return _inputs(batch if items[0] else batch.without_targets(), items[0])
 
+    validation_points = Validation(watch, len(tokens_of_step), attention, checkpoints) if watch else None
+    meter = Meter(model, tokens_of_step, first_step, prices)
+    monitor = TrainingMonitor(first_step, name_row, meter, validation_points)
     trainer = AnswerTrainer(
         model=model,
         args=_training_arguments(recipe, len(tokens_of_step), model, checkpoints, checkpoint_every_steps),
         train_dataset=deal_out(plan, count_processes()),
         data_collator=collate,
-        callbacks=[TrainingMonitor(tokens_of_step, first_step)],
+        callbacks=[monitor, *([validation_points] if validation_points else [])],
     )
+    trainer.batch_losses, trainer.meter = monitor.batch_losses, meter
     trainer.model_accepts_loss_kwargs = True
     trainer.remove_callback(PrinterCallback)
     if count_processes() > 1:
         # Trainer gives all processes the same seed, and so their rows the same dropout.
         torch.manual_seed(hash((recipe.seed, get_rank(), first_step)))
     started = time.monotonic()
-    with _clear_failures(checkpoints):
+    with _clear_failures(checkpoints), explain_full_memory(memory, *sizes):
         trainer.train(resume_from_checkpoint=str(resumed_from) if resumed_from else None)
     if model.device.type != "cpu":
         torch.accelerator.synchronize()
     seconds = time.monotonic() - started
+    asked_seconds = validation_points.seconds if validation_points else 0.0
+    steps = trainer.state.global_step
+    kept_step = validation_points.restore_best(model, trainer.state) if validation_points else steps
+    check_weights(model, kept_step, checkpoints)
+    release_freed_memory()
     batches = plan_batches([len(e.input_ids) for e in validation], recipe.batch_size, 1, recipe.seed)
+    validation_loss = compute_mean_loss(
+        model, (lay_out([validation[i] for i in batch], pad_id, share_prefix) for batch in batches)
+    )
+    check_final_loss(validation_loss)
     return TrainingResult(
         curve=[
             LossPoint(entry["step"], entry["loss"], entry["learning_rate"])
             for entry in trainer.state.log_history
             if "loss" in entry
         ],
-        validation_loss=compute_mean_loss(
-            model, (lay_out([validation[i] for i in batch], pad_id, share_prefix) for batch in batches)
-        ),
+        validation_loss=validation_loss,
         dtype=str(model.dtype).removeprefix("torch."),
         device=model.device.type,
         processes=count_processes(),
         share_prefix=share_prefix,
         fast_modules=fast_modules,
         trained_parameters=trained_parameters,
-        seconds=seconds,
-        tokens=sum(tokens_of_step[first_step:]),
+        validation=read_points(trainer.state.log_history),
+        kept_step=kept_step,
+        learned_rows=frozenset(
+            row for batch in plan[: kept_step * recipe.gradient_accumulation] for row in batch
+        ),
+        train_tokens=sum(tokens_of_step[:steps]),
+        answer_tokens=sum(
+            count_tokens(plan, [e.learned_count for e in examples], recipe.gradient_accumulation)[:steps]
+        ),
+        seconds=seconds - asked_seconds,
+        validation_seconds=asked_seconds,
+        cost=meter.finish(seconds - asked_seconds, seconds, sum(gather(estimated or 0)) or None),
+        tokens=sum(tokens_of_step[first_step:steps]),
         peak_rss_mib=sum(gather(measure_peak_rss_mib())),
     )
 
@@ -218,6 +276,7 @@ def _training_arguments(
         save_total_limit=2,
         logging_strategy="steps",
         logging_steps=1,
+        logging_nan_inf_filter=False,  # it would log 0 for a loss that is not a number
         report_to="none",
         disable_tqdm=True,
     )
@@ -231,11 +290,12 @@ def _trained_names(model: PeftModel) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def _inputs(batch: Layout) -> dict[str, Any]:
-    """Return a batch in the form that Trainer expects."""
+def _inputs(batch: Layout, rows: Sequence[int]) -> dict[str, Any]:
+    """Return a batch of these rows in the form that Trainer expects."""
     # Trainer counts all of `shift_labels`, but would skip the first of `labels`.
     return {
         "batch": batch,
+        "rows": rows,
         "input_ids": batch.input_ids,
         "labels": batch.targets,
         "shift_labels": batch.targets,

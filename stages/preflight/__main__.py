@@ -33,13 +33,20 @@ from stages.common.chat.fitting import (
     encode_fitting,
     select_askable,
     select_misfits,
+    suggest_for_long,
 )
 from stages.common.chat.row_class import read_row_class
 from stages.common.chat.template import Encoded, read_answer_frame, writes_date
 from stages.common.chat.turns import unroll
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage, show_progress
-from stages.common.model.loading import count_context_tokens, load_tokenizer, read_config
+from stages.common.model.loading import (
+    count_context_tokens,
+    count_parameters,
+    limit_length,
+    load_tokenizer,
+    read_config,
+)
 from stages.common.params.loading import Params, load_params
 from stages.common.privacy.row_texts import list_private_texts
 from stages.common.records import Row, count_chars, format_reject, read_rows
@@ -50,7 +57,6 @@ from stages.common.task.protocol import Task
 from stages.preflight.base_checks import (
     count_embedding_rows,
     count_needed_bytes,
-    count_parameters,
     find_disk_problems,
     find_engine_problems,
     find_export_problems,
@@ -58,6 +64,7 @@ from stages.preflight.base_checks import (
     find_template_problems,
     find_unknown_tokens,
 )
+from stages.preflight.finetune_checks import find_adapter_problems, find_method_problems
 from stages.preflight.languages import (
     MIN_SHARE,
     count_languages,
@@ -81,13 +88,17 @@ Rejects = dict[str, Sequence[Misfit]]
 
 def find_base_problems(params: Params, base: Path, tokenizer: Any, rows: Iterable[Row]) -> list[InputError]:
     """Return what would stop the pipeline later in the tokens, the licences and on the disk."""
-    size = count_embedding_rows(read_config(base))
+    config = read_config(base)
+    size = count_embedding_rows(config)
     exported = params.export.gguf
     fetched = read_json(reports("fetch_base") / "metrics.json")
     weights = count_parameters(base)
+    finetune = params.finetune
     engines = {"services.engine.kind": params.services.engine.kind, "ask_base.engine": params.ask_base.engine}
     return [
         *find_engine_problems(engines, base, exported),
+        *find_method_problems(config, finetune.rank, finetune.target_modules),
+        *find_adapter_problems(finetune.warm_start_from, fetched.get("sha256")),
         *find_unknown_tokens(tokenizer, size, exported),
         *find_license_problems(
             rows, params.validate_.allowed_licenses, params.model_card.license, fetched.get("license")
@@ -98,17 +109,16 @@ def find_base_problems(params: Params, base: Path, tokenizer: Any, rows: Iterabl
     ]
 
 
-def encode_sides(
-    params: Params, context: int | None, tokenizer: Any, sides: Sides
-) -> tuple[FittingSides, Rejects]:
+def encode_sides(params: Params, config: Any, tokenizer: Any, sides: Sides) -> tuple[FittingSides, Rejects]:
     """Return the rows of each side that will be trained on or judged, and the misfits of each side."""
+    limit = limit_length(params.finetune.max_length, config)
     fitting: FittingSides = {}
     misfits: Rejects = {}
     for side in ("train", "validation"):
         fitting[side], misfits[side] = encode_fitting(
             tokenizer,
             sides[side],
-            params.finetune.max_length,
+            limit,
             follow(side, len(sides[side])),
             params.task.turns,
         )
@@ -116,7 +126,7 @@ def encode_sides(
         tokenizer,
         sides["test"],
         params.ask_base.max_new_tokens,
-        context,
+        count_context_tokens(config),
         follow("test", len(sides["test"])),
     )
     return fitting, misfits
@@ -128,10 +138,11 @@ def follow(side: str, rows: int) -> Callable[[int], None]:
 
 
 def find_row_problems(
-    params: Params, task: Task, embedding_rows: int, fitting: FittingSides, misfits: Rejects
+    params: Params, task: Task, config: Any, fitting: FittingSides, misfits: Rejects
 ) -> list[InputError]:
     """Return why these rows cannot be trained on and judged: which ones, and where the others went."""
     problems = []
+    embedding_rows = count_embedding_rows(config)
     wrong = spool(
         (
             Misfit(row, "invalid_answer", problem)
@@ -177,11 +188,13 @@ def find_row_problems(
         )
     long = select_misfits(chain(misfits["train"], misfits["validation"]), LONG)
     if long and params.finetune.on_long_row == "stop":
+        most = params.finetune.max_length
+        limit = limit_length(most, config)
+        source = "finetune.max_length" if limit == most else "the base model's context"
         problems.append(
             InputError(
-                f"{len(long)} rows are longer than finetune.max_length ({params.finetune.max_length})\n"
-                f"{describe_misfits(long, SHOWN)}",
-                "raise finetune.max_length, shorten the rows, or set finetune.on_long_row: drop",
+                f"{len(long)} rows are longer than {source} ({limit})\n{describe_misfits(long, SHOWN)}",
+                suggest_for_long(limit, most),
             )
         )
     return problems + find_size_problems(params, task, fitting, misfits)
@@ -298,8 +311,8 @@ def main() -> None:
     size = count_embedding_rows(config)
     if params.export.gguf:
         problems += find_export_problems(tokenizer, config, size)
-    fitting, misfits = encode_sides(params, count_context_tokens(config), tokenizer, sides)
-    problems += find_row_problems(params, read_task(), size, fitting, misfits)
+    fitting, misfits = encode_sides(params, config, tokenizer, sides)
+    problems += find_row_problems(params, read_task(), config, fitting, misfits)
     stated = params.model_card.language
     languages = count_languages(list(sides.values())) if stated else None
     if stated and languages:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -138,17 +137,6 @@ def find_disk_problems(needed_bytes: int, folder: Path) -> list[InputError]:
             "make room (dvc gc --workspace removes old outputs), or set export.quantization: q8_0 or q4_0",
         )
     ]
-
-
-def count_parameters(base: Path) -> int:
-    """Return the number of weights in the safetensors files of a model, from their headers."""
-    from safetensors import safe_open
-
-    total = 0
-    for path in sorted(base.glob("*.safetensors")):
-        with safe_open(path, framework="numpy") as file:
-            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    return total
 
 
 def _collect(checks: Sequence[Callable[[], object]]) -> list[InputError]:

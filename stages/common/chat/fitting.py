@@ -130,6 +130,16 @@ def limit_answer(longest: int, max_new_tokens: int) -> int:
     return min(max_new_tokens, math.ceil(longest * ANSWER_ROOM))
 
 
+def suggest_for_long(limit: int, max_length: int) -> str:
+    """Return what can be done about training rows of more than `limit` tokens.
+
+    Args:
+        max_length: as in params.yaml; above the limit, it is the model's positions that are too few.
+    """
+    room = "raise finetune.max_length" if limit == max_length else "choose a base model with a longer context"
+    return f"{room}, shorten the rows, or set finetune.on_long_row: drop"
+
+
 def count_reasons(misfits: Iterable[Misfit]) -> dict[str, int]:
     """Return the number of misfits of each reason."""
     return dict(sorted(Counter(misfit.reason for misfit in misfits).items()))

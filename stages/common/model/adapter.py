@@ -131,5 +131,23 @@ def check_base(initial: InitialAdapter, base_sha256: str) -> None:
         )
 
 
+def check_weights_file(initial: InitialAdapter) -> None:
+    """Check that the file of an adapter's weights is whole, by its header; the weights are not read.
+
+    Raises:
+        InputError: it is cut, or is no file of weights.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = initial.folder / WEIGHTS
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path} cannot be read: {error}", f"write it again, or {_how_to_empty(initial.folder)}"
+        ) from None
+
+
 def _how_to_empty(folder: Path) -> str:
     return f"empty {folder} (all but {PAGE}) to train a new adapter"

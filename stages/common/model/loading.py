@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,12 +71,29 @@ def read_position_limit(config: Any) -> int | None:
     return int(whole) if whole else None
 
 
+def limit_length(max_length: int, config: Any) -> int:
+    """Return the most tokens of a training row: `max_length`, or the model's positions if they are fewer."""
+    positions = read_position_limit(config)
+    return min(max_length, positions) if positions else max_length
+
+
 def read_config(folder: Path) -> Any:
     """Return the configuration of the model in a folder."""
     from transformers import AutoConfig
 
     _check_folder(folder)
     return AutoConfig.from_pretrained(folder, local_files_only=True)
+
+
+def count_parameters(base: Path) -> int:
+    """Return the number of weights in the safetensors files of a model, from their headers."""
+    from safetensors import safe_open
+
+    total = 0
+    for path in sorted(base.glob("*.safetensors")):
+        with safe_open(path, framework="numpy") as file:
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return total
 
 
 def load_base(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:

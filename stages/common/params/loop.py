@@ -116,6 +116,9 @@ class TrainingFlow(Section):
     timezone: Timezone = "UTC"
     retries: Count
     retry_delay_s: Count
+    power_watts: Positive | None = None
+    co2_g_per_kwh: NotNegative | None = None
+    price_per_hour: NotNegative | None = None
 
 
 class WatchFlow(Section):

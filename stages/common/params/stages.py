@@ -281,6 +281,13 @@ class AskBase(Section):
             yield "max_rows", f"is below min_test_rows ({least}): no test could pass"
 
 
+class EarlyStopping(Section):
+    """When a training ends early: after `patience` points that are no better than the best before them."""
+
+    metric: Annotated[str, Field(min_length=1)]
+    patience: PositiveCount
+
+
 class Finetune(Section):
     """How the adapter is trained."""
 
@@ -302,11 +309,19 @@ class Finetune(Section):
     epochs: PositiveCount
     max_length: PositiveCount
     on_long_row: Literal["drop", "stop"]
+    validate_every: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    validation_rows: PositiveCount = 32
+    early_stopping: EarlyStopping | None = None
     checkpoint_every_steps: PositiveCount
     dtype: Literal["auto", "bfloat16", "float32"]
     devices: AutoCount = AUTO
     launcher: Literal["local", "torchrun"] = "local"
     seed: int
+
+    @override
+    def find_conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.early_stopping and self.validate_every is None:
+            yield "early_stopping", "needs validate_every, which is null: there would be no points to compare"
 
 
 class Export(Section):

@@ -64,6 +64,11 @@ def count_processes() -> int:
     return _Own.place.processes
 
 
+def count_local_processes() -> int:
+    """Return how many of them train on this host."""
+    return _Own.place.local_processes
+
+
 def get_rank() -> int:
     """Return the number of this process, from 0 on."""
     return _Own.place.rank

@@ -115,6 +115,11 @@ def test_the_curve_has_every_step_and_leaves_gaps_out(tmp_path):
         ("curve/loss", 10, 1.25),
         ("curve/learning_rate", 10, 0.001),
     ]
+    write(tmp_path / "reports/finetune/validation.csv", "step,loss,exact_match\n5,2.5,0.25\n")
+    assert list(read_curve(tmp_path))[-2:] == [
+        ("validation/loss", 5, 2.5),
+        ("validation/exact_match", 5, 0.25),
+    ]
     assert list(read_curve(tmp_path / "nothing")) == []
 
 

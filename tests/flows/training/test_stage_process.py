@@ -66,7 +66,10 @@ def test_a_stage_that_crashed_is_told_by_its_last_line():
         find_error(lines, "x", 1)
         == "it ended with exit code 1; its last line: ZeroDivisionError: division by zero"
     )
-    assert find_error([], "x", -9) == "it was killed by signal 9 and printed nothing"
+    killed = find_error([], "x", -9)
+    assert killed.startswith("it was killed by signal 9 and printed nothing\n  fix: ")
+    assert "ran out of memory: lower finetune.batch_size" in killed
+    assert find_error([], "x", -15) == "it was killed by signal 15 and printed nothing"
 
 
 def test_an_error_of_dvc_itself_is_told_as_dvc_tells_it():

@@ -430,7 +430,7 @@ def test_nothing_of_a_forgotten_person_is_left_in_the_files(sqlite_url, tmp_path
 
 # What stages and runs write without a text of a user.
 WITHOUT_TEXTS = {"artifacts/fetch_base", "reports/curate/rows.svg", "reports/check_bias/groups.svg"}
-WITHOUT_TEXTS |= {"reports/finetune/loss.svg", "reports/finetune/loss.csv"}
+WITHOUT_TEXTS |= {f"reports/finetune/{name}" for name in ("loss.svg", "loss.csv", "validation.csv")}
 STATE_WITHOUT_TEXTS = {
     "aliases.json",
     "api_keys.json",

@@ -1,13 +1,17 @@
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from stages.common.artifacts import write_json
 from stages.common.chat.fitting import encode_fitting
+from stages.common.machine.products import measure_product_speed
 from stages.common.messages import Message
+from stages.common.params.loading import load_params
 from stages.common.records import make_row
 from stages.common.run_estimate import (
     DEFAULT_SIZE,
@@ -16,10 +20,10 @@ from stages.common.run_estimate import (
     ModelSize,
     Work,
     describe,
+    describe_memory,
     estimate_run,
     format_minutes,
     main,
-    measure_product_speed,
     read_model_size,
     read_work,
 )
@@ -91,10 +95,35 @@ def test_the_command_reads_preflights_counts_and_says_where_there_are_none(tmp_p
     with pytest.raises(SystemExit):
         main()
     assert "no tokens: the chat template writes no end of turn" in capsys.readouterr().err
-    side = {"rows": 1234, "tokens": 99_000, "learned_tokens": 5000, "longest_answer": 40}
+    side = {"rows": 1234, "tokens": 99_000, "learned_tokens": 5000, "longest": 99, "longest_answer": 40}
     write_json(metrics, {"success": True, "problems": [], "sides": {"train": side, "test": side}})
     main()
-    assert "finetune: 1,234 rows (99,000 tokens)" in capsys.readouterr().out
+    found = capsys.readouterr().out
+    assert "finetune: 1,234 rows (99,000 tokens)" in found
+    assert re.match(r"this machine: \d+ cores, \S+ [MG]iB of memory, \S+ [MG]iB of it free\n", found)
+    assert "takes about" not in found  # neither memory nor costs are known
+    make_model().save_pretrained("artifacts/fetch_base")
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    params["flows"]["training"] |= {"power_watts": 100, "co2_g_per_kwh": 400, "price_per_hour": 2}
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    main()
+    found = capsys.readouterr().out
+    assert re.search(r"memory: finetune takes about 5\d\d MiB\n", found)
+    assert re.search(r"it takes about \S+ Wh at 100 W, \S+ g CO2, a price of \S+\n", found)
+
+
+def test_a_training_that_does_not_fit_names_what_to_lower_and_another_architecture_is_not_judged(
+    tmp_path,
+):
+    params = load_params(ROOT / "params.yaml")
+    train = {"rows": 1000, "longest": 500, "longest_answer": 100}
+    make_model().save_pretrained(tmp_path)
+    assert describe_memory(params, train, tmp_path, "float32", 8 << 30).endswith("MiB")
+    assert "are free: lower finetune.batch_size" in describe_memory(
+        params, train, tmp_path, "float32", 1 << 20
+    )
+    (tmp_path / "config.json").write_text(json.dumps({"n_embd": 8}))
+    assert describe_memory(params, train, tmp_path, "float32", 8 << 30) is None
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(4, "0.5 min"), (95, "1.5 min"), (600, "10 min")])

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import yaml
 
+from stages.common.artifacts import write_json
 from stages.common.messages import Message
 from stages.common.model.adapter import put_initial_adapter
 from stages.common.records import make_row, write_rows
@@ -45,6 +46,7 @@ def make_project(folder, count=40, **changes):
     (folder / "artifacts" / "split").mkdir()
     write_rows(folder / "artifacts" / "split" / "train.parquet", rows(count))
     write_rows(folder / "artifacts" / "split" / "validation.parquet", rows(8, start=1000))
+    write_json(folder / "artifacts" / "curate" / "task.json", {"kind": "json", "label_key": None})
     params = yaml.safe_load((REPO / "params.yaml").read_text())
     params["finetune"].update({**SETTINGS, **changes})
     (folder / "params.yaml").write_text(yaml.safe_dump(params))

@@ -55,8 +55,11 @@ def test_long_rows_are_dropped_or_named(tmp_path):
     toy = rows(3)
     length = max(len(encode_example(tokenizer, row.messages).input_ids) for row in toy)
     longer = make_row([Message("user", "x" * 200), Message("assistant", "y")], "toy", "cc0-1.0")
-    examples, long = encode_rows(tokenizer, [*toy, longer], length, "drop", "last")
+    examples, ids, long = encode_rows(tokenizer, [*toy, longer], length, "drop", "last")
     assert (len(examples), [misfit.row for misfit in long]) == (3, [longer])
+    assert list(ids) == [row.id for row in toy]
+    with pytest.raises(InputError, match=f"longer than {length} tokens[\\s\\S]*a longer context"):
+        encode_rows(tokenizer, [*toy, longer], 2 * length + 200, "stop", "last", positions=length)
     with pytest.raises(InputError, match=f"1 of 4 rows .*\n.*{longer.id}.*\n.*finetune.max_length"):
         encode_rows(tokenizer, [*toy, longer], length, "stop", "last")
     with pytest.raises(InputError, match="all 3 rows"):

@@ -9,8 +9,8 @@ from stages.finetune.checkpoints import check_free_space, find_checkpoint, mark_
 from stages.finetune.recipe import Recipe, compute_fingerprint
 
 
-def test_a_checkpoint_cut_short_is_never_taken_for_whole(tmp_path):
-    for step in (3, 6, 9, 12):
+def test_a_checkpoint_cut_short_or_damaged_is_never_taken_for_whole(tmp_path, caplog):
+    for step in (3, 6, 9, 12, 15):
         checkpoint = tmp_path / f"checkpoint-{step}"
         checkpoint.mkdir()
         for name in ("adapter_model.safetensors", "optimizer.pt"):
@@ -18,8 +18,12 @@ def test_a_checkpoint_cut_short_is_never_taken_for_whole(tmp_path):
         if step != 9:
             mark_complete(checkpoint)
     (tmp_path / "checkpoint-12" / "optimizer.pt").write_bytes(b"x" * 50)
+    # After a power failure a file can have its size and no content.
+    (tmp_path / "checkpoint-15" / "adapter_model.safetensors").write_bytes(b"\0" * 100)
     assert find_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-6"]
+    assert "checkpoint-12: optimizer.pt is cut: it has 50 bytes of 100" in caplog.text
+    assert "checkpoint-15: adapter_model.safetensors is damaged" in caplog.text
 
 
 def test_checkpoints_of_other_parameters_are_not_resumed_and_do_not_pile_up(project):

@@ -74,11 +74,19 @@ def test_two_runs_write_the_same_bytes(project):
     main()
     assert evidence(project) == metrics
     assert {path: path.read_bytes() for path in first} == first
-    assert len(first) == 4
+    assert len(first) == 5
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation": 2, "dropout": 0.1, "epochs": 2}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"gradient_accumulation": 2, "dropout": 0.1, "epochs": 2},
+        # No answer is right, so the first point stays the best: it is kept over the kill, and decides.
+        {"validate_every": 0.05, "early_stopping": {"metric": "exact_match", "patience": 12}},
+    ],
+)
 def test_a_run_killed_in_the_middle_ends_with_the_adapter_of_an_unbroken_run(
     tmp_path, settings, monkeypatch, caplog
 ):
@@ -94,9 +102,16 @@ def test_a_run_killed_in_the_middle_ends_with_the_adapter_of_an_unbroken_run(
     assert int(re.search(r"resuming from step (\d+) of", caplog.text)[1]) >= 9
     assert adapter(killed) == adapter(unbroken)
     assert evidence(killed) == evidence(unbroken)
-    for name in ("loss.csv", "loss.svg"):
+    for name in ("loss.csv", "loss.svg", "validation.csv"):
         one, other = (p / "reports" / "finetune" / name for p in (killed, unbroken))
         assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.slow
+def test_the_memory_that_is_estimated_is_that_of_the_process(project):
+    assert start_stage(project).wait() == 0
+    took = json.loads((project / "reports" / "finetune" / "metrics.json").read_text())["throughput"]
+    assert took["estimated_peak_mib"] == pytest.approx(took["peak_rss_mib"], rel=0.1)
 
 
 @pytest.mark.slow
@@ -168,9 +183,9 @@ def test_no_rows_no_module_and_a_loss_that_is_no_number_are_clear_errors(project
     write_rows(project / "artifacts" / "split" / "train.parquet", [])
     with pytest.raises(InputError, match="no rows"):
         main()
-    make_project(project / "modules", target_modules=["no_such_proj"])
+    make_project(project / "modules", target_modules=["q_proj", "no_such_proj"])
     monkeypatch.chdir(project / "modules")
-    with pytest.raises(InputError, match="target_modules"):
+    with pytest.raises(InputError, match=r"no module no_such_proj[\s\S]*target_modules"):
         main()
     make_project(project / "diverged", learning_rate=1e30, warmup_fraction=0.0)
     monkeypatch.chdir(project / "diverged")

@@ -4,8 +4,11 @@ from dataclasses import replace
 from html import escape
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import save_file
+from transformers import T5Config
 
 from stages.common.artifacts import write_json
 from stages.common.chat.template import Encoded, encode_example
@@ -14,6 +17,7 @@ from stages.common.messages import Message, Tool, ToolCall
 from stages.common.records import make_row, write_rows
 from stages.preflight import __main__ as preflight
 from stages.preflight import base_checks
+from stages.preflight.finetune_checks import find_method_problems
 from stages.preflight.page import render_page
 from tests.stages.common.chat_templates import GEMMA_2, MISTRAL_1, NO_END, QWEN_3
 from tests.tiny import CHAT_TEMPLATE, make_model, make_tokenizer
@@ -123,8 +127,14 @@ def test_gates_count_the_rows_that_are_left_once_the_long_ones_are_out(lay_out, 
     preflight.main()
     assert found()["sides"]["train"] == found()["sides"]["train"] | {"rows": 14, "rows_in": 60}
     set_params(split__min_train_rows=14, finetune__on_long_row="stop")
-    with pytest.raises(InputError, match=r"46 rows are longer than finetune.max_length"):
+    with pytest.raises(InputError, match=r"46 rows are longer than finetune.max_length") as error:
         preflight.main()
+    assert "raise finetune.max_length" in error.value.fix
+    lay_out(train=[row(1, question="y" * 500)])
+    set_params(finetune__max_length=2000, finetune__on_long_row="stop")
+    with pytest.raises(InputError, match=r"1 rows are longer than the base model's context \(512\)") as error:
+        preflight.main()
+    assert "a base model with a longer context" in error.value.fix
 
 
 def test_a_test_row_beyond_the_context_is_excluded_and_the_gate_counts_the_rest(lay_out, set_params):
@@ -312,6 +322,41 @@ def test_an_engine_that_cannot_compute_the_model_is_refused_before_training(
     with pytest.raises(InputError, match=message) as error:
         preflight.main()
     assert ": auto" in error.value.fix
+
+
+def test_an_adapter_of_another_base_or_with_a_cut_file_is_refused_before_the_base_is_asked(
+    lay_out, set_params, tmp_path
+):
+    lay_out()
+    initial = tmp_path / "artifacts" / "initial_adapter"
+    write_json(tmp_path / "reports" / "fetch_base" / "metrics.json", {"license": "mit", "sha256": "here"})
+    write_json(initial / "adapter_config.json", {})
+    write_json(initial / "origin.json", {"version": "v7", "base_sha256": "there"})
+    save_file({"a": np.ones(8)}, initial / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"\(v7\) was trained on a base model") as error:
+        preflight.main()
+    assert "initial_adapter" in error.value.fix
+    write_json(initial / "origin.json", {"version": "v7", "base_sha256": "here"})
+    preflight.main()
+    weights = initial / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(InputError, match=r"adapter_model.safetensors cannot be read"):
+        preflight.main()
+    set_params(finetune__warm_start_from=None)
+    preflight.main()
+
+
+def test_a_method_that_the_model_does_not_allow_is_refused(lay_out, set_params):
+    lay_out()
+    set_params(finetune__target_modules=["q_proj", "v_porj"], finetune__rank=16)
+    with pytest.raises(InputError, match=r"no module v_porj \(nearest: v_proj\)") as error:
+        preflight.main()
+    assert "its linear modules are down_proj, gate_proj" in error.value.what
+    set_params(finetune__rank=17)
+    with pytest.raises(InputError, match=r"finetune.rank is 17, and the base model's layers are 16 wide"):
+        preflight.main()
+    (problem,) = find_method_problems(T5Config(), 8, "all-linear")
+    assert "the type t5" in problem.what
 
 
 def test_licences_that_the_card_would_refuse_are_refused_now(lay_out, set_params):

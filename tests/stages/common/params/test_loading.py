@@ -19,7 +19,7 @@ OF_TOOLS = {
     "split": {"max_test_rows_per_group", "max_train_rows_per_group"},
     "ask_base": {"max_new_tokens"},
     "evaluate": {"simulator"},
-    "finetune": {"max_length"},
+    "finetune": {"max_length", "validation_rows"},
     "model_card": {"name", "intended_use", "out_of_scope"},
 }
 

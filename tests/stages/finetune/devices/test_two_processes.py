@@ -151,7 +151,8 @@ def test_bad_input_to_two_processes_is_one_error_and_the_end_of_the_first_is_the
         stage = start(make_project(tmp_path / launcher, **settings, launcher=launcher), command)
         output, _ = stage.communicate(timeout=120)
         assert stage.returncode == 1
-        assert len(re.findall(r"^error: .*diverged\n  fix: lower finetune.learning_rate", output, re.M)) == 1
+        told = r"^error: training has diverged: .*\n(?:  .*\n)+?  fix: lower finetune.learning_rate"
+        assert len(re.findall(told, output, re.M)) == len(re.findall("^error: ", output, re.M)) == 1
     endless = make_project(tmp_path / "endless", 160, devices=2, epochs=1000)
     stage = start(endless)
     deadline = time.monotonic() + 60

@@ -1,0 +1,59 @@
+"""About how much memory a training takes, from the base model's configuration, before anything is loaded.
+
+For plain LoRA on a decoder with gated feed-forward layers, whose tensors it adds up one by one. `finetune`
+counts those of the loaded model, whatever its architecture, before the first step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+PROGRAM_BYTES = 560 << 20  # Python with torch, transformers and peft, measured
+LORA_BYTES = 16  # of a weight of the adapter in float32, its gradient and AdamW's two averages
+LOGITS_AT_ONCE = 128  # rows that the loss widens to float32, twice
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The largest batch: rows, tokens of the longest row, and tokens of the longest answer."""
+
+    rows: int
+    longest: int
+    longest_answer: int
+
+
+def estimate_training_memory(
+    config: Mapping[str, Any], weights: int, rank: int, batch: Batch, element_bytes: int
+) -> int:
+    """Return the most bytes that a training holds at once.
+
+    Args:
+        config: as in the model's config.json.
+        weights: how many the base model has.
+        element_bytes: of a number in the format of training.
+
+    Raises:
+        KeyError: the configuration has other names: it is of another architecture.
+    """
+    hidden, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
+    heads, words = config["num_attention_heads"], config["vocab_size"]
+    head = config.get("head_dim") or hidden // heads
+    queries, keys = heads * head, (config.get("num_key_value_heads") or heads) * head
+    # Sums of the inputs and outputs of the seven linear layers.
+    sides = (
+        (hidden + queries)
+        + 2 * (hidden + keys)
+        + (queries + hidden)
+        + 2 * (hidden + inner)
+        + (inner + hidden)
+    )
+    adapter = layers * rank * sides
+    # Two norms and what they are of, queries and what attention makes of them, keys and values, the four of
+    # the feed-forward layer, the seven of the adapter, and how much each token looks at the others.
+    each_token = 4 * hidden + 2 * queries + 2 * keys + 4 * inner + 7 * rank + heads * batch.longest
+    tokens = batch.rows * batch.longest
+    logits = batch.rows * batch.longest_answer * words * element_bytes + 2 * 4 * LOGITS_AT_ONCE * words
+    activations = tokens * layers * each_token * element_bytes
+    return int(PROGRAM_BYTES + weights * element_bytes + adapter * LORA_BYTES + activations + logits)

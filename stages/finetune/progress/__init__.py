@@ -1,0 +1,1 @@
+"""What a running training shows, and what stops it."""

@@ -1,0 +1,107 @@
+"""Ask validation rows after some of the updates of a training, and stop it where that is asked for."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+from typing_extensions import override
+
+from stages.common.errors import InputError
+from stages.common.logs import get_logger
+from stages.common.machine.memory import release_freed_memory
+from stages.finetune.progress.divergence import SLOWER
+from stages.finetune.progress.early_stopping import load_best, write_best
+from stages.finetune.progress.validation import ENTRY, ValidationPoint, attending, plan_points, read_points
+from stages.finetune.progress.watch import Watch
+
+logger = get_logger("finetune")
+
+
+class Validation(TrainerCallback):
+    """Ask the sample after some of the updates, and stop where that is asked for.
+
+    Args:
+        attention: by which the model attends without the training's own.
+        folder: of the checkpoints.
+
+    Attributes:
+        seconds: that the answers took.
+        note: of the last point, for the line of progress.
+    """
+
+    def __init__(self, watch: Watch, steps: int, attention: str, folder: Path) -> None:
+        self.watch, self.attention, self.folder = watch, attention, folder
+        self.steps = plan_points(steps, watch.every)
+        self.seconds = 0.0
+        self.note = ""
+
+    @override
+    def on_log(
+        self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **_: Any
+    ) -> None:
+        if "loss" not in logs or state.global_step not in self.steps:
+            return
+        started = time.monotonic()
+        # Answers take blocks of other sizes than steps do; together both would take half as much again.
+        release_freed_memory()
+        with attending(model, self.attention):
+            point = self.watch.sample.ask(model, state.global_step)
+        release_freed_memory()
+        self.seconds += time.monotonic() - started
+        self._check(point)
+        state.log_history.append(
+            {"step": point.step, ENTRY: {"loss": point.loss, "metrics": dict(point.metrics)}}
+        )
+        primary = self.watch.sample.task.primary
+        self.note = f", {primary} {point.metrics[primary]:.3f}" if primary in point.metrics else ""
+        logger.info(
+            "%d validation rows after %d of %d updates: %s",
+            len(self.watch.sample.rows),
+            point.step,
+            state.max_steps,
+            point.describe(primary),
+        )
+        self._decide(model, state, control)
+
+    def _check(self, point: ValidationPoint) -> None:
+        if not math.isfinite(point.loss):
+            raise InputError(
+                f"training has diverged: the loss of the validation rows is {point.loss} "
+                f"after update {point.step}",
+                SLOWER,
+            )
+
+    def _decide(self, model: Any, state: Any, control: Any) -> None:
+        stopping = self.watch.stopping
+        if stopping is None:
+            return
+        points = read_points(state.log_history)
+        best = stopping.find_best(points)
+        if best is points[-1]:
+            write_best(model, self.folder, best.step)
+        elif stopping.must_stop(points) and state.global_step < state.max_steps:
+            logger.info(
+                "stopping: %s was best after update %d (%.4f), and not better at %d points since",
+                stopping.metric,
+                best.step,
+                best.read(stopping.metric),
+                sum(point.step > best.step for point in points),
+            )
+            control.should_training_stop = True
+            # A run that is killed from here on resumes before this point and decides again.
+            control.should_save = False
+
+    def restore_best(self, model: Any, state: Any) -> int:
+        """Give the model the weights of the best point, if they are kept; return the step of its weights."""
+        step: int = state.global_step
+        if self.watch.stopping is None:
+            return step
+        best = self.watch.stopping.find_best(read_points(state.log_history)).step
+        if best != step:
+            load_best(model, self.folder, best)
+            logger.info("the adapter is that after update %d, the best one", best)
+        return best

@@ -1,0 +1,256 @@
+"""How much memory a training will take, before it takes it, and what would fit.
+
+The largest batch goes through a copy of the model whose tensors have shapes and no values, and what autograd
+keeps of it for the backward pass is counted. So the number is that of this architecture, this method and this
+attention. Added are the weights, which are there already, gradients and AdamW's two averages of what is
+trained, and the room of one part of the logits.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stages.common.chat.template import Encoded
+from stages.common.errors import InputError
+from stages.common.logs import get_logger, is_full_memory
+from stages.common.machine.memory import format_bytes, read_free_memory, read_held_memory, read_peak_memory
+from stages.finetune.answer_loss import cross_entropy_sum
+from stages.finetune.devices.group import count_local_processes, count_processes
+from stages.finetune.shared_prefix import Layout, lay_out
+
+logger = get_logger("finetune")
+
+# Of the bytes that autograd keeps, what a step takes: blocks of one size do not fill the holes of another.
+FRAGMENTATION = 1.1
+UNCERTAINTY = 0.1  # of the estimate; docs/benchmarks.md has the measured differences
+ADAMW_BYTES = 8  # two averages in float32
+LOGITS_AT_ONCE = 128  # rows that the loss widens to float32, twice
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """The bytes that a training takes at most.
+
+    Attributes:
+        held: by the process before the first step, with the weights.
+        optimizer: gradients and averages of the trained weights.
+        activations: of the largest batch, kept for the backward pass.
+    """
+
+    held: int
+    optimizer: int
+    activations: int
+
+    @property
+    def peak(self) -> int:
+        """The most that is held at once."""
+        return self.held + self.optimizer + self.activations
+
+    @property
+    def added(self) -> int:
+        """What the training takes in addition to what is held."""
+        return self.optimizer + self.activations
+
+    def describe(self) -> str:
+        """Return the parts of the estimate as text."""
+        return (
+            f"{format_bytes(self.peak)}: {format_bytes(self.held)} before the first step, "
+            f"{format_bytes(self.optimizer)} for the optimizer, {format_bytes(self.activations)} for a batch"
+        )
+
+
+class MemoryPlan:
+    """Estimates the memory of the training of one model for batches of any size.
+
+    Args:
+        model: as it will be trained, its faster steps switched on.
+        examples: all rows.
+        share_prefix: whether a batch is one sequence.
+    """
+
+    def __init__(self, model: Any, examples: Sequence[Encoded], pad_id: int, share_prefix: bool) -> None:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        self.device = model.device
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._model = _copy_without_values(model, self._mode)
+        self._own = {_key(t) for t in chain(self._model.parameters(), self._model.buffers())}
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self._optimizer = sum(p.numel() * (p.element_size() + ADAMW_BYTES) for p in trained)
+        self._words = int(model.config.get_text_config().vocab_size)
+        lengths = [len(example.input_ids) for example in examples]
+        self._longest = [examples[i] for i in sorted(range(len(lengths)), key=lambda i: -lengths[i])[:64]]
+        self._pad_id, self._share_prefix = pad_id, share_prefix
+
+    def estimate(self, batch_size: int, held: int, max_length: int | None = None) -> MemoryEstimate:
+        """Return the estimate for batches of the longest rows, cut to a length where one is given."""
+        rows = self._longest[:batch_size]
+        if max_length is not None:
+            rows = [_cut(row, max_length) for row in rows]
+        # More rows than are looked at take as many times as much.
+        return self.estimate_batch(rows, held, batch_size / len(rows))
+
+    def estimate_batch(self, rows: Sequence[Encoded], held: int, times: float = 1.0) -> MemoryEstimate:
+        """Return the estimate for a batch of these rows, or one of so many times as many."""
+        batch = lay_out(rows, self._pad_id, self._share_prefix)
+        kept = times * self._count_kept(batch)
+        widened = 2 * 4 * min(LOGITS_AT_ONCE, len(batch.targets)) * self._words
+        return MemoryEstimate(held, self._optimizer, int(kept * FRAGMENTATION) + widened)
+
+    def suggest(self, batch_size: int, accumulation: int, held: int, free: int) -> str:
+        """Return the settings with which the training fits into the free memory, as a fix.
+
+        Args:
+            batch_size: rows of a batch that one process takes.
+        """
+        size, processes = batch_size, count_processes()
+        while size > 1:
+            size //= 2
+            if self._fits(self.estimate(size, held), free):
+                steps = accumulation * -(-batch_size // size)
+                taken = format_bytes(self.estimate(size, held).peak)
+                return (
+                    f"set finetune.batch_size: {size * processes} and "
+                    f"finetune.gradient_accumulation: {steps}, which take {taken}"
+                )
+        longest = len(self._longest[0].input_ids)
+        for length in range(longest // 64 * 64, 0, -64):
+            if self._fits(self.estimate(1, held, length), free):
+                return (
+                    f"set finetune.batch_size: {processes} and finetune.max_length: {length}, which take "
+                    f"{format_bytes(self.estimate(1, held, length).peak)}; longer rows are excluded"
+                )
+        return "no batch fits: choose a smaller base model, or a machine with more memory"
+
+    @staticmethod
+    def _fits(estimate: MemoryEstimate, free: int) -> bool:
+        return estimate.added * (1 + UNCERTAINTY) <= free
+
+    def _count_kept(self, batch: Layout) -> int:
+        """Return the bytes that autograd keeps of a batch, without the weights."""
+        kept: dict[int, tuple[int, Tensor]] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            kept.setdefault(_key(tensor), (tensor.untyped_storage().nbytes(), tensor))
+            return tensor
+
+        with self._mode, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            moved = batch.to(self.device)
+            loss = cross_entropy_sum(_read_logits(self._model, moved), moved.targets)
+        del loss
+        return sum(size for key, (size, _) in kept.items() if key not in self._own)
+
+
+def plan_memory(
+    model: Any, examples: Sequence[Encoded], pad_id: int, share_prefix: bool
+) -> MemoryPlan | None:
+    """Return the plan of a training; None for a model whose shapes alone cannot be computed."""
+    try:
+        plan = MemoryPlan(model, examples, pad_id, share_prefix)
+        plan.estimate(1, 0)
+    except Exception as error:  # models are others' code: what it raises without values can be anything
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        logger.info("no estimate of the memory: %s", reason[0])
+        return None
+    return plan
+
+
+def check_memory(
+    plan: MemoryPlan | None, heaviest: Sequence[Encoded], batch_size: int, accumulation: int
+) -> int | None:
+    """Log how many bytes this process will hold at most, refuse it if they cannot fit, and return them.
+
+    Args:
+        heaviest: the largest batch of the training, or this process's share of it.
+        batch_size: rows of a batch that one process takes.
+
+    Raises:
+        InputError: it takes more than is free, also if the estimate is too high by its uncertainty.
+    """
+    if plan is None:
+        return None
+    held, free = read_device_memory(plan.device)
+    estimate = plan.estimate_batch(heaviest, held)
+    judge_memory(estimate, free, lambda: plan.suggest(batch_size, accumulation, held, free))
+    # Reading the weights can have taken more than the steps will.
+    return estimate.peak if plan.device.type == "cuda" else max(estimate.peak, read_peak_memory())
+
+
+def judge_memory(estimate: MemoryEstimate, free: int, suggest: Callable[[], str]) -> None:
+    """Log, warn or refuse by how much of the free memory a training takes.
+
+    Raises:
+        InputError: with what would fit.
+    """
+    what = f"the training takes about {estimate.describe()}; {format_bytes(free)} are free"
+    if estimate.added * (1 - UNCERTAINTY) > free:
+        raise InputError(f"the memory is too small: {what}", suggest())
+    if estimate.added * (1 + UNCERTAINTY) > free:
+        logger.warning("%s, which may be too little: %s", what, suggest())
+    else:
+        logger.info("%s", what)
+
+
+@contextmanager
+def explain_full_memory(plan: MemoryPlan | None, batch_size: int, accumulation: int) -> Iterator[None]:
+    """Turn a full memory inside the block into an error with the settings that would fit.
+
+    Raises:
+        InputError: the memory was full.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if plan is None or not is_full_memory(error):
+            raise
+        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+    else:
+        return
+    # Outside the handler: the error holds the tensors of the step.
+    held, free = read_device_memory(plan.device)
+    needed = plan.estimate(batch_size, held)
+    fix = plan.suggest(batch_size, accumulation, held, min(free, int(needed.added * (1 - UNCERTAINTY))))
+    raise InputError(f"the memory is full: {message}", fix)
+
+
+def read_device_memory(device: torch.device) -> tuple[int, int]:
+    """Return the bytes that this process holds where it computes, and those that it can still take."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        reserved = torch.cuda.memory_reserved(device)
+        held = torch.cuda.memory_allocated(device)
+        return held, free + reserved - held
+    return read_held_memory(), read_free_memory() // count_local_processes()
+
+
+def _copy_without_values(model: Any, mode: Any) -> Any:
+    """Return a copy of a model whose parameters and buffers have no values; it takes no memory."""
+    memo: dict[int, Any] = {}
+    for tensor in chain(model.parameters(), model.buffers()):
+        memo[id(tensor)] = mode.from_tensor(tensor)
+    return copy.deepcopy(model, memo).train()
+
+
+def _cut(row: Encoded, length: int) -> Encoded:
+    ids = row.input_ids[:length]
+    return Encoded(ids, min(row.prompt_length, max(1, len(ids) - 1)))
+
+
+def _read_logits(model: Any, batch: Layout) -> Tensor:
+    if batch.attention_mask is None:
+        return batch.answer_logits(model)
+    # What a mask hides depends on its values, which there are none of; its shapes are those of no mask.
+    logits: Tensor = model(input_ids=batch.input_ids, use_cache=False).logits
+    return logits.flatten(0, 1)[batch.answer_positions]
+
+
+def _key(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)

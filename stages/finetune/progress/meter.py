@@ -1,0 +1,101 @@
+"""The line of progress of a training: speed, share of the machine's products, memory, time left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from stages.common.machine.memory import format_bytes, read_held_memory
+from stages.common.machine.products import measure_product_speed
+from stages.finetune.progress.cost import Cost, Prices
+from stages.finetune.progress.energy import EnergyMeter
+from stages.finetune.progress.flops import count_work
+
+PROBE_S = 0.2  # of plain products, before the first step
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """The state of a training: tokens a second, the share of the limit, and the seconds left."""
+
+    tokens_per_second: float
+    share: float
+    seconds_left: int
+
+
+class Meter:
+    """Measures the steps of a training; seconds in which it does something else are taken off.
+
+    Args:
+        tokens_of_step: tokens of the rows of each update of the whole training.
+        first_step: updates that were made by an earlier process.
+    """
+
+    def __init__(
+        self, model: Any, tokens_of_step: Sequence[int], first_step: int, prices: Prices | None = None
+    ) -> None:
+        self._device: torch.device = model.device
+        dtype = str(model.dtype).removeprefix("torch.")
+        self._work = count_work(model)
+        self._limit = measure_product_speed(dtype, self._device.type, PROBE_S)
+        self._tokens_of_step, self._first_step = tokens_of_step, first_step
+        self._prices = prices or Prices()
+        self._energy = EnergyMeter(self._device.type, self._prices.power_watts)
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self._operations = 0
+        self._started = time.monotonic()
+
+    def start(self) -> None:
+        """Start the clock."""
+        self._started = time.monotonic()
+
+    def count(self, tokens: int, answer_tokens: int) -> None:
+        """Count a batch: the tokens that are computed, and those of answers."""
+        self._operations += self._work.count(tokens, answer_tokens)
+
+    def read(self, step: int, paused: float = 0.0) -> Reading:
+        """Return the state after an update.
+
+        Args:
+            paused: seconds since the start that were not for training.
+        """
+        self._energy.read()  # the counters of processors begin again: they must be read now and then
+        elapsed = time.monotonic() - self._started - paused
+        speed = sum(self._tokens_of_step[self._first_step : step]) / elapsed
+        left = int(sum(self._tokens_of_step[step:]) / speed)
+        return Reading(speed, self._operations / elapsed / self._limit, left)
+
+    def describe(self, reading: Reading) -> str:
+        """Return the state as the line of progress has it."""
+        left = reading.seconds_left
+        if self._device.type == "cuda":
+            memory = torch.cuda.memory_reserved(self._device)
+        else:
+            memory = read_held_memory()
+        return (
+            f"{reading.tokens_per_second:.0f} tokens/s ({reading.share:.0%} of the products), "
+            f"{format_bytes(memory)}, {left // 60}:{left % 60:02d} left"
+        )
+
+    def finish(self, seconds: float, whole_seconds: float, estimated: int | None) -> Cost:
+        """Return what the training took.
+
+        Args:
+            seconds: of the steps; `whole_seconds` are with everything between them.
+            estimated: the bytes that it was estimated to hold at most.
+        """
+        is_gpu = self._device.type == "cuda"
+        return Cost(
+            self._energy.read(),
+            self._prices,
+            whole_seconds,
+            self._limit,
+            self._operations / seconds / self._limit if seconds > 0 else 0.0,
+            estimated,
+            torch.cuda.max_memory_reserved(self._device) if is_gpu else None,
+        )

@@ -1,0 +1,174 @@
+"""Ask the model that is being trained a sample of the validation rows, and compare its answers.
+
+The same rows at every point, so that points differ by what was learned and not by what was asked. Answers are
+generated and scored by the functions that `evaluate` uses; nothing is drawn at random, so a training with
+these points learns the same, bit for bit, as one without them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from stages.common.chat.fitting import limit_answer
+from stages.common.chat.turns import unroll
+from stages.common.errors import InputError
+from stages.common.messages import LearnedTurns
+from stages.common.model.generation import EvalPrompt, answer_questions, encode_questions
+from stages.common.records import Row
+from stages.common.task.protocol import Task
+
+LOSS = "loss"
+AT_ONCE = 32  # rows of a batch of questions
+ENTRY = "validation"  # the key of a point in the Trainer's history, which is part of every checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationPoint:
+    """How the model was after an update.
+
+    Attributes:
+        loss: per answer token, over the sample.
+        metrics: of the task, by name.
+    """
+
+    step: int
+    loss: float
+    metrics: Mapping[str, float]
+
+    def read(self, name: str) -> float:
+        """Return a metric, or the loss."""
+        return self.loss if name == LOSS else self.metrics[name]
+
+    def describe(self, primary: str) -> str:
+        """Return the point in a few words, the metric that decides first."""
+        names = [primary, *(name for name in self.metrics if name != primary)]
+        shown = [f"{name} {self.metrics[name]:.3f}" for name in names if name in self.metrics]
+        return ", ".join([f"loss {self.loss:.4f}", *shown])
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Validation rows, one for each learned turn, as questions.
+
+    Attributes:
+        limit: tokens after which an answer is cut.
+    """
+
+    task: Task
+    tokenizer: Any
+    rows: Sequence[Row]
+    questions: Sequence[EvalPrompt]
+    limit: int
+
+    def ask(self, model: Any, step: int) -> ValidationPoint:
+        """Return the loss and the task's metrics of the greedy answers of a model."""
+        was_training = model.training
+        model.eval()
+        answers = answer_questions(model, self.tokenizer, self.questions, AT_ONCE, self.limit)
+        model.train(was_training)
+        tokens = sum(len(question.reference) for question in self.questions)
+        return ValidationPoint(
+            step,
+            sum(answer.reference_loss for answer in answers) / tokens,
+            self._score([answer.text for answer in answers]),
+        )
+
+    def check_metric(self, name: str) -> None:
+        """Check that the points will have a metric.
+
+        Raises:
+            InputError: with the metrics that they will have.
+        """
+        known = [LOSS, *self._score([row.answer for row in self.rows])]
+        if name not in known:
+            raise InputError(
+                f"finetune.early_stopping.metric is {name}, and answers of kind {self.task.kind} have none",
+                f"set it to one of {', '.join(known)}",
+            )
+
+    def read_scales(self) -> dict[str, float]:
+        """Return the largest value of each metric that has one."""
+        answers = [row.answer for row in self.rows]
+        return {
+            name: metric.scale for name, metric in self.task.score(answers, answers).items() if metric.scale
+        }
+
+    def is_lower_better(self, name: str) -> bool:
+        """Return whether a model is better with less of a metric."""
+        return name == LOSS or "lower is better" in self.task.meanings[name]
+
+    def describe(self) -> dict[str, Any]:
+        """Return everything that decides what the points are, besides the model."""
+        ids = [row.id for row in self.rows]
+        return {"task": self.task.describe(), "rows": ids, "limit": self.limit}
+
+    def _score(self, answers: Sequence[str]) -> dict[str, float]:
+        found = self.task.score(answers, [row.answer for row in self.rows])
+        return {name: found[name].value() for name in self.task.meanings if name in found}
+
+
+def draw_sample(
+    task: Task,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    turns: LearnedTurns,
+    count: int,
+    max_new_tokens: int,
+    seed: int,
+) -> Sample | None:
+    """Return a sample of the learned turns of rows; None where there are no rows.
+
+    Args:
+        count: the most turns.
+        max_new_tokens: where answers are cut, if a reference is that long.
+    """
+    digests = {row.id: hashlib.blake2b(f"{seed}/{row.id}".encode()).digest() for row in unroll(rows, turns)}
+    drawn = set(sorted(digests, key=digests.__getitem__)[:count])
+    chosen = [row for row in unroll(rows, turns) if row.id in drawn][:count]
+    if not chosen:
+        return None
+    questions = encode_questions(tokenizer, chosen)
+    longest = max(len(question.reference) for question in questions)
+    return Sample(task, tokenizer, chosen, questions, limit_answer(longest, max_new_tokens))
+
+
+def plan_points(steps: int, every: float) -> frozenset[int]:
+    """Return the updates after which the sample is asked: evenly spread, and the last one.
+
+    Args:
+        every: the share of the training between two points.
+    """
+    count = max(1, round(1 / every))
+    return frozenset(max(1, round(steps * number / count)) for number in range(1, count + 1))
+
+
+def read_points(history: Sequence[Mapping[str, Any]]) -> list[ValidationPoint]:
+    """Return the points in a Trainer's history."""
+    return [ValidationPoint(entry["step"], **entry[ENTRY]) for entry in history if ENTRY in entry]
+
+
+@contextmanager
+def attending(model: Any, attention: str) -> Iterator[None]:
+    """Let a model attend in another way inside the block: the training's own needs a batch of rows."""
+    base, before = _find_base(model), read_attention(model)
+    if before == attention:
+        yield
+        return
+    base.set_attn_implementation(attention)
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(before)
+
+
+def read_attention(model: Any) -> str:
+    """Return the name of the attention that a model computes with."""
+    return str(_find_base(model).config._attn_implementation)
+
+
+def _find_base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,0 +1,63 @@
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stages.common.errors import InputError
+from stages.common.messages import Message
+from stages.common.records import make_row, read_rows, write_rows
+from stages.finetune.__main__ import main
+from stages.finetune.checkpoints import find_checkpoint
+from tests.stages.finetune.project import adapter, change_finetune
+from tests.tiny import make_tokenizer, save_model
+
+SPLIT = ("artifacts", "split")
+ODD = make_row(
+    [Message("system", "Answer."), Message("user", "z"), Message("assistant", '{"n":1}')], "toy", "cc0-1.0"
+)
+
+
+def break_letter(project, letter):
+    """Give a letter an embedding that is no number: each row with it has such a loss."""
+    base = project / "artifacts" / "fetch_base"
+    save_model(base, tie_word_embeddings=False)
+    weights = load_file(base / "model.safetensors")
+    weights["model.embed_tokens.weight"][make_tokenizer().encode(letter)] = torch.nan
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+
+
+def add_row(project, side):
+    path = project.joinpath(*SPLIT, f"{side}.parquet")
+    write_rows(path, [*read_rows(path), ODD])
+
+
+def test_a_loss_that_is_no_number_names_update_batch_and_rows_and_keeps_the_checkpoint(project):
+    break_letter(project, "z")
+    add_row(project, "train")
+    change_finetune(project, batch_size=2, gradient_accumulation=2, checkpoint_every_steps=1, seed=3)
+    with pytest.raises(InputError, match="training has diverged: the loss is nan in update") as error:
+        main()
+    message = error.value.what
+    assert ODD.id in message
+    assert message.count("batch ") == 1  # the other batch of the update is right
+    (folder,) = (project / "checkpoints" / "finetune").iterdir()
+    kept = find_checkpoint(folder)
+    assert kept is not None and f"kept: {kept.relative_to(project)}" in message
+    assert "lower finetune.learning_rate" in error.value.fix
+    assert not (project / "artifacts" / "finetune").exists()
+
+
+def test_weights_that_are_no_numbers_are_never_kept(project):
+    change_finetune(project, learning_rate=1e39, warmup_fraction=0.0, checkpoint_every_steps=1)
+    with pytest.raises(InputError, match=r"lora_\w+.* has weights that are not numbers after update 1"):
+        main()
+    assert not list((project / "checkpoints").rglob("complete.json"))
+
+
+def test_a_validation_loss_that_is_no_number_leaves_the_adapter_of_the_run_before(project):
+    main()
+    before = adapter(project)
+    break_letter(project, "z")
+    add_row(project, "validation")
+    with pytest.raises(InputError, match="validation rows is nan"):
+        main()
+    assert adapter(project) == before

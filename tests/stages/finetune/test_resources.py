@@ -1,0 +1,162 @@
+"""What a training needs and took: operations, memory, energy."""
+
+import json
+import logging
+
+import pytest
+import torch
+
+from stages.common.chat.template import Encoded
+from stages.common.errors import InputError
+from stages.common.machine.memory import format_bytes, read_free_memory, read_held_memory, read_total_memory
+from stages.finetune.__main__ import main
+from stages.finetune.adapter import build_model
+from stages.finetune.answer_loss import cross_entropy_sum
+from stages.finetune.progress.cost import Cost, Prices
+from stages.finetune.progress.energy import Energy, EnergyMeter
+from stages.finetune.progress.flops import count_work
+from stages.finetune.progress.memory import (
+    MemoryEstimate,
+    MemoryPlan,
+    explain_full_memory,
+    judge_memory,
+    plan_memory,
+)
+from stages.finetune.recipe import Recipe
+from stages.finetune.shared_prefix import lay_out
+from stages.finetune.speedups import speed_up_training
+from tests.stages.finetune.project import SETTINGS
+from tests.tiny import save_model
+
+MIB = 1 << 20
+EXAMPLES = [Encoded([0, *range(5, 5 + n), 1], 8) for n in (96, 240, 136, 200)]
+SHIPPED = {
+    "dropout": 0.0,
+    "target_modules": "all-linear",
+    "schedule": "cosine",
+    "warmup_fraction": 0.0,
+    "weight_decay": 0.0,
+    "adam_beta2": 0.95,
+    "max_grad_norm": 1.0,
+    "seed": 7,
+}
+
+
+@pytest.fixture
+def model(tmp_path):
+    names = Recipe.__dataclass_fields__
+    settings = {name: value for name, value in {**SHIPPED, **SETTINGS}.items() if name in names}
+    return build_model(save_model(tmp_path), Recipe(**settings))
+
+
+def test_operations_are_four_of_a_frozen_weight_and_six_of_a_trained_one(model):
+    work = count_work(model)
+    frozen = 2 * (16 * 16 * 2 + 16 * 8 * 2 + 3 * 16 * 32)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert work.each_token == 4 * frozen + 6 * trained
+    assert work.each_answer_token == 4 * 16 * 258
+    assert work.count(10, 3) == 10 * work.each_token + 3 * work.each_answer_token
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_activations_that_are_estimated_are_those_that_autograd_keeps(model, fast):
+    shares = speed_up_training(model, EXAMPLES, 1)[0] if fast else False
+    plan = MemoryPlan(model, EXAMPLES, 1, shares)
+    batch = lay_out(EXAMPLES, 1, shares)
+    own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
+        return tensor
+
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = cross_entropy_sum(batch.answer_logits(model), batch.targets)
+    real = sum(size for place, (size, _) in kept.items() if place not in own)
+    assert loss.requires_grad
+    # Without the faster steps attention is torch's, which keeps a mask where there are values to hide.
+    assert plan._count_kept(batch) == pytest.approx(real, rel=0.01 if fast else 0.3)
+    assert plan.estimate(4, 100).held == 100
+    assert plan.estimate(1, 0).activations < plan.estimate(4, 0).activations
+
+
+def test_a_training_that_cannot_fit_is_refused_with_what_would_and_a_narrow_one_is_warned_of(model, caplog):
+    caplog.set_level(logging.INFO)
+    plan = plan_memory(model, EXAMPLES, 1, share_prefix=False)
+    whole = plan.estimate(4, held=0)
+
+    def judge(free):
+        judge_memory(whole, free, lambda: plan.suggest(4, 2, 0, free))
+
+    judge(2 * whole.peak)
+    assert "may be too little" not in caplog.text
+    judge(whole.peak)
+    halved = "set finetune.batch_size: 2 and finetune.gradient_accumulation: 4"
+    assert f"may be too little: {halved}" in caplog.text
+    two = plan.estimate(2, 0)
+    with pytest.raises(InputError, match="the memory is too small") as error:
+        judge(int(two.added * 1.11))
+    assert error.value.fix == f"{halved}, which take {format_bytes(two.peak)}"
+    with pytest.raises(InputError) as error:
+        judge(0)
+    assert "no batch fits: choose a smaller base model" in error.value.fix
+    long = [Encoded(list(range(2, 252)), 8)]
+    narrow = plan_memory(model, long, 1, share_prefix=False)
+    free = int(narrow.estimate(1, 0, 128).added * 1.11)
+    assert "finetune.batch_size: 1 and finetune.max_length: 128" in narrow.suggest(1, 1, 0, free)
+
+
+def test_memory_that_is_full_in_a_step_is_an_error_with_what_would_fit(model):
+    plan = plan_memory(model, EXAMPLES, 1, share_prefix=False)
+    with (
+        pytest.raises(InputError, match=r"the memory is full: .*allocate memory") as error,
+        explain_full_memory(plan, 4, 1),
+    ):
+        torch.empty(1 << 55)
+    assert "finetune.batch_size: 2 and finetune.gradient_accumulation: 2" in error.value.fix
+    with pytest.raises(ZeroDivisionError), explain_full_memory(plan, 4, 1):
+        1 / 0  # noqa: B018
+    with pytest.raises(MemoryError), explain_full_memory(None, 4, 1):
+        raise MemoryError
+
+
+def test_energy_is_read_from_counters_that_begin_again_or_assumed_or_not_known(tmp_path):
+    package = tmp_path / "intel-rapl:0"
+    for name in ("intel-rapl:0", "intel-rapl:0:0"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "max_energy_range_uj").write_text("1000000000\n")
+        (tmp_path / name / "energy_uj").write_text("900000000\n")
+    meter = EnergyMeter("cpu", rapl=tmp_path)
+    (package / "energy_uj").write_text("980000000\n")
+    meter.read()
+    (package / "energy_uj").write_text("280000000\n")
+    assert meter.read() == Energy(pytest.approx(380 / 3600), "measured: RAPL")
+    assumed = EnergyMeter("cpu", 60.0, rapl=tmp_path / "nothing").read()
+    assert assumed.watt_hours is not None and assumed.source.startswith("assumed: 60 W")
+    assert EnergyMeter("cpu", rapl=tmp_path / "nothing").read().watt_hours is None
+
+
+def test_costs_are_shown_where_their_parts_are_known():
+    def tell(energy, prices):
+        return Cost(energy, prices, 1800.0, 2e11, 0.4, 900 * MIB, None)
+
+    whole = tell(Energy(50.0, "measured: RAPL"), Prices(None, 400.0, 3.0))
+    found = whole.to_metrics()
+    assert (found["energy_wh"], found["co2_g"], found["cost"]) == (50.0, 20.0, 1.5)
+    assert (found["product_limit_gflops"], found["estimated_peak_mib"]) == (200.0, 900)
+    assert "50.00 Wh (measured: RAPL), 20.00 g CO2, cost 1.5000" in whole.describe()
+    bare = tell(Energy(None, "not known"), Prices())
+    assert bare.describe() == "40% of the machine's matrix products (200 GFLOP/s)"
+
+
+def test_a_training_reports_its_speed_memory_and_share_of_the_machine(project, caplog):
+    caplog.set_level(logging.INFO)
+    main()
+    took = json.loads((project / "reports" / "finetune" / "metrics.json").read_text())["throughput"]
+    assert 0 < took["product_share"] < 1 and took["product_limit_gflops"] > 0
+    assert took["energy_source"] and took["cost"] is None
+    assert took["estimated_peak_mib"] > read_held_memory() // MIB // 4
+    assert "of the products), " in caplog.text and "the training takes about" in caplog.text
+    assert read_free_memory() <= read_total_memory()
+    assert MemoryEstimate(1, 2, 3).peak == 6
