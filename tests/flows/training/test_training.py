@@ -26,6 +26,7 @@ def test_a_first_run_runs_every_stage_in_order_and_shows_it_in_prefect(toy, api)
     assert bar["type"] == "progress" and bar["data"] == 100.0
 
 
+@pytest.mark.slow
 def test_nothing_runs_again_when_nothing_changed_and_the_results_are_shown_and_become_a_table(finished, api):
     finished.write(
         "reports/evaluate/metrics.json",

@@ -283,6 +283,7 @@ def test_conversations_have_one_to_four_turns_of_the_user():
     }
 
 
+@pytest.mark.slow  # it writes all of them again
 def test_rows_are_the_same_in_another_process():
     code = (
         "import sys; from tests.stages.common.sources.home_tools.test_collect import collect;"
