@@ -59,7 +59,7 @@ def write_adapter() -> None:
     from stages.finetune.recipe import Recipe
 
     recipe = Recipe(**load_params().finetune.model_dump(include=set(Recipe.__dataclass_fields__)))
-    save_adapter(build_model(artifacts("fetch_base"), recipe), artifacts("finetune"), ())
+    save_adapter(build_model(artifacts("fetch_base"), recipe), recipe, artifacts("finetune"), ())
 
 
 def write_base_answers() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from stages.common.artifacts import artifacts, hash_file, read_json, reports
-from stages.common.model.adapter import WEIGHTS
+from stages.common.model.adapter import find_weights
 from stages.common.repository.dvc_lock import compute_dvc_hash
 
 CARD = reports("model_card") / "README.md"
@@ -25,7 +25,7 @@ def find_card_problems(root: Path) -> list[str]:
         problems.append(
             f"{CARD} does not contain the hash of {artifacts('finetune')}: it describes another adapter"
         )
-    weights = adapter / WEIGHTS
+    weights = find_weights(adapter)
     exported = read_json(root / artifacts("export") / "serving.json").get("adapter_sha256")
     if not weights.exists() or hash_file(weights) != exported:
         problems.append(f"{artifacts('export')} was not made from the adapter in {artifacts('finetune')}")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 from flows.registry.tracking import Registry, convert_errors, open_tracking
 from stages.common.artifacts import hash_file
 from stages.common.errors import InputError
-from stages.common.model.adapter import CONFIG, FOLDER, WEIGHTS, InitialAdapter, put_initial_adapter
+from stages.common.model.adapter import FOLDER, PEFT, InitialAdapter, find_files, put_initial_adapter
 from stages.common.tag import Tag
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ logger = logging.getLogger("flows.registry")
 Alias = Literal["champion", "challenger"]
 Gate = Literal["none", "passed", "rejected"]
 ADAPTER = "adapter"  # folder of a run's artifacts that a version is made from
-ADAPTER_FILES = (CONFIG, WEIGHTS)
 EVIDENCE = "evidence"  # folder of a run's artifacts for verdicts on its version
 TAG = re.compile(r"[\w.-]+:[0-9a-f]{12}")
 # The metrics of a run that are listed with its version: the first three that it has.
@@ -191,10 +190,11 @@ def download_adapter(registry: Registry, tag: str, folder: Path) -> Path:
             )
         except (MlflowException, OSError) as error:
             raise InputError(f"the adapter of {tag} cannot be read: {error}", _LOST) from None
-    for name in ADAPTER_FILES:
+    files = find_files(found) or PEFT
+    for name in (files.config, files.weights):
         if not (found / name).is_file():
             raise InputError(f"the registry's copy of {tag} lacks {name}", _LOST)
-    digest = hash_file(found / WEIGHTS)
+    digest = hash_file(found / files.weights)
     if digest != version.tags["adapter_sha256"]:
         raise InputError(
             f"the registry's copy of {tag} has the hash {digest}, but {version.tags['adapter_sha256']} was "

@@ -15,11 +15,10 @@ from typing import Any
 
 import yaml
 
-from flows.registry.model_versions import ADAPTER_FILES
 from flows.registry.tracking import mask_password
 from stages.common.artifacts import artifacts, hash_file, missing, read_json, reports
 from stages.common.errors import InputError
-from stages.common.model.adapter import WEIGHTS
+from stages.common.model.adapter import PEFT, find_files
 from stages.common.params.loading import Params
 from stages.common.repository.dvc_lock import LOCK, Lock, compute_dvc_hash, read_lock
 from stages.common.repository.git import read_git
@@ -74,11 +73,13 @@ def read_output(root: Path, trigger: str) -> Output:
         InputError: a part is missing, or the export was made from another adapter.
     """
     export, adapter = artifacts("export") / "serving.json", artifacts("finetune")
-    for path in (export, *(adapter / name for name in ADAPTER_FILES), Path("dvc.yaml"), Path("params.yaml")):
+    files = find_files(root / adapter) or PEFT
+    made = (export, adapter / files.config, adapter / files.weights)
+    for path in (*made, Path("dvc.yaml"), Path("params.yaml")):
         if not (root / path).exists():
             raise missing(path)
     serving = read_json(root / export)
-    trained = hash_file(root / adapter / WEIGHTS)
+    trained = hash_file(root / adapter / files.weights)
     if trained != serving["adapter_sha256"]:
         raise InputError(
             f"{export} was made from the adapter {serving['adapter_sha256'][:12]}, and {adapter} holds "

@@ -1,6 +1,6 @@
 """Compare an adapter downloaded from the registry with the trained one; `flows.registry.runs` runs it.
 
-Loads the base model once and both adapters on it, and compares the logits of some prompts bit by bit.
+Loads the base model with each of them, and compares the logits of some prompts bit by bit.
 
     python -m flows.registry.verify_adapter --base DIR --trained DIR --reloaded DIR --rows FILE
 """
@@ -11,12 +11,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from services.parent import end_with_parent
 from stages.common.chat.template import encode_prompt
 from stages.common.errors import InputError
 from stages.common.logs import run_stage
-from stages.common.model.loading import load_base, load_tokenizer, pick_device, pick_dtype
+from stages.common.model.loading import add_adapter, load_base, load_tokenizer, pick_device, pick_dtype
 from stages.common.records import read_rows
 
 
@@ -30,22 +31,19 @@ def compare(base: Path, trained: Path, reloaded: Path, prompts: Sequence[Sequenc
         InputError: the two adapters differ in a logit, or change none.
     """
     import torch
-    from peft import PeftModel
 
     device = pick_device()
-    model = load_base(base, pick_dtype(device), device)
+    dtype = pick_dtype(device)
+    model = load_base(base, dtype, device)
 
-    def logits() -> list[torch.Tensor]:
+    def logits(model: Any) -> list[torch.Tensor]:
         with torch.inference_mode():
             return [model(torch.tensor([ids], device=device)).logits.float().cpu() for ids in prompts]
 
-    plain = logits()
-    model = PeftModel.from_pretrained(model, trained, adapter_name="trained").eval()
-    wanted = logits()
-    model.load_adapter(reloaded, adapter_name="reloaded")
-    model.set_adapter("reloaded")
-    model.eval()
-    found = logits()
+    plain = logits(model)
+    wanted = logits(add_adapter(model, trained))
+    del model  # one model in memory
+    found = logits(add_adapter(load_base(base, dtype, device), reloaded))
     differing = sum(not torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
     if differing:
         gap = max(float((a - b).abs().max()) for a, b in zip(wanted, found, strict=True))
@@ -57,7 +55,7 @@ def compare(base: Path, trained: Path, reloaded: Path, prompts: Sequence[Sequenc
     if change == 0.0:
         raise InputError(
             "the adapter changes no logit of the base model: its weights were not found on loading",
-            "compare adapter_config.json with the base model",
+            "compare the configuration of the adapter with the base model",
         )
     return change
 

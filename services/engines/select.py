@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from services.engines.protocol import Engine, EngineError
 from services.engines.support import check_engine
 from stages.common.errors import InputError
+from stages.common.model.adapter import VLLM_METHODS, read_settings
 from stages.common.model.draft_corpus import read_corpus
 
 if TYPE_CHECKING:
@@ -61,7 +62,9 @@ def load_engine(files: ModelFiles, tokenizer: Any, settings: EngineSettings, dra
     Raises:
         InputError: the configured engine cannot run here, or not with these files.
     """
-    kind = choose_kind(settings.kind, files.tokenizer, files.gguf, files.base, settings.gpus)
+    kind = choose_kind(
+        settings.kind, files.tokenizer, files.gguf, files.base, settings.gpus, adapter=files.adapter
+    )
     logger.info("loading %s %s into the engine %s", files.name, files.version, kind)
     common: dict[str, Any] = {
         "max_running": settings.max_running,
@@ -116,7 +119,14 @@ def check_gpus(settings: EngineSettings) -> None:
         )
 
 
-def choose_kind(wanted: str, folder: Path, gguf: Path | None, base: Path | None, gpus: int) -> str:
+def choose_kind(
+    wanted: str,
+    folder: Path,
+    gguf: Path | None,
+    base: Path | None,
+    gpus: int,
+    adapter: Path | None = None,
+) -> str:
     """Return the engine for these files on this machine: `vllm`, `paged`, `openvino` or `transformers`.
 
     `auto` takes a GPU only if one is reserved: by default a training has it.
@@ -126,12 +136,13 @@ def choose_kind(wanted: str, folder: Path, gguf: Path | None, base: Path | None,
         folder: has the model's `config.json`.
         gguf, base: the model in each format; None without it.
         gpus: that are reserved.
+        adapter: folder of the adapter; None for the base model alone.
 
     Raises:
         InputError: the configured engine cannot run here, or no engine can.
     """
     reasons = {
-        "vllm": _reason_against_vllm(base),
+        "vllm": _reason_against_vllm(base, adapter),
         "paged": _reason_against_paged(folder, gguf),
         "openvino": _reason_against_openvino(folder, gguf),
         "transformers": None if base is not None else "the model's safetensors are missing",
@@ -158,12 +169,17 @@ def choose_kind(wanted: str, folder: Path, gguf: Path | None, base: Path | None,
     )
 
 
-def _reason_against_vllm(base: Path | None) -> str | None:
+def _reason_against_vllm(base: Path | None, adapter: Path | None) -> str | None:
     if not _count_gpus():
         return "torch sees no GPU, which vLLM needs"
     if find_spec("vllm") is None:
         return "vLLM is not installed (pip install 'perennial[gpu]')"
-    return None if base is not None else "the model's safetensors are missing"
+    if base is None:
+        return "the model's safetensors are missing"
+    method = read_settings(adapter)["method"] if adapter is not None else None
+    if method is not None and method not in VLLM_METHODS:
+        return f"vLLM loads adapters of the methods {' and '.join(VLLM_METHODS)}, and this is one of {method}"
+    return None
 
 
 def _reason_against_paged(folder: Path, gguf: Path | None) -> str | None:

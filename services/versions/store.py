@@ -14,6 +14,7 @@ from typing import Any
 from services.versions.aliases import ALIASES, read_aliases
 from stages.common.artifacts import artifacts, hash_files, missing, read_json
 from stages.common.errors import InputError
+from stages.common.model.adapter import PEFT, find_files
 from stages.common.tag import Tag
 
 logger = logging.getLogger("services.versions")
@@ -92,7 +93,8 @@ def add_pipeline_output(root: Path = Path()) -> str:
         InputError: the pipeline has made no model yet.
     """
     export, base, adapter = (root / artifacts(stage) for stage in ("export", "fetch_base", "finetune"))
-    for needed in (export / "serving.json", base / "config.json", adapter / "adapter_config.json"):
+    config = adapter / (find_files(adapter) or PEFT).config
+    for needed in (export / "serving.json", base / "config.json", config):
         if not needed.exists():
             raise missing(needed.relative_to(root) if root.parts else needed)
     files = _files(export, base, adapter)

@@ -22,6 +22,7 @@ from stages.common.errors import InputError
 from stages.common.machine.memory import format_bytes, read_free_memory, read_total_memory
 from stages.common.machine.products import measure_product_speed
 from stages.common.machine.training_memory import Batch, estimate_training_memory
+from stages.common.model.adapter import LORA_METHODS
 from stages.common.model.loading import count_parameters, pick_device, pick_dtype
 
 # Of the speed of plain matrix products, what a whole step reaches. Measured with the default base model in
@@ -67,6 +68,22 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
+class Gradients:
+    """What a backward pass computes of a model, as shares of its weights.
+
+    Attributes:
+        reach: those that it goes through to what is trained.
+        trained: those whose own gradients are computed; an adapter's hardly count.
+    """
+
+    reach: float = 1.0
+    trained: float = 0.0
+
+
+ADAPTER_GRADIENTS = Gradients()
+
+
+@dataclass(frozen=True, slots=True)
 class Estimate:
     """Seconds of the stages that compute on all cores."""
 
@@ -99,15 +116,24 @@ def read_model_size(base: Path) -> ModelSize:
         return DEFAULT_SIZE
 
 
-def estimate_run(work: Work, size: ModelSize, dtype: str, speed: float, paged: bool = True) -> Estimate:
+def estimate_run(
+    work: Work,
+    size: ModelSize,
+    dtype: str,
+    speed: float,
+    paged: bool = True,
+    gradients: Gradients = ADAPTER_GRADIENTS,
+) -> Estimate:
     """Return how long the stages take that train and answer.
 
     Args:
         speed: floating-point operations a second, from `measure_product_speed`.
         paged: whether the service's CPU engine answers; transformers is slower.
     """
-    # Forward and, for the frozen weights, the gradient of the input: four operations a weight and token.
-    train = 4.0 * (work.train_tokens * size.layers + work.train_answer_tokens * size.output)
+    # Two operations a weight and token each: forward, the gradient of the input, and that of the weight.
+    layers = 2.0 * (1.0 + gradients.reach + gradients.trained)
+    output = 2.0 * (2.0 + (gradients.trained == 1.0))
+    train = layers * work.train_tokens * size.layers + output * work.train_answer_tokens * size.output
     weights = size.layers + size.output
     base_tokens = work.test_tokens + work.test_rows * work.longest_answer * ANSWER_ROOM
     answering = speed * (ANSWERING_SHARE[dtype] if paged else TRANSFORMERS_SHARE)
@@ -135,6 +161,13 @@ def read_work(sides: Mapping[str, Mapping[str, Any]], epochs: int, max_test_rows
         test_tokens=round(test["tokens"] * asked / max(1, test["rows"])),
         longest_answer=test["longest_answer"],
     )
+
+
+def read_gradients(training: Mapping[str, Any] | None) -> Gradients:
+    """Return what a backward pass computes, from what `preflight` counted."""
+    if training is None or training["method"] in LORA_METHODS:
+        return ADAPTER_GRADIENTS
+    return Gradients(training["reach"], training["trained_parameters"] / training["parameters"])
 
 
 def format_minutes(seconds: float) -> str:
@@ -170,19 +203,20 @@ def describe_machine(device: Any) -> str:
     return f"this machine: {cores} cores, {memory}{gpu}"
 
 
-def describe_memory(params: Any, train: Mapping[str, Any], base: Path, dtype: str, free: int) -> str | None:
+def describe_memory(params: Any, counted: Mapping[str, Any], base: Path, dtype: str, free: int) -> str | None:
     """Return about how much memory the training takes, as a line; None where the base model is another kind.
 
     Args:
-        train: what `preflight` counted in the training rows.
+        counted: by `preflight`.
     """
-    finetune = params.finetune
+    finetune, train, training = params.finetune, counted["sides"]["train"], counted.get("training")
+    replaced = training["trained_parameters"] if training and finetune.method not in LORA_METHODS else 0
     batch = Batch(min(finetune.batch_size, train["rows"]), train["longest"], train["longest_answer"])
     try:
         config = json.loads((base / "config.json").read_text(encoding="utf-8"))
         weights = count_parameters(base)
         needed = estimate_training_memory(
-            config, weights, finetune.rank, batch, 4 if dtype == "float32" else 2
+            config, weights, finetune.rank, batch, 4 if dtype == "float32" else 2, replaced
         )
     except (OSError, KeyError):
         return None
@@ -191,6 +225,7 @@ def describe_memory(params: Any, train: Mapping[str, Any], base: Path, dtype: st
         line += (
             f", and {format_bytes(free)} are free: lower finetune.batch_size (and raise "
             "finetune.gradient_accumulation by as much) or finetune.max_length"
+            + (", or train fewer weights (finetune.method)" if replaced else "")
         )
     return line
 
@@ -236,14 +271,15 @@ def main() -> None:
     dtype = str(pick_dtype(device, params.finetune.dtype)).removeprefix("torch.")
     speed = measure_product_speed(dtype, device.type)
     paged = device.type == "cpu" and params.export.gguf and params.ask_base.engine != "transformers"
-    estimate = estimate_run(work, read_model_size(base), dtype, speed, paged)
+    training = counted.get("training")
+    estimate = estimate_run(work, read_model_size(base), dtype, speed, paged, read_gradients(training))
     stages = [stage for stage in STAGES if stage in sys.argv[1:]] or STAGES
     lines: list[str | None] = [describe_machine(device), describe(work, estimate, stages)]
     if "finetune" in stages:
         free = read_free_memory()
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
-        lines.append(describe_memory(params, counted["sides"]["train"], base, dtype, free))
+        lines.append(describe_memory(params, counted, base, dtype, free))
     lines.append(describe_costs(estimate.sum_of(stages), params.flows.training))
     sys.stdout.write("".join(f"{line}\n" for line in lines if line))
 

@@ -36,6 +36,7 @@ from stages.common.gguf.architectures import find_architecture
 from stages.common.gguf.model import check_tensors, write_gguf
 from stages.common.gguf.vocabulary import count_equal, read_gguf_vocabulary, read_vocabulary
 from stages.common.logs import get_logger, run_stage, show_progress
+from stages.common.model.adapter import find_weights
 from stages.common.model.draft_corpus import encode_corpus, write_corpus
 from stages.common.model.loading import count_context_tokens, load_tokenizer, load_tuned, read_config
 from stages.common.params.loading import load_params
@@ -224,7 +225,7 @@ def main() -> None:
         corpus = encode_corpus(tokenizer, rows, settings.draft_rows)
         write_corpus(folder / "draft_corpus.npz", corpus)
         serving = {
-            "adapter_sha256": hash_file(adapter / "adapter_model.safetensors"),
+            "adapter_sha256": hash_file(find_weights(adapter)),
             "answer_schema": answers.schema,
             "base_model": fetched["name"],
             "base_revision": fetched["revision"],

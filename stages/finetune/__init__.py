@@ -1,1 +1,1 @@
-"""Stage finetune: train a LoRA adapter on the base model."""
+"""Stage finetune: train an adapter of the base model."""

@@ -1,9 +1,9 @@
-"""Finetune: train a LoRA adapter on the base model.
+"""Finetune: train an adapter of the base model, or weights of it.
 
 In: `artifacts/split/train.parquet`, `validation.parquet`, `artifacts/fetch_base/`;
 `artifacts/curate/task.json`; `artifacts/initial_adapter/`, which may hold an adapter to start from.
-Out: `artifacts/finetune/` (a peft adapter); `reports/finetune/metrics.json`, `loss.csv`, `validation.csv`,
-`loss.svg`.
+Out: `artifacts/finetune/` (a peft adapter, or the trained weights); `reports/finetune/metrics.json`,
+`loss.csv`, `validation.csv`, `loss.svg`.
 Run: `python -m stages.finetune`
 
 Only the answers are learned. A killed run resumes from its last complete checkpoint in
@@ -16,9 +16,8 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from operator import itemgetter
-from pathlib import Path
 
-from stages.common.artifacts import artifacts, read_json, reports, write_json
+from stages.common.artifacts import artifacts, reports, write_json
 from stages.common.chat.fitting import (
     LONG,
     REFUSED,
@@ -28,8 +27,8 @@ from stages.common.chat.fitting import (
 )
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage
-from stages.common.model.adapter import InitialAdapter, check_base, read_initial_adapter
-from stages.common.model.loading import limit_length, load_tokenizer, read_config
+from stages.common.model.adapter import find_start
+from stages.common.model.loading import limit_length, load_tokenizer, pick_dtype, read_config
 from stages.common.params.loading import load_params
 from stages.common.records import Row, read_rows
 from stages.common.spool import view
@@ -64,14 +63,6 @@ def read_training_rows() -> Sequence[Row]:
     return rows
 
 
-def find_initial_adapter(folder: str | None) -> InitialAdapter | None:
-    """Return the adapter to start from, checked against the base model; None for a new one."""
-    initial = read_initial_adapter(Path(folder)) if folder else None
-    if initial:
-        check_base(initial, read_json(reports("fetch_base") / "metrics.json")["sha256"])
-    return initial
-
-
 def main() -> None:
     """Train on what `split` wrote, with the settings of `finetune` in `params.yaml`."""
     params = load_params().finetune
@@ -84,8 +75,8 @@ def train_adapter() -> None:
     params, turns = everything.finetune, everything.task.turns
     recipe = Recipe(**params.model_dump(include=set(Recipe.__dataclass_fields__)))
     base = artifacts("fetch_base")
+    initial = find_start(params.warm_start_from, recipe)
     rows = read_training_rows()
-    initial = find_initial_adapter(params.warm_start_from)
     trained_ids = initial.read_trained_ids() if initial else frozenset()
     selected = select_rows(rows, initial, trained_ids, params.replay_share, params.seed)
     tokenizer = load_tokenizer(base)
@@ -127,8 +118,10 @@ def train_adapter() -> None:
     if is_main():
         remove_other_runs(checkpoints)
     model = build_model(base, recipe, initial)
+    dtype = str(pick_dtype(model.device, recipe.dtype)).removeprefix("torch.")
     processes = f" in {count_processes()} processes" if count_processes() > 1 else ""
-    logger.info("training on %d rows, %s on %s%s", len(examples), model.dtype, model.device.type, processes)
+    where = f"{dtype} on {model.device.type}{processes}"
+    logger.info("training on %d rows, %s in %s", len(examples), recipe.method, where)
     result = train(
         model,
         examples,
@@ -145,13 +138,14 @@ def train_adapter() -> None:
         return
 
     trained_now = {row_ids[number] for number in result.learned_rows}
-    save_adapter(model, artifacts("finetune"), trained_ids | trained_now)
+    save_adapter(model, recipe, artifacts("finetune"), trained_ids | trained_now)
     write_loss_csv(result.curve, reports("finetune") / "loss.csv")
     write_validation_csv(result.validation, reports("finetune") / "validation.csv")
     plot_loss(result, watch.sample.read_scales() if watch else {}, reports("finetune") / "loss.svg")
     write_json(
         reports("finetune") / "metrics.json",
         {
+            "method": recipe.method,
             "started_from": initial.version if initial else "base",
             "train_rows": len(selected) - len(misfits),
             "rejected_long_rows": count_reasons(misfits).get(LONG, 0),

@@ -108,7 +108,7 @@ def remove_other_runs(folder: Path, kept: int = OTHER_RUNS_KEPT) -> None:
 def check_free_space(folder: Path, trained_parameters: int) -> None:
     """Fail before the training if the disk cannot hold the checkpoints.
 
-    Three at once (two kept, one being written), each with the adapter and two moments in float32.
+    Three at once (two kept, one being written), each with what is trained and two moments in float32.
 
     Raises:
         InputError: with the space that is free and the space that is needed.
@@ -119,5 +119,5 @@ def check_free_space(folder: Path, trained_parameters: int) -> None:
     if free < needed:
         raise InputError(
             f"the disk of {folder} has {free >> 20} MiB left, and the checkpoints need {needed >> 20} MiB",
-            "free some space, or lower finetune.rank",
+            "free some space, or train fewer weights: a lower finetune.rank, or finetune.method: lora",
         )

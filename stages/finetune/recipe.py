@@ -16,13 +16,15 @@ from stages.common.model.adapter import InitialAdapter
 from stages.common.records import format_canonical_json
 
 # Modules of stages/common that decide the adapter, besides all files of this folder.
-SHARED_CODE = ("model/adapter.py", "model/generation.py", "model/loading.py")
+SHARED_CODE = ("model/adapter.py", "model/generation.py", "model/loading.py", "model/replaced.py")
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """What decides the adapter, besides the rows and the base model. See `finetune` in `params.yaml`."""
 
+    method: str
+    trained_modules: int | tuple[str, ...]
     rank: int
     alpha: float
     dropout: float

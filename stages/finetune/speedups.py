@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from peft import PeftModel
+
 from stages.common.chat.template import Encoded
 from stages.common.logs import get_logger
 from stages.common.spool import pick
@@ -26,7 +28,7 @@ def speed_up_training(model: Any, examples: Sequence[Encoded], pad_id: int) -> t
         whether a batch is one sequence with a shared prefix, and the number of faster modules, by kind.
     """
     keep_freed_memory()
-    base = model.get_base_model()
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     lengths = [len(example.input_ids) for example in examples]
     few = pick(examples, sorted(range(len(examples)), key=lengths.__getitem__)[-4:])
     plain = compute_loss(model, lay_out(few, pad_id, share_prefix=False))

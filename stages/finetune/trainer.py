@@ -23,6 +23,9 @@ from stages.common.chat.template import Encoded
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, show_progress
 from stages.common.machine.memory import release_freed_memory
+from stages.common.model.adapter import REPLACED
+from stages.common.model.loading import pick_dtype
+from stages.common.model.replaced import put_weights, read_weights, write_weights
 from stages.common.spool import pick
 from stages.finetune.answer_loss import compute_mean_loss, cross_entropy_sum
 from stages.finetune.batches import count_tokens, deal_out, plan_batches
@@ -66,6 +69,22 @@ class AnswerTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return SequentialSampler(train_dataset or self.train_dataset)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Write what is trained; without peft, Trainer would write the frozen weights, too."""
+        if isinstance(self.model, PeftModel):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            write_weights(self.model, folder / REPLACED.weights)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if isinstance(self.model, PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        path = Path(resume_from_checkpoint) / REPLACED.weights
+        put_weights(self.model, read_weights(path), path)
 
     def compute_loss(
         self,
@@ -137,7 +156,7 @@ class TrainingMonitor(TrainerCallback):
 
 
 def train(
-    model: PeftModel,
+    model: Any,
     examples: Sequence[Encoded],
     validation: Sequence[Encoded],
     pad_id: int,
@@ -148,7 +167,7 @@ def train(
     watch: Watch | None = None,
     prices: Prices | None = None,
 ) -> TrainingResult:
-    """Train the adapter of `model`, from the newest complete checkpoint in `checkpoints` if there is one.
+    """Train the weights of `model` that have gradients, from the newest complete checkpoint if there is one.
 
     Args:
         validation: rows whose loss is computed at the end.
@@ -222,7 +241,7 @@ def train(
             if "loss" in entry
         ],
         validation_loss=validation_loss,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=str(pick_dtype(model.device, recipe.dtype)).removeprefix("torch."),
         device=model.device.type,
         processes=count_processes(),
         share_prefix=share_prefix,

@@ -24,6 +24,7 @@ from stages.common.chat.plain import NOTHING_HIDDEN, write_conversation, write_t
 from stages.common.errors import InputError
 from stages.common.licenses import to_spdx
 from stages.common.logs import get_logger, run_stage
+from stages.common.model.adapter import LORA_METHODS, find_weights
 from stages.common.params.loading import load_params
 from stages.common.records import Row
 from stages.common.repository.dvc_lock import Lock, read_lock
@@ -43,7 +44,7 @@ from stages.model_card.evidence import (
     Evidence,
     find_metric,
     list_plots,
-    read_adapter_config,
+    read_adapter,
     read_evidence,
     read_revision,
     read_sides,
@@ -51,6 +52,7 @@ from stages.model_card.evidence import (
 from stages.model_card.sections import (
     build_metadata,
     count_sources,
+    describe_adapter,
     describe_limits,
     list_languages,
     list_lineage,
@@ -101,7 +103,9 @@ def describe_training(
         "all_params": json.dumps(list_params(lock), indent=2, ensure_ascii=False),
         "lineage": list_lineage(lock),
         "revision": read_revision(),
-        "target_modules": adapter["target_modules"],
+        "adapter": describe_adapter(adapter),
+        "weights": find_weights(artifacts("finetune")),
+        "is_lora": adapter["method"] in LORA_METHODS,
         "example_messages": _write_literal(write_conversation(NOTHING_HIDDEN, example.prompt)),
         "example_tools": _write_literal(tools) if tools else None,
         "example_answer": example.answer,
@@ -123,7 +127,7 @@ def main() -> None:
     lock = read_lock(BEFORE)
     evidence, problems = read_evidence()
     sides, unreadable_rows = read_sides()
-    adapter, unreadable_adapter = read_adapter_config()
+    adapter, unreadable_adapter = read_adapter()
     plots = list_plots(evidence)
     raise_problems(
         [

@@ -41,7 +41,7 @@ NEEDED = (
         )
     ),
     *(f"finetune.{key}" for key in ("train_rows", "rejected_long_rows", "steps", "train_tokens", "dtype")),
-    *(f"finetune.{key}" for key in ("rows_not_replayed", "started_from", "trained_parameters")),
+    *(f"finetune.{key}" for key in ("rows_not_replayed", "started_from", "trained_parameters", "method")),
     "finetune.rejected_refused_rows",
     *(f"finetune.{key}" for key in ("train_loss", "validation_loss")),
     *(f"evaluate.{key}" for key in ("rows", "test_rows", "groups", "base", "tuned", "difference", "slices")),
@@ -185,19 +185,19 @@ def check_rows(sides: Mapping[str, Sequence[Row]], evidence: Evidence, allowed: 
     return problems
 
 
-def check_adapter(config: Mapping[str, Any], lock: Lock) -> list[str]:
+def check_adapter(adapter: Mapping[str, Any], lock: Lock) -> list[str]:
     """Return differences between the adapter and what `fetch_base` and `finetune` should have made."""
-    if not config:  # unreadable, which is a problem already
+    if not adapter:  # unreadable, which is a problem already
         return []
     problems = []
-    base, wanted = config.get("base_model_name_or_path"), artifacts("fetch_base").as_posix()
+    base, wanted = adapter["base"], artifacts("fetch_base").as_posix()
     if base != wanted:
-        problems.append(f"the adapter was trained on {base}, not on {wanted} (adapter_config.json)")
+        problems.append(f"the adapter was trained on {base}, not on {wanted} (its configuration)")
     finetune = lock.params.get("finetune", {})
-    for ours, theirs in (("rank", "r"), ("alpha", "lora_alpha")):
-        if ours in finetune and config.get(theirs) != finetune[ours]:
+    for name in ("method", "rank", "alpha"):
+        if name in finetune and name in adapter and adapter[name] != finetune[name]:
             problems.append(
-                f"the adapter has {theirs} {config.get(theirs)}, and finetune.{ours} was {finetune[ours]}"
+                f"the adapter has {name} {adapter[name]}, and finetune.{name} was {finetune[name]}"
             )
     return problems
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from stages.common.artifacts import artifacts, reports
 from stages.common.errors import InputError
+from stages.common.model.adapter import PEFT, find_files, read_settings
 from stages.common.records import Row, read_rows
 from stages.common.repository.git import read_git
 
@@ -72,11 +73,13 @@ def read_sides() -> tuple[dict[str, Sequence[Row]], list[str]]:
     return sides, problems
 
 
-def read_adapter_config() -> tuple[dict[str, Any], list[str]]:
-    """Return the configuration of the adapter, and the problem if it cannot be read."""
-    path = artifacts("finetune") / "adapter_config.json"
+def read_adapter() -> tuple[dict[str, Any], list[str]]:
+    """Return the settings of the adapter and its base model, and the problem if they cannot be read."""
+    folder = artifacts("finetune")
+    path = folder / (find_files(folder) or PEFT).config
     try:
-        return json.loads(path.read_text(encoding="utf-8")), []
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return {"base": config.get("base_model_name_or_path"), **read_settings(folder)}, []
     except FileNotFoundError:
         return {}, [f"{path} does not exist (dvc repro finetune)"]
     except ValueError as error:

@@ -11,12 +11,15 @@ from typing import Any
 
 from stages.common.artifacts import artifacts
 from stages.common.escaping import clean_line, escape_markdown, format_code
+from stages.common.model.adapter import LORA_METHODS
 from stages.common.params.types import LANGUAGE_CODE
 from stages.common.records import Row, format_canonical_json
 from stages.common.repository.dvc_lock import Lock
 from stages.model_card.evidence import SECTIONS, Evidence
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
+
+LORA_NAMES = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}
 
 # The names under which the Hugging Face hub knows our metrics.
 HUB_METRICS = {"slot_f1": "f1", "macro_f1": "f1", "weighted_f1": "f1", "rouge_l": "rouge"}
@@ -59,9 +62,9 @@ def build_metadata(
         base_model=evidence["fetch_base"]["name"],
         datasets=sources,
         language=list(language) or None,
-        library_name="peft",
+        library_name="peft" if (method := evidence["finetune"]["method"]) in LORA_METHODS else "transformers",
         pipeline_tag="text-generation",
-        tags=["lora", "perennial", report["task"]],
+        tags=[method, "perennial", report["task"]],
         metrics=sorted({result.metric_type for result in results}),
         eval_results=results,
         license=hub_id,
@@ -110,6 +113,19 @@ def list_results(report: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def _with_interval(found: Mapping[str, float], sign: str = "") -> str:
     return f"{found['value']:{sign}.3f} ({found['low']:{sign}.3f} to {found['high']:{sign}.3f})"
+
+
+def describe_adapter(adapter: Mapping[str, Any]) -> dict[str, str]:
+    """Return what an adapter is, and what was trained, as beginnings of sentences."""
+    method, modules = adapter["method"], adapter.get("trained_modules")
+    if name := LORA_NAMES.get(method):
+        targets = adapter["target_modules"]
+        listed = targets if isinstance(targets, str) else ", ".join(targets)
+        return {"kind": f"A {name} adapter", "trained": f"{name} of rank {adapter['rank']} on {listed}"}
+    if method == "full":
+        return {"kind": "A full fine-tune", "trained": "All weights were trained"}
+    which = f"the last {modules} transformer blocks" if isinstance(modules, int) else ", ".join(modules or ())
+    return {"kind": "A partial fine-tune", "trained": f"The weights of {which} were trained"}
 
 
 def describe_limits(evidence: Evidence) -> list[str]:

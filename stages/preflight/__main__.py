@@ -1,7 +1,7 @@
 """Preflight: stop if something cannot work, before anything costly runs; count the tokens of every row.
 
 In: `artifacts/split/{train,validation,test}.parquet`, `artifacts/fetch_base/`, `artifacts/curate/task.json`;
-`reports/fetch_base/metrics.json`.
+`reports/fetch_base/metrics.json`; `artifacts/initial_adapter/`.
 Out: `artifacts/preflight/{train,validation,test}.jsonl` (each row that later stages exclude, with its
 reason); `reports/preflight/metrics.json` and `learned.html`, a page of rows with what is learned in colour;
 written before the stage fails.
@@ -14,7 +14,6 @@ checked again without them.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain
@@ -22,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from stages.common.artifacts import artifacts, read_json, reports, write_json, write_lines, write_text
-from stages.common.chat.control_tokens import read_control_tokens
 from stages.common.chat.fitting import (
     LONG,
     REFUSED,
@@ -36,7 +34,7 @@ from stages.common.chat.fitting import (
     suggest_for_long,
 )
 from stages.common.chat.row_class import read_row_class
-from stages.common.chat.template import Encoded, read_answer_frame, writes_date
+from stages.common.chat.template import read_answer_frame, writes_date
 from stages.common.chat.turns import unroll
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage, show_progress
@@ -48,7 +46,6 @@ from stages.common.model.loading import (
     read_config,
 )
 from stages.common.params.loading import Params, load_params
-from stages.common.privacy.row_texts import list_private_texts
 from stages.common.records import Row, count_chars, format_reject, read_rows
 from stages.common.spool import spool
 from stages.common.statistics.sizes import choose_min_test_rows, choose_min_train_rows
@@ -64,7 +61,14 @@ from stages.preflight.base_checks import (
     find_template_problems,
     find_unknown_tokens,
 )
-from stages.preflight.finetune_checks import find_adapter_problems, find_method_problems
+from stages.preflight.changed_text import describe_text
+from stages.preflight.finetune_checks import (
+    Training,
+    count_checkpoint_bytes,
+    describe_high_rate,
+    find_adapter_problems,
+    find_method_problems,
+)
 from stages.preflight.languages import (
     MIN_SHARE,
     count_languages,
@@ -79,32 +83,36 @@ logger = get_logger("preflight")
 
 SIDES = ("train", "validation", "test")
 SHOWN = 10  # rows in a message; the files of rejects have all
-SHOWN_CHANGED = 3
 
 Sides = Mapping[str, Sequence[Row]]
 FittingSides = dict[str, Fitting]
 Rejects = dict[str, Sequence[Misfit]]
 
 
-def find_base_problems(params: Params, base: Path, tokenizer: Any, rows: Iterable[Row]) -> list[InputError]:
+def find_base_problems(
+    params: Params, base: Path, tokenizer: Any, rows: Iterable[Row], training: Training | None
+) -> list[InputError]:
     """Return what would stop the pipeline later in the tokens, the licences and on the disk."""
     config = read_config(base)
     size = count_embedding_rows(config)
     exported = params.export.gguf
     fetched = read_json(reports("fetch_base") / "metrics.json")
     weights = count_parameters(base)
-    finetune = params.finetune
     engines = {"services.engine.kind": params.services.engine.kind, "ask_base.engine": params.ask_base.engine}
     return [
         *find_engine_problems(engines, base, exported),
-        *find_method_problems(config, finetune.rank, finetune.target_modules),
-        *find_adapter_problems(finetune.warm_start_from, fetched.get("sha256")),
+        *find_adapter_problems(params.finetune),
         *find_unknown_tokens(tokenizer, size, exported),
         *find_license_problems(
             rows, params.validate_.allowed_licenses, params.model_card.license, fetched.get("license")
         ),
         *find_disk_problems(
-            count_needed_bytes(weights, params.export.quantization if exported else None), Path()
+            count_needed_bytes(
+                weights,
+                params.export.quantization if exported else None,
+                count_checkpoint_bytes(training),
+            ),
+            Path(),
         ),
     ]
 
@@ -236,37 +244,6 @@ def _suggest_fix(side: str, reasons: Mapping[str, int]) -> str:
     return "; ".join([*(fixes[reason] for reason in reasons), f"or collect more rows, or lower {least}"])
 
 
-def describe_text(tokenizer: Any, fitting: FittingSides) -> dict[str, Any]:
-    """Return what the rows hold that is not read as it is written, with the first rows of each kind."""
-    control = read_control_tokens(tokenizer)
-    held: dict[str, set[str]] = {}
-    changed = 0
-    first_changed: list[tuple[Row, Encoded]] = []
-    for row, example in chain.from_iterable(fitting[side] for side in SIDES):
-        if tokens := control.find("\n".join(text for _, text in list_private_texts(row))):
-            held[row.id] = set(tokens)
-        if example.is_changed:
-            changed += 1
-            if len(first_changed) < SHOWN_CHANGED:
-                first_changed.append((row, example))
-    return {
-        "rows_with_control_tokens_as_text": len(held),
-        "control_tokens_as_text": dict(sorted(Counter(chain.from_iterable(held.values())).items())),
-        "first_rows_with_control_tokens": sorted(held)[:SHOWN],
-        "answers_changed_by_the_template": changed,
-        "first_answers_changed": [
-            {
-                "id": row.id,
-                "written": row.answer,
-                "learned": tokenizer.decode(
-                    example.input_ids[example.prompt_length :], clean_up_tokenization_spaces=False
-                ),
-            }
-            for row, example in first_changed
-        ],
-    }
-
-
 def describe_side(fitting: Fitting, misfits: Sequence[Misfit]) -> dict[str, Any]:
     """Return the rows of a side: how many are left, why others are not, and how long they are."""
     sizes = [(len(e.input_ids), e.learned_count, max(b - a for a, b in e.learned)) for _, e in fitting]
@@ -302,12 +279,17 @@ def main() -> None:
     sides = {side: read_rows(artifacts("split") / f"{side}.parquet") for side in SIDES}
     template = find_template_problems(tokenizer)
     rows = chain.from_iterable(sides.values())
-    problems = [*template, *find_base_problems(params, base, tokenizer, rows)]
+    config = read_config(base)
+    training, method_problems = find_method_problems(config, params.finetune)
+    problems = [
+        *template,
+        *method_problems,
+        *find_base_problems(params, base, tokenizer, rows, training),
+    ]
     folder = reports("preflight")
     if template:
         write_json(folder / "metrics.json", {"success": False, "problems": [p.what for p in problems]})
         raise_problems(problems)
-    config = read_config(base)
     size = count_embedding_rows(config)
     if params.export.gguf:
         problems += find_export_problems(tokenizer, config, size)
@@ -327,6 +309,7 @@ def main() -> None:
         "test_answers_over_max_new_tokens": len(over_limit),
         "template": {**asdict(frame), "writes_date": writes_date(tokenizer)},
         "text": describe_text(tokenizer, fitting),
+        "training": training.describe() if training else None,
         "languages": to_evidence(languages) if languages else None,
     }
     for side in SIDES:
@@ -337,6 +320,8 @@ def main() -> None:
     )
     write_json(folder / "metrics.json", evidence)
     report_findings(evidence, misfits, over_limit, limit)
+    if warning := describe_high_rate(params.finetune):
+        logger.warning("%s", warning)
     if stated and languages and (unstated := list_unstated(stated, languages)):
         logger.warning(
             "%d%% or more of the rows seem to be in each of %s, which model_card.language does not name: %s",

@@ -15,6 +15,7 @@ from stages.common.gguf.architectures import find_architecture
 from stages.common.gguf.model import list_tensors
 from stages.common.gguf.vocabulary import read_vocabulary
 from stages.common.licenses import to_spdx
+from stages.common.model.loading import make_empty
 from stages.common.records import Row
 
 # Bytes of a weight in the exported file; the block formats with their scales.
@@ -79,12 +80,7 @@ def find_engine_problems(kinds: Mapping[str, str], base: Path, exports_gguf: boo
 
 
 def _list_tensor_names(config: Any) -> list[str]:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return [tensor.name for tensor in list_tensors(model)]
+    return [tensor.name for tensor in list_tensors(make_empty(config))]
 
 
 def find_license_problems(
@@ -119,10 +115,14 @@ def find_license_problems(
     ]
 
 
-def count_needed_bytes(parameters: int, quantization: str | None) -> int:
-    """Return the disk space that training and export need; without a quantization nothing is exported."""
+def count_needed_bytes(parameters: int, quantization: str | None, trained_bytes: int = 0) -> int:
+    """Return the disk space that training and export need; without a quantization nothing is exported.
+
+    Args:
+        trained_bytes: of checkpoints and the adapter, where `SPARE_BYTES` are too few for them.
+    """
     exported = parameters * BYTES_PER_WEIGHT[quantization] if quantization else 0
-    return int(exported) + SPARE_BYTES
+    return int(exported) + max(SPARE_BYTES, trained_bytes)
 
 
 def find_disk_problems(needed_bytes: int, folder: Path) -> list[InputError]:

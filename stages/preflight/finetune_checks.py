@@ -2,22 +2,101 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from stages.common.errors import InputError
-from stages.common.model.adapter import check_base, check_weights_file, read_initial_adapter
+from stages.common.machine.memory import format_bytes, read_total_memory
+from stages.common.machine.training_memory import count_state_bytes
+from stages.common.model.adapter import LORA_METHODS, find_start
+from stages.common.model.loading import make_empty, pick_device, pick_dtype
+from stages.common.model.replaced import check_not_quantized, measure_reach, select_weights
 from stages.common.model.targets import ALL_LINEAR, check_rank, check_targets
 
+if TYPE_CHECKING:
+    from stages.common.params.stages import Finetune
 
-def find_method_problems(config: Any, rank: int, targets: str | Sequence[str]) -> list[InputError]:
-    """Return why the model of a configuration cannot be trained with an adapter; its weights are not read."""
-    import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+# Of a trained weight: three checkpoints of it and its two averages in float32, and the adapter itself.
+DISK_BYTES = 3 * 12 + 4
+
+# A peak rate above it is one for adapters: a training of the weights themselves mostly diverges.
+HIGH_RATE = 5e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """What is trained.
+
+    Attributes:
+        parameters: weights of the base model.
+        trained_parameters: weights that training changes or adds.
+        reach: share of the transformer blocks that a backward pass goes through.
+    """
+
+    method: str
+    parameters: int
+    trained_parameters: int
+    reach: float
+
+    def describe(self) -> dict[str, Any]:
+        """Return it as evidence."""
+        return asdict(self)
+
+
+def count_training(config: Any, finetune: Finetune) -> Training:
+    """Return what a method trains of a base model, from the shapes of its weights.
+
+    Raises:
+        InputError: the method cannot train this model; the message names the key of `finetune`.
+    """
+    if finetune.method not in LORA_METHODS:
+        check_not_quantized(config, finetune.method)
+    model = make_empty(config)
+    shapes = {name: weights.numel() for name, weights in model.named_parameters()}
+    if finetune.method in LORA_METHODS:
+        check_rank(getattr(config.get_text_config(), "hidden_size", None), finetune.rank)
+        check_targets(model, finetune.target_modules)
+        added = sum(
+            _count_added(module, finetune) for module in _list_targets(model, finetune.target_modules)
+        )
+        return Training(finetune.method, sum(shapes.values()), added, 1.0)
+    chosen = select_weights(model, finetune.trained_modules if finetune.method == "partial" else None)
+    reach = measure_reach(model, chosen)
+    return Training(finetune.method, sum(shapes.values()), sum(shapes[name] for name in chosen), reach)
+
+
+def _list_targets(model: Any, targets: str | Sequence[str]) -> list[Any]:
+    """Return the modules that get an adapter, as peft finds them."""
+    modules = dict(model.named_modules())
+    if model.config.get_text_config() is not model.config:  # it reads pictures, too, which rows do not have
+        decoder = next(name for name, module in modules.items() if module is model.get_decoder())
+        modules = {name: module for name, module in modules.items() if name.startswith(f"{decoder}.")}
+    matrices = {name: m for name, m in modules.items() if getattr(getattr(m, "weight", None), "ndim", 0) == 2}
+    linear = {name: m for name, m in matrices.items() if type(m).__name__ in ("Linear", "Conv1D")}
+    if targets == ALL_LINEAR:
+        return [module for module in linear.values() if module is not model.get_output_embeddings()]
+    if isinstance(targets, str):
+        return [module for name, module in matrices.items() if re.fullmatch(targets, name)]
+    return [m for name, m in matrices.items() if any(name == t or name.endswith(f".{t}") for t in targets)]
+
+
+def _count_added(module: Any, finetune: Finetune) -> int:
+    rows, columns = module.weight.shape
+    outputs = columns if type(module).__name__ == "Conv1D" else rows
+    return int(finetune.rank * (rows + columns) + (outputs if finetune.method == "dora" else 0))
+
+
+def find_method_problems(config: Any, finetune: Finetune) -> tuple[Training | None, list[InputError]]:
+    """Return what is trained, and why the model of a configuration cannot be trained so, or not here.
+
+    The weights are not read.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return [
+        return None, [
             InputError(
                 f"the base model is of the type {config.model_type}, which transformers does not load as a "
                 "causal language model",
@@ -25,22 +104,60 @@ def find_method_problems(config: Any, rank: int, targets: str | Sequence[str]) -
             )
         ]
     try:
-        check_rank(getattr(config.get_text_config(), "hidden_size", None), rank)
-        if targets != ALL_LINEAR:
-            with torch.device("meta"):
-                check_targets(AutoModelForCausalLM.from_config(config), targets)
+        training = count_training(config, finetune)
     except InputError as error:
-        return [error]
-    return []
+        return None, [error]
+    return training, find_memory_problems(training, finetune)
 
 
-def find_adapter_problems(folder: str | None, base_sha256: str | None) -> list[InputError]:
-    """Return why training cannot start from the adapter in a folder; none where there is no adapter."""
+def find_memory_problems(training: Training, finetune: Finetune) -> list[InputError]:
+    """Return whether weights, gradients and averages alone are more than the memory of this machine."""
+    device = pick_device()
+    element_bytes = pick_dtype(device, finetune.dtype).itemsize
+    replaced = training.method not in LORA_METHODS
+    needed = count_state_bytes(training.parameters, training.trained_parameters, element_bytes, replaced)
+    has = measure_memory(device.type)
+    if needed <= has:
+        return []
+    return [
+        InputError(
+            f"finetune.method {training.method} needs {format_bytes(needed)} for weights, gradients and "
+            f"averages of {training.trained_parameters:,} trained weights, and this machine has "
+            f"{format_bytes(has)} of memory",
+            "train fewer weights (finetune.method: lora, or fewer finetune.trained_modules), or choose a "
+            "smaller base model",
+        )
+    ]
+
+
+def find_adapter_problems(finetune: Finetune) -> list[InputError]:
+    """Return why training cannot start from the initial adapter; none where there is no adapter."""
     try:
-        initial = read_initial_adapter(Path(folder)) if folder else None
-        if initial:
-            check_base(initial, str(base_sha256))
-            check_weights_file(initial)
+        find_start(finetune.warm_start_from, finetune)
     except InputError as error:
         return [error]
     return []
+
+
+def describe_high_rate(finetune: Finetune) -> str | None:
+    """Return a warning where the learning rate is one for adapters and the weights themselves are trained."""
+    if finetune.method in LORA_METHODS or finetune.learning_rate <= HIGH_RATE:
+        return None
+    return (
+        f"finetune.learning_rate is {finetune.learning_rate:g}, a rate for adapters: with finetune.method "
+        f"{finetune.method} the loss will probably diverge; 0.00005 is a usual start"
+    )
+
+
+def count_checkpoint_bytes(training: Training | None) -> int:
+    """Return the space on the disk for the checkpoints of a training and for what it trains."""
+    return DISK_BYTES * training.trained_parameters if training else 0
+
+
+def measure_memory(device: str) -> int:
+    """Return the bytes of memory of the GPU, or of the machine."""
+    if device != "cuda":
+        return read_total_memory()
+    import torch
+
+    return int(torch.cuda.get_device_properties(0).total_memory)

@@ -1,7 +1,8 @@
 """About how much memory a training takes, from the base model's configuration, before anything is loaded.
 
-For plain LoRA on a decoder with gated feed-forward layers, whose tensors it adds up one by one. `finetune`
-counts those of the loaded model, whatever its architecture, before the first step.
+For LoRA, or training the weights themselves, on a decoder with gated feed-forward layers, whose tensors it
+adds up one by one. `finetune` counts those of the loaded model, whatever its architecture, before the first
+step.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 PROGRAM_BYTES = 560 << 20  # Python with torch, transformers and peft, measured
-LORA_BYTES = 16  # of a weight of the adapter in float32, its gradient and AdamW's two averages
+TRAINED_BYTES = 16  # of a trained weight in float32, its gradient and AdamW's two averages
 LOGITS_AT_ONCE = 128  # rows that the loss widens to float32, twice
 
 
@@ -24,8 +25,27 @@ class Batch:
     longest_answer: int
 
 
+def count_state_bytes(weights: int, trained: int, element_bytes: int, replaced: bool) -> int:
+    """Return the bytes of a model's weights, and of gradients and averages of what is trained.
+
+    Args:
+        weights: how many the base model has.
+        element_bytes: of a number in the format of training.
+        replaced: whether the trained weights are some of the base model's; they are float32, with a copy in
+            the format of training during a step.
+    """
+    frozen = weights - trained if replaced else weights
+    copies = trained if replaced and element_bytes < 4 else 0
+    return (frozen + copies) * element_bytes + trained * TRAINED_BYTES
+
+
 def estimate_training_memory(
-    config: Mapping[str, Any], weights: int, rank: int, batch: Batch, element_bytes: int
+    config: Mapping[str, Any],
+    weights: int,
+    rank: int,
+    batch: Batch,
+    element_bytes: int,
+    replaced: int = 0,
 ) -> int:
     """Return the most bytes that a training holds at once.
 
@@ -33,6 +53,7 @@ def estimate_training_memory(
         config: as in the model's config.json.
         weights: how many the base model has.
         element_bytes: of a number in the format of training.
+        replaced: how many of the base model's weights are trained themselves, without an adapter.
 
     Raises:
         KeyError: the configuration has other names: it is of another architecture.
@@ -52,8 +73,10 @@ def estimate_training_memory(
     adapter = layers * rank * sides
     # Two norms and what they are of, queries and what attention makes of them, keys and values, the four of
     # the feed-forward layer, the seven of the adapter, and how much each token looks at the others.
+    rank = 0 if replaced else rank
     each_token = 4 * hidden + 2 * queries + 2 * keys + 4 * inner + 7 * rank + heads * batch.longest
     tokens = batch.rows * batch.longest
     logits = batch.rows * batch.longest_answer * words * element_bytes + 2 * 4 * LOGITS_AT_ONCE * words
     activations = tokens * layers * each_token * element_bytes
-    return int(PROGRAM_BYTES + weights * element_bytes + adapter * LORA_BYTES + activations + logits)
+    state = count_state_bytes(weights, replaced or adapter, element_bytes, replaced > 0)
+    return int(PROGRAM_BYTES + state + activations + logits)

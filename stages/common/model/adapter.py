@@ -1,9 +1,12 @@
 """Adapters on disk, and `artifacts/initial_adapter`: the adapter that training starts from.
 
+An adapter is what training adds to the base model, in one of two formats: peft's (LoRA), or weights that
+replace the base model's own (methods full and partial). `find_files` names the files of a folder's adapter.
+
 A flow, or a user, puts the initial adapter there. The folder always has a README.md (DVC needs an existing
 path as a dependency), and may have an adapter:
 
-    adapter_config.json, adapter_model.safetensors   as in `artifacts/finetune`
+    the configuration and the weights                as in `artifacts/finetune`
     origin.json                                      {"version": ..., "base_sha256": ...}
     trained_row_ids.txt                              ids of the rows it was trained on; may be missing
 
@@ -15,19 +18,62 @@ first, so an adapter without it is incomplete.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
-from stages.common.artifacts import artifacts, atomic_write, read_json, write_json, write_text
+from stages.common.artifacts import artifacts, atomic_write, read_json, reports, write_json, write_text
 from stages.common.errors import InputError
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
+LORA_METHODS = ("lora", "rslora", "dora")
+VLLM_METHODS = ("lora", "rslora")  # whose adapters vLLM loads
+
 ORIGIN = "origin.json"
 TRAINED_IDS = "trained_row_ids.txt"
 PAGE = "README.md"
 FOLDER = artifacts("initial_adapter")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFiles:
+    """The names of the files of an adapter: its configuration and its weights."""
+
+    config: str
+    weights: str
+
+
+PEFT = AdapterFiles("adapter_config.json", "adapter_model.safetensors")
+REPLACED = AdapterFiles("replaced_config.json", "replaced_weights.safetensors")
+
+
+class AdapterRecipe(Protocol):
+    """The settings of `finetune` that an adapter must share with the one that training starts from."""
+
+    @property
+    def method(self) -> str:
+        """Return the method of training."""
+        ...
+
+    @property
+    def rank(self) -> int:
+        """Return the rank of LoRA's matrices."""
+        ...
+
+    @property
+    def alpha(self) -> float:
+        """Return LoRA's scaling."""
+        ...
+
+    @property
+    def target_modules(self) -> str | tuple[str, ...]:
+        """Return the modules that get an adapter."""
+        ...
+
+    @property
+    def trained_modules(self) -> int | tuple[str, ...]:
+        """Return what the method partial trains."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +87,59 @@ class InitialAdapter:
     @property
     def files(self) -> tuple[Path, ...]:
         """The files that decide the result of the training."""
-        return self.folder / CONFIG, self.folder / WEIGHTS
+        names = find_files(self.folder) or PEFT
+        return self.folder / names.config, self.folder / names.weights
 
     def read_trained_ids(self) -> frozenset[str]:
         """Return the ids of the rows that it was trained on; none if they are not recorded."""
         return read_trained_ids(self.folder)
+
+
+def find_files(adapter: Path) -> AdapterFiles | None:
+    """Return the names of the files of the adapter in a folder, one of which may be missing; None without."""
+    for names in (PEFT, REPLACED):
+        if (adapter / names.config).is_file() or (adapter / names.weights).is_file():
+            return names
+    return None
+
+
+def find_weights(adapter: Path) -> Path:
+    """Return the path of the weights of the adapter in a folder; peft's where it has none."""
+    return adapter / (find_files(adapter) or PEFT).weights
+
+
+def read_settings(adapter: Path) -> dict[str, Any]:
+    """Return the method of an adapter and its settings, in the words of `params.yaml`.
+
+    Raises:
+        InputError: the folder has no adapter.
+    """
+    names = find_files(adapter)
+    if names is None:
+        raise InputError(f"{adapter} contains no adapter", "run the stage that writes it: dvc repro finetune")
+    config = read_json(adapter / names.config)
+    if names is REPLACED:
+        return {name: _sort(config.get(name)) for name in ("method", "trained_modules")}
+    return {
+        "method": "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora",
+        "rank": config.get("r"),
+        "alpha": config.get("lora_alpha"),
+        "target_modules": _sort(config.get("target_modules")),
+    }
+
+
+def list_settings(recipe: AdapterRecipe) -> dict[str, Any]:
+    """Return what `read_settings` returns of an adapter of this recipe, as far as it follows from that."""
+    if recipe.method in LORA_METHODS:
+        found = {"method": recipe.method, "rank": recipe.rank, "alpha": recipe.alpha}
+        targets = recipe.target_modules
+        return found if isinstance(targets, str) else {**found, "target_modules": _sort(targets)}
+    modules = _sort(recipe.trained_modules) if recipe.method == "partial" else None
+    return {"method": recipe.method, "trained_modules": modules}
+
+
+def _sort(modules: Any) -> Any:
+    return tuple(sorted(modules)) if isinstance(modules, list | tuple | set) else modules
 
 
 def read_initial_adapter(folder: Path = FOLDER) -> InitialAdapter | None:
@@ -54,10 +148,11 @@ def read_initial_adapter(folder: Path = FOLDER) -> InitialAdapter | None:
     Raises:
         InputError: a file is missing, or origin.json has no version or base_sha256.
     """
-    names = (CONFIG, WEIGHTS, ORIGIN)
-    absent = [name for name in names if not (folder / name).is_file()]
-    if len(absent) == len(names):
+    files = find_files(folder)
+    if files is None and not (folder / ORIGIN).is_file():
         return None
+    files = files or PEFT
+    absent = [name for name in (files.config, files.weights, ORIGIN) if not (folder / name).is_file()]
     if absent:
         raise InputError(
             f"the adapter in {folder} is incomplete: it lacks {', '.join(absent)}", _how_to_empty(folder)
@@ -81,12 +176,15 @@ def put_initial_adapter(
     Raises:
         InputError: `adapter` is not an adapter's folder; then nothing is changed.
     """
-    for name in (CONFIG, WEIGHTS):
+    files = find_files(adapter) or PEFT
+    for name in (files.config, files.weights):
         if not (adapter / name).is_file():
             raise InputError(
-                f"{adapter} contains no adapter: {name} does not exist", "use the folder of a peft adapter"
+                f"{adapter} contains no adapter: {name} does not exist",
+                "use the folder of an adapter, such as artifacts/finetune",
             )
-    for name in (ORIGIN, TRAINED_IDS):
+    other = REPLACED if files is PEFT else PEFT
+    for name in (ORIGIN, TRAINED_IDS, other.weights, other.config):
         (folder / name).unlink(missing_ok=True)
     for name in list_adapter_files(adapter):
         with atomic_write(folder / name) as temporary:
@@ -97,13 +195,15 @@ def put_initial_adapter(
 
 def clear_initial_adapter(folder: Path = FOLDER) -> None:
     """Remove the adapter from `folder`, but not its README.md: training starts with a new adapter."""
-    for name in (ORIGIN, TRAINED_IDS, WEIGHTS, CONFIG):
+    names = [name for files in (PEFT, REPLACED) for name in (files.weights, files.config)]
+    for name in (ORIGIN, TRAINED_IDS, *names):
         (folder / name).unlink(missing_ok=True)
 
 
 def list_adapter_files(adapter: Path) -> list[str]:
     """Return the names of the files of an adapter that are kept with it; the weights are last."""
-    return [name for name in (CONFIG, TRAINED_IDS, WEIGHTS) if (adapter / name).is_file()]
+    files = find_files(adapter) or PEFT
+    return [name for name in (files.config, TRAINED_IDS, files.weights) if (adapter / name).is_file()]
 
 
 def read_trained_ids(adapter: Path) -> frozenset[str]:
@@ -139,7 +239,7 @@ def check_weights_file(initial: InitialAdapter) -> None:
     """
     from safetensors import SafetensorError, safe_open
 
-    path = initial.folder / WEIGHTS
+    path = find_weights(initial.folder)
     try:
         with safe_open(path, framework="numpy"):
             pass
@@ -147,6 +247,45 @@ def check_weights_file(initial: InitialAdapter) -> None:
         raise InputError(
             f"{path} cannot be read: {error}", f"write it again, or {_how_to_empty(initial.folder)}"
         ) from None
+
+
+def check_settings(initial: InitialAdapter, wanted: Mapping[str, Any]) -> None:
+    """Check that an adapter has these settings, so that training can start from it.
+
+    Args:
+        wanted: from `list_settings`.
+
+    Raises:
+        InputError: with each setting that differs, here and there.
+    """
+    found = read_settings(initial.folder)
+    different = [name for name in wanted if wanted[name] != found.get(name)]
+    if "method" in different:
+        different = ["method"]  # other methods have other settings
+    if different:
+        lines = "\n".join(f"  {name}: {wanted[name]} here, {found[name]} there" for name in different)
+        keys = ", ".join(f"finetune.{name}" for name in different)
+        raise InputError(
+            f"the adapter in {initial.folder} ({initial.version}) differs from the recipe:\n{lines}",
+            f"set {keys} to what the adapter has, or {_how_to_empty(initial.folder)}",
+        )
+
+
+def find_start(folder: str | None, recipe: AdapterRecipe) -> InitialAdapter | None:
+    """Return the adapter to start from, checked against the base model and the recipe; None for a new one.
+
+    Args:
+        folder: `finetune.warm_start_from`.
+
+    Raises:
+        InputError: it is incomplete or damaged, or does not fit the base model or the recipe.
+    """
+    initial = read_initial_adapter(Path(folder)) if folder else None
+    if initial:
+        check_base(initial, str(read_json(reports("fetch_base") / "metrics.json").get("sha256")))
+        check_weights_file(initial)
+        check_settings(initial, list_settings(recipe))
+    return initial
 
 
 def _how_to_empty(folder: Path) -> str:

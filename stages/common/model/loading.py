@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.common.errors import InputError
+from stages.common.model.adapter import PEFT, find_files
+from stages.common.model.replaced import put_weights, read_weights
 
 if TYPE_CHECKING:
     import torch
@@ -96,6 +98,15 @@ def count_parameters(base: Path) -> int:
     return total
 
 
+def make_empty(config: Any) -> Any:
+    """Return the model of a configuration with the names and shapes of its weights, and no values."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
 def load_base(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """Load the base model of a model folder, in evaluation mode."""
     from transformers import AutoModelForCausalLM
@@ -108,12 +119,28 @@ def load_base(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
 
 
 def load_tuned(base: Path, adapter: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """Load the base model with the adapter merged into its weights, in evaluation mode."""
+    """Load the base model with its adapter merged into the weights, in evaluation mode."""
     from peft import PeftModel
 
-    if not (adapter / "adapter_config.json").exists():
+    tuned = add_adapter(load_base(base, dtype, device), adapter)
+    return tuned.merge_and_unload().eval() if isinstance(tuned, PeftModel) else tuned
+
+
+def add_adapter(model: Any, adapter: Path) -> Any:
+    """Return the base model with an adapter of either format, not merged, in evaluation mode.
+
+    Raises:
+        InputError: the folder has no adapter, or it is of another base model.
+    """
+    from peft import PeftModel
+
+    files = find_files(adapter)
+    if files is None or not (adapter / files.config).exists():
         raise InputError(f"{adapter} contains no adapter", "run the stage that writes it: dvc repro finetune")
-    return PeftModel.from_pretrained(load_base(base, dtype, device), adapter).merge_and_unload().eval()
+    if files is PEFT:
+        return PeftModel.from_pretrained(model, adapter).eval()
+    put_weights(model, read_weights(adapter / files.weights), adapter / files.weights)
+    return model.eval()
 
 
 def _check_folder(folder: Path) -> None:

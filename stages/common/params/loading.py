@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import Field
 
 from stages.common.errors import ParamsError
+from stages.common.model.adapter import VLLM_METHODS
 from stages.common.params.checked_yaml import (
     Document,
     Problem,
@@ -121,6 +122,14 @@ def _conflicts_across(document: Document, sections: dict[str, Any]) -> Iterator[
         words = find_packaged_words(sections["collect"], sections["task"], sections["model_card"])
         for key, problem in words:
             yield document.line(key), f"{'.'.join(key)} {problem}"
+    finetune, services = sections.get("finetune"), sections.get("services")
+    if finetune and services and services.engine.kind == "vllm" and finetune.method not in VLLM_METHODS:
+        yield (
+            document.line(("finetune", "method")),
+            f"finetune.method: {finetune.method} makes no adapter that vLLM loads "
+            f"(services.engine.kind: vllm): use {' or '.join(VLLM_METHODS)}, "
+            "or set services.engine.kind: auto",
+        )
     ask_base, split = sections.get("ask_base"), sections.get("split")
     if not ask_base or not split or "auto" in (ask_base.min_test_rows, split.min_test_rows):
         return

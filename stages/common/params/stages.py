@@ -40,6 +40,20 @@ def _check_auto_count(value: Any) -> Any:
 AutoCount = Annotated[int | Literal["auto"], PlainValidator(_check_auto_count)]
 
 
+def _check_trained_modules(value: Any) -> Any:
+    if type(value) is int and value >= 1:
+        return value
+    if isinstance(value, list | tuple) and value and all(isinstance(name, str) and name for name in value):
+        return tuple(value)
+    raise PydanticCustomError(
+        "trained_modules", "must be a whole number of at least 1 or a list of module names"
+    )
+
+
+# The last so many transformer blocks, or modules by their names.
+TrainedModules = Annotated[int | tuple[str, ...], PlainValidator(_check_trained_modules)]
+
+
 class FetchBase(Section):
     """Where the base model comes from."""
 
@@ -294,6 +308,8 @@ class Finetune(Section):
     # One folder only: DVC watches it.
     warm_start_from: Literal["artifacts/initial_adapter"] | None = "artifacts/initial_adapter"
     replay_share: Share = 1.0
+    method: Literal["lora", "rslora", "dora", "full", "partial"] = "lora"
+    trained_modules: TrainedModules = 4
     rank: PositiveCount
     alpha: Positive
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)]

@@ -128,6 +128,28 @@ def test_the_next_training_starts_from_the_bytes_of_the_champion(checkout):
 
 
 @pytest.mark.slow
+def test_trained_weights_go_to_the_registry_and_back_and_leave_no_other_adapter(checkout):
+    registry, first, _ = checkout
+    root = registry.root
+    fetch_adapter(registry, first)
+    trained, start = root / "artifacts/finetune", root / "artifacts/initial_adapter"
+    for path in trained.iterdir():
+        path.unlink()
+    make_output(root, b"all weights")
+    (trained / "adapter_model.safetensors").rename(trained / "replaced_weights.safetensors")
+    (trained / "adapter_config.json").unlink()
+    write_json(trained / "replaced_config.json", {"method": "full"})
+    lock(root)
+    fetch_adapter(registry, registered(root).tag)
+    names = {path.name for path in start.iterdir()} - {"README.md"}
+    assert names == {
+        *("replaced_config.json", "replaced_weights.safetensors"),
+        *("origin.json", "trained_row_ids.txt"),
+    }
+    assert (start / "replaced_weights.safetensors").read_bytes() == b"all weights"
+
+
+@pytest.mark.slow
 def test_an_adapter_that_the_registry_has_lost_or_changed_is_not_used(checkout):
     registry, first, second = checkout
     root = registry.root

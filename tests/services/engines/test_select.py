@@ -1,3 +1,4 @@
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,7 @@ def machine(monkeypatch):
     return set_machine
 
 
-def choose(wanted="auto", gguf=True, base=True, folder=None, gpus=0):
+def choose(wanted="auto", gguf=True, base=True, folder=None, gpus=0, adapter=None):
     made = tiny()
     return choose_kind(
         wanted,
@@ -27,6 +28,7 @@ def choose(wanted="auto", gguf=True, base=True, folder=None, gpus=0):
         made.folder / "model.gguf" if gguf else None,
         made.folder if base else None,
         gpus,
+        adapter,
     )
 
 
@@ -45,6 +47,24 @@ def test_a_gpu_that_is_reserved_gets_vllm_and_else_transformers(machine, caplog)
     machine(gpus=1)
     assert choose(gpus=1) == "transformers"
     assert "slower than vLLM" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "method"),
+    [
+        ("adapter_config.json", {"use_dora": True}, "dora"),
+        ("replaced_config.json", {"method": "full"}, "full"),
+    ],
+)
+def test_what_vllm_cannot_load_is_served_by_transformers_or_refused(machine, tmp_path, name, config, method):
+    machine(gpus=1, wheels=("openvino_genai", "vllm"))
+    (tmp_path / name).write_text(json.dumps(config))
+    assert choose(gpus=1, adapter=tmp_path) == "transformers"
+    with pytest.raises(InputError, match=f"lora and rslora, and this is one of {method}"):
+        choose("vllm", gpus=1, adapter=tmp_path)
+    (tmp_path / name).unlink()
+    (tmp_path / "adapter_config.json").write_text('{"use_rslora": true}')
+    assert choose(gpus=1, adapter=tmp_path) == "vllm"
 
 
 def test_a_gpu_that_is_not_reserved_is_left_alone(machine, caplog):

@@ -10,11 +10,13 @@ import yaml
 from stages.common.artifacts import write_json
 from stages.common.chat.fitting import encode_fitting
 from stages.common.machine.products import measure_product_speed
+from stages.common.machine.training_memory import Batch, count_state_bytes, estimate_training_memory
 from stages.common.messages import Message
 from stages.common.params.loading import load_params
 from stages.common.records import make_row
 from stages.common.run_estimate import (
     DEFAULT_SIZE,
+    OVERHEAD_S,
     TRAINING_SHARE,
     Estimate,
     ModelSize,
@@ -24,6 +26,7 @@ from stages.common.run_estimate import (
     estimate_run,
     format_minutes,
     main,
+    read_gradients,
     read_model_size,
     read_work,
 )
@@ -58,6 +61,34 @@ def test_twice_the_rows_or_half_the_speed_take_twice_as_long():
     slower = estimate_run(WORK, DEFAULT_SIZE, "float32", 0.5e11)
     assert slower.finetune_s - once.finetune_s == pytest.approx(extra)
     assert slower.ask_base_s > once.ask_base_s > once.evaluate_s
+
+
+def test_training_the_weights_costs_their_gradients_and_fewer_blocks_cost_less():
+    def trained(gradients):
+        estimate = estimate_run(WORK, DEFAULT_SIZE, "float32", 1e11, gradients=gradients)
+        return (estimate.finetune_s - OVERHEAD_S) * TRAINING_SHARE["float32"] * 1e11
+
+    full = read_gradients({"method": "full", "reach": 1.0, "parameters": 100, "trained_parameters": 100})
+    assert trained(full) == pytest.approx(6 * (50_000 * DEFAULT_SIZE.layers + 20_000 * DEFAULT_SIZE.output))
+    half = read_gradients({"method": "partial", "reach": 0.5, "parameters": 100, "trained_parameters": 40})
+    layers = 2 * (1 + 0.5 + 0.4) * 50_000 * DEFAULT_SIZE.layers
+    assert trained(half) == pytest.approx(layers + 4 * 20_000 * DEFAULT_SIZE.output)
+    adapter = {"method": "dora", "reach": 1.0, "parameters": 100, "trained_parameters": 5}
+    assert read_gradients(adapter) == read_gradients(None)
+
+
+def test_the_memory_of_trained_weights_is_that_of_their_gradients_and_averages(tmp_path, monkeypatch):
+    gib = 2**30
+    assert count_state_bytes(gib, gib, 4, replaced=True) == 16 * gib
+    assert count_state_bytes(gib, gib, 2, replaced=True) == 18 * gib  # a copy to compute with
+    assert count_state_bytes(gib, gib // 8, 2, replaced=True) == 2 * (gib - gib // 8) + 18 * gib // 8
+    assert count_state_bytes(gib, gib // 8, 2, replaced=False) == 4 * gib
+    make_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    plain, full = (
+        estimate_training_memory(config, 10**9, 16, Batch(4, 99, 40), 2, replaced) for replaced in (0, 10**9)
+    )
+    assert full - plain == pytest.approx(16 * 10**9, rel=0.01)
 
 
 def test_transformers_answers_more_slowly():
@@ -116,14 +147,14 @@ def test_a_training_that_does_not_fit_names_what_to_lower_and_another_architectu
     tmp_path,
 ):
     params = load_params(ROOT / "params.yaml")
-    train = {"rows": 1000, "longest": 500, "longest_answer": 100}
+    counted = {"sides": {"train": {"rows": 1000, "longest": 500, "longest_answer": 100}}}
     make_model().save_pretrained(tmp_path)
-    assert describe_memory(params, train, tmp_path, "float32", 8 << 30).endswith("MiB")
+    assert describe_memory(params, counted, tmp_path, "float32", 8 << 30).endswith("MiB")
     assert "are free: lower finetune.batch_size" in describe_memory(
-        params, train, tmp_path, "float32", 1 << 20
+        params, counted, tmp_path, "float32", 1 << 20
     )
     (tmp_path / "config.json").write_text(json.dumps({"n_embd": 8}))
-    assert describe_memory(params, train, tmp_path, "float32", 8 << 30) is None
+    assert describe_memory(params, counted, tmp_path, "float32", 8 << 30) is None
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(4, "0.5 min"), (95, "1.5 min"), (600, "10 min")])

@@ -7,7 +7,7 @@ import yaml
 
 from stages.common.artifacts import write_json
 from stages.common.messages import Message
-from stages.common.model.adapter import put_initial_adapter
+from stages.common.model.adapter import find_weights, put_initial_adapter
 from stages.common.records import make_row, write_rows
 from tests.tiny import save_model
 
@@ -70,7 +70,7 @@ def change_finetune(project, **changes):
 
 
 def adapter(project):
-    return (project / "artifacts" / "finetune" / "adapter_model.safetensors").read_bytes()
+    return find_weights(project / "artifacts" / "finetune").read_bytes()
 
 
 def evidence(project):

@@ -8,7 +8,7 @@ from stages.common.errors import InputError
 from stages.common.model.adapter import read_initial_adapter
 from stages.common.params.loading import load_params
 from stages.finetune.__main__ import main
-from stages.finetune.adapter import build_model, load_weights
+from stages.finetune.adapter import build_model
 from stages.finetune.recipe import Recipe
 from tests.stages.finetune.project import put_own_adapter
 
@@ -22,8 +22,7 @@ def test_every_tensor_of_the_start_is_taken_over_bit_by_bit(project):
     start = read_initial_adapter()
     params = load_params().finetune
     recipe = Recipe(**params.model_dump(include=set(Recipe.__dataclass_fields__)))
-    model = build_model(project / "artifacts" / "fetch_base", recipe)
-    load_weights(model, start)
+    model = build_model(project / "artifacts" / "fetch_base", recipe, start)
     own, there = get_peft_model_state_dict(model), load_file(start.folder / "adapter_model.safetensors")
     assert own.keys() == there.keys()
     assert all(torch.equal(own[name], there[name]) for name in own)

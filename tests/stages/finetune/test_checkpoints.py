@@ -35,16 +35,17 @@ def test_checkpoints_of_other_parameters_are_not_resumed_and_do_not_pile_up(proj
     start.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (start / name).write_text("{}")
-    other = Recipe(**{**settings, "rank": 2})
+    other, dora = (Recipe(**{**settings, **change}) for change in ({"rank": 2}, {"method": "dora"}))
     names = {
         compute_fingerprint(recipe, examples, base),
         compute_fingerprint(other, examples, base),
+        compute_fingerprint(dora, examples, base),
         compute_fingerprint(recipe, [Encoded([0, 1, 3], 1)], base),
         compute_fingerprint(
             recipe, examples, base, put_initial_adapter(start, "v", "b", project / "initial")
         ),
     }
-    assert len(names) == 4
+    assert len(names) == 5
     runs = project / "checkpoints" / "finetune"
     for age, name in enumerate(("new", "middle", "old")):
         (runs / name).mkdir(parents=True)

@@ -110,6 +110,7 @@ def evidence():
             },
         },
         "finetune": {
+            "method": "lora",
             "started_from": "base",
             "train_rows": 23,
             "rejected_long_rows": 1,
@@ -442,7 +443,47 @@ def test_an_adapter_of_another_base_is_named(project):
     write_lock()
     found = problems()
     assert "the adapter was trained on elsewhere" in found
-    assert "the adapter has r 3, and finetune.rank was 16" in found
+    assert "the adapter has rank 3, and finetune.rank was 16" in found
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "trained"),
+    [
+        ({"method": "full"}, "A full fine-tune", "All weights were trained; the loss"),
+        (
+            {"method": "partial", "trained_modules": 4},
+            "A partial fine-tune",
+            "The weights of the last 4 transformer blocks were trained; the loss",
+        ),
+        (
+            {"method": "partial", "trained_modules": ["mlp", "lm_head"]},
+            "A partial fine-tune",
+            "The weights of lm_head, mlp were trained; the loss",
+        ),
+    ],
+)
+def test_the_card_of_trained_weights_names_them_and_how_they_are_loaded(project, settings, kind, trained):
+    Path("artifacts/finetune/adapter_config.json").unlink()
+    config = {"base_model_name_or_path": "artifacts/fetch_base", **settings}
+    write_json(Path("artifacts/finetune/replaced_config.json"), config)
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    params["finetune"] |= settings
+    write_text(Path("params.yaml"), yaml.safe_dump(params))
+    change("finetune", method=settings["method"])
+    text = card()
+    assert f"\n{kind} of 4,884,480 parameters on" in text
+    assert f"\n{trained} covers only the answers" in text
+    assert "Training started from the weights of the base model." in text
+    assert 'load_file("artifacts/finetune/replaced_weights.safetensors"), strict=False' in text
+    assert "peft" not in text
+
+
+def test_a_card_is_refused_where_the_adapter_is_of_another_method_than_was_run(project):
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    params["finetune"]["method"] = "dora"
+    write_text(Path("params.yaml"), yaml.safe_dump(params))
+    write_lock()
+    assert "the adapter has method lora, and finetune.method was dora" in problems()
 
 
 @pytest.mark.parametrize("path", ["artifacts/split/test.parquet", "reports/evaluate/metrics.json"])

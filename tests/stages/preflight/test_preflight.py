@@ -14,9 +14,10 @@ from stages.common.artifacts import write_json
 from stages.common.chat.template import Encoded, encode_example
 from stages.common.errors import InputError
 from stages.common.messages import Message, Tool, ToolCall
+from stages.common.params.loading import load_params
 from stages.common.records import make_row, write_rows
 from stages.preflight import __main__ as preflight
-from stages.preflight import base_checks
+from stages.preflight import base_checks, finetune_checks
 from stages.preflight.finetune_checks import find_method_problems
 from stages.preflight.page import render_page
 from tests.stages.common.chat_templates import GEMMA_2, MISTRAL_1, NO_END, QWEN_3
@@ -330,7 +331,7 @@ def test_an_adapter_of_another_base_or_with_a_cut_file_is_refused_before_the_bas
     lay_out()
     initial = tmp_path / "artifacts" / "initial_adapter"
     write_json(tmp_path / "reports" / "fetch_base" / "metrics.json", {"license": "mit", "sha256": "here"})
-    write_json(initial / "adapter_config.json", {})
+    write_json(initial / "adapter_config.json", {"r": 16, "lora_alpha": 32})
     write_json(initial / "origin.json", {"version": "v7", "base_sha256": "there"})
     save_file({"a": np.ones(8)}, initial / "adapter_model.safetensors")
     with pytest.raises(InputError, match=r"\(v7\) was trained on a base model") as error:
@@ -355,7 +356,7 @@ def test_a_method_that_the_model_does_not_allow_is_refused(lay_out, set_params):
     set_params(finetune__rank=17)
     with pytest.raises(InputError, match=r"finetune.rank is 17, and the base model's layers are 16 wide"):
         preflight.main()
-    (problem,) = find_method_problems(T5Config(), 8, "all-linear")
+    _, (problem,) = find_method_problems(T5Config(), load_params().finetune)
     assert "the type t5" in problem.what
 
 
@@ -445,3 +446,94 @@ def test_a_language_that_is_no_code_is_refused_by_name(set_params, lay_out):
     set_params(model_card__language=["German"])
     with pytest.raises(InputError, match=r"model_card.language.*German"):
         preflight.main()
+
+
+def test_what_a_method_trains_is_counted(lay_out, set_params):
+    lay_out(model=make_model(vocab_size=SIZE, num_hidden_layers=3))
+    set_params(finetune__rank=2)
+    preflight.main()
+    lora = found()["training"]
+    block = (lora["parameters"] - 16 * (SIZE + 1)) // 3
+    matrices = 2 * (16 + 16) + 2 * (16 + 8) + 3 * (16 + 32)
+    assert (lora["method"], lora["trained_parameters"], lora["reach"]) == ("lora", 3 * 2 * matrices, 1.0)
+    set_params(finetune__rank=2, finetune__method="dora")
+    preflight.main()
+    assert found()["training"]["trained_parameters"] == 3 * (2 * matrices + 16 + 16 + 2 * 8 + 2 * 32 + 16)
+    set_params(finetune__method="full")
+    preflight.main()
+    assert found()["training"] == {**lora, "method": "full", "trained_parameters": lora["parameters"]}
+    set_params(finetune__method="partial", finetune__trained_modules=1)
+    preflight.main()
+    last = {"method": "partial", "trained_parameters": block, "reach": 1 / 3}
+    assert found()["training"] == lora | last
+    set_params(finetune__method="partial", finetune__trained_modules=["layers.1", "embed_tokens"])
+    preflight.main()
+    both = {"method": "partial", "trained_parameters": block + 16 * SIZE, "reach": 1.0}
+    assert found()["training"] == lora | both
+
+
+@pytest.mark.parametrize(
+    ("changes", "message", "fix"),
+    [
+        (
+            {"method": "partial", "trained_modules": 4},
+            "is 4, and the base model has 2 transformer",
+            "at most 2",
+        ),
+        ({"method": "partial", "trained_modules": ["mpl"]}, "has 'mpl', and the base model has no", "mlp"),
+        ({"method": "partial", "trained_modules": ["lm_head"]}, "has no weights of its own", "the embedding"),
+        (
+            {"warm_start_from": "artifacts/initial_adapter", "method": "full"},
+            "method: full here, lora",
+            "empty",
+        ),
+        (
+            {"warm_start_from": "artifacts/initial_adapter", "rank": 3},
+            "rank: 3 here, 16 there",
+            "finetune.rank",
+        ),
+    ],
+)
+def test_a_method_that_cannot_train_this_model_is_refused(lay_out, set_params, changes, message, fix):
+    lay_out()
+    write_json(Path("reports/fetch_base/metrics.json"), {"license": "apache-2.0", "sha256": "base"})
+    adapter = Path("artifacts/initial_adapter")
+    write_json(adapter / "adapter_config.json", {"r": 16, "lora_alpha": 32})
+    save_file({"a": np.zeros(1)}, adapter / "adapter_model.safetensors")
+    write_json(adapter / "origin.json", {"version": "v", "base_sha256": "base"})
+    settings = {f"finetune__{key}": value for key, value in {"warm_start_from": None, **changes}.items()}
+    set_params(**settings)
+    with pytest.raises(InputError, match=message) as error:
+        preflight.main()
+    assert fix in error.value.fix
+    assert not found()["success"]
+
+
+def test_weights_that_are_quantized_are_not_trained(lay_out, set_params):
+    lay_out()
+    config = json.loads(Path("artifacts/fetch_base/config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    write_json(Path("artifacts/fetch_base/config.json"), config)
+    set_params(finetune__method="full", export__gguf=False)
+    with pytest.raises(InputError, match=r"are quantized, and finetune\.method full trains them"):
+        preflight.main()
+
+
+def test_a_training_that_the_memory_cannot_hold_is_refused(lay_out, set_params, monkeypatch):
+    lay_out()
+    set_params(finetune__method="full")
+    monkeypatch.setattr(finetune_checks, "measure_memory", lambda device: 1000)
+    with pytest.raises(InputError, match=r"and this machine has 0 MiB of memory") as error:
+        preflight.main()
+    assert "finetune.method: lora" in error.value.fix
+
+
+def test_a_rate_for_adapters_is_a_warning_where_weights_are_trained(lay_out, set_params, caplog):
+    lay_out()
+    set_params(finetune__method="full")
+    preflight.main()
+    assert "finetune.learning_rate is 0.003, a rate for adapters" in caplog.text
+    caplog.clear()
+    set_params(finetune__method="full", finetune__learning_rate=5e-5)
+    preflight.main()
+    assert "learning_rate" not in caplog.text

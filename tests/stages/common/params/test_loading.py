@@ -214,3 +214,18 @@ def test_the_check_exits_2_before_anything_heavy_is_imported(tmp_path):
 def test_gpus_that_an_engine_cannot_use_are_refused(edited, kind, gpus, message):
     with pytest.raises(ParamsError, match=message):
         edited(("    kind: auto #", f"    kind: {kind} #"), ("gpus: 0 #", f"gpus: {gpus} #"))
+
+
+def test_a_method_whose_adapter_the_engine_cannot_load_is_refused(edited):
+    vllm = (("    kind: auto #", "    kind: vllm #"), ("gpus: 0 #", "gpus: 1 #"))
+    for method in ("dora", "full", "partial"):
+        with pytest.raises(ParamsError, match=f"finetune.method: {method} makes no adapter that vLLM loads"):
+            edited(*vllm, ("method: lora #", f"method: {method} #"))
+    assert edited(*vllm, ("method: lora #", "method: rslora #")).finetune.method == "rslora"
+
+
+@pytest.mark.parametrize("value", ["0", "true", "[]", "mlp", "[1]", "null"])
+def test_modules_to_train_are_a_number_of_blocks_or_names(edited, value):
+    with pytest.raises(ParamsError, match="a whole number of at least 1 or a list of module names"):
+        edited(("trained_modules: 4 #", f"trained_modules: {value} #"))
+    assert edited(("trained_modules: 4 #", "trained_modules: [mlp] #")).finetune.trained_modules == ("mlp",)

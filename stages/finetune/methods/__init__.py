@@ -1,0 +1,1 @@
+"""What is trained: an adapter of peft, or weights of the base model itself."""

@@ -1,0 +1,115 @@
+"""LoRA by peft (methods lora, rslora and dora): low-rank matrices next to the frozen weights."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from torch import Tensor
+from transformers import set_seed
+
+from stages.common.artifacts import read_json, write_json
+from stages.common.errors import InputError
+from stages.common.model.adapter import PAGE, PEFT, InitialAdapter, check_settings, list_settings
+from stages.common.model.loading import load_base, pick_device, pick_dtype
+from stages.common.model.replaced import read_weights
+from stages.common.model.targets import check_rank, check_targets
+from stages.finetune.recipe import Recipe
+
+
+def build_lora(base: Path, recipe: Recipe) -> PeftModel:
+    """Load the base model and add an adapter, initialized from the seed.
+
+    Raises:
+        InputError: the base model has none of the target modules.
+    """
+    device = pick_device()
+    model = load_base(base, pick_dtype(device, recipe.dtype), device)
+    set_seed(recipe.seed)
+    targets = recipe.target_modules
+    check_rank(getattr(model.config.get_text_config(), "hidden_size", None), recipe.rank)
+    check_targets(model, targets)
+    config = LoraConfig(
+        r=recipe.rank,
+        lora_alpha=recipe.alpha,
+        lora_dropout=recipe.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        exclude_modules=match_other_parts(model),
+        use_rslora=recipe.method == "rslora",
+        use_dora=recipe.method == "dora",
+        task_type="CAUSAL_LM",
+    )
+    try:
+        # The adapter's own weights stay float32: small updates would vanish in bfloat16.
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise InputError(
+            f"the adapter does not fit the base model: {error}",
+            "set finetune.target_modules to all-linear, or to module names that the model has",
+        ) from None
+
+
+def match_other_parts(model: Any) -> str | None:
+    """Return a pattern of the modules that read no text, such as pictures; None where all do.
+
+    Rows are text: an adapter there would never be trained.
+    """
+    if model.config.get_text_config() is model.config:
+        return None
+    decoder = next(name for name, module in model.named_modules() if module is model.get_decoder())
+    return rf"(?!{re.escape(decoder)}\.).*"
+
+
+def load_lora(model: PeftModel, recipe: Recipe, initial: InitialAdapter) -> None:
+    """Replace the weights of the new adapter of `model` by those of `initial`.
+
+    peft silently skips tensors that it does not find, which would leave the adapter half random. So the
+    file must hold every tensor, with its shape, and no other.
+
+    Raises:
+        InputError: the two adapters differ in their settings or tensors; the message has both.
+    """
+    targets = model.peft_config["default"].target_modules  # peft's for all-linear: a set of names
+    modules = targets if isinstance(targets, str) else tuple(sorted(targets))
+    check_settings(initial, {**list_settings(recipe), "target_modules": modules})
+    weights = read_weights(initial.folder / PEFT.weights)
+    check_tensors(get_peft_model_state_dict(model), weights, initial)
+    set_peft_model_state_dict(model, weights)
+
+
+def check_tensors(own: dict[str, Tensor], weights: dict[str, Tensor], initial: InitialAdapter) -> None:
+    """Check that two adapters have the same tensors, by name and shape.
+
+    Raises:
+        InputError: with the first that differs.
+    """
+    here = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    there = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if here != there:
+        odd = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+        raise InputError(
+            f"the tensors of the adapter in {initial.folder} ({initial.version}) differ from the recipe's, "
+            f"{len(odd)} of them: {odd[0]} is {there.get(odd[0])} and should be {here.get(odd[0])}",
+            f"set the keys of finetune to what the adapter was trained with, or empty {initial.folder} to "
+            "train a new adapter",
+        )
+
+
+def save_lora(model: PeftModel, _recipe: Recipe, folder: Path) -> None:
+    """Write the adapter as peft reads it, equal ones as equal bytes."""
+    model.save_pretrained(str(folder))
+    # peft's own card is an empty form; the model_card stage writes the real one.
+    (folder / PAGE).unlink(missing_ok=True)
+    config = read_json(folder / PEFT.config)
+    if isinstance(config["target_modules"], list):
+        # peft writes a set, in an order that changes from process to process.
+        config["target_modules"] = sorted(config["target_modules"])
+    write_json(folder / PEFT.config, config)

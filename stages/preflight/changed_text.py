@@ -1,0 +1,48 @@
+"""What the rows hold that the model does not read as it is written."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any
+
+from stages.common.chat.control_tokens import read_control_tokens
+from stages.common.chat.fitting import Fitting
+from stages.common.chat.template import Encoded
+from stages.common.privacy.row_texts import list_private_texts
+from stages.common.records import Row
+
+SHOWN_IDS = 10
+SHOWN_CHANGED = 3
+
+
+def describe_text(tokenizer: Any, fitting: Mapping[str, Fitting]) -> dict[str, Any]:
+    """Return what the rows hold that is not read as it is written, with the first rows of each kind."""
+    control = read_control_tokens(tokenizer)
+    held: dict[str, set[str]] = {}
+    changed = 0
+    first_changed: list[tuple[Row, Encoded]] = []
+    for row, example in chain.from_iterable(fitting.values()):
+        if tokens := control.find("\n".join(text for _, text in list_private_texts(row))):
+            held[row.id] = set(tokens)
+        if example.is_changed:
+            changed += 1
+            if len(first_changed) < SHOWN_CHANGED:
+                first_changed.append((row, example))
+    return {
+        "rows_with_control_tokens_as_text": len(held),
+        "control_tokens_as_text": dict(sorted(Counter(chain.from_iterable(held.values())).items())),
+        "first_rows_with_control_tokens": sorted(held)[:SHOWN_IDS],
+        "answers_changed_by_the_template": changed,
+        "first_answers_changed": [
+            {
+                "id": row.id,
+                "written": row.answer,
+                "learned": tokenizer.decode(
+                    example.input_ids[example.prompt_length :], clean_up_tokenization_spaces=False
+                ),
+            }
+            for row, example in first_changed
+        ],
+    }

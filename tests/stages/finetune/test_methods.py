@@ -1,0 +1,186 @@
+"""Every method trains what it names and nothing else, resumes, and starts from its own kind only."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from stages.common.errors import InputError
+from stages.common.model.loading import load_base, load_tuned
+from stages.common.params.loading import load_params
+from stages.finetune.__main__ import main
+from stages.finetune.adapter import build_model
+from stages.finetune.recipe import Recipe
+from tests.stages.finetune.project import (
+    REPO,
+    adapter,
+    change_finetune,
+    evidence,
+    make_project,
+    put_own_adapter,
+)
+
+CPU = torch.device("cpu")
+FAST = {  # modules with faster code: a method has what stays equal
+    "rslora": {"lora_linear": 14, "rms_norm": 5},
+    "dora": {"lora_linear": 0, "rms_norm": 5},
+    "full": {"lora_linear": 0, "rms_norm": 0},
+    "partial": {"lora_linear": 0, "rms_norm": 3},
+}
+SETTINGS = {
+    "rslora": {"alpha": 2},
+    "dora": {},
+    "full": {"learning_rate": 0.003},
+    "partial": {"trained_modules": 1, "learning_rate": 0.003},
+}
+
+
+def changed(project):
+    """The weights of the base model that differ after training."""
+    base = load_base(project / "artifacts/fetch_base", torch.float32, CPU)
+    tuned = load_tuned(project / "artifacts/fetch_base", project / "artifacts/finetune", torch.float32, CPU)
+    before = dict(base.named_parameters())
+    return {name for name, weights in tuned.named_parameters() if not torch.equal(weights, before[name])}
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+def test_a_method_learns_and_changes_what_it_names(project, method):
+    change_finetune(project, method=method, **SETTINGS[method])
+    main()
+    metrics = evidence(project)
+    assert metrics["method"] == method
+    assert metrics["fast_modules"] == FAST[method]
+    assert metrics["share_prefix"] is True
+    curve = (project / "reports/finetune/loss.csv").read_text().splitlines()
+    losses = [float(line.split(",")[1]) for line in curve[1:]]
+    assert losses[-1] < losses[0]
+    whole = {
+        name for name, _ in load_base(project / "artifacts/fetch_base", torch.float32, CPU).named_parameters()
+    }
+    block = {name for name in whole if name.startswith("model.layers.1.")}
+    linear = {name for name in whole if name.endswith("_proj.weight")}
+    assert changed(project) == {"full": whole, "partial": block}.get(method, linear)
+    kept = {path.name: path.read_bytes() for path in (project / "artifacts/finetune").iterdir()}
+    main()
+    assert {path.name: path.read_bytes() for path in (project / "artifacts/finetune").iterdir()} == kept
+    assert not list((project / "checkpoints/finetune").iterdir())
+
+
+def test_trained_weights_are_under_the_names_of_the_base_model_with_what_was_trained(project):
+    from safetensors.torch import load_file
+
+    change_finetune(project, method="partial", trained_modules=["mlp", "norm"], learning_rate=0.003)
+    main()
+    folder = project / "artifacts/finetune"
+    assert {path.name for path in folder.iterdir()} == {
+        *("replaced_config.json", "replaced_weights.safetensors", "trained_row_ids.txt")
+    }
+    weights = load_file(folder / "replaced_weights.safetensors")
+    assert {name.split(".")[-2] for name in weights} == {"gate_proj", "up_proj", "down_proj", "norm"}
+    assert evidence(project)["trained_parameters"] == sum(tensor.numel() for tensor in weights.values())
+    assert json.loads((folder / "replaced_config.json").read_text()) == {
+        "base_model_name_or_path": "artifacts/fetch_base",
+        "method": "partial",
+        "trained_modules": ["mlp", "norm"],
+    }
+
+
+def test_in_bfloat16_the_trained_weights_are_float32_and_the_frozen_ones_are_not(project):
+    change_finetune(project, method="partial", trained_modules=1, dtype="bfloat16", learning_rate=0.003)
+    recipe = Recipe(**load_params().finetune.model_dump(include=set(Recipe.__dataclass_fields__)))
+    model = build_model(project / "artifacts/fetch_base", recipe)
+    kinds = {(weights.requires_grad, weights.dtype) for weights in model.parameters()}
+    assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
+    assert model(torch.tensor([[2, 3, 4]]), logits_to_keep=1).logits.dtype == torch.bfloat16
+    main()
+    assert evidence(project)["dtype"] == "bfloat16"
+    assert changed(project) > {"model.layers.1.mlp.up_proj.weight"}
+
+
+@pytest.mark.parametrize("method", ["dora", "full", "partial"])
+def test_training_goes_on_from_an_adapter_of_the_same_method_only(project, method):
+    change_finetune(project, method=method, **SETTINGS[method])
+    main()
+    first, learned = evidence(project)["train_loss"], adapter(project)
+    put_own_adapter(project)
+    main()
+    assert evidence(project)["started_from"] == "0123456789ab"
+    assert evidence(project)["train_loss"] < first
+    other = "lora" if method != "lora" else "full"
+    for name in (other, "rslora"):
+        change_finetune(project, method=name)
+        with pytest.raises(InputError, match=f"method: {name} here, {method} there") as error:
+            main()
+        assert "set finetune.method" in error.value.fix and "empty" in error.value.fix
+    assert adapter(project) != learned
+
+
+def test_trained_weights_of_other_modules_or_of_another_model_are_no_start(project):
+    change_finetune(project, method="partial", trained_modules=1, learning_rate=0.003)
+    main()
+    put_own_adapter(project)
+    change_finetune(project, trained_modules=2)
+    with pytest.raises(InputError, match="trained_modules: 2 here, 1 there"):
+        main()
+    path = project / "artifacts/initial_adapter/replaced_weights.safetensors"
+    change_finetune(project, trained_modules=1)
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(path)
+    lost = sorted(weights)[0]
+    save_file({name: tensor for name, tensor in weights.items() if name != lost}, path)
+    with pytest.raises(InputError, match="1 of them"):
+        main()
+    path.write_bytes(b"cut")
+    with pytest.raises(InputError, match="cannot be read"):
+        main()
+
+
+def test_weights_of_another_base_model_are_not_loaded(project):
+    from tests.tiny import save_model
+
+    change_finetune(project, method="full", learning_rate=0.003)
+    main()
+    other = save_model(project / "other", hidden_size=32)
+    with pytest.raises(InputError, match="does not fit the base model, in 20 of 20 weights") as error:
+        load_tuned(other, project / "artifacts/finetune", torch.float32, CPU)
+    assert "fetch the base model" in error.value.fix
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("dora", {"dropout": 0.1}),
+        ("full", {"dtype": "bfloat16", "gradient_accumulation": 2}),
+        ("partial", {"epochs": 2}),
+    ],
+)
+def test_a_method_that_is_killed_ends_with_the_bytes_of_an_unbroken_run(
+    tmp_path, monkeypatch, method, settings
+):
+    settings = {"method": method, **SETTINGS[method], **settings}
+    unbroken, killed = (make_project(tmp_path / name, 160, **settings) for name in ("unbroken", "killed"))
+    monkeypatch.chdir(unbroken)
+    main()
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    stage = subprocess.Popen([sys.executable, "-m", "stages.finetune"], cwd=killed, env=environment)
+    deadline = time.monotonic() + 60
+    while not list(killed.glob("checkpoints/finetune/*/checkpoint-[69]/complete.json")):
+        assert time.monotonic() < deadline and stage.poll() is None
+        time.sleep(0.01)
+    stage.send_signal(signal.SIGKILL)
+    stage.wait()
+    assert not (killed / "artifacts/finetune").exists()
+    monkeypatch.chdir(killed)
+    main()
+    assert evidence(killed) == evidence(unbroken)
+    assert adapter(killed) == adapter(unbroken)
+    assert (killed / "reports/finetune/loss.csv").read_bytes() == (
+        unbroken / "reports/finetune/loss.csv"
+    ).read_bytes()

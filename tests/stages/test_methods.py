@@ -1,0 +1,78 @@
+"""Each method from preflight to the engines and the model store, on a tiny random model."""
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from flows.registry.verify_adapter import compare
+from services.engines.offline import ModelFolders, answer_limit, ask_model
+from services.engines.transformers import TransformersEngine
+from services.versions.store import add_pipeline_output, get_version
+from stages import ask_base
+from stages.common.errors import InputError
+from stages.common.model.generation import answer_questions, encode_questions
+from stages.common.model.loading import load_tokenizer, load_tuned
+from stages.common.records import read_rows
+from stages.evaluate import __main__ as evaluate
+from stages.export import __main__ as export
+from stages.finetune import __main__ as finetune
+from stages.preflight import __main__ as preflight
+from tests.stages.families import write_project
+from tests.stages.test_families import PROMPT, generate, numbered
+
+METHODS = {
+    "rslora": {},
+    "dora": {},
+    "full": {"finetune__learning_rate": 0.001},
+    "partial": {"finetune__learning_rate": 0.001, "finetune__trained_modules": ["layers.1", "embed_tokens"]},
+}
+
+
+async def ask(base, adapter):
+    """Return the tokens that the engine which runs everywhere writes."""
+    from services.engines.protocol import Sampling
+
+    engine = TransformersEngine(base, adapter, load_tokenizer(base), device="cpu", precision="float32")
+    try:
+        return [t async for step in engine.generate(PROMPT, Sampling(12)) for t in step.token_ids]
+    finally:
+        engine.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_is_trained_judged_exported_stored_and_served(tmp_path, monkeypatch, method):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "bentoml"))
+    write_project("llama", numbered("llama"), finetune__method=method, **METHODS[method])
+    for stage in (preflight, ask_base, finetune, export, evaluate):
+        stage.main()
+    counted = json.loads(Path("reports/preflight/metrics.json").read_text())["training"]
+    trained = json.loads(Path("reports/finetune/metrics.json").read_text())
+    assert counted["trained_parameters"] == trained["trained_parameters"]
+    assert json.loads(Path("reports/evaluate/metrics.json").read_text())["rows"] == 8
+
+    base, adapter = Path("artifacts/fetch_base"), Path("artifacts/finetune")
+    stored = get_version(add_pipeline_output())
+    assert asyncio.run(ask(stored.base, stored.adapter)) == generate()
+
+    tokenizer = load_tokenizer(base)
+    questions = encode_questions(tokenizer, read_rows(Path("artifacts/split/test.parquet")))
+    gguf = Path("artifacts/export/model.gguf")
+    limit = answer_limit(questions, 16)
+    paged = ask_model(ModelFolders(base, gguf=gguf), "paged", tokenizer, questions, 8, limit, "float32")
+    model = load_tuned(base, adapter, torch.float32, torch.device("cpu"))
+    for weights in model.parameters():
+        if weights.dim() > 1:  # as the file has them: random models have answers that depend on a digit
+            weights.data = weights.data.half().float()
+    answers = answer_questions(model, tokenizer, questions, 8, limit)
+    assert [answer.text for answer in paged.answers] == [answer.text for answer in answers]
+
+    assert compare(base, stored.adapter, adapter, [PROMPT]) > 0
+    file = next(adapter.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-8] + b"\x00\x00\x00\x40" * 2)
+    with pytest.raises(InputError, match="the logits of 1 of 1 prompts differ"):
+        compare(base, stored.adapter, adapter, [PROMPT])
