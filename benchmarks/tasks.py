@@ -94,7 +94,7 @@ def write_sentiment(folder: Path, _: Path) -> DataSet:
             for member in files:
                 if member.name.endswith(REVIEWS) and (file := files.extractfile(member)):
                     for line in file.read().decode("latin-1").splitlines():
-                        _, rating, text = line.split("\t", 2)
+                        rating, text = line.split("\t", 2)[1:]
                         rows.setdefault(text, {"text": text, "label": _name_side(float(rating))})
     return _write(folder / "sentiment.jsonl", "sentiment of a sentence", "mit", list(rows.values()))
 
