@@ -198,8 +198,8 @@ def test_without_gguf_any_architecture_is_exported_and_the_version_still_names_i
 
 
 def test_an_architecture_without_gguf_is_refused_and_nothing_is_left_behind(project):
-    lay_out(project, model_type="olmo2")
-    with pytest.raises(InputError, match=r"(?s)'olmo2' has no GGUF export.*export\.gguf: false"):
+    lay_out(project, model_type="gpt_neox")
+    with pytest.raises(InputError, match=r"(?s)'gpt_neox' has no GGUF export.*export\.gguf: false"):
         export.main()
     assert [path.name for path in Path("artifacts").iterdir() if "export" in path.name] == []
 

@@ -41,6 +41,12 @@ def test_the_fast_path_of_a_family_has_its_losses_and_gradients(family):
     assert_equal_but_for_rounding(loss_and_gradient(model, batch), expected)
 
 
+def test_of_a_mixture_of_experts_attention_experts_and_router_are_trained():
+    names = [name for name, weights in with_adapter("qwen3-moe").named_parameters() if weights.requires_grad]
+    parts = (".self_attn.", ".mlp.experts.", ".mlp.gate.")
+    assert {next(part for part in parts if part in name) for name in names} == set(parts)
+
+
 def test_a_norm_that_learns_or_computes_otherwise_is_left_as_it_is():
     model = with_adapter("llama")
     norms = [m for m in model.modules() if type(m).__name__ == "LlamaRMSNorm"]
