@@ -31,6 +31,7 @@ logger = get_logger("finetune")
 # Of the bytes that autograd keeps, what a step takes: blocks of one size do not fill the holes of another.
 FRAGMENTATION = 1.1
 UNCERTAINTY = 0.1  # of the estimate; docs/benchmarks.md has the measured differences
+PLAIN_UNCERTAINTY = 0.3  # where a batch is padded rows: torch's attention keeps other tensors with a mask
 ADAMW_BYTES = 8  # two averages in float32
 LOGITS_AT_ONCE = 128  # rows that the loss widens to float32, twice
 
@@ -80,6 +81,7 @@ class MemoryPlan:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         self.device = model.device
+        self.uncertainty = UNCERTAINTY if share_prefix else PLAIN_UNCERTAINTY
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._model = _copy_without_values(model, self._mode)
         self._own = {_key(t) for t in chain(self._model.parameters(), self._model.buffers())}
@@ -130,9 +132,8 @@ class MemoryPlan:
                 )
         return "no batch fits: choose a smaller base model, or a machine with more memory"
 
-    @staticmethod
-    def _fits(estimate: MemoryEstimate, free: int) -> bool:
-        return estimate.added * (1 + UNCERTAINTY) <= free
+    def _fits(self, estimate: MemoryEstimate, free: int) -> bool:
+        return estimate.added * (1 + self.uncertainty) <= free
 
     def _count_kept(self, batch: Layout) -> int:
         """Return the bytes that autograd keeps of a batch, without the weights."""
@@ -168,6 +169,8 @@ def check_memory(
 ) -> int | None:
     """Log how many bytes this process will hold at most, refuse it if they cannot fit, and return them.
 
+    On a GPU, where no estimate has been compared with a training, it only warns.
+
     Args:
         heaviest: the largest batch of the training, or this process's share of it.
         batch_size: rows of a batch that one process takes.
@@ -179,21 +182,27 @@ def check_memory(
         return None
     held, free = read_device_memory(plan.device)
     estimate = plan.estimate_batch(heaviest, held)
-    judge_memory(estimate, free, lambda: plan.suggest(batch_size, accumulation, held, free))
+    uncertainty = plan.uncertainty if plan.device.type == "cpu" else 1.0
+    judge_memory(estimate, free, lambda: plan.suggest(batch_size, accumulation, held, free), uncertainty)
     # Reading the weights can have taken more than the steps will.
     return estimate.peak if plan.device.type == "cuda" else max(estimate.peak, read_peak_memory())
 
 
-def judge_memory(estimate: MemoryEstimate, free: int, suggest: Callable[[], str]) -> None:
+def judge_memory(
+    estimate: MemoryEstimate, free: int, suggest: Callable[[], str], uncertainty: float = UNCERTAINTY
+) -> None:
     """Log, warn or refuse by how much of the free memory a training takes.
+
+    Args:
+        uncertainty: share of the estimate by which it may be wrong; with 1 nothing is refused.
 
     Raises:
         InputError: with what would fit.
     """
     what = f"the training takes about {estimate.describe()}; {format_bytes(free)} are free"
-    if estimate.added * (1 - UNCERTAINTY) > free:
+    if estimate.added * (1 - uncertainty) > free:
         raise InputError(f"the memory is too small: {what}", suggest())
-    if estimate.added * (1 + UNCERTAINTY) > free:
+    if estimate.added * (1 + min(uncertainty, PLAIN_UNCERTAINTY)) > free:
         logger.warning("%s, which may be too little: %s", what, suggest())
     else:
         logger.info("%s", what)

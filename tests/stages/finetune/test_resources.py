@@ -9,6 +9,7 @@ import torch
 from stages.common.chat.template import Encoded
 from stages.common.errors import InputError
 from stages.common.machine.memory import format_bytes, read_free_memory, read_held_memory, read_total_memory
+from stages.common.params.loading import load_params
 from stages.finetune.__main__ import main
 from stages.finetune.adapter import build_model
 from stages.finetune.answer_loss import cross_entropy_sum
@@ -25,27 +26,17 @@ from stages.finetune.progress.memory import (
 from stages.finetune.recipe import Recipe
 from stages.finetune.shared_prefix import lay_out
 from stages.finetune.speedups import speed_up_training
-from tests.stages.finetune.project import SETTINGS
+from tests.stages.finetune.project import REPO, SETTINGS
 from tests.tiny import save_model
 
 MIB = 1 << 20
 EXAMPLES = [Encoded([0, *range(5, 5 + n), 1], 8) for n in (96, 240, 136, 200)]
-SHIPPED = {
-    "dropout": 0.0,
-    "target_modules": "all-linear",
-    "schedule": "cosine",
-    "warmup_fraction": 0.0,
-    "weight_decay": 0.0,
-    "adam_beta2": 0.95,
-    "max_grad_norm": 1.0,
-    "seed": 7,
-}
 
 
 @pytest.fixture
 def model(tmp_path):
-    names = Recipe.__dataclass_fields__
-    settings = {name: value for name, value in {**SHIPPED, **SETTINGS}.items() if name in names}
+    shipped = load_params(REPO / "params.yaml").finetune.model_dump()
+    settings = {name: {**shipped, **SETTINGS}[name] for name in Recipe.__dataclass_fields__}
     return build_model(save_model(tmp_path), Recipe(**settings))
 
 
@@ -83,7 +74,8 @@ def test_the_activations_that_are_estimated_are_those_that_autograd_keeps(model,
 
 def test_a_training_that_cannot_fit_is_refused_with_what_would_and_a_narrow_one_is_warned_of(model, caplog):
     caplog.set_level(logging.INFO)
-    plan = plan_memory(model, EXAMPLES, 1, share_prefix=False)
+    assert speed_up_training(model, EXAMPLES, 1)[0]
+    plan = plan_memory(model, EXAMPLES, 1, share_prefix=True)
     whole = plan.estimate(4, held=0)
 
     def judge(free):
@@ -98,17 +90,20 @@ def test_a_training_that_cannot_fit_is_refused_with_what_would_and_a_narrow_one_
     with pytest.raises(InputError, match="the memory is too small") as error:
         judge(int(two.added * 1.11))
     assert error.value.fix == f"{halved}, which take {format_bytes(two.peak)}"
+    judge_memory(whole, 0, lambda: "a smaller batch", uncertainty=1.0)  # on a GPU it is only a warning
+    assert "may be too little: a smaller batch" in caplog.text
     with pytest.raises(InputError) as error:
         judge(0)
     assert "no batch fits: choose a smaller base model" in error.value.fix
     long = [Encoded(list(range(2, 252)), 8)]
-    narrow = plan_memory(model, long, 1, share_prefix=False)
+    narrow = plan_memory(model, long, 1, share_prefix=True)
     free = int(narrow.estimate(1, 0, 128).added * 1.11)
     assert "finetune.batch_size: 1 and finetune.max_length: 128" in narrow.suggest(1, 1, 0, free)
 
 
 def test_memory_that_is_full_in_a_step_is_an_error_with_what_would_fit(model):
-    plan = plan_memory(model, EXAMPLES, 1, share_prefix=False)
+    assert speed_up_training(model, EXAMPLES, 1)[0]
+    plan = plan_memory(model, EXAMPLES, 1, share_prefix=True)
     with (
         pytest.raises(InputError, match=r"the memory is full: .*allocate memory") as error,
         explain_full_memory(plan, 4, 1),
