@@ -335,7 +335,10 @@ def families_page() -> str:
 
 FAMILY_NOTES = """\
 - *fast path*: the parts of a LoRA training step that [run faster](../benchmarks.md#training-speed); the rest
-  is transformers' own. Sliding windows and caps of attention scores are kept.
+  is transformers' own. Sliding windows and caps of attention scores are kept. Without it one pass forward
+  and backward took 1.9 times as long for a Llama, 2.1 for Qwen 3, 2.5 for Gemma 3 and 1.7 for GPT-NeoX: six
+  layers of random weights as wide as the default model's, 16 rows of 52 tokens that begin with the same 17,
+  bfloat16, two cores with other work on them, medians of four, 2026-11-29. GPT-2 was not measured.
 - *not …*, *tokenizer*: the GGUF export has tokenizers of byte-level BPE only, and those models have one of
   SentencePiece. `preflight` refuses them before training and names `export.gguf: false`.
 - `paged` and `openvino` read the GGUF. Without one, or where both columns have *no*, `auto` takes
