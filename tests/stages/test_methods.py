@@ -14,7 +14,7 @@ from services.versions.store import add_pipeline_output, get_version
 from stages import ask_base
 from stages.common.errors import InputError
 from stages.common.model.generation import answer_questions, encode_questions
-from stages.common.model.loading import load_tokenizer, load_tuned
+from stages.common.model.loading import load_base, load_tokenizer, load_tuned
 from stages.common.records import read_rows
 from stages.evaluate import __main__ as evaluate
 from stages.export import __main__ as export
@@ -76,3 +76,25 @@ def test_a_method_is_trained_judged_exported_stored_and_served(tmp_path, monkeyp
     file.write_bytes(file.read_bytes()[:-8] + b"\x00\x00\x00\x40" * 2)
     with pytest.raises(InputError, match="the logits of 1 of 1 prompts differ"):
         compare(base, stored.adapter, adapter, [PROMPT])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "method", "changed"),
+    [("gemma3", "full", 80), ("gpt2", "partial", 12), ("gpt-neox", "dora", 8)],
+)
+def test_a_method_trains_the_text_part_of_other_architectures(tmp_path, monkeypatch, family, method, changed):
+    monkeypatch.chdir(tmp_path)
+    settings = {"finetune__method": method, "finetune__trained_modules": 1, "finetune__learning_rate": 1e-3}
+    write_project(family, numbered(family), export__gguf=False, **settings)
+    preflight.main()
+    finetune.main()
+    counted = json.loads(Path("reports/preflight/metrics.json").read_text())["training"]
+    trained = json.loads(Path("reports/finetune/metrics.json").read_text())
+    assert counted["trained_parameters"] == trained["trained_parameters"]
+    base, cpu = Path("artifacts/fetch_base"), torch.device("cpu")
+    before = dict(load_base(base, torch.float32, cpu).named_parameters())
+    tuned = load_tuned(base, Path("artifacts/finetune"), torch.float32, cpu)
+    names = [name for name, weights in tuned.named_parameters() if not torch.equal(weights, before[name])]
+    assert len(names) == changed
+    assert not [name for name in names if "vision" in name]
