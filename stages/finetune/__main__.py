@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from operator import itemgetter
 
 from stages.common.artifacts import artifacts, reports, write_json
@@ -76,6 +77,8 @@ def train_adapter() -> None:
     recipe = Recipe(**params.model_dump(include=set(Recipe.__dataclass_fields__)))
     base = artifacts("fetch_base")
     initial = find_start(params.warm_start_from, recipe)
+    if initial:
+        recipe = replace(recipe, learning_rate=recipe.learning_rate * params.warm_start_rate_factor)
     rows = read_training_rows()
     trained_ids = initial.read_trained_ids() if initial else frozenset()
     selected = select_rows(rows, initial, trained_ids, params.replay_share, params.seed)
@@ -147,6 +150,7 @@ def train_adapter() -> None:
         {
             "method": recipe.method,
             "started_from": initial.version if initial else "base",
+            "learning_rate": recipe.learning_rate,
             "train_rows": len(selected) - len(misfits),
             "rejected_long_rows": count_reasons(misfits).get(LONG, 0),
             "rejected_refused_rows": count_reasons(misfits).get(REFUSED, 0),

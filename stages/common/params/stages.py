@@ -308,6 +308,7 @@ class Finetune(Section):
     # One folder only: DVC watches it.
     warm_start_from: Literal["artifacts/initial_adapter"] | None = "artifacts/initial_adapter"
     replay_share: Share = 1.0
+    warm_start_rate_factor: Positive = 1.0
     method: Literal["lora", "rslora", "dora", "full", "partial"] = "lora"
     trained_modules: TrainedModules = 4
     rank: PositiveCount

@@ -157,9 +157,13 @@ def test_of_what_the_start_has_learned_only_a_share_is_gone_over_again(project):
     new = rows(10, start=2000)
     old = list(read_rows(project / "artifacts" / "split" / "train.parquet"))
     write_rows(project / "artifacts" / "split" / "train.parquet", [*old, *new])
-    change_finetune(project, replay_share=0.25)
+    change_finetune(project, replay_share=0.25, warm_start_rate_factor=0.5)
+    first_rate = evidence(project)["learning_rate"]
     main()
     found = evidence(project)
+    with (project / "reports" / "finetune" / "loss.csv").open() as file:
+        assert max(float(line["learning_rate"]) for line in csv.DictReader(file)) == found["learning_rate"]
+    assert found["learning_rate"] == first_rate / 2
     assert 10 < found["train_rows"] < 30
     assert found["train_rows"] + found["rows_not_replayed"] == 50
     # What was not gone over again is no less learned.
