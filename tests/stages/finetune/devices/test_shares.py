@@ -15,6 +15,8 @@ from tests.stages.finetune.project import rows
 from tests.tiny import save_model
 
 RECIPE = Recipe(
+    method="lora",
+    trained_modules=4,
     rank=4,
     alpha=8,
     dropout=0.0,
