@@ -347,7 +347,7 @@ FAMILY_NOTES = """\
 - `openvino` is not given scaled positions (Llama 3.1 and later) or a Llama with biases: its answers
   would be wrong.
 - *listed*: in vLLM's list of models that take adapters. Tested here with Llama only.
-- Of a mixture of experts attention, experts and router are trained; experts and router have no fast path.
+- Of a mixture of experts attention, experts and router are trained; *all* is without the latter two there.
 - Other families that transformers loads as causal language models are trained the same way. What is fast is
   found out for each module, and [checked](../adr/0004-fast-training-without-a-compiler.md). `transformers`
   serves them.

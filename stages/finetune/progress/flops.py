@@ -2,9 +2,10 @@
 
 A product of a token with a weight is two operations, and there are up to three of them: forward, for the
 gradient of the input, and for that of the weight, which a frozen weight has not. So a token takes 4
-operations for each frozen weight of the layers, and 6 for each trained one; those of the output layer, only
-where an answer is learned. The products of attention with itself are not counted (for rows of some hundred
-tokens one in a hundred), nor is what gradient checkpointing computes twice.
+operations for each frozen weight of the layers, and 6 for each trained one; 2 for a weight that is used
+before all trained ones, where no gradient arrives; those of the output layer, only where an answer is
+learned. The products of attention with itself are not counted (for rows of some hundred tokens one in a
+hundred), nor is what gradient checkpointing computes twice.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Embedding
 
-FROZEN, TRAINED = 4, 6
+UNREACHED, FROZEN, TRAINED = 2, 4, 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +36,14 @@ def count_work(model: Any) -> StepWork:
     head = model.get_output_embeddings()
     tables = {id(module.weight) for module in model.modules() if isinstance(module, Embedding)}
     outputs = {id(weight) for weight in head.parameters()} if head is not None else set()
-    layers = [p for p in model.parameters() if p.dim() == 2 and id(p) not in tables | outputs]
-    return StepWork(
-        sum(map(_count_operations, layers)),
-        sum(_count_operations(p) for p in head.parameters() if p.dim() == 2) if head is not None else 0,
-    )
+    layers, reached = 0, False
+    for weight in model.parameters():  # in the order of their use
+        reached = reached or weight.requires_grad
+        if weight.dim() == 2 and id(weight) not in tables | outputs:
+            layers += _count_operations(weight, reached)
+    heads = [weight for weight in head.parameters() if weight.dim() == 2] if head is not None else []
+    return StepWork(layers, sum(_count_operations(weight, reached=True) for weight in heads))
 
 
-def _count_operations(weight: Tensor) -> int:
-    return weight.numel() * (TRAINED if weight.requires_grad else FROZEN)
+def _count_operations(weight: Tensor, reached: bool) -> int:
+    return weight.numel() * (TRAINED if weight.requires_grad else FROZEN if reached else UNREACHED)
