@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from operator import itemgetter
 
-from stages.common.artifacts import artifacts, reports, write_json
+from stages.common.artifacts import artifacts, missing, reports, write_json
 from stages.common.chat.fitting import (
     LONG,
     REFUSED,
@@ -45,6 +45,8 @@ from stages.finetune.result import write_loss_csv, write_validation_csv
 
 logger = get_logger("finetune")
 
+TRAIN = artifacts("split") / "train.parquet"
+
 WHEN_MEMORY_IS_FULL = (
     "lower finetune.batch_size (and raise finetune.gradient_accumulation by as much), lower "
     "finetune.max_length, or choose a smaller base model"
@@ -57,15 +59,16 @@ def read_training_rows() -> Sequence[Row]:
     Raises:
         InputError: there are none.
     """
-    path = artifacts("split") / "train.parquet"
-    rows = read_rows(path)
+    rows = read_rows(TRAIN)
     if not rows:
-        raise InputError(f"{path} has no rows", "check reports/split/metrics.json")
+        raise InputError(f"{TRAIN} has no rows", "check reports/split/metrics.json")
     return rows
 
 
 def main() -> None:
     """Train on what `split` wrote, with the settings of `finetune` in `params.yaml`."""
+    if not TRAIN.exists():  # before torch counts devices, which takes seconds
+        raise missing(TRAIN)
     params = load_params().finetune
     run_on_devices(train_adapter, params.devices, params.launcher, params.batch_size, WHEN_MEMORY_IS_FULL)
 

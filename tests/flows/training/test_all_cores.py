@@ -32,7 +32,7 @@ def test_one_stage_at_a_time_has_the_cores(tmp_path):
 
 def test_the_estimate_of_the_stages_that_run_is_logged_once(tmp_path, caplog, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    side = {"rows": 9, "tokens": 180, "learned_tokens": 36, "longest_answer": 4}
+    side = {"rows": 9, "tokens": 180, "learned_tokens": 36, "longest": 20, "longest_answer": 4}
     counted = {"success": True, "problems": [], "sides": {"train": side, "test": side}}
     write_json(tmp_path / "reports/preflight/metrics.json", counted)
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -43,8 +43,8 @@ def test_the_estimate_of_the_stages_that_run_is_logged_once(tmp_path, caplog, mo
             with cores.hold(logger):
                 pass
     lines = [record.message for record in caplog.records]
-    assert len(lines) == 3
-    assert "finetune: 9 rows" in lines[1]
+    assert len(lines) == 4
+    assert lines[0].startswith("this machine: ") and "finetune: 9 rows" in lines[2]
 
 
 def test_without_rows_there_is_no_estimate(tmp_path, monkeypatch):
