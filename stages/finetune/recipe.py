@@ -17,6 +17,8 @@ from stages.common.records import format_canonical_json
 
 # Modules of stages/common that decide the adapter, besides all files of this folder.
 SHARED_CODE = ("model/adapter.py", "model/generation.py", "model/loading.py", "model/replaced.py")
+# Where early stopping ends the training, also how validation answers are read and scored.
+SCORING_CODE = ("chat/*.py", "task/*.py")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,10 @@ def compute_fingerprint(
         watched: what is asked during the training, and when it stops.
     """
     here = Path(__file__).resolve().parent
-    shared = [here.parent / "common" / name for name in SHARED_CODE]
+    common = here.parent / "common"
+    stops_early = watched is not None and watched["stopping"] is not None
+    patterns = (*SHARED_CODE, *(SCORING_CODE if stops_early else ()))
+    shared = sorted(path for pattern in patterns for path in common.glob(pattern))
     parts = {
         "recipe": asdict(recipe),
         "rows": _hash_examples(examples),
@@ -66,7 +71,7 @@ def compute_fingerprint(
         "watched": watched,
         "initial": {p.name: hash_file(p) for p in initial.files} if initial else {},
         "code": {str(p.relative_to(here)): hash_file(p) for p in sorted(here.rglob("*.py"))},
-        "shared_code": {p.name: hash_file(p) for p in shared},
+        "shared_code": {str(p.relative_to(common)): hash_file(p) for p in shared},
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
     }
     return hashlib.sha256(format_canonical_json(parts).encode()).hexdigest()[:16]
