@@ -105,16 +105,20 @@ def remove_other_runs(folder: Path, kept: int = OTHER_RUNS_KEPT) -> None:
         shutil.rmtree(path)
 
 
-def check_free_space(folder: Path, trained_parameters: int) -> None:
+def check_free_space(folder: Path, trained_parameters: int, keeps_best: bool = False) -> None:
     """Fail before the training if the disk cannot hold the checkpoints.
 
     Three at once (two kept, one being written), each with what is trained and two moments in float32.
+
+    Args:
+        keeps_best: whether early stopping keeps the best weights, in a file and in each checkpoint; the four
+            can be of different updates.
 
     Raises:
         InputError: with the space that is free and the space that is needed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    needed = 3 * 3 * 4 * trained_parameters
+    needed = (3 * 3 + (4 if keeps_best else 0)) * 4 * trained_parameters
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise InputError(

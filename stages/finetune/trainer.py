@@ -189,7 +189,7 @@ def train(
         take_best_from(resumed_from)
         logger.info("resuming from step %d of %d (%s)", first_step, len(tokens_of_step), resumed_from)
     trained_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    check_free_space(checkpoints, trained_parameters)
+    check_free_space(checkpoints, trained_parameters, keeps_best=bool(watch and watch.stopping))
     memory = plan_memory(model, examples, pad_id, share_prefix)
     sizes = -(-recipe.batch_size // count_processes()), recipe.gradient_accumulation
     heaviest = max(plan, key=lambda batch: len(batch) * max(lengths[row] for row in batch))
@@ -203,7 +203,8 @@ def train(
         return _inputs(batch if items[0] else batch.without_targets(), items[0])
 
     validation_points = Validation(watch, len(tokens_of_step), attention, checkpoints) if watch else None
-    meter = Meter(model, tokens_of_step, first_step, prices)
+    dtype = pick_dtype(model.device, recipe.dtype)
+    meter = Meter(model, dtype, tokens_of_step, first_step, prices)
     monitor = TrainingMonitor(first_step, name_row, meter, validation_points)
     trainer = AnswerTrainer(
         model=model,
@@ -241,7 +242,7 @@ def train(
             if "loss" in entry
         ],
         validation_loss=validation_loss,
-        dtype=str(pick_dtype(model.device, recipe.dtype)).removeprefix("torch."),
+        dtype=str(dtype).removeprefix("torch."),
         device=model.device.type,
         processes=count_processes(),
         share_prefix=share_prefix,
@@ -258,7 +259,7 @@ def train(
         ),
         seconds=seconds - asked_seconds,
         validation_seconds=asked_seconds,
-        cost=meter.finish(seconds - asked_seconds, seconds, sum(gather(estimated or 0)) or None),
+        cost=meter.finish(seconds - asked_seconds, seconds, estimated),
         tokens=sum(tokens_of_step[first_step:steps]),
         peak_rss_mib=sum(gather(measure_peak_rss_mib())),
     )

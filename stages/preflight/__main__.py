@@ -110,7 +110,7 @@ def find_base_problems(
             count_needed_bytes(
                 weights,
                 params.export.quantization if exported else None,
-                count_checkpoint_bytes(training),
+                count_checkpoint_bytes(training, params.finetune),
             ),
             Path(),
         ),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # Of a trained weight: three checkpoints of it and its two averages in float32, and the adapter itself.
 DISK_BYTES = 3 * 12 + 4
+BEST_BYTES = 4 * 4  # and with early stopping, of four copies of the best weights: one, and one a checkpoint
 
 # A peak rate above it is one for adapters: a training of the weights themselves mostly diverges.
 HIGH_RATE = 5e-4
@@ -149,9 +150,10 @@ def describe_high_rate(finetune: Finetune) -> str | None:
     )
 
 
-def count_checkpoint_bytes(training: Training | None) -> int:
+def count_checkpoint_bytes(training: Training | None, finetune: Finetune) -> int:
     """Return the space on the disk for the checkpoints of a training and for what it trains."""
-    return DISK_BYTES * training.trained_parameters if training else 0
+    each = DISK_BYTES + (BEST_BYTES if finetune.early_stopping else 0)
+    return each * training.trained_parameters if training else 0
 
 
 def measure_memory(device: str) -> int:

@@ -59,23 +59,34 @@ def list_blocks(model: Any) -> list[str]:
     Raises:
         InputError: they are not found.
     """
-    from torch.nn import ModuleList
-
-    count = model.config.get_text_config().num_hidden_layers
-    parts = model.get_decoder().modules()
-    blocks = next((part for part in parts if isinstance(part, ModuleList) and len(part) == count), None)
-    if blocks is None:
+    blocks = _find_blocks(model)
+    if not blocks:
+        count = model.config.get_text_config().num_hidden_layers
         raise InputError(
             f"the {count} transformer blocks of {type(model).__name__} are not found",
             "set finetune.trained_modules to a list of module names",
         )
+    return blocks
+
+
+def _find_blocks(model: Any) -> list[str]:
+    from torch.nn import ModuleList
+
+    count = model.config.get_text_config().num_hidden_layers
+    parts = model.get_decoder().modules()
+    blocks = next((part for part in parts if isinstance(part, ModuleList) and len(part) == count), ())
     names = {id(module): name for name, module in model.named_modules()}
     return [names[id(block)] for block in blocks]
 
 
 def measure_reach(model: Any, trained: Sequence[str]) -> float:
-    """Return the share of the blocks that a backward pass goes through: from the first trained weight on."""
-    blocks = list_blocks(model)
+    """Return the share of the blocks that a backward pass goes through: from the first trained weight on.
+
+    All of them, where the blocks are not found.
+    """
+    blocks = _find_blocks(model)
+    if not blocks:
+        return 1.0
     count = len(blocks)
     first = count
     for name in trained:

@@ -69,6 +69,11 @@ def count_local_processes() -> int:
     return _Own.place.local_processes
 
 
+def is_first_of_host() -> bool:
+    """Return whether this process does what one process of each host does."""
+    return _Own.place.local_rank == 0
+
+
 def get_rank() -> int:
     """Return the number of this process, from 0 on."""
     return _Own.place.rank
@@ -106,7 +111,7 @@ def compute_on_hosts(compute: Callable[[], str], what: str, fix: str) -> str:
     Raises:
         InputError: it is not; the message has every host's.
     """
-    own = (platform.node(), compute()) if _Own.place.local_rank == 0 else None
+    own = (platform.node(), compute()) if is_first_of_host() else None
     found = [entry for entry in gather(own) if entry is not None]
     if len({value for _, value in found}) > 1:
         lines = "\n".join(f"  {host}: {value}" for host, value in found)

@@ -26,12 +26,13 @@ class Prices:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a training took, besides the time.
+    """What a training took in all its processes, besides the time.
 
     Attributes:
-        limit: operations a second of plain matrix products on this machine.
+        limit: operations a second of plain matrix products on the devices that trained.
         share: of that limit, what the training reached.
-        device_bytes: the most memory that was taken on a GPU.
+        estimated_bytes: of memory, before the first step; None: not estimated.
+        device_bytes: the most memory that was taken on the GPUs; None: there was none.
     """
 
     energy: Energy
@@ -60,7 +61,7 @@ class Cost:
     def describe(self) -> str:
         """Return it as text; what is not known is left out."""
         found = self.to_metrics()
-        parts = [f"{self.share:.0%} of the machine's matrix products ({self.limit / 1e9:,.0f} GFLOP/s)"]
+        parts = [f"{self.share:.0%} of the matrix products of its devices ({self.limit / 1e9:,.0f} GFLOP/s)"]
         if found["energy_wh"] is not None:
             parts.append(f"{found['energy_wh']:.2f} Wh ({self.energy.source})")
         if found["co2_g"] is not None:

@@ -1,20 +1,25 @@
 """The energy that a training takes: read from the machine's own counters, or assumed from watts.
 
 Processors count it in RAPL (Linux: /sys/class/powercap, mostly readable by root only), NVIDIA's GPUs in NVML.
-Both count everything that runs on them meanwhile. Nothing is sent anywhere (ADR 0019).
+Both count everything that runs on them meanwhile. Of several processes each reads its own GPU, and one of
+each host the host's processors. Nothing is sent anywhere (ADR 0019).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stages.finetune.devices.group import gather, is_first_of_host
+
 RAPL = Path("/sys/class/powercap")
 PACKAGES = "intel-rapl:[0-9]*"  # AMD's processors have the same name; `intel-rapl:0:0` is a part of `:0`
 JOULES_PER_WATT_HOUR = 3600.0
+COUNTED = {"RAPL": "hosts", "NVML": "GPUs"}  # what each counter is one of
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +36,7 @@ class Energy:
 
 
 class EnergyMeter:
-    """Measures from its creation on.
+    """Measures what this process computes on, from its creation on.
 
     Args:
         device: the type of the device that computes.
@@ -42,28 +47,59 @@ class EnergyMeter:
     def __init__(self, device: str, watts: float | None = None, rapl: Path = RAPL) -> None:
         self._watts = watts
         self._started = time.monotonic()
-        self._counters: dict[str, Callable[[], float]] = {}
-        if processors := _find_packages(rapl):
-            self._counters["RAPL"] = _Rapl(processors).read_joules
-        gpu = _find_gpu_counter() if device == "cuda" else None
-        if gpu:
-            self._counters["NVML"] = gpu
-        self._is_whole = bool(processors) and (device != "cuda" or gpu is not None)
-        self._before = {name: read() for name, read in self._counters.items()}
+        self._counters: dict[str, Callable[[], float] | None] = {}
+        if is_first_of_host():
+            processors = _find_packages(rapl)
+            self._counters["RAPL"] = _Rapl(processors).read_joules if processors else None
+        if device == "cuda":
+            self._counters["NVML"] = _find_gpu_counter()
+        self._before = self._read_counters()
 
-    def read(self) -> Energy:
-        """Return the energy since the start."""
-        seconds = time.monotonic() - self._started
-        joules = {name: read() - self._before[name] for name, read in self._counters.items()}
-        named = " and ".join(joules)
-        if self._is_whole:
-            return Energy(sum(joules.values()) / JOULES_PER_WATT_HOUR, f"measured: {named}")
-        if self._watts is not None:
-            watt_hours = self._watts * seconds / JOULES_PER_WATT_HOUR
-            return Energy(watt_hours, f"assumed: {self._watts:g} W (flows.training.power_watts)")
-        if joules:
-            return Energy(sum(joules.values()) / JOULES_PER_WATT_HOUR, f"measured: {named} only")
+    def read(self) -> dict[str, float | None]:
+        """Return the joules since the start by counter; None for one that cannot be read."""
+        return {
+            name: None if joules is None else joules - (self._before[name] or 0.0)
+            for name, joules in self._read_counters().items()
+        }
+
+    def finish(self) -> Energy:
+        """Return the energy of all processes since the start; all must call it."""
+        return add_up(gather(self.read()), self._watts, time.monotonic() - self._started)
+
+    def _read_counters(self) -> dict[str, float | None]:
+        return {name: read() if read else None for name, read in self._counters.items()}
+
+
+def add_up(parts: Sequence[Mapping[str, float | None]], watts: float | None, seconds: float) -> Energy:
+    """Return the energy of a training.
+
+    Args:
+        parts: the joules that each process read, by counter; None for one that it could not read.
+        watts: assumed where a counter is missing.
+    """
+    values: defaultdict[str, list[float | None]] = defaultdict(list)
+    for part in parts:
+        for name, joules in part.items():
+            values[name].append(joules)
+    found = {name: [one for one in all_of_it if one is not None] for name, all_of_it in values.items()}
+    is_whole = all(len(found[name]) == len(values[name]) for name in values)
+    if not is_whole and watts is not None:
+        return Energy(
+            watts * seconds / JOULES_PER_WATT_HOUR, f"assumed: {watts:g} W (flows.training.power_watts)"
+        )
+    named = " and ".join(
+        name if len(found[name]) == len(values[name]) else _describe_part(name, found[name], values[name])
+        for name in values
+        if found[name]
+    )
+    if not named:
         return Energy(None, "not known: no counter can be read, and flows.training.power_watts is null")
+    joules_of_all = sum(sum(read) for read in found.values())
+    return Energy(joules_of_all / JOULES_PER_WATT_HOUR, f"measured: {named}{'' if is_whole else ' only'}")
+
+
+def _describe_part(name: str, found: Sequence[object], wanted: Sequence[object]) -> str:
+    return f"{name} of {len(found)} of {len(wanted)} {COUNTED[name]}"
 
 
 class _Rapl:

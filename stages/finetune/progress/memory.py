@@ -86,7 +86,9 @@ class MemoryPlan:
         self._model = _copy_without_values(model, self._mode)
         self._own = {_key(t) for t in chain(self._model.parameters(), self._model.buffers())}
         trained = [p for p in model.parameters() if p.requires_grad]
-        self._optimizer = sum(p.numel() * (p.element_size() + ADAMW_BYTES) for p in trained)
+        # Several processes average their gradients in buckets, which hold a copy of them.
+        gradients = 2 if count_processes() > 1 else 1
+        self._optimizer = sum(p.numel() * (gradients * p.element_size() + ADAMW_BYTES) for p in trained)
         self._words = int(model.config.get_text_config().vocab_size)
         lengths = [len(example.input_ids) for example in examples]
         self._longest = [examples[i] for i in sorted(range(len(lengths)), key=lambda i: -lengths[i])[:64]]

@@ -11,6 +11,7 @@ import torch
 
 from stages.common.machine.memory import format_bytes, read_held_memory
 from stages.common.machine.products import measure_product_speed
+from stages.finetune.devices.group import gather, wait_for_all
 from stages.finetune.progress.cost import Cost, Prices
 from stages.finetune.progress.energy import EnergyMeter
 from stages.finetune.progress.flops import count_work
@@ -28,20 +29,26 @@ class Reading:
 
 
 class Meter:
-    """Measures the steps of a training; seconds in which it does something else are taken off.
+    """Measures the steps of this process; seconds in which it does something else are taken off.
 
     Args:
+        dtype: in which the steps compute; trained weights can have another.
         tokens_of_step: tokens of the rows of each update of the whole training.
         first_step: updates that were made by an earlier process.
     """
 
     def __init__(
-        self, model: Any, tokens_of_step: Sequence[int], first_step: int, prices: Prices | None = None
+        self,
+        model: Any,
+        dtype: torch.dtype,
+        tokens_of_step: Sequence[int],
+        first_step: int,
+        prices: Prices | None = None,
     ) -> None:
         self._device: torch.device = model.device
-        dtype = str(model.dtype).removeprefix("torch.")
         self._work = count_work(model)
-        self._limit = measure_product_speed(dtype, self._device.type, PROBE_S)
+        wait_for_all()  # processes that share the cores measure their shares of them
+        self._limit = measure_product_speed(str(dtype).removeprefix("torch."), self._device.type, PROBE_S)
         self._tokens_of_step, self._first_step = tokens_of_step, first_step
         self._prices = prices or Prices()
         self._energy = EnergyMeter(self._device.type, self._prices.power_watts)
@@ -83,19 +90,20 @@ class Meter:
         )
 
     def finish(self, seconds: float, whole_seconds: float, estimated: int | None) -> Cost:
-        """Return what the training took.
+        """Return what the training took in all processes; all must call it.
 
         Args:
             seconds: of the steps; `whole_seconds` are with everything between them.
-            estimated: the bytes that it was estimated to hold at most.
+            estimated: the bytes that this process was estimated to hold at most.
         """
         is_gpu = self._device.type == "cuda"
+        limit = sum(gather(self._limit))
         return Cost(
-            self._energy.read(),
+            self._energy.finish(),
             self._prices,
             whole_seconds,
-            self._limit,
-            self._operations / seconds / self._limit if seconds > 0 else 0.0,
-            estimated,
-            torch.cuda.max_memory_reserved(self._device) if is_gpu else None,
+            limit,
+            sum(gather(self._operations)) / seconds / limit if seconds > 0 else 0.0,
+            sum(gather(estimated or 0)) or None,
+            sum(gather(torch.cuda.max_memory_reserved(self._device))) if is_gpu else None,
         )

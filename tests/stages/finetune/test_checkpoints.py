@@ -57,3 +57,8 @@ def test_checkpoints_of_other_parameters_are_not_resumed_and_do_not_pile_up(proj
 def test_a_disk_too_small_for_the_checkpoints_is_an_error_before_the_work(tmp_path):
     with pytest.raises(InputError, match="MiB left"):
         check_free_space(tmp_path, trained_parameters=10**15)
+    mib = 1 << 20  # 36 bytes of a weight, and 16 more for the best ones that early stopping keeps
+    with pytest.raises(InputError, match=rf"need {36 * 10**15 // mib} MiB"):
+        check_free_space(tmp_path, 10**15)
+    with pytest.raises(InputError, match=rf"need {52 * 10**15 // mib} MiB"):
+        check_free_space(tmp_path, 10**15, keeps_best=True)

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from stages.common.errors import InputError
+from stages.common.machine.products import measure_product_speed
 from stages.common.model.loading import load_base, load_tuned
 from stages.common.params.loading import load_params
 from stages.finetune.__main__ import main
 from stages.finetune.adapter import build_model
+from stages.finetune.progress import meter
 from stages.finetune.recipe import Recipe
 from tests.stages.finetune.project import (
     REPO,
@@ -90,8 +92,16 @@ def test_trained_weights_are_under_the_names_of_the_base_model_with_what_was_tra
     }
 
 
-def test_in_bfloat16_the_trained_weights_are_float32_and_the_frozen_ones_are_not(project):
-    change_finetune(project, method="partial", trained_modules=1, dtype="bfloat16", learning_rate=0.003)
+def test_in_bfloat16_the_trained_weights_are_float32_and_the_frozen_ones_are_not(project, monkeypatch):
+    measured = []
+
+    def measure(dtype, *settings):
+        measured.append(dtype)
+        return measure_product_speed(dtype, *settings)
+
+    monkeypatch.setattr(meter, "measure_product_speed", measure)
+    modules = ["layers.1", "embed_tokens"]
+    change_finetune(project, method="partial", trained_modules=modules, dtype="bfloat16", learning_rate=0.003)
     recipe = Recipe(**load_params().finetune.model_dump(include=set(Recipe.__dataclass_fields__)))
     model = build_model(project / "artifacts/fetch_base", recipe)
     kinds = {(weights.requires_grad, weights.dtype) for weights in model.parameters()}
@@ -99,6 +109,7 @@ def test_in_bfloat16_the_trained_weights_are_float32_and_the_frozen_ones_are_not
     assert model(torch.tensor([[2, 3, 4]]), logits_to_keep=1).logits.dtype == torch.bfloat16
     main()
     assert evidence(project)["dtype"] == "bfloat16"
+    assert measured == ["bfloat16"]  # what the steps compute in, and what their speed is a share of
     assert changed(project) > {"model.layers.1.mlp.up_proj.weight"}
 
 

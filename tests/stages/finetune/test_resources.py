@@ -13,8 +13,10 @@ from stages.common.params.loading import load_params
 from stages.finetune.__main__ import main
 from stages.finetune.adapter import build_model
 from stages.finetune.answer_loss import cross_entropy_sum
+from stages.finetune.devices import group
+from stages.finetune.devices.choice import Place
 from stages.finetune.progress.cost import Cost, Prices
-from stages.finetune.progress.energy import Energy, EnergyMeter
+from stages.finetune.progress.energy import Energy, EnergyMeter, add_up
 from stages.finetune.progress.flops import count_work
 from stages.finetune.progress.memory import (
     MemoryEstimate,
@@ -132,14 +134,38 @@ def test_energy_is_read_from_counters_that_begin_again_or_assumed_or_not_known(t
         (tmp_path / name).mkdir()
         (tmp_path / name / "max_energy_range_uj").write_text("1000000000\n")
         (tmp_path / name / "energy_uj").write_text("900000000\n")
-    meter = EnergyMeter("cpu", rapl=tmp_path)
+    energy = EnergyMeter("cpu", rapl=tmp_path)
     (package / "energy_uj").write_text("980000000\n")
-    meter.read()
+    energy.read()
     (package / "energy_uj").write_text("280000000\n")
-    assert meter.read() == Energy(pytest.approx(380 / 3600), "measured: RAPL")
-    assumed = EnergyMeter("cpu", 60.0, rapl=tmp_path / "nothing").read()
+    assert energy.finish() == Energy(pytest.approx(380 / 3600), "measured: RAPL")
+    assumed = EnergyMeter("cpu", 60.0, rapl=tmp_path / "nothing").finish()
     assert assumed.watt_hours is not None and assumed.source.startswith("assumed: 60 W")
-    assert EnergyMeter("cpu", rapl=tmp_path / "nothing").read().watt_hours is None
+    assert EnergyMeter("cpu", rapl=tmp_path / "nothing").finish().watt_hours is None
+
+
+def test_the_energy_of_several_processes_is_that_of_each_gpu_and_of_each_host_once(tmp_path, monkeypatch):
+    (tmp_path / "intel-rapl:0").mkdir()
+    for name in ("max_energy_range_uj", "energy_uj"):
+        (tmp_path / "intel-rapl:0" / name).write_text("1000\n")
+    assert EnergyMeter("cpu", rapl=tmp_path).read() == {"RAPL": 0.0}
+    monkeypatch.setattr(group._Own, "place", Place(1, 2, 1, 2))
+    assert EnergyMeter("cpu", rapl=tmp_path).read() == {}
+    whole = [{"RAPL": 3600.0, "NVML": 7200.0}, {"NVML": 7200.0}]
+    assert add_up(whole, 60.0, 1.0) == Energy(5.0, "measured: RAPL and NVML")
+    part = [{"RAPL": None, "NVML": 7200.0}, {"NVML": None}]
+    assert add_up(part, None, 1.0) == Energy(2.0, "measured: NVML of 1 of 2 GPUs only")
+    assert add_up(part, 60.0, 60.0) == Energy(1.0, "assumed: 60 W (flows.training.power_watts)")
+    hosts = [{"RAPL": 3600.0}, {"RAPL": None}]
+    assert add_up(hosts, None, 1.0) == Energy(1.0, "measured: RAPL of 1 of 2 hosts only")
+
+
+def test_several_processes_hold_their_gradients_twice(model, monkeypatch):
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    alone = MemoryPlan(model, EXAMPLES, 1, share_prefix=False).estimate(1, 0).optimizer
+    monkeypatch.setattr(group._Own, "place", Place(0, 2, 0, 2))
+    together = MemoryPlan(model, EXAMPLES, 1, share_prefix=False).estimate(1, 0).optimizer
+    assert (alone, together) == (12 * trained, 16 * trained)
 
 
 def test_costs_are_shown_where_their_parts_are_known():
@@ -152,7 +178,7 @@ def test_costs_are_shown_where_their_parts_are_known():
     assert (found["product_limit_gflops"], found["estimated_peak_mib"]) == (200.0, 900)
     assert "50.00 Wh (measured: RAPL), 20.00 g CO2, cost 1.5000" in whole.describe()
     bare = tell(Energy(None, "not known"), Prices())
-    assert bare.describe() == "40% of the machine's matrix products (200 GFLOP/s)"
+    assert bare.describe() == "40% of the matrix products of its devices (200 GFLOP/s)"
 
 
 def test_a_training_reports_its_speed_memory_and_share_of_the_machine(project, caplog):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from safetensors.numpy import save_file
 from transformers import T5Config
@@ -14,7 +15,9 @@ from stages.common.artifacts import write_json
 from stages.common.chat.template import Encoded, encode_example
 from stages.common.errors import InputError
 from stages.common.messages import Message, Tool, ToolCall
+from stages.common.model.replaced import measure_reach, select_weights
 from stages.common.params.loading import load_params
+from stages.common.params.stages import EarlyStopping
 from stages.common.records import make_row, write_rows
 from stages.preflight import __main__ as preflight
 from stages.preflight import base_checks, finetune_checks
@@ -375,6 +378,31 @@ def test_a_disk_that_is_too_full_is_refused(tmp_path):
     assert "MiB left" in problem.what
     full, quantized = (base_checks.count_needed_bytes(10**9, q) for q in ("f16", "q4_0"))
     assert full > 2 * 10**9 and quantized < full
+
+
+def test_checkpoints_are_larger_where_early_stopping_keeps_the_best_weights():
+    training = finetune_checks.Training("lora", 1000, 100, 1.0)
+    without = load_params(REPO / "params.yaml").finetune
+    assert finetune_checks.count_checkpoint_bytes(training, without) == 4000
+    stopping = without.model_copy(update={"early_stopping": EarlyStopping(metric="loss", patience=2)})
+    assert finetune_checks.count_checkpoint_bytes(training, stopping) == 5600
+
+
+def test_a_model_whose_blocks_are_not_found_is_refused_only_where_they_are_counted():
+    class Unlisted(torch.nn.Module):
+        """A decoder whose blocks are in no list of their number."""
+
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+
+    model = make_model()
+    model.model.layers = Unlisted()
+    assert measure_reach(model, select_weights(model, None)) == 1.0
+    assert measure_reach(model, select_weights(model, ["two"])) == 1.0
+    with pytest.raises(InputError, match=r"blocks of \w+ are not found") as error:
+        select_weights(model, 1)
+    assert "a list of module names" in error.value.fix
 
 
 def test_all_problems_are_in_one_message(lay_out, set_params):
