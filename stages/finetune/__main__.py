@@ -29,7 +29,13 @@ from stages.common.chat.fitting import (
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage
 from stages.common.model.adapter import find_start
-from stages.common.model.loading import limit_length, load_tokenizer, pick_dtype, read_config
+from stages.common.model.loading import (
+    limit_length,
+    load_tokenizer,
+    pick_dtype,
+    read_config,
+    read_position_limit,
+)
 from stages.common.params.loading import load_params
 from stages.common.records import Row, read_rows
 from stages.common.spool import view
@@ -86,7 +92,8 @@ def train_adapter() -> None:
     trained_ids = initial.read_trained_ids() if initial else frozenset()
     selected = select_rows(rows, initial, trained_ids, params.replay_share, params.seed)
     tokenizer = load_tokenizer(base)
-    limit = limit_length(params.max_length, read_config(base))
+    config = read_config(base)
+    limit = limit_length(params.max_length, config)
     examples, row_ids, misfits = encode_rows(
         tokenizer, selected, params.max_length, params.on_long_row, turns, limit
     )
@@ -98,7 +105,12 @@ def train_adapter() -> None:
         learned_turns=turns,
     )
     validation = view(validated, itemgetter(1))
-    watch = plan_watch(everything, tokenizer, list({row.id: row for row, _ in validated}.values()))
+    watch = plan_watch(
+        everything,
+        tokenizer,
+        list({row.id: row for row, _ in validated}.values()),
+        read_position_limit(config),
+    )
     for rows_of, excluded in (("training", misfits), ("validation", not_validated)):
         if excluded:
             logger.warning(

@@ -202,7 +202,9 @@ def train(
         batch = lay_out([examples[i] for i in items[0] or [shortest]], pad_id, share_prefix)
         return _inputs(batch if items[0] else batch.without_targets(), items[0])
 
-    validation_points = Validation(watch, len(tokens_of_step), attention, checkpoints) if watch else None
+    validation_points = (
+        Validation(watch, len(tokens_of_step), attention, checkpoints, sizes[0]) if watch else None
+    )
     dtype = pick_dtype(model.device, recipe.dtype)
     meter = Meter(model, dtype, tokens_of_step, first_step, prices)
     monitor = TrainingMonitor(first_step, name_row, meter, validation_points)

@@ -1,9 +1,14 @@
-"""Ask validation rows after some of the updates of a training, and stop it where that is asked for."""
+"""Ask validation rows after some of the updates of a training, and stop it where that is asked for.
+
+Several processes decide by the same points (`Sample.ask`), so that all of them stop, save and load together.
+"""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +16,7 @@ from transformers import TrainerCallback
 from typing_extensions import override
 
 from stages.common.errors import InputError
-from stages.common.logs import get_logger
+from stages.common.logs import get_logger, is_full_memory
 from stages.common.machine.memory import release_freed_memory
 from stages.finetune.progress.divergence import SLOWER
 from stages.finetune.progress.early_stopping import load_best, write_best
@@ -20,6 +25,9 @@ from stages.finetune.progress.watch import Watch
 
 logger = get_logger("finetune")
 
+# Fewer where a training batch has fewer rows: the memory is estimated for its steps, not for answers.
+MOST_AT_ONCE = 32
+
 
 class Validation(TrainerCallback):
     """Ask the sample after some of the updates, and stop where that is asked for.
@@ -27,14 +35,17 @@ class Validation(TrainerCallback):
     Args:
         attention: by which the model attends without the training's own.
         folder: of the checkpoints.
+        batch_rows: of a training batch of this process.
 
     Attributes:
+        at_once: questions of a batch.
         seconds: that the answers took.
         note: of the last point, for the line of progress.
     """
 
-    def __init__(self, watch: Watch, steps: int, attention: str, folder: Path) -> None:
+    def __init__(self, watch: Watch, steps: int, attention: str, folder: Path, batch_rows: int) -> None:
         self.watch, self.attention, self.folder = watch, attention, folder
+        self.at_once = min(MOST_AT_ONCE, batch_rows)
         self.steps = plan_points(steps, watch.every)
         self.seconds = 0.0
         self.note = ""
@@ -48,8 +59,8 @@ class Validation(TrainerCallback):
         started = time.monotonic()
         # Answers take blocks of other sizes than steps do; together both would take half as much again.
         release_freed_memory()
-        with attending(model, self.attention):
-            point = self.watch.sample.ask(model, state.global_step)
+        with attending(model, self.attention), explain_full_memory_of_answers(self.at_once):
+            point = self.watch.sample.ask(model, state.global_step, self.at_once)
         release_freed_memory()
         self.seconds += time.monotonic() - started
         self._check(point)
@@ -105,3 +116,27 @@ class Validation(TrainerCallback):
             load_best(model, self.folder, best)
             logger.info("the adapter is that after update %d, the best one", best)
         return best
+
+
+@contextmanager
+def explain_full_memory_of_answers(at_once: int) -> Iterator[None]:
+    """Turn a full memory inside the block into an error with what makes answers take less.
+
+    Raises:
+        InputError: the memory was full.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_full_memory(error):
+            raise
+        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        fewer = (
+            f"lower finetune.batch_size, or finetune.validation_rows below the {at_once} rows asked at once"
+            if at_once > 1
+            else "lower finetune.max_length or ask_base.max_new_tokens (rows are asked one by one)"
+        )
+        raise InputError(
+            f"the memory is full while validation rows are asked: {message}",
+            f"set finetune.validate_every: null, or {fewer}",
+        ) from None

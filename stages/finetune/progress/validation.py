@@ -2,7 +2,7 @@
 
 The same rows at every point, so that points differ by what was learned and not by what was asked. Answers are
 generated and scored by the functions that `evaluate` uses; nothing is drawn at random, so a training with
-these points learns the same, bit for bit, as one without them.
+these points learns the same, bit for bit, as one without them. Several processes share the rows.
 """
 
 from __future__ import annotations
@@ -11,18 +11,23 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from stages.common.chat.fitting import limit_answer
 from stages.common.chat.turns import unroll
 from stages.common.errors import InputError
+from stages.common.logs import get_logger
 from stages.common.messages import LearnedTurns
 from stages.common.model.generation import EvalPrompt, answer_questions, encode_questions
 from stages.common.records import Row
 from stages.common.task.protocol import Task
+from stages.finetune.devices.group import count_processes, gather, get_rank
+
+logger = get_logger("finetune")
+
+T = TypeVar("T")
 
 LOSS = "loss"
-AT_ONCE = 32  # rows of a batch of questions
 ENTRY = "validation"  # the key of a point in the Trainer's history, which is part of every checkpoint
 
 
@@ -64,31 +69,47 @@ class Sample:
     questions: Sequence[EvalPrompt]
     limit: int
 
-    def ask(self, model: Any, step: int) -> ValidationPoint:
-        """Return the loss and the task's metrics of the greedy answers of a model."""
+    def ask(self, model: Any, step: int, at_once: int) -> ValidationPoint:
+        """Return the loss and the task's metrics of the greedy answers of a model.
+
+        Each process asks its share of the questions; all return the same point.
+
+        Args:
+            at_once: the questions of a batch.
+        """
         was_training = model.training
         model.eval()
-        answers = answer_questions(model, self.tokenizer, self.questions, AT_ONCE, self.limit)
+        share = self.questions[get_rank() :: count_processes()]
+        answers = answer_questions(model, self.tokenizer, share, at_once, self.limit)
         model.train(was_training)
+        found = merge_shares(gather([(answer.text, answer.reference_loss) for answer in answers]))
         tokens = sum(len(question.reference) for question in self.questions)
-        return ValidationPoint(
-            step,
-            sum(answer.reference_loss for answer in answers) / tokens,
-            self._score([answer.text for answer in answers]),
-        )
+        loss = sum(loss for _, loss in found) / tokens
+        point = ValidationPoint(step, loss, self._score([text for text, _ in found]))
+        # Another processor may round the last digit of a metric in another way; all decide by one point.
+        return gather(point)[0]
 
     def check_metric(self, name: str) -> None:
-        """Check that the points will have a metric.
+        """Check that the points will have a metric, and that more of it, or less, is better.
 
         Raises:
-            InputError: with the metrics that they will have.
+            InputError: with the metrics that can be chosen.
         """
-        known = [LOSS, *self._score([row.answer for row in self.rows])]
-        if name not in known:
-            raise InputError(
-                f"finetune.early_stopping.metric is {name}, and answers of kind {self.task.kind} have none",
-                f"set it to one of {', '.join(known)}",
-            )
+        answers = [row.answer for row in self.rows]
+        scored = self.task.score(answers, answers)
+        # A metric without a largest value has its best one somewhere between: lengths that are equal.
+        known = [LOSS, *(n for n in self.task.meanings if n in scored and scored[n].scale is not None)]
+        if name in known:
+            return
+        problem = (
+            f"neither more nor less of it is better ({self.task.meanings[name]})"
+            if name in scored
+            else f"answers of kind {self.task.kind} have none"
+        )
+        raise InputError(
+            f"finetune.early_stopping.metric is {name}, and {problem}",
+            f"set it to one of {', '.join(known)}",
+        )
 
     def read_scales(self) -> dict[str, float]:
         """Return the largest value of each metric that has one."""
@@ -119,21 +140,50 @@ def draw_sample(
     count: int,
     max_new_tokens: int,
     seed: int,
+    positions: int | None = None,
 ) -> Sample | None:
-    """Return a sample of the learned turns of rows; None where there are no rows.
+    """Return a sample of the learned turns of rows; None where there are none, or none fits.
 
     Args:
         count: the most turns.
         max_new_tokens: where answers are cut, if a reference is that long.
+        positions: of the model, into which a question has to fit with the longest answer; None for any.
     """
-    digests = {row.id: hashlib.blake2b(f"{seed}/{row.id}".encode()).digest() for row in unroll(rows, turns)}
-    drawn = set(sorted(digests, key=digests.__getitem__)[:count])
-    chosen = [row for row in unroll(rows, turns) if row.id in drawn][:count]
-    if not chosen:
+    candidates = {row.id: row for row in unroll(rows, turns)}
+    order = sorted(candidates, key=lambda name: hashlib.blake2b(f"{seed}/{name}".encode()).digest())
+    drawn: set[str] = set()
+    widest = longest = too_long = 0
+    for name in order:
+        if len(drawn) == count:
+            break
+        (question,) = encode_questions(tokenizer, [candidates[name]])
+        prompt, reference = max(widest, len(question.prompt)), max(longest, len(question.reference))
+        needed = prompt + limit_answer(reference, max_new_tokens)
+        if positions is not None and needed > positions:
+            too_long += 1
+            continue
+        drawn.add(name)
+        widest, longest = prompt, reference
+    if too_long:
+        logger.warning(
+            "%d validation rows are not asked: with an answer of the length that is allowed "
+            "they exceed the %d positions of the base model",
+            too_long,
+            positions,
+        )
+    if not drawn:
         return None
+    chosen = [row for name, row in candidates.items() if name in drawn]
     questions = encode_questions(tokenizer, chosen)
-    longest = max(len(question.reference) for question in questions)
     return Sample(task, tokenizer, chosen, questions, limit_answer(longest, max_new_tokens))
+
+
+def merge_shares(shares: Sequence[Sequence[T]]) -> list[T]:
+    """Return the items of which each of n shares has every n-th, in their order."""
+    merged: list[Any] = [None] * sum(map(len, shares))
+    for rank, share in enumerate(shares):
+        merged[rank :: len(shares)] = share
+    return merged
 
 
 def plan_points(steps: int, every: float) -> frozenset[int]:

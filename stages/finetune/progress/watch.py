@@ -32,11 +32,16 @@ class Watch:
         return {**self.sample.describe(), "every": self.every, "stopping": stopping}
 
 
-def plan_watch(params: Params, tokenizer: Any, rows: Sequence[Row]) -> Watch | None:
-    """Return what is asked during the training; None if nothing is, or if there are no validation rows.
+def plan_watch(
+    params: Params, tokenizer: Any, rows: Sequence[Row], positions: int | None = None
+) -> Watch | None:
+    """Return what is asked during the training; None if nothing is, or if no validation row can be asked.
+
+    Args:
+        positions: of the base model; None for any number.
 
     Raises:
-        InputError: early stopping is impossible: without rows, or with a metric that they do not have.
+        InputError: early stopping is impossible: without rows, or with a metric that cannot decide.
     """
     settings = params.finetune
     if settings.validate_every is None:
@@ -49,9 +54,17 @@ def plan_watch(params: Params, tokenizer: Any, rows: Sequence[Row]) -> Watch | N
         settings.validation_rows,
         params.ask_base.max_new_tokens,
         settings.seed,
+        positions,
     )
     stopping = settings.early_stopping
     if sample is None:
+        if stopping and rows:
+            raise InputError(
+                "finetune.early_stopping is set, and no validation row fits with its answer into the "
+                f"{positions} positions of the base model",
+                "lower ask_base.max_new_tokens, choose a base model with a longer context, "
+                "or set finetune.early_stopping: null",
+            )
         if stopping:
             raise InputError(
                 "finetune.early_stopping is set, and there are no validation rows",

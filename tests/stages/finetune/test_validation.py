@@ -8,14 +8,17 @@ from stages.common.chat.turns import unroll
 from stages.common.errors import InputError, ParamsError
 from stages.common.messages import Message
 from stages.common.model.adapter import read_trained_ids
+from stages.common.model.generation import encode_questions
 from stages.common.model.loading import load_base, load_tokenizer
 from stages.common.records import make_row, read_rows, write_rows
 from stages.common.task.kinds import make_task, read_task
 from stages.finetune.__main__ import main
+from stages.finetune.progress.asking import MOST_AT_ONCE, Validation, explain_full_memory_of_answers
 from stages.finetune.progress.early_stopping import EarlyStopping
-from stages.finetune.progress.validation import ValidationPoint, draw_sample, plan_points
+from stages.finetune.progress.validation import ValidationPoint, draw_sample, merge_shares, plan_points
+from stages.finetune.progress.watch import Watch
 from tests.stages.finetune.project import adapter, change_finetune, evidence, rows
-from tests.tiny import make_tokenizer
+from tests.tiny import make_model, make_tokenizer, save_model
 
 
 def ask_kept_adapter(project):
@@ -25,7 +28,7 @@ def ask_kept_adapter(project):
     tuned = PeftModel.from_pretrained(model, project / "artifacts" / "finetune").eval()
     validation = read_rows(project / "artifacts" / "split" / "validation.parquet")
     sample = draw_sample(read_task(), load_tokenizer(base), validation, "all", 32, 96, 7)
-    return sample.ask(tuned, 0)
+    return sample.ask(tuned, 0, 4)
 
 
 def test_the_points_are_those_of_the_model_and_change_nothing_that_is_learned(project):
@@ -74,6 +77,15 @@ def test_early_stopping_without_its_metric_or_rows_is_refused_before_training(pr
     with pytest.raises(InputError, match="macro_f1, and answers of kind json have none") as error:
         main()
     assert "one of loss, exact_match, valid_output, slot_f1" in error.value.fix
+    # Every row can be learned, and none has room for an answer that is longer than its reference.
+    found = encode_questions(make_tokenizer(), rows(8, start=1000))
+    narrow = max(len(question.prompt) + len(question.reference) for question in found)
+    save_model(project / "artifacts" / "fetch_base", max_position_embeddings=narrow)
+    least = min(len(question.prompt) for question in found)
+    long = [row for row, q in zip(rows(8, start=1000), found, strict=True) if len(q.prompt) > least + 4]
+    write_rows(project / "artifacts" / "split" / "validation.parquet", long)
+    with pytest.raises(InputError, match=f"no validation row fits .* into the {narrow} positions"):
+        main()
     write_rows(project / "artifacts" / "split" / "validation.parquet", [])
     with pytest.raises(InputError, match="no validation rows"):
         main()
@@ -113,3 +125,54 @@ def test_the_sample_is_the_same_in_any_order_and_has_every_learned_turn():
     tools = make_task({"kind": "tools"})
     sample = draw_sample(tools, tokenizer, many, "last", 8, 96, 7)
     assert sample.is_lower_better("malformed_call") and not sample.is_lower_better("call_match")
+
+
+def test_only_questions_are_drawn_whose_longest_answer_has_positions(caplog):
+    task, tokenizer = make_task({"kind": "text"}), make_tokenizer()
+    many = rows(40)
+    whole = draw_sample(task, tokenizer, many, "last", 40, 96, 7)
+    positions = max(len(q.prompt) + len(q.reference) for q in whole.questions)
+    model = make_model(model_type="gpt2", n_inner=32, max_position_embeddings=positions)
+    with pytest.raises(IndexError):
+        whole.ask(model, 1, 32)
+    sample = draw_sample(task, tokenizer, many, "last", 40, 96, 7, positions)
+    assert 0 < len(sample.rows) < 40
+    assert f"{40 - len(sample.rows)} validation rows are not asked" in caplog.text
+    assert max(len(q.prompt) for q in sample.questions) + sample.limit <= positions
+    assert sample.ask(model, 1, 32).loss > 0
+    # The others take the places of those that do not fit.
+    assert len(draw_sample(task, tokenizer, many, "last", 8, 96, 7, positions).rows) == 8
+    assert draw_sample(task, tokenizer, many, "last", 8, 96, 7, 20) is None
+
+
+def test_early_stopping_takes_no_metric_whose_best_value_is_between():
+    task, tokenizer = make_task({"kind": "text"}), make_tokenizer()
+    sample = draw_sample(task, tokenizer, rows(8), "last", 8, 96, 7)
+    with pytest.raises(InputError, match="length_ratio, and neither more nor less of it is better") as error:
+        sample.check_metric("length_ratio")
+    assert error.value.fix == "set it to one of loss, chrf, exact_match, rouge_l, bleu"
+    for name in ("loss", "chrf", "bleu"):
+        sample.check_metric(name)
+    tools = draw_sample(make_task({"kind": "tools"}), tokenizer, rows(8), "last", 8, 96, 7)
+    tools.check_metric("malformed_call")
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 9])
+def test_shares_are_put_back_in_order(processes):
+    items = list("abcdefg")
+    assert merge_shares([items[rank::processes] for rank in range(processes)]) == items
+
+
+def test_no_more_rows_are_asked_at_once_than_a_batch_has_and_a_full_memory_names_what_helps(tmp_path):
+    sample = draw_sample(make_task({"kind": "text"}), make_tokenizer(), rows(8), "last", 8, 96, 7)
+    sizes = [Validation(Watch(sample, 0.5), 10, "sdpa", tmp_path, rows).at_once for rows in (1, 4, 512)]
+    assert sizes == [1, 4, MOST_AT_ONCE]
+    for at_once, setting in ((4, "finetune.validation_rows"), (1, "finetune.max_length")):
+        with (
+            pytest.raises(InputError, match=r"full while validation rows are asked: .*memory") as error,
+            explain_full_memory_of_answers(at_once),
+        ):
+            torch.empty(1 << 55)
+        assert "finetune.validate_every: null" in error.value.fix and setting in error.value.fix
+    with pytest.raises(ZeroDivisionError), explain_full_memory_of_answers(4):
+        1 / 0  # noqa: B018

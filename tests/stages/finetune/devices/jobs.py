@@ -27,6 +27,48 @@ def tell_each_other():
     Path(f"done-{rank}").touch()
 
 
+def decide_together():
+    """Each process has weights of its own, as if it computed in another way; all decide alike."""
+    # Imported here: the processes of the other jobs need not wait for them.
+    import torch
+    from transformers import TrainerControl, TrainerState
+
+    from stages.common.model.generation import answer_questions
+    from stages.common.task.kinds import make_task
+    from stages.finetune.progress.asking import Validation
+    from stages.finetune.progress.early_stopping import EarlyStopping
+    from stages.finetune.progress.validation import draw_sample, read_attention
+    from stages.finetune.progress.watch import Watch
+    from tests.stages.finetune.project import rows
+    from tests.tiny import make_model, make_tokenizer
+
+    task, tokenizer = make_task({"kind": "text"}), make_tokenizer()
+    sample = draw_sample(task, tokenizer, rows(5), "last", 5, 8, 7)
+    same = make_model(0)
+    alone = answer_questions(same, tokenizer, sample.questions, 1, sample.limit)
+    scored = task.score([answer.text for answer in alone], [row.answer for row in sample.rows])
+    point = sample.ask(same, 1, 1)
+    assert point.metrics == {name: metric.value() for name, metric in scored.items()}
+    tokens = sum(len(question.reference) for question in sample.questions)
+    assert abs(point.loss - sum(answer.reference_loss for answer in alone) / tokens) < 1e-9
+
+    watch = Watch(sample, 0.05, EarlyStopping("loss", 1, lower_is_better=True))
+    validation = Validation(watch, 20, read_attention(same), RUNS, 4)
+    state, control = TrainerState(max_steps=20), TrainerControl()
+    while not control.should_training_stop:
+        state.global_step += 1
+        model = make_model(2 * state.global_step + group.get_rank())
+        own = sum(a.reference_loss for a in answer_questions(model, tokenizer, sample.questions, 4, 8))
+        first, second = group.gather(own)
+        assert first != second
+        validation.on_log(None, state, control, model=model, logs={"loss": 1.0})
+        found = (state.log_history, control.should_training_stop, control.should_save)
+        assert group.gather(found) == [found, found]
+    assert validation.restore_best(model, state) < state.global_step
+    first, second = group.gather(torch.cat([weight.detach().flatten() for weight in model.parameters()]))
+    assert torch.equal(first, second)
+
+
 def resume_from_what_one_has():
     """The first process has a checkpoint in its folder, the other has not in its own."""
     if group.is_main():

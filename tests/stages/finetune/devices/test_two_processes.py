@@ -21,8 +21,14 @@ from tests.stages.finetune.project import REPO, adapter, change_finetune, eviden
 
 pytestmark = pytest.mark.slow
 
-# 41 rows: the last batch of an epoch has one row, and one of two processes none.
-SETTINGS = {"gradient_accumulation": 2, "epochs": 2}
+# 41 rows: the last batch of an epoch has one row, and one of two processes none. No answer is right at any
+# point, so the first stays the best: the training stops one update before its end and takes its weights.
+SETTINGS = {
+    "gradient_accumulation": 2,
+    "epochs": 2,
+    "validate_every": 0.1,
+    "early_stopping": {"metric": "exact_match", "patience": 8},
+}
 MODULE = ["-m", "stages.finetune"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *MODULE]
 TWO_CORES = pytest.mark.skipif(
@@ -66,6 +72,7 @@ def test_processes_agree_on_what_they_do_and_their_failures_are_one_error(tmp_pa
     monkeypatch.chdir(tmp_path)
     start_workers(jobs.tell_each_other, 2, "cpu", "")
     assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}
+    start_workers(jobs.decide_together, 2, "cpu", "")
     for job, error, message in (
         (jobs.fail_in_the_second, InputError, "^row 7 is broken\n  fix: correct it$"),
         (jobs.divide_by_zero, RuntimeError, r"process \d of 2 failed:[\s\S]*return 1 / 0"),
@@ -89,7 +96,12 @@ def test_two_processes_have_the_losses_of_one_whoever_starts_them(tmp_path):
     log = finish(start(two))
     assert "in 2 processes" in log and log.count("training on") == 1
     finish(start(by_torchrun, TORCHRUN))
-    assert len(curve(one)) == 11
+    assert len(curve(one)) == 10
+    points = evidence(one)["validation_points"]
+    assert [point["exact_match"] for point in points] == [0.0] * 9
+    assert evidence(one)["kept_step"] == evidence(two)["kept_step"] == 1
+    for alone, together in zip(points, evidence(two)["validation_points"], strict=True):
+        assert together == pytest.approx(alone, rel=1e-4)
     assert curve(two) == pytest.approx(curve(one), rel=1e-4)
     assert evidence(two)["validation_loss"] == pytest.approx(evidence(one)["validation_loss"], rel=1e-4)
     assert (evidence(one)["processes"], evidence(two)["processes"]) == (1, 2)
