@@ -19,18 +19,20 @@ from stages.common.statistics.sizes import choose_max_test_rows
 CHARS_PER_TOKEN = 4.0
 TOKENS_PER_WIDE_CHAR = 1.6
 FIXED_MINUTES = 2.0  # the stages that neither train nor answer
+DEFAULT_ASKED = 32  # finetune.validation_rows, where params.yaml does not have it
 TEMPLATE_TOKENS = 25  # that a chat template puts around a row
 
 
 @dataclass(frozen=True, slots=True)
 class RunEstimate:
-    """The size of a run: rows and tokens to train on, rows to test on, and minutes."""
+    """The size of a run: rows and tokens to train on, rows to test on, minutes, and GPUs that train."""
 
     train_rows: int
     test_rows: int
     train_tokens: int
     dtype: str
     minutes: float
+    gpus: int = 1
 
 
 def make_token_counter(base: Path) -> tuple[Callable[[str], int], bool]:
@@ -55,13 +57,17 @@ def estimate_run(survey: Survey, params: Mapping[str, Any], base: Path) -> RunEs
     split, finetune = params["split"], params["finetune"]
     usable = survey.rows - survey.duplicates - survey.long_rows
     test_rows = max(1, round(usable * split["test_fraction"]))
-    train_rows = max(1, usable - test_rows - round(usable * split["validation_fraction"]))
+    validation_rows = round(usable * split["validation_fraction"])
+    train_rows = max(1, usable - test_rows - validation_rows)
     tokens_per_row = survey.row_tokens.total / survey.sampled + TEMPLATE_TOKENS
     train_tokens = round(train_rows * tokens_per_row * finetune["epochs"])
     device = pick_device()
     dtype = str(pick_dtype(device, finetune["dtype"])).removeprefix("torch.")
     answer_tokens = survey.answer_tokens.total / survey.sampled
     asked = min(test_rows, choose_max_test_rows(params["ask_base"]["max_rows"]) or test_rows)
+    validated = run_estimate.count_asked_rows(
+        finetune.get("validate_every"), finetune.get("validation_rows", DEFAULT_ASKED), validation_rows
+    )
     work = Work(
         train_rows=train_rows,
         train_tokens=train_tokens,
@@ -69,8 +75,14 @@ def estimate_run(survey: Survey, params: Mapping[str, Any], base: Path) -> RunEs
         test_rows=asked,
         test_tokens=round(asked * tokens_per_row),
         longest_answer=min(survey.answer_tokens.largest, params["ask_base"]["max_new_tokens"]),
+        validation_tokens=round(validated * tokens_per_row),
+        validation_answer_tokens=round(validated * answer_tokens),
     )
     speed = measure_product_speed(dtype, device.type)
     size, is_paged = read_model_size(base), device.type == "cpu"
-    seconds = run_estimate.estimate_run(work, size, dtype, speed, is_paged).sum_of()
-    return RunEstimate(train_rows, test_rows, train_tokens, dtype, FIXED_MINUTES + seconds / 60)
+    processes = run_estimate.count_processes(
+        finetune.get("devices", "auto"), finetune["batch_size"], device.type
+    )
+    gpus = processes if device.type == "cuda" else 1
+    seconds = run_estimate.estimate_run(work, size, dtype, speed, is_paged, gpus=gpus).sum_of()
+    return RunEstimate(train_rows, test_rows, train_tokens, dtype, FIXED_MINUTES + seconds / 60, gpus)

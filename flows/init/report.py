@@ -153,12 +153,14 @@ def _show(value: Any) -> str:
 
 def report_run(estimate: RunEstimate) -> str:
     """Return what `make run` will do."""
+    number = estimate.gpus
+    gpus = f" on {number} GPUs, if they are {number} times as fast as one" if number > 1 else ""
     lines = [
         "make run",
         "  fetches the base model, collects and checks the rows, trains an adapter, compares it with the",
         "  base, exports it and writes its model card",
         f"  training     about {estimate.train_rows:,} rows with {estimate.train_tokens:,} tokens, "
-        f"in {estimate.dtype}",
+        f"in {estimate.dtype}{gpus}",
         f"  test         about {estimate.test_rows:,} rows",
         f"  time         about {_show_minutes(estimate.minutes)} on this machine, after installation",
     ]

@@ -13,6 +13,7 @@ from typing import Any
 
 PROGRAM_BYTES = 560 << 20  # Python with torch, transformers and peft, measured
 TRAINED_BYTES = 16  # of a trained weight in float32, its gradient and AdamW's two averages
+BUCKET_BYTES = 4  # and of its gradient again, where several processes average theirs
 LOGITS_AT_ONCE = 128  # rows that the loss widens to float32, twice
 
 
@@ -25,7 +26,9 @@ class Batch:
     longest_answer: int
 
 
-def count_state_bytes(weights: int, trained: int, element_bytes: int, replaced: bool) -> int:
+def count_state_bytes(
+    weights: int, trained: int, element_bytes: int, replaced: bool, is_averaged: bool = False
+) -> int:
     """Return the bytes of a model's weights, and of gradients and averages of what is trained.
 
     Args:
@@ -33,10 +36,12 @@ def count_state_bytes(weights: int, trained: int, element_bytes: int, replaced: 
         element_bytes: of a number in the format of training.
         replaced: whether the trained weights are some of the base model's; they are float32, with a copy in
             the format of training during a step.
+        is_averaged: whether the gradients are averaged with those of other processes.
     """
     frozen = weights - trained if replaced else weights
     copies = trained if replaced and element_bytes < 4 else 0
-    return (frozen + copies) * element_bytes + trained * TRAINED_BYTES
+    each = TRAINED_BYTES + (BUCKET_BYTES if is_averaged else 0)
+    return (frozen + copies) * element_bytes + trained * each
 
 
 def estimate_training_memory(
@@ -46,14 +51,17 @@ def estimate_training_memory(
     batch: Batch,
     element_bytes: int,
     replaced: int = 0,
+    is_averaged: bool = False,
 ) -> int:
-    """Return the most bytes that a training holds at once.
+    """Return the most bytes that one process of a training holds at once.
 
     Args:
         config: as in the model's config.json.
         weights: how many the base model has.
         element_bytes: of a number in the format of training.
+        batch: of this process.
         replaced: how many of the base model's weights are trained themselves, without an adapter.
+        is_averaged: whether the gradients are averaged with those of other processes.
 
     Raises:
         KeyError: the configuration has other names: it is of another architecture.
@@ -78,5 +86,5 @@ def estimate_training_memory(
     tokens = batch.rows * batch.longest
     logits = batch.rows * batch.longest_answer * words * element_bytes + 2 * 4 * LOGITS_AT_ONCE * words
     activations = tokens * layers * each_token * element_bytes
-    state = count_state_bytes(weights, replaced or adapter, element_bytes, replaced > 0)
+    state = count_state_bytes(weights, replaced or adapter, element_bytes, replaced > 0, is_averaged)
     return int(PROGRAM_BYTES + state + activations + logits)

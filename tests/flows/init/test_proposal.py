@@ -31,8 +31,10 @@ def test_a_language_of_few_rows_is_not_one_of_the_model():
 
 
 def test_a_long_run_is_shown_with_the_rows_of_a_short_one():
-    def shown(minutes):
-        return report_run(RunEstimate(81_234, 15_000, 3_000_000, "bfloat16", minutes))
+    def shown(minutes, gpus=1):
+        return report_run(RunEstimate(81_234, 15_000, 3_000_000, "bfloat16", minutes, gpus))
 
     assert "about 30 minutes with split.max_train_rows: 16000" in shown(150.0)
     assert "max_train_rows" not in shown(59.0)
+    assert "in bfloat16 on 4 GPUs, if they are 4 times as fast as one\n" in shown(59.0, 4)
+    assert "GPU" not in shown(59.0)

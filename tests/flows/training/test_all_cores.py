@@ -33,7 +33,8 @@ def test_one_stage_at_a_time_has_the_cores(tmp_path):
 def test_the_estimate_of_the_stages_that_run_is_logged_once(tmp_path, caplog, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     side = {"rows": 9, "tokens": 180, "learned_tokens": 36, "longest": 20, "longest_answer": 4}
-    counted = {"success": True, "problems": [], "sides": {"train": side, "test": side}}
+    sides = dict.fromkeys(("train", "validation", "test"), side)
+    counted = {"success": True, "problems": [], "sides": sides}
     write_json(tmp_path / "reports/preflight/metrics.json", counted)
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))

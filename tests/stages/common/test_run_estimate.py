@@ -2,25 +2,32 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from stages.common.artifacts import write_json
 from stages.common.chat.fitting import encode_fitting
+from stages.common.machine.memory import format_bytes
 from stages.common.machine.products import measure_product_speed
 from stages.common.machine.training_memory import Batch, count_state_bytes, estimate_training_memory
 from stages.common.messages import Message
 from stages.common.params.loading import load_params
 from stages.common.records import make_row
 from stages.common.run_estimate import (
+    ANSWERING_SHARE,
     DEFAULT_SIZE,
     OVERHEAD_S,
     TRAINING_SHARE,
+    TRANSFORMERS_SHARE,
     Estimate,
     ModelSize,
     Work,
+    count_asked_rows,
+    count_processes,
     describe,
     describe_memory,
     estimate_run,
@@ -35,6 +42,7 @@ from tests.tiny import make_model, make_tokenizer
 
 ROOT = Path(__file__).parents[3]
 
+SIDES = ("train", "validation", "test")
 WORK = Work(1000, 50_000, 20_000, 100, 5000, 40)
 
 
@@ -83,12 +91,55 @@ def test_the_memory_of_trained_weights_is_that_of_their_gradients_and_averages(t
     assert count_state_bytes(gib, gib, 2, replaced=True) == 18 * gib  # a copy to compute with
     assert count_state_bytes(gib, gib // 8, 2, replaced=True) == 2 * (gib - gib // 8) + 18 * gib // 8
     assert count_state_bytes(gib, gib // 8, 2, replaced=False) == 4 * gib
+    assert count_state_bytes(gib, gib, 4, replaced=True, is_averaged=True) == 20 * gib
     make_model().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     plain, full = (
         estimate_training_memory(config, 10**9, 16, Batch(4, 99, 40), 2, replaced) for replaced in (0, 10**9)
     )
     assert full - plain == pytest.approx(16 * 10**9, rel=0.01)
+
+
+def test_gpus_divide_the_training_and_nothing_else_and_that_is_told():
+    one, four = (estimate_run(WORK, DEFAULT_SIZE, "bfloat16", 1e11, gpus=gpus) for gpus in (1, 4))
+    assert one.finetune_s - OVERHEAD_S == pytest.approx(4 * (four.finetune_s - OVERHEAD_S))
+    assert (one.ask_base_s, one.evaluate_s) == (four.ask_base_s, four.evaluate_s)
+    assert "on 4 GPUs, if they are 4 times as fast as one" in describe(WORK, four)
+    assert "GPU" not in describe(WORK, one)
+
+
+def test_rows_that_are_asked_during_the_training_are_part_of_its_time():
+    assert [count_asked_rows(*settings) for settings in ((None, 32, 99), (0.5, 32, 99), (0.3, 32, 10))] == [
+        *(0, 64, 30)
+    ]
+    asked = replace(WORK, validation_tokens=3000, validation_answer_tokens=1000)
+    more = (estimate_run(work, DEFAULT_SIZE, "float32", 1e11, gpus=2).finetune_s for work in (asked, WORK))
+    weights = DEFAULT_SIZE.layers + DEFAULT_SIZE.output
+    expected = 2 * weights * (3000 / ANSWERING_SHARE["float32"] + 1000 / TRANSFORMERS_SHARE) / 1e11
+    assert next(more) - next(more) == pytest.approx(expected)
+
+
+def test_each_gpu_has_a_process_and_processes_on_a_cpu_share_it():
+    assert (count_processes("auto", 4, "cpu"), count_processes(2, 4, "cpu")) == (1, 2)
+    assert count_processes("auto", 4, "cuda") == min(torch.cuda.device_count(), 4)
+
+
+def test_several_processes_have_a_part_of_the_rows_each_and_the_model_and_its_state_each(tmp_path):
+    params = load_params(ROOT / "params.yaml")
+    params = params.model_copy(update={"finetune": params.finetune.model_copy(update={"batch_size": 5})})
+    counted = {"sides": {"train": {"rows": 1000, "longest": 500, "longest_answer": 100}}}
+    make_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    settings = (params.finetune.rank, Batch(3, 500, 100), 4)
+    weights = sum(p.numel() for p in make_model().parameters())
+    each = estimate_training_memory(config, weights, *settings, is_averaged=True)
+    assert each > estimate_training_memory(config, weights, *settings)
+
+    def tell(*where):
+        return describe_memory(params, counted, tmp_path, "float32", 8 << 30, *where)
+
+    assert tell(2, True) == f"  memory: finetune takes about {format_bytes(each)} on each of 2 GPUs"
+    assert tell(2) == f"  memory: finetune takes about {format_bytes(2 * each)} in 2 processes"
 
 
 def test_transformers_answers_more_slowly():
@@ -106,7 +157,12 @@ def test_work_is_what_preflight_counted():
     rows = [make_row([Message("user", f"q{i}"), Message("assistant", "yes")], "toy", "mit") for i in range(9)]
     encoded = [encode_fitting(tokenizer, part) for part in (rows, rows[:4])]
     sides = dict(zip(("train", "test"), (describe_side(*side) for side in encoded), strict=True))
+    sides["validation"] = sides["test"]
     once = read_work(sides, epochs=1, max_test_rows=2)
+    assert (once.validation_tokens, once.validation_answer_tokens) == (0, 0)
+    asked = read_work(sides, 1, 2, validate_every=0.5, validation_rows=3)
+    assert asked.validation_answer_tokens == 2 * 3 * 4
+    assert asked.validation_tokens == 2 * 3 * once.train_tokens // 9
     assert (once.train_rows, once.test_rows) == (9, 2)
     assert once.train_answer_tokens == 9 * 4  # three letters and the end of the turn
     assert once.longest_answer == 4
@@ -127,7 +183,7 @@ def test_the_command_reads_preflights_counts_and_says_where_there_are_none(tmp_p
         main()
     assert "no tokens: the chat template writes no end of turn" in capsys.readouterr().err
     side = {"rows": 1234, "tokens": 99_000, "learned_tokens": 5000, "longest": 99, "longest_answer": 40}
-    write_json(metrics, {"success": True, "problems": [], "sides": {"train": side, "test": side}})
+    write_json(metrics, {"success": True, "problems": [], "sides": dict.fromkeys(SIDES, side)})
     main()
     found = capsys.readouterr().out
     assert "finetune: 1,234 rows (99,000 tokens)" in found
