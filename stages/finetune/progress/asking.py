@@ -25,8 +25,9 @@ from stages.finetune.progress.watch import Watch
 
 logger = get_logger("finetune")
 
-# Fewer where a training batch has fewer rows: the memory is estimated for its steps, not for answers.
-MOST_AT_ONCE = 32
+# Fewer where a training batch has few rows: the memory is estimated for its steps, not for answers. A token of
+# an answer keeps its keys and values, one of a step the inputs of every product: more than eight times as much.
+MOST_AT_ONCE, FOR_EACH_ROW = 32, 8
 
 
 class Validation(TrainerCallback):
@@ -45,7 +46,7 @@ class Validation(TrainerCallback):
 
     def __init__(self, watch: Watch, steps: int, attention: str, folder: Path, batch_rows: int) -> None:
         self.watch, self.attention, self.folder = watch, attention, folder
-        self.at_once = min(MOST_AT_ONCE, batch_rows)
+        self.at_once = min(MOST_AT_ONCE, FOR_EACH_ROW * batch_rows)
         self.steps = plan_points(steps, watch.every)
         self.seconds = 0.0
         self.note = ""

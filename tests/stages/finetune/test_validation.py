@@ -163,10 +163,10 @@ def test_shares_are_put_back_in_order(processes):
     assert merge_shares([items[rank::processes] for rank in range(processes)]) == items
 
 
-def test_no_more_rows_are_asked_at_once_than_a_batch_has_and_a_full_memory_names_what_helps(tmp_path):
+def test_eight_rows_are_asked_at_once_for_each_of_a_batch_and_a_full_memory_names_what_helps(tmp_path):
     sample = draw_sample(make_task({"kind": "text"}), make_tokenizer(), rows(8), "last", 8, 96, 7)
-    sizes = [Validation(Watch(sample, 0.5), 10, "sdpa", tmp_path, rows).at_once for rows in (1, 4, 512)]
-    assert sizes == [1, 4, MOST_AT_ONCE]
+    sizes = [Validation(Watch(sample, 0.5), 10, "sdpa", tmp_path, rows).at_once for rows in (1, 3, 512)]
+    assert sizes == [8, 24, MOST_AT_ONCE]
     for at_once, setting in ((4, "finetune.validation_rows"), (1, "finetune.max_length")):
         with (
             pytest.raises(InputError, match=r"full while validation rows are asked: .*memory") as error,
