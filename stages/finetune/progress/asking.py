@@ -25,8 +25,8 @@ from stages.finetune.progress.watch import Watch
 
 logger = get_logger("finetune")
 
-# Fewer where a training batch has few rows: the memory is estimated for its steps, not for answers. A token of
-# an answer keeps its keys and values, one of a step the inputs of every product: more than eight times as much.
+# Fewer where a training batch has few rows: the memory is estimated for its steps, not for answers. A token
+# of an answer keeps its keys and values, one of a step the inputs of every product: over eight times as much.
 MOST_AT_ONCE, FOR_EACH_ROW = 32, 8
 
 
