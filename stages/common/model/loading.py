@@ -98,6 +98,17 @@ def count_parameters(base: Path) -> int:
     return total
 
 
+def is_stored_in_bfloat16(base: Path) -> bool:
+    """Return whether all weights in the safetensors files of a model are bfloat16, from their headers."""
+    from safetensors import safe_open
+
+    kinds = set()
+    for path in base.glob("*.safetensors"):
+        with safe_open(path, framework="numpy") as file:
+            kinds |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    return kinds == {"BF16"}
+
+
 def make_empty(config: Any) -> Any:
     """Return the model of a configuration with the names and shapes of its weights, and no values."""
     import torch

@@ -11,7 +11,13 @@ from transformers import set_seed
 
 from stages.common.artifacts import write_json
 from stages.common.model.adapter import REPLACED, InitialAdapter, list_settings
-from stages.common.model.loading import load_base, pick_device, pick_dtype, read_config
+from stages.common.model.loading import (
+    is_stored_in_bfloat16,
+    load_base,
+    pick_device,
+    pick_dtype,
+    read_config,
+)
 from stages.common.model.replaced import (
     check_not_quantized,
     list_trained,
@@ -28,6 +34,8 @@ def build_replaced(base: Path, recipe: Recipe) -> Any:
     """Load the base model with the weights to train in float32, and the frozen ones in the dtype of training.
 
     Small updates would vanish in bfloat16; products are computed in it all the same, by autocasting.
+    Weights that are loaded in the dtype in which they are stored take no memory: they are mapped. What the
+    model itself computes with, such as Gemma's factor of the embedding, is then rounded as with LoRA.
 
     Raises:
         InputError: the base model has no such modules, or its weights are quantized.
@@ -35,13 +43,13 @@ def build_replaced(base: Path, recipe: Recipe) -> Any:
     device = pick_device()
     dtype = pick_dtype(device, recipe.dtype)
     check_not_quantized(read_config(base), recipe.method)
-    model = load_base(base, torch.float32, torch.device("cpu"))
+    is_exact = dtype == torch.bfloat16 and is_stored_in_bfloat16(base)
+    model = load_base(base, dtype if is_exact else torch.float32, torch.device("cpu"))
     set_seed(recipe.seed)
     chosen = set(select_weights(model, recipe.trained_modules if recipe.method == "partial" else None))
     for name, weights in model.named_parameters():
         weights.requires_grad = name in chosen
-        if name not in chosen:
-            weights.data = weights.data.to(dtype)
+        weights.data = weights.data.to(torch.float32 if name in chosen else dtype)
     if dtype != torch.float32:
         # A partial, not a closure: a copy of the model gets a forward pass of its own.
         model.forward = update_wrapper(partial(_forward_in, model, dtype), type(model).forward)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 
 from stages.common.errors import InputError
 from stages.common.machine.products import measure_product_speed
-from stages.common.model.loading import load_base, load_tuned
+from stages.common.model.loading import is_stored_in_bfloat16, load_base, load_tuned
 from stages.common.params.loading import load_params
 from stages.finetune.__main__ import main
 from stages.finetune.adapter import build_model
@@ -111,6 +112,28 @@ def test_in_bfloat16_the_trained_weights_are_float32_and_the_frozen_ones_are_not
     assert evidence(project)["dtype"] == "bfloat16"
     assert measured == ["bfloat16"]  # what the steps compute in, and what their speed is a share of
     assert changed(project) > {"model.layers.1.mlp.up_proj.weight"}
+
+
+@pytest.mark.parametrize("method", ["full", "partial"])
+def test_weights_that_are_stored_in_bfloat16_are_trained_as_the_same_ones_in_float32(project, method):
+    change_finetune(project, method=method, trained_modules=1, dtype="bfloat16", learning_rate=0.003)
+    recipe = Recipe(**load_params().finetune.model_dump(include=set(Recipe.__dataclass_fields__)))
+    base = project / "artifacts/fetch_base"
+    narrow = load_base(base, torch.bfloat16, CPU)
+    assert not is_stored_in_bfloat16(base) and not is_stored_in_bfloat16(project)
+    for kind in (torch.bfloat16, torch.float32):
+        shutil.copytree(base, project / str(kind))
+        narrow.to(kind).save_pretrained(project / str(kind))
+    assert is_stored_in_bfloat16(project / "torch.bfloat16")
+    stored, wide = (build_model(project / name, recipe) for name in ("torch.bfloat16", "torch.float32"))
+    expected = dict([*wide.named_parameters(), *wide.named_buffers()])
+    found = dict([*stored.named_parameters(), *stored.named_buffers()])
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert (tensor.dtype, tensor.requires_grad) == (expected[name].dtype, expected[name].requires_grad)
+        assert torch.equal(tensor, expected[name])
+    ids = torch.tensor([[2, 3, 4]])
+    assert torch.equal(stored(ids, use_cache=False).logits, wide(ids, use_cache=False).logits)
 
 
 @pytest.mark.parametrize("method", ["dora", "full", "partial"])
