@@ -81,7 +81,7 @@ class LoopHome:
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=700,
         )
         if check and done.returncode:
             raise RuntimeError(done.stdout + done.stderr)

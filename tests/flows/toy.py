@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import psutil
+import yaml
 
 ROOT = Path(__file__).parents[2]
 
@@ -138,9 +139,11 @@ class Toy:
     def forget(self) -> None:
         (self.root / "faults" / "ran").unlink(missing_ok=True)
 
-    def outputs(self) -> dict[str, bytes]:
-        names = ("fetch.txt", "read.txt", "train.txt", "judge.txt", "dvc.lock")
-        return {name: (self.root / name).read_bytes() for name in names}
+    def outputs(self) -> dict[str, Any]:
+        """The bytes of each output, and what DVC locked; its file lists stages in the order they ended."""
+        names = ("fetch.txt", "read.txt", "train.txt", "judge.txt")
+        lock = yaml.safe_load((self.root / "dvc.lock").read_text())
+        return {"dvc.lock": lock, **{name: (self.root / name).read_bytes() for name in names}}
 
     def wait_for(self, stage: str, timeout_s: float = 60) -> None:
         """Wait until a stage has begun."""

@@ -46,7 +46,7 @@ def test_two_triggers_at_once_are_one_retraining_and_the_gate_refuses_what_learn
         for _ in range(2)
     ]  # fmt: skip
     try:
-        last_lines = sorted(process.communicate(timeout=300)[0].strip().splitlines()[-1] for process in both)
+        last_lines = sorted(process.communicate(timeout=700)[0].strip().splitlines()[-1] for process in both)
     finally:
         for process in both:
             process.kill()
