@@ -81,7 +81,7 @@ def test_one_process_of_torchrun_trains_as_one_without(project, monkeypatch):
 
 
 def test_what_this_host_does_not_have_is_refused_before_anything_is_read(project):
-    (project / "artifacts" / "split" / "train.parquet").unlink()
+    (project / "artifacts" / "split" / "train.parquet").write_bytes(b"no Parquet")
     change_finetune(project, devices=100_000)
     with pytest.raises(InputError, match=r"finetune.devices is 100000, and this host has"):
         main()
