@@ -51,7 +51,7 @@ test: $(VENV)/.dev ## the fast tests (under five minutes, no GPU, no network)
 	@python -m pytest -m "not slow" --numprocesses "$$(python -c '$(WORKERS)')" --dist loadfile
 
 test-slow: $(VENV)/.dev .venv-clients/.installed ## the slow tests: the real base model, servers, a browser
-	@python -m pytest -m slow --numprocesses 2 --dist loadfile --timeout 900
+	@python -m pytest -m slow --numprocesses 2 --dist loadfile --timeout 1800
 
 test-all: test test-slow ## every test
 
