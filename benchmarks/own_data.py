@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ import yaml
 
 from benchmarks.machine import machine
 from benchmarks.own_data_sets import DataSet, write_data_sets
-from benchmarks.pipeline import clone, measured
+from benchmarks.pipeline import clone, make_environment, measured
 
 HEADER = "| data | rows | task | init, s | run, min | test rows | metric | base | tuned |"
 
@@ -56,8 +55,7 @@ def run_data_set(home: Path, data: DataSet, base: Path) -> dict[str, Any]:
     """Set up the clone for a data set and run the pipeline; return times and evidence."""
     subprocess.run(["git", "checkout", "--quiet", "params.yaml"], cwd=home, check=True)
     name = data.path.name.split(".")[0]
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {"PATH": path, "PYTHONPATH": str(home)}
+    environment = make_environment(home)
     init = [sys.executable, "-m", "flows.init", str(data.path), "--license", data.license]
     found: dict[str, Any] = {"init": measured(init, home, base / f"{name}-init.log", **environment)}
     if found["init"]["exit"] == 0:

@@ -75,6 +75,12 @@ def _clean_environment() -> dict[str, str]:
     return kept
 
 
+def make_environment(home: Path) -> dict[str, str]:
+    """Return what a command in a clone needs, to run with this Python and the clone's own code."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return {"PATH": path, "PYTHONPATH": str(home)}
+
+
 def clone(folder: Path) -> Path:
     """Clone HEAD into `folder`."""
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)

@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import random
 import re
 import subprocess
@@ -45,7 +44,7 @@ from benchmarks.own_data_sets import (
     write_commands,
     write_labels,
 )
-from benchmarks.pipeline import clone, measured
+from benchmarks.pipeline import clone, make_environment, measured
 from stages.common.artifacts import read_json, write_json, write_lines
 
 ROWS = 6000  # of a task made here, at most
@@ -146,12 +145,11 @@ def list_commands(name: str, data: DataSet | None, rows: int, out: Path) -> Iter
 def run_task(home: Path, name: str, data: DataSet | None, base: Path, rows: int) -> dict[str, Any]:
     """Run a task in the clone; return its figures, or the step that failed."""
     subprocess.run(["git", "checkout", "--quiet", "params.yaml"], cwd=home, check=True)
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     out = base / f"{name}-prompting.json"
     seconds: dict[str, float] = {}
     for step, command in list_commands(name, data, rows, out):
         log = base / f"{name}-{step}.log"
-        found = measured(command, home, log, PATH=path, PYTHONPATH=str(home))
+        found = measured(command, home, log, **make_environment(home))
         if found["exit"] != 0:
             return {"task": name, "failed": step, "log": str(log)}
         seconds[step] = found["seconds"]

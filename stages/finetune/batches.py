@@ -75,20 +75,20 @@ def encode_rows(
     max_length: int,
     on_long_row: str,
     learned_turns: LearnedTurns,
-    positions: int | None = None,
+    limit: int | None = None,
 ) -> tuple[Sequence[Encoded], Sequence[str], Sequence[Misfit]]:
     """Return the rows as token ids, the id of the row of each, and the rows excluded.
 
     Excluded are rows that are too long, and those that the template refuses.
 
     Args:
-        max_length: the most tokens of a row.
-        positions: of the base model, where they are fewer than `max_length`.
+        max_length: the most tokens of a row, as in params.yaml.
+        limit: the most tokens where the base model has fewer positions (`limit_length`); None: `max_length`.
 
     Raises:
         InputError: a row is too long and `on_long_row` is `stop`, or no row is left.
     """
-    limit = min(max_length, positions or max_length)
+    limit = limit or max_length
     fitting, misfits = encode_fitting(
         tokenizer,
         rows,

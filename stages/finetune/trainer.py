@@ -25,7 +25,7 @@ from stages.common.logs import get_logger, show_progress
 from stages.common.machine.memory import release_freed_memory
 from stages.common.model.adapter import REPLACED
 from stages.common.model.loading import pick_dtype
-from stages.common.model.replaced import put_weights, read_weights, write_weights
+from stages.common.model.replaced import list_trained, put_weights, read_weights, write_weights
 from stages.common.spool import pick
 from stages.finetune.answer_loss import compute_mean_loss, cross_entropy_sum
 from stages.finetune.batches import count_tokens, deal_out, plan_batches
@@ -188,7 +188,7 @@ def train(
     if resumed_from:
         take_best_from(resumed_from)
         logger.info("resuming from step %d of %d (%s)", first_step, len(tokens_of_step), resumed_from)
-    trained_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained_parameters = sum(weights.numel() for weights in list_trained(model).values())
     check_free_space(checkpoints, trained_parameters, keeps_best=bool(watch and watch.stopping))
     memory = plan_memory(model, examples, pad_id, share_prefix)
     sizes = -(-recipe.batch_size // count_processes()), recipe.gradient_accumulation
@@ -268,7 +268,7 @@ def train(
 
 
 def _training_arguments(
-    recipe: Recipe, steps: int, model: PeftModel, checkpoints: Path, checkpoint_every_steps: int
+    recipe: Recipe, steps: int, model: Any, checkpoints: Path, checkpoint_every_steps: int
 ) -> TrainingArguments:
     device = model.device.type
     arguments = TrainingArguments(
@@ -290,7 +290,7 @@ def _training_arguments(
         use_cpu=device == "cpu",
         dataloader_pin_memory=device == "cuda",
         # Several processes: a batch may not reach every expert of a mixture; all other weights always learn.
-        ddp_find_unused_parameters=any("expert" in name for name in _trained_names(model)),
+        ddp_find_unused_parameters=any("expert" in name for name in list_trained(model)),
         ddp_broadcast_buffers=False,
         remove_unused_columns=False,
         save_strategy="steps",
@@ -306,10 +306,6 @@ def _training_arguments(
         # Each GPU has a process of its own: this one must not divide a batch among all it sees.
         arguments._n_gpu = 1
     return arguments
-
-
-def _trained_names(model: PeftModel) -> list[str]:
-    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def _inputs(batch: Layout, rows: Sequence[int]) -> dict[str, Any]:

@@ -11,14 +11,12 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stages.common.artifacts import atomic_write
+from stages.common.model.replaced import list_trained
 from stages.finetune.devices.group import count_processes, is_main
 from stages.finetune.progress.validation import ValidationPoint
-
-if TYPE_CHECKING:
-    import torch
 
 BEST = "best.safetensors"
 
@@ -48,7 +46,7 @@ def write_best(model: Any, folder: Path, step: int) -> None:
 
     if not is_main():
         return
-    weights = {name: p.detach().cpu().contiguous() for name, p in _list_trained(model).items()}
+    weights = {name: p.detach().cpu().contiguous() for name, p in list_trained(model).items()}
     with atomic_write(folder / BEST) as temporary:
         save_file(weights, temporary, metadata={"step": str(step)})
 
@@ -58,7 +56,7 @@ def load_best(model: Any, folder: Path, step: int) -> None:
     import torch
     from safetensors import safe_open
 
-    trained = _list_trained(model)
+    trained = list_trained(model)
     if is_main():
         with safe_open(folder / BEST, framework="pt") as file, torch.no_grad():
             if file.metadata() != {"step": str(step)}:
@@ -85,10 +83,6 @@ def take_best_from(checkpoint: Path) -> None:
         _link(checkpoint / BEST, best)
     else:
         best.unlink(missing_ok=True)
-
-
-def _list_trained(model: Any) -> dict[str, torch.nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _link(source: Path, target: Path) -> None:

@@ -8,7 +8,9 @@ import yaml
 from stages.common.artifacts import write_json
 from stages.common.messages import Message
 from stages.common.model.adapter import find_weights, put_initial_adapter
+from stages.common.params.loading import load_params
 from stages.common.records import make_row, write_rows
+from stages.finetune.recipe import Recipe
 from tests.tiny import save_model
 
 REPO = Path(__file__).resolve().parents[3]
@@ -23,6 +25,12 @@ SETTINGS = {
     "checkpoint_every_steps": 3,
     "dtype": "float32",
 }
+
+
+def make_recipe(**changes):
+    """Return the recipe of the shipped parameters with the settings of this project."""
+    values = {**load_params(REPO / "params.yaml").finetune.model_dump(), **SETTINGS, **changes}
+    return Recipe(**{name: values[name] for name in Recipe.__dataclass_fields__})
 
 
 def rows(count, start=0):

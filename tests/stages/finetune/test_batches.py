@@ -59,7 +59,7 @@ def test_long_rows_are_dropped_or_named(tmp_path):
     assert (len(examples), [misfit.row for misfit in long]) == (3, [longer])
     assert list(ids) == [row.id for row in toy]
     with pytest.raises(InputError, match=f"longer than {length} tokens[\\s\\S]*a longer context"):
-        encode_rows(tokenizer, [*toy, longer], 2 * length + 200, "stop", "last", positions=length)
+        encode_rows(tokenizer, [*toy, longer], 2 * length + 200, "stop", "last", limit=length)
     with pytest.raises(InputError, match=f"1 of 4 rows .*\n.*{longer.id}.*\n.*finetune.max_length"):
         encode_rows(tokenizer, [*toy, longer], length, "stop", "last")
     with pytest.raises(InputError, match="all 3 rows"):

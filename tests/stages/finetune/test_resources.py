@@ -9,7 +9,6 @@ import torch
 from stages.common.chat.template import Encoded
 from stages.common.errors import InputError
 from stages.common.machine.memory import format_bytes, read_free_memory, read_held_memory, read_total_memory
-from stages.common.params.loading import load_params
 from stages.finetune.__main__ import main
 from stages.finetune.adapter import build_model
 from stages.finetune.answer_loss import cross_entropy_sum
@@ -25,10 +24,9 @@ from stages.finetune.progress.memory import (
     judge_memory,
     plan_memory,
 )
-from stages.finetune.recipe import Recipe
 from stages.finetune.shared_prefix import lay_out
 from stages.finetune.speedups import speed_up_training
-from tests.stages.finetune.project import REPO, SETTINGS
+from tests.stages.finetune.project import make_recipe
 from tests.tiny import save_model
 
 MIB = 1 << 20
@@ -37,9 +35,7 @@ EXAMPLES = [Encoded([0, *range(5, 5 + n), 1], 8) for n in (96, 240, 136, 200)]
 
 @pytest.fixture
 def model(tmp_path):
-    shipped = load_params(REPO / "params.yaml").finetune.model_dump()
-    settings = {name: {**shipped, **SETTINGS}[name] for name in Recipe.__dataclass_fields__}
-    return build_model(save_model(tmp_path), Recipe(**settings))
+    return build_model(save_model(tmp_path), make_recipe())
 
 
 def test_operations_are_four_of_a_frozen_weight_and_six_of_a_trained_one(model):

@@ -8,31 +8,12 @@ from stages.common.model.loading import load_tokenizer
 from stages.finetune.adapter import build_model
 from stages.finetune.answer_loss import cross_entropy_sum
 from stages.finetune.batches import deal_out, plan_batches
-from stages.finetune.recipe import Recipe
 from stages.finetune.shared_prefix import lay_out
 from stages.finetune.speedups import speed_up_training
-from tests.stages.finetune.project import rows
+from tests.stages.finetune.project import make_recipe, rows
 from tests.tiny import save_model
 
-RECIPE = Recipe(
-    method="lora",
-    trained_modules=4,
-    rank=4,
-    alpha=8,
-    dropout=0.0,
-    target_modules="all-linear",
-    learning_rate=0.01,
-    schedule="constant",
-    warmup_fraction=0.0,
-    weight_decay=0.0,
-    adam_beta2=0.95,
-    max_grad_norm=1.0,
-    batch_size=4,
-    gradient_accumulation=1,
-    epochs=1,
-    dtype="float32",
-    seed=7,
-)
+RECIPE = make_recipe(schedule="constant", warmup_fraction=0.0)
 
 
 def test_the_shares_of_a_batch_are_its_rows_as_many_shares_for_each_batch():
