@@ -54,13 +54,16 @@ def test_what_torch_says_of_a_memory_that_is_too_small_is_known():
 
 
 @pytest.mark.parametrize("stage", ["ask_base", "evaluate.__main__", "finetune.__main__"])
-def test_a_stage_that_computes_says_what_to_lower(stage):
+def test_a_stage_that_computes_says_what_to_lower(stage, tmp_path):
+    train = tmp_path / "artifacts" / "split" / "train.parquet"  # finetune looks for it first
+    train.parent.mkdir(parents=True)
+    train.touch()
     code = (
         f"import runpy, stages.common.params.loading as p\n"
         f"def full(): raise MemoryError\n"
         f"p.load_params = full\nrunpy.run_module('stages.{stage}', run_name='__main__')"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1 and "fix: lower " in done.stderr and ".batch_size" in done.stderr
 
 
