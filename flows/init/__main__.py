@@ -12,7 +12,7 @@ import argparse
 import logging
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from stages.common.artifacts import artifacts, atomic_write
 from stages.common.errors import InputError
 from stages.common.logs import show_count
 from stages.common.params.loading import load_params
-from stages.common.records import ORIGINS, Row
+from stages.common.records import ORIGINS, Row, separate_refused
 from stages.common.sources.detection.survey import survey_rows
 from stages.common.sources.detection.task_kind import Kind, TaskKind, detect_conversations, detect_task_kind
 from stages.common.sources.detection.tool_use import measure_tool_use
@@ -81,7 +81,8 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     reading.add_argument("--records-key", help="key of the rows in a JSON object")
     reading.add_argument("--shape", choices=("chat", "sharegpt", "alpaca", "pair", "calls"))
-    for part in ("messages", "prompt", "context", "completion", "system", "tools", "group"):
+    parts = ("messages", "prompt", "context", "completion", "system", "tools", "rejected", "rating", "group")
+    for part in parts:
         reading.add_argument(f"--{part}-column", metavar="NAME")
     reading.add_argument(
         "--tag-columns",
@@ -116,7 +117,7 @@ def init(options: argparse.Namespace) -> int:
     for file in files:
         check_copy(file)
     count_tokens, is_exact = make_token_counter(artifacts("fetch_base"))
-    rows = reduce(join, (file.collected.rows for file in files))
+    rows = join_right_rows(files)
     task = detect_task(files, options.kind, options.label_key)
     current = params["finetune"]["max_length"]
     survey = survey_rows(
@@ -167,13 +168,23 @@ def detect_task(files: Sequence[DataFile], kind: Kind | None, label_key: str | N
 
 
 def _detect_kind(files: Sequence[DataFile], kind: Kind | None, label_key: str | None) -> TaskKind:
-    rows = reduce(join, (file.collected.rows for file in files))
+    rows = join_right_rows(files)
     conversations = detect_conversations(rows, kind) if label_key is None else None
-    return conversations or detect_task_kind(_answers(files), kind, label_key)
+    return conversations or detect_task_kind((row.answer for row in rows), kind, label_key)
 
 
-def _answers(files: Sequence[DataFile]) -> Iterator[str]:
-    return (row.answer for file in files for row in file.collected.rows)
+def join_right_rows(files: Sequence[DataFile]) -> Sequence[Row]:
+    """Return the rows of all files but those whose answer is rated as bad: no answer of the task.
+
+    Raises:
+        InputError: none is left.
+    """
+    rows = reduce(join, (separate_refused(file.collected.rows)[0] for file in files))
+    if not rows:
+        raise InputError(
+            "every answer is rated as bad: there is none to learn", "add rows whose rating is true"
+        )
+    return rows
 
 
 def count_languages(rows: Sequence[Row]) -> dict[str, int] | None:

@@ -6,12 +6,13 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from flows.init.estimate import RunEstimate
 from flows.init.proposal import Findings
 from flows.init.reading import DataFile
+from stages.common.records import Row, separate_refused
 from stages.common.sources.detection.survey import Spread, Survey
 from stages.common.sources.detection.tool_use import ToolUse
 from stages.common.sources.files.entries import count, shorten, shorten_text
@@ -54,7 +55,9 @@ def _report_file(file: DataFile) -> Iterator[str]:
         yield f"  not read     {names} (--tag-columns, --group-column or --context-column read a column)"
     if file.columns.group:
         yield f"  groups       rows with the same {file.columns.group} stay on one side of the split"
-    row = file.collected.rows[0]
+    if preferences := _describe_preferences(file.collected.rows):
+        yield f"  preferences  {preferences} (docs/how-to/methods.md: finetune.method dpo, orpo, kto)"
+    row = separate_refused(file.collected.rows)[0][0]
     yield f"  example      {shorten(row.question)} -> {shorten(row.answer)}"
     if rejected:
         by_reason = Counter(reject.reason for reject in rejected).most_common()
@@ -62,6 +65,17 @@ def _report_file(file: DataFile) -> Iterator[str]:
         yield f"  rejected     {count(len(rejected), 'row')}: {reasons}"
         for reject in rejected[:SHOWN_REJECTED]:
             yield f"               line {reject.line}: {reject.reason}: {reject.detail}"
+
+
+def _describe_preferences(rows: Sequence[Row]) -> str:
+    """Return how many rows have two answers, and how many are rated; empty where none is."""
+    pairs = good = bad = 0
+    for row in rows:
+        pairs += row.rejected is not None
+        good += row.is_desirable is True
+        bad += row.is_desirable is False
+    parts = [f"{pairs:,} with a worse answer"] * bool(pairs)
+    return ", ".join([*parts, *[f"{good:,} good and {bad:,} bad answers"] * bool(good or bad)])
 
 
 def _report_task(found: Findings) -> Iterator[str]:

@@ -149,5 +149,12 @@ def keep_one_per_prompt(labels: list[Label]) -> tuple[list[Label], Excluded]:
     return list(of.values()), excluded
 
 
+def keep_unconfirmed(refusals: list[Label], labels: Sequence[Label]) -> tuple[list[Label], Excluded]:
+    """Keep the refused answers that no label has as the right one of their prompt."""
+    right = {(label.prompt_hash, label.same) for label in labels}
+    kept = [label for label in refusals if (label.prompt_hash, label.same) not in right]
+    return kept, _exclude("confirmed", [one for one in refusals if (one.prompt_hash, one.same) in right])
+
+
 def _exclude(reason: str, labels: Sequence[Label]) -> Excluded:
     return Counter((reason, name_key(label.key)) for label in labels)

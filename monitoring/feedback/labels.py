@@ -12,10 +12,17 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from monitoring.feedback.served_answer import (
+    PLACEHOLDERS,
+    find_error,
+    find_rejected,
+    is_unicode,
+    is_whole,
+)
 from services.events.turns import read_turn
 from stages.common.artifacts import artifacts, read_json
 from stages.common.logs import get_logger
-from stages.common.messages import Message, Tool, find_conversation_problem
+from stages.common.messages import Message, Tool, find_conversation_problem, is_malformed
 from stages.common.privacy.personal_data import RECOGNISERS, holds
 from stages.common.records import format_canonical_json
 from stages.common.task.kinds import make_task
@@ -34,16 +41,16 @@ RAW_ROUTE = "/v1/completions"  # a text to go on with: no conversation, and no a
 # The guard's looks at the question, and those at the answer, which count where the answer is the label.
 INPUT_CHECKS = ("control_tokens", "prompt_injection", "toxicity")
 OUTPUT_CHECKS = ("secrets", "personal_data")
-PLACEHOLDERS = tuple(f"[{kind}]" for kind in RECOGNISERS)  # what the event store writes over it
-ENDED = ("stop", "tool_calls")  # by the model itself
 COMPACT, SPACED = (",", ":"), (", ", ": ")  # how JSON answers are written
 
-Kind = Literal["correction", "thumb"]
+Kind = Literal["correction", "thumb", "refusal"]  # a refusal is a thumb down: its answer is no right one
 Excluded = Counter[tuple[str, str]]  # rows that are excluded, by reason and name of the API key
 
 # Reasons by which rows are excluded, in the order of the rules, with what a person reads.
 REASONS = {
     "no_label": "a thumb down or a comment alone",
+    "confirmed": "a thumb down on an answer that others found right",
+    "held_out": "a thumb down on a question that is held out",
     "raw_prompt": "the text was to be continued, not answered",
     "with_tools": "asked with tools, which only tasks of the kind `tools` learn",
     "own_choice": "the request asked for a call of a tool, or for none",
@@ -109,7 +116,7 @@ def read_served_task(root: Path, params: Params, serving: Mapping[str, Any] | No
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """The right answer to one prompt as one person gave it.
+    """The right answer to one prompt as one person gave it, or of the kind `refusal` a wrong one.
 
     Attributes:
         at: when it was given, unix s; request_id: of the exchange.
@@ -121,6 +128,7 @@ class Label:
         error: the worst type of error of the answer that is corrected; None if there is none to correct.
         reasoning: what the model thought before an answer that is confirmed; None for a correction.
         session_hash: hash of the session that the client named; None if it named none.
+        rejected: the answer that a correction replaces, for pairs; None if it is of no use.
     """
 
     at: float
@@ -136,6 +144,7 @@ class Label:
     error: str | None = None
     reasoning: str | None = None
     session_hash: str | None = None
+    rejected: str | None = None
 
 
 @dataclass(slots=True)
@@ -202,7 +211,7 @@ def label_of(
     Raises:
         ExcludedFeedbackError: nothing can be learned from it.
     """
-    text, kind, at = _newest_feedback(exchange, feedback, settings.thumbs_up_as_label)
+    text, kind, at = _newest_feedback(exchange, feedback, settings)
     prompt, tools = _prompt(exchange, task)
     question = next(message.content for message in reversed(prompt) if message.role == "user")
     reasoning = exchange["reasoning"] if kind == "thumb" else None
@@ -216,14 +225,14 @@ def label_of(
     # What the event store did not redact, or held before it did.
     if any(holds(kind, part) for kind in task.private for part in parts):
         raise ExcludedFeedbackError("private")
-    if kind == "thumb" and exchange["finish_reason"] not in ENDED:
+    if kind != "correction" and not is_whole(exchange):
         raise ExcludedFeedbackError("unfinished")
-    if task.answers.find_problem(text):
-        raise ExcludedFeedbackError("invalid")
-    text = task.answers.rewrite(text, task.answer_schema, COMPACT)
-    if settings.on_suspicion == "drop" and not task.answers.fits(task.answer_schema, text):
-        raise ExcludedFeedbackError("outside_schema")
-    checks = INPUT_CHECKS if kind == "correction" else (*INPUT_CHECKS, *OUTPUT_CHECKS)
+    if kind == "refusal":  # that it is no valid answer can be why it was refused
+        if is_malformed(text.strip()):
+            raise ExcludedFeedbackError("invalid")
+    else:
+        text = _check_right_answer(text, settings, task)
+    checks = (*INPUT_CHECKS, *OUTPUT_CHECKS) if kind == "thumb" else INPUT_CHECKS
     if settings.on_suspicion == "drop" and (
         _suspicious(exchange["decisions"], checks) or (kind == "correction" and task.is_rejected(text))
     ):
@@ -242,10 +251,23 @@ def label_of(
         text,
         same,
         tools,
-        _find_error(exchange["answer"], text, task) if kind == "correction" else None,
+        find_error(exchange["answer"], text, task.answers) if kind == "correction" else None,
         reasoning,
         _hash_session(exchange),
+        find_rejected(exchange, text, task.answers, task.max_answer_chars, task.private)
+        if kind == "correction"
+        else None,
     )
+
+
+def _check_right_answer(text: str, settings: FeedbackSettings, task: ServedTask) -> str:
+    """Return a label as the model would write it, if it is an answer of the task."""
+    if task.answers.find_problem(text):
+        raise ExcludedFeedbackError("invalid")
+    text = task.answers.rewrite(text, task.answer_schema, COMPACT)
+    if settings.on_suspicion == "drop" and not task.answers.fits(task.answer_schema, text):
+        raise ExcludedFeedbackError("outside_schema")
+    return text
 
 
 def _texts(message: Message) -> list[str]:
@@ -253,25 +275,20 @@ def _texts(message: Message) -> list[str]:
     return [message.content, message.reasoning or "", *(call.arguments for call in message.tool_calls)]
 
 
-def _find_error(answer: str | None, label: str, task: ServedTask) -> str | None:
-    """Return the worst type of error that a label corrects, None if the answer was right or is not known."""
-    errors = task.answers.find_errors(answer, label) if answer is not None else {}
-    return min(errors, key=task.answers.error_types.index) if errors else None
-
-
 def _newest_feedback(
-    exchange: Mapping[str, Any], feedback: Sequence[Mapping[str, Any]], thumbs_up_as_label: bool
+    exchange: Mapping[str, Any], feedback: Sequence[Mapping[str, Any]], settings: FeedbackSettings
 ) -> tuple[str, Kind, float]:
-    """Return the label, its kind and time: the last correction, else the answer if the last thumb is up."""
+    """Return the label, its kind and time: the last correction, else the answer that the last thumb is on."""
     corrections = [one for one in feedback if one["correction"]]
     if corrections:
         return corrections[-1]["correction"], "correction", corrections[-1]["given_at"]
     thumbs = [one for one in feedback if one["thumb"] is not None]
-    if not (thumbs_up_as_label and thumbs and thumbs[-1]["thumb"] == 1):
+    is_up = bool(thumbs) and thumbs[-1]["thumb"] == 1
+    if not thumbs or not (settings.thumbs_up_as_label if is_up else settings.thumbs_down_as_refusal):
         raise ExcludedFeedbackError("no_label")
     if exchange["status"] != 200 or exchange["answer"] is None:
         raise ExcludedFeedbackError("unfinished")
-    return exchange["answer"], "thumb", thumbs[-1]["given_at"]
+    return exchange["answer"], "thumb" if is_up else "refusal", thumbs[-1]["given_at"]
 
 
 def _prompt(exchange: Mapping[str, Any], task: ServedTask) -> tuple[tuple[Message, ...], tuple[Tool, ...]]:
@@ -316,15 +333,6 @@ def make_tool(value: Any) -> Tool:
     if not isinstance(value["function"]["name"], str) or not isinstance(tool.parameters, dict):
         raise TypeError("a tool has a name and a schema")
     return tool
-
-
-def is_unicode(text: str) -> bool:
-    """Return whether a text can be written as UTF-8: JSON may escape half of a surrogate pair."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _suspicious(decisions: str, checks: Sequence[str]) -> bool:

@@ -1,8 +1,9 @@
 """Turn user feedback into training rows and held-out rows.
 
-A correction gives the right answer; a thumb up confirms the answer shown. From a thumb down alone nothing can
-be learned. A user may try to poison the model by feedback, so every rule of `monitoring.feedback` in
-`params.yaml` removes rows and reports how many:
+A correction gives the right answer, and the answer that it replaces as the worse one of a pair; a thumb up
+confirms the answer shown. A thumb down alone gives no right answer: with `thumbs_down_as_refusal` it becomes
+a row whose answer is marked as bad, for training with ratings, else nothing. A user may try to poison the
+model by feedback, so every rule of `monitoring.feedback` in `params.yaml` removes rows and reports how many:
 
     label       a thumb down alone, or a comment, is no label
     form        no conversation, one with tools where the task is of another kind, a question or label that is
@@ -29,7 +30,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ from monitoring.feedback.label_rules import (
     keep_newest,
     keep_newest_per_person,
     keep_one_per_prompt,
+    keep_unconfirmed,
     limit_keys,
     limit_users,
 )
@@ -61,6 +63,7 @@ from services.events.turns import read_turn, write_turns
 from stages.common.artifacts import STATE, read_lines, reports, write_json, write_text
 from stages.common.errors import InputError
 from stages.common.logs import get_logger
+from stages.common.messages import Message
 from stages.common.records import Row, make_row
 
 if TYPE_CHECKING:
@@ -78,11 +81,16 @@ MAX_NAMED = 5  # users in the report
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """Training rows, held-out rows, and the report on both."""
+    """Training rows, held-out rows, and the report on both.
+
+    Attributes:
+        refused: rows for training whose answer people found bad.
+    """
 
     train: list[Row]
     holdout: list[Row]
     report: dict[str, Any]
+    refused: list[Row] = field(default_factory=list)
 
 
 def label_rows(
@@ -109,8 +117,10 @@ def label_rows(
     labels: list[Label] = []
     for batch in read_joined(url, start, end):
         labels += read_labels(batch, end, settings, task, counts)
-    steps = {"labels": len(labels)}
     groups = name_groups(labels)
+    refusals = [label for label in labels if label.kind == "refusal"]
+    labels = [label for label in labels if label.kind != "refusal"]
+    steps = {"labels": len(labels)}
 
     def share_keys(some: list[Label]) -> tuple[list[Label], Excluded]:
         share, at_least = settings.max_share_per_key, settings.max_rows_per_user
@@ -130,13 +140,28 @@ def label_rows(
         labels, excluded = rule(labels)
         counts.excluded += excluded
         steps[name] = len(labels)
+        if name != "agreement":  # two refused answers to one question do not contradict each other
+            refusals, excluded = rule(refusals)
+            counts.excluded += excluded
     style = max((COMPACT, SPACED), key=lambda one: (counts.styles[one], one == COMPACT))
     sides: dict[bool, list[Row]] = {False: [], True: []}
     apart = find_apart(labels, groups, settings.holdout_share, settings.seed, held_out)
     for label in sorted(labels, key=lambda one: one.prompt_hash):
         group = groups[label.request_id]
         sides[group in apart].append(_row(label, group, settings.license, task, style))
-    return Labelled(sides[False], sides[True], _report(sides, labels, counts, steps))
+    refusals, excluded = keep_unconfirmed(refusals, labels)
+    counts.excluded += excluded
+    apart |= find_apart(refusals, groups, settings.holdout_share, settings.seed, held_out)
+    free = [label for label in refusals if groups[label.request_id] not in apart]
+    counts.excluded += Counter(
+        ("held_out", name_key(label.key)) for label in refusals if groups[label.request_id] in apart
+    )
+    refused = [
+        _refused_row(label, groups[label.request_id], settings.license, task)
+        for label in sorted(free, key=lambda one: one.prompt_hash)
+    ]
+    report = _report(sides, labels, counts, steps) | {"rows_refused": len(refused)}
+    return Labelled(sides[False], sides[True], report, refused)
 
 
 def _row(label: Label, group: str, license: str, task: ServedTask, style: tuple[str, str]) -> Row:
@@ -145,11 +170,30 @@ def _row(label: Label, group: str, license: str, task: ServedTask, style: tuple[
         tags[task.answers.class_name] = found
     answer = task.answers.to_message(task.answers.rewrite(text, task.answer_schema, style))
     answer = replace(answer, reasoning=label.reasoning)
-    # Of a conversation only the labelled answer is learned: no one said that the earlier ones are right.
-    before = [replace(one, is_learned=False) if one.role == "assistant" else one for one in label.prompt]
+    rejected = task.answers.to_message(label.rejected) if label.rejected is not None else None
+    messages = [*_before(label), answer]
     return make_row(
-        [*before, answer], "feedback", license, f"feedback/{group}", tags, "feedback", label.tools
+        messages, "feedback", license, f"feedback/{group}", tags, "feedback", label.tools, rejected
     )
+
+
+def _refused_row(label: Label, group: str, license: str, task: ServedTask) -> Row:
+    answer = task.answers.to_message(label.value)
+    return make_row(
+        [*_before(label), answer],
+        "feedback",
+        license,
+        f"feedback/{group}",
+        {"feedback": str(label.kind)},
+        "feedback",
+        label.tools,
+        is_desirable=False,
+    )
+
+
+def _before(label: Label) -> list[Message]:
+    """Return the prompt; only the last answer is learned: no one judged the earlier ones."""
+    return [replace(one, is_learned=False) if one.role == "assistant" else one for one in label.prompt]
 
 
 def _report(
@@ -210,7 +254,7 @@ def write_labelled(root: Path, labelled: Labelled) -> None:
     held_out = groups | questions | read_held_out_before(root)
     write_text(root / HELD_OUT_PROMPTS, "".join(f"{question}\n" for question in sorted(held_out)))
     write_text(root / HELD_OUT, format_rows(labelled.holdout))
-    write_text(root / ROWS, format_rows(labelled.train))
+    write_text(root / ROWS, format_rows([*labelled.train, *labelled.refused]))
     write_json(root / REPORT, labelled.report)
 
 
@@ -229,10 +273,14 @@ def _to_fields(row: Row) -> dict[str, Any]:
     for turn, message in zip(turns, row.messages, strict=True):
         if message.is_learned is False:
             turn["weight"] = 0
-    tools = {"tools": [tool.value for tool in row.tools]} if row.tools else {}
+    more: dict[str, Any] = {"tools": [tool.value for tool in row.tools]} if row.tools else {}
+    if row.rejected:
+        more["rejected"] = [dict(sorted(turn.items())) for turn in write_turns([row.rejected])]
+    if row.is_desirable is not None:
+        more["is_desirable"] = row.is_desirable
     messages = [dict(sorted(turn.items())) for turn in turns]
     return dict(
-        sorted({**fields, "messages": messages, "tags": dict(sorted(row.tags.items())), **tools}.items())
+        sorted({**fields, "messages": messages, "tags": dict(sorted(row.tags.items())), **more}.items())
     )
 
 
@@ -253,7 +301,9 @@ def read_labelled(path: Path) -> list[Row]:
                 for turn in fields["messages"]
             )
             tools = tuple(map(make_tool, fields.pop("tools", ())))
-            rows.append(Row(**{**fields, "messages": messages, "tools": tools}))
+            worse = fields.pop("rejected", None)
+            rejected = read_turn(worse[0]) if worse else None
+            rows.append(Row(**{**fields, "messages": messages, "tools": tools, "rejected": rejected}))
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(
                 f"{path}:{number} is not a valid row: {error!r}",
@@ -278,6 +328,8 @@ def format_report(report: Mapping[str, Any]) -> str:
         f"**{report['rows_train']:,} rows to learn** and {report['rows_holdout']:,} held out.",
         "",
     ]
+    if refused := report.get("rows_refused"):
+        lines += [f"{refused:,} refused answers are learned from by `finetune.method: kto` only.", ""]
     if report["excluded"]:
         lines += ["| excluded | rows | reason |", "|---|---:|---|"]
         lines += [f"| {name} | {count:,} | {REASONS[name]} |" for name, count in report["excluded"].items()]

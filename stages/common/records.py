@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from itertools import chain, islice
@@ -18,6 +18,7 @@ from stages.common.messages import Message, Tool, ToolCall, find_conversation_pr
 from stages.common.spool import pick, spool
 
 ORIGINS = ("human", "template", "synthetic", "feedback")
+Columns = frozenset[str]  # the groups of columns that only some files have: tools, preferences
 ROWS_A_BATCH = 2000  # written and read at a time: a row may hold a passage
 
 
@@ -32,6 +33,9 @@ class Row:
         tags: free keys and values: intent, language, platform.
         origin: one of `ORIGINS`.
         tools: the functions that the assistant may call in this conversation, in their order in the prompt.
+        rejected: an answer that people found worse than the last message; None where none is known.
+        is_desirable: whether people found the last message good; None where no one rated it. Of a row with
+            False the last message is no answer to learn: such rows are kept apart (`separate_refused`).
     """
 
     id: str
@@ -42,6 +46,8 @@ class Row:
     tags: Mapping[str, str] = field(default_factory=dict)
     origin: str = "human"
     tools: tuple[Tool, ...] = ()
+    rejected: Message | None = None
+    is_desirable: bool | None = None
 
     @property
     def prompt(self) -> tuple[Message, ...]:
@@ -72,8 +78,12 @@ def make_row(
     tags: Mapping[str, str] | None = None,
     origin: str = "human",
     tools: Sequence[Tool] = (),
+    rejected: Message | None = None,
+    is_desirable: bool | None = None,
 ) -> Row:
-    """Build a row from its messages and tools; the id follows from them, and the group from the id.
+    """Build a row from its messages, tools and rejected answer; the id follows from them.
+
+    A row without a group is its own group.
 
     Raises:
         ValueError: the messages are no conversation to learn from; the message has the reason.
@@ -81,9 +91,12 @@ def make_row(
     problem = find_conversation_problem(messages)
     if problem:
         raise ValueError(problem)
-    digest = hashlib.sha256(
-        format_canonical_json([*map(_identify, messages), *(tool.text for tool in tools)]).encode()
-    ).hexdigest()[:16]
+    if rejected is not None and (problem := find_conversation_problem([*messages[:-1], rejected])):
+        raise ValueError(f"the rejected answer: {problem}")
+    # What a row does not have is not part of its id.
+    worse = [{"rejected": _identify(rejected)}] if rejected else []
+    parts = [*map(_identify, messages), *(tool.text for tool in tools), *worse]
+    digest = hashlib.sha256(format_canonical_json(parts).encode()).hexdigest()[:16]
     return Row(
         id=digest,
         messages=tuple(messages),
@@ -93,6 +106,8 @@ def make_row(
         tags=dict(sorted((tags or {}).items())),
         origin=origin,
         tools=tuple(tools),
+        rejected=rejected,
+        is_desirable=is_desirable,
     )
 
 
@@ -111,51 +126,57 @@ def _identify(message: Message) -> list[Any]:
 
 def format_reject(row: Row, reason: str, detail: str) -> str:
     """Return the line of a file of rejects: a JSON object with id, reason, detail and row."""
-    line = {"id": row.id, "reason": reason, "detail": detail, "row": {**asdict(row), "tags": dict(row.tags)}}
+    fields = {**asdict(row), "tags": dict(row.tags)}
+    for name in ("rejected", "is_desirable"):
+        if fields[name] is None:
+            del fields[name]
+    line = {"id": row.id, "reason": reason, "detail": detail, "row": fields}
     return json.dumps(line, ensure_ascii=False) + "\n"
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write rows as Parquet, all or nothing; equal rows give equal bytes.
 
-    The columns of tools and calls are there only if a row has some.
+    The columns of tools and calls, and those of preferences, are there only if a row has some.
     """
     rest = iter(rows)
     batches = iter(lambda: list(islice(rest, ROWS_A_BATCH)), [])
+    columns: Columns = frozenset()
     with atomic_write(path) as temporary:
-        first_with_tools = _write_batches(temporary, _schema(), batches, stop=_has_tools)
-        if first_with_tools is not None:
-            wide = temporary.with_name(f"{temporary.name}-tools")
+        wider = _write_batches(temporary, columns, batches)
+        while wider is not None:
+            columns |= _list_columns(wider)
+            wide = temporary.with_name(f"{temporary.name}-wide")
             try:
                 before = (batch.to_pylist() for batch in _iterate(temporary))
                 done = ([_from_record(record) for record in records] for records in before)
-                _write_batches(wide, _schema(with_tools=True), chain(done, [first_with_tools], batches))
+                wider = _write_batches(wide, columns, chain(done, [wider], batches))
                 wide.replace(temporary)
             finally:
                 wide.unlink(missing_ok=True)
 
 
-def _write_batches(
-    path: Path,
-    schema: Any,
-    batches: Iterable[list[Row]],
-    stop: Callable[[list[Row]], bool] = lambda rows: False,
-) -> list[Row] | None:
-    """Write batches until `stop` holds for one, which is returned unwritten; None if all are written."""
+def _write_batches(path: Path, columns: Columns, batches: Iterable[list[Row]]) -> list[Row] | None:
+    """Write batches until one needs more columns, which is returned unwritten; None if all are written."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    schema = _schema(columns)
     # Some at a time: as Arrow's columns the rows take their memory a second time.
     with pq.ParquetWriter(path, schema, compression="zstd") as file:
         for batch in batches:
-            if stop(batch):
+            if _list_columns(batch) - columns:
                 return batch
             file.write_table(pa.Table.from_pylist([_to_record(row) for row in batch], schema=schema))
     return None
 
 
-def _has_tools(rows: Sequence[Row]) -> bool:
-    return any(row.tools or any(message.has_tools for message in row.messages) for row in rows)
+def _list_columns(rows: Sequence[Row]) -> Columns:
+    """Return which columns these rows need besides those that every file has."""
+    turns = [message for row in rows for message in (*row.messages, row.rejected) if message]
+    has_tools = any(row.tools for row in rows) or any(message.has_tools for message in turns)
+    has_preferences = any(row.rejected or row.is_desirable is not None for row in rows)
+    return frozenset([*["tools"] * has_tools, *["preferences"] * has_preferences])
 
 
 def _iterate(path: Path) -> Iterator[Any]:
@@ -168,21 +189,19 @@ def _iterate(path: Path) -> Iterator[Any]:
 def _to_record(row: Row) -> dict[str, Any]:
     """Return a row as plain values; what a file's schema has no column for is not written."""
     values = {name: getattr(row, name) for name in ("id", "source", "license", "group", "origin")}
-    messages = [
-        {
-            **{name: getattr(message, name) for name in _TURN_COLUMNS},
-            "tool_calls": [
-                {"name": call.name, "arguments": call.arguments, "id": call.id} for call in message.tool_calls
-            ],
-        }
-        for message in row.messages
-    ]
     return {
         **values,
-        "messages": messages,
+        "messages": [_to_turn(message) for message in row.messages],
         "tags": sorted(row.tags.items()),
         "tools": [tool.text for tool in row.tools],
+        "rejected": _to_turn(row.rejected) if row.rejected else None,
+        "is_desirable": row.is_desirable,
     }
+
+
+def _to_turn(message: Message) -> dict[str, Any]:
+    calls = [{"name": call.name, "arguments": call.arguments, "id": call.id} for call in message.tool_calls]
+    return {**{name: getattr(message, name) for name in _TURN_COLUMNS}, "tool_calls": calls}
 
 
 def count_chars(row: Row) -> int:
@@ -191,8 +210,18 @@ def count_chars(row: Row) -> int:
         len(message.content)
         + len(message.reasoning or "")
         + sum(len(call.arguments) for call in message.tool_calls)
-        for message in row.messages
+        for message in (*row.messages, row.rejected)
+        if message
     )
+
+
+def separate_refused(rows: Sequence[Row]) -> tuple[Sequence[Row], Sequence[Row]]:
+    """Return the rows whose answer is right as far as known, and those whose answer was refused."""
+    refused = [number for number, row in enumerate(rows) if row.is_desirable is False]
+    if not refused:
+        return rows, []
+    apart = set(refused)
+    return pick(rows, [number for number in range(len(rows)) if number not in apart]), pick(rows, refused)
 
 
 def exclude_feedback(rows: Sequence[Row]) -> Sequence[Row]:
@@ -222,9 +251,9 @@ def read_rows(path: Path) -> Sequence[Row]:
         raise missing(path)
     try:
         with pq.ParquetFile(path) as file:
-            if file.schema_arrow not in (_schema(), _schema(with_tools=True)):
+            if file.schema_arrow not in map(_schema, _COLUMNS):
                 raise InputError(
-                    f"{path} has the columns {file.schema_arrow.names}, not {_schema().names}",
+                    f"{path} has the columns {file.schema_arrow.names}, not {_schema(frozenset()).names}",
                     "run the stage that writes it again",
                 )
             rows = (
@@ -250,6 +279,8 @@ def _from_record(record: Mapping[str, Any]) -> Row:
         origin=sys.intern(record["origin"]),
         # One text for all conversations with the same tools.
         tools=tuple(Tool(sys.intern(text)) for text in record.get("tools", ())),
+        rejected=_to_message(record["rejected"]) if record.get("rejected") else None,
+        is_desirable=record.get("is_desirable"),
     )
 
 
@@ -264,13 +295,18 @@ def _to_message(turn: Mapping[str, Any]) -> Message:
 _TURN_COLUMNS = ("role", "content", "tool_call_id", "reasoning", "is_learned")
 
 
-@lru_cache(maxsize=2)
-def _schema(with_tools: bool = False) -> Any:
+_COLUMNS: tuple[Columns, ...] = tuple(
+    frozenset(names) for names in ((), ("tools",), ("preferences",), ("tools", "preferences"))
+)
+
+
+@lru_cache(maxsize=len(_COLUMNS))
+def _schema(columns: Columns) -> Any:
     import pyarrow as pa
 
     text = pa.string()
     turn = [("role", text), ("content", text)]
-    if with_tools:
+    if "tools" in columns:
         call = pa.struct([("name", text), ("arguments", text), ("id", text)])
         turn += [
             ("tool_calls", pa.list_(call)),
@@ -278,6 +314,7 @@ def _schema(with_tools: bool = False) -> Any:
             ("reasoning", text),
             ("is_learned", pa.bool_()),
         ]
+    preferences = [("rejected", pa.struct(turn)), ("is_desirable", pa.bool_())]
     return pa.schema(
         [
             ("id", text),
@@ -287,6 +324,7 @@ def _schema(with_tools: bool = False) -> Any:
             ("group", text),
             ("tags", pa.map_(text, text)),
             ("origin", text),
-            *([("tools", pa.list_(text))] if with_tools else []),
+            *([("tools", pa.list_(text))] if "tools" in columns else []),
+            *(preferences if "preferences" in columns else []),
         ]
     )

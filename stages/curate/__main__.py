@@ -1,9 +1,10 @@
 """Curate: keep the rows that are fit for training, and reject the others with a reason.
 
 In: `artifacts/collect/rows.parquet`.
-Out: `artifacts/curate/rows.parquet`, `task.json` with the task that they are rows of (a null `task.labels`
-is resolved here), `rejects.jsonl` with each rejected row and its reason, and `changes.jsonl` with each text
-that was changed, before and after (what a row is rejected for as personal data or a secret is in neither);
+Out: `artifacts/curate/rows.parquet`, `refused.parquet` with the rows whose answer people found bad,
+`task.json` with the task that they are rows of (a null `task.labels` is resolved here), `rejects.jsonl` with
+each rejected row and its reason, and `changes.jsonl` with each text that was changed, before and after (what
+a row is rejected for as personal data or a secret is in neither);
 `reports/curate/metrics.json` with the counts, and `rows.svg`.
 Run: `python -m stages.curate`
 
@@ -35,16 +36,18 @@ from stages.common.records import (
     count_chars,
     exclude_feedback,
     read_rows,
+    separate_refused,
     sort_feedback_last,
     write_rows,
 )
-from stages.common.spool import pick, spool
+from stages.common.spool import join, pick, spool
 from stages.common.svg import draw_figure
 from stages.common.task.kinds import TASK_FILE, resolve_task
 from stages.common.task.protocol import Task
 from stages.curate.calls import check_calls
 from stages.curate.duplicates import (
     TableRule,
+    find_confirmed_answers,
     find_conflicting_answers,
     find_contradicting_feedback,
     find_exact_duplicates,
@@ -60,6 +63,7 @@ from stages.curate.rules import (
     limit_answer_length,
     limit_question_length,
     limit_repetition,
+    require_difference,
     require_text,
 )
 from stages.curate.spelling import count_changes, format_changes, spell_rows
@@ -82,6 +86,7 @@ def list_rules(
         limit_answer_length(params.max_answer_chars, learned_turns),
         check_answer(task, learned_turns),
         check_calls(task),
+        require_difference(task),
         limit_repetition(params.max_same_characters, params.max_same_words),
     ]
     if params.min_text_share is not None:
@@ -98,6 +103,18 @@ def list_table_rules(params: Curate, task: Task) -> list[TableRule]:
         rules.append(find_exact_duplicates)
     if params.near_duplicate_threshold is not None:
         rules.append(find_near_duplicates(params.near_duplicate_threshold, task))
+    return rules
+
+
+def list_refused_rules(params: Curate, system_prompt: str | None) -> list[Rule]:
+    """Return the rules for a row whose answer was refused: that it is invalid can be why it was."""
+    rules: list[Rule] = [
+        find_personal_data(params.personal_data, system_prompt),
+        limit_question_length(params.min_question_chars, params.max_question_chars),
+        limit_answer_length(params.max_answer_chars),
+    ]
+    if params.min_text_share is not None:
+        rules.append(require_text(params.min_text_share))
     return rules
 
 
@@ -122,15 +139,18 @@ def apply_rules(
 
 
 def count_rows(
-    rows_in: int, kept: Sequence[Row], rejected: Sequence[tuple[Row, Rejection]]
+    rows_in: int, kept: Sequence[Row], refused: Sequence[Row], rejected: Sequence[tuple[Row, Rejection]]
 ) -> dict[str, Any]:
     """Return the counts of the report.
 
     Raises:
         AssertionError: a row was lost, which is a bug.
     """
-    if rows_in != len(kept) + len(rejected):
-        raise AssertionError(f"{rows_in} rows went in, {len(kept)} were kept and {len(rejected)} rejected")
+    if rows_in != len(kept) + len(refused) + len(rejected):
+        counted = (
+            f"{len(kept)} were kept, {len(refused)} have a refused answer and {len(rejected)} are rejected"
+        )
+        raise AssertionError(f"{rows_in} rows went in, {counted}")
     sources: Counter[str] = Counter()
     groups = set()
     for row in kept:
@@ -139,6 +159,8 @@ def count_rows(
     return {
         "rows_in": rows_in,
         "kept": len(kept),
+        "with_rejected_answer": sum(row.rejected is not None for row in kept),
+        "refused_answers": len(refused),
         "rejected": len(rejected),
         "kept_share": round(len(kept) / rows_in, 6) if rows_in else 0.0,
         "rejected_by_reason": dict(sorted(Counter(rejection.reason for _, rejection in rejected).items())),
@@ -167,16 +189,23 @@ def main() -> None:
     """Separate the collected rows into kept and rejected ones, and write both with their counts."""
     everything = load_params()
     params = everything.curate
-    rows, changes = spell_rows(
+    spelled, changes = spell_rows(
         sort_feedback_last(read_rows(artifacts("collect") / "rows.parquet")), params.normalize
     )
+    rows, refused = separate_refused(spelled)
     # Feedback adds no label to a closed set.
     own = exclude_feedback(rows) or rows
     task = resolve_task(everything.task, (row.answer for row in own))
     rules = list_rules(params, task, everything.task.system_prompt, everything.task.turns)
     kept, rejected = apply_rules(rows, rules, list_table_rules(params, task))
+    bad, rejected_bad = apply_rules(
+        refused,
+        list_refused_rules(params, everything.task.system_prompt),
+        [find_exact_duplicates, find_confirmed_answers(kept, task)],
+    )
+    rejected = join(rejected, rejected_bad) if rejected_bad else rejected
     groups = join_conversations(kept)
-    counts = count_rows(len(rows), kept, rejected)
+    counts = count_rows(len(spelled), kept, bad, rejected)
     joined = counts["groups_kept"] - len(set(groups))
     counts |= {
         **count_changes(changes),
@@ -189,8 +218,8 @@ def main() -> None:
     write_lines(folder / "changes.jsonl", format_changes(shown))
     if not kept:
         raise InputError(
-            f"all {len(rows)} rows were rejected: {counts['rejected_by_reason']}; the first: "
-            f"{rejected[0][1].detail}",
+            f"all {len(spelled)} rows were rejected or have a refused answer: {counts['rejected_by_reason']}"
+            + (f"; the first: {rejected[0][1].detail}" if rejected else ""),
             f"read the reasons in {folder / 'rejects.jsonl'}, then correct the data or the limits",
         )
     write_rows(
@@ -200,10 +229,13 @@ def main() -> None:
             for row, group in zip(kept, groups, strict=True)
         ),
     )
+    write_rows(folder / "refused.parquet", number_copies(bad))
     write_json(TASK_FILE, task.describe())
     write_json(reports("curate") / "metrics.json", counts)
     plot_rows(len(kept), counts["rejected_by_reason"], reports("curate") / "rows.svg")
-    logger.info("%d rows in, %d kept, %d rejected", len(rows), len(kept), len(rejected))
+    logger.info("%d rows in, %d kept, %d rejected", len(spelled), len(kept), len(rejected))
+    if bad:
+        logger.info("%d rows with a refused answer are kept apart", len(bad))
     for reason, count in counts["rejected_by_reason"].items():
         logger.info("rejected %d: %s", count, reason)
     for name, count in counts["messages_changed_by"].items():

@@ -30,7 +30,8 @@ def check_calls(task: Task) -> Rule:
     """
 
     def rule(row: Row) -> Rejection | None:
-        has_calls = any(message.tool_calls for message in row.messages)
+        turns = (*row.messages, row.rejected) if row.rejected else row.messages
+        has_calls = any(message.tool_calls for message in turns)
         if has_calls and task.kind != "tools":
             return Rejection("tool_call", f"task.kind is {task.kind}; fix: set task.kind: tools")
         if not row.tools and task.kind != "tools":

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from stages.common.logs import ROWS_A_STEP, get_logger, show_progress
+from stages.common.messages import Message
 from stages.common.records import Row, exclude_feedback, format_canonical_json, make_row
 from stages.common.similarity.compared_text import find_shared_parts, fold_spelling
 from stages.common.similarity.near_duplicates import find_near_earlier
@@ -86,17 +87,34 @@ def find_exact_duplicates(rows: Sequence[Row]) -> dict[int, Rejection]:
 
 def _identify(row: Row) -> str:
     """Return the id that a row has without the ids of its calls, which are random in most logs."""
-    if not any(call.id for message in row.messages for call in message.tool_calls):
+    turns = (*row.messages, row.rejected) if row.rejected else row.messages
+    if not any(call.id for message in turns for call in message.tool_calls):
         return row.id
-    messages = [
-        replace(
-            message,
-            tool_calls=tuple(replace(call, id=None) for call in message.tool_calls),
-            tool_call_id=None,
-        )
-        for message in row.messages
-    ]
-    return make_row(messages, row.source, row.license, tools=row.tools).id
+    messages = [_without_ids(message) for message in row.messages]
+    rejected = _without_ids(row.rejected) if row.rejected else None
+    return make_row(messages, row.source, row.license, tools=row.tools, rejected=rejected).id
+
+
+def _without_ids(message: Message) -> Message:
+    calls = tuple(replace(call, id=None) for call in message.tool_calls)
+    return replace(message, tool_calls=calls, tool_call_id=None)
+
+
+def find_confirmed_answers(rows: Sequence[Row], task: Task) -> TableRule:
+    """Return the rule that rejects a refused answer that one of `rows` has as the right one of its prompt."""
+
+    def rule(refused: Sequence[Row]) -> dict[int, Rejection]:
+        asked = {_hash_prompt(row) for row in refused}
+        right = {
+            (prompt, task.canonical(row.answer)) for row in rows if (prompt := _hash_prompt(row)) in asked
+        }
+        return {
+            number: Rejection("contradicting_rating", "another row has this answer as the right one")
+            for number, row in enumerate(refused)
+            if (_hash_prompt(row), task.canonical(row.answer)) in right
+        }
+
+    return rule
 
 
 def number_copies(rows: Iterable[Row]) -> Iterator[Row]:
@@ -127,7 +145,9 @@ def find_near_duplicates(threshold: float, task: Task) -> TableRule:
             content = _identify(row)
             copies_of.append(content)
             if first.setdefault(content, number) == number:
-                answered = "\n".join((task.canonical(row.answer), *(tool.text for tool in row.tools)))
+                worse = [task.canonical(row.rejected.answer)] if row.rejected else []
+                parts = (task.canonical(row.answer), *(tool.text for tool in row.tools), *worse)
+                answered = "\n".join(parts)
                 by_answer[_hash_text(answered)].append(number)
         rejected: dict[int, Rejection] = {}
         done = 0

@@ -46,6 +46,7 @@ def redact_row(row: Row, kinds: Sequence[str]) -> Row:
     return replace(
         row,
         messages=tuple(_redact_message(message, kinds) for message in row.messages),
+        rejected=_redact_message(row.rejected, kinds) if row.rejected else None,
         tools=tuple(Tool(_redact_object(tool.text, kinds)) for tool in row.tools),
         group=row.group if row.group == row.id else redact(row.group, kinds),
         tags={key: redact(value, kinds) for key, value in row.tags.items()},

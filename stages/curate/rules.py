@@ -58,6 +58,22 @@ def limit_answer_length(max_chars: int, learned_turns: LearnedTurns = "last") ->
                 return Rejection("empty_answer", f"{place}no visible character")
             if length > max_chars:
                 return Rejection("long_answer", f"{place}{length} characters, at most {max_chars} required")
+        length = len(row.rejected.answer.strip()) if row.rejected else 0
+        if length > max_chars:
+            return Rejection(
+                "long_answer", f"the rejected answer: {length} characters, at most {max_chars} required"
+            )
+        return None
+
+    return rule
+
+
+def require_difference(task: Task) -> Rule:
+    """Return the rule that rejects pairs whose two answers mean the same: neither is the better one."""
+
+    def rule(row: Row) -> Rejection | None:
+        if row.rejected and task.canonical(row.rejected.answer) == task.canonical(row.answer):
+            return Rejection("equal_answers", "the rejected answer means the same as the answer")
         return None
 
     return rule

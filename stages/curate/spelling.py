@@ -63,12 +63,21 @@ def _spell_row(row: Row, names: Sequence[str], changes: Spool[Change]) -> Row:
         return after
 
     messages = [_spell_message(message, spell) for message in row.messages]
+    rejected = _spell_message(row.rejected, spell) if row.rejected else None
     tools = tuple(Tool(spell("tools", tool.text, _spell_json)) for tool in row.tools)
     if not changed:
         return row
     group = None if row.group == row.id else row.group
     new = make_row(
-        messages, row.source, row.license, group=group, tags=row.tags, origin=row.origin, tools=tools
+        messages,
+        row.source,
+        row.license,
+        group=group,
+        tags=row.tags,
+        origin=row.origin,
+        tools=tools,
+        rejected=rejected,
+        is_desirable=row.is_desirable,
     )
     for role, applied_names, before, after in changed:
         changes.append(Change(new.id, role, applied_names, before, after))

@@ -1,9 +1,9 @@
 """Split: hold out whole groups for validation and test, and prove that no training row is like them.
 
-In: `artifacts/curate/rows.parquet`.
-Out: `artifacts/split/{train,validation,test}.parquet`; `reports/split/metrics.json` with the
-counts and the proof: no group and no conversation on two sides, and no training prompt nearly that of a
-held-out row.
+In: `artifacts/curate/rows.parquet`, `refused.parquet`.
+Out: `artifacts/split/{train,validation,test}.parquet`, and `refused.parquet` with the rows whose answer
+people found bad, which are only for training; `reports/split/metrics.json` with the counts and the proof: no
+group and no conversation on two sides, and no training prompt nearly that of a held-out row.
 Run: `python -m stages.split`
 
 A group is rows that belong together (the sentences of one template); a row without a group is its own group.
@@ -30,7 +30,7 @@ from stages.common.spool import pick, spool
 from stages.common.statistics.row_counts import describe_counts, read_rejected_counts
 from stages.common.statistics.sizes import choose_min_test_rows, choose_min_train_rows
 from stages.common.task.kinds import read_task
-from stages.split.leaks import prove_split, remove_known_answers, remove_near_duplicates
+from stages.split.leaks import clear_refused, prove_split, remove_known_answers, remove_near_duplicates
 from stages.split.sides import (
     Sides,
     assign_sides,
@@ -138,6 +138,13 @@ def main() -> None:
     sides, removed = remove_near_duplicates(
         Sides(train, sides.validation, sides.test), params.near_duplicate_threshold, shared
     )
+    bad, telling = clear_refused(
+        read_rows(artifacts("curate") / "refused.parquet"),
+        assigned,
+        sides,
+        params.near_duplicate_threshold,
+        shared,
+    )
     if feedback:
         labels = choose_group_labels(rows, read_strata(rows, stratify_by, task)) | labels
     check_sizes(
@@ -169,6 +176,11 @@ def main() -> None:
         "train_rows_not_drawn": not_drawn,
         "rows_removed_as_known_answers": known,
         "train_rows_removed_as_near_duplicates": removed,
+        "rows_with_rejected_answer": {
+            side: sum(row.rejected is not None for row in chosen) for side, chosen in sides.items()
+        },
+        "refused_answers": len(bad),
+        "refused_answers_of_held_out_prompts": telling,
         **count_sides(sides, labels, stratify_by),
         "proof": prove_split(sides, params.near_duplicate_threshold, shared, links),
     }
@@ -176,6 +188,7 @@ def main() -> None:
     report["test_answers"] = len(test)
     for side, chosen in (("train", sides.train), ("validation", sides.validation), ("test", test)):
         write_rows(artifacts("split") / f"{side}.parquet", chosen)
+    write_rows(artifacts("split") / "refused.parquet", bad)
     write_json(reports("split") / "metrics.json", report)
     logger.info(
         "%s rows in %s groups (train, validation, test); %d near duplicates of held-out rows removed",

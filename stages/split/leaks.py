@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from itertools import chain
 from typing import Any
 
@@ -24,7 +24,7 @@ from stages.common.similarity.near_duplicates import (
     spool_grams,
 )
 from stages.common.spool import exclude, join
-from stages.split.sides import Sides
+from stages.split.sides import Side, Sides, select_feedback
 
 logger = get_logger("split")
 
@@ -67,6 +67,23 @@ def remove_near_duplicates(sides: Sides, threshold: float, shared: SharedParts) 
     """
     near = find_near_training_rows(sides, threshold, shared)
     return Sides(exclude(sides.train, near), sides.validation, sides.test), len(near)
+
+
+def clear_refused(
+    refused: Sequence[Row], assigned: Mapping[str, Side], sides: Sides, threshold: float, shared: SharedParts
+) -> tuple[Sequence[Row], int]:
+    """Return the rows with a refused answer that tell nothing about held-out rows, and how many do.
+
+    Args:
+        assigned: the side of each group.
+    """
+    if not refused:
+        return refused, 0
+    free, of_held_out = select_feedback(refused, assigned)
+    telling = find_rows_that_answer(free, join(sides.validation, sides.test))
+    asked = Sides(exclude(free, telling), sides.validation, sides.test)
+    left, near = remove_near_duplicates(asked, threshold, shared)
+    return left.train, of_held_out + len(telling) + near
 
 
 def find_near_training_rows(sides: Sides, threshold: float, shared: SharedParts) -> set[int]:

@@ -43,4 +43,6 @@ def unroll(rows: Iterable[Row], learned_turns: LearnedTurns) -> Iterator[Row]:
             messages = [replace(message, is_learned=None) for message in row.messages[: place + 1]]
             asked = sum(message.role == "user" for message in messages)
             tags = {**row.tags, TURN: str(asked)}
-            yield make_row(messages, row.source, row.license, row.group, tags, row.origin, row.tools)
+            # Its rejected answer and its rating are about the last turn.
+            own = (row.rejected, row.is_desirable) if place == len(row.messages) - 1 else (None, None)
+            yield make_row(messages, row.source, row.license, row.group, tags, row.origin, row.tools, *own)

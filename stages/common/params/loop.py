@@ -89,6 +89,7 @@ class FeedbackSettings(Section):
 
     license: Annotated[str, Field(min_length=1)]
     thumbs_up_as_label: bool
+    thumbs_down_as_refusal: bool = False
     min_agreement: Annotated[float, Field(gt=0.5, le=1.0)]
     max_rows_per_user: PositiveCount
     max_share_per_key: Annotated[float, Field(gt=0.0, le=1.0)]

@@ -120,6 +120,8 @@ class File(Section):
     completion_column: str | None = None
     system_column: str | None = None
     tools_column: str | None = None
+    rejected_column: str | None = None
+    rating_column: str | None = None
     group_column: str | None = None
     tag_columns: tuple[str, ...] = ()
 

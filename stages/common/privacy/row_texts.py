@@ -19,6 +19,8 @@ def list_private_texts(row: Row) -> Iterator[tuple[str, str]]:
     """
     for message in row.messages:
         yield from list_message_texts(message)
+    if row.rejected:
+        yield from ((f"{place} (rejected)", text) for place, text in list_message_texts(row.rejected))
     for tool in row.tools:
         yield from (("the description of a tool", text) for text in _read_tool(tool.text))
 

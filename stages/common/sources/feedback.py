@@ -15,11 +15,12 @@ from stages.common.records import Row, make_row
 from stages.common.sources import Collected, Rejected
 from stages.common.sources.files.entries import BadRow, count
 from stages.common.sources.files.json_records import read_jsonl
-from stages.common.sources.files.messages import read_conversation
+from stages.common.sources.files.messages import read_conversation, read_rejected
+from stages.common.sources.files.preferences import read_rating
 from stages.common.sources.files.rows import OnBadRow, check_conversation, list_rejected
 from stages.common.sources.files.shapes import Shape
 
-SHAPE = Shape("chat", messages="messages", tools="tools")
+SHAPE = Shape("chat", messages="messages", tools="tools", rejected="rejected")
 
 
 def collect_feedback(path: Path, system_prompt: str | None, on_bad_row: OnBadRow) -> Collected:
@@ -63,7 +64,20 @@ def _row(fields: dict[str, Any], system_prompt: str | None) -> Row:
         raise BadRow("wrong_tags", "tags are texts by their names")
     own, tools = read_conversation(fields, SHAPE, set())
     messages = check_conversation(own, tools, system_prompt)
-    return make_row(messages, fields["source"], fields["license"], fields["group"], tags, "feedback", tools)
+    rejected = read_rejected(fields, SHAPE, own, set())
+    if rejected:
+        check_conversation([*messages[:-1], rejected], tools, None)
+    return make_row(
+        messages,
+        fields["source"],
+        fields["license"],
+        fields["group"],
+        tags,
+        "feedback",
+        tools,
+        rejected,
+        read_rating(fields.get("is_desirable")),
+    )
 
 
 def _by_kind(rows: list[Row]) -> dict[str, int]:

@@ -49,7 +49,7 @@ class Cost:
         price = self.prices.price_per_hour
         return {
             "product_limit_gflops": round(self.limit / 1e9, 1),
-            "product_share": float(f"{self.share:.3g}"),  # digits, not decimals: a tiny model takes far below 1 %
+            "product_share": float(f"{self.share:.3g}"),  # digits: a tiny model takes far below 1 %
             "estimated_peak_mib": None if self.estimated_bytes is None else self.estimated_bytes // MIB,
             "peak_device_mib": None if self.device_bytes is None else self.device_bytes // MIB,
             "energy_wh": None if watt_hours is None else round(watt_hours, 3),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +30,10 @@ def read_conversation(fields: Record, shape: Shape, forms: set[str]) -> Conversa
     Raises:
         BadRow: a field is missing, empty or of another kind.
     """
-    tools = read_tools(fields.get(shape.tools), forms) if shape.tools else ()
+    listed = fields.get(shape.tools) if shape.tools else None
+    if listed is None and shape.rejected and isinstance(asked := fields.get(shape.prompt or ""), dict):
+        listed = asked.get("tools")  # OpenAI's preference tuning
+    tools = read_tools(listed, forms) if shape.tools or listed else ()
     messages = join_system(find_answer(_read_turns(fields, shape, forms)))
     system = fields.get(shape.system) if shape.system else None
     if isinstance(system, str) and system.strip() and messages and messages[0].role != "system":
@@ -37,6 +41,39 @@ def read_conversation(fields: Record, shape: Shape, forms: set[str]) -> Conversa
     if not messages or messages[0].role != "system":
         return messages, tools
     return _take_described_tools(messages, tools, forms)
+
+
+def read_rejected(
+    fields: Record, shape: Shape, messages: Sequence[Message], forms: set[str]
+) -> Message | None:
+    """Return the answer of a record that is worse than the last of its messages; None where it has none.
+
+    Raises:
+        BadRow: it is no answer, or whole conversations differ before their answers.
+    """
+    value = fields.get(shape.rejected) if shape.rejected else None
+    if value in (None, "", [], {}):
+        return None
+    name = shape.rejected or ""
+    turns = [turn.message for turn in _read_answer_turns(name, value, shape, forms)]
+    if not turns or turns[-1].role != "assistant":
+        raise BadRow("wrong_rejected", f"{name!r} does not end with an answer of the assistant")
+    before = [message for message in turns[:-1] if message.role != "system"]
+    own = [message for message in messages[:-1] if message.role != "system"]
+    if before and before != own:
+        raise BadRow("wrong_rejected", f"{name!r} is an answer to another conversation")
+    return turns[-1]
+
+
+def _read_answer_turns(name: str, value: Any, shape: Shape, forms: set[str]) -> list[Turn]:
+    """Return the turns of an answer, which can be a turn, a list of turns, a text or another JSON value."""
+    if shape.rejected and isinstance(value, dict) and is_conversation([value]):
+        return parse_turns([value], forms)
+    if is_conversation(value) and (shape.messages or not isinstance(value, str)):
+        return parse_turns(value, forms)
+    if isinstance(value, dict | list):  # a JSON answer that was not quoted
+        return [Turn(Message("assistant", _to_json(name, value)))]
+    return [Turn(Message("assistant", _read_text(name, value, "no_answer")))]
 
 
 def _read_turns(fields: Record, shape: Shape, forms: set[str]) -> list[Turn]:
@@ -80,6 +117,8 @@ def _pair_turns(fields: Record, shape: Shape, forms: set[str]) -> list[Turn]:
         if name not in fields:
             raise BadRow("missing_field", f"no {name!r}{_nearest_of(name, fields)}")
     question, answer = fields[prompt], fields[completion]
+    if shape.rejected and isinstance(question, dict) and is_conversation(question.get("messages")):
+        question = question["messages"]  # OpenAI's preference tuning
     if is_conversation(question) and not isinstance(question, str):
         turns = parse_turns(question, forms)
     else:
@@ -88,11 +127,7 @@ def _pair_turns(fields: Record, shape: Shape, forms: set[str]) -> list[Turn]:
         turns = [*_history(fields, shape), Turn(Message("user", text))]
     if shape.name == "calls":
         return [*turns, Turn(_read_answers(completion, answer, forms))]
-    if is_conversation(answer) and not isinstance(answer, str):
-        return [*turns, *parse_turns(answer, forms)]
-    if isinstance(answer, dict | list):  # a JSON answer that was not quoted
-        return [*turns, Turn(Message("assistant", _to_json(completion, answer)))]
-    return [*turns, Turn(Message("assistant", _read_text(completion, answer, "no_answer")))]
+    return [*turns, *_read_answer_turns(completion, answer, shape, forms)]
 
 
 def _read_answers(name: str, value: Any, forms: set[str]) -> Message:

@@ -37,7 +37,8 @@ from stages.common.sources.files.formats import (
     read_entries,
     report_empty,
 )
-from stages.common.sources.files.messages import read_conversation
+from stages.common.sources.files.messages import read_conversation, read_rejected
+from stages.common.sources.files.preferences import read_rating
 from stages.common.sources.files.shapes import Columns, Shape, detect_shape
 from stages.common.spool import Spool
 
@@ -152,6 +153,9 @@ def to_row(
     forms: set[str] = set()
     own, tools = read_conversation(fields, shape, forms)
     messages = check_conversation(own, tools, system_prompt)
+    rejected = read_rejected(fields, shape, own, forms)
+    if rejected:
+        check_conversation([*messages[:-1], rejected], tools, None)
     group = fields.get(columns.group) if columns.group else None
     tags = {
         name: convert_to_text(fields[name]) for name in columns.tags if fields.get(name) not in (None, "")
@@ -164,6 +168,8 @@ def to_row(
         tags=tags,
         origin=origin,
         tools=tools,
+        rejected=rejected,
+        is_desirable=read_rating(fields.get(shape.rating)) if shape.rating else None,
     )
     return row, forms
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from stages.common.errors import InputError
 from stages.common.params.checked_yaml import suggest_nearest
 from stages.common.sources.files.entries import Record, shorten
+from stages.common.sources.files.preferences import find_preferences
 from stages.common.sources.files.tools.calls import CALL_NAMES, is_call_list
 from stages.common.sources.files.tools.schemas import TOOL_NAMES, is_tool_list
 from stages.common.sources.files.turns import is_conversation, parse_list
@@ -44,11 +45,6 @@ CLASS_NAMES = (
 )  # fmt: skip
 CONTEXT_NAMES = ("input", "context", "passage")
 ALPACA_COMPLETIONS = ("output", "response", "completion", "answer")
-# Rows of these columns are for other methods: their answers are not simply right.
-OTHER_METHODS = (
-    (("chosen", "rejected"), "preference pairs", "chosen"),
-    (("preferred_output", "non_preferred_output"), "preference pairs", "preferred_output"),
-)
 ID_NAMES = re.compile(r"(.*_)?(id|idx|index|uuid|guid|number|no|date|time|timestamp|created_at|url|split)")
 SHOWN_COLUMNS = 12
 MAX_LABEL_CHARS = 64
@@ -66,6 +62,8 @@ class Columns:
     completion: str | None = None
     system: str | None = None
     tools: str | None = None
+    rejected: str | None = None
+    rating: str | None = None
     group: str | None = None
     tags: tuple[str, ...] = ()
 
@@ -80,6 +78,8 @@ class Columns:
             completion=entry.completion_column,
             system=entry.system_column,
             tools=entry.tools_column,
+            rejected=entry.rejected_column,
+            rating=entry.rating_column,
             group=entry.group_column,
             tags=entry.tag_columns,
         )
@@ -88,14 +88,19 @@ class Columns:
     def named(self) -> tuple[str, ...]:
         """The columns that must be there because the entry names them."""
         own = (
-            self.messages, self.prompt, self.context, self.completion, self.system, self.tools, self.group,
+            self.messages, self.prompt, self.context, self.completion, self.system, self.tools, self.rejected,
+            self.rating, self.group,
         )  # fmt: skip
         return (*(name for name in own if name), *self.tags)
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Where the conversation is in a record: `messages`, or `prompt` and `completion`; and its `tools`."""
+    """Where the conversation is in a record: `messages`, or `prompt` and `completion`; and its `tools`.
+
+    Attributes:
+        rejected: an answer that is worse than the last one; rating: whether the last one is good.
+    """
 
     name: Name
     messages: str | None = None
@@ -105,11 +110,15 @@ class Shape:
     system: str | None = None
     history: str | None = None
     tools: str | None = None
+    rejected: str | None = None
+    rating: str | None = None
 
     @property
     def columns(self) -> dict[str, str]:
         """The columns that are read, by what they are."""
-        parts = ("messages", "system", "history", "prompt", "context", "completion", "tools")
+        parts = (
+            "messages", "system", "history", "prompt", "context", "completion", "tools", "rejected", "rating",
+        )  # fmt: skip
         return {part: name for part in parts if (name := getattr(self, part))}
 
 
@@ -122,9 +131,21 @@ def detect_shape(path: Path, records: Sequence[Record], columns: Columns) -> Sha
     there = list(dict.fromkeys(str(name) for record in records for name in record))
     if absent := [name for name in columns.named if name not in there]:
         raise _without(path, absent, there)
+    columns = _add_preferences(records, columns, there)
     tools = columns.tools or _find_tools(records, there)
     shape = _detect_conversation(path, records, replace(columns, tools=tools), there)
-    return replace(shape, tools=tools)
+    return replace(shape, tools=tools, rejected=columns.rejected, rating=columns.rating)
+
+
+def _add_preferences(records: Sequence[Record], columns: Columns, there: Sequence[str]) -> Columns:
+    """Return the columns with those of preferences; what the entry names is all of the conversation's."""
+    is_named = columns.shape or columns.messages or columns.prompt or columns.completion
+    found = (
+        None
+        if is_named or columns.rejected or columns.rating
+        else find_preferences(records, _plain_names(there), CHAT_NAMES)
+    )
+    return replace(columns, **asdict(found)) if found else columns
 
 
 def _detect_conversation(
@@ -139,7 +160,6 @@ def _detect_conversation(
     if columns.prompt and columns.completion:
         return _pair_shape(columns, there, columns.prompt, columns.completion)
     if columns.shape is None and not (columns.prompt or columns.completion):
-        _refuse_other_methods(path, records, there)
         if _find_conversations(records, there):
             return _chat_shape(path, records, columns, there)
         if _plain_names(there).keys() == {CHAT_NAMES[0]}:
@@ -178,7 +198,8 @@ def _find_calls(records: Sequence[Record], columns: Columns, there: Sequence[str
     calls = next((n for n in named if any(is_call_list(record.get(n)) for record in records)), None)
     if columns.shape == "calls":
         calls = calls or next(iter(named), None)
-    prompt = columns.prompt or _first_named(PROMPT_NAMES, lowered, {columns.tools, calls, columns.system})
+    taken = {columns.tools, calls, columns.system, columns.rejected, columns.rating}
+    prompt = columns.prompt or _first_named(PROMPT_NAMES, lowered, taken)
     if calls is None or prompt is None:
         return None
     return Shape("calls", prompt=prompt, completion=calls, system=_find_system(columns, there))
@@ -220,29 +241,13 @@ def _find_conversations(records: Sequence[Record], there: Sequence[str]) -> list
     return usual[:1] or found
 
 
-def _refuse_other_methods(path: Path, records: Sequence[Record], there: Sequence[str]) -> None:
-    names = _plain_names(there).keys()
-    for columns, what, right in OTHER_METHODS:
-        if names >= set(columns):
-            raise InputError(
-                f"{path} has {what} ({', '.join(columns)}), which training cannot use",
-                f"to train on the better answers only, set `completion_column: {right}` and `prompt_column`",
-            )
-    marks = [record["label"] for record in records if record.get("label") is not None]
-    is_rated = names >= {"prompt", "completion", "label"} or _find_conversations(records, there)
-    if marks and is_rated and all(isinstance(mark, bool) for mark in marks):
-        raise InputError(
-            f"{path} marks its answers as good or bad (label: true, false)",
-            "keep the rows with label true, and leave that column out",
-        )
-
-
 def _find_pair(
     path: Path, records: Sequence[Record], columns: Columns, there: Sequence[str]
 ) -> tuple[str, str]:
     """Return the columns of prompt and completion: as named, by their names, or by what is in them."""
     lowered = _plain_names(there)
     used = {*columns.tags, columns.group, columns.system, columns.context, columns.tools}
+    used |= {columns.rejected, columns.rating}
     texts = [name for name in there if name not in used and _is_text_column(records, name)]
     prompt, completion = columns.prompt, columns.completion
     if not (prompt or completion) and "instruction" in lowered:
