@@ -166,6 +166,7 @@ def _rename(tool: Tool, name: str) -> Tool:
 def measure_training(tokenizer: Any, count: int) -> dict[str, float]:
     """Train on conversations of several turns as they are, and on their first turns alone."""
     from stages.finetune.adapter import build_model
+    from stages.finetune.objectives.answers import Answers
     from stages.finetune.recipe import Recipe
     from stages.finetune.trainer import train
 
@@ -183,7 +184,9 @@ def measure_training(tokenizer: Any, count: int) -> dict[str, float]:
         for name, examples in sets.items():
             with tempfile.TemporaryDirectory() as folder:
                 model = build_model(artifacts("fetch_base"), recipe, None)
-                trained = train(model, examples, [], tokenizer.pad_token_id, recipe, Path(folder), 1_000_000)
+                trained = train(
+                    model, Answers(examples), [], tokenizer.pad_token_id, recipe, Path(folder), 1_000_000
+                )
             speeds[name].append(trained.tokens / trained.seconds)
     return {
         "rows": len(rows),

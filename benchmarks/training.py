@@ -28,6 +28,7 @@ from stages.common.model.loading import load_tokenizer, pick_device
 from stages.common.params.loading import load_params
 from stages.common.records import Row, read_rows
 from stages.finetune.adapter import build_model
+from stages.finetune.objectives.answers import Answers
 from stages.finetune.recipe import Recipe
 from stages.finetune.trainer import measure_peak_rss_mib, train
 
@@ -44,7 +45,7 @@ def run_ours(rows: list[Row], recipe: Recipe) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         trained = train(
             model,
-            examples,
+            Answers(examples),
             [],
             tokenizer.pad_token_id,
             replace(recipe, epochs=OUR_EPOCHS),

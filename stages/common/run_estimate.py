@@ -188,6 +188,13 @@ def count_processes(devices: int | str, batch_size: int, kind: str) -> int:
     return min(torch.cuda.device_count(), batch_size)
 
 
+def list_learned_sides(counted: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    """Return what `preflight` counted in each side; of training, what is learned where it is preferences."""
+    sides: Mapping[str, Mapping[str, Any]] = counted["sides"]
+    preferences = counted.get("preferences")
+    return {**sides, "train": preferences} if preferences else sides
+
+
 def read_work(
     sides: Mapping[str, Mapping[str, Any]],
     epochs: int,
@@ -275,7 +282,7 @@ def describe_memory(
         free: on one GPU, or on the machine.
         has_gpus: whether each process has a GPU to itself; else they share the memory.
     """
-    finetune, train, training = params.finetune, counted["sides"]["train"], counted.get("training")
+    finetune, train, training = params.finetune, list_learned_sides(counted)["train"], counted.get("training")
     replaced = training["trained_parameters"] if training and finetune.method not in LORA_METHODS else 0
     rows = -(-min(finetune.batch_size, train["rows"]) // processes)
     batch = Batch(rows, train["longest"], train["longest_answer"])
@@ -339,7 +346,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     finetune = params.finetune
     work = read_work(
-        counted["sides"],
+        list_learned_sides(counted),
         finetune.epochs,
         choose_max_test_rows(params.ask_base.max_rows),
         finetune.validate_every,

@@ -6,9 +6,10 @@ Out: `artifacts/finetune/` (a peft adapter, or the trained weights); `reports/fi
 `loss.csv`, `validation.csv`, `loss.svg`.
 Run: `python -m stages.finetune`
 
-Only the answers are learned. A killed run resumes from its last complete checkpoint in
-`checkpoints/finetune/<fingerprint>/` and ends with the same adapter, byte by byte, as an uninterrupted run in
-as many processes. `devices` has how several processes train together; the first of them writes and reports.
+Only answers are learned, by the objective that `method` names. A killed run resumes from its last complete
+checkpoint in `checkpoints/finetune/<fingerprint>/` and ends with the same adapter, byte by byte, as an
+uninterrupted run in as many processes. `devices` has how several processes train together; the first of them
+writes and reports.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from stages.common.chat.fitting import (
 )
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage
-from stages.common.model.adapter import find_start
+from stages.common.model.adapter import STARTED_METHODS, describe_missing_start, find_start
 from stages.common.model.loading import (
     limit_length,
     load_tokenizer,
@@ -39,10 +40,10 @@ from stages.common.model.loading import (
 from stages.common.params.loading import load_params
 from stages.common.records import Row, read_rows
 from stages.common.spool import view
-from stages.finetune.batches import encode_rows, select_rows
 from stages.finetune.checkpoints import CHECKPOINTS, remove_other_runs
 from stages.finetune.devices.group import compute_on_hosts, count_processes, is_main
 from stages.finetune.devices.workers import run_on_devices
+from stages.finetune.objectives.data import read_training_data
 from stages.finetune.plots import plot_loss
 from stages.finetune.progress.cost import Prices
 from stages.finetune.progress.watch import plan_watch
@@ -89,15 +90,11 @@ def train_adapter() -> None:
     if initial:
         recipe = replace(recipe, learning_rate=recipe.learning_rate * params.warm_start_rate_factor)
     rows = read_training_rows()
-    trained_ids = initial.read_trained_ids() if initial else frozenset()
-    selected = select_rows(rows, initial, trained_ids, params.replay_share, params.seed)
     tokenizer = load_tokenizer(base)
     config = read_config(base)
     limit = limit_length(params.max_length, config)
-    examples, row_ids, misfits = encode_rows(
-        tokenizer, selected, params.max_length, params.on_long_row, turns, limit
-    )
     validation_rows = read_rows(artifacts("split") / "validation.parquet")
+    data = read_training_data(everything, tokenizer, rows, validation_rows, initial, limit)
     validated, not_validated = encode_fitting(
         tokenizer,
         validation_rows,
@@ -111,7 +108,7 @@ def train_adapter() -> None:
         list({row.id: row for row, _ in validated}.values()),
         read_position_limit(config),
     )
-    for rows_of, excluded in (("training", misfits), ("validation", not_validated)):
+    for rows_of, excluded in (("training", data.misfits), ("validation", not_validated)):
         if excluded:
             logger.warning(
                 "%d %s rows excluded: %s\n%s",
@@ -120,8 +117,10 @@ def train_adapter() -> None:
                 count_reasons(excluded),
                 describe_misfits(excluded, 3),
             )
-    if len(selected) < len(rows):
-        logger.info("%d rows not replayed: the adapter was trained on them", len(rows) - len(selected))
+    if data.not_replayed:
+        logger.info("%d rows not replayed: the adapter was trained on them", data.not_replayed)
+    if params.method in STARTED_METHODS and not initial:
+        logger.warning("%s", describe_missing_start(params.method))
 
     # Imported late: torch, peft and transformers take seconds, and run_stage sets their environment first.
     from stages.finetune.adapter import build_model, save_adapter
@@ -129,7 +128,7 @@ def train_adapter() -> None:
 
     watched = watch.describe() if watch else None
     checkpoints = CHECKPOINTS / compute_on_hosts(
-        lambda: compute_fingerprint(recipe, examples, base, initial, watched),
+        lambda: compute_fingerprint(recipe, data.sequences, base, initial, watched, data.marks),
         "the recipe, rows, base model, code or library versions",
         "copy params.yaml, artifacts/ and the code of one host to the others, with the same versions",
     )
@@ -139,23 +138,24 @@ def train_adapter() -> None:
     dtype = str(pick_dtype(model.device, recipe.dtype)).removeprefix("torch.")
     processes = f" in {count_processes()} processes" if count_processes() > 1 else ""
     where = f"{dtype} on {model.device.type}{processes}"
-    logger.info("training on %d rows, %s in %s", len(examples), recipe.method, where)
+    logger.info("training on %d rows, %s in %s", data.rows, recipe.method, where)
     result = train(
         model,
-        examples,
+        data.make_objective(),
         validation,
         tokenizer.pad_token_id,
         recipe,
         checkpoints,
         params.checkpoint_every_steps,
-        row_ids.__getitem__,
+        data.row_ids.__getitem__,
         watch,
         Prices(**everything.flows.training.model_dump(include=set(Prices.__dataclass_fields__))),
     )
     if not is_main():
         return
 
-    trained_now = {row_ids[number] for number in result.learned_rows}
+    trained_ids = initial.read_trained_ids() if initial else frozenset()
+    trained_now = {data.row_ids[number] for number in result.learned_rows}
     save_adapter(model, recipe, artifacts("finetune"), trained_ids | trained_now)
     write_loss_csv(result.curve, reports("finetune") / "loss.csv")
     write_validation_csv(result.validation, reports("finetune") / "validation.csv")
@@ -166,10 +166,11 @@ def train_adapter() -> None:
             "method": recipe.method,
             "started_from": initial.version if initial else "base",
             "learning_rate": recipe.learning_rate,
-            "train_rows": len(selected) - len(misfits),
-            "rejected_long_rows": count_reasons(misfits).get(LONG, 0),
-            "rejected_refused_rows": count_reasons(misfits).get(REFUSED, 0),
-            "rows_not_replayed": len(rows) - len(selected),
+            "train_rows": data.rows,
+            "rejected_long_rows": count_reasons(data.misfits).get(LONG, 0),
+            "rejected_refused_rows": count_reasons(data.misfits).get(REFUSED, 0),
+            "rows_not_replayed": data.not_replayed,
+            **data.report,
             "validation_rows": len(validation_rows) - len(not_validated),
             "rejected_validation_rows": len(not_validated),
             "rows_asked": len(watch.sample.rows) if watch else 0,

@@ -9,7 +9,7 @@ from typing import Any
 
 from stages.common.artifacts import atomic_dir
 from stages.common.logs import get_logger
-from stages.common.model.adapter import InitialAdapter, write_trained_ids
+from stages.common.model.adapter import LORA_METHODS, InitialAdapter, write_trained_ids
 from stages.finetune.methods.lora import build_lora, load_lora, save_lora
 from stages.finetune.methods.replaced import build_replaced, load_replaced, save_replaced
 from stages.finetune.recipe import Recipe
@@ -34,7 +34,10 @@ class Method:
 
 _LORA = Method(build_lora, load_lora, save_lora)
 _REPLACED = Method(build_replaced, load_replaced, save_replaced)
-METHODS = {"lora": _LORA, "rslora": _LORA, "dora": _LORA, "full": _REPLACED, "partial": _REPLACED}
+METHODS = {
+    **dict.fromkeys(LORA_METHODS, _LORA),
+    **dict.fromkeys(("full", "partial"), _REPLACED),
+}
 
 
 def build_model(base: Path, recipe: Recipe, initial: InitialAdapter | None = None) -> Any:

@@ -41,6 +41,7 @@ class TrainingResult:
         seconds: of this process, without those of the validation: the rest of the training if it resumed.
         tokens: trained on in those seconds.
         cost: energy, price and share of the machine.
+        held_out: how the model does on what was held out for the objective; None where it has nothing.
     """
 
     curve: list[LossPoint]
@@ -61,6 +62,7 @@ class TrainingResult:
     tokens: int
     peak_rss_mib: int
     cost: Cost
+    held_out: dict[str, Any] | None = None
 
     @property
     def train_loss(self) -> float:
@@ -88,6 +90,7 @@ class TrainingResult:
                 {"step": point.step, "loss": point.loss, **point.metrics} for point in self.validation
             ],
             "kept_step": self.kept_step,
+            **({"held_out": self.held_out} if self.held_out is not None else {}),
             "train_tokens": self.train_tokens,
             "answer_tokens": self.answer_tokens,
             "throughput": {

@@ -1,4 +1,4 @@
-"""Train the adapter with a `transformers.Trainer` that takes planned batches and learns the answers only."""
+"""Train the adapter with a `transformers.Trainer` that takes planned batches and the loss of an objective."""
 
 from __future__ import annotations
 
@@ -26,8 +26,7 @@ from stages.common.machine.memory import release_freed_memory
 from stages.common.model.adapter import REPLACED
 from stages.common.model.loading import pick_dtype
 from stages.common.model.replaced import list_trained, put_weights, read_weights, write_weights
-from stages.common.spool import pick
-from stages.finetune.answer_loss import compute_mean_loss, cross_entropy_sum
+from stages.finetune.answer_loss import compute_mean_loss
 from stages.finetune.batches import count_tokens, deal_out, plan_batches
 from stages.finetune.checkpoints import (
     PREFIX,
@@ -37,6 +36,7 @@ from stages.finetune.checkpoints import (
     mark_complete,
 )
 from stages.finetune.devices.group import count_processes, gather, get_rank, is_main, wait_for_all
+from stages.finetune.objectives.protocol import Batch, Objective, make_idle
 from stages.finetune.progress.asking import Validation
 from stages.finetune.progress.cost import Prices
 from stages.finetune.progress.divergence import BatchLoss, check_final_loss, check_update, check_weights
@@ -55,15 +55,16 @@ logger = get_logger("finetune")
 ESTIMATED_AFTER_STEPS = 5  # the first is slow: memory and kernels are made
 
 
-class AnswerTrainer(Trainer):
-    """A Trainer that takes the planned batches in order and learns the answers only.
+class PlannedTrainer(Trainer):
+    """A Trainer that takes the planned batches in order, and the loss of each from the objective.
 
-    Several processes take the shares of a batch in turn. Trainer counts the answer tokens of all, and
-    averages gradients and losses over the processes.
+    Several processes take the shares of a batch in turn. Trainer counts the units of all (answer tokens, or
+    pairs), and averages gradients and losses over the processes.
     """
 
-    def __init__(self, *args: Any, **settings: Any) -> None:
+    def __init__(self, objective: Objective, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
+        self.objective = objective
         self.batch_losses: list[BatchLoss] = []  # of the update that is under way
         self.meter: Meter | None = None
 
@@ -93,17 +94,17 @@ class AnswerTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Return the sum of the answers' losses over the answer tokens of the whole update.
+        """Return the objective's loss of a batch, divided by the units of the whole update.
 
         Of several processes each returns as many times the sum over its own rows, so that their mean is it.
         """
         assert num_items_in_batch is not None  # Trainer counts the labels
-        batch = inputs["batch"].to(model.device)
-        own: Tensor = cross_entropy_sum(batch.answer_logits(model), batch.targets)
+        batch: Batch = inputs["batch"].to(model.device)
+        own = self.objective.compute_loss(model, batch)
         mean: Tensor = own * self.accelerator.num_processes / num_items_in_batch
-        self.batch_losses.append(BatchLoss(inputs["rows"], mean.detach()))
+        self.batch_losses.append(BatchLoss(batch.rows, mean.detach()))
         if self.meter:
-            self.meter.count(batch.input_ids.numel(), len(batch.targets))
+            self.meter.count(batch.layout.input_ids.numel(), len(batch.layout.targets))
         return mean
 
 
@@ -157,7 +158,7 @@ class TrainingMonitor(TrainerCallback):
 
 def train(
     model: Any,
-    examples: Sequence[Encoded],
+    objective: Objective,
     validation: Sequence[Encoded],
     pad_id: int,
     recipe: Recipe,
@@ -170,8 +171,8 @@ def train(
     """Train the weights of `model` that have gradients, from the newest complete checkpoint if there is one.
 
     Args:
-        validation: rows whose loss is computed at the end.
-        name_row: returns the id of the row of an example, for messages.
+        validation: rows whose answer loss is computed at the end.
+        name_row: returns the id of a row of the objective, for messages.
         watch: what is asked during the training, if anything.
         prices: of the machine, for what the training took.
 
@@ -179,8 +180,8 @@ def train(
         InputError: the disk or the memory is or will be too full, or the loss is not a number.
     """
     attention = read_attention(model)
-    share_prefix, fast_modules = speed_up_training(model, examples, pad_id)
-    lengths = [len(e.input_ids) for e in examples]
+    share_prefix, fast_modules = speed_up_training(model, objective.sequences, pad_id)
+    lengths = objective.lengths
     plan = plan_batches(lengths, recipe.batch_size, recipe.epochs, recipe.seed)
     tokens_of_step = count_tokens(plan, lengths, recipe.gradient_accumulation)
     resumed_from = choose_checkpoint(checkpoints)
@@ -190,17 +191,22 @@ def train(
         logger.info("resuming from step %d of %d (%s)", first_step, len(tokens_of_step), resumed_from)
     trained_parameters = sum(weights.numel() for weights in list_trained(model).values())
     check_free_space(checkpoints, trained_parameters, keeps_best=bool(watch and watch.stopping))
-    memory = plan_memory(model, examples, pad_id, share_prefix)
+    memory = plan_memory(model, objective.sequences, pad_id, share_prefix, objective.sequences_of_row)
     sizes = -(-recipe.batch_size // count_processes()), recipe.gradient_accumulation
     heaviest = max(plan, key=lambda batch: len(batch) * max(lengths[row] for row in batch))
-    estimated = check_memory(memory, pick(examples, heaviest[:: count_processes()]), *sizes)
+    estimated = check_memory(memory, objective.list_sequences(heaviest[:: count_processes()]), *sizes)
+
+    def arrange(sequences: Sequence[Encoded]) -> Layout:
+        return lay_out(sequences, pad_id, share_prefix)
 
     shortest = min(range(len(lengths)), key=lengths.__getitem__)
 
     def collate(items: Sequence[list[int]]) -> dict[str, Any]:
         # Every process must compute. One whose share is empty computes a row and learns nothing from it.
-        batch = lay_out([examples[i] for i in items[0] or [shortest]], pad_id, share_prefix)
-        return _inputs(batch if items[0] else batch.without_targets(), items[0])
+        batch = objective.collate(items[0] or [shortest], arrange)
+        return _inputs(batch if items[0] else make_idle(batch))
+
+    objective.prepare(model, plan, arrange, checkpoints)
 
     validation_points = (
         Validation(watch, len(tokens_of_step), attention, checkpoints, sizes[0]) if watch else None
@@ -208,7 +214,8 @@ def train(
     dtype = pick_dtype(model.device, recipe.dtype)
     meter = Meter(model, dtype, tokens_of_step, first_step, prices)
     monitor = TrainingMonitor(first_step, name_row, meter, validation_points)
-    trainer = AnswerTrainer(
+    trainer = PlannedTrainer(
+        objective,
         model=model,
         args=_training_arguments(recipe, len(tokens_of_step), model, checkpoints, checkpoint_every_steps),
         train_dataset=deal_out(plan, count_processes()),
@@ -233,10 +240,9 @@ def train(
     check_weights(model, kept_step, checkpoints)
     release_freed_memory()
     batches = plan_batches([len(e.input_ids) for e in validation], recipe.batch_size, 1, recipe.seed)
-    validation_loss = compute_mean_loss(
-        model, (lay_out([validation[i] for i in batch], pad_id, share_prefix) for batch in batches)
-    )
+    validation_loss = compute_mean_loss(model, (arrange([validation[i] for i in batch]) for batch in batches))
     check_final_loss(validation_loss)
+    held_out = objective.measure(model, arrange)
     return TrainingResult(
         curve=[
             LossPoint(entry["step"], entry["loss"], entry["learning_rate"])
@@ -256,14 +262,13 @@ def train(
             row for batch in plan[: kept_step * recipe.gradient_accumulation] for row in batch
         ),
         train_tokens=sum(tokens_of_step[:steps]),
-        answer_tokens=sum(
-            count_tokens(plan, [e.learned_count for e in examples], recipe.gradient_accumulation)[:steps]
-        ),
+        answer_tokens=sum(count_tokens(plan, objective.learned_counts, recipe.gradient_accumulation)[:steps]),
         seconds=seconds - asked_seconds,
         validation_seconds=asked_seconds,
         cost=meter.finish(seconds - asked_seconds, seconds, estimated),
         tokens=sum(tokens_of_step[first_step:steps]),
         peak_rss_mib=sum(gather(measure_peak_rss_mib())),
+        held_out=held_out,
     )
 
 
@@ -308,15 +313,14 @@ def _training_arguments(
     return arguments
 
 
-def _inputs(batch: Layout, rows: Sequence[int]) -> dict[str, Any]:
-    """Return a batch of these rows in the form that Trainer expects."""
+def _inputs(batch: Batch) -> dict[str, Any]:
+    """Return a batch in the form that Trainer expects."""
     # Trainer counts all of `shift_labels`, but would skip the first of `labels`.
     return {
         "batch": batch,
-        "rows": rows,
-        "input_ids": batch.input_ids,
-        "labels": batch.targets,
-        "shift_labels": batch.targets,
+        "input_ids": batch.layout.input_ids,
+        "labels": batch.units,
+        "shift_labels": batch.units,
     }
 
 

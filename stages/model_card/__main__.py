@@ -50,10 +50,12 @@ from stages.model_card.evidence import (
     read_sides,
 )
 from stages.model_card.sections import (
+    OBJECTIVE_NAMES,
     build_metadata,
     count_sources,
     describe_adapter,
     describe_limits,
+    describe_measured,
     list_languages,
     list_lineage,
     list_params,
@@ -106,6 +108,8 @@ def describe_training(
         "adapter": describe_adapter(adapter),
         "weights": find_weights(artifacts("finetune")),
         "is_lora": adapter["method"] in LORA_METHODS,
+        "objective": OBJECTIVE_NAMES.get(evidence["finetune"]["method"]),
+        "preferences_measured": describe_measured(evidence["finetune"].get("held_out")),
         "example_messages": _write_literal(write_conversation(NOTHING_HIDDEN, example.prompt)),
         "example_tools": _write_literal(tools) if tools else None,
         "example_answer": example.answer,

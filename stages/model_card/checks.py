@@ -10,6 +10,7 @@ from typing import Any
 
 from stages.common.artifacts import artifacts, reports
 from stages.common.licenses import to_spdx
+from stages.common.model.adapter import name_adapter
 from stages.common.records import Row, format_canonical_json
 from stages.common.repository.dvc_lock import Lock, find_disagreements
 from stages.model_card.evidence import BEFORE, SIDES, Evidence, find_metric
@@ -190,12 +191,15 @@ def check_adapter(adapter: Mapping[str, Any], lock: Lock) -> list[str]:
     if not adapter:  # unreadable, which is a problem already
         return []
     problems = []
-    base, wanted = adapter["base"], artifacts("fetch_base").as_posix()
-    if base != wanted:
-        problems.append(f"the adapter was trained on {base}, not on {wanted} (its configuration)")
+    base, folder = adapter["base"], artifacts("fetch_base").as_posix()
+    if base != folder:
+        problems.append(f"the adapter was trained on {base}, not on {folder} (its configuration)")
     finetune = lock.params.get("finetune", {})
-    for name in ("method", "rank", "alpha"):
-        if name in finetune and name in adapter and adapter[name] != finetune[name]:
+    wanted = {name: finetune[name] for name in ("method", "rank", "alpha") if name in finetune}
+    if "method" in wanted:
+        wanted["method"] = name_adapter(wanted["method"])
+    for name, value in wanted.items():
+        if name in adapter and adapter[name] != value:
             problems.append(
                 f"the adapter has {name} {adapter[name]}, and finetune.{name} was {finetune[name]}"
             )

@@ -20,6 +20,11 @@ from stages.model_card.evidence import SECTIONS, Evidence
 TEMPLATE = Path(__file__).with_name("card.md.j2")
 
 LORA_NAMES = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}
+OBJECTIVE_NAMES = {
+    "dpo": "Direct Preference Optimization (DPO), on pairs of a better and a worse answer",
+    "orpo": "Odds Ratio Preference Optimization (ORPO), on pairs of a better and a worse answer",
+    "kto": "Kahneman-Tversky Optimization (KTO), on answers that people rated",
+}
 
 # The names under which the Hugging Face hub knows our metrics.
 HUB_METRICS = {"slot_f1": "f1", "macro_f1": "f1", "weighted_f1": "f1", "rouge_l": "rouge"}
@@ -126,6 +131,15 @@ def describe_adapter(adapter: Mapping[str, Any]) -> dict[str, str]:
         return {"kind": "A full fine-tune", "trained": "All weights were trained"}
     which = f"the last {modules} transformer blocks" if isinstance(modules, int) else ", ".join(modules or ())
     return {"kind": "A partial fine-tune", "trained": f"The weights of {which} were trained"}
+
+
+def describe_measured(held_out: Mapping[str, Any] | None) -> str:
+    """Return on how many pairs or rated answers the preference was measured."""
+    if not held_out:
+        return ""
+    if "pairs" in held_out:
+        return _many(held_out["pairs"], "pair")
+    return f"{held_out['good']:,} good and {held_out['bad']:,} bad answers"
 
 
 def describe_limits(evidence: Evidence) -> list[str]:

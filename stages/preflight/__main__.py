@@ -38,6 +38,7 @@ from stages.common.chat.template import read_answer_frame, writes_date
 from stages.common.chat.turns import unroll
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage, show_progress
+from stages.common.model.adapter import describe_missing_start
 from stages.common.model.loading import (
     count_context_tokens,
     count_parameters,
@@ -68,6 +69,7 @@ from stages.preflight.finetune_checks import (
     describe_high_rate,
     find_adapter_problems,
     find_method_problems,
+    has_no_start,
 )
 from stages.preflight.languages import (
     MIN_SHARE,
@@ -78,6 +80,11 @@ from stages.preflight.languages import (
     to_evidence,
 )
 from stages.preflight.page import render_page
+from stages.preflight.preference_checks import (
+    count_preferences,
+    describe_preferences,
+    find_preference_problems,
+)
 
 logger = get_logger("preflight")
 
@@ -295,6 +302,9 @@ def main() -> None:
         problems += find_export_problems(tokenizer, config, size)
     fitting, misfits = encode_sides(params, config, tokenizer, sides)
     problems += find_row_problems(params, read_task(), config, fitting, misfits)
+    limit_of_row = limit_length(params.finetune.max_length, config)
+    preferences = count_preferences(params.finetune, tokenizer, sides["train"], limit_of_row)
+    problems += find_preference_problems(params.finetune, preferences)
     stated = params.model_card.language
     languages = count_languages(list(sides.values())) if stated else None
     if stated and languages:
@@ -310,6 +320,7 @@ def main() -> None:
         "template": {**asdict(frame), "writes_date": writes_date(tokenizer)},
         "text": describe_text(tokenizer, fitting),
         "training": training.describe() if training else None,
+        **({"preferences": preferences} if preferences else {}),
         "languages": to_evidence(languages) if languages else None,
     }
     for side in SIDES:
@@ -322,6 +333,10 @@ def main() -> None:
     report_findings(evidence, misfits, over_limit, limit)
     if warning := describe_high_rate(params.finetune):
         logger.warning("%s", warning)
+    if preferences:
+        logger.info("%s", describe_preferences(preferences))
+    if has_no_start(params.finetune):
+        logger.warning("%s", describe_missing_start(params.finetune.method))
     if stated and languages and (unstated := list_unstated(stated, languages)):
         logger.warning(
             "%d%% or more of the rows seem to be in each of %s, which model_card.language does not name: %s",

@@ -5,18 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.common.errors import InputError
 from stages.common.machine.memory import format_bytes, read_total_memory
 from stages.common.machine.training_memory import count_state_bytes
-from stages.common.model.adapter import LORA_METHODS, find_start
+from stages.common.model.adapter import LORA_METHODS, STARTED_METHODS, find_files, find_start
 from stages.common.model.loading import make_empty, pick_device, pick_dtype
 from stages.common.model.replaced import check_not_quantized, measure_reach, select_weights
 from stages.common.model.targets import ALL_LINEAR, check_rank, check_targets
 
 if TYPE_CHECKING:
-    from stages.common.params.stages import Finetune
+    from stages.common.params.finetune import Finetune
 
 # Of a trained weight: three checkpoints of it and its two averages in float32, and the adapter itself.
 DISK_BYTES = 3 * 12 + 4
@@ -141,13 +142,26 @@ def find_adapter_problems(finetune: Finetune) -> list[InputError]:
 
 
 def describe_high_rate(finetune: Finetune) -> str | None:
-    """Return a warning where the learning rate is one for adapters and the weights themselves are trained."""
-    if finetune.method in LORA_METHODS or finetune.learning_rate <= HIGH_RATE:
+    """Return a warning where the learning rate is one for adapters that learn answers, as of lora."""
+    if finetune.learning_rate <= HIGH_RATE:
+        return None
+    if finetune.method in STARTED_METHODS:
+        return (
+            f"finetune.learning_rate is {finetune.learning_rate:g}, a rate for learning answers: with "
+            f"finetune.method {finetune.method} all of them may become unlikely; 0.00005 is a usual start"
+        )
+    if finetune.method in LORA_METHODS:
         return None
     return (
         f"finetune.learning_rate is {finetune.learning_rate:g}, a rate for adapters: with finetune.method "
         f"{finetune.method} the loss will probably diverge; 0.00005 is a usual start"
     )
+
+
+def has_no_start(finetune: Finetune) -> bool:
+    """Return whether a method that improves a trained model would start from the base model."""
+    folder = finetune.warm_start_from
+    return finetune.method in STARTED_METHODS and (folder is None or find_files(Path(folder)) is None)
 
 
 def count_checkpoint_bytes(training: Training | None, finetune: Finetune) -> int:

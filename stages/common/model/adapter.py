@@ -26,8 +26,10 @@ from typing import Any, Protocol
 from stages.common.artifacts import artifacts, atomic_write, read_json, reports, write_json, write_text
 from stages.common.errors import InputError
 
-LORA_METHODS = ("lora", "rslora", "dora")
-VLLM_METHODS = ("lora", "rslora")  # whose adapters vLLM loads
+PREFERENCE_METHODS = ("dpo", "orpo", "kto")  # other objectives: what they train is an adapter of lora
+STARTED_METHODS = ("dpo", "kto")  # which move a model that has learned the answers away from bad ones
+LORA_METHODS = ("lora", "rslora", "dora", *PREFERENCE_METHODS)
+VLLM_METHODS = ("lora", "rslora", *PREFERENCE_METHODS)  # whose adapters vLLM loads
 
 ORIGIN = "origin.json"
 TRAINED_IDS = "trained_row_ids.txt"
@@ -128,10 +130,15 @@ def read_settings(adapter: Path) -> dict[str, Any]:
     }
 
 
+def name_adapter(method: str) -> str:
+    """Return the method by whose name an adapter is known: another objective trains the same adapter."""
+    return "lora" if method in PREFERENCE_METHODS else method
+
+
 def list_settings(recipe: AdapterRecipe) -> dict[str, Any]:
     """Return what `read_settings` returns of an adapter of this recipe, as far as it follows from that."""
     if recipe.method in LORA_METHODS:
-        found = {"method": recipe.method, "rank": recipe.rank, "alpha": recipe.alpha}
+        found = {"method": name_adapter(recipe.method), "rank": recipe.rank, "alpha": recipe.alpha}
         targets = recipe.target_modules
         return found if isinstance(targets, str) else {**found, "target_modules": _sort(targets)}
     modules = _sort(recipe.trained_modules) if recipe.method == "partial" else None
@@ -286,6 +293,15 @@ def find_start(folder: str | None, recipe: AdapterRecipe) -> InitialAdapter | No
         check_weights_file(initial)
         check_settings(initial, list_settings(recipe))
     return initial
+
+
+def describe_missing_start(method: str) -> str:
+    """Return a warning where a method that improves a trained model starts from the base model."""
+    return (
+        f"finetune.method: {method} starts from the base model, which has not learned the answers: it may "
+        "only make bad ones less likely. Train with method: lora first, and start from its adapter "
+        f"(copy it to {FOLDER}), unless the base model is tuned already; orpo learns both at once"
+    )
 
 
 def _how_to_empty(folder: Path) -> str:

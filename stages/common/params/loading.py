@@ -25,6 +25,7 @@ from stages.common.params.checked_yaml import (
     find_duplicate_keys,
     parse,
 )
+from stages.common.params.finetune import Finetune
 from stages.common.params.loop import Flows, Monitoring
 from stages.common.params.packaged import find_packaged_words
 from stages.common.params.services import Services
@@ -36,7 +37,6 @@ from stages.common.params.stages import (
     Evaluate,
     Export,
     FetchBase,
-    Finetune,
     ModelCard,
     Preflight,
     Split,

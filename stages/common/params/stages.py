@@ -9,16 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainValidator
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 from typing_extensions import override
 
 from stages.common.params.checked_yaml import Section, suggest_nearest
 from stages.common.params.types import (
+    AUTO,
+    AutoCount,
     Confidence,
     Count,
     LanguageCode,
-    NotNegative,
     OpenShare,
     Positive,
     PositiveCount,
@@ -26,32 +26,6 @@ from stages.common.params.types import (
     Resamples,
     Share,
 )
-
-AUTO: Literal["auto"] = "auto"
-
-
-def _check_auto_count(value: Any) -> Any:
-    if value == AUTO or (type(value) is int and value >= 1):
-        return value
-    raise PydanticCustomError("auto_count", "must be auto or a whole number of at least 1")
-
-
-# A number of rows that follows from the data (stages.common.statistics.sizes) unless it is given.
-AutoCount = Annotated[int | Literal["auto"], PlainValidator(_check_auto_count)]
-
-
-def _check_trained_modules(value: Any) -> Any:
-    if type(value) is int and value >= 1:
-        return value
-    if isinstance(value, list | tuple) and value and all(isinstance(name, str) and name for name in value):
-        return tuple(value)
-    raise PydanticCustomError(
-        "trained_modules", "must be a whole number of at least 1 or a list of module names"
-    )
-
-
-# The last so many transformer blocks, or modules by their names.
-TrainedModules = Annotated[int | tuple[str, ...], PlainValidator(_check_trained_modules)]
 
 
 class FetchBase(Section):
@@ -295,52 +269,6 @@ class AskBase(Section):
         most, least = self.max_rows, self.min_test_rows
         if isinstance(most, int) and isinstance(least, int) and most < least:
             yield "max_rows", f"is below min_test_rows ({least}): no test could pass"
-
-
-class EarlyStopping(Section):
-    """When a training ends early: after `patience` points that are no better than the best before them."""
-
-    metric: Annotated[str, Field(min_length=1)]
-    patience: PositiveCount
-
-
-class Finetune(Section):
-    """How the adapter is trained."""
-
-    # One folder only: DVC watches it.
-    warm_start_from: Literal["artifacts/initial_adapter"] | None = "artifacts/initial_adapter"
-    replay_share: Share = 1.0
-    warm_start_rate_factor: Positive = 1.0
-    method: Literal["lora", "rslora", "dora", "full", "partial"] = "lora"
-    trained_modules: TrainedModules = 4
-    rank: PositiveCount
-    alpha: Positive
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
-    target_modules: str | tuple[str, ...]
-    learning_rate: Positive
-    schedule: Literal["cosine", "linear", "constant"]
-    warmup_fraction: Share
-    weight_decay: NotNegative
-    adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)]
-    max_grad_norm: Positive
-    batch_size: PositiveCount
-    gradient_accumulation: PositiveCount
-    epochs: PositiveCount
-    max_length: PositiveCount
-    on_long_row: Literal["drop", "stop"]
-    validate_every: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    validation_rows: PositiveCount = 32
-    early_stopping: EarlyStopping | None = None
-    checkpoint_every_steps: PositiveCount
-    dtype: Literal["auto", "bfloat16", "float32"]
-    devices: AutoCount = AUTO
-    launcher: Literal["local", "torchrun"] = "local"
-    seed: int
-
-    @override
-    def find_conflicts(self) -> Iterator[tuple[str, str]]:
-        if self.early_stopping and self.validate_every is None:
-            yield "early_stopping", "needs validate_every, which is null: there would be no points to compare"
 
 
 class Export(Section):

@@ -1,10 +1,11 @@
-"""Numbers with limits, languages and kinds of private data, as the sections of `params.yaml` use them."""
+"""Numbers with limits or `auto`, languages and kinds of private data, as `params.yaml` has them."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, PlainValidator
+from pydantic_core import PydanticCustomError
 
 LANGUAGE_CODE = r"[a-z]{2,3}(-[A-Za-z0-9]+)*"  # ISO 639, with a region or a script
 LanguageCode = Annotated[str, Field(pattern=f"^{LANGUAGE_CODE}$")]
@@ -20,3 +21,15 @@ Positive = Annotated[float, Field(gt=0.0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
 # Keys of stages.common.privacy.personal_data.RECOGNISERS; a test compares them.
 PrivateKind = Literal["email", "phone", "iban", "credit_card", "ipv4", "ssn", "secret"]
+
+AUTO: Literal["auto"] = "auto"
+
+
+def _check_auto_count(value: Any) -> Any:
+    if value == AUTO or (type(value) is int and value >= 1):
+        return value
+    raise PydanticCustomError("auto_count", "must be auto or a whole number of at least 1")
+
+
+# A number of rows that follows from the data (stages.common.statistics.sizes) unless it is given.
+AutoCount = Annotated[int | Literal["auto"], PlainValidator(_check_auto_count)]

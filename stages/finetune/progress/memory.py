@@ -75,9 +75,17 @@ class MemoryPlan:
         model: as it will be trained, its faster steps switched on.
         examples: all rows.
         share_prefix: whether a batch is one sequence.
+        sequences_of_row: how many of the examples a row of a batch has.
     """
 
-    def __init__(self, model: Any, examples: Sequence[Encoded], pad_id: int, share_prefix: bool) -> None:
+    def __init__(
+        self,
+        model: Any,
+        examples: Sequence[Encoded],
+        pad_id: int,
+        share_prefix: bool,
+        sequences_of_row: int = 1,
+    ) -> None:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         self.device = model.device
@@ -93,14 +101,16 @@ class MemoryPlan:
         lengths = [len(example.input_ids) for example in examples]
         self._longest = [examples[i] for i in sorted(range(len(lengths)), key=lambda i: -lengths[i])[:64]]
         self._pad_id, self._share_prefix = pad_id, share_prefix
+        self._sequences_of_row = sequences_of_row
 
     def estimate(self, batch_size: int, held: int, max_length: int | None = None) -> MemoryEstimate:
         """Return the estimate for batches of the longest rows, cut to a length where one is given."""
-        rows = self._longest[:batch_size]
+        sequences = batch_size * self._sequences_of_row
+        rows = self._longest[:sequences]
         if max_length is not None:
             rows = [_cut(row, max_length) for row in rows]
         # More rows than are looked at take as many times as much.
-        return self.estimate_batch(rows, held, batch_size / len(rows))
+        return self.estimate_batch(rows, held, sequences / len(rows))
 
     def estimate_batch(self, rows: Sequence[Encoded], held: int, times: float = 1.0) -> MemoryEstimate:
         """Return the estimate for a batch of these rows, or one of so many times as many."""
@@ -153,11 +163,11 @@ class MemoryPlan:
 
 
 def plan_memory(
-    model: Any, examples: Sequence[Encoded], pad_id: int, share_prefix: bool
+    model: Any, examples: Sequence[Encoded], pad_id: int, share_prefix: bool, sequences_of_row: int = 1
 ) -> MemoryPlan | None:
     """Return the plan of a training; None for a model whose shapes alone cannot be computed."""
     try:
-        plan = MemoryPlan(model, examples, pad_id, share_prefix)
+        plan = MemoryPlan(model, examples, pad_id, share_prefix, sequences_of_row)
         plan.estimate(1, 0)
     except Exception as error:  # models are others' code: what it raises without values can be anything
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]

@@ -6,7 +6,13 @@ import pytest
 
 from stages.common.errors import InputError
 from stages.common.messages import Message, Tool, ToolCall
-from stages.common.records import format_canonical_json, make_row, read_rows, write_rows
+from stages.common.records import (
+    format_canonical_json,
+    make_row,
+    read_rows,
+    separate_refused,
+    write_rows,
+)
 
 
 def row(question="light on", answer='{"intent":"On"}', **more):
@@ -112,3 +118,32 @@ def test_calls_tools_and_weights_make_another_conversation():
     ids = {make_row(plain, "toy", "mit").id, make_row(plain, "toy", "mit", tools=[LAMP]).id}
     ids.add(make_row([plain[0], replace(plain[1], is_learned=False), *plain[2:]], "toy", "mit").id)
     assert len(ids) == 3
+
+
+def test_a_rejected_answer_and_a_rating_come_back_and_files_without_have_the_columns_they_had(tmp_path):
+    plain = [row(), row("another")]
+    pair = row("a pair", rejected=Message("assistant", "worse"))
+    rated = [row("good", is_desirable=True), row("bad", is_desirable=False)]
+    write_rows(tmp_path / "plain", plain)
+    assert not {"rejected", "is_desirable"} & set(pq.read_schema(tmp_path / "plain").names)
+    for name, rows in {"pairs": [*plain, pair, *rated], "wide": [talk(), *plain, pair, *rated]}.items():
+        write_rows(tmp_path / name, rows)
+        assert read_rows(tmp_path / name) == rows
+    # In the first rows nothing shows that later ones need more columns.
+    many = [*[row(str(n)) for n in range(2100)], pair, *[row(str(n)) for n in range(2100)], talk()]
+    write_rows(tmp_path / "many", many)
+    assert read_rows(tmp_path / "many") == many
+
+
+def test_what_a_row_is_compared_with_is_part_of_its_id_and_a_rating_is_not():
+    worse = Message("assistant", "worse")
+    assert row().id == row(is_desirable=True).id
+    assert len({row().id, row(rejected=worse).id, row(rejected=Message("assistant", "other")).id}) == 3
+    with pytest.raises(ValueError, match="the rejected answer: no answer"):
+        row(rejected=Message("user", "worse"))
+
+
+def test_rows_whose_answer_was_refused_are_kept_apart():
+    rows = [row("a"), row("b", is_desirable=False), row("c", is_desirable=True)]
+    assert separate_refused(rows) == ([rows[0], rows[2]], [rows[1]])
+    assert separate_refused(rows[:1]) == (rows[:1], [])

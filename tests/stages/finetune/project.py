@@ -7,7 +7,7 @@ import yaml
 
 from stages.common.artifacts import write_json
 from stages.common.messages import Message
-from stages.common.model.adapter import find_weights, put_initial_adapter
+from stages.common.model.adapter import PREFERENCE_METHODS, find_weights, put_initial_adapter
 from stages.common.params.loading import load_params
 from stages.common.records import make_row, write_rows
 from stages.finetune.recipe import Recipe
@@ -33,7 +33,8 @@ def make_recipe(**changes):
     return Recipe(**{name: values[name] for name in Recipe.__dataclass_fields__})
 
 
-def rows(count, start=0):
+def rows(count, start=0, with_pairs=False):
+    """Return rows; with pairs each has a worse answer, too, of another length."""
     return [
         make_row(
             [
@@ -43,6 +44,7 @@ def rows(count, start=0):
             ],
             "toy",
             "cc0-1.0",
+            rejected=Message("assistant", f"it is {n % 5}" + "!" * (n % 4)) if with_pairs else None,
         )
         for n in range(start, start + count)
     ]
@@ -52,8 +54,10 @@ def make_project(folder, count=40, **changes):
     """Lay out what finetune reads: the base model, the split and params.yaml."""
     save_model(folder / "artifacts" / "fetch_base")
     (folder / "artifacts" / "split").mkdir()
-    write_rows(folder / "artifacts" / "split" / "train.parquet", rows(count))
-    write_rows(folder / "artifacts" / "split" / "validation.parquet", rows(8, start=1000))
+    with_pairs = changes.get("method") in PREFERENCE_METHODS
+    write_rows(folder / "artifacts" / "split" / "train.parquet", rows(count, with_pairs=with_pairs))
+    write_rows(folder / "artifacts" / "split" / "validation.parquet", rows(8, 1000, with_pairs))
+    write_rows(folder / "artifacts" / "split" / "refused.parquet", [])
     write_json(folder / "artifacts" / "curate" / "task.json", {"kind": "json", "label_key": None})
     params = yaml.safe_load((REPO / "params.yaml").read_text())
     params["finetune"].update({**SETTINGS, **changes})

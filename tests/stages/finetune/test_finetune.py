@@ -85,6 +85,9 @@ def test_two_runs_write_the_same_bytes(project):
         {"gradient_accumulation": 2, "dropout": 0.1, "epochs": 2},
         # No answer is right, so the first point stays the best: it is kept over the kill, and decides.
         {"validate_every": 0.05, "early_stopping": {"metric": "exact_match", "patience": 12}},
+        {"method": "dpo", "gradient_accumulation": 2, "epochs": 2},
+        {"method": "orpo"},
+        {"method": "kto"},
     ],
 )
 def test_a_run_killed_in_the_middle_ends_with_the_adapter_of_an_unbroken_run(

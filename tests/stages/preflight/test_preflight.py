@@ -16,8 +16,8 @@ from stages.common.chat.template import Encoded, encode_example
 from stages.common.errors import InputError
 from stages.common.messages import Message, Tool, ToolCall
 from stages.common.model.replaced import measure_reach, select_weights
+from stages.common.params.finetune import EarlyStopping
 from stages.common.params.loading import load_params
-from stages.common.params.stages import EarlyStopping
 from stages.common.records import make_row, write_rows
 from stages.preflight import __main__ as preflight
 from stages.preflight import base_checks, finetune_checks

@@ -188,6 +188,7 @@ def project(tmp_path, monkeypatch):
         write_json(TASK_FILE, JsonTask(None).describe())
         Path("params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
         write_rows(Path("artifacts/curate/rows.parquet"), rows)
+        write_rows(Path("artifacts/curate/refused.parquet"), [])
 
     return write
 

@@ -223,22 +223,6 @@ def test_columns_that_are_named_go_before_detection():
     ]
 
 
-def test_preference_pairs_are_refused_with_a_way_to_learn_the_better_answer():
-    record = {"prompt": "q", "chosen": "a", "rejected": "b"}
-    with pytest.raises(InputError, match="completion_column: chosen"):
-        shape_of([record])
-    assert messages_of(record, prompt="prompt", completion="chosen")[1] == ("assistant", "a")
-    turn = {"from": "gpt", "value": "a"}
-    with pytest.raises(InputError, match="preference pairs"):
-        shape_of([{"conversations": [turn], "chosen": turn, "rejected": turn}])
-
-
-def test_answers_marked_good_or_bad_are_refused():
-    for record in ({"prompt": "q", "completion": "a"}, turns(USER, ANSWER)):
-        with pytest.raises(InputError, match="good or bad"):
-            shape_of([record | {"label": False}, record | {"label": True}])
-
-
 def test_a_conversation_about_a_picture_is_rejected():
     assert fault_of(turns(USER, ANSWER) | {"images": ["a.jpg"]}) == "not_text"
     assert messages_of(turns(USER, ANSWER) | {"images": []}) == [USER, ANSWER]

@@ -1,0 +1,90 @@
+"""The section `finetune` of `params.yaml`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PlainValidator
+from pydantic_core import PydanticCustomError
+from typing_extensions import override
+
+from stages.common.model.adapter import PREFERENCE_METHODS
+from stages.common.params.checked_yaml import Section
+from stages.common.params.types import AUTO, AutoCount, NotNegative, Positive, PositiveCount, Share
+
+
+def _check_trained_modules(value: Any) -> Any:
+    if type(value) is int and value >= 1:
+        return value
+    if isinstance(value, list | tuple) and value and all(isinstance(name, str) and name for name in value):
+        return tuple(value)
+    raise PydanticCustomError(
+        "trained_modules", "must be a whole number of at least 1 or a list of module names"
+    )
+
+
+# The last so many transformer blocks, or modules by their names.
+TrainedModules = Annotated[int | tuple[str, ...], PlainValidator(_check_trained_modules)]
+
+
+class EarlyStopping(Section):
+    """When a training ends early: after `patience` points that are no better than the best before them."""
+
+    metric: Annotated[str, Field(min_length=1)]
+    patience: PositiveCount
+
+
+class Finetune(Section):
+    """How the adapter is trained."""
+
+    # One folder only: DVC watches it.
+    warm_start_from: Literal["artifacts/initial_adapter"] | None = "artifacts/initial_adapter"
+    replay_share: Share = 1.0
+    warm_start_rate_factor: Positive = 1.0
+    method: Literal["lora", "rslora", "dora", "full", "partial", "dpo", "orpo", "kto"] = "lora"
+    trained_modules: TrainedModules = 4
+    rank: PositiveCount
+    alpha: Positive
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
+    target_modules: str | tuple[str, ...]
+    beta: Positive = 0.1
+    desirable_weight: Positive = 1.0
+    undesirable_weight: Positive = 1.0
+    held_out_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    learning_rate: Positive
+    schedule: Literal["cosine", "linear", "constant"]
+    warmup_fraction: Share
+    weight_decay: NotNegative
+    adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)]
+    max_grad_norm: Positive
+    batch_size: PositiveCount
+    gradient_accumulation: PositiveCount
+    epochs: PositiveCount
+    max_length: PositiveCount
+    on_long_row: Literal["drop", "stop"]
+    validate_every: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    validation_rows: PositiveCount = 32
+    early_stopping: EarlyStopping | None = None
+    checkpoint_every_steps: PositiveCount
+    dtype: Literal["auto", "bfloat16", "float32"]
+    devices: AutoCount = AUTO
+    launcher: Literal["local", "torchrun"] = "local"
+    seed: int
+
+    @override
+    def find_conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.early_stopping and self.validate_every is None:
+            yield "early_stopping", "needs validate_every, which is null: there would be no points to compare"
+        if self.method in PREFERENCE_METHODS and self.dropout:
+            yield (
+                "dropout",
+                f"must be 0 with method: {self.method}, which compares the probability of answers between "
+                "model and reference, or between answers: dropout would be noise in it",
+            )
+        if self.method == "kto" and self.batch_size < 2:
+            yield (
+                "batch_size",
+                "must be 2 or more with method: kto, which estimates how far the model has moved from the "
+                "answers of the other rows of a batch; raise it, and lower gradient_accumulation by as much",
+            )

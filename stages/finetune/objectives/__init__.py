@@ -1,0 +1,1 @@
+"""What is optimized: the loss that a batch has, by `finetune.method`."""

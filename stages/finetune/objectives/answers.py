@@ -1,0 +1,44 @@
+"""Learn the answers: the cross entropy of their tokens (methods lora, rslora, dora, full and partial)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from stages.common.chat.template import Encoded
+from stages.finetune.answer_loss import cross_entropy_sum
+from stages.finetune.objectives.protocol import Arrange, Batch
+
+
+class Answers:
+    """One sequence a row; the loss is averaged over the answers' tokens."""
+
+    sequences_of_row = 1
+
+    def __init__(self, examples: Sequence[Encoded]) -> None:
+        self.sequences = examples
+        self.lengths = [len(example.input_ids) for example in examples]
+        self.learned_counts = [example.learned_count for example in examples]
+
+    def list_sequences(self, rows: Sequence[int]) -> list[Encoded]:
+        """Return the sequences of rows."""
+        return [self.sequences[row] for row in rows]
+
+    def prepare(self, model: Any, plan: Sequence[Sequence[int]], arrange: Arrange, folder: Path) -> None:
+        """Do nothing: the loss needs only the model as it is at each update."""
+
+    def collate(self, rows: Sequence[int], arrange: Arrange) -> Batch:
+        """Lay out rows as a batch."""
+        layout = arrange(self.list_sequences(rows))
+        return Batch(rows, layout, tuple(self.learned_counts[row] for row in rows), layout.targets)
+
+    def compute_loss(self, model: Any, batch: Batch) -> Tensor:
+        """Return the sum of the negative log-probabilities of the answers' tokens."""
+        return cross_entropy_sum(batch.layout.answer_logits(model), batch.layout.targets)
+
+    def measure(self, model: Any, arrange: Arrange) -> None:
+        """Return None: what there is to measure of answers, the loss of the validation rows, always is."""
+        return

@@ -1,0 +1,91 @@
+"""What the trainer asks of an objective: the sequences of each row, and the loss of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from stages.common.chat.template import Encoded
+from stages.finetune.shared_prefix import Layout
+
+Arrange = Callable[[Sequence[Encoded]], Layout]  # as the trainer lays out the sequences of a batch
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows of a batch (of several processes: of this one's share), laid out.
+
+    Attributes:
+        rows: their numbers; none where this process only computes along with the others.
+        layout: the sequences through which gradients go.
+        learned: how many tokens are learned of each of them.
+        units: one element for each thing over which the loss is averaged, such as tokens or pairs.
+        others: further sequences, without gradients.
+    """
+
+    rows: Sequence[int]
+    layout: Layout
+    learned: tuple[int, ...]
+    units: Tensor
+    others: Layout | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the same batch on a device."""
+        others = self.others.to(device) if self.others else None
+        return replace(self, layout=self.layout.to(device), units=self.units.to(device), others=others)
+
+
+class Objective(Protocol):
+    """What is optimized over rows, which are numbered from 0.
+
+    Attributes:
+        sequences: of all rows, those of each row together; `sequences_of_row` of each.
+        lengths: tokens of each row, over its sequences; learned_counts: those that are learned of them.
+    """
+
+    sequences: Sequence[Encoded]
+    sequences_of_row: int
+    lengths: Sequence[int]
+    learned_counts: Sequence[int]
+
+    def list_sequences(self, rows: Sequence[int]) -> list[Encoded]:
+        """Return the sequences of rows through which gradients go."""
+        ...
+
+    def prepare(self, model: Any, plan: Sequence[Sequence[int]], arrange: Arrange, folder: Path) -> None:
+        """Compute what is needed of the model as it is before the first update.
+
+        Args:
+            plan: the batches of the whole training, as numbers of rows.
+            folder: of the checkpoints, where it is kept.
+        """
+        ...
+
+    def collate(self, rows: Sequence[int], arrange: Arrange) -> Batch:
+        """Lay out rows as a batch."""
+        ...
+
+    def compute_loss(self, model: Any, batch: Batch) -> Tensor:
+        """Return the sum of the losses of a batch over its units."""
+        ...
+
+    def measure(self, model: Any, arrange: Arrange) -> dict[str, Any] | None:
+        """Return how the model does on rows that were held out for this objective; None without any."""
+        ...
+
+
+def make_idle(batch: Batch) -> Batch:
+    """Return a batch of which nothing is learned: several processes must all compute, also without a row."""
+    return replace(
+        batch,
+        rows=[],
+        layout=batch.layout.without_targets(),
+        learned=(),
+        units=batch.units[:0],
+        others=None,
+    )
