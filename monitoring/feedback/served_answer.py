@@ -28,8 +28,9 @@ def find_rejected(
 ) -> str | None:
     """Return the answer that a correction replaces, as the worse one of a pair; None where it is of no use.
 
-    It may be invalid for the task: that can be why it was corrected. What would not be learned as an answer
-    for its private data or its length is not learned as a bad one either.
+    It may be invalid for the task: that can be why it was corrected. It comes without what the model thought
+    before it, as the correction does: else the pair would teach not to think. What would not be learned as an
+    answer for its private data or its length is not learned as a bad one either.
     """
     if not is_whole(exchange):
         return None

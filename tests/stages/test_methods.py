@@ -13,9 +13,11 @@ from services.engines.transformers import TransformersEngine
 from services.versions.store import add_pipeline_output, get_version
 from stages import ask_base
 from stages.common.errors import InputError
+from stages.common.messages import Message
+from stages.common.model.adapter import PREFERENCE_METHODS
 from stages.common.model.generation import answer_questions, encode_questions
 from stages.common.model.loading import load_base, load_tokenizer, load_tuned
-from stages.common.records import read_rows
+from stages.common.records import make_row, read_rows, write_rows
 from stages.evaluate import __main__ as evaluate
 from stages.export import __main__ as export
 from stages.finetune import __main__ as finetune
@@ -28,7 +30,20 @@ METHODS = {
     "dora": {},
     "full": {"finetune__learning_rate": 0.001},
     "partial": {"finetune__learning_rate": 0.001, "finetune__trained_modules": ["layers.1", "embed_tokens"]},
+    "dpo": {},
+    "orpo": {},
+    "kto": {},
 }
+
+
+def with_pairs(make_numbered):
+    """Return a maker of the same rows with a worse answer."""
+
+    def make(n):
+        row = make_numbered(n)
+        return make_row(row.messages, row.source, row.license, rejected=Message("assistant", f"no {n}"))
+
+    return make
 
 
 async def ask(base, adapter):
@@ -47,7 +62,10 @@ async def ask(base, adapter):
 def test_a_method_is_trained_judged_exported_stored_and_served(tmp_path, monkeypatch, method):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "bentoml"))
-    write_project("llama", numbered("llama"), finetune__method=method, **METHODS[method])
+    compares = method in PREFERENCE_METHODS
+    make = with_pairs(numbered("llama")) if compares else numbered("llama")
+    write_project("llama", make, finetune__method=method, **METHODS[method])
+    write_rows(Path("artifacts/split/refused.parquet"), [])
     for stage in (preflight, ask_base, finetune, export, evaluate):
         stage.main()
     counted = json.loads(Path("reports/preflight/metrics.json").read_text())["training"]

@@ -32,6 +32,7 @@ from stages.common.run_estimate import (
     describe_memory,
     estimate_run,
     format_minutes,
+    list_learned_sides,
     main,
     read_gradients,
     read_model_size,
@@ -226,3 +227,13 @@ def test_the_text_names_the_stages_that_run_with_their_rows_and_minutes():
     part = describe(WORK, estimate, ["finetune", "evaluate"])
     assert part.startswith("about 5.5 min")
     assert "ask_base" not in part
+
+
+def test_what_is_learned_from_preferences_is_estimated_by_their_tokens():
+    side = {"rows": 100, "tokens": 1000, "learned_tokens": 200, "longest": 9, "longest_answer": 3}
+    pairs = {"pairs": 7, "rows": 7, "tokens": 90, "learned_tokens": 40, "longest": 8, "longest_answer": 2}
+    sides = dict.fromkeys(("train", "validation", "test"), side)
+    assert list_learned_sides({"sides": sides}) == sides
+    work = read_work(list_learned_sides({"sides": sides, "preferences": pairs}), 2, None)
+    assert (work.train_rows, work.train_tokens, work.train_answer_tokens) == (7, 180, 80)
+    assert work.test_rows == 100

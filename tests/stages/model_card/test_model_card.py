@@ -478,6 +478,22 @@ def test_the_card_of_trained_weights_names_them_and_how_they_are_loaded(project,
     assert "peft" not in text
 
 
+def test_the_card_of_preferences_names_the_objective_and_how_well_it_was_learned(project):
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    params["finetune"]["method"] = "dpo"
+    write_text(Path("params.yaml"), yaml.safe_dump(params))
+    held_out = {"pairs": 42, "accuracy": 0.875, "margin": 1.25, "likelier_before": 0.5, "likelier_after": 0.9}
+    change("finetune", method="dpo", held_out=held_out)
+    text = card()
+    assert (
+        ", by Direct Preference Optimization (DPO), on pairs of a better and a worse answer; the loss" in text
+    )
+    assert "**Preference** on 42 pairs that were not learned: accuracy 0.875 (0.5 is chance)" in text
+    assert "the likelier one in 50 % of them before this training, and is in 90 % now." in text
+    change("finetune", held_out={"pairs": 0})
+    assert "**Preference**" not in card()
+
+
 def test_a_card_is_refused_where_the_adapter_is_of_another_method_than_was_run(project):
     params = yaml.safe_load(Path("params.yaml").read_text())
     params["finetune"]["method"] = "dora"

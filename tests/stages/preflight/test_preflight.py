@@ -565,3 +565,43 @@ def test_a_rate_for_adapters_is_a_warning_where_weights_are_trained(lay_out, set
     set_params(finetune__method="full", finetune__learning_rate=5e-5)
     preflight.main()
     assert "learning_rate" not in caplog.text
+
+
+def paired(n, worse="no"):
+    messages = [Message("user", f"question {n}"), Message("assistant", f'{{"n":{n % 5}}}')]
+    return make_row(messages, "toy", "cc0-1.0", rejected=Message("assistant", worse) if worse else None)
+
+
+def test_pairs_are_counted_and_a_method_that_needs_them_is_refused_without(lay_out, set_params, caplog):
+    lay_out(train=[*(paired(n) for n in range(20)), paired(20, "x" * 200), *(row(n) for n in range(30, 35))])
+    set_params(finetune__method="dpo")
+    preflight.main()
+    counted = found()["preferences"]
+    assert (counted["pairs"], counted["rows"], counted["rows_without_preference"]) == (20, 20, 5)
+    assert counted["excluded"] == {"too_long": 1}
+    assert counted["learned_tokens"] == 20 * (len('{"n":0}.') + len("no."))
+    assert "finetune.method: dpo starts from the base model" in caplog.text
+    assert "finetune.learning_rate is 0.003, a rate for learning answers" in caplog.text
+    lay_out()
+    for method in ("dpo", "orpo"):
+        set_params(finetune__method=method)
+        with pytest.raises(InputError, match=f"{method} learns from pairs, and none of the 30 training rows"):
+            preflight.main()
+        assert found()["preferences"]["pairs"] == 0 and not found()["success"]
+    set_params()
+    preflight.main()
+    assert "preferences" not in found()
+
+
+def test_ratings_are_counted_and_both_kinds_are_needed(lay_out, set_params):
+    lay_out(train=[row(n) for n in range(30)])
+    set_params(finetune__method="kto")
+    refused = Path("artifacts/split/refused.parquet")
+    bad = [replace(row(n, "no"), is_desirable=False) for n in range(50, 54)]
+    write_rows(refused, bad)
+    with pytest.raises(InputError, match="learns from good and from bad answers, and there are 0 and 4"):
+        preflight.main()
+    lay_out(train=[replace(row(n), tags={"feedback": "thumb"}) if n < 6 else row(n) for n in range(30)])
+    preflight.main()
+    counted = found()["preferences"]
+    assert (counted["good_answers"], counted["bad_answers"], counted["rows_without_preference"]) == (6, 4, 24)

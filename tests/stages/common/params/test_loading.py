@@ -221,7 +221,8 @@ def test_a_method_whose_adapter_the_engine_cannot_load_is_refused(edited):
     for method in ("dora", "full", "partial"):
         with pytest.raises(ParamsError, match=f"finetune.method: {method} makes no adapter that vLLM loads"):
             edited(*vllm, ("method: lora #", f"method: {method} #"))
-    assert edited(*vllm, ("method: lora #", "method: rslora #")).finetune.method == "rslora"
+    for method in ("rslora", "dpo"):
+        assert edited(*vllm, ("method: lora #", f"method: {method} #")).finetune.method == method
 
 
 @pytest.mark.parametrize("value", ["0", "true", "[]", "mlp", "[1]", "null"])
