@@ -53,7 +53,7 @@ def compute_fingerprint(
     base: Path,
     initial: InitialAdapter | None = None,
     watched: Mapping[str, Any] | None = None,
-    marks: Sequence[bool] = (),
+    marks: Any = (),
 ) -> str:
     """Return a hash of everything that decides the result: recipe, rows, base, code, library versions.
 
@@ -62,7 +62,7 @@ def compute_fingerprint(
 
     Args:
         watched: what is asked during the training, and when it stops.
-        marks: which of the examples people found good, where they rated them.
+        marks: what else decides a run, of the objective.
     """
     here = Path(__file__).resolve().parent
     common = here.parent / "common"
@@ -72,7 +72,7 @@ def compute_fingerprint(
     parts = {
         "recipe": asdict(recipe),
         "rows": _hash_examples(examples),
-        "marks": list(marks),
+        "marks": marks,
         "base": {p.name: hash_file(p) for p in sorted(base.iterdir()) if p.is_file()},
         "watched": watched,
         "initial": {p.name: hash_file(p) for p in initial.files} if initial else {},

@@ -44,7 +44,8 @@ class TrainingData:
     """What is trained on.
 
     Attributes:
-        sequences: everything that is learned from, as token ids; marks: of each, whether it is a good answer.
+        sequences: everything that is learned from, as token ids.
+        marks: what else decides a run: ratings, and the ids of what is held out.
         row_ids: the id of the row of each number of the objective.
         rows: how many rows are learned; not_replayed: how many are not, which the adapter was trained on.
         misfits: rows that are too long, or that the chat template refuses.
@@ -58,7 +59,7 @@ class TrainingData:
     not_replayed: int
     misfits: Sequence[Misfit]
     make_objective: Callable[[], Objective]
-    marks: Sequence[bool] = ()
+    marks: Any = ()
     report: dict[str, Any] = field(default_factory=dict)
 
 
@@ -133,7 +134,8 @@ def _read_pairs(
         0,
         misfits,
         make_objective,
-        report=_count(rows, pairs, misfits, learned, held_out),
+        _list_ids(held_out),
+        _count(rows, pairs, misfits, learned, held_out),
     )
 
 
@@ -172,7 +174,7 @@ def _read_ratings(
         0,
         misfits,
         make_objective,
-        [one.is_desirable for one in learned],
+        {"good": [one.is_desirable for one in learned], "held_out": _list_ids(held_out)},
         _count(rows, rated, misfits, learned, held_out) | {"good_answers": good, "bad_answers": bad},
     )
 
@@ -257,6 +259,10 @@ def _follow(rows: Sequence[Row]) -> Callable[[int], None]:
 
 def _show(rows: int, done: int) -> None:
     show_progress(logger, done, rows, "rows encoded")
+
+
+def _list_ids(held_out: Sequence[Pair] | Sequence[RatedAnswer]) -> list[str]:
+    return [one.row.id for one in held_out]
 
 
 def _read_id(one: Pair | RatedAnswer) -> str:
