@@ -20,8 +20,8 @@ class Answers:
 
     def __init__(self, examples: Sequence[Encoded]) -> None:
         self.sequences = examples
-        self.lengths = [len(example.input_ids) for example in examples]
-        self.learned_counts = [example.learned_count for example in examples]
+        self.lengths: Sequence[int] = [len(example.input_ids) for example in examples]
+        self.learned_counts: Sequence[int] = [example.learned_count for example in examples]
 
     def list_sequences(self, rows: Sequence[int]) -> list[Encoded]:
         """Return the sequences of rows."""

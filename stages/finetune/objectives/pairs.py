@@ -51,8 +51,8 @@ class Pairs:
             [(len(one.input_ids), one.learned_count) for one in (pair.chosen, pair.rejected)]
             for pair in pairs
         ]
-        self.lengths = [chosen[0] + rejected[0] for chosen, rejected in sizes]
-        self.learned_counts = [chosen[1] + rejected[1] for chosen, rejected in sizes]
+        self.lengths: Sequence[int] = [chosen[0] + rejected[0] for chosen, rejected in sizes]
+        self.learned_counts: Sequence[int] = [chosen[1] + rejected[1] for chosen, rejected in sizes]
         self._reference = torch.zeros(len(pairs), 2)
         self._before: list[Two] = []
         self._held_out_batches: list[list[int]] = []

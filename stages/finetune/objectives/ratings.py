@@ -51,8 +51,8 @@ class Ratings:
     ) -> None:
         self.answers, self.held_out, self.beta, self.weights = answers, held_out, beta, weights
         self.sequences: Sequence[Encoded] = view(answers, attrgetter("answer"))
-        self.lengths = [len(example.input_ids) for example in self.sequences]
-        self.learned_counts = [example.learned_count for example in self.sequences]
+        self.lengths: Sequence[int] = [len(example.input_ids) for example in self.sequences]
+        self.learned_counts: Sequence[int] = [example.learned_count for example in self.sequences]
         self._is_desirable = torch.tensor([one.is_desirable for one in answers])
         self._partners: dict[int, int] = {}
         self._reference = torch.zeros(len(answers))
@@ -143,7 +143,7 @@ def choose_partners(batches: Sequence[Sequence[int]], groups: Sequence[str]) -> 
     Args:
         groups: of each row.
     """
-    partners = {}
+    partners: dict[int, int] = {}
     for batch in batches:
         by_group: dict[str, list[int]] = {}
         for row in batch:
