@@ -139,9 +139,15 @@ def apply_rules(
 
 
 def count_rows(
-    rows_in: int, kept: Sequence[Row], refused: Sequence[Row], rejected: Sequence[tuple[Row, Rejection]]
+    rows_in: int,
+    kept: Sequence[Row],
+    rejected: Sequence[tuple[Row, Rejection]],
+    refused: Sequence[Row] = (),
 ) -> dict[str, Any]:
     """Return the counts of the report.
+
+    Args:
+        refused: the rows kept apart, whose answer people found bad.
 
     Raises:
         AssertionError: a row was lost, which is a bug.
@@ -205,7 +211,7 @@ def main() -> None:
     )
     rejected = join(rejected, rejected_bad) if rejected_bad else rejected
     groups = join_conversations(kept)
-    counts = count_rows(len(spelled), kept, bad, rejected)
+    counts = count_rows(len(spelled), kept, rejected, bad)
     joined = counts["groups_kept"] - len(set(groups))
     counts |= {
         **count_changes(changes),

@@ -54,10 +54,11 @@ def find_preferences(
             if _has_turns(records, column, with_question=True):
                 return Preferences(messages=column, rejected=rejected)
             return Preferences(None, next(iter(conversations), None), column, rejected)
-    marks = [record[names[RATING]] for record in records if record.get(names.get(RATING, "")) is not None]
+    rating = names.get(RATING)
+    marks = [record[rating] for record in records if record.get(rating) not in (None, "")] if rating else []
     is_rated = conversations or names.keys() >= {"prompt", "completion"}
     if marks and is_rated and all(isinstance(mark, bool) or mark in WORDS for mark in marks):
-        return Preferences(rating=names[RATING])
+        return Preferences(rating=rating)
     return None
 
 

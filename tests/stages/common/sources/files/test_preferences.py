@@ -92,7 +92,7 @@ def test_a_label_that_is_a_class_is_no_rating(tmp_path):
     numbers = [{"prompt": f"text {n}", "completion": "a", "label": n % 2} for n in range(6)]
     assert [row.is_desirable for row in collect(tmp_path, numbers).rows] == [None] * 6
     named = collect(tmp_path, numbers, prompt="prompt", completion="completion", rating="label")
-    assert [row.is_desirable for row in named.rows] == [True, False] * 3
+    assert [row.is_desirable for row in named.rows] == [False, True] * 3
 
 
 @pytest.mark.parametrize(
