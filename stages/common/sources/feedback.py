@@ -15,8 +15,8 @@ from stages.common.records import Row, make_row
 from stages.common.sources import Collected, Rejected
 from stages.common.sources.files.entries import BadRow, count
 from stages.common.sources.files.json_records import read_jsonl
-from stages.common.sources.files.messages import read_conversation, read_rejected
-from stages.common.sources.files.preferences import read_rating
+from stages.common.sources.files.messages import read_conversation
+from stages.common.sources.files.preferences.answers import read_rating, read_rejected
 from stages.common.sources.files.rows import OnBadRow, check_conversation, list_rejected
 from stages.common.sources.files.shapes import Shape
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -43,29 +42,7 @@ def read_conversation(fields: Record, shape: Shape, forms: set[str]) -> Conversa
     return _take_described_tools(messages, tools, forms)
 
 
-def read_rejected(
-    fields: Record, shape: Shape, messages: Sequence[Message], forms: set[str]
-) -> Message | None:
-    """Return the answer of a record that is worse than the last of its messages; None where it has none.
-
-    Raises:
-        BadRow: it is no answer, or whole conversations differ before their answers.
-    """
-    value = fields.get(shape.rejected) if shape.rejected else None
-    if value in (None, "", [], {}):
-        return None
-    name = shape.rejected or ""
-    turns = [turn.message for turn in _read_answer_turns(name, value, shape, forms)]
-    if not turns or turns[-1].role != "assistant":
-        raise BadRow("wrong_rejected", f"{name!r} does not end with an answer of the assistant")
-    before = [message for message in turns[:-1] if message.role != "system"]
-    own = [message for message in messages[:-1] if message.role != "system"]
-    if before and before != own:
-        raise BadRow("wrong_rejected", f"{name!r} is an answer to another conversation")
-    return turns[-1]
-
-
-def _read_answer_turns(name: str, value: Any, shape: Shape, forms: set[str]) -> list[Turn]:
+def read_answer_turns(name: str, value: Any, shape: Shape, forms: set[str]) -> list[Turn]:
     """Return the turns of an answer, which can be a turn, a list of turns, a text or another JSON value."""
     if shape.rejected and isinstance(value, dict) and is_conversation([value]):
         return parse_turns([value], forms)
@@ -127,7 +104,7 @@ def _pair_turns(fields: Record, shape: Shape, forms: set[str]) -> list[Turn]:
         turns = [*_history(fields, shape), Turn(Message("user", text))]
     if shape.name == "calls":
         return [*turns, Turn(_read_answers(completion, answer, forms))]
-    return [*turns, *_read_answer_turns(completion, answer, shape, forms)]
+    return [*turns, *read_answer_turns(completion, answer, shape, forms)]
 
 
 def _read_answers(name: str, value: Any, forms: set[str]) -> Message:

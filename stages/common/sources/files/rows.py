@@ -37,8 +37,8 @@ from stages.common.sources.files.formats import (
     read_entries,
     report_empty,
 )
-from stages.common.sources.files.messages import read_conversation, read_rejected
-from stages.common.sources.files.preferences import read_rating
+from stages.common.sources.files.messages import read_conversation
+from stages.common.sources.files.preferences.answers import read_rating, read_rejected
 from stages.common.sources.files.shapes import Columns, Shape, detect_shape
 from stages.common.spool import Spool
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from stages.common.errors import InputError
 from stages.common.params.checked_yaml import suggest_nearest
 from stages.common.sources.files.entries import Record, shorten
-from stages.common.sources.files.preferences import find_preferences
+from stages.common.sources.files.preferences.columns import find_preferences
 from stages.common.sources.files.tools.calls import CALL_NAMES, is_call_list
 from stages.common.sources.files.tools.schemas import TOOL_NAMES, is_tool_list
 from stages.common.sources.files.turns import is_conversation, parse_list

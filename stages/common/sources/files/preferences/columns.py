@@ -10,14 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stages.common.sources.files.entries import BadRow, Record, shorten
+from stages.common.sources.files.entries import Record
 from stages.common.sources.files.turns import is_conversation, parse_list
 
 # Columns of the better and of the worse answer.
 PAIRS = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"))
 RATING = "label"
 WORDS = ("true", "false", "True", "False", "TRUE", "FALSE")  # how a CSV writes a rating
-RATINGS = {"true": True, "false": False, "1": True, "0": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +71,3 @@ def _has_turns(records: Sequence[Record], column: str, with_question: bool = Fal
 
 def _is_question(turn: Any) -> bool:
     return isinstance(turn, Mapping) and turn.get("role", turn.get("from")) in ("user", "human")
-
-
-def read_rating(value: Any) -> bool | None:
-    """Return whether an answer is good; None where no one rated it.
-
-    Raises:
-        BadRow: it is no rating.
-    """
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return None
-    known = RATINGS.get(str(value).strip().casefold())
-    if known is None:
-        raise BadRow("wrong_rating", f"a rating is true or false: {shorten(value)}")
-    return known
