@@ -140,8 +140,8 @@ def test_rows_without_preferences_are_refused(project, method, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "dpo", "dropout": 0.1}, "finetune.dropout must be 0 with method: dpo"),
-        ({"method": "kto", "batch_size": 1}, "finetune.batch_size must be 2 or more with method: kto"),
+        ({"method": "dpo", "dropout": 0.1}, "finetune.dropout: 0.1 must be 0 with method: dpo"),
+        ({"method": "kto", "batch_size": 1}, "finetune.batch_size: 1 must be 2 or more with method: kto"),
         ({"method": "orpo", "beta": 0}, "finetune.beta"),
     ],
 )
