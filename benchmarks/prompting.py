@@ -42,13 +42,13 @@ from stages.common.errors import InputError
 from stages.common.logs import set_quiet_environment
 from stages.common.messages import Message
 from stages.common.model.loading import load_tokenizer
+from stages.common.model.results import Results, compare, with_intervals
+from stages.common.model.results import Sampling as Resampling
 from stages.common.params.loading import load_params
 from stages.common.records import Row, read_rows
 from stages.common.task.kinds import read_task
 from stages.common.task.metrics import Metric
 from stages.common.task.protocol import Task
-from stages.evaluate.results import Results, compare, with_intervals
-from stages.evaluate.results import Sampling as Resampling
 
 EXAMPLES = (4, 8)
 POOL = 20_000  # training rows that examples are chosen from, at most

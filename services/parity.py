@@ -29,6 +29,7 @@ from stages.common.chat.template import encode_prompt, hash_template
 from stages.common.errors import InputError
 from stages.common.logs import set_quiet_environment, show_progress
 from stages.common.messages import Message, ToolCall, format_arguments, format_malformed
+from stages.common.model.exported import SERVING, find_exported
 from stages.common.model.loading import load_tokenizer
 from stages.common.params.loading import Params, load_params
 from stages.common.records import Row, read_rows
@@ -253,7 +254,7 @@ def compare_with_server(url: str, model: str | None, params: Params, root: Path 
     trainer = read_trainer_side(root, params.services.parity.max_rows)
     key = os.environ.get("PERENNIAL_API_KEY")
     about = asyncio.run(fetch_model(url, model, key))
-    expected = read_json(root / artifacts("export") / "serving.json")["version"]
+    expected = read_json(find_exported(root) / SERVING)["version"]
     if about["version"] != expected:
         raise InputError(
             f"{url} serves version {about['version']}, and the evaluated version is {expected}",

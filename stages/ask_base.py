@@ -18,8 +18,8 @@ from services.engines.offline import (
     answer_limit,
     ask_model,
     compute_throughput,
-    pick_engine,
 )
+from services.engines.support import pick_engine
 from stages.common.artifacts import artifacts, reports, write_json
 from stages.common.chat.fitting import count_reasons, describe_misfits, select_askable
 from stages.common.errors import InputError

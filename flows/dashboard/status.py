@@ -26,10 +26,11 @@ from monitoring.verdicts import DriftVerdict, get_window_folder, read_verdict
 from monitoring.verdicts import list_verdict_files as list_window_files
 from services.versions.aliases import ALIASES, Aliases, read_aliases
 from services.versions.releases import Release, read_releases
-from services.versions.store import SERVING, read_pipeline_tag
+from services.versions.store import read_pipeline_tag
 from stages.common import network
 from stages.common.artifacts import read_json
 from stages.common.errors import InputError
+from stages.common.model.exported import SERVING, find_exported
 from stages.common.params.loading import Params
 
 MAX_WINDOWS = 60  # drawn
@@ -94,7 +95,9 @@ def _model(root: Path, verdicts: Sequence[DriftVerdict], problems: list[str]) ->
             for verdict in verdicts
             if verdict.tag == champion
         ]
-        since = min(starts, default=(root / SERVING).stat().st_mtime if exported == champion else None)
+        since = min(
+            starts, default=(find_exported(root) / SERVING).stat().st_mtime if exported == champion else None
+        )
     return {
         "champion": champion,
         "released": aliases.champion is not None,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from stages.common.artifacts import artifacts, hash_file, read_json, reports
 from stages.common.model.adapter import find_weights
+from stages.common.model.exported import SERVING, find_exported
 from stages.common.repository.dvc_lock import compute_dvc_hash
 
 CARD = reports("model_card") / "README.md"
@@ -26,7 +27,7 @@ def find_card_problems(root: Path) -> list[str]:
             f"{CARD} does not contain the hash of {artifacts('finetune')}: it describes another adapter"
         )
     weights = find_weights(adapter)
-    exported = read_json(root / artifacts("export") / "serving.json").get("adapter_sha256")
+    exported = read_json(find_exported(root) / SERVING).get("adapter_sha256")
     if not weights.exists() or hash_file(weights) != exported:
         problems.append(f"{artifacts('export')} was not made from the adapter in {artifacts('finetune')}")
     parts = _sections(text)

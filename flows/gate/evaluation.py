@@ -38,6 +38,7 @@ from stages.common.artifacts import (
 )
 from stages.common.chat.conversations import list_prompts
 from stages.common.errors import InputError
+from stages.common.model.exported import SERVING, find_exported
 from stages.common.params.loading import Params
 from stages.common.params.loop import GateSettings
 from stages.common.records import Row, format_canonical_json, read_rows
@@ -103,7 +104,7 @@ def keep_test_rows(root: Path, production: Path | None = None) -> str | None:
     Args:
         production: the checkout that keeps it; by default `root`.
     """
-    serving, test = root / artifacts("export") / "serving.json", root / artifacts("split") / "test.parquet"
+    serving, test = find_exported(root) / SERVING, root / artifacts("split") / "test.parquet"
     if not serving.exists() or not test.exists():
         return None
     version = str(read_json(serving)["version"])

@@ -19,6 +19,7 @@ from flows.registry.tracking import mask_password
 from stages.common.artifacts import artifacts, hash_file, missing, read_json, reports
 from stages.common.errors import InputError
 from stages.common.model.adapter import PEFT, find_files
+from stages.common.model.exported import SERVING, find_exported
 from stages.common.params.loading import Params
 from stages.common.repository.dvc_lock import LOCK, Lock, compute_dvc_hash, read_lock
 from stages.common.repository.git import read_git
@@ -38,6 +39,7 @@ TRACED = {
     "dvc.initial_adapter": artifacts("initial_adapter"),
     "dvc.adapter": artifacts("finetune"),
     "dvc.export": artifacts("export"),
+    "dvc.compress": artifacts("compress"),
 }
 
 
@@ -46,7 +48,7 @@ class Output:
     """The output of one pipeline run.
 
     Attributes:
-        serving: `artifacts/export/serving.json`.
+        serving: `serving.json` of the exported model, or of the smaller one that was chosen.
         key: hash of the serving version and of the stages in dvc.lock: one output is one MLflow run.
         tags: of the run.
         metrics: of every metrics file in dvc.yaml, by `STAGE/NAME`.
@@ -72,8 +74,9 @@ def read_output(root: Path, trigger: str) -> Output:
     Raises:
         InputError: a part is missing, or the export was made from another adapter.
     """
-    export, adapter = artifacts("export") / "serving.json", artifacts("finetune")
+    adapter = artifacts("finetune")
     files = find_files(root / adapter) or PEFT
+    export = (find_exported(root) / SERVING).relative_to(root)
     made = (export, adapter / files.config, adapter / files.weights)
     for path in (*made, Path("dvc.yaml"), Path("params.yaml")):
         if not (root / path).exists():

@@ -33,6 +33,7 @@ from stages.common.artifacts import (
 )
 from stages.common.errors import InputError
 from stages.common.model.adapter import list_adapter_files
+from stages.common.model.exported import SERVING
 from stages.common.tag import Tag
 from stages.common.task.kinds import TASK_FILE
 
@@ -74,14 +75,14 @@ def restore(registry: Registry, tag: str) -> str:
         folder = Path(name)
         _make_checkout(registry, tag, folder)
         _export(folder)
-        version = read_json(folder / artifacts("export") / "serving.json")["version"]
+        version = read_json(folder / artifacts("export") / SERVING)["version"]
         if version != Tag.parse(tag).version:
             raise InputError(
                 f"the adapter of {tag} was exported as version {version}: code or libraries have changed",
                 "restore it where it was trained, from its git revision (a tag of its run in MLflow)",
             )
         # Schema and system prompt come from the training rows, which have changed since.
-        download_file(registry, tag, "serving.json", folder / artifacts("export"))
+        download_file(registry, tag, SERVING, folder / artifacts("export"))
         return add_pipeline_output(folder)
 
 
@@ -96,7 +97,12 @@ def _make_checkout(registry: Registry, tag: str, folder: Path) -> None:
     downloaded = download_adapter(registry, tag, folder / "downloaded")
     for name in list_adapter_files(downloaded):
         shutil.copyfile(downloaded / name, adapter / name)
-    serving = read_json(download_file(registry, tag, "serving.json", folder / "downloaded"))
+    serving = read_json(download_file(registry, tag, SERVING, folder / "downloaded"))
+    if compression := serving.get("compression"):
+        raise InputError(
+            f"{tag} is a smaller model ({compression['variant']}), which its adapter alone does not give",
+            "make it again where it was made: dvc repro compress at its git revision, a tag of its run",
+        )
     write_json(folder / TASK_FILE, serving["task"])
     values = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))
     recorded = yaml.safe_load(

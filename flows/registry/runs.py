@@ -46,6 +46,7 @@ from stages.common.errors import InputError
 from stages.common.escaping import escape_markdown
 from stages.common.locks import hold_lock
 from stages.common.model.adapter import list_adapter_files
+from stages.common.model.exported import SERVING, find_exported
 from stages.common.params.loading import Params
 from stages.common.repository.dvc_lock import LOCK
 
@@ -200,7 +201,7 @@ def _log_figures(
     values = [Param(name, value) for name, value in params.items() if name not in known]
     for batch in _batches(values, PARAMS_AT_ONCE):
         client.log_batch(run.info.run_id, params=batch)
-    at = _time_ms(root / artifacts("export") / "serving.json")
+    at = _time_ms(find_exported(root) / SERVING)
     metrics = [Metric(name, value, at, 0) for name, value in output.metrics.items()]
     metrics += [Metric(name, value, at, step) for name, step, value in read_curve(root)]
     for points in _batches(metrics, METRICS_AT_ONCE):
@@ -225,9 +226,9 @@ def _log_files(client: MlflowClient, run: Run, root: Path) -> None:
     run_id = run.info.run_id
     # The event store's URL may contain a password.
     client.log_text(run_id, mask_password((root / "params.yaml").read_text(encoding="utf-8")), "params.yaml")
-    for path in (Path("dvc.yaml"), LOCK, artifacts("export") / "serving.json"):
-        if (root / path).exists():
-            client.log_artifact(run_id, str(root / path))
+    for path in (root / "dvc.yaml", root / LOCK, find_exported(root) / SERVING):
+        if path.exists():
+            client.log_artifact(run_id, str(path))
     curves = [reports("finetune") / name for name in ("loss.csv", "validation.csv")]
     for path in (*find_metrics_files(root), *curves):
         if (root / path).exists():

@@ -20,9 +20,10 @@ from monitoring.feedback.served_answer import (
     is_whole,
 )
 from services.events.turns import read_turn
-from stages.common.artifacts import artifacts, read_json
+from stages.common.artifacts import read_json
 from stages.common.logs import get_logger
 from stages.common.messages import Message, Tool, find_conversation_problem, is_malformed
+from stages.common.model.exported import SERVING, find_exported
 from stages.common.privacy.personal_data import RECOGNISERS, holds
 from stages.common.records import format_canonical_json
 from stages.common.task.kinds import make_task
@@ -81,7 +82,7 @@ class ServedTask:
 
     Attributes:
         answers: the kind of task.
-        answer_schema: of the training answers, as `artifacts/export/serving.json` has it; None: any answer.
+        answer_schema: of the training answers, as `serving.json` of a version has it; None: any answer.
         system_prompt: what training rows begin with; the rows here have none in its place.
         max_question_chars, max_answer_chars: longer texts are excluded.
         is_rejected: what the guard thinks of a correction; no check of the exchange has seen it.
@@ -103,7 +104,7 @@ def read_served_task(root: Path, params: Params, serving: Mapping[str, Any] | No
     Raises:
         InputError: the pipeline has made no model yet.
     """
-    about = serving if serving is not None else read_json(root / artifacts("export") / "serving.json")
+    about = serving if serving is not None else read_json(find_exported(root) / SERVING)
     return ServedTask(
         answers=make_task(about["task"]),
         answer_schema=about["answer_schema"],

@@ -6,17 +6,14 @@ model are asked by the same engine; which one is part of the evidence.
 
 from __future__ import annotations
 
-import json
-import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from services.engines.support import check_paged
+from services.engines.support import EngineName
 from stages.common.chat.calls import read_answer
 from stages.common.chat.fitting import limit_answer
 from stages.common.chat.template import end_of_turn_ids
@@ -34,10 +31,6 @@ from stages.common.spool import view
 if TYPE_CHECKING:
     from services.engines.paged.model import PagedModel
     from services.engines.paged.offline import Completion
-
-logger = logging.getLogger(__name__)
-
-EngineName = Literal["paged", "transformers"]
 
 # Asked one by one for the latency: enough for a median, and no more than a few seconds on a CPU.
 LATENCY_ROWS = 10
@@ -69,38 +62,6 @@ class ModelAnswers:
     dtype: str
     seconds: float
     latencies: list[float]
-
-
-def pick_engine(wanted: str, base: Path, exports_gguf: bool) -> EngineName:
-    """Return which engine asks the base and the tuned model.
-
-    Args:
-        wanted: `auto`, `paged` or `transformers`.
-        base: folder of the base model.
-        exports_gguf: whether the tuned model will have a GGUF.
-
-    Raises:
-        InputError: `paged` is wanted and cannot compute this model here.
-    """
-    if wanted == "transformers":
-        return "transformers"
-    reason = _why_not_paged(base, exports_gguf)
-    if reason is None:
-        return "paged"
-    if wanted == "paged":
-        raise InputError(f"ask_base.engine is paged, and {reason}", "set ask_base.engine: auto")
-    logger.info("transformers writes the answers: %s", reason)
-    return "transformers"
-
-
-def _why_not_paged(base: Path, exports_gguf: bool) -> str | None:
-    if pick_device().type != "cpu":
-        return "this machine has a GPU"
-    if find_spec("openvino") is None:
-        return "OpenVINO is not installed"
-    if not exports_gguf:
-        return "the tuned model has no GGUF (export.gguf: false)"
-    return check_paged(json.loads((base / "config.json").read_text(encoding="utf-8")))
 
 
 def answer_limit(questions: Sequence[EvalPrompt], max_new_tokens: int) -> int:

@@ -1,11 +1,20 @@
-"""Which engine computes which architecture, from the `config.json` of a model."""
+"""Which engine computes which architecture, from the `config.json` of a model, and which one is asked."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from stages.common.errors import InputError
+from stages.common.model.loading import pick_device
+
+logger = logging.getLogger(__name__)
+
+EngineName = Literal["paged", "transformers"]
 
 # Architectures (`model_type`) that the paged engine computes → their names in GGUF.
 PAGED_TYPES = {
@@ -40,6 +49,38 @@ def check_engine(kind: str, folder: Path, has_gguf: bool) -> str | None:
     if not has_gguf:
         return "the model has no GGUF (export.gguf in params.yaml)"
     return checks[kind](json.loads((folder / "config.json").read_text(encoding="utf-8")))
+
+
+def pick_engine(wanted: str, base: Path, exports_gguf: bool) -> EngineName:
+    """Return which engine asks the base and the tuned model.
+
+    Args:
+        wanted: `auto`, `paged` or `transformers`.
+        base: folder of the base model.
+        exports_gguf: whether the tuned model will have a GGUF.
+
+    Raises:
+        InputError: `paged` is wanted and cannot compute this model here.
+    """
+    if wanted == "transformers":
+        return "transformers"
+    reason = _why_not_paged(base, exports_gguf)
+    if reason is None:
+        return "paged"
+    if wanted == "paged":
+        raise InputError(f"ask_base.engine is paged, and {reason}", "set ask_base.engine: auto")
+    logger.info("transformers writes the answers: %s", reason)
+    return "transformers"
+
+
+def _why_not_paged(base: Path, exports_gguf: bool) -> str | None:
+    if pick_device().type != "cpu":
+        return "this machine has a GPU"
+    if find_spec("openvino") is None:
+        return "OpenVINO is not installed"
+    if not exports_gguf:
+        return "the tuned model has no GGUF (export.gguf: false)"
+    return check_paged(json.loads((base / "config.json").read_text(encoding="utf-8")))
 
 
 def check_paged(config: Mapping[str, Any]) -> str | None:

@@ -15,11 +15,10 @@ from services.versions.aliases import ALIASES, read_aliases
 from stages.common.artifacts import artifacts, hash_files, missing, read_json
 from stages.common.errors import InputError
 from stages.common.model.adapter import PEFT, find_files
+from stages.common.model.exported import GGUF, SERVING, find_exported
 from stages.common.tag import Tag
 
 logger = logging.getLogger("services.versions")
-
-SERVING = artifacts("export") / "serving.json"  # what the pipeline's last stage wrote about its model
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +30,8 @@ class ModelFiles:
         version: content hash, 12 hex digits.
         tokenizer: folder with the tokenizer and its chat template.
         gguf: the tuned model in one file, for engines on the CPU; None if the pipeline wrote none.
-        base, adapter: folders of safetensors, for the other engines; None where the version has none.
+        base, adapter: folders of safetensors, for the other engines; None where the version has none, and of
+            a compressed one.
         about: what the stage `export` recorded about the model (`serving.json`).
     """
 
@@ -66,22 +66,24 @@ def get_version(tag: str) -> ModelFiles:
         ) from None
     base_tag = str(model.info.metadata.get("base") or "")
     folder = Path(model.path)
-    if not (folder / "export" / "serving.json").exists():
+    if not (folder / "export" / SERVING).exists():
         raise InputError(f"{tag} in the model store is not a model of this pipeline", "choose another")
     base = Path(bentoml.models.get(base_tag).path) if base_tag and _is_stored(base_tag) else None
     return _files(folder / "export", base, folder / "adapter")
 
 
 def _files(export: Path, base: Path | None, adapter: Path) -> ModelFiles:
-    about = read_json(export / "serving.json")
-    gguf = export / "model.gguf"
+    about = read_json(export / SERVING)
+    gguf = export / GGUF
+    # Of a compressed model only the GGUF is what was judged: no engine may serve the whole weights for it.
+    whole = "compression" not in about
     return ModelFiles(
         about["name"],
         about["version"],
         export,
         gguf if gguf.exists() else None,
-        base,
-        adapter if adapter.exists() else None,
+        base if whole else None,
+        adapter if whole and adapter.exists() else None,
         about,
     )
 
@@ -92,13 +94,16 @@ def add_pipeline_output(root: Path = Path()) -> str:
     Raises:
         InputError: the pipeline has made no model yet.
     """
-    export, base, adapter = (root / artifacts(stage) for stage in ("export", "fetch_base", "finetune"))
+    export, base, adapter = find_exported(root), root / artifacts("fetch_base"), root / artifacts("finetune")
     config = adapter / (find_files(adapter) or PEFT).config
-    for needed in (export / "serving.json", base / "config.json", config):
+    for needed in (export / SERVING, base / "config.json", config):
         if not needed.exists():
             raise missing(needed.relative_to(root) if root.parts else needed)
     files = _files(export, base, adapter)
     if _is_stored(files.tag):
+        return files.tag
+    if "compression" in files.about:
+        _store(files.tag, {"export": export, "adapter": adapter}, {})
         return files.tag
     # Named by its files, so that versions with the same base model share one copy.
     base_tag = f"{files.name}-base:{hash_files(sorted(base.iterdir()))[:12]}"
@@ -143,9 +148,10 @@ def read_stored_at(tag: str) -> float:
 
 def read_pipeline_tag(root: Path = Path()) -> str | None:
     """Return the tag of the pipeline's newest model; None if it has made none."""
-    if not (root / SERVING).exists():
+    serving = find_exported(root) / SERVING
+    if not serving.exists():
         return None
-    about = read_json(root / SERVING)
+    about = read_json(serving)
     return str(Tag(about["name"], about["version"]))
 
 

@@ -1,7 +1,7 @@
 """Evaluate: ask the tuned model the questions that the base model was asked, and compare their answers.
 
 In: `artifacts/curate/task.json`, `artifacts/split/test.parquet`, `artifacts/ask_base`,
-`artifacts/fetch_base`, `artifacts/finetune`, `artifacts/export`.
+`artifacts/fetch_base`, `artifacts/finetune`, `artifacts/export`, `artifacts/compress`.
 Out: `reports/evaluate/metrics.json` with each metric as value, low, high and n for both models, their
 difference with a p-value, slices by class and tag, and the throughput (the only key that changes between
 identical runs); `errors.md` and `errors.csv`, worst first; `plots/`;
@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from services.engines.offline import (
-    EngineName,
     ModelAnswers,
     ModelFolders,
     ask_model,
     compute_throughput,
     load_asker,
-    pick_engine,
 )
+from services.engines.support import EngineName, pick_engine
 from stages.common.artifacts import (
     artifacts,
     atomic_dir,
@@ -38,19 +37,10 @@ from stages.common.artifacts import (
 )
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage, show_progress
-from stages.common.model.generation import Answer, EvalPrompt, encode_questions, read_answers
+from stages.common.model.exported import GGUF, SERVING, find_exported
+from stages.common.model.generation import Answer, EvalPrompt, encode_questions, pick_asked, read_answers
 from stages.common.model.loading import count_context_tokens, load_tokenizer, read_config
-from stages.common.params.loading import Params, load_params
-from stages.common.params.stages import AskBase
-from stages.common.records import ROWS_A_BATCH, Row, read_rows
-from stages.common.spool import pick
-from stages.common.task.kinds import read_task
-from stages.common.task.label_metrics import count_confusions
-from stages.common.task.protocol import Task
-from stages.evaluate.calibration import measure_calibration
-from stages.evaluate.error_analysis import Prediction, format_errors_csv, format_errors_page, list_errors
-from stages.evaluate.plots import draw_report
-from stages.evaluate.results import (
+from stages.common.model.results import (
     Sampling,
     check_finite,
     compute_class_results,
@@ -58,6 +48,15 @@ from stages.evaluate.results import (
     score,
     summarise,
 )
+from stages.common.params.loading import Params, load_params
+from stages.common.params.stages import AskBase
+from stages.common.records import ROWS_A_BATCH, Row, read_rows
+from stages.common.task.kinds import read_task
+from stages.common.task.label_metrics import count_confusions
+from stages.common.task.protocol import Task
+from stages.evaluate.calibration import measure_calibration
+from stages.evaluate.error_analysis import Prediction, format_errors_csv, format_errors_page, list_errors
+from stages.evaluate.plots import draw_report
 from stages.evaluate.simulation import Simulator, load_simulator, simulate
 from stages.evaluate.simulation_report import choose_conversations, summarise_simulation
 
@@ -123,21 +122,6 @@ def _list_cells(
         yield [answer.reference_loss for answer in found]
 
 
-def read_test(all_rows: Sequence[Row], base: Mapping[str, Answer]) -> Sequence[Row]:
-    """Return the test rows that the base model was asked, in the order of its answers.
-
-    Raises:
-        InputError: a row is not in the test split.
-    """
-    places = {row.id: place for place, row in enumerate(all_rows) if row.id in base}
-    if unknown := [row_id for row_id in base if row_id not in places]:
-        raise InputError(
-            f"the base model was asked {len(unknown)} rows that are not in the test split: {unknown[:3]}",
-            "ask it again: dvc repro ask_base",
-        )
-    return pick(all_rows, [places[row_id] for row_id in base])
-
-
 def ask_tuned(
     questions: Sequence[EvalPrompt], tokenizer: Any, settings: AskBase, limit: int, exports_gguf: bool
 ) -> ModelAnswers:
@@ -159,8 +143,26 @@ def ask_tuned(
 def _find_tuned(settings: AskBase, exports_gguf: bool) -> tuple[ModelFolders, EngineName]:
     base = artifacts("fetch_base")
     engine = pick_engine(settings.engine, base, exports_gguf)
-    gguf = artifacts("export") / "model.gguf"
+    gguf = find_exported() / GGUF
     return ModelFolders(base, artifacts("finetune"), gguf if engine == "paged" else None), engine
+
+
+def find_compression(engine: EngineName) -> str | None:
+    """Return which smaller model is asked; None for the exported one.
+
+    Raises:
+        InputError: one was chosen, and the engine reads another format.
+    """
+    serving = find_exported() / SERVING
+    if not serving.exists():
+        return None
+    compression = read_json(serving).get("compression")
+    if compression and engine != "paged":
+        raise InputError(
+            f"compress chose {compression['variant']}, a GGUF file, and the engine {engine} does not read it",
+            "set compress.choose: null, or evaluate where the engine paged runs",
+        )
+    return compression["variant"] if compression else None
 
 
 def run_simulation(
@@ -220,11 +222,12 @@ def main() -> None:
     base_report = read_json(reports("ask_base") / "metrics.json")
     simulator = find_simulator(settings.simulator, task)
     all_rows = read_rows(artifacts("split") / "test.parquet")
-    rows = read_test(all_rows, base_answers)
+    rows = pick_asked(all_rows, base_answers)
     check_references(rows, task)
     tokenizer = load_tokenizer(artifacts("fetch_base"))
     questions = encode_questions(tokenizer, rows)
     limit = base_report["answer_limit_tokens"]
+    compression = find_compression(_find_tuned(params.ask_base, params.export.gguf)[1])
     asked = ask_tuned(questions, tokenizer, params.ask_base, limit, params.export.gguf)
     answers = {"base": list(base_answers.values()), "tuned": asked.answers}
     metrics = {name: score(rows, questions, answers[name], task) for name in answers}
@@ -240,6 +243,7 @@ def main() -> None:
         "class_name": task.class_name,
         "engine": {"base": base_report["engine"], "tuned": asked.engine},
         "dtype": asked.dtype,
+        "compression": compression,
         "test_rows": base_report["test_rows"],
         "answer_limit_tokens": limit,
         "references_over_limit": base_report["references_over_limit"],

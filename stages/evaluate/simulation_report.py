@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from stages.common.model.results import Metrics, Sampling, with_intervals
 from stages.common.records import Row
 from stages.common.task.metrics import Metric, compute_ratio, compute_share
-from stages.evaluate.results import Metrics, Sampling, with_intervals
 from stages.evaluate.simulation import FINISHED, SimulatedConversation, list_conversations
 
 MEANINGS = {

@@ -10,10 +10,7 @@ Run: `python -m stages.export`
 
 from __future__ import annotations
 
-import json
-import logging
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,21 +20,20 @@ from stages.common.artifacts import (
     artifacts,
     atomic_dir,
     hash_file,
-    hash_files,
     read_json,
     reports,
     write_json,
     write_text,
 )
 from stages.common.chat.fitting import find_refused
-from stages.common.chat.template import end_of_turn_ids, render_whole
+from stages.common.chat.template import end_of_turn_ids
 from stages.common.errors import InputError
 from stages.common.gguf.architectures import find_architecture
-from stages.common.gguf.model import check_tensors, write_gguf
-from stages.common.gguf.vocabulary import count_equal, read_gguf_vocabulary, read_vocabulary
-from stages.common.logs import get_logger, run_stage, show_progress
+from stages.common.gguf.checked import write_checked
+from stages.common.logs import get_logger, run_stage
 from stages.common.model.adapter import find_weights
 from stages.common.model.draft_corpus import encode_corpus, write_corpus
+from stages.common.model.exported import GGUF, SERVING, TOKENIZER_FILES, compute_version, write_serving
 from stages.common.model.loading import count_context_tokens, load_tokenizer, load_tuned, read_config
 from stages.common.params.loading import load_params
 from stages.common.records import Row, read_rows
@@ -47,16 +43,6 @@ from stages.common.task.protocol import Schema, Task
 from stages.export.modelfile import format_modelfile, read_chat_format
 
 logger = get_logger("export")
-
-GGUF = "model.gguf"
-# What load_tokenizer reads, where a base model has it.
-TOKENIZER_FILES = (
-    "config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,54 +112,11 @@ def export_gguf(
         InputError: GGUF cannot carry this model, or what was written is not this model.
     """
     import torch
-    from gguf import GGUFReader
 
-    logging.getLogger("gguf").setLevel(logging.WARNING)  # else: the byte order, and a name that soon changes
-    # Before the weights are read: a refusal should come at once.
-    architecture = find_architecture(read_config(base)).name
-    tokenizer = load_tokenizer(base)
+    find_architecture(read_config(base))  # before the weights are read: a refusal should come at once
     # On the CPU and in float32: the sum of base and adapter is rounded once, into the file's own type.
     model = load_tuned(base, adapter, torch.float32, torch.device("cpu"))
-    vocabulary = read_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings)
-    start = time.perf_counter()
-    write_gguf(
-        path,
-        model,
-        vocabulary,
-        quantization,
-        name,
-        lambda done, total: show_progress(logger, done, total, "tensors written"),
-    )
-    written_s = time.perf_counter() - start
-    reader = GGUFReader(path)
-    tensors = check_tensors(reader, model, path)
-    found = read_gguf_vocabulary(reader)
-    if found != vocabulary:
-        raise InputError(
-            f"{path} contains another vocabulary than the one written", "run again: dvc repro export"
-        )
-    texts = (render_whole(tokenizer, row.messages, row.tools) for row in rows)
-    equal = count_equal(found, tokenizer, texts, path)
-    if equal < len(rows):
-        logger.warning(
-            "%d of %d texts have other tokens in llama.cpp, which does not normalise Unicode (NFC)",
-            len(rows) - equal,
-            len(rows),
-        )
-    evidence = {
-        "architecture": architecture,
-        "bytes": path.stat().st_size,
-        "pre_tokenizer": vocabulary.pre,
-        "quantization": quantization,
-        "tensor_errors": {kind: float(f"{error:.3g}") for kind, error in tensors.errors.items()},
-        "tensors": sum(tensors.types.values()),
-        "tensors_by_type": tensors.types,
-        "tokens_compared": len(rows),
-        "tokens_equal": equal,
-        "vocabulary": len(vocabulary.tokens),
-    }
-    size_mib = path.stat().st_size / 2**20
-    return evidence, {"gguf_mib_per_s": round(size_mib / written_s, 1), "gguf_write_s": round(written_s, 2)}
+    return write_checked(model, load_tokenizer(base), rows, quantization, name, path, logger)
 
 
 def write_modelfile(folder: Path, system_prompt: str | None) -> bool:
@@ -185,20 +128,6 @@ def write_modelfile(folder: Path, system_prompt: str | None) -> bool:
     stops = tokenizer.convert_ids_to_tokens(end_of_turn_ids(tokenizer))
     write_text(folder / "Modelfile", format_modelfile(GGUF, system_prompt, chat_format, stops))
     return chat_format is not None
-
-
-def compute_version(folder: Path, base: Path, adapter: Path) -> str:
-    """Return 12 hex digits that name what is served: the tokenizer, and the GGUF or base and adapter."""
-    files = [path for path in sorted(folder.iterdir()) if path.name in (GGUF, *TOKENIZER_FILES)]
-    if not (folder / GGUF).exists():
-        files += [*sorted(base.glob("*.safetensors")), *sorted(adapter.iterdir())]
-    return hash_files(files)[:12]
-
-
-def write_serving(path: Path, serving: dict[str, Any]) -> None:
-    """Write serving.json: its own keys sorted, the schema's in the order in which answers are written."""
-    ordered = dict(sorted(serving.items()))
-    write_text(path, json.dumps(ordered, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def main() -> None:
@@ -237,7 +166,7 @@ def main() -> None:
             "tools": find_common_tools(rows),
             "version": compute_version(folder, base, adapter),
         }
-        write_serving(folder / "serving.json", serving)
+        write_serving(folder / SERVING, serving)
     evidence = {key: value for key, value in asdict(answers).items() if key != "schema"}
     write_json(
         reports("export") / "metrics.json",

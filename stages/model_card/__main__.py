@@ -60,6 +60,7 @@ from stages.model_card.sections import (
     list_lineage,
     list_params,
     list_results,
+    list_smaller_models,
     render_card,
 )
 
@@ -100,6 +101,7 @@ def describe_training(
         "sources": count_sources(sides),
         "sides": {side: len(sides[side]) for side in SIDES},
         "results": list_results(evidence["evaluate"]),
+        "smaller": list_smaller_models(evidence["compress"]),
         "limits": describe_limits(evidence),
         "recipe": lock.params["finetune"],
         "all_params": json.dumps(list_params(lock), indent=2, ensure_ascii=False),

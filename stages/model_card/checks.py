@@ -49,11 +49,13 @@ NEEDED = (
     *(f"evaluate.{key}" for key in ("primary", "task", "confidence", "resamples", "confusions", "metrics")),
     *(f"evaluate.errors.{key}" for key in ("rows", "by_type", "right_in_base_only")),
     "evaluate.resolution.statement",
+    *(f"compress.{key}" for key in ("models", "chosen", "choice")),
     *(f"evaluate.{key}" for key in ("answer_limit_tokens", "references_over_limit")),
 )
 
-# These may be null: a folder has no revision, a hub id no file, a split without validation rows no loss.
-MAY_BE_NULL = ("fetch_base.revision", "fetch_base.file", "finetune.validation_loss")
+# These may be null: a folder has no revision, a hub id no file, a split without validation rows no loss;
+# and mostly the exported model goes on.
+MAY_BE_NULL = ("fetch_base.revision", "fetch_base.file", "finetune.validation_loss", "compress.chosen")
 
 # Sums that must agree; `a.b.*` is the sum over all keys of a.b.
 AGREEMENTS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
@@ -112,6 +114,11 @@ def check_metrics(evidence: Evidence) -> list[str]:
         found = find_metric(evidence, name)
         if found is not None and found != wanted:
             problems.append(f"{name} is {json.dumps(found)}, not {json.dumps(wanted)}")
+    judged, chosen = (find_metric(evidence, name) for name in ("evaluate.compression", "compress.chosen"))
+    if judged != chosen:
+        problems.append(
+            f"evaluate.compression is {json.dumps(judged)}, and compress.chosen {json.dumps(chosen)}"
+        )
     for number, finding in enumerate(find_metric(evidence, "check_bias.findings") or ()):
         if not finding.get("statement"):
             problems.append(f"check_bias.findings.{number} has no statement")

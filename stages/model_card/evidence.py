@@ -14,7 +14,10 @@ from stages.common.model.adapter import PEFT, find_files, read_settings
 from stages.common.records import Row, read_rows
 from stages.common.repository.git import read_git
 
-BEFORE = ("fetch_base", "collect", "curate", "validate", "check_bias", "split", "finetune", "evaluate")
+BEFORE = (
+    *("fetch_base", "collect", "curate", "validate", "check_bias", "split"),
+    *("finetune", "compress", "evaluate"),
+)
 
 SECTIONS = ("task", *BEFORE)  # of params.yaml
 

@@ -116,6 +116,19 @@ def list_results(report: Mapping[str, Any]) -> list[dict[str, str]]:
     ]
 
 
+def list_smaller_models(report: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return one line for each model that `compress` compared: size and quality, without speeds."""
+    return [
+        {
+            "name": name,
+            "size": f"{one['bytes'] / 2**20:.1f}",
+            "quality": _with_interval(one["results"][report["primary"]]),
+            "lost": f"{one['lost_points']:.2f}",
+        }
+        for name, one in report["models"].items()
+    ]
+
+
 def _with_interval(found: Mapping[str, float], sign: str = "") -> str:
     return f"{found['value']:{sign}.3f} ({found['low']:{sign}.3f} to {found['high']:{sign}.3f})"
 

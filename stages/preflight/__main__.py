@@ -54,6 +54,7 @@ from stages.common.task.kinds import read_task
 from stages.common.task.protocol import Task
 from stages.preflight.base_checks import (
     count_embedding_rows,
+    count_healing_bytes,
     count_needed_bytes,
     find_disk_problems,
     find_engine_problems,
@@ -61,6 +62,8 @@ from stages.preflight.base_checks import (
     find_license_problems,
     find_template_problems,
     find_unknown_tokens,
+    find_variant_problems,
+    list_quantizations,
 )
 from stages.preflight.changed_text import describe_text
 from stages.preflight.finetune_checks import (
@@ -116,8 +119,11 @@ def find_base_problems(
         *find_disk_problems(
             count_needed_bytes(
                 weights,
-                params.export.quantization if exported else None,
-                count_checkpoint_bytes(training, params.finetune),
+                list_quantizations(params.export, params.compress.variants),
+                max(
+                    count_checkpoint_bytes(training, params.finetune),
+                    count_healing_bytes(weights, params.compress),
+                ),
             ),
             Path(),
         ),
@@ -299,7 +305,10 @@ def main() -> None:
         raise_problems(problems)
     size = count_embedding_rows(config)
     if params.export.gguf:
-        problems += find_export_problems(tokenizer, config, size)
+        refused = find_export_problems(tokenizer, config, size)
+        problems += refused or find_variant_problems(
+            params.compress.variants, params.ask_base.engine, base, config
+        )
     fitting, misfits = encode_sides(params, config, tokenizer, sides)
     problems += find_row_problems(params, read_task(), config, fitting, misfits)
     limit_of_row = limit_length(params.finetune.max_length, config)

@@ -5,21 +5,26 @@ from __future__ import annotations
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from services.engines.support import check_engine
+from services.engines.support import check_engine, pick_engine
 from stages.common.chat.template import end_of_turn_ids
 from stages.common.errors import InputError
 from stages.common.gguf.architectures import find_architecture
-from stages.common.gguf.model import list_tensors
+from stages.common.gguf.model import count_block, find_uneven_tensor, list_tensors
+from stages.common.gguf.quantization import VARIANTS
 from stages.common.gguf.vocabulary import read_vocabulary
 from stages.common.licenses import to_spdx
+from stages.common.model.blocks import check_shrinkable
 from stages.common.model.loading import make_empty
+from stages.common.params.compress import Compress
+from stages.common.params.stages import Export
 from stages.common.records import Row
 
 # Bytes of a weight in the exported file; the block formats with their scales.
-BYTES_PER_WEIGHT = {"f16": 2.0, "bf16": 2.0, "q8_0": 1.07, "q4_0": 0.6}
+BYTES_PER_WEIGHT = {"f16": 2.0, "bf16": 2.0, "q8_0": 1.07, "q4_0": 0.6, "q4_k": 0.6}
 SPARE_BYTES = 256 << 20  # adapter, checkpoints, reports
 
 
@@ -79,6 +84,43 @@ def find_engine_problems(kinds: Mapping[str, str], base: Path, exports_gguf: boo
     ]
 
 
+def find_variant_problems(
+    variants: Sequence[str], wanted_engine: str, base: Path, config: Any
+) -> list[InputError]:
+    """Return why smaller models cannot be made of this base model, or not be measured here.
+
+    Args:
+        variants: `compress.variants`.
+        wanted_engine: `ask_base.engine`.
+        base: folder of the base model.
+        config: of the base model, which has a GGUF export.
+    """
+    if not variants:
+        return []
+    problems = []
+    if pick_engine(wanted_engine, base, exports_gguf=True) != "paged":
+        problems.append(
+            InputError(
+                f"compress.variants has {', '.join(variants)}, which the engine paged measures, and it does "
+                "not run here: the machine has a GPU, or no OpenVINO, or the base model is of another kind",
+                "set compress.variants: [] (docs/how-to/compress.md has the ways for a GPU)",
+            )
+        )
+    for name in variants:
+        quantization = VARIANTS[name]
+        if quantization is None:
+            problems += _collect([partial(check_shrinkable, config, name, make_empty(config))])
+        elif uneven := find_uneven_tensor(config, quantization):
+            problems.append(
+                InputError(
+                    f"compress.variants has {name}, which needs rows of a multiple of "
+                    f"{count_block(quantization)} weights, and the base model has {uneven}",
+                    f"take {name} out of compress.variants{', or use int4' if name == 'q4_k' else ''}",
+                )
+            )
+    return problems
+
+
 def _list_tensor_names(config: Any) -> list[str]:
     return [tensor.name for tensor in list_tensors(make_empty(config))]
 
@@ -115,14 +157,31 @@ def find_license_problems(
     ]
 
 
-def count_needed_bytes(parameters: int, quantization: str | None, trained_bytes: int = 0) -> int:
-    """Return the disk space that training and export need; without a quantization nothing is exported.
+def count_needed_bytes(parameters: int, quantizations: Iterable[str], trained_bytes: int = 0) -> int:
+    """Return the disk space that training, export and smaller models need.
 
     Args:
+        quantizations: of the files that are written; none without a GGUF.
         trained_bytes: of checkpoints and the adapter, where `SPARE_BYTES` are too few for them.
     """
-    exported = parameters * BYTES_PER_WEIGHT[quantization] if quantization else 0
+    exported = sum(parameters * BYTES_PER_WEIGHT[one] for one in quantizations)
     return int(exported) + max(SPARE_BYTES, trained_bytes)
+
+
+def list_quantizations(export: Export, variants: Sequence[str]) -> list[str]:
+    """Return the quantizations of the files that are written: of the export and of the smaller models."""
+    if not export.gguf:
+        return []
+    return [export.quantization, *(VARIANTS[name] or export.quantization for name in variants)]
+
+
+def count_healing_bytes(parameters: int, settings: Compress) -> int:
+    """Return the disk space of the training that heals a smaller model, at most the whole model's.
+
+    In float32: its weights before and after, and three checkpoints of the weights and two moments.
+    """
+    healed = any(VARIANTS[name] is None for name in settings.variants) and settings.healing_rows != 0
+    return parameters * 4 * (1 + 3 * 3 + 1) if healed else 0
 
 
 def find_disk_problems(needed_bytes: int, folder: Path) -> list[InputError]:

@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from services.engines import offline
-from services.engines.offline import pick_engine
+from services.engines.support import pick_engine
 from stages import ask_base
 from stages.common.errors import InputError
 from stages.common.messages import Message

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+
+from services.engines.paged.packed import pack_q4_0, pack_q8_0
 
 MAGIC = b"GGUF"
 VERSION = 3
@@ -26,14 +27,17 @@ DEFAULT_ALIGNMENT = 32
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """Contents of a file: scalar and string values by key, and tensors by name, rows first."""
+    """Contents of a file: scalar and string values by key, and tensors by name, rows first.
+
+    A tensor is an array, or a `Packed` matrix.
+    """
 
     values: dict[str, Any]
-    tensors: dict[str, NDArray[Any]]
+    tensors: dict[str, Any]
 
 
 def read_file(path: Path) -> GgufFile:
-    """Read a GGUF file; quantized tensors are dequantized to F32.
+    """Read a GGUF file; matrices in Q8_0 and Q4_0 stay packed, other quantized tensors become F32.
 
     Raises:
         ValueError: it is not GGUF version 3, or is truncated.
@@ -112,7 +116,7 @@ def _info(cursor: _Cursor) -> tuple[list[int], int, int]:
     return dims[::-1], cursor.take("I"), cursor.take("Q")  # the file stores the fastest axis first
 
 
-def _tensor(data: mmap.mmap, begin: int, dims: list[int], kind: int) -> NDArray[Any]:
+def _tensor(data: mmap.mmap, begin: int, dims: list[int], kind: int) -> Any:
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import dequantize
 
@@ -123,5 +127,7 @@ def _tensor(data: mmap.mmap, begin: int, dims: list[int], kind: int) -> NDArray[
     plain = {GGMLQuantizationType.F16: np.float16, GGMLQuantizationType.F32: np.float32}
     if quantization in plain:
         return raw.view(plain[quantization]).copy()  # the runtime needs writable memory
-    unpacked: NDArray[Any] = dequantize(raw, quantization)
-    return unpacked
+    packed = {GGMLQuantizationType.Q8_0: pack_q8_0, GGMLQuantizationType.Q4_0: pack_q4_0}
+    if quantization in packed and len(dims) == 2:
+        return packed[quantization](raw)
+    return dequantize(raw, quantization)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from services.engines.paged.packed import GROUP, OFFSET, Packed, concatenate
 from services.engines.paged.weights import DecoderShape, Rotation, Weights
 
 STEP_INPUTS = ("past_lens", "subsequence_begins", "block_indices", "block_indices_begins")
@@ -34,9 +35,8 @@ def build_graph(weights: Weights) -> Any:
     paging = [_parameter(name, [-1], ov.Type.i32) for name in STEP_INPUTS]
     longest = _parameter("max_context_len", [], ov.Type.i32)
     caches = []
-    embedding = _matrix(tensors["token_embd.weight"])
     # [tokens, 1, hidden]: the plugin's fusions know activations with three axes.
-    x = op.gather(embedding, op.unsqueeze(ids, _int(1)), _int(0))
+    x = _embed(tensors["token_embd.weight"], op.unsqueeze(ids, _int(1)))
     x = _scale(x, shape.embedding_scale)
     turns = {
         rotation: _turn(positions, rotation, shape, tensors.get("rope_freqs.weight"))
@@ -52,7 +52,7 @@ def build_graph(weights: Weights) -> Any:
             if name.startswith(f"blk.{layer}.")
         }
 
-        def norm(x: Any, name: str, block: dict[str, NDArray[Any]] = block) -> Any:
+        def norm(x: Any, name: str, block: dict[str, Any] = block) -> Any:
             return _norm(x, block[name], shape) if name in block else x
 
         turn = None if rotation is None else turns[rotation]
@@ -61,7 +61,8 @@ def build_graph(weights: Weights) -> Any:
         fed = _feed_forward(norm(x, "ffn_norm"), block, shape)
         x = op.add(x, _scale(norm(fed, "post_ffw_norm"), shape.residual_scale))
     states = op.gather(_norm(x, tensors["output_norm.weight"], shape), wanted, _int(0))
-    head = _matrix(tensors["output.weight"]) if "output.weight" in tensors else embedding
+    # An output layer that is the embedding is one tensor of the file, quantized once.
+    head = _matrix(tensors.get("output.weight", tensors["token_embd.weight"]))
     logits = op.matmul(_scale(states, 1 / shape.logit_divisor), head, transpose_a=False, transpose_b=True)
     out = op.result(logits)  # directly: the plugin would round anything in between to bfloat16
     out.output(0).set_names({"logits"})
@@ -92,13 +93,53 @@ def _ints(values: list[int]) -> Any:
     return op.constant(np.array(values, dtype=np.int64))
 
 
-def _matrix(array: NDArray[Any]) -> Any:
+def _matrix(matrix: Any) -> Any:
     """Return a weight in its stored precision; the plugin may convert it."""
     import openvino as ov
     from openvino import opset13 as op
 
-    node = op.constant(array, shared_memory=True)
-    return node if array.dtype == np.float32 else op.convert(node, ov.Type.f32)
+    if isinstance(matrix, Packed):
+        return _packed_matrix(matrix)
+    node = op.constant(matrix, shared_memory=True)
+    return node if matrix.dtype == np.float32 else op.convert(node, ov.Type.f32)
+
+
+def _packed_matrix(matrix: Packed) -> Any:
+    """Return a quantized weight in the pattern that the plugin computes with as it is.
+
+    It reads a half or a quarter of the memory of float16. Numbers of 4 bits are without sign: OpenVINO's own
+    compression of weights writes them so, as the plugin's products are faster then (nncf, pull request 2218).
+    """
+    import openvino as ov
+    from openvino import opset13 as op
+
+    if matrix.bits == 8:
+        numbers = op.convert(op.constant(matrix.numbers, shared_memory=True), ov.Type.f16)
+    else:
+        shape = ov.Shape([len(matrix), matrix.columns // GROUP, GROUP])
+        # A copy: a tensor over an array keeps none of it alive, and a joined one has no other owner.
+        stored = op.constant(ov.Tensor(matrix.numbers, shape, ov.Type.u4), shared_memory=False)
+        offset = op.constant(ov.Tensor(np.array([OFFSET], np.uint8), ov.Shape([1, 1, 1]), ov.Type.u4))
+        numbers = op.subtract(op.convert(stored, ov.Type.f16), op.convert(offset, ov.Type.f16))
+    scaled = op.multiply(numbers, op.constant(matrix.scales, shared_memory=True))
+    whole = op.reshape(scaled, _ints([len(matrix), matrix.columns]), special_zero=False)
+    return op.convert(whole, ov.Type.f32)
+
+
+def _embed(matrix: Any, ids: Any) -> Any:
+    """Return the rows of the embedding, float32 [*ids, hidden]; of a packed one only they are unpacked."""
+    import openvino as ov
+    from openvino import opset13 as op
+
+    if not isinstance(matrix, Packed):
+        return op.gather(_matrix(matrix), ids, _int(0))
+    if matrix.bits == 4:
+        return op.gather(_matrix(matrix.unpack().astype(np.float16)), ids, _int(0))
+    numbers, scales = (
+        op.convert(op.gather(op.constant(part, shared_memory=True), ids, _int(0)), ov.Type.f32)
+        for part in (matrix.numbers, matrix.scales)
+    )
+    return op.reshape(op.multiply(numbers, scales), _ints([0, 0, matrix.columns]), special_zero=True)
 
 
 def _scale(x: Any, factor: float) -> Any:
@@ -107,7 +148,7 @@ def _scale(x: Any, factor: float) -> Any:
     return x if factor == 1.0 else op.multiply(x, op.constant(np.full((1, 1, 1), factor, np.float32)))
 
 
-def _linear(x: Any, block: dict[str, NDArray[Any]], name: str) -> Any:
+def _linear(x: Any, block: dict[str, Any], name: str) -> Any:
     from openvino import opset13 as op
 
     product = op.matmul(x, _matrix(block[name]), False, True)
@@ -173,7 +214,7 @@ def _split(x: Any, axis: int, lengths: list[int]) -> list[Any]:
 
 def _attention(
     x: Any,
-    block: dict[str, NDArray[Any]],
+    block: dict[str, Any],
     shape: DecoderShape,
     turn: tuple[Any, Any] | None,
     paging: list[Any],
@@ -205,7 +246,7 @@ def _attention(
     return _linear(op.reshape(mixed, _ints([-1, 1, heads * dim]), False), block, "attn_output")
 
 
-def _norm_all_heads(x: Any, block: dict[str, NDArray[Any]], shape: DecoderShape) -> Any:
+def _norm_all_heads(x: Any, block: dict[str, Any], shape: DecoderShape) -> Any:
     """Return queries and keys, each normalized over all heads together where the weights are as wide."""
     from openvino import opset13 as op
 
@@ -216,9 +257,9 @@ def _norm_all_heads(x: Any, block: dict[str, NDArray[Any]], shape: DecoderShape)
     return op.concat([_norm(p, n, shape) for p, n in zip(parts, norms, strict=True)], 2)
 
 
-def _join(block: dict[str, NDArray[Any]], names: Sequence[str], joined: str) -> dict[str, NDArray[Any]]:
+def _join(block: dict[str, Any], names: Sequence[str], joined: str) -> dict[str, Any]:
     """Return one linear layer that computes several of the same input."""
-    layer = {joined: np.concatenate([block[name] for name in names])}
+    layer = {joined: concatenate([block[name] for name in names])}
     if any(f"{name}.bias" in block for name in names):
         zeros = (np.zeros(len(block[name]), np.float32) for name in names)
         biases = [block.get(f"{name}.bias", zero) for name, zero in zip(names, zeros, strict=True)]
@@ -255,7 +296,7 @@ def _paged_attention(inputs: list[Any], longest: Any, shape: DecoderShape) -> An
     return node.output(0)
 
 
-def _feed_forward(x: Any, block: dict[str, NDArray[Any]], shape: DecoderShape) -> Any:
+def _feed_forward(x: Any, block: dict[str, Any], shape: DecoderShape) -> Any:
     from openvino import opset13 as op
 
     up = _linear(x, block, "ffn_up")

@@ -69,6 +69,8 @@ class PagedModel:
             "KV_CACHE_PRECISION": kind,  # never the 8-bit default: rows of a block are copied
             "PERFORMANCE_HINT": "LATENCY",
         }
+        if precision == "float32":
+            options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0  # else activations meet packed weights in 8 bits
         if threads:
             options["INFERENCE_NUM_THREADS"] = threads
         try:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.engines.paged.gguf_file import read_file
+from services.engines.paged.packed import Packed
 from services.engines.protocol import EngineError
 from services.engines.support import PAGED_TYPES, check_paged, describe_other
 from stages.common.errors import InputError
@@ -55,14 +56,14 @@ class DecoderShape:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """A decoder's sizes and its tensors by GGUF name, rows first: [outputs, inputs].
+    """A decoder's sizes and its tensors by GGUF name, rows first: [outputs, inputs]; an array or `Packed`.
 
     The halves of the rotary embedding are contiguous, as in Hugging Face's checkpoints, not interleaved as in
     llama.cpp. `rope_freqs.weight`, where there is one, divides its frequencies one by one.
     """
 
     shape: DecoderShape
-    tensors: dict[str, NDArray[Any]]
+    tensors: dict[str, Any]
 
 
 def read_weights(path: Path) -> Weights:
@@ -135,15 +136,15 @@ def _read_tensors(config: Any, files: list[Path]) -> Iterator[tuple[str, NDArray
         yield "rope_freqs.weight", divisors
 
 
-def _build(values: Mapping[str, Any], tensors: dict[str, NDArray[Any]]) -> Weights:
+def _build(values: Mapping[str, Any], tensors: dict[str, Any]) -> Weights:
     """Return the weights of a GGUF file's values and tensors."""
     architecture = values["general.architecture"]
     shape = _shape(values, architecture, len(tensors["token_embd.weight"]))
     if architecture in _INTERLEAVED:
         heads = {"attn_q": shape.heads, "attn_k": shape.kv_heads}
-        for name, array in tensors.items():
+        for name, tensor in tensors.items():
             if (count := heads.get(name.split(".")[-2])) is not None:
-                tensors[name] = _side_by_side(array, count)
+                tensors[name] = _rows_side_by_side(tensor, count)
     return Weights(shape, tensors)
 
 
@@ -179,6 +180,13 @@ def _list_rotations(architecture: str, layers: int, own: Mapping[str, Any]) -> t
     if architecture == "gemma3":
         return tuple(usual if layer % 6 == 5 else Rotation(10_000.0) for layer in range(layers))
     return (usual,) * layers
+
+
+def _rows_side_by_side(tensor: Any, heads: int) -> Any:
+    if isinstance(tensor, Packed):
+        numbers, scales = (_side_by_side(part, heads) for part in (tensor.numbers, tensor.scales))
+        return Packed(numbers, scales, tensor.bits)
+    return _side_by_side(tensor, heads)
 
 
 def _side_by_side(rows: NDArray[Any], heads: int) -> NDArray[Any]:

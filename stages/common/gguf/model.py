@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from stages.common.errors import InputError
 from stages.common.gguf.architectures import Change, Part, find_architecture, get_head_size, read_rotation
+from stages.common.gguf.quantization import quantize_values
 from stages.common.gguf.vocabulary import FIX, Vocabulary, add_vocabulary
-from stages.common.model.loading import count_context_tokens
+from stages.common.model.loading import count_context_tokens, make_empty
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
 
 # Error of a tensor: the norm of the rounding error over the norm of the tensor. The limits are about four
 # times the error of a normal distribution in these types, so that only a broken tensor exceeds them.
-LARGEST_ERROR = {"F32": 0.0, "F16": 1e-3, "BF16": 8e-3, "Q8_0": 0.03, "Q4_0": 0.35}
+LARGEST_ERROR = {"F32": 0.0, "F16": 1e-3, "BF16": 8e-3, "Q8_0": 0.03, "Q4_0": 0.35, "Q4_K": 0.3}
+
+# Words of `export.quantization` and `compress.variants` → types of GGUF.
+TYPES = {"f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0", "q4_k": "Q4_K"}
 
 ROTATION_DIVISORS = "rope_freqs.weight"
 
@@ -142,7 +146,8 @@ def choose_type(tensor: Tensor, quantization: str) -> GGMLQuantizationType:
     if len(tensor.shape) == 1 or tensor.name.endswith(("position_embd.weight", "ffn_gate_inp.weight")):
         return GGMLQuantizationType.F32
     outer = tensor.name in ("token_embd.weight", "output.weight")
-    wanted = GGMLQuantizationType["Q8_0" if outer and quantization == "q4_0" else quantization.upper()]
+    eight_bits = outer and quantization in ("q4_0", "q4_k")
+    wanted = GGMLQuantizationType["Q8_0" if eight_bits else TYPES[quantization]]
     block, _ = GGML_QUANT_SIZES[wanted]
     return wanted if tensor.shape[-1] % block == 0 else GGMLQuantizationType.F16
 
@@ -158,13 +163,12 @@ def write_gguf(
     """Write the model with its vocabulary, with one tensor at a time in memory in addition to the model.
 
     Args:
-        quantization: `f16`, `bf16`, `q8_0` or `q4_0`.
+        quantization: `f16`, `bf16`, `q8_0`, `q4_0` or `q4_k`.
         name: the name of the model in the file.
         on_progress: called with the number of tensors written, and the number of all.
     """
     import numpy as np
     from gguf import GGML_QUANT_SIZES, GGUFWriter
-    from gguf.quants import quantize
 
     tensors = list(list_tensors(model))
     writer = GGUFWriter(path, find_architecture(model.config).name)
@@ -181,11 +185,33 @@ def write_gguf(
         writer.write_ti_data_to_file()
         for done, tensor in enumerate(tensors, 1):
             writer.write_tensor_data(
-                np.ascontiguousarray(quantize(tensor.values(), choose_type(tensor, quantization)))
+                np.ascontiguousarray(quantize_values(tensor.values(), choose_type(tensor, quantization)))
             )
             on_progress(done, len(tensors))
     finally:
         writer.close()
+
+
+def count_block(quantization: str) -> int:
+    """Return how many weights of a row a quantization takes together."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    return int(GGML_QUANT_SIZES[GGMLQuantizationType[TYPES[quantization]]][0])
+
+
+def find_uneven_tensor(config: Any, quantization: str) -> str | None:
+    """Return the first matrix whose rows cannot be cut into the blocks of a quantization; None if all can.
+
+    Args:
+        config: of the model; its tensors are listed without their values.
+    """
+    from gguf import GGMLQuantizationType
+
+    plain = {"f16", "bf16"}
+    for tensor in list_tensors(make_empty(config)):
+        if quantization not in plain and choose_type(tensor, quantization) == GGMLQuantizationType.F16:
+            return f"{tensor.name} with {tensor.shape[-1]} columns"
+    return None
 
 
 def list_settings(config: Any) -> dict[str, Any]:
@@ -202,7 +228,7 @@ def _add_settings(
 ) -> None:
     import gguf
 
-    kinds = {"f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
+    kinds = {name: f"MOSTLY_{kind}" for name, kind in TYPES.items()} | {"q4_k": "MOSTLY_Q4_K_S"}
     writer.add_name(name)
     writer.add_file_type(gguf.LlamaFileType[kinds[quantization]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from stages.common.chat.fitting import TOKEN_BYTES
 from stages.common.chat.template import encode_example, end_of_turn_ids
 from stages.common.errors import InputError
 from stages.common.records import Row
-from stages.common.spool import spool
+from stages.common.spool import pick, spool
 
 if TYPE_CHECKING:
     import torch
@@ -153,6 +153,21 @@ def read_answers(path: Path) -> dict[str, Answer]:
         return {record.pop("id"): Answer(**record) for record in records}
     except (OSError, pa.ArrowInvalid, TypeError, KeyError) as error:
         raise InputError(f"{path} cannot be read: {error}", fix) from None
+
+
+def pick_asked(all_rows: Sequence[Row], asked: Mapping[str, Answer]) -> Sequence[Row]:
+    """Return the test rows that the base model was asked, in the order of its answers.
+
+    Raises:
+        InputError: a row is not in the test split.
+    """
+    places = {row.id: place for place, row in enumerate(all_rows) if row.id in asked}
+    if unknown := [row_id for row_id in asked if row_id not in places]:
+        raise InputError(
+            f"the base model was asked {len(unknown)} rows that are not in the test split: {unknown[:3]}",
+            "ask it again: dvc repro ask_base",
+        )
+    return pick(all_rows, [places[row_id] for row_id in asked])
 
 
 @dataclass(slots=True)

@@ -25,6 +25,7 @@ from stages.common.params.checked_yaml import (
     find_duplicate_keys,
     parse,
 )
+from stages.common.params.compress import Compress
 from stages.common.params.finetune import Finetune
 from stages.common.params.loop import Flows, Monitoring
 from stages.common.params.packaged import find_packaged_words
@@ -67,6 +68,7 @@ class Params(Section):
     ask_base: AskBase
     finetune: Finetune
     export: Export
+    compress: Compress
     evaluate: Evaluate
     model_card: ModelCard
     services: Services
@@ -130,6 +132,7 @@ def _conflicts_across(document: Document, sections: dict[str, Any]) -> Iterator[
             f"(services.engine.kind: vllm): use {' or '.join(VLLM_METHODS)}, "
             "or set services.engine.kind: auto",
         )
+    yield from _conflicts_of_variants(document, sections)
     ask_base, split = sections.get("ask_base"), sections.get("split")
     if not ask_base or not split or "auto" in (ask_base.min_test_rows, split.min_test_rows):
         return
@@ -138,6 +141,32 @@ def _conflicts_across(document: Document, sections: dict[str, Any]) -> Iterator[
             document.line(("ask_base", "min_test_rows")),
             f"ask_base.min_test_rows: {ask_base.min_test_rows} is above split.min_test_rows "
             f"({split.min_test_rows}): the split could pass and ask_base stop; use one number for both",
+        )
+
+
+def _conflicts_of_variants(document: Document, sections: dict[str, Any]) -> Iterator[Problem]:
+    """Yield what keeps smaller models from being made, measured or served: they are GGUF files for CPUs."""
+    compress, export, ask_base, services = (
+        sections.get(name) for name in ("compress", "export", "ask_base", "services")
+    )
+    if not compress or not compress.variants or not (export and ask_base and services):
+        return
+    line = document.line(("compress", "variants"))
+    if not export.gguf:
+        yield line, "compress.variants are GGUF files, and export.gguf is false; set it to true"
+    if ask_base.engine == "transformers":
+        yield (
+            line,
+            "compress.variants are measured by the engine paged, and ask_base.engine is transformers; "
+            "set it to auto",
+        )
+    engine = services.engine
+    if compress.choose and (engine.gpus or engine.kind in ("vllm", "transformers")):
+        why = f"kind: {engine.kind}" if engine.kind in ("vllm", "transformers") else f"gpus: {engine.gpus}"
+        yield (
+            document.line(("compress", "choose")),
+            f"compress.choose: {compress.choose} is a GGUF file for CPUs, and services.engine.{why} serves "
+            "another format; set choose: null, or serve on the CPU (docs/how-to/compress.md: on a GPU)",
         )
 
 

@@ -19,7 +19,7 @@ from flows.registry.model_versions import (
     make_registered_name,
     push_aliases,
 )
-from flows.registry.restore import restore
+from flows.registry.restore import _make_checkout, restore
 from flows.registry.runs import register_candidate, verify_candidate
 from flows.registry.tracking import open_tracking
 from flows.registry.verify_adapter import compare
@@ -302,6 +302,13 @@ def test_a_version_comes_back_as_it_was_trained_and_is_restored_to_the_store(tin
     monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "empty"))
     with pytest.raises(InputError, match="belongs to the base model 00"):
         restore(registry, f"{NAME}:{served['version']}")
+
+
+def test_a_smaller_model_is_not_restored_from_its_adapter_alone(tmp_path):
+    root = make_recordable(tmp_path / "checkout", compression={"variant": "int8", "made_from": "0" * 12})
+    registered(root)
+    with pytest.raises(InputError, match=r"is a smaller model \(int8\), which its adapter"):
+        _make_checkout(registry_of(root), tag_of(root), tmp_path / "restored")
 
 
 # In a process of its own: BentoML reads where its store is when it is imported.

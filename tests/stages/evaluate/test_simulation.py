@@ -10,13 +10,13 @@ from stages.common.chat.turns import unroll
 from stages.common.errors import InputError
 from stages.common.messages import Message, Tool, ToolCall, format_calls, format_malformed
 from stages.common.model.generation import Answer
+from stages.common.model.results import Sampling
 from stages.common.records import make_row
 from stages.common.sources.home_tools.home import Home
 from stages.common.task.text_task import TextTask
 from stages.common.task.tools_task import ToolsTask
 from stages.evaluate import simulation
 from stages.evaluate.__main__ import find_simulator
-from stages.evaluate.results import Sampling
 from stages.evaluate.simulation import MAX_ROUNDS, list_conversations, load_simulator, simulate
 from stages.evaluate.simulation_report import choose_conversations, summarise_simulation
 from tests.stages.common.sources.home_tools.test_collect import few

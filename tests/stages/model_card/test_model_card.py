@@ -124,6 +124,7 @@ def evidence():
             "validation_loss": 0.12,
             "throughput": {"seconds": 4242.4},
         },
+        "compress": {"models": {}, "chosen": None, "choice": "compress.variants is empty."},
         "evaluate": {
             "task": "json",
             "class_name": "intent",
@@ -327,6 +328,27 @@ def test_the_card_has_no_speeds_and_is_the_same_twice(project):
     first = card()
     assert "4242" not in first
     assert card() == first
+
+
+def test_the_card_compares_smaller_models_and_names_the_one_that_is_served(project):
+    assert "Smaller models" not in card()
+    shutil.rmtree("reports/model_card")
+    quality = results(10, exact_match=0.7)
+    report = {
+        "primary": "exact_match",
+        "chosen": "int8",
+        "choice": "compress.choose is int8.",
+        "models": {
+            "exported": {"bytes": 2 << 20, "results": quality, "lost_points": 0.0},
+            "int8": {"bytes": 1 << 20, "results": quality, "lost_points": 0.4},
+        },
+    }
+    change("compress", **report)
+    assert 'evaluate.compression is null, and compress.chosen "int8"' in problems()
+    change("evaluate", compression="int8")
+    text = card()
+    assert "| int8 | 1.0 | 0.700 (0.700 to 0.700) | 0.40 |" in text
+    assert "those of int8, which is what is served" in text
 
 
 def test_the_card_names_the_initial_adapter_and_the_rows_from_feedback(project):

@@ -376,8 +376,29 @@ def test_a_disk_that_is_too_full_is_refused(tmp_path):
     assert base_checks.find_disk_problems(1, tmp_path) == []
     (problem,) = base_checks.find_disk_problems(1 << 60, tmp_path)
     assert "MiB left" in problem.what
-    full, quantized = (base_checks.count_needed_bytes(10**9, q) for q in ("f16", "q4_0"))
+    full, quantized = (base_checks.count_needed_bytes(10**9, [q]) for q in ("f16", "q4_0"))
     assert full > 2 * 10**9 and quantized < full
+
+
+def test_smaller_models_that_the_base_cannot_have_are_refused_with_the_tensor(lay_out, set_params):
+    """The tiny model is 16 wide: the blocks of 32 and of 256 weights do not divide its rows."""
+    lay_out()
+    set_params(compress__variants=["int8", "q4_k"], ask_base__engine="paged")
+    with pytest.raises(InputError) as error:
+        preflight.main()
+    assert "int8, which needs rows of a multiple of 32 weights, and the base model has" in error.value.what
+    assert "q4_k, which needs rows of a multiple of 256 weights" in error.value.what
+    assert "take q4_k out of compress.variants, or use int4" in error.value.fix
+
+
+def test_smaller_models_are_refused_where_the_engine_that_measures_them_does_not_run(tmp_path, monkeypatch):
+    config = make_model(vocab_size=SIZE, hidden_size=64, intermediate_size=96).config
+    config.save_pretrained(tmp_path)
+    assert base_checks.find_variant_problems(["int8"], "auto", tmp_path, config) == []
+    monkeypatch.setattr("services.engines.support.pick_device", lambda: torch.device("cuda"))
+    (problem,) = base_checks.find_variant_problems(["int8"], "auto", tmp_path, config)
+    assert "int8, which the engine paged measures, and it does not run here" in problem.what
+    assert base_checks.find_variant_problems([], "auto", tmp_path, config) == []
 
 
 def test_checkpoints_are_larger_where_early_stopping_keeps_the_best_weights():

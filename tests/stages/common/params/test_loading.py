@@ -230,3 +230,35 @@ def test_modules_to_train_are_a_number_of_blocks_or_names(edited, value):
     with pytest.raises(ParamsError, match="a whole number of at least 1 or a list of module names"):
         edited(("trained_modules: 4 #", f"trained_modules: {value} #"))
     assert edited(("trained_modules: 4 #", "trained_modules: [mlp] #")).finetune.trained_modules == ("mlp",)
+
+
+VARIANTS = ("variants: [] #", "variants: [int8] #")
+CHOSEN = ("choose: null #", "choose: int8 #")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ([("variants: [] #", "variants: [int3] #")], r"compress.variants.0"),
+        ([("variants: [] #", "variants: [int8, int8] #")], "names a variant twice"),
+        ([CHOSEN], "is int8, which is not in variants"),
+        ([("choose: null #", "choose: smallest #")], "there is nothing to choose from"),
+        ([VARIANTS, ("gguf: true #", "gguf: false #")], "export.gguf is false"),
+        ([VARIANTS, ("engine: auto #", "engine: transformers #")], "ask_base.engine is transformers"),
+        ([VARIANTS, CHOSEN, ("gpus: 0 #", "gpus: 1 #")], "services.engine.gpus: 1 serves another format"),
+        (
+            [VARIANTS, CHOSEN, ("    kind: auto #", "    kind: transformers #")],
+            "services.engine.kind: transformers serves another format",
+        ),
+    ],
+    ids=str,
+)
+def test_smaller_models_that_cannot_be_made_measured_or_served_are_refused(edited, changes, message):
+    with pytest.raises(ParamsError, match=message):
+        edited(*changes)
+
+
+def test_smaller_models_may_be_measured_where_another_engine_serves(edited):
+    params = edited(VARIANTS, ("    kind: auto #", "    kind: transformers #"))
+    assert params.compress.variants == ("int8",) and params.compress.choose is None
+    assert edited(VARIANTS, CHOSEN).compress.choose == "int8"

@@ -1,0 +1,1 @@
+"""Stage compress: make smaller models, measure them, and choose one."""

@@ -1,0 +1,81 @@
+"""Ask a model the test questions in a process of its own, which shows how much memory it takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+
+from services.engines.offline import ModelAnswers, ModelFolders, ask_model, load_asker
+from stages.common.artifacts import artifacts
+from stages.common.errors import InputError
+from stages.common.machine.memory import read_peak_memory
+from stages.common.model.generation import EvalPrompt, encode_questions, pick_asked, read_answers
+from stages.common.model.loading import load_tokenizer
+from stages.common.records import read_rows
+
+SPEED_ROWS = 32  # as many as answer together in a busy service
+ROUNDS = 3  # of which the median counts
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A model's answers, and what they took.
+
+    Attributes:
+        peak_bytes: the most memory of the process, Python and its libraries included.
+        alone_tokens_per_s: of requests one after the other, without a reference as draft.
+        together_tokens_per_s: of `SPEED_ROWS` requests at once.
+    """
+
+    found: ModelAnswers
+    peak_bytes: int
+    alone_tokens_per_s: float
+    together_tokens_per_s: float
+
+
+def ask_in_process(name: str, gguf: Path, limit: int, dtype: str) -> Asked:
+    """Return what a model answers to the test questions, by the paged engine in a process of its own.
+
+    Args:
+        name: of the model, for an error.
+        limit: tokens after which an answer is cut.
+
+    Raises:
+        InputError: the process was ended, mostly because memory ran out.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            return pool.submit(_ask, gguf, limit, dtype).result()
+        except BrokenProcessPool:
+            raise InputError(
+                f"the process that asked {name} was ended from outside, mostly because memory ran out",
+                "end what else runs, or take it out of compress.variants",
+            ) from None
+
+
+def _ask(gguf: Path, limit: int, dtype: str) -> Asked:
+    tokenizer = load_tokenizer(artifacts("fetch_base"))
+    asked = read_answers(artifacts("ask_base") / "answers.parquet")
+    rows = pick_asked(read_rows(artifacts("split") / "test.parquet"), asked)
+    questions = encode_questions(tokenizer, rows)
+    model = ModelFolders(artifacts("fetch_base"), artifacts("finetune"), gguf)
+    found = ask_model(model, "paged", tokenizer, questions, 1, limit, dtype)
+    peak = read_peak_memory()
+    some = list(questions[:: max(1, len(questions) // SPEED_ROWS)])[:SPEED_ROWS]
+    ask = load_asker(model, "paged", tokenizer, 1, limit, dtype)
+
+    def measure(batches: Sequence[Sequence[EvalPrompt]]) -> float:
+        start = time.perf_counter()
+        tokens = sum(answer.tokens + answer.complete for batch in batches for answer in ask(batch))
+        return tokens / (time.perf_counter() - start)
+
+    ask(some)  # compiles the kernels of its sizes
+    together = median(measure([some]) for _ in range(ROUNDS))
+    alone = median(measure([[question] for question in some]) for _ in range(ROUNDS))
+    return Asked(found, peak, alone, together)

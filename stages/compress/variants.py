@@ -1,0 +1,94 @@
+"""Make the variants of a model: each a GGUF in a folder of its own, with what was done as evidence."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from stages.common.artifacts import artifacts
+from stages.common.chat.fitting import find_refused
+from stages.common.chat.template import encode_example
+from stages.common.gguf.checked import write_checked
+from stages.common.gguf.quantization import VARIANTS
+from stages.common.logs import get_logger, show_progress
+from stages.common.model.exported import GGUF
+from stages.common.model.loading import limit_length, load_tokenizer, load_tuned, read_config
+from stages.common.params.loading import Params
+from stages.common.records import Row, read_rows
+from stages.compress.gptq import fit_weights
+from stages.compress.healing import heal_model
+from stages.compress.shrinking import drop_blocks, drop_channels
+
+logger = get_logger("compress")
+
+KEPT = ("bytes", "quantization", "tensors_by_type", "tensor_errors")
+
+
+def make_variant(name: str, params: Params, folder: Path) -> dict[str, Any]:
+    """Write the GGUF of a variant into a new folder; return the evidence.
+
+    A model of another shape gets its `config.json`, too.
+    """
+    import torch
+
+    base = artifacts("fetch_base")
+    tokenizer = load_tokenizer(base)
+    model = load_tuned(base, artifacts("finetune"), torch.float32, torch.device("cpu"))
+    folder.mkdir()
+    model, evidence = _change(name, model, tokenizer, params, folder)
+    if VARIANTS[name] is None:
+        model.config.save_pretrained(folder)
+    quantization = VARIANTS[name] or params.export.quantization
+    path = folder / GGUF
+    found, _ = write_checked(model, tokenizer, [], quantization, params.model_card.name, path, logger)
+    return {key: found[key] for key in KEPT} | evidence
+
+
+def _change(
+    name: str, model: Any, tokenizer: Any, params: Params, folder: Path
+) -> tuple[Any, dict[str, Any]]:
+    """Return the model of a variant before it is written, and what was done to it."""
+    settings = params.compress
+    if name not in ("int4", "fewer_layers", "pruned") or (name == "int4" and not settings.calibration_rows):
+        return model, {}
+    train = read_rows(artifacts("split") / "train.parquet")
+    longest = limit_length(params.finetune.max_length, read_config(artifacts("fetch_base")))
+    rows = choose_rows(train, tokenizer, settings.calibration_rows or len(train), longest, settings.seed)
+    evidence: dict[str, Any] = {"calibration_rows": len(rows)}
+    if name == "int4":
+        logger.info("%s: rounding the weights so that the outputs on %d rows change least", name, len(rows))
+        fit_weights(model, rows, lambda done, total: show_progress(logger, done, total, "blocks rounded"))
+        return model, evidence
+    if name == "fewer_layers":
+        model, kept = drop_blocks(model, rows, settings.kept_layers)
+        evidence["blocks"] = kept
+        logger.info("%s: the blocks %s are left", name, ", ".join(map(str, kept)))
+    else:
+        model, count = drop_channels(model, rows, settings.kept_channels)
+        evidence["channels"] = count
+        logger.info("%s: %d channels of each feed-forward layer are left", name, count)
+    healing = len(train) if settings.healing_rows is None else min(settings.healing_rows, len(train))
+    if healing:
+        logger.info("%s: healing it on %d rows", name, healing)
+        model = heal_model(
+            model,
+            healing,
+            settings.healing_epochs,
+            settings.healing_rate,
+            settings.seed,
+            folder / "healing",
+        )
+    return model, evidence | {"healing_rows": healing}
+
+
+def choose_rows(
+    rows: Sequence[Row], tokenizer: Any, count: int, max_tokens: int, seed: int
+) -> list[list[int]]:
+    """Return the token ids of some training rows, cut at `max_tokens`."""
+    refused = find_refused(tokenizer, rows)
+    usable = [number for number, row in enumerate(rows) if row.id not in refused]
+    picked = sorted(random.Random(seed).sample(usable, min(count, len(usable))))
+    examples = ((rows[number].messages, rows[number].tools) for number in picked)
+    return [list(encode_example(tokenizer, *example).input_ids[:max_tokens]) for example in examples]

@@ -1,0 +1,153 @@
+"""The stage: what it makes without variants, and with them the model that everything after it reads."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from services.versions.store import read_pipeline_tag
+from stages import ask_base
+from stages.common.artifacts import read_json, write_json
+from stages.common.errors import InputError
+from stages.common.messages import Message
+from stages.common.model.exported import CHOSEN, find_exported
+from stages.common.records import make_row, write_rows
+from stages.common.task.kinds import TASK_FILE
+from stages.common.task.text_task import TextTask
+from stages.compress import __main__ as compress
+from stages.evaluate import __main__ as evaluate
+from stages.export import __main__ as export
+from tests.tiny import make_model, save_model
+
+ROOT = Path(__file__).parents[3]
+MERGES = (("a", "b"), ("t", "h"))
+SHAPE = {"hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 512, "initializer_range": 0.2}
+
+
+def rows_of(name, count):
+    return [
+        make_row(
+            [Message("user", f"{name} {i}"), Message("assistant", f"answer {i % 3}")],
+            "toy",
+            "mit",
+            group=f"{name}{i}",
+        )
+        for i in range(count)
+    ]
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A function that lays out a project with these settings of `compress`, up to `export`."""
+    monkeypatch.chdir(tmp_path)
+
+    def lay_out(**settings):
+        from peft import LoraConfig, get_peft_model
+
+        save_model(tmp_path / "artifacts/fetch_base", merges=MERGES, **SHAPE)
+        lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+        model = get_peft_model(make_model(vocab_size=258 + len(MERGES), **SHAPE), lora)
+        model.save_pretrained(tmp_path / "artifacts/finetune")
+        params = yaml.safe_load((ROOT / "params.yaml").read_text())
+        params["ask_base"] |= {
+            "engine": "paged",
+            "dtype": "float32",
+            "min_test_rows": 10,
+            "max_new_tokens": 8,
+        }
+        params["evaluate"] |= {"resamples": 100}
+        params["compress"] |= {"calibration_rows": 4} | settings
+        (tmp_path / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+        for side, count in (("train", 8), ("validation", 4), ("test", 12)):
+            write_rows(tmp_path / f"artifacts/split/{side}.parquet", rows_of(side, count))
+        write_json(tmp_path / TASK_FILE, TextTask().describe())
+        write_json(
+            tmp_path / "reports/fetch_base/metrics.json",
+            {"name": "tiny", "revision": "1", "sha256": "0" * 64},
+        )
+        ask_base.main()
+        export.main()
+        return tmp_path
+
+    return lay_out
+
+
+def report():
+    return json.loads(Path("reports/compress/metrics.json").read_text())
+
+
+def test_without_variants_the_exported_model_goes_on(project):
+    project()
+    compress.main()
+    assert report() == {"models": {}, "chosen": None, "choice": "compress.variants is empty."}
+    assert find_exported() == Path("artifacts/export")
+    assert "no smaller model was made" in Path("reports/compress/comparison/table.md").read_text()
+
+
+def test_a_choice_made_from_another_export_is_refused(project):
+    folder = project()
+    shutil.copytree("artifacts/export", CHOSEN)
+    serving = read_json(CHOSEN / "serving.json")
+    write_json(CHOSEN / "serving.json", serving | {"compression": {"variant": "int8", "made_from": "0" * 12}})
+    with pytest.raises(
+        InputError, match=f"made from version 000000000000, and artifacts/export has {serving['version']}"
+    ):
+        read_pipeline_tag(folder)
+
+
+@pytest.mark.slow
+def test_the_chosen_model_is_measured_evaluated_and_served(project, monkeypatch):
+    """Three variants, each asked in a process of its own; the one that is served has one block of two."""
+    folder = project(
+        variants=["int8", "int4", "fewer_layers"],
+        choose="fewer_layers",
+        healing_epochs=8,
+        healing_rate=0.003,
+    )
+    compress.main()
+    found = report()
+    models, chosen, exported = found["models"], find_exported(), Path("artifacts/export")
+    assert [*models] == ["exported", "fewer_layers", "int4", "int8"] and found["chosen"] == "fewer_layers"
+    assert models["int4"]["bytes"] < models["int8"]["bytes"] < 0.75 * models["exported"]["bytes"]
+    assert models["fewer_layers"]["bytes"] < models["exported"]["bytes"]
+    assert models["int4"]["calibration_rows"] == 4 and models["fewer_layers"]["healing_rows"] == 8
+    losses = {name: one["results"]["perplexity"]["value"] for name, one in models.items()}
+    assert abs(losses["int8"] / losses["exported"] - 1) < 0.05
+    assert losses["fewer_layers"] < 0.8 * losses["exported"]  # the model is random: any training helps
+    speeds = found["throughput"]
+    assert all(one["alone_tokens_per_s"] > 0 and one["peak_memory_mib"] > 50 for one in speeds.values())
+
+    assert chosen == CHOSEN
+    assert sorted(path.name for path in chosen.parent.iterdir()) == ["choice.json", "chosen"]
+    assert (chosen / "model.gguf").stat().st_size == models["fewer_layers"]["bytes"]
+    layers = [read_json(path / "config.json")["num_hidden_layers"] for path in (chosen, exported)]
+    assert layers == [1, 2] and len(models["fewer_layers"]["blocks"]) == 1
+    serving, before = (read_json(path / "serving.json") for path in (chosen, exported))
+    assert serving["version"] == found["version"] != before["version"]
+    assert serving["adapter_sha256"] == before["adapter_sha256"]
+    assert serving["compression"]["made_from"] == before["version"]
+    for name in ("Modelfile", "draft_corpus.npz", "tokenizer.json"):
+        assert (chosen / name).read_bytes() == (exported / name).read_bytes()
+
+    evaluate.main()
+    judged = json.loads(Path("reports/evaluate/metrics.json").read_text())
+    assert judged["compression"] == "fewer_layers"
+    assert judged["tuned"]["perplexity"]["value"] == pytest.approx(losses["fewer_layers"], abs=2e-6)
+    check_served(folder, serving, models["fewer_layers"]["bytes"], monkeypatch)
+
+
+def check_served(folder, serving, size, monkeypatch):
+    """The store takes the chosen model, and no engine gets the whole weights in its place."""
+    code = (
+        "import json; from services.versions.store import add_pipeline_output, get_version;"
+        "files = get_version(add_pipeline_output());"
+        "print(json.dumps([files.tag, files.gguf.stat().st_size, files.base, files.adapter]))"
+    )
+    monkeypatch.setenv("BENTOML_HOME", str(folder / "bentoml"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == [f"{serving['name']}:{serving['version']}", size, None, None]
