@@ -68,7 +68,8 @@ def main() -> None:
         tokenizer,
         all_rows,
         settings.max_new_tokens,
-        count_context_tokens(read_config(base)),
+        # As preflight has it: its list of rejected rows is what this stage depends on.
+        count_context_tokens(read_config(base), params.finetune.virtual_tokens),
         lambda done: show_progress(logger, done, len(all_rows), "rows encoded"),
     )
     if misfits:

@@ -26,6 +26,7 @@ from stages.common.model.generation import (
     measure_latencies,
 )
 from stages.common.model.loading import load_base, load_tuned, pick_device, pick_dtype, read_position_limit
+from stages.common.model.virtual_tokens import count_virtual_tokens
 from stages.common.spool import view
 
 if TYPE_CHECKING:
@@ -161,7 +162,8 @@ def _ask_transformers(
     on_progress: Callable[[int], None],
 ) -> ModelAnswers:
     loaded, dtype = _load_transformers(model, wanted_dtype)
-    check_fit(questions, max_new_tokens, read_position_limit(loaded.config))
+    positions = read_position_limit(loaded.config, count_virtual_tokens(loaded))
+    check_fit(questions, max_new_tokens, positions)
     start = time.perf_counter()
     answers = answer_questions(loaded, tokenizer, questions, batch_size, max_new_tokens, on_progress)
     seconds = time.perf_counter() - start

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from services.engines.protocol import Engine, EngineError
 from services.engines.support import check_engine
 from stages.common.errors import InputError
-from stages.common.model.adapter import VLLM_METHODS, read_settings
+from stages.common.model.adapter import HEAD, VLLM_METHODS, read_settings
 from stages.common.model.draft_corpus import read_corpus
 
 if TYPE_CHECKING:
@@ -82,11 +82,13 @@ def load_engine(files: ModelFiles, tokenizer: Any, settings: EngineSettings, dra
 
         common |= {"gpu_memory": settings.gpu_memory, "drain_s": drain_s}
         return VllmEngine(files.base, files.adapter, tokenizer, **common)
-    from services.engines.transformers import TransformersEngine
+    from services.engines.transformers import LabelEngine, TransformersEngine
 
     # A GPU that is not reserved is left to other processes, such as a training.
     common |= {"threads": settings.threads, "device": "auto" if settings.gpus or not _count_gpus() else "cpu"}
-    return TransformersEngine(files.base, files.adapter, tokenizer, **common)
+    method = read_settings(files.adapter)["method"] if files.adapter is not None else None
+    engine = LabelEngine if method == HEAD else TransformersEngine
+    return engine(files.base, files.adapter, tokenizer, **common)
 
 
 def _load_on_openvino(

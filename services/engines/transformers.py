@@ -7,6 +7,7 @@ leave at any step.
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -14,12 +15,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from services.engines.grammar import Grammars
-from services.engines.protocol import FinishReason, Sampling, Step, TokenLogprob
+from services.engines.protocol import (
+    EngineError,
+    FinishReason,
+    Sampling,
+    SchemaUnsupported,
+    Step,
+    TokenLogprob,
+    Unsupported,
+)
 from services.engines.sampling import Sampler
 from services.engines.worker import Request, StepResult, Worker, make_failure
-from stages.common.chat.template import end_of_turn_ids
+from stages.common.chat.template import encode_text, end_of_turn_ids
 from stages.common.errors import InputError
+from stages.common.model.label_head import find_labels
 from stages.common.model.loading import load_base, load_tuned, pick_device, pick_dtype, read_position_limit
+from stages.common.model.virtual_tokens import begin_cache, count_virtual_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +56,7 @@ class TransformersEngine(Worker):
 
     Args:
         base: folder of the base model.
-        adapter: folder of the adapter, which is merged; None for the base model alone.
+        adapter: folder of the adapter, which is merged or has virtual tokens; None for the base model alone.
         device: `auto`, `cpu`, `cuda` or `mps`.
         precision: `auto`, `bfloat16` or `float32`; see `stages.common.model.loading.pick_dtype`.
         context_tokens: limit of prompt and answer together; None for the model's own.
@@ -82,7 +93,11 @@ class TransformersEngine(Worker):
             self._model = load_base(base, dtype, self._device)
         else:
             self._model = load_tuned(base, adapter, dtype, self._device)
-        limits = [limit for limit in (context_tokens, read_position_limit(self._model.config)) if limit]
+        self._virtual = count_virtual_tokens(self._model)
+        with torch.inference_mode():
+            self._beginning = begin_cache(self._model, 1)
+        positions = read_position_limit(self._model.config, self._virtual)
+        limits = [limit for limit in (context_tokens, positions) if limit]
         if not limits:
             raise InputError(
                 f"the model in {base} has no limit of its context", "set services.engine.context_tokens"
@@ -141,10 +156,11 @@ class TransformersEngine(Worker):
 
         state: _State = request.state
         chunk = request.prompt[state.prefilled : state.prefilled + self._batch_tokens]
-        state.cache = state.cache or DynamicCache()
+        state.cache = state.cache or copy.deepcopy(self._beginning) or DynamicCache()
         scored, embeds = state.sampler.scores_prompt, state.sampler.embeds_prompt
         ids = torch.tensor([chunk], device=self._device)
-        positions = torch.arange(state.prefilled, state.prefilled + len(chunk), device=self._device)[None]
+        first = self._virtual + state.prefilled
+        positions = torch.arange(first, first + len(chunk), device=self._device)[None]
         out = self._model(
             input_ids=ids,
             position_ids=positions,
@@ -165,12 +181,12 @@ class TransformersEngine(Worker):
             return []
         self._prefilling.popleft()
         results = self._sample([request], out.logits[:, -1])
-        first = results[0][1]
-        if scored and isinstance(first, Step):
-            results = [(request, replace(first, prompt_logprobs=tuple(state.prompt_logprobs)))]
-        if embeds and isinstance(first, Step):
+        step = results[0][1]
+        if scored and isinstance(step, Step):
+            results = [(request, replace(step, prompt_logprobs=tuple(state.prompt_logprobs)))]
+        if embeds and isinstance(step, Step):
             vector = tuple((state.hidden_sum / len(request.prompt)).tolist())
-            results = [(request, replace(first, embedding=vector))]
+            results = [(request, replace(step, embedding=vector))]
         if not _is_end(results[0][1]):
             self._batch.join(request, state.cache)
         state.cache = None
@@ -206,6 +222,82 @@ class TransformersEngine(Worker):
         self._batch = _Batch()
         self._prefilling.clear()
         del self._model
+
+
+@dataclass(slots=True)
+class _LabelState(_State):
+    """State of an answer that is one of the labels.
+
+    Attributes:
+        shares: log-probability of each label; None until the prompt is read.
+        written: tokens of the answer so far.
+    """
+
+    shares: Any = None
+    written: list[int] = field(default_factory=list)
+
+
+class LabelEngine(TransformersEngine):
+    """Answer with the labels of a model that has a head over them (method head).
+
+    The prompt is read once; the tokens of a label follow from its probability alone. A token has the
+    probability of all labels that go on with it, so those of an answer multiply to its label's. Greedy is the
+    likeliest label, also where others together have a likelier first token.
+    """
+
+    def __init__(self, base: Path, adapter: Path | None, tokenizer: Any, **settings: Any) -> None:
+        super().__init__(base, adapter, tokenizer, **settings)
+        self._batch = _Labels()
+        self._words = int(self._model.config.get_text_config().vocab_size)
+        self._labels = find_labels(self._model)
+        texts = (encode_text(tokenizer, label) for label in self._labels)
+        self._answers = [[*tokens, min(self._end_ids)] for tokens in texts]
+
+    def _prepare(self, sampling: Sampling) -> _LabelState:
+        if sampling.prompt_logprobs:
+            raise Unsupported("a model that answers with labels has no log-probabilities of a prompt")
+        state = super()._prepare(sampling)
+        return _LabelState(state.sampler)
+
+    def _sample(self, requests: Sequence[Request], logits: Any) -> list[StepResult]:
+        results: list[StepResult] = []
+        for request in requests:
+            state: _LabelState = request.state
+            if state.shares is None:
+                state.shares = logits[0].float().log_softmax(dim=-1).cpu().numpy()
+            try:
+                token, logprob = self._choose(request, state)
+            except Exception as error:  # of its sampler or grammar, so the others go on
+                results.append((request, make_failure(error)))
+                continue
+            state.written.append(token)
+            results.append((request, self._make_step(request, token, logprob)))
+        return results
+
+    def _choose(self, request: Request, state: _LabelState) -> tuple[int, TokenLogprob | None]:
+        import numpy as np
+
+        place = len(state.written)
+        choices = request.sampling.choices
+        possible = [
+            (answer[place], share, not choices or label in choices)
+            for label, answer, share in zip(self._labels, self._answers, state.shares, strict=True)
+            if answer[:place] == state.written
+        ]
+        best, wanted, summed = (np.full(self._words, -np.inf, np.float32) for _ in range(3))
+        for token, share, is_wanted in possible:
+            summed[token] = np.logaddexp(summed[token], share)
+            if is_wanted:
+                best[token] = max(best[token], share)
+                wanted[token] = np.logaddexp(wanted[token], share)
+        is_greedy = request.sampling.temperature <= 0
+        try:
+            token, logprob = state.sampler.sample(best if is_greedy else wanted, int(best.argmax()))
+        except EngineError:
+            raise SchemaUnsupported(
+                "the schema allows none of the labels that the model answers with"
+            ) from None
+        return token, state.sampler.score(summed, token) if logprob is not None else None
 
 
 def _is_end(item: Step | Exception) -> bool:
@@ -265,6 +357,24 @@ class _Batch:
         for layer in self._cache.layers:
             layer.keys = layer.keys[rows, :, unused:]
             layer.values = layer.values[rows, :, unused:]
+        self.requests = requests
+
+
+class _Labels(_Batch):
+    """Answers whose prompt is read and that need no model any more; as `_Batch`, without a cache."""
+
+    def step(self, model: Any, device: torch.device) -> torch.Tensor:
+        """Compute nothing."""
+        import torch
+
+        return torch.empty(0)
+
+    def join(self, request: Request, cache: Any) -> None:
+        """Add an answer."""
+        self.requests.append(request)
+
+    def keep(self, requests: list[Request]) -> None:
+        """Keep only these answers."""
         self.requests = requests
 
 

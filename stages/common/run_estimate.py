@@ -22,8 +22,9 @@ from stages.common.errors import InputError
 from stages.common.machine.memory import format_bytes, read_free_memory, read_total_memory
 from stages.common.machine.products import measure_product_speed
 from stages.common.machine.training_memory import Batch, estimate_training_memory
-from stages.common.model.adapter import LORA_METHODS
+from stages.common.model.adapter import LORA_METHODS, REPLACED_METHODS
 from stages.common.model.loading import count_parameters, pick_device, pick_dtype
+from stages.common.model.nf4 import NF4_BYTES
 
 # Of the speed of plain matrix products, what a whole step reaches. Measured with the default base model in
 # batches of 4 (of 16: 0.76 and 0.62); its rows share a third of their tokens, which are counted with every
@@ -226,9 +227,10 @@ def read_work(
 
 def read_gradients(training: Mapping[str, Any] | None) -> Gradients:
     """Return what a backward pass computes, from what `preflight` counted."""
-    if training is None or training["method"] in LORA_METHODS:
+    if training is None:
         return ADAPTER_GRADIENTS
-    return Gradients(training["reach"], training["trained_parameters"] / training["parameters"])
+    trained = training["trained_parameters"] / training["parameters"]
+    return Gradients(training["reach"], trained if training["method"] in REPLACED_METHODS else 0.0)
 
 
 def format_minutes(seconds: float) -> str:
@@ -283,15 +285,19 @@ def describe_memory(
         has_gpus: whether each process has a GPU to itself; else they share the memory.
     """
     finetune, train, training = params.finetune, list_learned_sides(counted)["train"], counted.get("training")
-    replaced = training["trained_parameters"] if training and finetune.method not in LORA_METHODS else 0
+    replaced = training["trained_parameters"] if training and finetune.method in REPLACED_METHODS else 0
+    rank = finetune.rank if finetune.method in LORA_METHODS else 0
     rows = -(-min(finetune.batch_size, train["rows"]) // processes)
-    batch = Batch(rows, train["longest"], train["longest_answer"])
+    element_bytes = 4 if dtype == "float32" else 2
+    batch = Batch(rows, finetune.virtual_tokens + train["longest"], train["longest_answer"])
     try:
         config = json.loads((base / "config.json").read_text(encoding="utf-8"))
         weights = count_parameters(base)
         needed = estimate_training_memory(
-            config, weights, finetune.rank, batch, 4 if dtype == "float32" else 2, replaced, processes > 1
+            config, weights, rank, batch, element_bytes, replaced, processes > 1
         )
+        quantized = training.get("quantized_parameters", 0) if training else 0
+        needed -= int(quantized * (element_bytes - NF4_BYTES))
     except (OSError, KeyError):
         return None
     where = ""

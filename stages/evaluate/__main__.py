@@ -37,6 +37,7 @@ from stages.common.artifacts import (
 )
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage, show_progress
+from stages.common.model.adapter import count_virtual_tokens
 from stages.common.model.exported import GGUF, SERVING, find_exported
 from stages.common.model.generation import Answer, EvalPrompt, encode_questions, pick_asked, read_answers
 from stages.common.model.loading import count_context_tokens, load_tokenizer, read_config
@@ -181,7 +182,7 @@ def run_simulation(
     logger.info("running %d conversations in %s", len(rows), settings.simulator)
     folders, engine = _find_tuned(params.ask_base, params.export.gguf)
     ask = load_asker(folders, engine, tokenizer, params.ask_base.batch_size, limit, params.ask_base.dtype)
-    context = count_context_tokens(read_config(folders.base))
+    context = count_context_tokens(read_config(folders.base), count_virtual_tokens(artifacts("finetune")))
     room = None if context is None else context - limit
     outcomes = simulate(rows, simulator, ask, tokenizer, task, room, 60.0 * settings.simulated_minutes)
     sampling = Sampling(settings.confidence, settings.resamples, settings.seed)

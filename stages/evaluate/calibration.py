@@ -2,7 +2,8 @@
 
 The probability of an answer is what constrained decoding would draw it with: at each of its tokens, the
 softmax over the tokens that continue some answer of the set. So the probabilities of all answers sum to 1,
-and one pass over the prompts is enough, however many answers there are.
+and one pass over the prompts is enough, however many answers there are. A model with a head over the labels
+has their softmax itself.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import Any
 from stages.common.artifacts import artifacts
 from stages.common.chat.template import encode_example
 from stages.common.messages import Message
-from stages.common.model.generation import EvalPrompt
+from stages.common.model.generation import EvalPrompt, answer_questions
+from stages.common.model.label_head import find_labels
 from stages.common.model.loading import load_tuned, pick_device, pick_dtype
 from stages.common.records import Row
 from stages.common.task.protocol import Task
@@ -72,11 +74,16 @@ def measure_calibration(
         return None
     device = pick_device()
     model = load_tuned(artifacts("fetch_base"), artifacts("finetune"), pick_dtype(device), device)
-    trie = make_trie(list(tokens.values()))
-    probabilities: list[float] = []
-    for start in range(0, len(chosen), batch_size):
-        batch = [(questions[i].prompt, tokens[text]) for i, text in chosen[start : start + batch_size]]
-        probabilities += read_probabilities(model, batch, trie, tokenizer.pad_token_id)
+    asked = [EvalPrompt(questions[i].prompt, tokens[text]) for i, text in chosen]
+    if find_labels(model):  # whose loss is that of the whole label
+        found = answer_questions(model, tokenizer, asked, batch_size, 1)
+        probabilities = [math.exp(-answer.reference_loss) for answer in found]
+    else:
+        trie = make_trie(list(tokens.values()))
+        probabilities = []
+        for start in range(0, len(asked), batch_size):
+            batch = [(question.prompt, question.reference) for question in asked[start : start + batch_size]]
+            probabilities += read_probabilities(model, batch, trie, tokenizer.pad_token_id)
     del model
     gc.collect()
     right = [task.is_right(text, rows[i].answer) for i, text in chosen]

@@ -31,7 +31,7 @@ from stages.common.errors import InputError
 from stages.common.gguf.architectures import find_architecture
 from stages.common.gguf.checked import write_checked
 from stages.common.logs import get_logger, run_stage
-from stages.common.model.adapter import find_weights
+from stages.common.model.adapter import count_virtual_tokens, find_weights
 from stages.common.model.draft_corpus import encode_corpus, write_corpus
 from stages.common.model.exported import GGUF, SERVING, TOKENIZER_FILES, compute_version, write_serving
 from stages.common.model.loading import count_context_tokens, load_tokenizer, load_tuned, read_config
@@ -159,7 +159,7 @@ def main() -> None:
             "base_model": fetched["name"],
             "base_revision": fetched["revision"],
             "base_sha256": fetched["sha256"],
-            "context_tokens": count_context_tokens(read_config(base)),
+            "context_tokens": count_context_tokens(read_config(base), count_virtual_tokens(adapter)),
             "name": name,
             "system_prompt": system_prompt,
             "task": task.describe(),

@@ -17,7 +17,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
-from operator import itemgetter
 
 from stages.common.artifacts import artifacts, missing, reports, write_json
 from stages.common.chat.fitting import (
@@ -29,7 +28,7 @@ from stages.common.chat.fitting import (
 )
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage
-from stages.common.model.adapter import STARTED_METHODS, describe_missing_start, find_start
+from stages.common.model.adapter import HEAD, STARTED_METHODS, describe_missing_start, find_start
 from stages.common.model.loading import (
     limit_length,
     load_tokenizer,
@@ -39,7 +38,8 @@ from stages.common.model.loading import (
 )
 from stages.common.params.loading import load_params
 from stages.common.records import Row, read_rows
-from stages.common.spool import view
+from stages.common.task.kinds import read_task
+from stages.finetune.batches import view_examples
 from stages.finetune.checkpoints import CHECKPOINTS, remove_other_runs
 from stages.finetune.devices.group import compute_on_hosts, count_processes, is_main
 from stages.finetune.devices.workers import run_on_devices
@@ -84,29 +84,30 @@ def train_adapter() -> None:
     """Train in this process, with the others of its group; the first one writes the result."""
     everything = load_params()
     params, turns = everything.finetune, everything.task.turns
-    recipe = Recipe(**params.model_dump(include=set(Recipe.__dataclass_fields__)))
+    labels = read_task().closed_set or () if params.method == HEAD else ()
+    recipe = Recipe(**params.model_dump(include=set(Recipe.__dataclass_fields__)), labels=labels)
     base = artifacts("fetch_base")
-    initial = find_start(params.warm_start_from, recipe)
+    initial = find_start(params.warm_start_from, recipe, labels)
     if initial:
         recipe = replace(recipe, learning_rate=recipe.learning_rate * params.warm_start_rate_factor)
     rows = read_training_rows()
     tokenizer = load_tokenizer(base)
     config = read_config(base)
-    limit = limit_length(params.max_length, config)
+    limit = limit_length(params.max_length, config, params.virtual_tokens)
     validation_rows = read_rows(artifacts("split") / "validation.parquet")
-    data = read_training_data(everything, tokenizer, rows, validation_rows, initial, limit)
+    data = read_training_data(everything, tokenizer, rows, validation_rows, initial, limit, labels)
     validated, not_validated = encode_fitting(
         tokenizer,
         validation_rows,
         limit,
         learned_turns=turns,
     )
-    validation = view(validated, itemgetter(1))
+    validation = view_examples(validated, labels)
     watch = plan_watch(
         everything,
         tokenizer,
         list({row.id: row for row, _ in validated}.values()),
-        read_position_limit(config),
+        read_position_limit(config, params.virtual_tokens),
     )
     for rows_of, excluded in (("training", data.misfits), ("validation", not_validated)):
         if excluded:

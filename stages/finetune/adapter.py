@@ -9,8 +9,17 @@ from typing import Any
 
 from stages.common.artifacts import atomic_dir
 from stages.common.logs import get_logger
-from stages.common.model.adapter import LORA_METHODS, InitialAdapter, write_trained_ids
+from stages.common.model.adapter import (
+    HEAD,
+    LORA_METHODS,
+    PROMPT_METHODS,
+    REPLACED_METHODS,
+    InitialAdapter,
+    write_trained_ids,
+)
+from stages.finetune.methods.head import build_head, load_head, save_head
 from stages.finetune.methods.lora import build_lora, load_lora, save_lora
+from stages.finetune.methods.prompt import build_prompt, load_prompt, save_prompt
 from stages.finetune.methods.replaced import build_replaced, load_replaced, save_replaced
 from stages.finetune.recipe import Recipe
 
@@ -33,10 +42,13 @@ class Method:
 
 
 _LORA = Method(build_lora, load_lora, save_lora)
+_PROMPT = Method(build_prompt, load_prompt, save_prompt)
 _REPLACED = Method(build_replaced, load_replaced, save_replaced)
 METHODS = {
     **dict.fromkeys(LORA_METHODS, _LORA),
-    **dict.fromkeys(("full", "partial"), _REPLACED),
+    **dict.fromkeys(PROMPT_METHODS, _PROMPT),
+    **dict.fromkeys(REPLACED_METHODS, _REPLACED),
+    HEAD: Method(build_head, load_head, save_head),
 }
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Sequence, Set
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
 from stages.common.chat.fitting import (
     LONG,
+    Fitting,
     Misfit,
     count_reasons,
     describe_misfits,
@@ -22,6 +24,7 @@ from stages.common.errors import InputError
 from stages.common.logs import get_logger, show_progress
 from stages.common.messages import LearnedTurns
 from stages.common.model.adapter import InitialAdapter
+from stages.common.model.label_head import encode_label
 from stages.common.records import Row
 from stages.common.spool import pick, view
 
@@ -76,6 +79,7 @@ def encode_rows(
     on_long_row: str,
     learned_turns: LearnedTurns,
     limit: int | None = None,
+    labels: Sequence[str] = (),
 ) -> tuple[Sequence[Encoded], Sequence[str], Sequence[Misfit]]:
     """Return the rows as token ids, the id of the row of each, and the rows excluded.
 
@@ -84,6 +88,7 @@ def encode_rows(
     Args:
         max_length: the most tokens of a row, as in params.yaml.
         limit: the most tokens where the base model has fewer positions (`limit_length`); None: `max_length`.
+        labels: whose numbers are learned instead of their tokens; none for tokens.
 
     Raises:
         InputError: a row is too long and `on_long_row` is `stop`, or no row is left.
@@ -108,7 +113,16 @@ def encode_rows(
             "raise finetune.max_length for rows that are too long; for rows that the chat template refuses, "
             "set task.system_prompt: null, correct their roles, or choose another base model",
         )
-    return view(fitting, itemgetter(1)), view(fitting, _read_id), misfits
+    return view_examples(fitting, labels), view(fitting, _read_id), misfits
+
+
+def view_examples(fitting: Fitting, labels: Sequence[str] = ()) -> Sequence[Encoded]:
+    """Return what is learned of rows: the tokens of their answers, or the numbers of their labels."""
+    return view(fitting, partial(_encode_label, tuple(labels)) if labels else itemgetter(1))
+
+
+def _encode_label(labels: Sequence[str], pair: tuple[Row, Encoded]) -> Encoded:
+    return encode_label(pair[1], pair[0].answer, labels)
 
 
 def _read_id(pair: tuple[Row, Encoded]) -> str:

@@ -16,7 +16,10 @@ from stages.common.model.adapter import InitialAdapter
 from stages.common.records import format_canonical_json
 
 # Modules of stages/common that decide the adapter, besides all files of this folder.
-SHARED_CODE = ("model/adapter.py", "model/generation.py", "model/loading.py", "model/replaced.py")
+SHARED_CODE = tuple(
+    f"model/{name}.py"
+    for name in ("adapter", "generation", "label_head", "loading", "replaced", "virtual_tokens")
+)
 # Where early stopping ends the training, also how validation answers are read and scored.
 SCORING_CODE = ("chat/*.py", "task/*.py")
 
@@ -31,6 +34,10 @@ class Recipe:
     alpha: float
     dropout: float
     target_modules: str | tuple[str, ...]
+    num_virtual_tokens: int
+    prompt_tuning_init: str
+    prompt_tuning_init_text: str | None
+    prefix_tuning_init: str
     learning_rate: float
     schedule: str
     warmup_fraction: float
@@ -45,6 +52,7 @@ class Recipe:
     beta: float
     desirable_weight: float
     undesirable_weight: float
+    labels: tuple[str, ...] = ()  # of the task, for the method head
 
 
 def compute_fingerprint(
@@ -69,6 +77,8 @@ def compute_fingerprint(
     stops_early = watched is not None and watched["stopping"] is not None
     patterns = (*SHARED_CODE, *(SCORING_CODE if stops_early else ()))
     shared = sorted(path for pattern in patterns for path in common.glob(pattern))
+    packages = ["torch", "transformers", "peft", "accelerate"]
+    packages += ["bitsandbytes"] if recipe.method == "qlora" else []
     parts = {
         "recipe": asdict(recipe),
         "rows": _hash_examples(examples),
@@ -78,7 +88,7 @@ def compute_fingerprint(
         "initial": {p.name: hash_file(p) for p in initial.files} if initial else {},
         "code": {str(p.relative_to(here)): hash_file(p) for p in sorted(here.rglob("*.py"))},
         "shared_code": {str(p.relative_to(common)): hash_file(p) for p in shared},
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
+        "versions": {name: version(name) for name in packages},
     }
     return hashlib.sha256(format_canonical_json(parts).encode()).hexdigest()[:16]
 

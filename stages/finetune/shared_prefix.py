@@ -159,7 +159,8 @@ def shared_prefix_attention(
 
     Args:
         query: shape (1, heads, tokens, head size); key and value have as many heads, or fewer
-            (each then serves several heads of the query).
+            (each then serves several heads of the query). More keys than queries are those of virtual tokens
+            in front, which all see.
         sliding_window: tokens that a token attends to, itself included; None for all.
         softcap: a bound of the scores.
 
@@ -168,15 +169,16 @@ def shared_prefix_attention(
     """
     scale = scaling if scaling is not None else 1.0 / math.sqrt(query.shape[-1])
     attend = partial(_causal, window=sliding_window or _find_window(module), softcap=softcap)
+    shared = prefix_length + key.shape[2] - query.shape[2]  # keys that all rows see
     parts = []
     if prefix_length:
-        head = [states[:, :, :prefix_length] for states in (query, key, value)]
-        parts.append(attend(head[0] * scale, head[1], head[2]).transpose(1, 2))
-    rest = [_by_row(states, prefix_length, rows) for states in (query, key, value)]
-    if prefix_length:
+        head = query[:, :, :prefix_length]
+        parts.append(attend(head * scale, key[:, :, :shared], value[:, :, :shared]).transpose(1, 2))
+    rest = [_by_row(query, prefix_length, rows), *(_by_row(states, shared, rows) for states in (key, value))]
+    if shared:
         rest[1:] = [
-            torch.cat([shared[:, :, :prefix_length].expand(rows, -1, -1, -1), own], dim=2)
-            for shared, own in zip((key, value), rest[1:], strict=True)
+            torch.cat([states[:, :, :shared].expand(rows, -1, -1, -1), own], dim=2)
+            for states, own in zip((key, value), rest[1:], strict=True)
         ]
     parts.append(attend(rest[0] * scale, rest[1], rest[2]).transpose(1, 2).flatten(0, 1)[None])
     return torch.cat(parts, dim=1), None

@@ -104,7 +104,8 @@ class PlannedTrainer(Trainer):
         mean: Tensor = own * self.accelerator.num_processes / num_items_in_batch
         self.batch_losses.append(BatchLoss(batch.rows, mean.detach()))
         if self.meter:
-            self.meter.count(batch.layout.input_ids.numel(), len(batch.layout.targets))
+            sequences, width = batch.layout.input_ids.shape
+            self.meter.count(sequences, width, len(batch.layout.targets))
         return mean
 
 

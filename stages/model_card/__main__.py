@@ -24,7 +24,7 @@ from stages.common.chat.plain import NOTHING_HIDDEN, write_conversation, write_t
 from stages.common.errors import InputError
 from stages.common.licenses import to_spdx
 from stages.common.logs import get_logger, run_stage
-from stages.common.model.adapter import LORA_METHODS, find_weights
+from stages.common.model.adapter import HEAD, PEFT_METHODS, find_weights
 from stages.common.params.loading import load_params
 from stages.common.records import Row
 from stages.common.repository.dvc_lock import Lock, read_lock
@@ -56,6 +56,7 @@ from stages.model_card.sections import (
     describe_adapter,
     describe_limits,
     describe_measured,
+    describe_start,
     list_languages,
     list_lineage,
     list_params,
@@ -108,10 +109,12 @@ def describe_training(
         "lineage": list_lineage(lock),
         "revision": read_revision(),
         "adapter": describe_adapter(adapter),
+        "start": describe_start(lock.params["finetune"]),
         "weights": find_weights(artifacts("finetune")),
-        "is_lora": adapter["method"] in LORA_METHODS,
         "objective": OBJECTIVE_NAMES.get(evidence["finetune"]["method"]),
         "preferences_measured": describe_measured(evidence["finetune"].get("held_out")),
+        "is_peft": adapter["method"] in PEFT_METHODS,
+        "labels": list(adapter["labels"]) if adapter["method"] == HEAD else None,
         "example_messages": _write_literal(write_conversation(NOTHING_HIDDEN, example.prompt)),
         "example_tools": _write_literal(tools) if tools else None,
         "example_answer": example.answer,

@@ -202,7 +202,8 @@ def check_adapter(adapter: Mapping[str, Any], lock: Lock) -> list[str]:
     if base != folder:
         problems.append(f"the adapter was trained on {base}, not on {folder} (its configuration)")
     finetune = lock.params.get("finetune", {})
-    wanted = {name: finetune[name] for name in ("method", "rank", "alpha") if name in finetune}
+    names = ("method", "rank", "alpha", "num_virtual_tokens")
+    wanted = {name: finetune[name] for name in names if name in finetune}
     if "method" in wanted:
         wanted["method"] = name_adapter(wanted["method"])
     for name, value in wanted.items():

@@ -11,7 +11,7 @@ from typing import Any
 
 from stages.common.artifacts import artifacts
 from stages.common.escaping import clean_line, escape_markdown, format_code
-from stages.common.model.adapter import LORA_METHODS
+from stages.common.model.adapter import HEAD, PEFT_METHODS
 from stages.common.params.types import LANGUAGE_CODE
 from stages.common.records import Row, format_canonical_json
 from stages.common.repository.dvc_lock import Lock
@@ -25,6 +25,7 @@ OBJECTIVE_NAMES = {
     "orpo": "Odds Ratio Preference Optimization (ORPO), on pairs of a better and a worse answer",
     "kto": "Kahneman-Tversky Optimization (KTO), on answers that people rated",
 }
+PROMPT_NAMES = {"prompt_tuning": "prompt tuning", "prefix_tuning": "prefix tuning"}
 
 # The names under which the Hugging Face hub knows our metrics.
 HUB_METRICS = {"slot_f1": "f1", "macro_f1": "f1", "weighted_f1": "f1", "rouge_l": "rouge"}
@@ -47,10 +48,12 @@ def build_metadata(
 
     report = evidence["evaluate"]
     hub_id, hub_name = to_hub_license(license)
+    method = evidence["finetune"]["method"]
+    kind = "text-classification" if method == HEAD else "text-generation"
     sources = sorted({row.source.replace("/", "-") for row in rows})
     results = [
         EvalResult(
-            task_type="text-generation",
+            task_type=kind,
             dataset_type=sources[0] if len(sources) == 1 else name,
             dataset_name=", ".join(sources),
             dataset_split="test",
@@ -67,8 +70,8 @@ def build_metadata(
         base_model=evidence["fetch_base"]["name"],
         datasets=sources,
         language=list(language) or None,
-        library_name="peft" if (method := evidence["finetune"]["method"]) in LORA_METHODS else "transformers",
-        pipeline_tag="text-generation",
+        library_name="peft" if method in PEFT_METHODS else "transformers",
+        pipeline_tag=kind,
         tags=[method, "perennial", report["task"]],
         metrics=sorted({result.metric_type for result in results}),
         eval_results=results,
@@ -140,6 +143,12 @@ def describe_adapter(adapter: Mapping[str, Any]) -> dict[str, str]:
         targets = adapter["target_modules"]
         listed = targets if isinstance(targets, str) else ", ".join(targets)
         return {"kind": f"A {name} adapter", "trained": f"{name} of rank {adapter['rank']} on {listed}"}
+    if name := PROMPT_NAMES.get(method):
+        learned = f"{adapter['num_virtual_tokens']} virtual tokens before every text"
+        return {"kind": f"An adapter by {name}", "trained": f"{name.capitalize()}: {learned}"}
+    if method == HEAD:
+        what = f"A linear layer over {len(adapter['labels'])} labels"
+        return {"kind": "A linear head", "trained": f"{what} was trained on the prompt's last hidden state"}
     if method == "full":
         return {"kind": "A full fine-tune", "trained": "All weights were trained"}
     which = f"the last {modules} transformer blocks" if isinstance(modules, int) else ", ".join(modules or ())
@@ -153,6 +162,17 @@ def describe_measured(held_out: Mapping[str, Any] | None) -> str:
     if "pairs" in held_out:
         return _many(held_out["pairs"], "pair")
     return f"{held_out['good']:,} good and {held_out['bad']:,} bad answers"
+
+
+def describe_start(recipe: Mapping[str, Any]) -> str:
+    """Return from what a new adapter of a recipe (the section `finetune`) is initialized."""
+    chosen = "zero" if recipe["method"] == HEAD else recipe.get(f"{recipe['method']}_init", "random")
+    return {
+        "random": "at random",
+        "zero": "with zeros",
+        "sample_vocab": "with words drawn at random",
+        "text": f"with the words {format_code(recipe.get('prompt_tuning_init_text') or '')}",
+    }[chosen]
 
 
 def describe_limits(evidence: Evidence) -> list[str]:

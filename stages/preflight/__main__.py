@@ -71,6 +71,7 @@ from stages.preflight.finetune_checks import (
     count_checkpoint_bytes,
     describe_high_rate,
     find_adapter_problems,
+    find_init_problems,
     find_method_problems,
     has_no_start,
 )
@@ -100,7 +101,12 @@ Rejects = dict[str, Sequence[Misfit]]
 
 
 def find_base_problems(
-    params: Params, base: Path, tokenizer: Any, rows: Iterable[Row], training: Training | None
+    params: Params,
+    base: Path,
+    tokenizer: Any,
+    rows: Iterable[Row],
+    training: Training | None,
+    labels: Sequence[str] = (),
 ) -> list[InputError]:
     """Return what would stop the pipeline later in the tokens, the licences and on the disk."""
     config = read_config(base)
@@ -111,7 +117,8 @@ def find_base_problems(
     engines = {"services.engine.kind": params.services.engine.kind, "ask_base.engine": params.ask_base.engine}
     return [
         *find_engine_problems(engines, base, exported),
-        *find_adapter_problems(params.finetune),
+        *find_adapter_problems(params.finetune, labels),
+        *find_init_problems(tokenizer, params.finetune),
         *find_unknown_tokens(tokenizer, size, exported),
         *find_license_problems(
             rows, params.validate_.allowed_licenses, params.model_card.license, fetched.get("license")
@@ -132,7 +139,8 @@ def find_base_problems(
 
 def encode_sides(params: Params, config: Any, tokenizer: Any, sides: Sides) -> tuple[FittingSides, Rejects]:
     """Return the rows of each side that will be trained on or judged, and the misfits of each side."""
-    limit = limit_length(params.finetune.max_length, config)
+    virtual = params.finetune.virtual_tokens
+    limit = limit_length(params.finetune.max_length, config, virtual)
     fitting: FittingSides = {}
     misfits: Rejects = {}
     for side in ("train", "validation"):
@@ -147,7 +155,7 @@ def encode_sides(params: Params, config: Any, tokenizer: Any, sides: Sides) -> t
         tokenizer,
         sides["test"],
         params.ask_base.max_new_tokens,
-        count_context_tokens(config),
+        count_context_tokens(config, virtual),
         follow("test", len(sides["test"])),
     )
     return fitting, misfits
@@ -210,7 +218,7 @@ def find_row_problems(
     long = select_misfits(chain(misfits["train"], misfits["validation"]), LONG)
     if long and params.finetune.on_long_row == "stop":
         most = params.finetune.max_length
-        limit = limit_length(most, config)
+        limit = limit_length(most, config, params.finetune.virtual_tokens)
         source = "finetune.max_length" if limit == most else "the base model's context"
         problems.append(
             InputError(
@@ -293,11 +301,13 @@ def main() -> None:
     template = find_template_problems(tokenizer)
     rows = chain.from_iterable(sides.values())
     config = read_config(base)
-    training, method_problems = find_method_problems(config, params.finetune)
+    task = read_task()
+    labels = task.closed_set or ()
+    training, method_problems = find_method_problems(config, params.finetune, labels)
     problems = [
         *template,
         *method_problems,
-        *find_base_problems(params, base, tokenizer, rows, training),
+        *find_base_problems(params, base, tokenizer, rows, training, labels),
     ]
     folder = reports("preflight")
     if template:
@@ -310,8 +320,8 @@ def main() -> None:
             params.compress.variants, params.ask_base.engine, base, config
         )
     fitting, misfits = encode_sides(params, config, tokenizer, sides)
-    problems += find_row_problems(params, read_task(), config, fitting, misfits)
-    limit_of_row = limit_length(params.finetune.max_length, config)
+    problems += find_row_problems(params, task, config, fitting, misfits)
+    limit_of_row = limit_length(params.finetune.max_length, config, params.finetune.virtual_tokens)
     preferences = count_preferences(params.finetune, tokenizer, sides["train"], limit_of_row)
     problems += find_preference_problems(params.finetune, preferences)
     stated = params.model_card.language

@@ -11,10 +11,21 @@ from typing import TYPE_CHECKING, Any
 from stages.common.errors import InputError
 from stages.common.machine.memory import format_bytes, read_total_memory
 from stages.common.machine.training_memory import count_state_bytes
-from stages.common.model.adapter import LORA_METHODS, STARTED_METHODS, find_files, find_start
-from stages.common.model.loading import make_empty, pick_device, pick_dtype
+from stages.common.model.adapter import (
+    HEAD,
+    LORA_METHODS,
+    PROMPT_METHODS,
+    REPLACED_METHODS,
+    STARTED_METHODS,
+    find_files,
+    find_start,
+)
+from stages.common.model.label_head import count_head_weights
+from stages.common.model.loading import make_empty, pick_device, pick_dtype, read_position_limit
+from stages.common.model.nf4 import NF4_BYTES, check_nf4
 from stages.common.model.replaced import check_not_quantized, measure_reach, select_weights
 from stages.common.model.targets import ALL_LINEAR, check_rank, check_targets
+from stages.common.model.virtual_tokens import check_count, check_init_text, check_keys, count_values
 
 if TYPE_CHECKING:
     from stages.common.params.finetune import Finetune
@@ -35,26 +46,33 @@ class Training:
         parameters: weights of the base model.
         trained_parameters: weights that training changes or adds.
         reach: share of the transformer blocks that a backward pass goes through.
+        quantized_parameters: of the base model, those that are held in 4 bits.
     """
 
     method: str
     parameters: int
     trained_parameters: int
     reach: float
+    quantized_parameters: int = 0
 
     def describe(self) -> dict[str, Any]:
         """Return it as evidence."""
         return asdict(self)
 
 
-def count_training(config: Any, finetune: Finetune) -> Training:
+def count_training(config: Any, finetune: Finetune, labels: Sequence[str] = ()) -> Training:
     """Return what a method trains of a base model, from the shapes of its weights.
+
+    Args:
+        labels: of the task, for the method head.
 
     Raises:
         InputError: the method cannot train this model; the message names the key of `finetune`.
     """
-    if finetune.method not in LORA_METHODS:
+    if finetune.method in REPLACED_METHODS:
         check_not_quantized(config, finetune.method)
+    if finetune.method == "qlora":
+        check_nf4(config, pick_device().type)
     model = make_empty(config)
     shapes = {name: weights.numel() for name, weights in model.named_parameters()}
     if finetune.method in LORA_METHODS:
@@ -63,7 +81,16 @@ def count_training(config: Any, finetune: Finetune) -> Training:
         added = sum(
             _count_added(module, finetune) for module in _list_targets(model, finetune.target_modules)
         )
+        quantized = sum(m.weight.numel() for m in _list_targets(model, ALL_LINEAR))
+        in_4_bits = quantized if finetune.method == "qlora" else 0
+        return Training(finetune.method, sum(shapes.values()), added, 1.0, in_4_bits)
+    if finetune.method in PROMPT_METHODS:
+        check_count(read_position_limit(config), finetune.num_virtual_tokens)
+        check_keys(model, finetune.method)
+        added = finetune.num_virtual_tokens * count_values(config, finetune.method)
         return Training(finetune.method, sum(shapes.values()), added, 1.0)
+    if finetune.method == HEAD:
+        return Training(finetune.method, sum(shapes.values()), count_head_weights(config, len(labels)), 0.0)
     chosen = select_weights(model, finetune.trained_modules if finetune.method == "partial" else None)
     reach = measure_reach(model, chosen)
     return Training(finetune.method, sum(shapes.values()), sum(shapes[name] for name in chosen), reach)
@@ -90,7 +117,9 @@ def _count_added(module: Any, finetune: Finetune) -> int:
     return int(finetune.rank * (rows + columns) + (outputs if finetune.method == "dora" else 0))
 
 
-def find_method_problems(config: Any, finetune: Finetune) -> tuple[Training | None, list[InputError]]:
+def find_method_problems(
+    config: Any, finetune: Finetune, labels: Sequence[str] = ()
+) -> tuple[Training | None, list[InputError]]:
     """Return what is trained, and why the model of a configuration cannot be trained so, or not here.
 
     The weights are not read.
@@ -106,7 +135,7 @@ def find_method_problems(config: Any, finetune: Finetune) -> tuple[Training | No
             )
         ]
     try:
-        training = count_training(config, finetune)
+        training = count_training(config, finetune, labels)
     except InputError as error:
         return None, [error]
     return training, find_memory_problems(training, finetune)
@@ -116,8 +145,9 @@ def find_memory_problems(training: Training, finetune: Finetune) -> list[InputEr
     """Return whether weights, gradients and averages alone are more than the memory of this machine."""
     device = pick_device()
     element_bytes = pick_dtype(device, finetune.dtype).itemsize
-    replaced = training.method not in LORA_METHODS
+    replaced = training.method in REPLACED_METHODS
     needed = count_state_bytes(training.parameters, training.trained_parameters, element_bytes, replaced)
+    needed -= int(training.quantized_parameters * (element_bytes - NF4_BYTES))
     has = measure_memory(device.type)
     if needed <= has:
         return []
@@ -132,10 +162,21 @@ def find_memory_problems(training: Training, finetune: Finetune) -> list[InputEr
     ]
 
 
-def find_adapter_problems(finetune: Finetune) -> list[InputError]:
+def find_adapter_problems(finetune: Finetune, labels: Sequence[str] = ()) -> list[InputError]:
     """Return why training cannot start from the initial adapter; none where there is no adapter."""
     try:
-        find_start(finetune.warm_start_from, finetune)
+        find_start(finetune.warm_start_from, finetune, labels)
+    except InputError as error:
+        return [error]
+    return []
+
+
+def find_init_problems(tokenizer: Any, finetune: Finetune) -> list[InputError]:
+    """Return why virtual tokens cannot be initialized from the text of params.yaml."""
+    if finetune.method != "prompt_tuning" or finetune.prompt_tuning_init_text is None:
+        return []
+    try:
+        check_init_text(tokenizer, finetune.prompt_tuning_init_text, finetune.num_virtual_tokens)
     except InputError as error:
         return [error]
     return []
@@ -150,7 +191,7 @@ def describe_high_rate(finetune: Finetune) -> str | None:
             f"finetune.learning_rate is {finetune.learning_rate:g}, a rate for learning answers: with "
             f"finetune.method {finetune.method} all of them may become unlikely; 0.00005 is a usual start"
         )
-    if finetune.method in LORA_METHODS:
+    if finetune.method not in REPLACED_METHODS:
         return None
     return (
         f"finetune.learning_rate is {finetune.learning_rate:g}, a rate for adapters: with finetune.method "

@@ -4,25 +4,30 @@ import asyncio
 import json
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 
 from flows.registry.verify_adapter import compare
 from services.engines.offline import ModelFolders, answer_limit, ask_model
+from services.engines.select import choose_kind, load_engine
 from services.engines.transformers import TransformersEngine
 from services.versions.store import add_pipeline_output, get_version
 from stages import ask_base
-from stages.common.errors import InputError
+from stages.common.chat.template import encode_prompt
+from stages.common.errors import InputError, ParamsError
 from stages.common.messages import Message
-from stages.common.model.adapter import PREFERENCE_METHODS
+from stages.common.model.adapter import PREFERENCE_METHODS, put_initial_adapter
 from stages.common.model.generation import answer_questions, encode_questions
 from stages.common.model.loading import load_base, load_tokenizer, load_tuned
+from stages.common.params.loading import load_params
 from stages.common.records import make_row, read_rows, write_rows
 from stages.evaluate import __main__ as evaluate
 from stages.export import __main__ as export
 from stages.finetune import __main__ as finetune
 from stages.preflight import __main__ as preflight
-from tests.stages.families import write_project
+from tests.stages.families import row, write_project
 from tests.stages.test_families import PROMPT, generate, numbered
 
 METHODS = {
@@ -33,6 +38,11 @@ METHODS = {
     "dpo": {},
     "orpo": {},
     "kto": {},
+}
+# Without weights that a GGUF could hold: transformers judges and serves them.
+UNMERGED = {
+    "prompt_tuning": {"finetune__learning_rate": 0.1, "finetune__num_virtual_tokens": 5},
+    "prefix_tuning": {"finetune__learning_rate": 0.1, "finetune__num_virtual_tokens": 5},
 }
 
 
@@ -90,10 +100,66 @@ def test_a_method_is_trained_judged_exported_stored_and_served(tmp_path, monkeyp
     assert [answer.text for answer in paged.answers] == [answer.text for answer in answers]
 
     assert compare(base, stored.adapter, adapter, [PROMPT]) > 0
-    file = next(adapter.glob("*.safetensors"))
-    file.write_bytes(file.read_bytes()[:-8] + b"\x00\x00\x00\x40" * 2)
+    break_weights(adapter)
     with pytest.raises(InputError, match="the logits of 1 of 1 prompts differ"):
         compare(base, stored.adapter, adapter, [PROMPT])
+
+
+def break_weights(folder):
+    """Change the last two numbers of the weights of an adapter."""
+    file = next(folder.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-8] + b"\x00\x00\x00\x40" * 2)
+
+
+@pytest.mark.parametrize("method", UNMERGED)
+def test_a_method_without_a_gguf_is_trained_judged_stored_and_served(tmp_path, monkeypatch, method):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "bentoml"))
+    write_project("llama", numbered("llama"), export__gguf=False, finetune__method=method, **UNMERGED[method])
+    for stage in (preflight, ask_base, finetune, export, evaluate):
+        stage.main()
+    counted = json.loads(Path("reports/preflight/metrics.json").read_text())["training"]
+    trained = json.loads(Path("reports/finetune/metrics.json").read_text())
+    assert counted["trained_parameters"] == trained["trained_parameters"]
+    report = json.loads(Path("reports/evaluate/metrics.json").read_text())
+    assert report["engine"] == {"base": "transformers", "tuned": "transformers"}
+    assert json.loads(Path("artifacts/export/serving.json").read_text())["context_tokens"] == 512 - 5
+
+    base, adapter = Path("artifacts/fetch_base"), Path("artifacts/finetune")
+    stored = get_version(add_pipeline_output())
+    kind = choose_kind("auto", stored.tokenizer, stored.gguf, stored.base, 0, adapter=stored.adapter)
+    assert kind == "transformers"
+    expected = generate()
+    assert asyncio.run(ask(stored.base, stored.adapter)) == expected
+    assert compare(base, stored.adapter, adapter, [PROMPT]) > 0
+    break_weights(adapter)
+    with pytest.raises(InputError, match="the logits of 1 of 1 prompts differ"):
+        compare(base, stored.adapter, adapter, [PROMPT])
+
+
+@pytest.mark.parametrize("method", UNMERGED)
+def test_engines_that_cannot_hold_virtual_tokens_are_refused_before_any_work(tmp_path, monkeypatch, method):
+    monkeypatch.chdir(tmp_path)
+    write_project("llama", numbered("llama"), finetune__method=method)
+    with pytest.raises(ParamsError, match=f"finetune.method: {method} has no weights that a GGUF") as error:
+        preflight.main()
+    assert "set export.gguf: false and services.engine.kind: transformers" in error.value.what
+    for kind in ("paged", "openvino"):
+        write_project("llama", numbered("llama"), finetune__method=method, export__gguf=False)
+        set_engine(kind)
+        with pytest.raises(InputError, match=f"services.engine.kind is {kind}, and the model has no GGUF"):
+            preflight.main()
+    set_engine("vllm")
+    with pytest.raises(ParamsError, match=f"{method} makes no adapter that vLLM loads"):
+        preflight.main()
+    set_engine("transformers")
+    preflight.main()
+
+
+def set_engine(kind):
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    params["services"]["engine"]["kind"] = kind
+    Path("params.yaml").write_text(yaml.safe_dump(params))
 
 
 @pytest.mark.slow
@@ -116,3 +182,72 @@ def test_a_method_trains_the_text_part_of_other_architectures(tmp_path, monkeypa
     names = [name for name, weights in tuned.named_parameters() if not torch.equal(weights, before[name])]
     assert len(names) == changed
     assert not [name for name in names if "vision" in name]
+
+
+@pytest.mark.parametrize("changes", [{}, {"finetune__validate_every": None, "finetune__epochs": 3}])
+def test_a_head_is_trained_judged_stored_and_served_with_labels_as_answers(tmp_path, monkeypatch, changes):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "bentoml"))
+    write_label_project(**changes)
+    for stage in (preflight, ask_base, finetune, export, evaluate):
+        stage.main()
+    counted = json.loads(Path("reports/preflight/metrics.json").read_text())["training"]
+    trained = json.loads(Path("reports/finetune/metrics.json").read_text())
+    assert counted["trained_parameters"] == trained["trained_parameters"] == 3 * (64 + 1)
+    report = json.loads(Path("reports/evaluate/metrics.json").read_text())
+    assert report["tuned"]["valid_output"]["value"] == 1.0 and report["calibration"]["rows"] == 8
+    assert report["calibration"]["mean_confidence"] >= 1 / 3
+
+    base, adapter = Path("artifacts/fetch_base"), Path("artifacts/finetune")
+    stored = get_version(add_pipeline_output())
+    engine = load_engine(stored, load_tokenizer(stored.tokenizer), load_params().services.engine)
+    table = pq.read_table("artifacts/evaluate/predictions.parquet").to_pydict()
+    rows = {one.id: one for one in read_rows(Path("artifacts/split/test.parquet"))}
+    tokenizer = load_tokenizer(base)
+    try:
+        for row_id, answer in zip(table["id"], table["tuned"], strict=True):
+            prompt = encode_prompt(tokenizer, rows[row_id].prompt)
+            assert tokenizer.decode(asyncio.run(write(engine, prompt))) == answer
+    finally:
+        engine.close()
+    assert compare(base, stored.adapter, adapter, [PROMPT]) > 0
+    break_weights(adapter)
+    with pytest.raises(InputError, match="the logits of 1 of 1 prompts differ"):
+        compare(base, stored.adapter, adapter, [PROMPT])
+
+
+def write_label_project(**changes):
+    def labelled(n):
+        return row(f"{'abc'[n % 3] * 4} {n}", ("book", "book it", "cancel")[n % 3], "Answer.")
+
+    settings = {"task__kind": "label", "task__label_key": None, "export__gguf": False}
+    write_project("llama", labelled, "label", finetune__method="head", **settings, **changes)
+    labels = {"kind": "label", "label_key": None, "labels": ["book", "book it", "cancel"]}
+    Path("artifacts/curate/task.json").write_text(json.dumps(labels))
+
+
+async def write(engine, prompt):
+    from services.engines.protocol import Sampling
+
+    return [t async for step in engine.generate(prompt, Sampling(12)) for t in step.token_ids]
+
+
+def test_a_head_is_for_tasks_of_labels_and_its_adapter_for_the_same_labels(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_project("llama", numbered("llama"), finetune__method="head", export__gguf=False)
+    with pytest.raises(ParamsError, match=r"task\.kind is json: set task\.kind: label"):
+        preflight.main()
+    write_label_project(task__learned_turns="all")
+    with pytest.raises(ParamsError, match=r"task\.learned_turns: all, and finetune\.method: head"):
+        preflight.main()
+    write_label_project()
+    finetune.main()
+    put_initial_adapter(Path("artifacts/finetune"), "0123456789ab", "a" * 64)
+    finetune.main()
+    assert json.loads(Path("reports/finetune/metrics.json").read_text())["started_from"] == "0123456789ab"
+    config = Path("artifacts/initial_adapter/replaced_config.json")
+    config.write_text(config.read_text().replace("cancel", "stop"))
+    for stage in (preflight, finetune):
+        with pytest.raises(InputError, match=r"labels: \('book', 'book it', 'cancel'\) here") as error:
+            stage.main()
+        assert "set task.labels" in error.value.fix

@@ -58,6 +58,7 @@ def estimate_training_memory(
     Args:
         config: as in the model's config.json.
         weights: how many the base model has.
+        rank: of LoRA; 0 where little is added, such as virtual tokens.
         element_bytes: of a number in the format of training.
         batch: of this process.
         replaced: how many of the base model's weights are trained themselves, without an adapter.

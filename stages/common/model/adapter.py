@@ -1,7 +1,8 @@
 """Adapters on disk, and `artifacts/initial_adapter`: the adapter that training starts from.
 
-An adapter is what training adds to the base model, in one of two formats: peft's (LoRA), or weights that
-replace the base model's own (methods full and partial). `find_files` names the files of a folder's adapter.
+An adapter is what training adds to the base model, in one of two formats: peft's (LoRA, virtual tokens), or
+weights that replace the base model's own (methods full and partial) or its output layer (method head).
+`find_files` names the files of a folder's adapter.
 
 A flow, or a user, puts the initial adapter there. The folder always has a README.md (DVC needs an existing
 path as a dependency), and may have an adapter:
@@ -18,7 +19,7 @@ first, so an adapter without it is incomplete.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,8 +29,14 @@ from stages.common.errors import InputError
 
 PREFERENCE_METHODS = ("dpo", "orpo", "kto")  # other objectives: what they train is an adapter of lora
 STARTED_METHODS = ("dpo", "kto")  # which move a model that has learned the answers away from bad ones
-LORA_METHODS = ("lora", "rslora", "dora", *PREFERENCE_METHODS)
-VLLM_METHODS = ("lora", "rslora", *PREFERENCE_METHODS)  # whose adapters vLLM loads
+PLAIN_METHODS = ("lora", "qlora", *PREFERENCE_METHODS)  # whose adapters are those of lora
+LORA_METHODS = ("rslora", "dora", *PLAIN_METHODS)
+PROMPT_METHODS = ("prompt_tuning", "prefix_tuning")  # which learn virtual tokens before the text
+PEFT_METHODS = (*LORA_METHODS, *PROMPT_METHODS)  # whose adapters peft loads
+REPLACED_METHODS = ("full", "partial")  # which train weights of the base model itself
+HEAD = "head"  # which trains a new output layer over the labels of the task
+VLLM_METHODS = ("lora", "rslora", "qlora", *PREFERENCE_METHODS)  # whose adapters vLLM loads
+MERGED_METHODS = (*LORA_METHODS, *REPLACED_METHODS)  # whose result is weights, as a GGUF has them
 
 ORIGIN = "origin.json"
 TRAINED_IDS = "trained_row_ids.txt"
@@ -77,6 +84,11 @@ class AdapterRecipe(Protocol):
         """Return what the method partial trains."""
         ...
 
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Return how many virtual tokens are learned."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class InitialAdapter:
@@ -120,8 +132,12 @@ def read_settings(adapter: Path) -> dict[str, Any]:
     if names is None:
         raise InputError(f"{adapter} contains no adapter", "run the stage that writes it: dvc repro finetune")
     config = read_json(adapter / names.config)
+    if names is REPLACED and config.get("method") == HEAD:
+        return {"method": HEAD, "labels": tuple(config.get("labels") or ())}
     if names is REPLACED:
         return {name: _sort(config.get(name)) for name in ("method", "trained_modules")}
+    if (method := str(config.get("peft_type")).lower()) in PROMPT_METHODS:
+        return {"method": method, "num_virtual_tokens": config.get("num_virtual_tokens")}
     return {
         "method": "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora",
         "rank": config.get("r"),
@@ -131,18 +147,31 @@ def read_settings(adapter: Path) -> dict[str, Any]:
 
 
 def name_adapter(method: str) -> str:
-    """Return the method by whose name an adapter is known: another objective trains the same adapter."""
-    return "lora" if method in PREFERENCE_METHODS else method
+    """Return the method by whose name an adapter is known: other objectives, and 4 bits, train the same."""
+    return "lora" if method in PLAIN_METHODS else method
 
 
-def list_settings(recipe: AdapterRecipe) -> dict[str, Any]:
-    """Return what `read_settings` returns of an adapter of this recipe, as far as it follows from that."""
+def list_settings(recipe: AdapterRecipe, labels: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what `read_settings` returns of an adapter of this recipe, as far as it follows from that.
+
+    Args:
+        labels: of the task, for the method head.
+    """
     if recipe.method in LORA_METHODS:
         found = {"method": name_adapter(recipe.method), "rank": recipe.rank, "alpha": recipe.alpha}
         targets = recipe.target_modules
         return found if isinstance(targets, str) else {**found, "target_modules": _sort(targets)}
+    if recipe.method in PROMPT_METHODS:
+        return {"method": recipe.method, "num_virtual_tokens": recipe.num_virtual_tokens}
+    if recipe.method == HEAD:
+        return {"method": HEAD, "labels": tuple(labels)}
     modules = _sort(recipe.trained_modules) if recipe.method == "partial" else None
     return {"method": recipe.method, "trained_modules": modules}
+
+
+def count_virtual_tokens(adapter: Path) -> int:
+    """Return how many virtual tokens an adapter puts before every text; they take positions of the model."""
+    return int(read_settings(adapter).get("num_virtual_tokens") or 0)
 
 
 def _sort(modules: Any) -> Any:
@@ -271,18 +300,21 @@ def check_settings(initial: InitialAdapter, wanted: Mapping[str, Any]) -> None:
         different = ["method"]  # other methods have other settings
     if different:
         lines = "\n".join(f"  {name}: {wanted[name]} here, {found[name]} there" for name in different)
-        keys = ", ".join(f"finetune.{name}" for name in different)
+        keys = ", ".join("task.labels" if name == "labels" else f"finetune.{name}" for name in different)
         raise InputError(
             f"the adapter in {initial.folder} ({initial.version}) differs from the recipe:\n{lines}",
             f"set {keys} to what the adapter has, or {_how_to_empty(initial.folder)}",
         )
 
 
-def find_start(folder: str | None, recipe: AdapterRecipe) -> InitialAdapter | None:
+def find_start(
+    folder: str | None, recipe: AdapterRecipe, labels: Sequence[str] = ()
+) -> InitialAdapter | None:
     """Return the adapter to start from, checked against the base model and the recipe; None for a new one.
 
     Args:
         folder: `finetune.warm_start_from`.
+        labels: of the task, for the method head.
 
     Raises:
         InputError: it is incomplete or damaged, or does not fit the base model or the recipe.
@@ -291,7 +323,7 @@ def find_start(folder: str | None, recipe: AdapterRecipe) -> InitialAdapter | No
     if initial:
         check_base(initial, str(read_json(reports("fetch_base") / "metrics.json").get("sha256")))
         check_weights_file(initial)
-        check_settings(initial, list_settings(recipe))
+        check_settings(initial, list_settings(recipe, labels))
     return initial
 
 

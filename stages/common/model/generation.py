@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 from stages.common.artifacts import atomic_write
 from stages.common.chat.calls import read_answer
 from stages.common.chat.fitting import TOKEN_BYTES
-from stages.common.chat.template import encode_example, end_of_turn_ids
+from stages.common.chat.template import encode_example, encode_text, end_of_turn_ids
 from stages.common.errors import InputError
+from stages.common.model.label_head import find_labels, find_place
+from stages.common.model.virtual_tokens import begin_cache, count_virtual_tokens
 from stages.common.records import Row
 from stages.common.spool import pick, spool
 
@@ -99,12 +101,18 @@ def answer_questions(
     import torch
 
     ends = end_of_turn_ids(tokenizer)
+    labels = find_labels(model)
     order = sorted(range(len(questions)), key=lambda i: -len(questions[i].prompt))
     answers: dict[int, Answer] = {}
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         with torch.inference_mode():
             prefilled = _prefill(model, [questions[i].prompt for i in batch], tokenizer.pad_token_id)
+            if labels:
+                chosen = _choose(tokenizer, prefilled, [questions[i] for i in batch], labels)
+                answers |= dict(zip(batch, chosen, strict=True))
+                on_progress(len(answers))
+                continue
             losses = _reference_losses(model, prefilled, [questions[i].reference for i in batch])
             written = _greedy(model, prefilled, ends, max_new_tokens)
         for i, loss, ids in zip(batch, losses, written, strict=True):
@@ -176,7 +184,7 @@ class _Prefilled:
 
     Attributes:
         logits: of the first token of each answer; shape (rows, vocabulary).
-        mask: 1 where the cache holds a token of the row, 0 for padding; shape (rows, cached).
+        mask: 1 where the cache holds a token, virtual ones too, 0 for padding; shape (rows, cached).
         positions: the position of each row's next token; shape (rows, 1).
     """
 
@@ -216,13 +224,16 @@ def _prefill(model: Any, prompts: Sequence[list[int]], pad: int) -> _Prefilled:
     """Read prompts of different lengths, padded on the left so that all end at the same place."""
     import torch
 
-    width = max(map(len, prompts))
+    width, virtual = max(map(len, prompts)), count_virtual_tokens(model)
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    mask = torch.tensor(
+        [[1] * virtual + [0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device
+    )
     out = model(
         input_ids=ids,
         attention_mask=mask,
-        position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
+        position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0)[:, virtual:],
+        past_key_values=begin_cache(model, len(prompts)),
         use_cache=True,
         # Not `1`: that takes a view, and on a CPU torch then copies the whole output layer once a row
         # if its weights are frozen, as peft leaves them: 3.6 GB and ten seconds for 64 rows.
@@ -261,6 +272,24 @@ def _reference_losses(model: Any, prefilled: _Prefilled, references: Sequence[li
             )
             losses[row] += _nll(logits[place, : len(wanted)], wanted).sum()
         start = stop
+
+
+def _choose(
+    tokenizer: Any, prefilled: _Prefilled, questions: Sequence[EvalPrompt], labels: Sequence[str]
+) -> list[Answer]:
+    """Return the likeliest label behind each prompt of a batch, and the loss of the reference."""
+    ends = end_of_turn_ids(tokenizer)
+    references = [
+        find_place(read_answer(tokenizer, [t for t in q.reference if t not in ends], q.has_tools), labels)
+        for q in questions
+    ]
+    targets = prefilled.logits.new_tensor(references).long()
+    losses = _nll(prefilled.logits, targets).tolist()
+    chosen = [labels[place] for place in prefilled.logits.argmax(dim=-1).tolist()]
+    return [
+        Answer(label, len(encode_text(tokenizer, label)), True, loss)
+        for label, loss in zip(chosen, losses, strict=True)
+    ]
 
 
 def _nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

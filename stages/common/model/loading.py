@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.common.errors import InputError
-from stages.common.model.adapter import PEFT, find_files
+from stages.common.model.adapter import HEAD, PEFT, count_virtual_tokens, find_files, read_settings
+from stages.common.model.label_head import put_head
 from stages.common.model.replaced import put_weights, read_weights
+from stages.common.model.virtual_tokens import check_shape, has_virtual_tokens, read_behind
 
 if TYPE_CHECKING:
     import torch
@@ -57,26 +59,29 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def count_context_tokens(config: Any) -> int | None:
+def count_context_tokens(config: Any, virtual_tokens: int = 0) -> int | None:
     """Return the length of a model's context in tokens, prompt and answer together; None if it has no limit.
 
     A sliding window counts as the whole context: within it, engines with and without windows agree.
+
+    Args:
+        virtual_tokens: learned ones before every text, which take positions, too.
     """
-    whole = read_position_limit(config)
+    whole = getattr(config.get_text_config(), "max_position_embeddings", None)
     window = getattr(config.get_text_config(), "sliding_window", None)
-    return min(whole, int(window)) if whole and window else whole
+    return min(int(whole), int(window or whole)) - virtual_tokens if whole else None
 
 
-def read_position_limit(config: Any) -> int | None:
+def read_position_limit(config: Any, virtual_tokens: int = 0) -> int | None:
     """Return how many positions of text a model has; None if it has no limit."""
     whole = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return int(whole) if whole else None
+    return int(whole) - virtual_tokens if whole else None
 
 
-def limit_length(max_length: int, config: Any) -> int:
+def limit_length(max_length: int, config: Any, virtual_tokens: int = 0) -> int:
     """Return the most tokens of a training row: `max_length`, or the model's positions if they are fewer."""
-    positions = read_position_limit(config)
-    return min(max_length, positions) if positions else max_length
+    positions = read_position_limit(config, virtual_tokens)
+    return max_length if positions is None else min(max_length, positions)
 
 
 def read_config(folder: Path) -> Any:
@@ -130,11 +135,16 @@ def load_base(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
 
 
 def load_tuned(base: Path, adapter: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """Load the base model with its adapter merged into the weights, in evaluation mode."""
+    """Load the base model with its adapter merged into the weights, in evaluation mode.
+
+    Virtual tokens are no weights of it: they stay before every text (see `virtual_tokens`).
+    """
     from peft import PeftModel
 
     tuned = add_adapter(load_base(base, dtype, device), adapter)
-    return tuned.merge_and_unload().eval() if isinstance(tuned, PeftModel) else tuned
+    if isinstance(tuned, PeftModel) and not has_virtual_tokens(tuned):
+        return tuned.merge_and_unload().eval()
+    return tuned
 
 
 def add_adapter(model: Any, adapter: Path) -> Any:
@@ -149,7 +159,12 @@ def add_adapter(model: Any, adapter: Path) -> Any:
     if files is None or not (adapter / files.config).exists():
         raise InputError(f"{adapter} contains no adapter", "run the stage that writes it: dvc repro finetune")
     if files is PEFT:
+        if count_virtual_tokens(adapter):
+            check_shape(model.config, read_settings(adapter), adapter)
+            return read_behind(PeftModel.from_pretrained(model, adapter).eval())
         return PeftModel.from_pretrained(model, adapter).eval()
+    if (settings := read_settings(adapter))["method"] == HEAD:
+        put_head(model, settings["labels"])
     put_weights(model, read_weights(adapter / files.weights), adapter / files.weights)
     return model.eval()
 

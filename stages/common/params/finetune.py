@@ -9,7 +9,7 @@ from pydantic import Field, PlainValidator
 from pydantic_core import PydanticCustomError
 from typing_extensions import override
 
-from stages.common.model.adapter import PREFERENCE_METHODS
+from stages.common.model.adapter import PREFERENCE_METHODS, PROMPT_METHODS
 from stages.common.params.checked_yaml import Section
 from stages.common.params.types import AUTO, AutoCount, NotNegative, Positive, PositiveCount, Share
 
@@ -28,6 +28,22 @@ def _check_trained_modules(value: Any) -> Any:
 TrainedModules = Annotated[int | tuple[str, ...], PlainValidator(_check_trained_modules)]
 
 
+Method = Literal[
+    "lora",
+    "rslora",
+    "dora",
+    "qlora",
+    "full",
+    "partial",
+    "prompt_tuning",
+    "prefix_tuning",
+    "head",
+    "dpo",
+    "orpo",
+    "kto",
+]
+
+
 class EarlyStopping(Section):
     """When a training ends early: after `patience` points that are no better than the best before them."""
 
@@ -42,7 +58,7 @@ class Finetune(Section):
     warm_start_from: Literal["artifacts/initial_adapter"] | None = "artifacts/initial_adapter"
     replay_share: Share = 1.0
     warm_start_rate_factor: Positive = 1.0
-    method: Literal["lora", "rslora", "dora", "full", "partial", "dpo", "orpo", "kto"] = "lora"
+    method: Method = "lora"
     trained_modules: TrainedModules = 4
     rank: PositiveCount
     alpha: Positive
@@ -52,6 +68,10 @@ class Finetune(Section):
     desirable_weight: Positive = 1.0
     undesirable_weight: Positive = 1.0
     held_out_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    num_virtual_tokens: PositiveCount = 20
+    prompt_tuning_init: Literal["random", "sample_vocab", "text"] = "random"
+    prompt_tuning_init_text: Annotated[str, Field(min_length=1)] | None = None
+    prefix_tuning_init: Literal["random", "zero"] = "random"
     learning_rate: Positive
     schedule: Literal["cosine", "linear", "constant"]
     warmup_fraction: Share
@@ -88,3 +108,12 @@ class Finetune(Section):
                 "must be 2 or more with method: kto, which estimates how far the model has moved from the "
                 "answers of the other rows of a batch; raise it, and lower gradient_accumulation by as much",
             )
+        if self.prompt_tuning_init == "text" and self.prompt_tuning_init_text is None:
+            yield "prompt_tuning_init", "is text, and prompt_tuning_init_text is null: write the text there"
+        if self.prompt_tuning_init != "text" and self.prompt_tuning_init_text is not None:
+            yield "prompt_tuning_init_text", "is set, and only prompt_tuning_init: text reads it"
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Return how many virtual tokens come before every text; 0 where the method learns none."""
+        return self.num_virtual_tokens if self.method in PROMPT_METHODS else 0

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import Field
 
 from stages.common.errors import ParamsError
-from stages.common.model.adapter import VLLM_METHODS
+from stages.common.model.adapter import HEAD, MERGED_METHODS, VLLM_METHODS
 from stages.common.params.checked_yaml import (
     Document,
     Problem,
@@ -133,6 +133,15 @@ def _conflicts_across(document: Document, sections: dict[str, Any]) -> Iterator[
             "or set services.engine.kind: auto",
         )
     yield from _conflicts_of_variants(document, sections)
+    export = sections.get("export")
+    if finetune and export and export.gguf and finetune.method not in MERGED_METHODS:
+        yield (
+            document.line(("finetune", "method")),
+            f"finetune.method: {finetune.method} has no weights that a GGUF could hold "
+            "(export.gguf: true): set export.gguf: false and services.engine.kind: transformers, "
+            "which serves it",
+        )
+    yield from _conflicts_of_head(document, finetune, sections.get("task"))
     ask_base, split = sections.get("ask_base"), sections.get("split")
     if not ask_base or not split or "auto" in (ask_base.min_test_rows, split.min_test_rows):
         return
@@ -167,6 +176,23 @@ def _conflicts_of_variants(document: Document, sections: dict[str, Any]) -> Iter
             document.line(("compress", "choose")),
             f"compress.choose: {compress.choose} is a GGUF file for CPUs, and services.engine.{why} serves "
             "another format; set choose: null, or serve on the CPU (docs/how-to/compress.md: on a GPU)",
+        )
+
+
+def _conflicts_of_head(document: Document, finetune: Any, task: Any) -> Iterator[Problem]:
+    if not finetune or not task or finetune.method != HEAD:
+        return
+    if task.kind != "label":
+        yield (
+            document.line(("finetune", "method")),
+            "finetune.method: head answers with one of a closed set of labels, and task.kind is "
+            f"{task.kind}: set task.kind: label, or another method",
+        )
+    elif task.turns != "last":
+        yield (
+            document.line(("task", "learned_turns")),
+            f"task.learned_turns: {task.learned_turns}, and finetune.method: head learns the last answer of "
+            "a row: set it to auto or last",
         )
 
 

@@ -1,1 +1,1 @@
-"""What is trained: an adapter of peft, or weights of the base model itself."""
+"""What is trained: an adapter of peft (LoRA or virtual tokens), or weights of the base model itself."""

@@ -1,4 +1,4 @@
-"""LoRA by peft (methods lora, rslora and dora): low-rank matrices next to the frozen weights."""
+"""LoRA by peft (lora, rslora, dora, and qlora in 4 bits): low-rank matrices next to the frozen weights."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from stages.common.model.adapter import PAGE, PEFT, InitialAdapter, check_settin
 from stages.common.model.loading import load_base, pick_device, pick_dtype
 from stages.common.model.replaced import read_weights
 from stages.common.model.targets import check_rank, check_targets
+from stages.finetune.methods.nf4 import load_nf4
 from stages.finetune.recipe import Recipe
 
 
@@ -32,7 +33,8 @@ def build_lora(base: Path, recipe: Recipe) -> PeftModel:
         InputError: the base model has none of the target modules.
     """
     device = pick_device()
-    model = load_base(base, pick_dtype(device, recipe.dtype), device)
+    load = load_nf4 if recipe.method == "qlora" else load_base
+    model = load(base, pick_dtype(device, recipe.dtype), device)
     set_seed(recipe.seed)
     targets = recipe.target_modules
     check_rank(getattr(model.config.get_text_config(), "hidden_size", None), recipe.rank)
@@ -105,11 +107,16 @@ def check_tensors(own: dict[str, Tensor], weights: dict[str, Tensor], initial: I
 
 def save_lora(model: PeftModel, _recipe: Recipe, folder: Path) -> None:
     """Write the adapter as peft reads it, equal ones as equal bytes."""
+    write_adapter(model, folder)
+
+
+def write_adapter(model: PeftModel, folder: Path) -> None:
+    """Write an adapter of peft, without what changes from process to process."""
     model.save_pretrained(str(folder))
     # peft's own card is an empty form; the model_card stage writes the real one.
     (folder / PAGE).unlink(missing_ok=True)
     config = read_json(folder / PEFT.config)
-    if isinstance(config["target_modules"], list):
+    if isinstance(config.get("target_modules"), list):
         # peft writes a set, in an order that changes from process to process.
         config["target_modules"] = sorted(config["target_modules"])
     write_json(folder / PEFT.config, config)

@@ -70,31 +70,39 @@ def read_training_data(
     validation: Sequence[Row],
     initial: InitialAdapter | None,
     limit: int,
+    labels: Sequence[str] = (),
 ) -> TrainingData:
     """Return what `finetune.method` trains on.
 
     Args:
         initial: the adapter that training starts from.
         limit: the most tokens of a row.
+        labels: of the task, for the method head.
 
     Raises:
         InputError: there is nothing to train on, or a row is too long and `on_long_row` is `stop`.
     """
     if everything.finetune.method not in PREFERENCE_METHODS:
-        return _read_answers(everything, tokenizer, rows, initial, limit)
+        return _read_answers(everything, tokenizer, rows, initial, limit, labels)
     if everything.finetune.method == "kto":
         return _read_ratings(everything, tokenizer, rows, validation, limit)
     return _read_pairs(everything, tokenizer, rows, validation, limit)
 
 
 def _read_answers(
-    everything: Params, tokenizer: Any, rows: Sequence[Row], initial: InitialAdapter | None, limit: int
+    everything: Params,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    initial: InitialAdapter | None,
+    limit: int,
+    labels: Sequence[str],
 ) -> TrainingData:
     params = everything.finetune
     trained_ids = initial.read_trained_ids() if initial else frozenset()
     selected = select_rows(rows, initial, trained_ids, params.replay_share, params.seed)
+    turns = everything.task.turns
     examples, row_ids, misfits = encode_rows(
-        tokenizer, selected, params.max_length, params.on_long_row, everything.task.turns, limit
+        tokenizer, selected, params.max_length, params.on_long_row, turns, limit, labels
     )
 
     def make_objective() -> Objective:

@@ -4,7 +4,8 @@ A product of a token with a weight is two operations, and there are up to three 
 gradient of the input, and for that of the weight, which a frozen weight has not. So a token takes 4
 operations for each frozen weight of the layers, and 6 for each trained one; 2 for a weight that is used
 before all trained ones, where no gradient arrives; those of the output layer, only where an answer is
-learned. The products of attention with itself are not counted (for rows of some hundred tokens one in a
+learned. Virtual tokens are tokens of every sequence, and those of prefix tuning are computed by no layer.
+The products of attention with itself are not counted (for rows of some hundred tokens one in a
 hundred), nor is what gradient checkpointing computes twice.
 """
 
@@ -15,6 +16,9 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn import Embedding
+
+from stages.common.model.nf4 import count_numbers
+from stages.common.model.virtual_tokens import has_virtual_tokens
 
 UNREACHED, FROZEN, TRAINED = 2, 4, 6
 
@@ -36,7 +40,7 @@ def count_work(model: Any) -> StepWork:
     head = model.get_output_embeddings()
     tables = {id(module.weight) for module in model.modules() if isinstance(module, Embedding)}
     outputs = {id(weight) for weight in head.parameters()} if head is not None else set()
-    layers, reached = 0, False
+    layers, reached = 0, has_virtual_tokens(model)  # those are before everything
     for weight in model.parameters():  # in the order of their use
         reached = reached or weight.requires_grad
         if weight.dim() == 2 and id(weight) not in tables | outputs:
@@ -46,4 +50,4 @@ def count_work(model: Any) -> StepWork:
 
 
 def _count_operations(weight: Tensor, reached: bool) -> int:
-    return weight.numel() * (TRAINED if weight.requires_grad else FROZEN if reached else UNREACHED)
+    return count_numbers(weight) * (TRAINED if weight.requires_grad else FROZEN if reached else UNREACHED)

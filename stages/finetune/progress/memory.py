@@ -97,7 +97,8 @@ class MemoryPlan:
         # Several processes average their gradients in buckets, which hold a copy of them.
         gradients = 2 if count_processes() > 1 else 1
         self._optimizer = sum(p.numel() * (gradients * p.element_size() + ADAMW_BYTES) for p in trained)
-        self._words = int(model.config.get_text_config().vocab_size)
+        output = model.get_output_embeddings()  # over words, or the labels of a head
+        self._words = len(output.weight) if output is not None else model.config.get_text_config().vocab_size
         lengths = [len(example.input_ids) for example in examples]
         self._longest = [examples[i] for i in sorted(range(len(lengths)), key=lambda i: -lengths[i])[:64]]
         self._pad_id, self._share_prefix = pad_id, share_prefix

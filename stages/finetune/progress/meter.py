@@ -11,6 +11,7 @@ import torch
 
 from stages.common.machine.memory import format_bytes, read_held_memory
 from stages.common.machine.products import measure_product_speed
+from stages.common.model.virtual_tokens import count_computed_tokens
 from stages.finetune.devices.group import gather, wait_for_all
 from stages.finetune.progress.cost import Cost, Prices
 from stages.finetune.progress.energy import EnergyMeter
@@ -47,6 +48,7 @@ class Meter:
     ) -> None:
         self._device: torch.device = model.device
         self._work = count_work(model)
+        self._virtual = count_computed_tokens(model)
         wait_for_all()  # processes that share the cores measure their shares of them
         self._limit = measure_product_speed(str(dtype).removeprefix("torch."), self._device.type, PROBE_S)
         self._tokens_of_step, self._first_step = tokens_of_step, first_step
@@ -61,9 +63,9 @@ class Meter:
         """Start the clock."""
         self._started = time.monotonic()
 
-    def count(self, tokens: int, answer_tokens: int) -> None:
-        """Count a batch: the tokens that are computed, and those of answers."""
-        self._operations += self._work.count(tokens, answer_tokens)
+    def count(self, sequences: int, width: int, answer_tokens: int) -> None:
+        """Count a batch: its sequences, the tokens of each that are computed, and those of answers."""
+        self._operations += self._work.count(sequences * (self._virtual + width), answer_tokens)
 
     def read(self, step: int, paused: float = 0.0) -> Reading:
         """Return the state after an update.

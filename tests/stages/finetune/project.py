@@ -30,7 +30,7 @@ SETTINGS = {
 def make_recipe(**changes):
     """Return the recipe of the shipped parameters with the settings of this project."""
     values = {**load_params(REPO / "params.yaml").finetune.model_dump(), **SETTINGS, **changes}
-    return Recipe(**{name: values[name] for name in Recipe.__dataclass_fields__})
+    return Recipe(**{name: values[name] for name in Recipe.__dataclass_fields__ if name in values})
 
 
 def rows(count, start=0, with_pairs=False):
@@ -61,8 +61,19 @@ def make_project(folder, count=40, **changes):
     write_json(folder / "artifacts" / "curate" / "task.json", {"kind": "json", "label_key": None})
     params = yaml.safe_load((REPO / "params.yaml").read_text())
     params["finetune"].update({**SETTINGS, **changes})
+    params["export"]["gguf"] = False  # which not every method has
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     return folder
+
+
+def make_labels(project):
+    """Make the answers of the rows the labels of the task, as the method head needs them."""
+    labels = [f'{{"n":{n}}}' for n in range(5)]
+    task = {"kind": "label", "label_key": None, "labels": labels}
+    write_json(project / "artifacts" / "curate" / "task.json", task)
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    params["task"].update(kind="label", label_key=None)
+    (project / "params.yaml").write_text(yaml.safe_dump(params))
 
 
 def put_own_adapter(project, version="0123456789ab"):

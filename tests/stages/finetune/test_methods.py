@@ -24,6 +24,7 @@ from tests.stages.finetune.project import (
     adapter,
     change_finetune,
     evidence,
+    make_labels,
     make_project,
     put_own_adapter,
 )
@@ -34,12 +35,16 @@ FAST = {  # modules with faster code: a method has what stays equal
     "dora": {"lora_linear": 0, "rms_norm": 5},
     "full": {"lora_linear": 0, "rms_norm": 0},
     "partial": {"lora_linear": 0, "rms_norm": 3},
+    "prompt_tuning": {"lora_linear": 0, "rms_norm": 5},
+    "prefix_tuning": {"lora_linear": 0, "rms_norm": 5},
 }
 SETTINGS = {
     "rslora": {"alpha": 2},
     "dora": {},
     "full": {"learning_rate": 0.003},
     "partial": {"trained_modules": 1, "learning_rate": 0.003},
+    "prompt_tuning": {"num_virtual_tokens": 5, "learning_rate": 0.3},
+    "prefix_tuning": {"num_virtual_tokens": 5, "learning_rate": 0.1},
 }
 
 
@@ -48,6 +53,7 @@ def changed(project):
     base = load_base(project / "artifacts/fetch_base", torch.float32, CPU)
     tuned = load_tuned(project / "artifacts/fetch_base", project / "artifacts/finetune", torch.float32, CPU)
     before = dict(base.named_parameters())
+    tuned = getattr(tuned, "base_model", tuned) if hasattr(tuned, "peft_config") else tuned
     return {name for name, weights in tuned.named_parameters() if not torch.equal(weights, before[name])}
 
 
@@ -67,7 +73,8 @@ def test_a_method_learns_and_changes_what_it_names(project, method):
     }
     block = {name for name in whole if name.startswith("model.layers.1.")}
     linear = {name for name in whole if name.endswith("_proj.weight")}
-    assert changed(project) == {"full": whole, "partial": block}.get(method, linear)
+    virtual = {"prompt_tuning": set(), "prefix_tuning": set()}
+    assert changed(project) == {"full": whole, "partial": block, **virtual}.get(method, linear)
     kept = {path.name: path.read_bytes() for path in (project / "artifacts/finetune").iterdir()}
     main()
     assert {path.name: path.read_bytes() for path in (project / "artifacts/finetune").iterdir()} == kept
@@ -136,7 +143,7 @@ def test_weights_that_are_stored_in_bfloat16_are_trained_as_the_same_ones_in_flo
     assert torch.equal(stored(ids, use_cache=False).logits, wide(ids, use_cache=False).logits)
 
 
-@pytest.mark.parametrize("method", ["dora", "full", "partial"])
+@pytest.mark.parametrize("method", ["dora", "full", "partial", "prompt_tuning", "prefix_tuning"])
 def test_training_goes_on_from_an_adapter_of_the_same_method_only(project, method):
     change_finetune(project, method=method, **SETTINGS[method])
     main()
@@ -193,16 +200,26 @@ def test_weights_of_another_base_model_are_not_loaded(project):
         ("dora", {"dropout": 0.1}),
         ("full", {"dtype": "bfloat16", "gradient_accumulation": 2}),
         ("partial", {"epochs": 2}),
+        ("qlora", {"dropout": 0.1}),
+        ("head", {"dtype": "bfloat16", "epochs": 2}),
+        ("prompt_tuning", {"dtype": "bfloat16"}),
+        ("prefix_tuning", {"early_stopping": {"metric": "loss", "patience": 5}, "validate_every": 0.2}),
     ],
 )
 def test_a_method_that_is_killed_ends_with_the_bytes_of_an_unbroken_run(
     tmp_path, monkeypatch, method, settings
 ):
-    settings = {"method": method, **SETTINGS[method], **settings}
+    if method == "qlora":
+        pytest.importorskip("bitsandbytes")
+    settings = {"method": method, **SETTINGS.get(method, {}), **settings}
     unbroken, killed = (make_project(tmp_path / name, 160, **settings) for name in ("unbroken", "killed"))
+    if method == "head":
+        make_labels(unbroken)
+        make_labels(killed)
     monkeypatch.chdir(unbroken)
     main()
-    environment = {**os.environ, "PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join([str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     stage = subprocess.Popen([sys.executable, "-m", "stages.finetune"], cwd=killed, env=environment)
     deadline = time.monotonic() + 60
     while not list(killed.glob("checkpoints/finetune/*/checkpoint-[69]/complete.json")):

@@ -516,6 +516,61 @@ def test_the_card_of_preferences_names_the_objective_and_how_well_it_was_learned
     assert "**Preference**" not in card()
 
 
+def set_finetune(kind="json", **settings):
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    params["task"] |= {"kind": kind, "label_key": None, "stratify_by": None}
+    params["finetune"] |= settings
+    params["export"]["gguf"] = False
+    write_text(Path("params.yaml"), yaml.safe_dump(params))
+    change("finetune", method=settings["method"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "start"),
+    [
+        ({"method": "prompt_tuning"}, "at random"),
+        ({"method": "prompt_tuning", "prompt_tuning_init": "sample_vocab"}, "with words drawn at random"),
+        (
+            {"method": "prompt_tuning", "prompt_tuning_init": "text", "prompt_tuning_init_text": "Say `yes`"},
+            "with the words `` Say `yes` ``",
+        ),
+        ({"method": "prefix_tuning", "prefix_tuning_init": "zero"}, "with zeros"),
+    ],
+)
+def test_the_card_of_virtual_tokens_says_how_many_and_how_they_began(project, settings, start):
+    name = settings["method"].replace("_", " ")
+    config = {"peft_type": settings["method"].upper(), "num_virtual_tokens": 20}
+    base = {"base_model_name_or_path": "artifacts/fetch_base"}
+    write_json(Path("artifacts/finetune/adapter_config.json"), base | config)
+    set_finetune(**settings)
+    text = card()
+    assert f"\nAn adapter by {name} of 4,884,480 parameters on" in text
+    assert f"\n{name.capitalize()}: 20 virtual tokens before every text; the loss covers" in text
+    assert f"The adapter was initialized {start}." in text
+    assert "PeftModel.from_pretrained" in text
+    write_json(Path("artifacts/finetune/adapter_config.json"), base | config | {"num_virtual_tokens": 5})
+    write_lock()
+    shutil.rmtree("reports/model_card")
+    assert "num_virtual_tokens 5, and finetune.num_virtual_tokens was 20" in problems()
+
+
+def test_the_example_of_a_head_answers_with_a_label(project):
+    Path("artifacts/finetune/adapter_config.json").unlink()
+    config = {"base_model_name_or_path": "artifacts/fetch_base", "method": "head", "labels": ["a'b", "c"]}
+    write_json(Path("artifacts/finetune/replaced_config.json"), config)
+    set_finetune("label", method="head")
+    text = card()
+    assert "A linear layer over 2 labels was trained on the prompt's last hidden state; the loss" in text
+    assert "The adapter was initialized with zeros." in text and "pipeline_tag: text-classification" in text
+    code = text.split("```python")[1].split("```")[0]
+    assert "generate" not in code and "peft" not in code
+    compile(code, "example", "exec")
+    line = next(one for one in code.splitlines() if one.startswith("labels = "))
+    given = {}
+    exec(line, given)
+    assert given["labels"] == ["a'b", "c"]
+
+
 def test_a_card_is_refused_where_the_adapter_is_of_another_method_than_was_run(project):
     params = yaml.safe_load(Path("params.yaml").read_text())
     params["finetune"]["method"] = "dora"

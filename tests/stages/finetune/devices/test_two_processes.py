@@ -17,7 +17,14 @@ from stages.finetune.__main__ import main
 from stages.finetune.devices.workers import start_workers
 from stages.finetune.trainer import TrainingMonitor
 from tests.stages.finetune.devices import jobs
-from tests.stages.finetune.project import REPO, adapter, change_finetune, evidence, make_project
+from tests.stages.finetune.project import (
+    REPO,
+    adapter,
+    change_finetune,
+    evidence,
+    make_labels,
+    make_project,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -108,6 +115,18 @@ def test_two_processes_have_the_losses_of_one_whoever_starts_them(tmp_path):
     assert evidence(two)["steps"] == evidence(one)["steps"]
     assert adapter(by_torchrun) == adapter(two)
     assert evidence(by_torchrun) == evidence(two)
+
+
+@TWO_CORES
+@pytest.mark.parametrize("method", ["prompt_tuning", "head"])
+def test_two_processes_have_the_losses_of_one_without_an_adapter_in_the_layers(tmp_path, method):
+    projects = [make_project(tmp_path / str(n), 17, method=method, devices=n) for n in (1, 2)]
+    for project in projects:
+        if method == "head":
+            make_labels(project)
+        finish(start(project))
+    one, two = map(curve, projects)
+    assert len(one) == 5 and two == pytest.approx(one, rel=1e-4)
 
 
 @TWO_CORES
