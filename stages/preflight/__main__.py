@@ -70,9 +70,7 @@ from stages.preflight.finetune_checks import (
     Training,
     count_checkpoint_bytes,
     describe_high_rate,
-    find_adapter_problems,
-    find_init_problems,
-    find_method_problems,
+    find_finetune_problems,
     has_no_start,
 )
 from stages.preflight.languages import (
@@ -101,12 +99,7 @@ Rejects = dict[str, Sequence[Misfit]]
 
 
 def find_base_problems(
-    params: Params,
-    base: Path,
-    tokenizer: Any,
-    rows: Iterable[Row],
-    training: Training | None,
-    labels: Sequence[str] = (),
+    params: Params, base: Path, tokenizer: Any, rows: Iterable[Row], training: Training | None
 ) -> list[InputError]:
     """Return what would stop the pipeline later in the tokens, the licences and on the disk."""
     config = read_config(base)
@@ -117,8 +110,6 @@ def find_base_problems(
     engines = {"services.engine.kind": params.services.engine.kind, "ask_base.engine": params.ask_base.engine}
     return [
         *find_engine_problems(engines, base, exported),
-        *find_adapter_problems(params.finetune, labels),
-        *find_init_problems(tokenizer, params.finetune),
         *find_unknown_tokens(tokenizer, size, exported),
         *find_license_problems(
             rows, params.validate_.allowed_licenses, params.model_card.license, fetched.get("license")
@@ -303,11 +294,11 @@ def main() -> None:
     config = read_config(base)
     task = read_task()
     labels = task.closed_set or ()
-    training, method_problems = find_method_problems(config, params.finetune, labels)
+    training, finetune_problems = find_finetune_problems(config, params.finetune, tokenizer, labels)
     problems = [
         *template,
-        *method_problems,
-        *find_base_problems(params, base, tokenizer, rows, training, labels),
+        *finetune_problems,
+        *find_base_problems(params, base, tokenizer, rows, training),
     ]
     folder = reports("preflight")
     if template:

@@ -117,6 +117,15 @@ def _count_added(module: Any, finetune: Finetune) -> int:
     return int(finetune.rank * (rows + columns) + (outputs if finetune.method == "dora" else 0))
 
 
+def find_finetune_problems(
+    config: Any, finetune: Finetune, tokenizer: Any, labels: Sequence[str] = ()
+) -> tuple[Training | None, list[InputError]]:
+    """Return what is trained, and why it cannot be, or not from the adapter or the text to start from."""
+    training, problems = find_method_problems(config, finetune, labels)
+    others = [*find_adapter_problems(finetune, labels), *find_init_problems(tokenizer, finetune)]
+    return training, problems + others
+
+
 def find_method_problems(
     config: Any, finetune: Finetune, labels: Sequence[str] = ()
 ) -> tuple[Training | None, list[InputError]]:
