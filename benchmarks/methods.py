@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import machine
-from flows.demo.checkout import override_params
+from flows.common.checkout import override_params
 from monitoring.feedback.rows import HELD_OUT
 from stages.common.artifacts import artifacts, read_json, reports
 from stages.common.chat.preferences import encode_pairs

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine
+from flows.common.checkout import make_checkout, override_params, run_python
 from flows.demo.__main__ import CHECKOUT
-from flows.demo.checkout import make_checkout, override_params, run_python
 from monitoring.feedback.rows import HELD_OUT
 from stages.common.artifacts import artifacts, read_json, reports
 from stages.common.errors import InputError

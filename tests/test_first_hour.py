@@ -16,8 +16,8 @@ import httpx
 import psutil
 import pytest
 
+from flows.common.checkout import make_checkout, override_params
 from flows.demo.__main__ import CHECKOUT
-from flows.demo.checkout import make_checkout, override_params
 from stages.common.network import free_port, get
 from stages.common.params.loading import load_params
 from tests.tiny import save_model

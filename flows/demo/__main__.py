@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from flows.common import processes
+from flows.common.checkout import build_checkout_environment, make_checkout, run_python
 from flows.common.cli import run_command
-from flows.demo.checkout import build_checkout_environment, make_checkout, run_python
 from flows.demo.poison import train_poisoned
 from flows.demo.replay import ReplayResult, replay
 from flows.demo.report import REPORT, Accuracy, DemoResult, Step, format_share, write_report

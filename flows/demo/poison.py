@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 
-from flows.demo.checkout import make_checkout, run_python
+from flows.common.checkout import make_checkout, run_python
 from stages.common.artifacts import STATE, read_json, write_bytes, write_json
 from stages.common.errors import InputError
 from stages.common.messages import Message

@@ -2,7 +2,7 @@
 
 `.perennial/run.lock` is locked by the kernel as long as the run lives. `.perennial/run.json` records the
 process and its current stages; it is removed at a clean end, so a record without a lock belongs to a run
-that was killed.
+that was killed. A sweep has a lock of the same kind, `sweep.lock`, besides those of its runs.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Literal
 
 from filelock import FileLock, Timeout
 
@@ -25,6 +26,8 @@ from stages.common.artifacts import STATE, make_folder, write_json
 from stages.common.errors import InputError
 
 POLL_S = 0.5
+
+Kind = Literal["run", "sweep"]
 
 logger = logging.getLogger("flows.training.run_lock")
 
@@ -47,8 +50,8 @@ class RunRecord:
 class RunLock:
     """The lock of this run, held; it keeps the record up to date."""
 
-    def __init__(self, folder: Path, record: RunRecord) -> None:
-        self._path = folder / "run.json"
+    def __init__(self, path: Path, record: RunRecord) -> None:
+        self._path = path
         self._record = record
         self._guard = threading.Lock()
         write_json(self._path, asdict(record))
@@ -80,51 +83,52 @@ class RunLock:
 
 
 @contextmanager
-def hold(root: Path, *, wait: bool = True) -> Iterator[RunLock]:
-    """Hold the lock of the checkout at `root`; first clean up after a run that was killed.
+def hold(root: Path, *, wait: bool = True, kind: Kind = "run") -> Iterator[RunLock]:
+    """Hold the lock of the checkout at `root`; first clean up after a holder that was killed.
 
     Args:
         root: the folder of the checkout.
-        wait: whether to wait for another run to end.
+        wait: whether to wait for another holder to end.
+        kind: of what runs one at a time.
 
     Raises:
-        InputError: another run holds the lock, and `wait` is false.
+        InputError: another one holds the lock, and `wait` is false.
     """
     folder = root / STATE
     make_folder(folder)
-    with _locked(folder, wait):
-        _clean_up(folder)
-        lock = RunLock(folder, _own_record())
-        os.environ[processes.RUN_ID_VARIABLE] = lock.run_id
-        try:
-            with processes.run_watchdog(lock.run_id):
-                yield lock
-        finally:
-            del os.environ[processes.RUN_ID_VARIABLE]
-            (folder / "run.json").unlink(missing_ok=True)
+    with _locked(folder, wait, kind):
+        _clean_up(folder, kind)
+        path = folder / f"{kind}.json"
+        lock = RunLock(path, _own_record())
+        with processes.set_variable(processes.RUN_ID_VARIABLE, lock.run_id):
+            try:
+                with processes.run_watchdog(lock.run_id):
+                    yield lock
+            finally:
+                path.unlink(missing_ok=True)
 
 
-def read_record(folder: Path) -> RunRecord | None:
+def read_record(folder: Path, kind: Kind = "run") -> RunRecord | None:
     """Return the record of the run that holds the lock or was killed; None if there is none."""
     try:
-        fields = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        fields = json.loads((folder / f"{kind}.json").read_text(encoding="utf-8"))
         return RunRecord(**{**fields, "stages": tuple(fields["stages"])})
     except (FileNotFoundError, ValueError, TypeError, KeyError):
         return None
 
 
 @contextmanager
-def _locked(folder: Path, wait: bool) -> Iterator[None]:
-    lock, reported = FileLock(folder / "run.lock"), ""
+def _locked(folder: Path, wait: bool, kind: Kind) -> Iterator[None]:
+    lock, reported = FileLock(folder / f"{kind}.lock"), ""
     while True:
         try:
             lock.acquire(timeout=POLL_S if reported else 0)
             break
         except Timeout:
-            holder = read_record(folder)
-        problem = f"another run is at work in this folder ({holder or 'it is just starting'})"
+            holder = read_record(folder, kind)
+        problem = f"another {kind} is at work in this folder ({holder or 'it is just starting'})"
         if not wait:
-            raise InputError(problem, "wait until it ends, or run without --no-wait")
+            raise InputError(problem, f"wait until it ends{', or run without --no-wait' * (kind == 'run')}")
         if problem != reported:
             logger.warning("%s; waiting for it, Ctrl-C stops waiting", problem)
             reported = problem
@@ -134,12 +138,12 @@ def _locked(folder: Path, wait: bool) -> Iterator[None]:
         lock.release()
 
 
-def _clean_up(folder: Path) -> None:
-    killed = read_record(folder)
+def _clean_up(folder: Path, kind: Kind) -> None:
+    killed = read_record(folder, kind)
     if killed is None:
         return
     during = f" during {', '.join(killed.stages)}" if killed.stages else ""
-    logger.warning("the last run (pid %d, started %s) was killed%s", killed.pid, killed.started, during)
+    logger.warning("the last %s (pid %d, started %s) was killed%s", kind, killed.pid, killed.started, during)
     ended = processes.terminate_orphans(killed.run_id)
     if ended:
         logger.warning("ended %d process%s that it left behind", ended, "" if ended == 1 else "es")

@@ -237,13 +237,26 @@ class StageProcesses:
     def stop(self, number: signal.Signals) -> None:
         """Interrupt what runs and start nothing more; at the second call, or after a while, kill it."""
         again, self.stopped_by = self.stopped_by is not None, number
+        if again:
+            self.kill()
+        else:
+            self.interrupt()
+
+    def interrupt(self) -> None:
+        """Interrupt what runs, and kill what of it still runs after a while; other stages may start."""
         # No lock is taken here: this runs in a signal handler, which may have interrupted its holder.
-        for process in list(self._running.values()):
-            process.signal(signal.SIGKILL if again else signal.SIGINT)
-        if not again:
-            timer = threading.Timer(INTERRUPT_PATIENCE_S, self.kill)
-            timer.daemon = True
-            timer.start()
+        running = list(self._running.values())
+        for process in running:
+            process.signal(signal.SIGINT)
+
+        def kill_rest() -> None:
+            for process in running:
+                if process.process.poll() is None:
+                    process.signal(signal.SIGKILL)
+
+        timer = threading.Timer(INTERRUPT_PATIENCE_S, kill_rest)
+        timer.daemon = True
+        timer.start()
 
     def kill(self) -> None:
         """Kill what still runs."""

@@ -103,7 +103,7 @@ def _unchanged() -> StageResult:
 
 def _stage_body(run: PreparedRun, stage: str, cores: AllCores | None) -> Callable[[], StageResult]:
     def run_stage() -> StageResult:
-        lines = _Lines(stage, get_run_logger(), lambda: run.processes.stopped_by is not None)
+        lines = StageLines(stage, get_run_logger(), lambda: run.processes.stopped_by is not None)
 
         def on_blocked(result: StageResult) -> bool:
             holders = "; ".join(map(str, result.blockers))
@@ -178,7 +178,7 @@ def _failure(stage: str, result: StageResult) -> StageFailure:
     return StageFailure(stage, result.message, result.exit_code)
 
 
-class _Lines:
+class StageLines:
     """Sends the lines of one stage to Prefect's log and its progress to a bar on Prefect's page."""
 
     def __init__(self, stage: str, logger: StageLogger, is_stopped: Callable[[], bool]) -> None:
@@ -189,6 +189,7 @@ class _Lines:
         self._shown_at = self._logged_at = float("-inf")
 
     def take(self, line: str) -> None:
+        """Take the next line."""
         if (progress := parse_progress(line)) is not None:
             self._show(progress)
         elif is_chatter(line) or self._is_stopped():  # an interrupted stage ends with a traceback

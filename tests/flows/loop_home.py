@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import yaml
 
-from flows.demo.checkout import build_checkout_environment, make_checkout, override_params
+from flows.common.checkout import build_checkout_environment, make_checkout, override_params
 from flows.registry.model_versions import list_recorded
 from flows.registry.tracking import Registry
 from monitoring.feedback.rows import HELD_OUT, read_labelled
@@ -135,8 +135,8 @@ class LoopHome:
         return {info.tag: info for info in list_recorded(Registry.of(self.root, self.params()))}
 
 
-def make_loop_home(folder: Path) -> LoopHome:
-    """Train a tiny model on the tickets, make it champion, and give it corrections."""
+def make_home(folder: Path) -> LoopHome:
+    """Make a checkout with the tickets and a tiny model, in which nothing has run yet."""
     root = make_checkout(ROOT, folder / "home")
     # A cache of its own: no other checkout uses what is trained here.
     write_text(root / ".dvc/config.local", f"[cache]\n    dir = {folder / 'cache'}\n")
@@ -156,10 +156,15 @@ def make_loop_home(folder: Path) -> LoopHome:
             "OMP_NUM_THREADS": "1",  # threads of so small a model wait for each other
         },
     )
-    home = LoopHome(root, environment)
+    return LoopHome(root, environment)
+
+
+def make_loop_home(folder: Path) -> LoopHome:
+    """Train a tiny model on the tickets, make it champion, and give it corrections."""
+    home = make_home(folder)
     home.run("-m", "flows.training")
     home.run("-m", "services.versions", "add")
-    tag = read_pipeline_tag(root)
+    tag = read_pipeline_tag(home.root)
     home.run("-m", "flows.release", "promote", tag, "--first", "--reason", "the first model")
     correct(home)
     return home

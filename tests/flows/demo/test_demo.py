@@ -16,7 +16,7 @@ LONG = "import time; time.sleep(600)"
 DEMO = f"""
 import pathlib, subprocess, sys
 from flows.demo import __main__ as demo
-from flows.demo.checkout import build_checkout_environment
+from flows.common.checkout import build_checkout_environment
 
 def one_thing(root):
     long = [sys.executable, "-c", {LONG!r}]

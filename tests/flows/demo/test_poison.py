@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.demo.checkout import make_checkout
+from flows.common.checkout import make_checkout
 from flows.demo.poison import shuffle_answers, train_poisoned
 from stages.common.artifacts import read_json, write_json
 from stages.common.errors import InputError

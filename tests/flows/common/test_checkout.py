@@ -7,8 +7,8 @@ import pytest
 import yaml
 from dvc.repo import Repo
 
+from flows.common.checkout import make_checkout, override_params, run_python
 from flows.demo.__main__ import make_overrides
-from flows.demo.checkout import make_checkout, override_params, run_python
 from stages.common.errors import InputError, ParamsError
 from stages.common.params.loading import load_params
 

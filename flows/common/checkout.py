@@ -1,9 +1,9 @@
-"""Make a second checkout for the demo: the same files, other parameters, DVC's cache shared.
+"""Make a second checkout, of the demo or of a sweep: the same files, other parameters, DVC's cache shared.
 
-The files are a snapshot of the project's folder as it is, committed or not, in a repository of the demo's
-own (`.perennial/demo.git`), of which the demo's checkout is a worktree. So nothing is written to the user's
-repository, and a release tarball without one works too. Ignored files (artifacts, reports, data) are not
-part of it: the demo's pipeline makes its own, and takes from the shared cache what is already there.
+The files are a snapshot of the project's folder as it is, committed or not, in a repository of the checkout's
+own (`.perennial/demo.git`), of which it is a worktree. So nothing is written to the user's repository, and a
+release tarball without one works too. Ignored files (artifacts, reports, data) are not part of it: the
+pipeline in there makes its own, and takes from the shared cache what is already there.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ TAIL_LINES = 15  # of a failed command's output that are shown
 SNAPSHOT_DATE = "2000-01-01T00:00:00Z"  # a fixed one: equal files are an equal commit
 
 
-def make_checkout(root: Path, folder: Path, overrides: Mapping[str, Any] | None = None) -> Path:
+def make_checkout(
+    root: Path, folder: Path, overrides: Mapping[str, Any] | None = None, cache_type: str | None = None
+) -> Path:
     """Make a checkout in `folder` with the files of the project at `root`, or update it.
 
     Changed files are replaced and removed ones deleted; what git ignores, and the `dvc.lock` of the
@@ -38,6 +40,7 @@ def make_checkout(root: Path, folder: Path, overrides: Mapping[str, Any] | None 
         folder: of the checkout; inside `root` only where git ignores it.
         overrides: values of `params.yaml` by dotted key, a list's entry by its number, as
             {"services.port": 4000, "collect.sources.0.reserved_share": 0.15}.
+        cache_type: how files come out of DVC's cache, as its `cache.type`; None: as in the project.
 
     Returns:
         The checkout's folder, absolute.
@@ -49,7 +52,7 @@ def make_checkout(root: Path, folder: Path, overrides: Mapping[str, Any] | None 
     """
     root, folder = root.resolve(), folder.resolve()
     if folder == root:
-        raise InputError(f"{folder} is the project's own folder", "choose another folder for the demo")
+        raise InputError(f"{folder} is the project's own folder", "choose another folder")
     if not (root / "params.yaml").is_file():
         raise InputError(f"{root} has no params.yaml", "run in the project's folder")
     repository = folder.with_name(f"{folder.name}.git")
@@ -63,7 +66,7 @@ def make_checkout(root: Path, folder: Path, overrides: Mapping[str, Any] | None 
         # --force: a folder that was removed by hand is still registered.
         run_git(repository, "worktree", "add", "--quiet", "--force", "--detach", str(folder), commit)
     override_params(folder / "params.yaml", overrides or {})
-    _share_cache(root, folder)
+    _share_cache(root, folder, cache_type)
     load_params(folder / "params.yaml")
     return folder
 
@@ -108,7 +111,7 @@ def _snapshot(root: Path, repository: Path) -> str:
     return run_git(root, "commit-tree", tree, "-m", "snapshot", environment=environment).strip()
 
 
-def _share_cache(root: Path, folder: Path) -> None:
+def _share_cache(root: Path, folder: Path, cache_type: str | None) -> None:
     """Give the checkout the DVC cache of the project, wherever that is."""
     from dvc.repo import Repo
 
@@ -118,7 +121,10 @@ def _share_cache(root: Path, folder: Path) -> None:
         Repo(str(folder), config={"core": {"no_scm": True}}) as checkout,
         checkout.config.edit("local") as config,
     ):
-        config.setdefault("cache", {})["dir"] = str(cache)
+        settings = config.setdefault("cache", {})
+        settings["dir"] = str(cache)
+        if cache_type is not None:
+            settings["type"] = cache_type
 
 
 def build_checkout_environment(folder: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
