@@ -46,7 +46,7 @@ from stages.finetune.devices.workers import run_on_devices
 from stages.finetune.objectives.data import read_training_data
 from stages.finetune.plots import plot_loss
 from stages.finetune.progress.cost import Prices
-from stages.finetune.progress.watch import plan_watch
+from stages.finetune.progress.watch import VALIDATION, plan_watch
 from stages.finetune.recipe import Recipe, compute_fingerprint
 from stages.finetune.result import write_loss_csv, write_validation_csv
 
@@ -159,7 +159,7 @@ def train_adapter() -> None:
     trained_now = {data.row_ids[number] for number in result.learned_rows}
     save_adapter(model, recipe, artifacts("finetune"), trained_ids | trained_now)
     write_loss_csv(result.curve, reports("finetune") / "loss.csv")
-    write_validation_csv(result.validation, reports("finetune") / "validation.csv")
+    write_validation_csv(result.validation, VALIDATION)
     plot_loss(result, watch.sample.read_scales() if watch else {}, reports("finetune") / "loss.svg")
     write_json(
         reports("finetune") / "metrics.json",

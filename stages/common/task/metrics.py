@@ -9,6 +9,8 @@ import numpy as np
 
 from stages.common.statistics.intervals import Floats, Statistic
 
+LOSS = "loss"  # per answer token; a model has it whatever its task is
+
 
 @dataclass(frozen=True, slots=True)
 class Metric:

@@ -6,8 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from stages.common.errors import InputError
 from stages.common.messages import Message
-from stages.common.task.metrics import Metric
+from stages.common.task.metrics import LOSS, Metric
 
 Schema = dict[str, Any]
 
@@ -105,6 +106,32 @@ class Task(ABC):
     def is_right(self, answer: str, reference: str) -> bool:
         """Return whether an answer means the same as the reference."""
         return self.canonical(answer) == self.canonical(reference)
+
+    def check_comparable(self, answers: Sequence[str], name: str, key: str) -> None:
+        """Check that answers such as these have a metric, and that more of it, or less, is better.
+
+        Args:
+            name: of a metric, or the loss.
+            key: the key of params.yaml that names it.
+
+        Raises:
+            InputError: with the metrics that can be chosen.
+        """
+        scored = self.score(answers, answers)
+        # A metric without a largest value has its best one somewhere between: lengths that are equal.
+        known = [LOSS, *(n for n in self.meanings if n in scored and scored[n].scale is not None)]
+        if name in known:
+            return
+        problem = (
+            f"neither more nor less of it is better ({self.meanings[name]})"
+            if name in scored
+            else f"answers of kind {self.kind} have none"
+        )
+        raise InputError(f"{key} is {name}, and {problem}", f"set it to one of {', '.join(known)}")
+
+    def is_lower_better(self, name: str) -> bool:
+        """Return whether a model is better with less of a metric, or of the loss."""
+        return name == LOSS or "lower is better" in self.meanings[name]
 
     def score_primary(self, answers: Sequence[str], references: Sequence[str]) -> Metric:
         """Return the metric that decides, between 0 and 1."""

@@ -18,10 +18,12 @@ from typing_extensions import override
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, is_full_memory
 from stages.common.machine.memory import release_freed_memory
+from stages.finetune.devices.group import is_main
 from stages.finetune.progress.divergence import SLOWER
 from stages.finetune.progress.early_stopping import load_best, write_best
 from stages.finetune.progress.validation import ENTRY, ValidationPoint, attending, plan_points, read_points
 from stages.finetune.progress.watch import Watch
+from stages.finetune.result import write_validation_csv
 
 logger = get_logger("finetune")
 
@@ -68,6 +70,9 @@ class Validation(TrainerCallback):
         state.log_history.append(
             {"step": point.step, ENTRY: {"loss": point.loss, "metrics": dict(point.metrics)}}
         )
+        if self.watch.live is not None and is_main():
+            # Before the line of the log: whoever reads the line finds the point in the file.
+            write_validation_csv(read_points(state.log_history), self.watch.live)
         primary = self.watch.sample.task.primary
         self.note = f", {primary} {point.metrics[primary]:.3f}" if primary in point.metrics else ""
         logger.info(

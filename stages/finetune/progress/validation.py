@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 
 from stages.common.chat.fitting import limit_answer
 from stages.common.chat.turns import unroll
-from stages.common.errors import InputError
 from stages.common.logs import get_logger
 from stages.common.messages import LearnedTurns
 from stages.common.model.generation import EvalPrompt, answer_questions, encode_questions
 from stages.common.records import Row
+from stages.common.task.metrics import LOSS
 from stages.common.task.protocol import Task
 from stages.finetune.devices.group import count_processes, gather, get_rank
 
@@ -27,7 +27,6 @@ logger = get_logger("finetune")
 
 T = TypeVar("T")
 
-LOSS = "loss"
 ENTRY = "validation"  # the key of a point in the Trainer's history, which is part of every checkpoint
 
 
@@ -96,20 +95,7 @@ class Sample:
             InputError: with the metrics that can be chosen.
         """
         answers = [row.answer for row in self.rows]
-        scored = self.task.score(answers, answers)
-        # A metric without a largest value has its best one somewhere between: lengths that are equal.
-        known = [LOSS, *(n for n in self.task.meanings if n in scored and scored[n].scale is not None)]
-        if name in known:
-            return
-        problem = (
-            f"neither more nor less of it is better ({self.task.meanings[name]})"
-            if name in scored
-            else f"answers of kind {self.task.kind} have none"
-        )
-        raise InputError(
-            f"finetune.early_stopping.metric is {name}, and {problem}",
-            f"set it to one of {', '.join(known)}",
-        )
+        self.task.check_comparable(answers, name, "finetune.early_stopping.metric")
 
     def read_scales(self) -> dict[str, float]:
         """Return the largest value of each metric that has one."""
@@ -120,7 +106,7 @@ class Sample:
 
     def is_lower_better(self, name: str) -> bool:
         """Return whether a model is better with less of a metric."""
-        return name == LOSS or "lower is better" in self.task.meanings[name]
+        return self.task.is_lower_better(name)
 
     def describe(self) -> dict[str, Any]:
         """Return everything that decides what the points are, besides the model."""

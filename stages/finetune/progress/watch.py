@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from stages.common.artifacts import reports
 from stages.common.errors import InputError
 from stages.common.params.loading import Params
 from stages.common.records import Row
 from stages.common.task.kinds import read_task
 from stages.finetune.progress.early_stopping import EarlyStopping
 from stages.finetune.progress.validation import Sample, draw_sample
+
+VALIDATION = reports("finetune") / "validation.csv"
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +24,13 @@ class Watch:
 
     Attributes:
         every: the share of the training between two points.
+        live: file that has the points while they come; None: they are in the result only.
     """
 
     sample: Sample
     every: float
     stopping: EarlyStopping | None = None
+    live: Path | None = None
 
     def describe(self) -> dict[str, Any]:
         """Return everything that decides what is asked and when training stops."""
@@ -72,7 +78,8 @@ def plan_watch(
             )
         return None
     if stopping is None:
-        return Watch(sample, settings.validate_every)
+        return Watch(sample, settings.validate_every, live=VALIDATION)
     sample.check_metric(stopping.metric)
     lower = sample.is_lower_better(stopping.metric)
-    return Watch(sample, settings.validate_every, EarlyStopping(stopping.metric, stopping.patience, lower))
+    early = EarlyStopping(stopping.metric, stopping.patience, lower)
+    return Watch(sample, settings.validate_every, early, VALIDATION)
