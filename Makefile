@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # All but gpu: vLLM's pins conflict with ours, and it has its own environment.
-LOCKED_EXTRAS := --extra core --extra serve --extra postgres --extra monitor --extra embeddings --extra dev
+LOCKED_EXTRAS := --extra core --extra serve --extra postgres --extra monitor --extra sweep --extra embeddings --extra dev
 # --no-compile: half of the time. Python compiles what is imported, when it is.
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint requirements.lock --editable
 
@@ -27,7 +27,7 @@ SERVE_EXTRAS := serve
 # One more than the cores, up to four: a fifth of the time a fast test waits for a server or a process.
 WORKERS := import os; print(min(4, 1 + (os.cpu_count() or 1)))
 
-.PHONY: help init run serve watch retrain demo parity bento test test-slow test-all test-vllm lint format docs lock check-wheels check-pythons up schedule check-params clean
+.PHONY: help init run serve watch retrain sweep demo parity bento test test-slow test-all test-vllm lint format docs lock check-wheels check-pythons up schedule check-params clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -79,6 +79,9 @@ watch: $(VENV)/.core ## test the traffic for drift once; retrain if it has drift
 retrain: $(VENV)/.core $(VENV)/.$(SERVE_EXTRAS) ## train a candidate on production feedback; promote it if it is better
 	@perennial retrain
 
+sweep: $(VENV)/.core $(VENV)/.sweep ## train with other values of finetune, compare them on the validation rows
+	@perennial sweep
+
 demo: $(VENV)/.core $(VENV)/.$(SERVE_EXTRAS) ## run the whole loop on generated traffic: drift, retraining, gate, canary, promotion (20 minutes to an hour and a half)
 	@perennial demo
 
@@ -118,10 +121,15 @@ $(VENV)/.$(SERVE_EXTRAS): pyproject.toml requirements.lock | $(BIN)/python
 	@$(INSTALL) '.[$(SERVE_EXTRAS)]'
 	@touch $@
 
+$(VENV)/.sweep: pyproject.toml requirements.lock | $(BIN)/python
+	@echo "installing what a sweep needs (a few seconds) …"
+	@$(INSTALL) '.[sweep]'
+	@touch $@
+
 $(VENV)/.dev: pyproject.toml requirements.lock | $(BIN)/python
 	@echo "installing what training, serving and development need (a few minutes the first time) …"
-	@$(INSTALL) '.[core,serve,postgres,monitor,dev]'
-	@touch $@ $(VENV)/.core $(VENV)/.serve
+	@$(INSTALL) '.[core,serve,postgres,monitor,sweep,dev]'
+	@touch $@ $(VENV)/.core $(VENV)/.serve $(VENV)/.sweep
 
 # The clients' pins exclude the project's, so they have an environment of their own.
 .venv-clients/.installed: tests/clients/requirements.lock | $(VENV)/.dev

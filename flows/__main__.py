@@ -18,7 +18,7 @@ import typer
 from stages.common.errors import InputError
 
 # A package that only this extra of pyproject.toml installs.
-MARKERS = {"core": "prefect", "serve": "bentoml", "monitor": "mlflow"}
+MARKERS = {"core": "prefect", "serve": "bentoml", "monitor": "mlflow", "sweep": "optuna"}
 # What every checkout has, and every command reads or writes next to.
 CHECKOUT = ("params.yaml", "dvc.yaml")
 
@@ -76,6 +76,7 @@ COMMANDS = {
         Command(
             "retrain", "flows.retrain", "Train, judge and release a candidate.", ("core", "serve", "monitor")
         ),
+        Command("sweep", "flows.sweep", "Try other values of finetune and compare them.", ("core", "sweep")),
         Command("gate", "flows.gate", "Judge a candidate against the champion.", ("core", "serve")),
         Command(
             *("release", "flows.release", "Show or change which versions are served.", ("core", "serve")),

@@ -25,6 +25,7 @@ TOGETHER = {
         "flows/common/test_notifications.py",
         "flows/watch/test_watch_run.py",
         "flows/test_deployments.py",
+        "flows/sweep/test_sweep_run.py",
     ),
     "the packaged conversations": (
         "stages/common/sources/home_tools/test_collect.py",

@@ -82,7 +82,7 @@ def type_words(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
     if typing.get_origin(annotation) is tuple:
         return f"list of {type_words(typing.get_args(annotation)[0])}"
     names = {int: "integer", float: "number", str: "text", bool: "true · false", type(None): "null"}
-    word = names.get(annotation, "mapping")
+    word = "value" if annotation is Any else names.get(annotation, "mapping")
     return word if word in ("null", "mapping") else " ".join([word, *bounds(metadata)])
 
 

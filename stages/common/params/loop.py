@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from typing_extensions import override
@@ -167,6 +167,50 @@ class RetrainFlow(Section):
     canary: CanarySettings
 
 
+class TriedValues(Section):
+    """Which values of one key are tried: these choices, or a range."""
+
+    choices: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
+    low: int | float | None = None
+    high: int | float | None = None
+    log: bool = False
+
+    def find_problem(self) -> str | None:
+        """Return why no value can be drawn from it, or None."""
+        if self.choices is not None:
+            if self.low is not None or self.high is not None or self.log:
+                return "has choices and a range; keep one of them"
+            repeated = [value for at, value in enumerate(self.choices) if value in self.choices[:at]]
+            return f"has the choice {repeated[0]!r} twice" if repeated else None
+        if self.low is None or self.high is None:
+            return "needs low and high, or choices"
+        if self.low > self.high:
+            return f"low ({self.low}) is above high ({self.high})"
+        if self.log and self.low <= 0:
+            return f"low ({self.low}) must be above 0 where log is true"
+        return None
+
+
+class SweepFlow(Section):
+    """Which trainings a sweep compares."""
+
+    space: Annotated[dict[str, TriedValues], Field(min_length=1)]
+    metric: Annotated[str, Field(min_length=1)]
+    trials: PositiveCount
+    timeout_minutes: Positive | None = None
+    sampler: Literal["tpe", "random"]
+    pruner: Literal["median", "none"]
+    startup_trials: PositiveCount
+    warmup_points: Count
+    seed: Count
+
+    @override
+    def find_conflicts(self) -> Iterator[tuple[str, str]]:
+        for key, tried in self.space.items():
+            if problem := tried.find_problem():
+                yield "space", f"{key} {problem}"
+
+
 class Tracking(Section):
     """Where experiments and versions are kept."""
 
@@ -197,6 +241,7 @@ class Flows(Section):
     training: TrainingFlow
     watch: WatchFlow
     retrain: RetrainFlow
+    sweep: SweepFlow
     tracking: Tracking
     notify: Notify
     pages: Pages

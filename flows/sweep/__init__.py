@@ -1,0 +1,1 @@
+"""The sweep flow: trainings with other values of `finetune`, compared on the validation rows."""
