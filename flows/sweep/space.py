@@ -111,7 +111,8 @@ def encode_current(section: Mapping[str, Any], space: Space) -> dict[str, Any] |
     """
     drawn: dict[str, Any] = {}
     for key, tried in space.items():
-        value = section[key.partition(".")[2]]
+        # Points change nothing that is learned.
+        value = list_ends(tried)[0] if key == POINTS else section[key.partition(".")[2]]
         if tried.choices is not None:
             if encode_choice(value) not in map(encode_choice, tried.choices):
                 return None

@@ -100,6 +100,12 @@ def test_the_present_values_are_drawn_first_if_the_space_has_them():
     section = load_params(PARAMS).finetune.model_dump(mode="json")
     inside = space(rank={"choices": (8, 16)}, learning_rate={"low": 0.001, "high": 0.01})
     assert encode_current(section, inside) == {"finetune.rank": "16", "finetune.learning_rate": 0.003}
+    shipped = encode_current(section, load_params(PARAMS).flows.sweep.space)
+    assert shipped == {
+        "finetune.learning_rate": 0.003,
+        "finetune.rank": "16",
+        "finetune.validate_every": "0.2",
+    }
     assert encode_current(section, space(rank={"choices": (8, 32)})) is None
     assert encode_current(section, space(learning_rate={"low": 0.01, "high": 0.1})) is None
 
