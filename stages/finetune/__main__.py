@@ -44,6 +44,7 @@ from stages.finetune.checkpoints import CHECKPOINTS, remove_other_runs
 from stages.finetune.devices.group import compute_on_hosts, count_processes, is_main
 from stages.finetune.devices.workers import run_on_devices
 from stages.finetune.objectives.data import read_training_data
+from stages.finetune.objectives.rewards import check_compared
 from stages.finetune.plots import plot_loss
 from stages.finetune.progress.cost import Prices
 from stages.finetune.progress.watch import VALIDATION, plan_watch
@@ -152,6 +153,8 @@ def train_adapter() -> None:
         watch,
         Prices(**everything.flows.training.model_dump(include=set(Prices.__dataclass_fields__))),
     )
+    if recipe.method == "grpo":
+        check_compared([point.figures for point in result.curve])
     if not is_main():
         return
 

@@ -52,6 +52,13 @@ class Recipe:
     beta: float
     desirable_weight: float
     undesirable_weight: float
+    distill: str
+    teacher_weight: float
+    temperature: float
+    group_size: int
+    rewards: Mapping[str, float]
+    kl_weight: float
+    epsilon: float
     labels: tuple[str, ...] = ()  # of the task, for the method head
 
 

@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from stages.common.artifacts import write_text
 from stages.finetune.progress.cost import Cost
 from stages.finetune.progress.validation import ValidationPoint
 
+FIGURE = "figure_"  # before the name of an objective's figure in the Trainer's history
 # Weight of the past in the running mean: about the last 20 updates.
 KEEP = 0.95
 
 
 @dataclass(frozen=True, slots=True)
 class LossPoint:
-    """One update: its mean loss per answer token, and the learning rate it used."""
+    """One update: its mean loss (per answer token, or by the objective), and the learning rate it used.
+
+    Attributes:
+        figures: what the objective saw in it, by name.
+    """
 
     step: int
     loss: float
     learning_rate: float
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +97,7 @@ class TrainingResult:
                 {"step": point.step, "loss": point.loss, **point.metrics} for point in self.validation
             ],
             "kept_step": self.kept_step,
+            **({"figures": figures} if (figures := summarise_figures(self.curve)) else {}),
             **({"held_out": self.held_out} if self.held_out is not None else {}),
             "train_tokens": self.train_tokens,
             "answer_tokens": self.answer_tokens,
@@ -107,9 +115,30 @@ def write_loss_csv(curve: Sequence[LossPoint], path: Path) -> None:
     """Write the loss curve as CSV, one update a line, for DVC's plots."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["step", "loss", "learning_rate"])
-    writer.writerows([p.step, f"{p.loss:.6f}", f"{p.learning_rate:.6e}"] for p in curve)
+    names = list(curve[0].figures) if curve else []
+    writer.writerow(["step", "loss", "learning_rate", *names])
+    writer.writerows(
+        [p.step, f"{p.loss:.6f}", f"{p.learning_rate:.6e}", *(f"{p.figures[name]:.6f}" for name in names)]
+        for p in curve
+    )
     write_text(path, text.getvalue())
+
+
+def read_figures(entry: Mapping[str, Any]) -> dict[str, float]:
+    """Return the figures of the objective in an entry of a Trainer's history."""
+    return {name.removeprefix(FIGURE): value for name, value in entry.items() if name.startswith(FIGURE)}
+
+
+def summarise_figures(curve: Sequence[LossPoint]) -> dict[str, dict[str, float]]:
+    """Return the mean of each figure over the first and the last tenth of the updates."""
+    tenth = max(1, len(curve) // 10)
+    return {
+        name: {
+            "first": fmean(point.figures[name] for point in curve[:tenth]),
+            "last": fmean(point.figures[name] for point in curve[-tenth:]),
+        }
+        for name in (curve[0].figures if curve else ())
+    }
 
 
 def write_validation_csv(points: Sequence[ValidationPoint], path: Path) -> None:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from stages.finetune.checkpoints import (
     mark_complete,
 )
 from stages.finetune.devices.group import count_processes, gather, get_rank, is_main, wait_for_all
-from stages.finetune.objectives.protocol import Batch, Objective, make_idle
+from stages.finetune.objectives.protocol import Batch, Objective, Start, make_idle
 from stages.finetune.progress.asking import Validation
 from stages.finetune.progress.cost import Prices
 from stages.finetune.progress.divergence import BatchLoss, check_final_loss, check_update, check_weights
@@ -46,7 +47,7 @@ from stages.finetune.progress.meter import Meter
 from stages.finetune.progress.validation import read_attention, read_points
 from stages.finetune.progress.watch import Watch
 from stages.finetune.recipe import Recipe
-from stages.finetune.result import LossPoint, TrainingResult
+from stages.finetune.result import FIGURE, LossPoint, TrainingResult, read_figures
 from stages.finetune.shared_prefix import Layout, lay_out
 from stages.finetune.speedups import speed_up_training
 
@@ -87,6 +88,12 @@ class PlannedTrainer(Trainer):
         path = Path(resume_from_checkpoint) / REPLACED.weights
         put_weights(self.model, read_weights(path), path)
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log an update with the figures of the objective: in the history, they are in every checkpoint."""
+        if "loss" in logs:
+            logs = logs | {f"{FIGURE}{name}": value for name, value in self.objective.take_figures().items()}
+        super().log(logs, start_time)
+
     def compute_loss(
         self,
         model: Any,
@@ -100,7 +107,8 @@ class PlannedTrainer(Trainer):
         """
         assert num_items_in_batch is not None  # Trainer counts the labels
         batch: Batch = inputs["batch"].to(model.device)
-        own = self.objective.compute_loss(model, batch)
+        place = self.state.global_step, len(self.batch_losses)
+        own = self.objective.compute_loss(model, replace(batch, place=place))
         mean: Tensor = own * self.accelerator.num_processes / num_items_in_batch
         self.batch_losses.append(BatchLoss(batch.rows, mean.detach()))
         if self.meter:
@@ -207,7 +215,7 @@ def train(
         batch = objective.collate(items[0] or [shortest], arrange)
         return _inputs(batch if items[0] else make_idle(batch))
 
-    objective.prepare(model, plan, arrange, checkpoints)
+    objective.prepare(model, Start(plan, arrange, checkpoints, attention))
 
     validation_points = (
         Validation(watch, len(tokens_of_step), attention, checkpoints, sizes[0]) if watch else None
@@ -246,7 +254,7 @@ def train(
     held_out = objective.measure(model, arrange)
     return TrainingResult(
         curve=[
-            LossPoint(entry["step"], entry["loss"], entry["learning_rate"])
+            LossPoint(entry["step"], entry["loss"], entry["learning_rate"], read_figures(entry))
             for entry in trainer.state.log_history
             if "loss" in entry
         ],

@@ -23,6 +23,8 @@ LORA_NAMES = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}
 OBJECTIVE_NAMES = {
     "dpo": "Direct Preference Optimization (DPO), on pairs of a better and a worse answer",
     "orpo": "Odds Ratio Preference Optimization (ORPO), on pairs of a better and a worse answer",
+    "distill": "distillation of a teacher",
+    "grpo": "Group Relative Policy Optimization (GRPO), from rewards by the checks of its own answers",
     "kto": "Kahneman-Tversky Optimization (KTO), on answers that people rated",
 }
 PROMPT_NAMES = {"prompt_tuning": "prompt tuning", "prefix_tuning": "prefix tuning"}

@@ -38,7 +38,6 @@ from stages.common.chat.template import read_answer_frame, writes_date
 from stages.common.chat.turns import unroll
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage, show_progress
-from stages.common.model.adapter import describe_missing_start
 from stages.common.model.loading import (
     count_context_tokens,
     count_parameters,
@@ -69,9 +68,8 @@ from stages.preflight.changed_text import describe_text
 from stages.preflight.finetune_checks import (
     Training,
     count_checkpoint_bytes,
-    describe_high_rate,
     find_finetune_problems,
-    has_no_start,
+    list_warnings,
 )
 from stages.preflight.languages import (
     MIN_SHARE,
@@ -341,12 +339,10 @@ def main() -> None:
     )
     write_json(folder / "metrics.json", evidence)
     report_findings(evidence, misfits, over_limit, limit)
-    if warning := describe_high_rate(params.finetune):
+    for warning in list_warnings(params.finetune):
         logger.warning("%s", warning)
     if preferences:
         logger.info("%s", describe_preferences(preferences))
-    if has_no_start(params.finetune):
-        logger.warning("%s", describe_missing_start(params.finetune.method))
     if stated and languages and (unstated := list_unstated(stated, languages)):
         logger.warning(
             "%d%% or more of the rows seem to be in each of %s, which model_card.language does not name: %s",

@@ -17,14 +17,23 @@ from stages.common.model.adapter import (
     PROMPT_METHODS,
     REPLACED_METHODS,
     STARTED_METHODS,
+    describe_missing_start,
     find_files,
     find_start,
 )
 from stages.common.model.label_head import count_head_weights
-from stages.common.model.loading import make_empty, pick_device, pick_dtype, read_position_limit
+from stages.common.model.loading import (
+    count_parameters,
+    load_tokenizer,
+    make_empty,
+    pick_device,
+    pick_dtype,
+    read_position_limit,
+)
 from stages.common.model.nf4 import NF4_BYTES, check_nf4
 from stages.common.model.replaced import check_not_quantized, measure_reach, select_weights
 from stages.common.model.targets import ALL_LINEAR, check_rank, check_targets
+from stages.common.model.teacher import check_same_tokens, find_teacher
 from stages.common.model.virtual_tokens import check_count, check_init_text, check_keys, count_values
 
 if TYPE_CHECKING:
@@ -122,7 +131,11 @@ def find_finetune_problems(
 ) -> tuple[Training | None, list[InputError]]:
     """Return what is trained, and why it cannot be, or not from the adapter or the text to start from."""
     training, problems = find_method_problems(config, finetune, labels)
-    others = [*find_adapter_problems(finetune, labels), *find_init_problems(tokenizer, finetune)]
+    others = [
+        *find_adapter_problems(finetune, labels),
+        *find_init_problems(tokenizer, finetune),
+        *find_teacher_problems(finetune, tokenizer),
+    ]
     return training, problems + others
 
 
@@ -191,6 +204,30 @@ def find_init_problems(tokenizer: Any, finetune: Finetune) -> list[InputError]:
     return []
 
 
+def find_teacher_problems(finetune: Finetune, tokenizer: Any) -> list[InputError]:
+    """Return why the teacher of a distillation cannot teach this base model; it is fetched if need be."""
+    if finetune.method != "distill" or finetune.teacher is None:
+        return []
+    try:
+        folder = find_teacher(finetune.teacher)
+        if finetune.distill == "logits":
+            check_same_tokens(load_tokenizer(folder), tokenizer, finetune.teacher)
+    except InputError as error:
+        return [error]
+    device = pick_device()
+    needed = count_parameters(folder) * pick_dtype(device, finetune.dtype).itemsize
+    has = measure_memory(device.type)
+    if needed <= has:
+        return []
+    return [
+        InputError(
+            f"the weights of the teacher {finetune.teacher} take {format_bytes(needed)}, and this machine "
+            f"has {format_bytes(has)} of memory",
+            "choose a smaller teacher",
+        )
+    ]
+
+
 def describe_high_rate(finetune: Finetune) -> str | None:
     """Return a warning where the learning rate is one for adapters that learn answers, as of lora."""
     if finetune.learning_rate <= HIGH_RATE:
@@ -206,6 +243,12 @@ def describe_high_rate(finetune: Finetune) -> str | None:
         f"finetune.learning_rate is {finetune.learning_rate:g}, a rate for adapters: with finetune.method "
         f"{finetune.method} the loss will probably diverge; 0.00005 is a usual start"
     )
+
+
+def list_warnings(finetune: Finetune) -> list[str]:
+    """Return what is allowed and will probably go wrong."""
+    missing = [describe_missing_start(finetune.method)] if has_no_start(finetune) else []
+    return [*filter(None, [describe_high_rate(finetune)]), *missing]
 
 
 def has_no_start(finetune: Finetune) -> bool:

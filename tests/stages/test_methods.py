@@ -38,6 +38,7 @@ METHODS = {
     "dpo": {},
     "orpo": {},
     "kto": {},
+    "distill": {"finetune__teacher": "artifacts/fetch_base"},
 }
 # Without weights that a GGUF could hold: transformers judges and serves them.
 UNMERGED = {

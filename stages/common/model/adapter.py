@@ -27,15 +27,16 @@ from typing import Any, Protocol
 from stages.common.artifacts import artifacts, atomic_write, read_json, reports, write_json, write_text
 from stages.common.errors import InputError
 
-PREFERENCE_METHODS = ("dpo", "orpo", "kto")  # other objectives: what they train is an adapter of lora
-STARTED_METHODS = ("dpo", "kto")  # which move a model that has learned the answers away from bad ones
-PLAIN_METHODS = ("lora", "qlora", *PREFERENCE_METHODS)  # whose adapters are those of lora
+PREFERENCE_METHODS = ("dpo", "orpo", "kto")
+OTHER_OBJECTIVES = (*PREFERENCE_METHODS, "distill", "grpo")  # what they train is an adapter of lora
+STARTED_METHODS = ("dpo", "kto", "grpo")  # which improve a model that has learned the answers
+PLAIN_METHODS = ("lora", "qlora", *OTHER_OBJECTIVES)  # whose adapters are those of lora
 LORA_METHODS = ("rslora", "dora", *PLAIN_METHODS)
 PROMPT_METHODS = ("prompt_tuning", "prefix_tuning")  # which learn virtual tokens before the text
 PEFT_METHODS = (*LORA_METHODS, *PROMPT_METHODS)  # whose adapters peft loads
 REPLACED_METHODS = ("full", "partial")  # which train weights of the base model itself
 HEAD = "head"  # which trains a new output layer over the labels of the task
-VLLM_METHODS = ("lora", "rslora", "qlora", *PREFERENCE_METHODS)  # whose adapters vLLM loads
+VLLM_METHODS = ("lora", "rslora", "qlora", *OTHER_OBJECTIVES)  # whose adapters vLLM loads
 MERGED_METHODS = (*LORA_METHODS, *REPLACED_METHODS)  # whose result is weights, as a GGUF has them
 
 ORIGIN = "origin.json"
@@ -331,8 +332,8 @@ def describe_missing_start(method: str) -> str:
     """Return a warning where a method that improves a trained model starts from the base model."""
     return (
         f"finetune.method: {method} starts from the base model, which has not learned the answers: it may "
-        "only make bad ones less likely. Train with method: lora first, and start from its adapter "
-        f"(copy it to {FOLDER}), unless the base model is tuned already; orpo learns both at once"
+        "only make bad ones less likely, or never be right. Train with method: lora first, and start from "
+        f"its adapter (copy it to {FOLDER}), unless the base model is tuned already; orpo learns both at once"
     )
 
 

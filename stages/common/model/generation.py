@@ -114,7 +114,7 @@ def answer_questions(
                 on_progress(len(answers))
                 continue
             losses = _reference_losses(model, prefilled, [questions[i].reference for i in batch])
-            written = _greedy(model, prefilled, ends, max_new_tokens)
+            written = _write(model, prefilled, ends, max_new_tokens, _choose_likeliest)
         for i, loss, ids in zip(batch, losses, written, strict=True):
             complete = bool(ids) and ids[-1] in ends
             ids = ids[:-1] if complete else ids
@@ -122,6 +122,32 @@ def answer_questions(
             answers[i] = Answer(text, len(ids), complete, loss)
         on_progress(len(answers))
     return [answers[i] for i in range(len(questions))]
+
+
+def sample_answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    temperature: float,
+    generator: torch.Generator,
+) -> list[list[int]]:
+    """Return an answer to each prompt, drawn by the model's probabilities, up to its end of turn or cut.
+
+    Args:
+        prompts: asked together.
+        max_new_tokens: where an answer is cut.
+        generator: on the model's device; equal states give equal answers.
+    """
+    import torch
+
+    def draw(logits: torch.Tensor) -> torch.Tensor:
+        shares = torch.softmax(logits.float() / temperature, dim=-1)
+        return torch.multinomial(shares, 1, generator=generator)[:, 0]
+
+    with torch.no_grad():
+        state = _prefill(model, prompts, tokenizer.pad_token_id)
+        return _write(model, state, end_of_turn_ids(tokenizer), max_new_tokens, draw)
 
 
 def measure_latencies(answer: Callable[[EvalPrompt], object], questions: Sequence[EvalPrompt]) -> list[float]:
@@ -300,15 +326,29 @@ def _nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return losses.cpu().double()  # in this order: Metal has no float64
 
 
-def _greedy(model: Any, state: _Prefilled, ends: Sequence[int], max_new_tokens: int) -> list[list[int]]:
-    """Return what each row writes, up to and with an end of turn or up to the limit."""
+def _choose_likeliest(logits: torch.Tensor) -> torch.Tensor:
+    return logits.argmax(dim=-1)
+
+
+def _write(
+    model: Any,
+    state: _Prefilled,
+    ends: Sequence[int],
+    max_new_tokens: int,
+    choose: Callable[[torch.Tensor], torch.Tensor],
+) -> list[list[int]]:
+    """Return what each row writes, up to and with an end of turn or up to the limit.
+
+    Args:
+        choose: returns the next token of each row, from logits of shape (rows, words).
+    """
     import torch
 
     written: list[list[int]] = [[] for _ in range(len(state.mask))]
     rows = list(range(len(written)))
     logits = state.logits
     for step in range(max_new_tokens):
-        tokens = logits.argmax(dim=-1)
+        tokens = choose(logits)
         for row, token in zip(rows, tokens.tolist(), strict=True):
             written[row].append(token)
         still = [place for place, row in enumerate(rows) if written[row][-1] not in ends]

@@ -41,6 +41,8 @@ Method = Literal[
     "dpo",
     "orpo",
     "kto",
+    "distill",
+    "grpo",
 ]
 
 
@@ -49,6 +51,14 @@ class EarlyStopping(Section):
 
     metric: Annotated[str, Field(min_length=1)]
     patience: PositiveCount
+
+
+class Rewards(Section):
+    """What a sampled answer is worth that passes a check."""
+
+    valid: NotNegative = 0.25
+    schema_: NotNegative = Field(default=0.25, alias="schema")
+    match: NotNegative = 1.0
 
 
 class Finetune(Section):
@@ -72,6 +82,14 @@ class Finetune(Section):
     prompt_tuning_init: Literal["random", "sample_vocab", "text"] = "random"
     prompt_tuning_init_text: Annotated[str, Field(min_length=1)] | None = None
     prefix_tuning_init: Literal["random", "zero"] = "random"
+    teacher: Annotated[str, Field(min_length=1)] | None = None
+    distill: Literal["logits", "answers"] = "logits"
+    teacher_weight: Share = 0.5
+    temperature: Positive = 1.0
+    group_size: Annotated[int, Field(ge=2)] = 8
+    rewards: Rewards = Rewards()
+    kl_weight: NotNegative = 0.0
+    epsilon: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     learning_rate: Positive
     schedule: Literal["cosine", "linear", "constant"]
     warmup_fraction: Share
@@ -102,6 +120,12 @@ class Finetune(Section):
                 f"must be 0 with method: {self.method}, which compares the probability of answers between "
                 "model and reference, or between answers: dropout would be noise in it",
             )
+        if self.method == "grpo" and self.dropout:
+            yield "dropout", "must be 0 with method: grpo, whose answers are sampled without it"
+        if self.method == "grpo" and not any(self.rewards.model_dump().values()):
+            yield "rewards", "are all 0: no answer would be better than another"
+        if self.method == "distill" and self.teacher is None:
+            yield "teacher", "must be set with method: distill: a folder with a model, or a hub id"
         if self.method == "kto" and self.batch_size < 2:
             yield (
                 "batch_size",

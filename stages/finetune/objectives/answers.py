@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from stages.common.chat.template import Encoded
 from stages.finetune.answer_loss import cross_entropy_sum
-from stages.finetune.objectives.protocol import Arrange, Batch
+from stages.finetune.objectives.protocol import Arrange, Batch, Start
 
 
 class Answers:
@@ -27,7 +26,7 @@ class Answers:
         """Return the sequences of rows."""
         return [self.sequences[row] for row in rows]
 
-    def prepare(self, model: Any, plan: Sequence[Sequence[int]], arrange: Arrange, folder: Path) -> None:
+    def prepare(self, model: Any, start: Start) -> None:
         """Do nothing: the loss needs only the model as it is at each update."""
 
     def collate(self, rows: Sequence[int], arrange: Arrange) -> Batch:
@@ -38,6 +37,10 @@ class Answers:
     def compute_loss(self, model: Any, batch: Batch) -> Tensor:
         """Return the sum of the negative log-probabilities of the answers' tokens."""
         return cross_entropy_sum(batch.layout.answer_logits(model), batch.layout.targets)
+
+    def take_figures(self) -> dict[str, float]:
+        """Return nothing: the loss is all that there is to log."""
+        return {}
 
     def measure(self, model: Any, arrange: Arrange) -> None:
         """Return None: what there is to measure of answers, the loss of the validation rows, always is."""

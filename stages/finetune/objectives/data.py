@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from stages.common.artifacts import artifacts, missing
@@ -14,6 +15,8 @@ from stages.common.chat.fitting import (
     Misfit,
     count_reasons,
     describe_misfits,
+    encode_fitting,
+    limit_answer,
     select_misfits,
     suggest_for_long,
 )
@@ -21,11 +24,15 @@ from stages.common.chat.preferences import Pair, RatedAnswer, encode_pairs, enco
 from stages.common.chat.template import Encoded
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, show_progress
-from stages.common.model.adapter import PREFERENCE_METHODS, InitialAdapter
+from stages.common.model.adapter import InitialAdapter
+from stages.common.model.loading import load_tokenizer
+from stages.common.model.teacher import check_same_tokens, describe_teacher, find_teacher
 from stages.common.params.loading import Params
 from stages.common.records import Row, read_rows
 from stages.common.spool import join, pick, view
+from stages.common.task.kinds import read_task
 from stages.finetune.batches import encode_rows, select_rows
+from stages.finetune.objectives.rewards import make_checks
 
 if TYPE_CHECKING:
     from stages.finetune.objectives.protocol import Objective
@@ -82,11 +89,14 @@ def read_training_data(
     Raises:
         InputError: there is nothing to train on, or a row is too long and `on_long_row` is `stop`.
     """
-    if everything.finetune.method not in PREFERENCE_METHODS:
-        return _read_answers(everything, tokenizer, rows, initial, limit, labels)
-    if everything.finetune.method == "kto":
+    method = everything.finetune.method
+    if method in ("dpo", "orpo"):
+        return _read_pairs(everything, tokenizer, rows, validation, limit)
+    if method == "kto":
         return _read_ratings(everything, tokenizer, rows, validation, limit)
-    return _read_pairs(everything, tokenizer, rows, validation, limit)
+    if method == "grpo":
+        return _read_prompts(everything, tokenizer, rows, limit)
+    return _read_answers(everything, tokenizer, rows, initial, limit)
 
 
 def _read_answers(
@@ -101,17 +111,90 @@ def _read_answers(
     trained_ids = initial.read_trained_ids() if initial else frozenset()
     selected = select_rows(rows, initial, trained_ids, params.replay_share, params.seed)
     turns = everything.task.turns
+    not_replayed = len(rows) - len(selected)
+    teacher = find_teacher(params.teacher) if params.method == "distill" and params.teacher else None
+    report: dict[str, Any] = {"teacher": params.teacher} if teacher else {}
+    if teacher and params.distill == "answers":
+        from stages.finetune.objectives.teaching import replace_answers
+
+        tokens = everything.ask_base.max_new_tokens
+        selected, left_out = replace_answers(teacher, selected, read_task(), tokens, params.dtype)
+        report["teacher_answers_left_out"] = dict(left_out)
+        if left_out:
+            logger.warning("answers of the teacher that are not learned: %s", dict(left_out))
     examples, row_ids, misfits = encode_rows(
         tokenizer, selected, params.max_length, params.on_long_row, turns, limit, labels
     )
+    compares = teacher is not None and params.distill == "logits"
+    if teacher and compares:
+        check_same_tokens(load_tokenizer(teacher), tokenizer, str(params.teacher))
 
     def make_objective() -> Objective:
         from stages.finetune.objectives.answers import Answers
 
-        return Answers(examples)
+        if not (teacher and compares):
+            return Answers(examples)
+        from stages.finetune.objectives.distillation import Distillation
+        from stages.finetune.objectives.teaching import load_teacher
 
+        model, pad = load_teacher(teacher, params.dtype), tokenizer.pad_token_id
+        return Distillation(examples, model, pad, params.teacher_weight, params.temperature)
+
+    marks = describe_teacher(teacher) if teacher else ()
     learned = len(selected) - len(misfits)
-    return TrainingData(examples, row_ids, learned, len(rows) - len(selected), misfits, make_objective)
+    return TrainingData(examples, row_ids, learned, not_replayed, misfits, make_objective, marks, report)
+
+
+def _read_prompts(everything: Params, tokenizer: Any, rows: Sequence[Row], limit: int) -> TrainingData:
+    params, task = everything.finetune, read_task()
+    fitting, misfits = encode_fitting(tokenizer, rows, limit, _follow(rows))
+    _check_long(misfits, params.on_long_row, params.max_length, limit)
+    longest = max((example.learned_count for _, example in fitting), default=0)
+    room = limit_answer(longest, everything.ask_base.max_new_tokens)
+    # A sampled answer can be as long as any reference.
+    asked = [number for number, (_, example) in enumerate(fitting) if example.prompt_length + room <= limit]
+    if not asked:
+        raise InputError(
+            f"none of {len(rows)} prompts leaves room for an answer of {room} tokens within {limit}",
+            "raise finetune.max_length, or lower ask_base.max_new_tokens",
+        )
+    if len(asked) < len(fitting):
+        logger.warning(
+            "%d prompts are not asked: with an answer of %d tokens they exceed %d",
+            len(fitting) - len(asked),
+            room,
+            limit,
+        )
+    pairs = pick(fitting, asked)
+    prompts, examples = view(pairs, itemgetter(0)), view(pairs, itemgetter(1))
+    checks = make_checks(task, [row.answer for row in rows], params.rewards.model_dump(by_alias=True))
+
+    def make_objective() -> Objective:
+        from stages.finetune.objectives.groups import Groups
+
+        return Groups(
+            prompts,
+            examples,
+            tokenizer,
+            checks,
+            group_size=params.group_size,
+            limit=room,
+            temperature=params.temperature,
+            kl_weight=params.kl_weight,
+            epsilon=params.epsilon,
+            seed=params.seed,
+        )
+
+    return TrainingData(
+        examples,
+        view(prompts, lambda row: row.id),
+        len(asked),
+        0,
+        misfits,
+        make_objective,
+        {"task": task.describe(), "schema": checks.schema, "tokens": room},
+        {"prompts_without_room": len(fitting) - len(asked)},
+    )
 
 
 def _read_pairs(

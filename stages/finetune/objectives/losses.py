@@ -51,6 +51,44 @@ def orpo_losses(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
     return -chosen - beta * logsigmoid(log_odds)
 
 
+def compare_in_groups(rewards: Tensor, size: int) -> Tensor:
+    """Return how much better each answer is than its group: (reward - mean) / (standard deviation + 1e-4).
+
+    Where all of a group are alike, none is better: nothing is learned from it.
+
+    Args:
+        rewards: shape (groups * size,), those of each group together.
+    """
+    groups = rewards.float().view(-1, size)
+    spread = groups.std(dim=1, keepdim=True)
+    return ((groups - groups.mean(dim=1, keepdim=True)) / (spread + 1e-4)).flatten()
+
+
+def grpo_losses(
+    new: Tensor,
+    old: Tensor,
+    advantages: Tensor,
+    epsilon: float,
+    reference: Tensor | None = None,
+    kl_weight: float = 0.0,
+) -> Tensor:
+    """Return -min(r A, clip(r, 1 - epsilon, 1 + epsilon) A) + w KL of each token, with r = new / old.
+
+    Equation 3 of Shao et al. 2024, DeepSeekMath (arXiv 2402.03300), with its estimate of the divergence from
+    the reference (equation 4), which is never negative.
+
+    Args:
+        new, old, reference: log-probabilities of the tokens, shape (tokens,).
+        advantages: of the answer of each token.
+    """
+    ratio = torch.exp(new - old)
+    clipped = ratio.clamp(1 - epsilon, 1 + epsilon)
+    losses = -torch.minimum(ratio * advantages, clipped * advantages)
+    if reference is None:
+        return losses
+    return losses + kl_weight * (torch.exp(reference - new) - (reference - new) - 1)
+
+
 def log1mexp(x: Tensor) -> Tensor:
     """Return log(1 - exp(x)) for x <= 0, exact near 0 and far from it.
 

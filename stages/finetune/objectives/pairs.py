@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import attrgetter
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from stages.common.spool import join, view
 from stages.finetune.batches import plan_batches
 from stages.finetune.objectives.log_probabilities import compute_log_probabilities
 from stages.finetune.objectives.losses import dpo_losses, orpo_losses
-from stages.finetune.objectives.protocol import Arrange, Batch
+from stages.finetune.objectives.protocol import Arrange, Batch, Start
 from stages.finetune.objectives.reference import (
     keep_scores,
     list_first_epoch,
@@ -61,21 +60,21 @@ class Pairs:
         """Return the better and the worse answer of each row."""
         return _list_answers(self.pairs, rows)
 
-    def prepare(self, model: Any, plan: Sequence[Sequence[int]], arrange: Arrange, folder: Path) -> None:
+    def prepare(self, model: Any, start: Start) -> None:
         """Compute the reference's log-probabilities of all pairs."""
         switch_off_dropout(model)
-        batches = list_first_epoch(plan, len(self.pairs)) if self.has_reference else []
+        batches = list_first_epoch(start.plan, len(self.pairs)) if self.has_reference else []
         lengths = [len(pair.chosen.input_ids) for pair in self.held_out]
-        self._held_out_batches = plan_batches(lengths, max(map(len, plan)), 1, 0)
+        self._held_out_batches = plan_batches(lengths, max(map(len, start.plan)), 1, 0)
 
         def compute() -> dict[str, list[Any]]:
-            scores = score_batches(model, batches, self.list_sequences, arrange)
+            scores = score_batches(model, batches, self.list_sequences, start.arrange)
             return {
                 "learned": order_by_row(batches, list(map(_pair_up, scores))),
-                "held_out": self._score_held_out(model, arrange),
+                "held_out": self._score_held_out(model, start.arrange),
             }
 
-        found = keep_scores(folder, compute)
+        found = keep_scores(start.folder, compute)
         if self.has_reference:
             self._reference = torch.tensor(found["learned"]).view(-1, 2)
         self._before = [(chosen, rejected) for chosen, rejected in found["held_out"]]
@@ -98,6 +97,10 @@ class Pairs:
         learned = torch.tensor(batch.learned).to(found)
         chosen, rejected = (found / learned).view(-1, 2).unbind(1)
         return orpo_losses(chosen, rejected, self.beta).sum()
+
+    def take_figures(self) -> dict[str, float]:
+        """Return nothing: the loss is all that there is to log."""
+        return {}
 
     def measure(self, model: Any, arrange: Arrange) -> dict[str, Any]:
         """Return the preference accuracy and the rewards on the pairs that were held out."""

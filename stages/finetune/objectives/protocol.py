@@ -17,6 +17,22 @@ Arrange = Callable[[Sequence[Encoded]], Layout]  # as the trainer lays out the s
 
 
 @dataclass(frozen=True, slots=True)
+class Start:
+    """What an objective gets before the first update.
+
+    Attributes:
+        plan: the batches of the whole training, as numbers of rows.
+        folder: of the checkpoints, where something can be kept for a process that resumes.
+        attention: by which the model attends without the training's own.
+    """
+
+    plan: Sequence[Sequence[int]]
+    arrange: Arrange
+    folder: Path
+    attention: str
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """Rows of a batch (of several processes: of this one's share), laid out.
 
@@ -26,6 +42,7 @@ class Batch:
         learned: how many tokens are learned of each of them.
         units: one element for each thing over which the loss is averaged, such as tokens or pairs.
         others: further sequences, without gradients.
+        place: the update that the batch is for, and its number in that update.
     """
 
     rows: Sequence[int]
@@ -33,6 +50,7 @@ class Batch:
     learned: tuple[int, ...]
     units: Tensor
     others: Layout | None = None
+    place: tuple[int, int] = (0, 0)
 
     def to(self, device: torch.device) -> Batch:
         """Return the same batch on a device."""
@@ -57,13 +75,8 @@ class Objective(Protocol):
         """Return the sequences of rows through which gradients go."""
         ...
 
-    def prepare(self, model: Any, plan: Sequence[Sequence[int]], arrange: Arrange, folder: Path) -> None:
-        """Compute what is needed of the model as it is before the first update.
-
-        Args:
-            plan: the batches of the whole training, as numbers of rows.
-            folder: of the checkpoints, where it is kept.
-        """
+    def prepare(self, model: Any, start: Start) -> None:
+        """Compute what is needed of the model as it is before the first update."""
         ...
 
     def collate(self, rows: Sequence[int], arrange: Arrange) -> Batch:
@@ -72,6 +85,10 @@ class Objective(Protocol):
 
     def compute_loss(self, model: Any, batch: Batch) -> Tensor:
         """Return the sum of the losses of a batch over its units."""
+        ...
+
+    def take_figures(self) -> dict[str, float]:
+        """Return what was seen in the update that is done, by name; it is logged beside the loss."""
         ...
 
     def measure(self, model: Any, arrange: Arrange) -> dict[str, Any] | None:

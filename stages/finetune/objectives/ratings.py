@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import attrgetter
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from stages.finetune.batches import plan_batches
 from stages.finetune.devices.group import gather
 from stages.finetune.objectives.log_probabilities import compute_log_probabilities, sum_log_probabilities
 from stages.finetune.objectives.losses import kto_losses
-from stages.finetune.objectives.protocol import Arrange, Batch
+from stages.finetune.objectives.protocol import Arrange, Batch, Start
 from stages.finetune.objectives.reference import (
     keep_scores,
     list_first_epoch,
@@ -64,23 +63,25 @@ class Ratings:
         """Return the sequences of rows."""
         return [self.sequences[row] for row in rows]
 
-    def prepare(self, model: Any, plan: Sequence[Sequence[int]], arrange: Arrange, folder: Path) -> None:
+    def prepare(self, model: Any, start: Start) -> None:
         """Compute the reference's log-probabilities of all answers, and of those of other prompts."""
         switch_off_dropout(model)
-        batches = list_first_epoch(plan, len(self.answers))
+        batches = list_first_epoch(start.plan, len(self.answers))
         self._partners = choose_partners(batches, [one.row.group for one in self.answers])
         lengths = [len(one.answer.input_ids) for one in self.held_out]
-        self._held_out_batches = plan_batches(lengths, max(map(len, plan)), 1, 0)
+        self._held_out_batches = plan_batches(lengths, max(map(len, start.plan)), 1, 0)
 
         def compute() -> dict[str, list[Any]]:
-            others = score_batches(model, batches, self._list_others, arrange)
+            others = score_batches(model, batches, self._list_others, start.arrange)
             return {
-                "learned": order_by_row(batches, score_batches(model, batches, self.list_sequences, arrange)),
+                "learned": order_by_row(
+                    batches, score_batches(model, batches, self.list_sequences, start.arrange)
+                ),
                 "others": order_by_row(batches, others),
-                "held_out": self._score_held_out(model, arrange),
+                "held_out": self._score_held_out(model, start.arrange),
             }
 
-        found = keep_scores(folder, compute)
+        found = keep_scores(start.folder, compute)
         self._reference = torch.tensor(found["learned"])
         self._others_reference, self._before = found["others"], found["held_out"]
 
@@ -100,6 +101,10 @@ class Ratings:
         ratios = found - self._reference[rows].to(found)
         is_desirable = self._is_desirable[rows].to(found.device)
         return kto_losses(ratios, is_desirable, divergence, self.beta, self.weights).sum()
+
+    def take_figures(self) -> dict[str, float]:
+        """Return nothing: the loss is all that there is to log."""
+        return {}
 
     def measure(self, model: Any, arrange: Arrange) -> dict[str, Any]:
         """Return how well rewards separate good from bad answers, on those that were held out."""

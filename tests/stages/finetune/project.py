@@ -58,6 +58,8 @@ def make_project(folder, count=40, **changes):
     write_rows(folder / "artifacts" / "split" / "train.parquet", rows(count, with_pairs=with_pairs))
     write_rows(folder / "artifacts" / "split" / "validation.parquet", rows(8, 1000, with_pairs))
     write_rows(folder / "artifacts" / "split" / "refused.parquet", [])
+    if changes.get("method") == "distill":
+        save_model(folder / str(changes["teacher"]), seed=3)
     write_json(folder / "artifacts" / "curate" / "task.json", {"kind": "json", "label_key": None})
     params = yaml.safe_load((REPO / "params.yaml").read_text())
     params["finetune"].update({**SETTINGS, **changes})

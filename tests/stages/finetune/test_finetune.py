@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 
+from stages.common.artifacts import write_json
 from stages.common.errors import InputError
 from stages.common.model.adapter import read_trained_ids
 from stages.common.records import read_rows, write_rows
@@ -88,6 +89,7 @@ def test_two_runs_write_the_same_bytes(project):
         {"method": "dpo", "gradient_accumulation": 2, "epochs": 2},
         {"method": "orpo"},
         {"method": "kto"},
+        {"method": "distill", "teacher": "teacher"},
     ],
 )
 def test_a_run_killed_in_the_middle_ends_with_the_adapter_of_an_unbroken_run(
@@ -118,12 +120,22 @@ def test_the_memory_that_is_estimated_is_that_of_the_process(project):
 
 
 @pytest.mark.slow
-def test_a_run_that_went_on_from_an_adapter_and_is_killed_ends_as_an_unbroken_one(tmp_path, monkeypatch):
-    unbroken = make_project(tmp_path / "unbroken", 160, dropout=0.1)
+@pytest.mark.parametrize(
+    "settings",
+    [{"dropout": 0.1}, {"method": "grpo", "group_size": 4, "kl_weight": 0.1, "gradient_accumulation": 2}],
+)
+def test_a_run_that_went_on_from_an_adapter_and_is_killed_ends_as_an_unbroken_one(
+    tmp_path, monkeypatch, settings
+):
+    unbroken = make_project(tmp_path / "unbroken", 160, epochs=2)
     monkeypatch.chdir(unbroken)
     main()
     put_own_adapter(unbroken)
-    killed = make_project(tmp_path / "killed", 160, dropout=0.1)
+    started = adapter(unbroken)
+    change_finetune(unbroken, **settings)
+    killed = make_project(tmp_path / "killed", 160, epochs=2, **settings)
+    for one in (unbroken, killed):  # any text is an answer, so that some of the samples are worth something
+        write_json(one / "artifacts/curate/task.json", {"kind": "text"})
     for folder in ("artifacts/initial_adapter", "reports/fetch_base"):
         shutil.copytree(unbroken / folder, killed / folder)
     main()
@@ -132,7 +144,9 @@ def test_a_run_that_went_on_from_an_adapter_and_is_killed_ends_as_an_unbroken_on
     main()
     assert evidence(killed)["started_from"] == "0123456789ab"
     assert evidence(killed) == evidence(unbroken)
-    assert adapter(killed) == adapter(unbroken)
+    assert adapter(killed) == adapter(unbroken) != started
+    if "figures" in evidence(killed):  # there was something to learn from
+        assert evidence(killed)["figures"]["compared"]["last"] > 0
 
 
 def test_training_goes_on_from_the_adapter_in_the_folder(project):

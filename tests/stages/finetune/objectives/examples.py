@@ -2,12 +2,17 @@
 
 from stages.common.chat.preferences import Pair, RatedAnswer
 from stages.common.chat.template import Encoded
+from stages.finetune.objectives.protocol import Start
 from stages.finetune.shared_prefix import lay_out
 from tests.stages.finetune.project import rows
 
 
 def arrange(sequences):
     return lay_out(sequences, 1, share_prefix=False)
+
+
+def start(folder, plan=((0, 1), (2,))):
+    return Start(plan, arrange, folder, "sdpa")
 
 
 def answer(prompt, *tokens):

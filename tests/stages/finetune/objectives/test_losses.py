@@ -5,8 +5,16 @@ import math
 import pytest
 import torch
 
+from stages.finetune.objectives.distillation import distillation_sum
 from stages.finetune.objectives.log_probabilities import log_probabilities, sum_log_probabilities
-from stages.finetune.objectives.losses import dpo_losses, kto_losses, log1mexp, orpo_losses
+from stages.finetune.objectives.losses import (
+    compare_in_groups,
+    dpo_losses,
+    grpo_losses,
+    kto_losses,
+    log1mexp,
+    orpo_losses,
+)
 from tests.stages.finetune.objectives.examples import arrange, make_pairs
 from tests.tiny import make_model
 
@@ -53,6 +61,40 @@ def test_orpo_adds_the_odds_ratio_to_the_answer_loss():
     odds = math.log((0.5 / 0.5) / (0.2 / 0.8))
     found = orpo_losses(torch.tensor([chosen]), torch.tensor([rejected]), 0.3)
     assert found.item() == pytest.approx(-chosen - 0.3 * math.log(sigmoid(odds)))
+
+
+def test_answers_are_compared_with_those_of_their_group():
+    found = compare_in_groups(torch.tensor([1.0, 0.0, 3.0, 3.0]), 2)
+    assert found.tolist() == pytest.approx(
+        [0.5 / (0.5**0.5 + 1e-4), -0.5 / (0.5**0.5 + 1e-4), 0, 0], abs=1e-5
+    )
+
+
+def test_grpo_clips_the_ratio_where_it_would_gain_by_it_and_adds_the_divergence():
+    new, old = torch.tensor([0.5, 0.5, 0.0]), torch.zeros(3)
+    found = grpo_losses(new, old, torch.tensor([2.0, -2.0, 2.0]), 0.2)
+    assert found.tolist() == pytest.approx([-1.2 * 2, math.exp(0.5) * 2, -2.0])
+    divergence = grpo_losses(new, new, torch.zeros(3), 0.2, old, 0.1)
+    assert divergence.tolist() == pytest.approx([0.1 * (math.exp(-0.5) + 0.5 - 1)] * 2 + [0.0])
+
+
+def test_distillation_is_the_divergence_from_the_teacher_and_the_answer_loss():
+    logits, taught = torch.randn(300, 11, requires_grad=True), torch.randn(300, 9)
+    targets, weight, temperature = torch.randint(11, (300,)), 0.3, 2.0
+    divergence = torch.nn.functional.kl_div(
+        torch.log_softmax(logits[:, :9] / temperature, dim=-1),
+        torch.log_softmax(taught / temperature, dim=-1),
+        log_target=True,
+        reduction="sum",
+    )
+    answers = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    expected = weight * temperature**2 * divergence + (1 - weight) * answers
+    (expected_gradient,) = torch.autograd.grad(expected, logits)
+    leaf = logits.detach().clone().requires_grad_()
+    found = distillation_sum(leaf * 1.0, taught, targets, weight, temperature)
+    torch.testing.assert_close(found, expected)
+    (gradient,) = torch.autograd.grad(found, leaf)
+    torch.testing.assert_close(gradient, expected_gradient)
 
 
 def test_a_certain_answer_has_a_finite_loss_and_gradient():

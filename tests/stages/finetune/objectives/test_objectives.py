@@ -12,10 +12,8 @@ from stages.finetune.objectives.protocol import make_idle
 from stages.finetune.objectives.ratings import Ratings, choose_partners
 from stages.finetune.objectives.reference import FILE
 from stages.finetune.objectives.summary import summarise_pairs, summarise_ratings
-from tests.stages.finetune.objectives.examples import arrange, make_pairs, make_ratings
+from tests.stages.finetune.objectives.examples import arrange, make_pairs, make_ratings, start
 from tests.tiny import make_model
-
-PLAN = [[0, 1], [2]]
 
 
 def make(kind):
@@ -32,7 +30,7 @@ def make(kind):
 def test_the_loss_of_a_batch_is_the_sum_of_that_of_its_rows(tmp_path, kind):
     """Of kto up to the divergence, which is the batch's: it is none where the model is the reference."""
     model, objective = make_model(1), make(kind)
-    objective.prepare(model, PLAN, arrange, tmp_path)
+    objective.prepare(model, start(tmp_path))
     both = objective.compute_loss(model, objective.collate([0, 1], arrange))
     each = [objective.compute_loss(model, objective.collate([row], arrange)) for row in (0, 1)]
     torch.testing.assert_close(both, each[0] + each[1])
@@ -42,7 +40,7 @@ def test_the_loss_of_a_batch_is_the_sum_of_that_of_its_rows(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["answers", "dpo", "orpo", "kto"])
 def test_a_process_without_a_row_computes_along_and_learns_nothing(tmp_path, kind):
     model, objective = make_model(1).train(), make(kind)
-    objective.prepare(model, PLAN, arrange, tmp_path)
+    objective.prepare(model, start(tmp_path))
     idle = make_idle(objective.collate([0], arrange))
     assert (idle.rows, len(idle.units)) == ([], 0)
     if kind == "kto":  # another process has the rows of which the divergence is the mean
@@ -56,25 +54,25 @@ def test_a_process_without_a_row_computes_along_and_learns_nothing(tmp_path, kin
 
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
 def test_the_reference_is_the_model_that_training_starts_from(tmp_path, kind):
-    start, objective, again = make_model(1), make(kind), make(kind)
-    objective.prepare(start, PLAN, arrange, tmp_path)
+    first, objective, again = make_model(1), make(kind), make(kind)
+    objective.prepare(first, start(tmp_path))
     batch = objective.collate([0, 1], arrange)
     at_start = {"dpo": 2 * 0.693147, "kto": 2 * 0.5}[kind]
-    assert objective.compute_loss(start, batch).item() == pytest.approx(at_start, abs=1e-5)
+    assert objective.compute_loss(first, batch).item() == pytest.approx(at_start, abs=1e-5)
     assert abs(objective.compute_loss(make_model(2), batch).item() - at_start) > 1e-3
     # A process that resumes takes what was kept, whatever the model is by then.
-    again.prepare(make_model(2), PLAN, arrange, tmp_path)
+    again.prepare(make_model(2), start(tmp_path))
     torch.testing.assert_close(
         again.compute_loss(make_model(3), batch), objective.compute_loss(make_model(3), batch), rtol=0, atol=0
     )
     (tmp_path / FILE).write_text('{"learned": [')
-    again.prepare(start, PLAN, arrange, tmp_path)
+    again.prepare(first, start(tmp_path))
     assert json.loads((tmp_path / FILE).read_text())["learned"]
 
 
 def test_dropout_of_the_base_model_is_no_part_of_a_reward(tmp_path):
     model, objective = make_model(1, "gpt2", n_embd=16, n_layer=2, n_head=2, n_positions=64), make("dpo")
-    objective.prepare(model, PLAN, arrange, tmp_path)
+    objective.prepare(model, start(tmp_path))
     loss = objective.compute_loss(model.train(), objective.collate([0, 1, 2], arrange))
     assert loss.item() == pytest.approx(3 * 0.693147, abs=1e-5)
 
@@ -89,7 +87,7 @@ def test_a_prompt_gets_the_answer_of_another_one_and_a_batch_keeps_its_answers()
 
 def test_another_answer_is_no_longer_than_the_longest_row(tmp_path):
     objective = make("kto")
-    objective.prepare(make_model(1), PLAN, arrange, tmp_path)
+    objective.prepare(make_model(1), start(tmp_path))
     others = objective._list_others([0, 1, 2])
     assert max(len(one.input_ids) for one in others) <= max(objective.lengths)
     assert all(one.learned_count >= 1 for one in others)

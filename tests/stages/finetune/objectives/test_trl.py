@@ -8,7 +8,7 @@ import torch
 from stages.finetune.objectives.losses import orpo_losses
 from stages.finetune.objectives.pairs import Pairs
 from stages.finetune.objectives.ratings import Ratings
-from tests.stages.finetune.objectives.examples import arrange, make_pairs, make_ratings
+from tests.stages.finetune.objectives.examples import arrange, make_pairs, make_ratings, start
 from tests.tiny import make_model, make_tokenizer
 
 pytestmark = pytest.mark.slow  # trl and datasets take seconds to import
@@ -62,7 +62,7 @@ def test_dpo(tmp_path):
     )
     theirs = trainer.compute_loss(model, inputs)
     objective = Pairs(pairs, [], 0.3, has_reference=True)
-    objective.prepare(make_model(2), [[0, 1, 2]], arrange, tmp_path)
+    objective.prepare(make_model(2), start(tmp_path, [[0, 1, 2]]))
     check_equal(model, theirs, objective, [0, 1, 2])
 
 
@@ -89,7 +89,7 @@ def test_kto(tmp_path):
     )
     objective = Ratings(ratings, [], 0.3, (1.2, 0.7))
     plan = [list(range(len(ratings)))]
-    objective.prepare(make_model(2), plan, arrange, tmp_path)
+    objective.prepare(make_model(2), start(tmp_path, plan))
     others = objective._list_others(plan[0])
     inputs = DataCollatorForUnpairedPreference(pad_token_id=1)(
         [

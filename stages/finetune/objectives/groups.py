@@ -1,0 +1,174 @@
+"""Learn from rewards of the model's own answers, compared in groups of one prompt (method grpo).
+
+Shao et al. 2024, DeepSeekMath (arXiv 2402.03300), section 4. Every group is sampled by the model as it is at
+the update that learns from it, so the ratio of the new to the old policy is 1 at each update and its clipping
+never cuts; what is sampled follows from the seed, the update and the process, so that a run that resumes
+samples the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stages.common.chat.calls import read_answer
+from stages.common.chat.template import Encoded, end_of_turn_ids
+from stages.common.model.generation import sample_answers
+from stages.common.model.replaced import list_trained
+from stages.common.records import Row
+from stages.finetune.devices.group import gather, get_rank
+from stages.finetune.objectives.log_probabilities import log_probabilities
+from stages.finetune.objectives.losses import compare_in_groups, grpo_losses
+from stages.finetune.objectives.protocol import Arrange, Batch, Start
+from stages.finetune.objectives.reference import switch_off_dropout
+from stages.finetune.objectives.rewards import CHECKS, COMPARED, Checks
+from stages.finetune.progress.validation import attending
+
+
+class Groups:
+    """As many sampled answers a row as a group has; the loss is averaged over the answers.
+
+    Args:
+        rows: with the references; examples: their token ids.
+        limit: tokens after which an answer is cut.
+        kl_weight: of the divergence from the start; with 0 it is not computed.
+        epsilon: by which the ratio of the policies may differ from 1.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        examples: Sequence[Encoded],
+        tokenizer: Any,
+        checks: Checks,
+        group_size: int,
+        limit: int,
+        temperature: float,
+        kl_weight: float,
+        epsilon: float,
+        seed: int,
+    ) -> None:
+        self.rows, self.tokenizer, self.checks = rows, tokenizer, checks
+        self.sequences_of_row, self.limit, self.temperature = group_size, limit, temperature
+        self.kl_weight, self.epsilon, self.seed = kl_weight, epsilon, seed
+        self._prompts = [example.input_ids[: example.prompt_length] for example in examples]
+        self.sequences: Sequence[Encoded] = [
+            Encoded(prompt + [tokenizer.pad_token_id] * limit, len(prompt)) for prompt in self._prompts
+        ]
+        # What an answer will be is not known: the reference's length stands for it.
+        self.lengths: Sequence[int] = [group_size * len(example.input_ids) for example in examples]
+        self.learned_counts: Sequence[int] = [group_size * example.learned_count for example in examples]
+        self._start: dict[str, Tensor] = {}
+        self._arrange: Arrange
+        self._attention = ""
+        self._figures: list[dict[str, float]] = []
+
+    def list_sequences(self, rows: Sequence[int]) -> list[Encoded]:
+        """Return as many sequences of the greatest length as will be sampled."""
+        return [self.sequences[row] for row in rows for _ in range(self.sequences_of_row)]
+
+    def prepare(self, model: Any, start: Start) -> None:
+        """Keep the weights that training starts from, where the divergence from them counts."""
+        switch_off_dropout(model)
+        self._arrange, self._attention = start.arrange, start.attention
+        if self.kl_weight:
+            self._start = {name: weight.detach().clone() for name, weight in list_trained(model).items()}
+
+    def collate(self, rows: Sequence[int], arrange: Arrange) -> Batch:
+        """Return the prompts of rows; their answers do not exist before the update."""
+        layout = arrange([Encoded([*self._prompts[row], 0], len(self._prompts[row])) for row in rows])
+        return Batch(rows, layout, (), torch.zeros(len(rows) * self.sequences_of_row))
+
+    def compute_loss(self, model: Any, batch: Batch) -> Tensor:
+        """Sample a group for each prompt of a batch, and return the sum of the losses of the answers."""
+        if not batch.rows:
+            return batch.layout.answer_logits(model).sum()
+        answers = self._sample(model, batch)
+        rewards = self._reward(batch.rows, answers)
+        advantages = compare_in_groups(torch.tensor(rewards), self.sequences_of_row).to(batch.units.device)
+        sequences = [
+            Encoded([*self._prompts[row], *tokens], len(self._prompts[row]))
+            for row, group in zip(batch.rows, answers, strict=True)
+            for tokens in group
+        ]
+        layout = self._arrange(sequences).to(batch.units.device)
+        lengths = [one.learned_count for one in sequences]
+        reference = None
+        if self.kl_weight:
+            with torch.no_grad(), self._at_start(model):
+                reference = log_probabilities(layout.answer_logits(model), layout.targets)
+        found = log_probabilities(layout.answer_logits(model), layout.targets)
+        each = grpo_losses(
+            found,
+            found.detach(),
+            advantages.repeat_interleave(torch.tensor(lengths, device=found.device)),
+            self.epsilon,
+            reference,
+            self.kl_weight,
+        )
+        return torch.stack([part.mean() for part in each.split(lengths)]).sum()
+
+    def take_figures(self) -> dict[str, float]:
+        """Return the mean reward of the update, and the share of answers that passed each check.
+
+        `compared` is the share of groups whose answers differ in worth, which alone teach something.
+        """
+        found = [figures for share in gather(self._figures) for figures in share]
+        self._figures = []
+        return {name: fmean(figures[name] for figures in found) for name in ("reward", *CHECKS, COMPARED)}
+
+    def measure(self, model: Any, arrange: Arrange) -> None:
+        """Return None: the validation rows are asked of every method."""
+        return
+
+    def _sample(self, model: Any, batch: Batch) -> list[list[list[int]]]:
+        """Return the answers of the group of each row, as token ids with their end of turn."""
+        update, part = batch.place
+        own = getattr(model, "module", model)  # of several processes each samples by itself
+        generator = torch.Generator(own.device)
+        generator.manual_seed(hash((self.seed, update, part, get_rank())) % 2**63)
+        prompts = [self._prompts[row] for row in batch.rows for _ in range(self.sequences_of_row)]
+        was_training = own.training
+        own.eval()
+        with attending(own, self._attention):
+            found = sample_answers(own, self.tokenizer, prompts, self.limit, self.temperature, generator)
+        own.train(was_training)
+        size = self.sequences_of_row
+        return [found[first : first + size] for first in range(0, len(found), size)]
+
+    def _reward(self, rows: Sequence[int], answers: Sequence[Sequence[list[int]]]) -> list[float]:
+        ends = end_of_turn_ids(self.tokenizer)
+        rewards = []
+        for number, group in zip(rows, answers, strict=True):
+            row = self.rows[number]
+            texts = [
+                read_answer(self.tokenizer, tokens[:-1], bool(row.tools)) if tokens[-1] in ends else None
+                for tokens in group
+            ]
+            passed = [self.checks.run(row, text) for text in texts]
+            own = [self.checks.weigh(one) for one in passed]
+            is_compared = float(max(own) != min(own))
+            self._figures += [
+                {"reward": reward, **one, COMPARED: is_compared}
+                for reward, one in zip(own, passed, strict=True)
+            ]
+            rewards += own
+        return rewards
+
+    @contextmanager
+    def _at_start(self, model: Any) -> Iterator[None]:
+        """Give the model the weights that training started from inside the block."""
+        trained = list_trained(getattr(model, "module", model))
+        now = {name: weight.detach().clone() for name, weight in trained.items()}
+        try:
+            for name, weight in trained.items():
+                weight.data.copy_(self._start[name])
+            yield
+        finally:
+            for name, weight in trained.items():
+                weight.data.copy_(now[name])
