@@ -96,7 +96,7 @@ def read_training_data(
         return _read_ratings(everything, tokenizer, rows, validation, limit)
     if method == "grpo":
         return _read_prompts(everything, tokenizer, rows, limit)
-    return _read_answers(everything, tokenizer, rows, initial, limit)
+    return _read_answers(everything, tokenizer, rows, initial, limit, labels)
 
 
 def _read_answers(
