@@ -180,7 +180,7 @@ def _reason_against_vllm(base: Path | None, adapter: Path | None) -> str | None:
         return "the model's safetensors are missing"
     method = read_settings(adapter)["method"] if adapter is not None else None
     if method is not None and method not in VLLM_METHODS:
-        return f"vLLM loads adapters of the methods {' and '.join(VLLM_METHODS)}, and this is one of {method}"
+        return f"vLLM loads adapters of the methods {', '.join(VLLM_METHODS)}, and this is one of {method}"
     return None
 
 

@@ -18,8 +18,9 @@ from stages.common.privacy.redaction import hash_name
 
 logger = get_logger("events")
 
-# Stages whose artifacts have rows, and those whose reports quote some.
+# Artifacts that have rows, those that learned from them, and reports that quote some.
 _WITH_ROWS = ("collect", "curate", "split", "preflight", "ask_base", "evaluate")
+_LEARNED = ("finetune", "export", "compress", "initial_adapter")
 _THAT_QUOTE = ("validate", "preflight", "evaluate", "model_card")
 
 # Where else it may be, with what removes it there.
@@ -29,8 +30,9 @@ NOT_REACHED = (
         "rows made of feedback; the next retraining writes them from the events that are left",
     ),
     (
-        ", ".join(str(artifacts(stage)) for stage in _WITH_ROWS),
-        "rows, rejected rows, long rows and answers; the next training writes them again",
+        f"{', '.join(str(artifacts(stage)) for stage in _WITH_ROWS)}, {Path('checkpoints') / 'teacher'} and"
+        f" {STATE / 'sweep'}",
+        "rows, rejected rows, long rows and answers; the next training or sweep writes them again",
     ),
     (
         f"{STATE / 'tests'}/*.parquet and {STATE / 'gate'}/*/answers.json",
@@ -38,7 +40,7 @@ NOT_REACHED = (
         " the files that have one: a champion without its file is judged on the candidate's test rows",
     ),
     (
-        f"{artifacts('finetune')}, {artifacts('export')}, {artifacts('initial_adapter')},"
+        f"{', '.join(str(artifacts(stage)) for stage in _LEARNED)},"
         f" {Path('checkpoints') / 'finetune'}, and the versions in BentoML's model store and in MLflow",
         "weights that learned from the rows, and draft_corpus.npz with rows themselves; train again, then"
         " delete the older versions and checkpoints",

@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from services.engines.support import pick_engine
-from stages.common.artifacts import artifacts, atomic_dir, read_json, reports, write_json, write_lines
+from stages.common.artifacts import (
+    artifacts,
+    atomic_dir,
+    missing,
+    read_json,
+    reports,
+    write_json,
+    write_lines,
+)
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage
 from stages.common.model.exported import CHOSEN, GGUF, SERVING, compute_version, write_serving
@@ -83,6 +91,8 @@ def compare_variants(params: Params, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Make the variants, measure them, and keep the one that is chosen."""
+    if not (artifacts("export") / SERVING).exists():
+        raise missing(artifacts("export") / SERVING)
     params = load_params()
     report = NOTHING
     with atomic_dir(artifacts("compress")) as folder:

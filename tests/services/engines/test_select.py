@@ -60,7 +60,7 @@ def test_what_vllm_cannot_load_is_served_by_transformers_or_refused(machine, tmp
     machine(gpus=1, wheels=("openvino_genai", "vllm"))
     (tmp_path / name).write_text(json.dumps(config))
     assert choose(gpus=1, adapter=tmp_path) == "transformers"
-    with pytest.raises(InputError, match=f"lora and rslora, and this is one of {method}"):
+    with pytest.raises(InputError, match=rf"lora, rslora, .*, and this is one of {method}"):
         choose("vllm", gpus=1, adapter=tmp_path)
     (tmp_path / name).unlink()
     (tmp_path / "adapter_config.json").write_text('{"use_rslora": true}')

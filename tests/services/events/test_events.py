@@ -18,6 +18,7 @@ import yaml
 from sqlalchemy import text
 
 from flows.gate.evaluation import GATE, TESTS
+from flows.sweep.baseline import FOLDER as SWEEP
 from monitoring.feedback.rows import HELD_OUT, ROWS
 from monitoring.workspace import WORKSPACE
 from services.events import (
@@ -430,6 +431,7 @@ def test_nothing_of_a_forgotten_person_is_left_in_the_files(sqlite_url, tmp_path
 
 # What stages and runs write without a text of a user.
 WITHOUT_TEXTS = {"artifacts/fetch_base", "reports/curate/rows.svg", "reports/check_bias/groups.svg"}
+WITHOUT_TEXTS |= {"reports/compress/comparison"}
 WITHOUT_TEXTS |= {f"reports/finetune/{name}" for name in ("loss.svg", "loss.csv", "validation.csv")}
 STATE_WITHOUT_TEXTS = {
     "aliases.json",
@@ -458,7 +460,16 @@ def test_every_place_that_stages_and_runs_write_is_reached_or_named():
     named = {out for out in outs if "/".join(out.split("/")[:2]) in places}
     assert set(outs) - named == WITHOUT_TEXTS & set(outs)
     assert {name for name in names if str(STATE / name) not in places} == STATE_WITHOUT_TEXTS
-    for place in (ROWS, HELD_OUT, WORKSPACE, TESTS, GATE, "checkpoints/finetune", "BentoML's model store"):
+    for place in (
+        ROWS,
+        HELD_OUT,
+        WORKSPACE,
+        TESTS,
+        GATE,
+        "checkpoints/finetune",
+        SWEEP,
+        "BentoML's model store",
+    ):
         assert str(place) in places
 
 
