@@ -200,7 +200,7 @@ def test_when_dvc_alone_is_killed_the_stage_ends_with_it_and_the_flow_says_so(re
 
 @pytest.mark.slow
 def test_a_second_run_waits_for_the_first_and_says_for_whom(retrain):
-    retrain.inject_fault("train-slow", "3")
+    retrain.inject_fault("train-slow", "12")
     first = retrain.start("--until", "train")
     retrain.wait_for("train")
 
@@ -218,7 +218,7 @@ def test_a_second_run_waits_for_the_first_and_says_for_whom(retrain):
 
 @pytest.mark.slow
 def test_a_run_beside_dvc_repro_waits_and_says_for_whom(retrain):
-    retrain.inject_fault("train-slow", "3")
+    retrain.inject_fault("train-slow", "12")
     by_dvc = retrain.start_dvc("repro", "train")
     retrain.wait_for("train")
 
@@ -253,11 +253,13 @@ def test_a_stage_that_meets_another_dvc_waits_for_it(toy):
 
 @pytest.mark.slow
 def test_a_dvc_repro_started_during_a_run_is_refused_by_dvc_and_the_run_goes_on(retrain):
-    retrain.inject_fault("train-slow", "4")
+    retrain.inject_fault("train-waits", "dvc ended")  # however long DVC takes to start
     process = retrain.start()
     retrain.wait_for("train")
 
     by_dvc = retrain.dvc("repro", "--single-item", "train")
+    with (retrain.root / "faults" / "ran").open("a") as ran:
+        ran.write(f"dvc ended {time.time()}\n")
 
     assert by_dvc.returncode != 0 and "is busy" in by_dvc.stderr
     process.communicate(timeout=60)
