@@ -17,7 +17,7 @@ from stages.finetune.shared_prefix import Layout
 _CHUNK = 128
 
 
-def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
+def sum_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the sum of -log softmax(logits)[target] over rows, computed in float32.
 
     Where gradients are wanted the logits are overwritten with theirs, chunk by chunk, so that nothing of
@@ -35,7 +35,7 @@ def compute_loss(model: Any, batch: Layout) -> float:
     """Return the mean loss per answer token of one batch, without gradients."""
     with torch.no_grad():
         batch = batch.to(model.device)
-        return float(cross_entropy_sum(batch.answer_logits(model), batch.targets)) / len(batch.targets)
+        return float(sum_cross_entropy(batch.answer_logits(model), batch.targets)) / len(batch.targets)
 
 
 def compute_mean_loss(model: Any, batches: Iterable[Layout]) -> float | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from stages.common.chat.template import Encoded
-from stages.finetune.answer_loss import cross_entropy_sum
+from stages.finetune.answer_loss import sum_cross_entropy
 from stages.finetune.objectives.protocol import Arrange, Batch, Start
 from stages.finetune.shared_prefix import lay_out
 
@@ -56,10 +56,10 @@ class Distillation:
         """Return the sum of the losses of the answers' tokens."""
         logits, targets = batch.layout.answer_logits(model), batch.layout.targets
         if batch.others is None:  # of a process that computes along
-            return cross_entropy_sum(logits, targets)
+            return sum_cross_entropy(logits, targets)
         with torch.no_grad():
             taught = batch.others.to(self.teacher.device).answer_logits(self.teacher).to(logits.device)
-        return distillation_sum(logits, taught, targets, self.weight, self.temperature)
+        return sum_distillation(logits, taught, targets, self.weight, self.temperature)
 
     def take_figures(self) -> dict[str, float]:
         """Return nothing: the loss is all that there is to log."""
@@ -70,7 +70,7 @@ class Distillation:
         return
 
 
-def distillation_sum(
+def sum_distillation(
     logits: Tensor, taught: Tensor, targets: Tensor, weight: float, temperature: float
 ) -> Tensor:
     """Return the sum over rows of w T² KL(teacher ‖ student) + (1 - w) cross entropy, computed in float32.

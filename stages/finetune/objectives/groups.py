@@ -22,8 +22,8 @@ from stages.common.model.generation import sample_answers
 from stages.common.model.replaced import list_trained
 from stages.common.records import Row
 from stages.finetune.devices.group import gather, get_rank
-from stages.finetune.objectives.log_probabilities import log_probabilities
-from stages.finetune.objectives.losses import compare_in_groups, grpo_losses
+from stages.finetune.objectives.log_probabilities import read_log_probabilities
+from stages.finetune.objectives.losses import compare_in_groups, compute_grpo_losses
 from stages.finetune.objectives.protocol import Arrange, Batch, Start
 from stages.finetune.objectives.reference import switch_off_dropout
 from stages.finetune.objectives.rewards import CHECKS, COMPARED, Checks
@@ -101,9 +101,9 @@ class Groups:
         reference = None
         if self.kl_weight:
             with torch.no_grad(), self._at_start(model):
-                reference = log_probabilities(layout.answer_logits(model), layout.targets)
-        found = log_probabilities(layout.answer_logits(model), layout.targets)
-        each = grpo_losses(
+                reference = read_log_probabilities(layout.answer_logits(model), layout.targets)
+        found = read_log_probabilities(layout.answer_logits(model), layout.targets)
+        each = compute_grpo_losses(
             found,
             found.detach(),
             advantages.repeat_interleave(torch.tensor(lengths, device=found.device)),

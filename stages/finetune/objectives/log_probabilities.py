@@ -27,7 +27,7 @@ def sum_log_probabilities(model: Any, layout: Layout, learned: Sequence[int]) ->
     Returns:
         shape (sequences,).
     """
-    each = log_probabilities(layout.answer_logits(model), layout.targets)
+    each = read_log_probabilities(layout.answer_logits(model), layout.targets)
     if not learned:  # of a process that computes along: a gradient of zero
         return each
     return torch.stack([part.sum() for part in each.split(list(learned))])
@@ -38,10 +38,10 @@ def compute_log_probabilities(model: Any, batch: Batch) -> Tensor:
     return sum_log_probabilities(model, batch.layout, batch.learned)
 
 
-def log_probabilities(logits: Tensor, targets: Tensor) -> Tensor:
+def read_log_probabilities(logits: Tensor, targets: Tensor) -> Tensor:
     """Return log softmax(logits)[target] of each row, computed in float32.
 
-    Where gradients are wanted the logits are overwritten with theirs, as in `cross_entropy_sum`.
+    Where gradients are wanted the logits are overwritten with theirs, as in `sum_cross_entropy`.
 
     Args:
         logits: shape (rows, words), of any float dtype.

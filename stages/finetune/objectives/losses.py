@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 
-def dpo_losses(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+def compute_dpo_losses(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
     """Return -log sigmoid(beta (chosen - rejected)) of each pair.
 
     Equation 7 of Rafailov et al. 2023, Direct Preference Optimization (arXiv 2305.18290).
@@ -21,7 +21,7 @@ def dpo_losses(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
     return -logsigmoid(beta * (chosen - rejected))
 
 
-def kto_losses(
+def compute_kto_losses(
     ratios: Tensor, is_desirable: Tensor, divergence: float, beta: float, weights: tuple[float, float]
 ) -> Tensor:
     """Return w (1 - sigmoid(± beta (ratio - divergence))) of each answer, minus for bad ones.
@@ -39,7 +39,7 @@ def kto_losses(
     return weight * (1 - torch.sigmoid(sign * beta * (ratios - divergence)))
 
 
-def orpo_losses(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+def compute_orpo_losses(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
     """Return -chosen - beta log sigmoid(log odds(chosen) - log odds(rejected)) of each pair.
 
     Equations 6 and 7 of Hong et al. 2024, ORPO (arXiv 2403.07691); the first part is the answer loss.
@@ -64,7 +64,7 @@ def compare_in_groups(rewards: Tensor, size: int) -> Tensor:
     return ((groups - groups.mean(dim=1, keepdim=True)) / (spread + 1e-4)).flatten()
 
 
-def grpo_losses(
+def compute_grpo_losses(
     new: Tensor,
     old: Tensor,
     advantages: Tensor,

@@ -14,7 +14,7 @@ from stages.common.chat.template import Encoded
 from stages.common.spool import join, view
 from stages.finetune.batches import plan_batches
 from stages.finetune.objectives.log_probabilities import compute_log_probabilities
-from stages.finetune.objectives.losses import dpo_losses, orpo_losses
+from stages.finetune.objectives.losses import compute_dpo_losses, compute_orpo_losses
 from stages.finetune.objectives.protocol import Arrange, Batch, Start
 from stages.finetune.objectives.reference import (
     keep_scores,
@@ -93,10 +93,10 @@ class Pairs:
         if self.has_reference:
             reference = self._reference[list(batch.rows)].to(found)
             chosen, rejected = (found.view(-1, 2) - reference).unbind(1)
-            return dpo_losses(chosen, rejected, self.beta).sum()
+            return compute_dpo_losses(chosen, rejected, self.beta).sum()
         learned = torch.tensor(batch.learned).to(found)
         chosen, rejected = (found / learned).view(-1, 2).unbind(1)
-        return orpo_losses(chosen, rejected, self.beta).sum()
+        return compute_orpo_losses(chosen, rejected, self.beta).sum()
 
     def take_figures(self) -> dict[str, float]:
         """Return nothing: the loss is all that there is to log."""

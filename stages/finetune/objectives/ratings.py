@@ -15,7 +15,7 @@ from stages.common.spool import view
 from stages.finetune.batches import plan_batches
 from stages.finetune.devices.group import gather
 from stages.finetune.objectives.log_probabilities import compute_log_probabilities, sum_log_probabilities
-from stages.finetune.objectives.losses import kto_losses
+from stages.finetune.objectives.losses import compute_kto_losses
 from stages.finetune.objectives.protocol import Arrange, Batch, Start
 from stages.finetune.objectives.reference import (
     keep_scores,
@@ -100,7 +100,7 @@ class Ratings:
         rows = list(batch.rows)
         ratios = found - self._reference[rows].to(found)
         is_desirable = self._is_desirable[rows].to(found.device)
-        return kto_losses(ratios, is_desirable, divergence, self.beta, self.weights).sum()
+        return compute_kto_losses(ratios, is_desirable, divergence, self.beta, self.weights).sum()
 
     def take_figures(self) -> dict[str, float]:
         """Return nothing: the loss is all that there is to log."""

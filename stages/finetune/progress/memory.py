@@ -22,7 +22,7 @@ from stages.common.chat.template import Encoded
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, is_full_memory
 from stages.common.machine.memory import format_bytes, read_free_memory, read_held_memory, read_peak_memory
-from stages.finetune.answer_loss import cross_entropy_sum
+from stages.finetune.answer_loss import sum_cross_entropy
 from stages.finetune.devices.group import count_local_processes, count_processes
 from stages.finetune.shared_prefix import Layout, lay_out
 
@@ -158,7 +158,7 @@ class MemoryPlan:
 
         with self._mode, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             moved = batch.to(self.device)
-            loss = cross_entropy_sum(_read_logits(self._model, moved), moved.targets)
+            loss = sum_cross_entropy(_read_logits(self._model, moved), moved.targets)
         del loss
         return sum(size for key, (size, _) in kept.items() if key not in self._own)
 

@@ -11,7 +11,7 @@ from stages.common.chat.turns import unroll
 from stages.common.messages import Message, Tool, ToolCall
 from stages.common.model.generation import answer_questions, encode_questions
 from stages.common.records import make_row
-from stages.finetune.answer_loss import cross_entropy_sum
+from stages.finetune.answer_loss import sum_cross_entropy
 from stages.finetune.shared_prefix import lay_out
 from tests.stages.common.chat.tool_templates import WITH_TOOLS
 from tests.stages.common.chat_templates import make_family_tokenizer
@@ -48,7 +48,7 @@ def test_a_model_that_learned_a_conversation_answers_every_turn_of_it_right(toke
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     model.train()
     for _ in range(250):
-        loss = cross_entropy_sum(batch.answer_logits(model), batch.targets)
+        loss = sum_cross_entropy(batch.answer_logits(model), batch.targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -11,7 +11,7 @@ from stages.common.errors import InputError
 from stages.common.machine.memory import format_bytes, read_free_memory, read_held_memory, read_total_memory
 from stages.finetune.__main__ import main
 from stages.finetune.adapter import build_model
-from stages.finetune.answer_loss import cross_entropy_sum
+from stages.finetune.answer_loss import sum_cross_entropy
 from stages.finetune.devices import group
 from stages.finetune.devices.choice import Place
 from stages.finetune.progress.cost import Cost, Prices
@@ -71,7 +71,7 @@ def test_the_activations_that_are_estimated_are_those_that_autograd_keeps(model,
 
     model.train()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = cross_entropy_sum(batch.answer_logits(model), batch.targets)
+        loss = sum_cross_entropy(batch.answer_logits(model), batch.targets)
     real = sum(size for place, (size, _) in kept.items() if place not in own)
     assert loss.requires_grad
     # Without the faster steps attention is torch's, which keeps a mask where there are values to hide.

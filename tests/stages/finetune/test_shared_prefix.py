@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from stages.common.chat.template import Encoded
-from stages.finetune.answer_loss import cross_entropy_sum
+from stages.finetune.answer_loss import sum_cross_entropy
 from stages.finetune.shared_prefix import can_share_prefix, lay_out, use_shared_prefix
 from tests.stages.families import build_config, build_model
 from tests.tiny import make_model
@@ -22,7 +22,7 @@ def gradients(model):
 
 def loss_and_gradient(model, batch):
     model.zero_grad()
-    loss = cross_entropy_sum(batch.answer_logits(model), batch.targets)
+    loss = sum_cross_entropy(batch.answer_logits(model), batch.targets)
     loss.backward()
     return loss.detach(), gradients(model)
 

@@ -6,7 +6,7 @@ import torch
 from stages.common.chat.template import encode_example
 from stages.common.model.loading import load_tokenizer
 from stages.finetune.adapter import build_model
-from stages.finetune.answer_loss import cross_entropy_sum
+from stages.finetune.answer_loss import sum_cross_entropy
 from stages.finetune.batches import deal_out, plan_batches
 from stages.finetune.shared_prefix import lay_out
 from stages.finetune.speedups import speed_up_training
@@ -51,7 +51,7 @@ def model_and_layout(request, tmp_path):
 
 def gradients(model, layouts):
     model.zero_grad()
-    total = sum(cross_entropy_sum(layout.answer_logits(model), layout.targets) for layout in layouts)
+    total = sum(sum_cross_entropy(layout.answer_logits(model), layout.targets) for layout in layouts)
     total.backward()
     trained = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     return float(total.detach()), trained

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from stages.finetune.objectives.losses import orpo_losses
+from stages.finetune.objectives.losses import compute_orpo_losses
 from stages.finetune.objectives.pairs import Pairs
 from stages.finetune.objectives.ratings import Ratings
 from tests.stages.finetune.objectives.examples import arrange, make_pairs, make_ratings, start
@@ -112,4 +112,4 @@ def test_orpo():
     trainer = SimpleNamespace(beta=0.3, accelerator=SimpleNamespace(device="cpu"))
     chosen, rejected = torch.tensor([-0.5, -2.0, -0.01]), torch.tensor([-1.5, -0.3, -4.0])
     theirs = ORPOTrainer.odds_ratio_loss(trainer, chosen, rejected)[0]
-    torch.testing.assert_close(orpo_losses(chosen, rejected, 0.3), -chosen - theirs)
+    torch.testing.assert_close(compute_orpo_losses(chosen, rejected, 0.3), -chosen - theirs)
