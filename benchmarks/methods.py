@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import machine
+from benchmarks.replay import copy_folder, format_share
 from flows.common.checkout import override_params
 from monitoring.feedback.rows import HELD_OUT
 from stages.common.artifacts import artifacts, read_json, reports
@@ -63,7 +64,7 @@ def main(words: Sequence[str] | None = None) -> int:
         override_params(workspace / "params.yaml", dict(map(read_setting, options.set)))
         head = ("method", "rate", "rows", "s", f"{OLD} test", f"{NEW}, held out", f"likelier of {len(pairs)}")
         sys.stdout.write(f"{machine()}\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}\n")
-        copy(workspace / artifacts("initial_adapter"), workspace / artifacts("finetune"))
+        copy_folder(workspace / artifacts("initial_adapter"), workspace / artifacts("finetune"))
         tell("start", "", "", "", judge(workspace), measure(workspace, pairs))
         for method, rate in product(options.methods, rates):
             override_params(
@@ -94,13 +95,13 @@ def prepare(home: Path, workspace: Path) -> list[Row]:
     if not (home / reports("finetune") / "metrics.json").is_file():
         raise InputError(f"{home} has no trained model", "run make run, or make demo and --home")
     for stage in ("fetch_base", "curate", "split"):
-        copy(home / artifacts(stage), workspace / artifacts(stage))
-    copy(home / reports("fetch_base"), workspace / reports("fetch_base"))
+        copy_folder(home / artifacts(stage), workspace / artifacts(stage))
+    copy_folder(home / reports("fetch_base"), workspace / reports("fetch_base"))
     shutil.copyfile(home / "params.yaml", workspace / "params.yaml")
     override_params(workspace / "params.yaml", SETTINGS)
     initial = read_initial_adapter(home / artifacts("initial_adapter"))
     if initial:
-        copy(home / artifacts("initial_adapter"), workspace / artifacts("initial_adapter"))
+        copy_folder(home / artifacts("initial_adapter"), workspace / artifacts("initial_adapter"))
     else:
         sha256 = str(read_json(home / reports("fetch_base") / "metrics.json").get("sha256"))
         target = workspace / artifacts("initial_adapter")
@@ -175,23 +176,11 @@ def tell(
 ) -> None:
     """Print a line of the table."""
     answers = [
-        f"{percent(right[kind])} of {right[kind]['n']}" if kind in right else "-" for kind in (OLD, NEW)
+        f"{format_share(right[kind])} of {right[kind]['n']}" if kind in right else "-" for kind in (OLD, NEW)
     ]
     cells = [method, rate, rows, seconds, *answers, "-" if likelier is None else f"{100 * likelier:.1f} %"]
     sys.stdout.write(f"| {' | '.join(cells)} |\n")
     sys.stdout.flush()
-
-
-def percent(figures: Mapping[str, float]) -> str:
-    """Return a share with its interval."""
-    value, low, high = (100 * figures[key] for key in ("value", "low", "high"))
-    return f"{value:.1f} % ({low:.1f} to {high:.1f})"
-
-
-def copy(source: Path, target: Path) -> None:
-    """Copy a folder, replacing the one there."""
-    shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(source, target)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -46,7 +46,7 @@ def main(words: Sequence[str] | None = None) -> int:
     rates = options.rates or [load_params(home / "params.yaml").finetune.learning_rate]
     head = ("replay_share", "learning rate", "rows", "training, s", "old test", "new, held out")
     sys.stdout.write(f"{machine()}\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}\n")
-    _copy(home / artifacts("initial_adapter"), workspace / artifacts("finetune"))
+    copy_folder(home / artifacts("initial_adapter"), workspace / artifacts("finetune"))
     tell("before", "", "", "", judged(workspace))
     for share, rate in product(options.shares, rates):
         changes = {"finetune.replay_share": share, "finetune.learning_rate": rate}
@@ -69,8 +69,8 @@ def prepared(home: Path, folder: Path) -> Path:
         raise InputError(f"{home} has seen no retraining", "run make demo")
     make_checkout(home, folder, SETTINGS)
     for stage in ("fetch_base", "curate", "split", "initial_adapter"):
-        _copy(home / artifacts(stage), folder / artifacts(stage))
-    _copy(home / reports("fetch_base"), folder / reports("fetch_base"))
+        copy_folder(home / artifacts(stage), folder / artifacts(stage))
+    copy_folder(home / reports("fetch_base"), folder / reports("fetch_base"))
     prompt = load_params(home / "params.yaml").task.system_prompt
     test = artifacts("split") / "test.parquet"
     # As the pipeline would take them in, had they not been held out.
@@ -101,17 +101,19 @@ def run(workspace: Path, stage: str) -> None:
 
 def tell(share: str, rate: str, rows: str, seconds: str, right: dict[str, Any]) -> None:
     """Print a line of the table."""
-    cells = [f"{_percent(right[kind])} of {right[kind]['n']}" for kind in (OLD, NEW)]
+    cells = [f"{format_share(right[kind])} of {right[kind]['n']}" for kind in (OLD, NEW)]
     sys.stdout.write(f"| {' | '.join([share, rate, rows, seconds, *cells])} |\n")
     sys.stdout.flush()
 
 
-def _percent(figures: dict[str, float]) -> str:
+def format_share(figures: Mapping[str, float]) -> str:
+    """Return a share with its interval."""
     value, low, high = (100 * figures[key] for key in ("value", "low", "high"))
     return f"{value:.1f} % ({low:.1f} to {high:.1f})"
 
 
-def _copy(source: Path, target: Path) -> None:
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy a folder, replacing the one there."""
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target)
 

@@ -17,7 +17,7 @@ from stages.common.model.adapter import (
     InitialAdapter,
     write_trained_ids,
 )
-from stages.finetune.methods.head import build_head, load_head, save_head
+from stages.finetune.methods.head import build_head, load_head
 from stages.finetune.methods.lora import build_lora, load_lora, save_lora
 from stages.finetune.methods.prompt import build_prompt, load_prompt, save_prompt
 from stages.finetune.methods.replaced import build_replaced, load_replaced, save_replaced
@@ -48,7 +48,7 @@ METHODS = {
     **dict.fromkeys(LORA_METHODS, _LORA),
     **dict.fromkeys(PROMPT_METHODS, _PROMPT),
     **dict.fromkeys(REPLACED_METHODS, _REPLACED),
-    HEAD: Method(build_head, load_head, save_head),
+    HEAD: Method(build_head, load_head, save_replaced),
 }
 
 

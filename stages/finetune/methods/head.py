@@ -7,12 +7,10 @@ from typing import Any
 
 from transformers import set_seed
 
-from stages.common.artifacts import write_json
-from stages.common.model.adapter import REPLACED, InitialAdapter, check_settings, list_settings
+from stages.common.model.adapter import InitialAdapter, check_settings, list_settings
 from stages.common.model.label_head import put_head
 from stages.common.model.loading import load_base, pick_device, pick_dtype
-from stages.common.model.replaced import list_trained, put_weights, read_weights, write_weights
-from stages.finetune.methods.lora import check_tensors
+from stages.finetune.methods.replaced import load_replaced
 from stages.finetune.recipe import Recipe
 
 
@@ -33,14 +31,4 @@ def load_head(model: Any, recipe: Recipe, initial: InitialAdapter) -> None:
         InputError: it has other labels, or is of another width.
     """
     check_settings(initial, list_settings(recipe, recipe.labels))
-    path = initial.folder / REPLACED.weights
-    weights = read_weights(path)
-    check_tensors(list_trained(model), weights, initial)
-    put_weights(model, weights, path)
-
-
-def save_head(model: Any, recipe: Recipe, folder: Path) -> None:
-    """Write the layer under the name of the base model's output layer, and its labels."""
-    write_weights(model, folder / REPLACED.weights)
-    config = {"base_model_name_or_path": model.name_or_path, **list_settings(recipe, recipe.labels)}
-    write_json(folder / REPLACED.config, config)
+    load_replaced(model, recipe, initial)

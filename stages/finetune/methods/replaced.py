@@ -74,7 +74,7 @@ def load_replaced(model: Any, _recipe: Recipe, initial: InitialAdapter) -> None:
 
 
 def save_replaced(model: Any, recipe: Recipe, folder: Path) -> None:
-    """Write the trained weights under the base model's names, in float32, and what was trained."""
+    """Write the trained weights under the base model's names, in float32, and the settings of the method."""
     write_weights(model, folder / REPLACED.weights)
-    config = {"base_model_name_or_path": model.name_or_path, **list_settings(recipe)}
+    config = {"base_model_name_or_path": model.name_or_path, **list_settings(recipe, recipe.labels)}
     write_json(folder / REPLACED.config, config)

@@ -12,8 +12,8 @@ from stages.finetune.answer_loss import sum_cross_entropy
 from stages.finetune.objectives.protocol import Arrange, Batch, Start
 
 
-class Answers:
-    """One sequence a row; the loss is averaged over the answers' tokens."""
+class AnswerRows:
+    """One sequence a row, of whose answer each token is learned; what the loss is, a subclass says."""
 
     sequences_of_row = 1
 
@@ -27,16 +27,12 @@ class Answers:
         return [self.sequences[row] for row in rows]
 
     def prepare(self, model: Any, start: Start) -> None:
-        """Do nothing: the loss needs only the model as it is at each update."""
+        """Do nothing: the loss needs only what there is at each update."""
 
     def collate(self, rows: Sequence[int], arrange: Arrange) -> Batch:
         """Lay out rows as a batch."""
         layout = arrange(self.list_sequences(rows))
         return Batch(rows, layout, tuple(self.learned_counts[row] for row in rows), layout.targets)
-
-    def compute_loss(self, model: Any, batch: Batch) -> Tensor:
-        """Return the sum of the negative log-probabilities of the answers' tokens."""
-        return sum_cross_entropy(batch.layout.answer_logits(model), batch.layout.targets)
 
     def take_figures(self) -> dict[str, float]:
         """Return nothing: the loss is all that there is to log."""
@@ -45,3 +41,11 @@ class Answers:
     def measure(self, model: Any, arrange: Arrange) -> None:
         """Return None: what there is to measure of answers, the loss of the validation rows, always is."""
         return
+
+
+class Answers(AnswerRows):
+    """The loss is averaged over the answers' tokens."""
+
+    def compute_loss(self, model: Any, batch: Batch) -> Tensor:
+        """Return the sum of the negative log-probabilities of the answers' tokens."""
+        return sum_cross_entropy(batch.layout.answer_logits(model), batch.layout.targets)

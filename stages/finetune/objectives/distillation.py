@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,14 +12,15 @@ from torch.autograd import Function
 
 from stages.common.chat.template import Encoded
 from stages.finetune.answer_loss import sum_cross_entropy
-from stages.finetune.objectives.protocol import Arrange, Batch, Start
+from stages.finetune.objectives.answers import AnswerRows
+from stages.finetune.objectives.protocol import Arrange, Batch
 from stages.finetune.shared_prefix import lay_out
 
 # Rows of logits widened to float32 at once, as in `answer_loss`.
 _CHUNK = 128
 
 
-class Distillation:
+class Distillation(AnswerRows):
     """One sequence a row; the loss is averaged over the answers' tokens.
 
     Args:
@@ -27,30 +29,17 @@ class Distillation:
         temperature: by which the logits of both models are divided.
     """
 
-    sequences_of_row = 1
-
     def __init__(
         self, examples: Sequence[Encoded], teacher: Any, pad_id: int, weight: float, temperature: float
     ) -> None:
-        self.sequences: Sequence[Encoded] = examples
+        super().__init__(examples)
         self.teacher, self.pad_id = teacher, pad_id
         self.weight, self.temperature = weight, temperature
-        self.lengths: Sequence[int] = [len(example.input_ids) for example in examples]
-        self.learned_counts: Sequence[int] = [example.learned_count for example in examples]
-
-    def list_sequences(self, rows: Sequence[int]) -> list[Encoded]:
-        """Return the sequences of rows."""
-        return [self.sequences[row] for row in rows]
-
-    def prepare(self, model: Any, start: Start) -> None:
-        """Do nothing: the teacher answers at each update, so that its logits need no disk."""
 
     def collate(self, rows: Sequence[int], arrange: Arrange) -> Batch:
         """Lay out rows for the student, and for the teacher as padded rows, which any model reads."""
-        sequences = self.list_sequences(rows)
-        layout = arrange(sequences)
-        learned = tuple(self.learned_counts[row] for row in rows)
-        return Batch(rows, layout, learned, layout.targets, lay_out(sequences, self.pad_id, False))
+        taught = lay_out(self.list_sequences(rows), self.pad_id, False)
+        return replace(super().collate(rows, arrange), others=taught)
 
     def compute_loss(self, model: Any, batch: Batch) -> Tensor:
         """Return the sum of the losses of the answers' tokens."""
@@ -60,14 +49,6 @@ class Distillation:
         with torch.no_grad():
             taught = batch.others.to(self.teacher.device).answer_logits(self.teacher).to(logits.device)
         return sum_distillation(logits, taught, targets, self.weight, self.temperature)
-
-    def take_figures(self) -> dict[str, float]:
-        """Return nothing: the loss is all that there is to log."""
-        return {}
-
-    def measure(self, model: Any, arrange: Arrange) -> None:
-        """Return None: the loss of the validation rows and their answers are measured of every method."""
-        return
 
 
 def sum_distillation(
