@@ -293,19 +293,25 @@ def describe_memory(
     try:
         config = json.loads((base / "config.json").read_text(encoding="utf-8"))
         weights = count_parameters(base)
-        needed = estimate_training_memory(
-            config, weights, rank, batch, element_bytes, replaced, processes > 1
+        state = (config, weights, rank, batch, element_bytes, replaced)
+        once, twice = (
+            estimate_training_memory(*state, is_averaged=processes > 1, checkpointing=wanted)
+            for wanted in (False, True)
         )
         quantized = training.get("quantized_parameters", 0) if training else 0
-        needed -= int(quantized * (element_bytes - NF4_BYTES))
+        saved = int(quantized * (element_bytes - NF4_BYTES))
+        once, twice = ((needed - saved) * (1 if has_gpus else processes) for needed in (once, twice))
     except (OSError, KeyError):
         return None
+    wanted = finetune.gradient_checkpointing
+    checkpointing = once > free if wanted == "auto" else wanted
+    needed = twice if checkpointing else once
     where = ""
     if processes > 1:
         where = f" on each of {processes} GPUs" if has_gpus else f" in {processes} processes"
-    if not has_gpus:
-        needed *= processes
     line = f"  memory: finetune takes about {format_bytes(needed)}{where}"
+    if checkpointing:
+        line += ", computing each layer twice (finetune.gradient_checkpointing)"
     if needed > free:
         line += (
             f", and {format_bytes(free)} are free: lower finetune.batch_size (and raise "

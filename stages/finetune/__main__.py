@@ -57,7 +57,7 @@ TRAIN = artifacts("split") / "train.parquet"
 
 WHEN_MEMORY_IS_FULL = (
     "lower finetune.batch_size (and raise finetune.gradient_accumulation by as much), lower "
-    "finetune.max_length, or choose a smaller base model"
+    "finetune.max_length, set finetune.gradient_checkpointing: true, or choose a smaller base model"
 )
 
 
@@ -152,6 +152,7 @@ def train_adapter() -> None:
         data.row_ids.__getitem__,
         watch,
         Prices(**everything.flows.training.model_dump(include=set(Prices.__dataclass_fields__))),
+        params.gradient_checkpointing,
     )
     if recipe.method == "grpo":
         check_compared([point.figures for point in result.curve])

@@ -41,6 +41,8 @@ class TrainingResult:
         validation_loss: per answer token, at the end; None without validation rows.
         processes: how many trained together; the memory is of all.
         fast_modules: modules with faster training code, by kind.
+        packed: whether batches had no padding.
+        gradient_checkpointing: whether layers were computed again in the backward pass.
         validation: the points at which validation rows were asked.
         kept_step: the update after which the adapter was as it is kept; the last one, or the best.
         learned_rows: numbers of the rows that were learned up to there.
@@ -58,6 +60,8 @@ class TrainingResult:
     processes: int
     share_prefix: bool
     fast_modules: dict[str, int]
+    packed: bool
+    gradient_checkpointing: bool
     trained_parameters: int
     validation: list[ValidationPoint]
     kept_step: int
@@ -106,6 +110,8 @@ class TrainingResult:
                 "validation_seconds": round(self.validation_seconds, 1),
                 "tokens_per_second": round(self.tokens_per_second, 1),
                 "peak_rss_mib": self.peak_rss_mib,
+                "packed": self.packed,
+                "gradient_checkpointing": self.gradient_checkpointing,
                 **self.cost.to_metrics(),
             },
         }

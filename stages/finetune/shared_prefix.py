@@ -5,8 +5,9 @@ tokens of a batch are laid out as one sequence,
 
     prefix | rest of row 1, padded | rest of row 2, padded | ...
 
-in which every rest sees the prefix and itself. Position numbers start again behind the prefix, so each row
-has exactly the states, and the adapter exactly the gradients, that it would have alone.
+in which every rest sees the prefix and itself. Where attention takes packed rows, there is no padding
+(`kernels/packed.py`). Position numbers start again behind the prefix, so each row has exactly the states, and
+the adapter exactly the gradients, that it would have alone.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ import torch
 from torch import Tensor
 
 from stages.common.chat.template import Encoded
+from stages.finetune.kernels.packed import Packing, attend_without_scores, find_window, pack
 
 ATTENTION = "perennial_shared_prefix"
+_TENSORS = ("input_ids", "position_ids", "attention_mask", "answer_positions", "targets")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,7 @@ class Layout:
         targets: those tokens, as many as `answer_positions`.
         prefix_length: tokens at the front that all rows share.
         rows: how many rows follow.
+        packing: where each begins and ends, if they have no padding.
     """
 
     input_ids: Tensor
@@ -47,12 +51,13 @@ class Layout:
     targets: Tensor
     prefix_length: int
     rows: int
+    packing: Packing | None = None
 
     def to(self, device: torch.device, **how: Any) -> Layout:
         """Return the same batch on a device."""
         moved = {
             name: value.to(device, **how)
-            for name in ("input_ids", "position_ids", "attention_mask", "answer_positions", "targets")
+            for name in (*_TENSORS, "packing")
             if (value := getattr(self, name)) is not None
         }
         return replace(self, **moved)
@@ -68,19 +73,27 @@ class Layout:
             output = model(input_ids=self.input_ids, attention_mask=self.attention_mask, use_cache=False)
             logits = output.logits.flatten(0, 1)[self.answer_positions]
         else:
+            rows = {"prefix_length": self.prefix_length, "rows": self.rows}
             logits = model(
                 input_ids=self.input_ids,
                 position_ids=self.position_ids,
                 use_cache=False,
                 logits_to_keep=self.answer_positions,
-                prefix_length=self.prefix_length,
-                rows=self.rows,
+                **({"packing": self.packing} if self.packing else rows),
             ).logits[0]
         return logits
 
 
-def lay_out(examples: Sequence[Encoded], pad_id: int, share_prefix: bool = True) -> Layout:
-    """Lay out a batch of examples, as one sequence or as padded rows."""
+def lay_out(
+    examples: Sequence[Encoded], pad_id: int, share_prefix: bool = True, packed: bool = False
+) -> Layout:
+    """Lay out a batch of examples, as one sequence or as padded rows.
+
+    Args:
+        packed: the one sequence has no padding.
+    """
+    if packed:
+        return _lay_out_packed(examples)
     prefix = _common_prefix(examples) if share_prefix else 0
     width = max(len(example.input_ids) for example in examples) - prefix
     ids = list(examples[0].input_ids[:prefix])
@@ -107,6 +120,30 @@ def lay_out(examples: Sequence[Encoded], pad_id: int, share_prefix: bool = True)
         targets=torch.tensor(targets),
         prefix_length=prefix,
         rows=len(examples),
+    )
+
+
+def _lay_out_packed(examples: Sequence[Encoded]) -> Layout:
+    prefix = _common_prefix(examples)
+    ids, places = list(examples[0].input_ids[:prefix]), list(range(prefix))
+    positions: list[int] = []
+    targets: list[int] = []
+    for example in examples:
+        before = len(ids) - prefix  # tokens of this row are so many places further than in the row alone
+        for start, end in example.learned:
+            positions += range(before + start - 1, before + end - 1)
+            targets += example.input_ids[start:end]
+        ids += example.input_ids[prefix:]
+        places += range(prefix, len(example.input_ids))
+    return Layout(
+        input_ids=torch.tensor([ids]),
+        position_ids=torch.tensor([places]),
+        attention_mask=None,
+        answer_positions=torch.tensor(positions),
+        targets=torch.tensor(targets),
+        prefix_length=prefix,
+        rows=len(examples),
+        packing=pack(prefix, [len(example.input_ids) - prefix for example in examples]),
     )
 
 
@@ -168,7 +205,7 @@ def shared_prefix_attention(
         shape (1, tokens, heads, head size).
     """
     scale = scaling if scaling is not None else 1.0 / math.sqrt(query.shape[-1])
-    attend = partial(_causal, window=sliding_window or _find_window(module), softcap=softcap)
+    attend = partial(_causal, window=sliding_window or find_window(module), softcap=softcap)
     shared = prefix_length + key.shape[2] - query.shape[2]  # keys that all rows see
     parts = []
     if prefix_length:
@@ -184,16 +221,6 @@ def shared_prefix_attention(
     return torch.cat(parts, dim=1), None
 
 
-def _find_window(module: Any) -> int | None:
-    """Return the window of a layer as transformers' masks have it; some models pass it by no argument."""
-    config = getattr(module, "config", None)
-    kinds, layer = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
-    if kinds and layer is not None and kinds[layer] == "full_attention":
-        return None
-    window: int | None = getattr(config, "sliding_window", None)
-    return window
-
-
 def _by_row(states: Tensor, prefix_length: int, rows: int) -> Tensor:
     """Return the states behind the prefix, shape (rows, heads, width, head size)."""
     behind: Tensor = states[0, :, prefix_length:].unflatten(1, (rows, -1))
@@ -201,10 +228,13 @@ def _by_row(states: Tensor, prefix_length: int, rows: int) -> Tensor:
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, window: int | None, softcap: float | None) -> Tensor:
-    """Return causal attention of queries at the end of the keys, by plain products.
+    """Return causal attention of queries at the end of the keys, on a CPU by plain products.
 
-    On a CPU, `scaled_dot_product_attention` in bfloat16 takes nine times as long backward.
+    There, `scaled_dot_product_attention` in bfloat16 takes nine times as long backward. On a GPU it is faster
+    and keeps no scores, but takes no bound of them.
     """
+    if query.device.type == "cuda" and softcap is None:
+        return attend_without_scores(query, key, value, 1.0, window)
     rows, heads, width, size = query.shape
     keys, groups = key.shape[2], key.shape[1]
     # Heads that share a key go through one product.

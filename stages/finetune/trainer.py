@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from stages.common.machine.memory import release_freed_memory
 from stages.common.model.adapter import REPLACED
 from stages.common.model.loading import pick_dtype
 from stages.common.model.replaced import list_trained, put_weights, read_weights, write_weights
-from stages.finetune.answer_loss import compute_mean_loss
+from stages.finetune.answer_loss import compute_mean_loss, unchunk_head
 from stages.finetune.batches import count_tokens, deal_out, plan_batches
 from stages.finetune.checkpoints import (
     PREFIX,
@@ -36,9 +37,11 @@ from stages.finetune.checkpoints import (
     get_step,
     mark_complete,
 )
-from stages.finetune.devices.group import count_processes, gather, get_rank, is_main, wait_for_all
+from stages.finetune.devices.group import all_agree, count_processes, gather, get_rank, is_main, wait_for_all
+from stages.finetune.kernels.checkpointing import checkpoint_layers, decide_checkpointing, list_layers
+from stages.finetune.objectives.answers import Answers
 from stages.finetune.objectives.protocol import Batch, Objective, Start, make_idle
-from stages.finetune.progress.asking import Validation
+from stages.finetune.progress.asking import Validation, estimate_answers
 from stages.finetune.progress.cost import Prices
 from stages.finetune.progress.divergence import BatchLoss, check_final_loss, check_update, check_weights
 from stages.finetune.progress.early_stopping import put_best_into, take_best_from
@@ -49,7 +52,7 @@ from stages.finetune.progress.watch import Watch
 from stages.finetune.recipe import Recipe
 from stages.finetune.result import FIGURE, LossPoint, TrainingResult, read_figures
 from stages.finetune.shared_prefix import Layout, lay_out
-from stages.finetune.speedups import speed_up_training
+from stages.finetune.speedups import is_packed, speed_up_training
 
 logger = get_logger("finetune")
 
@@ -176,6 +179,7 @@ def train(
     name_row: Callable[[int], str] = "number {}".format,
     watch: Watch | None = None,
     prices: Prices | None = None,
+    gradient_checkpointing: bool | str = "auto",
 ) -> TrainingResult:
     """Train the weights of `model` that have gradients, from the newest complete checkpoint if there is one.
 
@@ -184,12 +188,17 @@ def train(
         name_row: returns the id of a row of the objective, for messages.
         watch: what is asked during the training, if anything.
         prices: of the machine, for what the training took.
+        gradient_checkpointing: compute layers again in the backward pass; `auto`: if the memory asks for it.
 
     Raises:
         InputError: the disk or the memory is or will be too full, or the loss is not a number.
     """
     attention = read_attention(model)
     share_prefix, fast_modules = speed_up_training(model, objective.sequences, pad_id)
+    packed = is_packed(model)
+    if not isinstance(objective, Answers):  # the others look at the logits themselves
+        unchunk_head(model)
+        fast_modules.pop("output_layer", None)
     lengths = objective.lengths
     plan = plan_batches(lengths, recipe.batch_size, recipe.epochs, recipe.seed)
     tokens_of_step = count_tokens(plan, lengths, recipe.gradient_accumulation)
@@ -203,10 +212,21 @@ def train(
     memory = plan_memory(model, objective.sequences, pad_id, share_prefix, objective.sequences_of_row)
     sizes = -(-recipe.batch_size // count_processes()), recipe.gradient_accumulation
     heaviest = max(plan, key=lambda batch: len(batch) * max(lengths[row] for row in batch))
-    estimated = check_memory(memory, objective.list_sequences(heaviest[:: count_processes()]), *sizes)
+    heaviest_share = objective.list_sequences(heaviest[:: count_processes()])
+    if memory and watch:
+        memory.count_answers = partial(estimate_answers, model, watch.sample)
+    checkpointing = decide_checkpointing(
+        model, gradient_checkpointing, lambda: all_agree(memory is None or memory.fits(heaviest_share))
+    )
+    if memory:
+        memory.checkpointing = checkpointing
+        memory.can_checkpoint = not checkpointing and bool(list_layers(model))
+    if checkpointing:
+        checkpoint_layers(model)
+    estimated = check_memory(memory, heaviest_share, *sizes)
 
     def arrange(sequences: Sequence[Encoded]) -> Layout:
-        return lay_out(sequences, pad_id, share_prefix)
+        return lay_out(sequences, pad_id, share_prefix, packed)
 
     shortest = min(range(len(lengths)), key=lengths.__getitem__)
 
@@ -264,6 +284,8 @@ def train(
         processes=count_processes(),
         share_prefix=share_prefix,
         fast_modules=fast_modules,
+        packed=packed,
+        gradient_checkpointing=checkpointing,
         trained_parameters=trained_parameters,
         validation=read_points(trainer.state.log_history),
         kept_step=kept_step,

@@ -69,6 +69,7 @@ from stages.preflight.finetune_checks import (
     Training,
     count_checkpoint_bytes,
     find_finetune_problems,
+    find_stopping_problems,
     list_warnings,
 )
 from stages.preflight.languages import (
@@ -313,6 +314,8 @@ def main() -> None:
     limit_of_row = limit_length(params.finetune.max_length, config, params.finetune.virtual_tokens)
     preferences = count_preferences(params.finetune, tokenizer, sides["train"], limit_of_row)
     problems += find_preference_problems(params.finetune, preferences)
+    answers = [turn.answer for row, _ in fitting["validation"] for turn in unroll([row], params.task.turns)]
+    problems += find_stopping_problems(params.finetune, task, answers)
     stated = params.model_card.language
     languages = count_languages(list(sides.values())) if stated else None
     if stated and languages:

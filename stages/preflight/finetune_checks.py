@@ -20,6 +20,7 @@ from stages.common.model.adapter import (
     describe_missing_start,
     find_files,
     find_start,
+    read_initial_adapter,
 )
 from stages.common.model.label_head import count_head_weights
 from stages.common.model.loading import (
@@ -38,6 +39,7 @@ from stages.common.model.virtual_tokens import check_count, check_init_text, che
 
 if TYPE_CHECKING:
     from stages.common.params.finetune import Finetune
+    from stages.common.task.protocol import Task
 
 # Of a trained weight: three checkpoints of it and its two averages in float32, and the adapter itself.
 DISK_BYTES = 3 * 12 + 4
@@ -204,6 +206,29 @@ def find_init_problems(tokenizer: Any, finetune: Finetune) -> list[InputError]:
     return []
 
 
+def find_stopping_problems(finetune: Finetune, task: Task, answers: Sequence[str]) -> list[InputError]:
+    """Return why early stopping cannot decide: no validation rows, or a metric that they do not have.
+
+    Args:
+        answers: of the validation rows that fit.
+    """
+    if finetune.early_stopping is None:
+        return []
+    if not answers:
+        return [
+            InputError(
+                "finetune.early_stopping is set, and there are no validation rows",
+                "raise split.validation_fraction, or set finetune.early_stopping: null",
+            )
+        ]
+    try:
+        chosen = answers[: finetune.validation_rows]
+        task.check_comparable(chosen, finetune.early_stopping.metric, "finetune.early_stopping.metric")
+    except InputError as error:
+        return [error]
+    return []
+
+
 def find_teacher_problems(finetune: Finetune, tokenizer: Any) -> list[InputError]:
     """Return why the teacher of a distillation cannot teach this base model; it is fetched if need be."""
     if finetune.method != "distill" or finetune.teacher is None:
@@ -230,18 +255,22 @@ def find_teacher_problems(finetune: Finetune, tokenizer: Any) -> list[InputError
 
 def describe_high_rate(finetune: Finetune) -> str | None:
     """Return a warning where the learning rate is one for adapters that learn answers, as of lora."""
-    if finetune.learning_rate <= HIGH_RATE:
+    starts = _starts_from_adapter(finetune)
+    rate = finetune.learning_rate * (finetune.warm_start_rate_factor if starts else 1)
+    if rate <= HIGH_RATE:
         return None
+    factor = f" times finetune.warm_start_rate_factor ({rate:g})" if starts else ""
     if finetune.method in STARTED_METHODS:
         return (
-            f"finetune.learning_rate is {finetune.learning_rate:g}, a rate for learning answers: with "
-            f"finetune.method {finetune.method} all of them may become unlikely; 0.00005 is a usual start"
+            f"finetune.learning_rate is {finetune.learning_rate:g}{factor}, a rate for learning answers: "
+            f"with finetune.method {finetune.method} all of them may become unlikely; 0.00005 is a usual "
+            "start"
         )
     if finetune.method not in REPLACED_METHODS:
         return None
     return (
-        f"finetune.learning_rate is {finetune.learning_rate:g}, a rate for adapters: with finetune.method "
-        f"{finetune.method} the loss will probably diverge; 0.00005 is a usual start"
+        f"finetune.learning_rate is {finetune.learning_rate:g}{factor}, a rate for adapters: with "
+        f"finetune.method {finetune.method} the loss will probably diverge; 0.00005 is a usual start"
     )
 
 
@@ -255,6 +284,13 @@ def has_no_start(finetune: Finetune) -> bool:
     """Return whether a method that improves a trained model would start from the base model."""
     folder = finetune.warm_start_from
     return finetune.method in STARTED_METHODS and (folder is None or find_files(Path(folder)) is None)
+
+
+def _starts_from_adapter(finetune: Finetune) -> bool:
+    try:
+        return bool(finetune.warm_start_from and read_initial_adapter(Path(finetune.warm_start_from)))
+    except InputError:  # which find_adapter_problems reports
+        return False
 
 
 def count_checkpoint_bytes(training: Training | None, finetune: Finetune) -> int:

@@ -52,6 +52,7 @@ def estimate_training_memory(
     element_bytes: int,
     replaced: int = 0,
     is_averaged: bool = False,
+    checkpointing: bool = False,
 ) -> int:
     """Return the most bytes that one process of a training holds at once.
 
@@ -63,6 +64,7 @@ def estimate_training_memory(
         batch: of this process.
         replaced: how many of the base model's weights are trained themselves, without an adapter.
         is_averaged: whether the gradients are averaged with those of other processes.
+        checkpointing: whether layers keep their inputs only, and are computed again in the backward pass.
 
     Raises:
         KeyError: the configuration has other names: it is of another architecture.
@@ -86,6 +88,7 @@ def estimate_training_memory(
     each_token = 4 * hidden + 2 * queries + 2 * keys + 4 * inner + 7 * rank + heads * batch.longest
     tokens = batch.rows * batch.longest
     logits = batch.rows * batch.longest_answer * words * element_bytes + 2 * 4 * LOGITS_AT_ONCE * words
-    activations = tokens * layers * each_token * element_bytes
+    kept = layers * hidden + each_token if checkpointing else layers * each_token
+    activations = tokens * kept * element_bytes
     state = count_state_bytes(weights, replaced or adapter, element_bytes, replaced > 0, is_averaged)
     return int(PROGRAM_BYTES + state + activations + logits)

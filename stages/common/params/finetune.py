@@ -105,6 +105,7 @@ class Finetune(Section):
     validation_rows: PositiveCount = 32
     early_stopping: EarlyStopping | None = None
     checkpoint_every_steps: PositiveCount
+    gradient_checkpointing: Literal["auto"] | bool = "auto"
     dtype: Literal["auto", "bfloat16", "float32"]
     devices: AutoCount = AUTO
     launcher: Literal["local", "torchrun"] = "local"

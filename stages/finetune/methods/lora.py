@@ -34,7 +34,15 @@ def build_lora(base: Path, recipe: Recipe) -> PeftModel:
     """
     device = pick_device()
     load = load_nf4 if recipe.method == "qlora" else load_base
-    model = load(base, pick_dtype(device, recipe.dtype), device)
+    return add_adapter(load(base, pick_dtype(device, recipe.dtype), device), recipe)
+
+
+def add_adapter(model: Any, recipe: Recipe) -> PeftModel:
+    """Add an adapter to a base model, initialized from the seed.
+
+    Raises:
+        InputError: the base model has none of the target modules.
+    """
     set_seed(recipe.seed)
     targets = recipe.target_modules
     check_rank(getattr(model.config.get_text_config(), "hidden_size", None), recipe.rank)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from stages.common.chat.template import Encoded
-from stages.finetune.answer_loss import sum_cross_entropy
+from stages.finetune.answer_loss import sum_answer_loss
 from stages.finetune.objectives.protocol import Arrange, Batch, Start
 
 
@@ -48,4 +48,4 @@ class Answers(AnswerRows):
 
     def compute_loss(self, model: Any, batch: Batch) -> Tensor:
         """Return the sum of the negative log-probabilities of the answers' tokens."""
-        return sum_cross_entropy(batch.layout.answer_logits(model), batch.layout.targets)
+        return sum_answer_loss(model, batch.layout)

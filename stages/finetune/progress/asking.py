@@ -18,10 +18,18 @@ from typing_extensions import override
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, is_full_memory
 from stages.common.machine.memory import release_freed_memory
+from stages.common.model.generation import LOSS_TOKENS_AT_ONCE
 from stages.finetune.devices.group import is_main
 from stages.finetune.progress.divergence import SLOWER
 from stages.finetune.progress.early_stopping import load_best, write_best
-from stages.finetune.progress.validation import ENTRY, ValidationPoint, attending, plan_points, read_points
+from stages.finetune.progress.validation import (
+    ENTRY,
+    Sample,
+    ValidationPoint,
+    attending,
+    plan_points,
+    read_points,
+)
 from stages.finetune.progress.watch import Watch
 from stages.finetune.result import write_validation_csv
 
@@ -30,6 +38,38 @@ logger = get_logger("finetune")
 # Fewer where a training batch has few rows: the memory is estimated for its steps, not for answers. A token
 # of an answer keeps its keys and values, one of a step the inputs of every product: over eight times as much.
 MOST_AT_ONCE, FOR_EACH_ROW = 32, 8
+
+
+def choose_questions_at_once(batch_rows: int) -> int:
+    """Return how many questions are asked at once.
+
+    Args:
+        batch_rows: of a training batch of this process.
+    """
+    return min(MOST_AT_ONCE, FOR_EACH_ROW * batch_rows)
+
+
+def estimate_answers(model: Any, sample: Sample, batch_rows: int) -> int:
+    """Return the bytes that answers take which are asked at once, besides the weights.
+
+    Keys and values of the prompts are there twice while the loss of the references is computed, behind which
+    the answers grow. What one layer computes of all prompts comes before, the references' logits after.
+    """
+    at_once = min(choose_questions_at_once(batch_rows), len(sample.questions))
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    width = model.dtype.itemsize
+    prompt = max(len(question.prompt) for question in sample.questions)
+    reference = max(len(question.reference) for question in sample.questions)
+    longest = prompt + max(sample.limit, reference)
+    cache = 2 * config.num_hidden_layers * groups * size * width * at_once
+    layer = at_once * prompt * (4 * config.hidden_size + 3 * inner) * width
+    read = min(max(at_once, LOSS_TOKENS_AT_ONCE), at_once * reference)  # tokens of references
+    logits = read * config.vocab_size * (width + 4)
+    return int(cache * prompt + max(layer, cache * longest + logits))
 
 
 class Validation(TrainerCallback):
@@ -48,7 +88,7 @@ class Validation(TrainerCallback):
 
     def __init__(self, watch: Watch, steps: int, attention: str, folder: Path, batch_rows: int) -> None:
         self.watch, self.attention, self.folder = watch, attention, folder
-        self.at_once = min(MOST_AT_ONCE, FOR_EACH_ROW * batch_rows)
+        self.at_once = choose_questions_at_once(batch_rows)
         self.steps = plan_points(steps, watch.every)
         self.seconds = 0.0
         self.note = ""

@@ -3,7 +3,9 @@
 The largest batch goes through a copy of the model whose tensors have shapes and no values, and what autograd
 keeps of it for the backward pass is counted. So the number is that of this architecture, this method and this
 attention. Added are the weights, which are there already, gradients and AdamW's two averages of what is
-trained, and the room of one part of the logits.
+trained, and the room of one part of the logits. With gradient checkpointing what the layers keep is their
+inputs, and twice what one layer keeps. Validation rows are asked between steps, when a step's activations are
+gone: their keys, values and logits count where they are more than those.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -22,9 +25,11 @@ from stages.common.chat.template import Encoded
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, is_full_memory
 from stages.common.machine.memory import format_bytes, read_free_memory, read_held_memory, read_peak_memory
-from stages.finetune.answer_loss import sum_cross_entropy
+from stages.finetune.answer_loss import find_chunked_head, measure_chunk, sum_answer_loss
 from stages.finetune.devices.group import count_local_processes, count_processes
+from stages.finetune.kernels.checkpointing import list_layers
 from stages.finetune.shared_prefix import Layout, lay_out
+from stages.finetune.speedups import is_packed
 
 logger = get_logger("finetune")
 
@@ -44,28 +49,52 @@ class MemoryEstimate:
         held: by the process before the first step, with the weights.
         optimizer: gradients and averages of the trained weights.
         activations: of the largest batch, kept for the backward pass.
+        answers: of the validation rows that are asked at once, while there are no activations.
     """
 
     held: int
     optimizer: int
     activations: int
+    answers: int = 0
 
     @property
     def peak(self) -> int:
         """The most that is held at once."""
-        return self.held + self.optimizer + self.activations
+        return self.held + self.added
 
     @property
     def added(self) -> int:
         """What the training takes in addition to what is held."""
-        return self.optimizer + self.activations
+        return self.optimizer + max(self.activations, self.answers)
 
     def describe(self) -> str:
         """Return the parts of the estimate as text."""
+        asked = f" or {format_bytes(self.answers)} for validation rows" if self.answers else ""
         return (
             f"{format_bytes(self.peak)}: {format_bytes(self.held)} before the first step, "
             f"{format_bytes(self.optimizer)} for the optimizer, {format_bytes(self.activations)} for a batch"
+            f"{asked}"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The bytes that autograd keeps of a batch.
+
+    Attributes:
+        layers: of each layer that can be computed again, and `inputs` those of what goes into all of them.
+    """
+
+    outside: int
+    layers: tuple[int, ...]
+    inputs: int
+
+    def count(self, checkpointing: bool) -> int:
+        """Return the most that is kept at once."""
+        if not checkpointing:
+            return self.outside + sum(self.layers)
+        # Of the layer that is computed again, what it keeps and its gradients.
+        return self.outside + self.inputs + 2 * max(self.layers, default=0)
 
 
 class MemoryPlan:
@@ -76,6 +105,11 @@ class MemoryPlan:
         examples: all rows.
         share_prefix: whether a batch is one sequence.
         sequences_of_row: how many of the examples a row of a batch has.
+
+    Attributes:
+        checkpointing: whether layers are computed again in the backward pass.
+        can_checkpoint: whether they could be, and are not.
+        count_answers: returns the bytes of the answers to validation rows asked at once, by rows of a batch.
     """
 
     def __init__(
@@ -90,6 +124,9 @@ class MemoryPlan:
 
         self.device = model.device
         self.uncertainty = UNCERTAINTY if share_prefix else PLAIN_UNCERTAINTY
+        self.checkpointing = self.can_checkpoint = False
+        self.count_answers: Callable[[int], int] = lambda rows: 0
+        self._packed = is_packed(model)
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._model = _copy_without_values(model, self._mode)
         self._own = {_key(t) for t in chain(self._model.parameters(), self._model.buffers())}
@@ -99,6 +136,7 @@ class MemoryPlan:
         self._optimizer = sum(p.numel() * (gradients * p.element_size() + ADAMW_BYTES) for p in trained)
         output = model.get_output_embeddings()  # over words, or the labels of a head
         self._words = len(output.weight) if output is not None else model.config.get_text_config().vocab_size
+        self._chunk = measure_chunk(head) if (head := find_chunked_head(model)) is not None else None
         lengths = [len(example.input_ids) for example in examples]
         self._longest = [examples[i] for i in sorted(range(len(lengths)), key=lambda i: -lengths[i])[:64]]
         self._pad_id, self._share_prefix = pad_id, share_prefix
@@ -115,10 +153,19 @@ class MemoryPlan:
 
     def estimate_batch(self, rows: Sequence[Encoded], held: int, times: float = 1.0) -> MemoryEstimate:
         """Return the estimate for a batch of these rows, or one of so many times as many."""
-        batch = lay_out(rows, self._pad_id, self._share_prefix)
-        kept = times * self._count_kept(batch)
-        widened = 2 * 4 * min(LOGITS_AT_ONCE, len(batch.targets)) * self._words
-        return MemoryEstimate(held, self._optimizer, int(kept * FRAGMENTATION) + widened)
+        batch = lay_out(rows, self._pad_id, self._share_prefix, self._packed)
+        kept = times * self._count_kept(batch).count(self.checkpointing)
+        answers = int(times * len(batch.targets))
+        logits = 2 * 4 * min(LOGITS_AT_ONCE, answers) * self._words
+        if self._chunk is not None:  # of the output layer, which autograd keeps otherwise
+            logits += min(answers, self._chunk.rows) * self._chunk.row_bytes
+        asked = self.count_answers(round(times * len(rows)))
+        return MemoryEstimate(held, self._optimizer, int(kept * FRAGMENTATION) + logits, asked)
+
+    def fits(self, rows: Sequence[Encoded]) -> bool:
+        """Return whether the steps of a batch of these rows will certainly fit into the free memory."""
+        held, free = read_device_memory(self.device)
+        return self._fits(replace(self.estimate_batch(rows, held), answers=0), free)
 
     def suggest(self, batch_size: int, accumulation: int, held: int, free: int) -> str:
         """Return the settings with which the training fits into the free memory, as a fix.
@@ -127,6 +174,12 @@ class MemoryPlan:
             batch_size: rows of a batch that one process takes.
         """
         size, processes = batch_size, count_processes()
+        if self.can_checkpoint:
+            twice = copy.copy(self)
+            twice.checkpointing = True
+            found = twice.estimate(batch_size, held)
+            if self._fits(found, free):
+                return f"set finetune.gradient_checkpointing: true, which takes {format_bytes(found.peak)}"
         while size > 1:
             size //= 2
             if self._fits(self.estimate(size, held), free):
@@ -143,24 +196,38 @@ class MemoryPlan:
                     f"set finetune.batch_size: {processes} and finetune.max_length: {length}, which take "
                     f"{format_bytes(self.estimate(1, held, length).peak)}; longer rows are excluded"
                 )
+        if self._fits(replace(self.estimate(1, held), answers=0), free):
+            return "set finetune.validate_every: null: no validation rows fit, and the steps do"
         return "no batch fits: choose a smaller base model, or a machine with more memory"
 
     def _fits(self, estimate: MemoryEstimate, free: int) -> bool:
         return estimate.added * (1 + self.uncertainty) <= free
 
-    def _count_kept(self, batch: Layout) -> int:
+    def _count_kept(self, batch: Layout) -> Kept:
         """Return the bytes that autograd keeps of a batch, without the weights."""
-        kept: dict[int, tuple[int, Tensor]] = {}
+        kept: dict[int, tuple[int, Tensor, int]] = {}
+        layers = list_layers(self._model)
+        inputs, inside = [0] * len(layers), [-1]  # which layer computes; -1: none of them
 
         def keep(tensor: Tensor) -> Tensor:
-            kept.setdefault(_key(tensor), (tensor.untyped_storage().nbytes(), tensor))
+            kept.setdefault(_key(tensor), (tensor.untyped_storage().nbytes(), tensor, inside[-1]))
             return tensor
 
+        def enter(number: int, _: Any, states: tuple[Any, ...]) -> None:
+            inputs[number] = sum(s.untyped_storage().nbytes() for s in states if isinstance(s, Tensor))
+            inside.append(number)
+
+        hooks = [layer.register_forward_pre_hook(partial(enter, n)) for n, layer in enumerate(layers)]
+        hooks += [layer.register_forward_hook(lambda *_: (inside.pop(), None)[1]) for layer in layers]
         with self._mode, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            moved = batch.to(self.device)
-            loss = sum_cross_entropy(_read_logits(self._model, moved), moved.targets)
+            loss = sum_answer_loss(self._model, batch.to(self.device), _read_logits)
         del loss
-        return sum(size for key, (size, _) in kept.items() if key not in self._own)
+        for hook in hooks:
+            hook.remove()
+        sizes = dict.fromkeys(range(-1, len(layers)), 0)
+        for key, (size, _, layer) in kept.items():
+            sizes[layer] += size if key not in self._own else 0
+        return Kept(sizes.pop(-1), tuple(sizes.values()), sum(inputs))
 
 
 def plan_memory(

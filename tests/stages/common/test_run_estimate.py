@@ -206,7 +206,12 @@ def test_a_training_that_does_not_fit_names_what_to_lower_and_another_architectu
     params = load_params(ROOT / "params.yaml")
     counted = {"sides": {"train": {"rows": 1000, "longest": 500, "longest_answer": 100}}}
     make_model().save_pretrained(tmp_path)
-    assert describe_memory(params, counted, tmp_path, "float32", 8 << 30).endswith("MiB")
+    whole = describe_memory(params, counted, tmp_path, "float32", 8 << 30)
+    assert whole.endswith("MiB")
+    less = (int(whole.split()[4]) - 1) << 20
+    twice = describe_memory(params, counted, tmp_path, "float32", less)
+    assert twice.endswith("MiB, computing each layer twice (finetune.gradient_checkpointing)")
+    assert twice.split()[4] < whole.split()[4]
     assert "are free: lower finetune.batch_size" in describe_memory(
         params, counted, tmp_path, "float32", 1 << 20
     )

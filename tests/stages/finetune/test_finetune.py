@@ -56,7 +56,7 @@ def test_training_lowers_the_loss_and_leaves_adapter_evidence_curve_and_picture(
     assert (metrics["train_rows"], metrics["rows_not_replayed"]) == (40, 0)
     assert metrics["steps"] == 10
     assert metrics["share_prefix"] is True
-    assert metrics["fast_modules"] == {"lora_linear": 14, "rms_norm": 5}
+    assert metrics["fast_modules"] == {"lora_linear": 14, "rms_norm": 5, "output_layer": 1}
     with (project / "reports" / "finetune" / "loss.csv").open() as file:
         curve = list(csv.DictReader(file))
     assert [int(point["step"]) for point in curve] == list(range(1, 11))

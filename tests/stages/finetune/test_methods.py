@@ -31,12 +31,12 @@ from tests.stages.finetune.project import (
 
 CPU = torch.device("cpu")
 FAST = {  # modules with faster code: a method has what stays equal
-    "rslora": {"lora_linear": 14, "rms_norm": 5},
-    "dora": {"lora_linear": 0, "rms_norm": 5},
+    "rslora": {"lora_linear": 14, "rms_norm": 5, "output_layer": 1},
+    "dora": {"lora_linear": 0, "rms_norm": 5, "output_layer": 1},
     "full": {"lora_linear": 0, "rms_norm": 0},
-    "partial": {"lora_linear": 0, "rms_norm": 3},
-    "prompt_tuning": {"lora_linear": 0, "rms_norm": 5},
-    "prefix_tuning": {"lora_linear": 0, "rms_norm": 5},
+    "partial": {"lora_linear": 0, "rms_norm": 3, "output_layer": 1},
+    "prompt_tuning": {"lora_linear": 0, "rms_norm": 5, "output_layer": 1},
+    "prefix_tuning": {"lora_linear": 0, "rms_norm": 5, "output_layer": 1},
 }
 SETTINGS = {
     "rslora": {"alpha": 2},

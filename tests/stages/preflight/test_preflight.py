@@ -77,7 +77,8 @@ def set_params(tmp_path):
         params["ask_base"]["max_new_tokens"] = 40
         for name, value in changes.items():
             section, key = name.split("__")
-            params[section][key] = params[section][key] | value if isinstance(value, dict) else value
+            before = params[section][key]
+            params[section][key] = before | value if before and isinstance(value, dict) else value
         (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
 
     write()
@@ -626,3 +627,29 @@ def test_ratings_are_counted_and_both_kinds_are_needed(lay_out, set_params):
     preflight.main()
     counted = found()["preferences"]
     assert (counted["good_answers"], counted["bad_answers"], counted["rows_without_preference"]) == (6, 4, 24)
+
+
+def test_a_metric_that_cannot_stop_a_training_is_refused_before_anything_costly(lay_out, set_params):
+    lay_out()
+    set_params(finetune__early_stopping={"metric": "rouge_l", "patience": 2})
+    with pytest.raises(InputError, match="metric is rouge_l, and answers of kind json have none") as error:
+        preflight.main()
+    assert "set it to one of loss, exact_match" in error.value.fix
+    set_params(finetune__early_stopping={"metric": "exact_match", "patience": 2})
+    preflight.main()
+    lay_out(validation=[])
+    with pytest.raises(InputError, match="early_stopping is set, and there are no validation rows"):
+        preflight.main()
+
+
+def test_the_rate_of_a_training_from_an_adapter_is_the_lowered_one(set_params, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    set_params(finetune__method="full")
+    finetune = load_params().finetune
+    monkeypatch.setattr(finetune_checks, "read_initial_adapter", lambda _: object())
+    lowered = "0.003 times finetune.warm_start_rate_factor (0.00099), a rate for adapters"
+    assert lowered in finetune_checks.describe_high_rate(finetune)
+    low = finetune.model_copy(update={"learning_rate": 1e-3})
+    assert finetune_checks.describe_high_rate(low) is None
+    monkeypatch.setattr(finetune_checks, "read_initial_adapter", lambda _: None)
+    assert "is 0.001, a rate for adapters" in finetune_checks.describe_high_rate(low)

@@ -1,0 +1,50 @@
+#!/bin/bash
+# Everything that only a GPU can show, in one run of at most ten minutes on one GPU of the H200's class:
+#
+#     benchmarks/gpu.sh --out FOLDER [--minutes 10] [--parts numerics,memory,train,task,serve] [--tiny]
+#
+# Writes FOLDER/gpu.json and FOLDER/gpu.md after each part. A part that fails or that this machine cannot run is
+# recorded with its reason, and the others go on; the exit code is then 1 (failed) or 0 (skipped only).
+# --tiny: tiny random models, also on a CPU; what CI runs.
+#
+# PYTHON trains, PYTHON_VLLM serves (default: .venv and .venv-gpu of this checkout, else python3). What is missing is
+# installed into FOLDER/venv if an index can be reached; nothing is installed into an environment that is there.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+cd "$root"
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+
+out=
+for argument in "$@"; do
+  [ "${previous:-}" = --out ] && out=$argument
+  previous=$argument
+done
+[ -n "$out" ] || { echo "gpu.sh: --out FOLDER is needed" >&2; exit 2; }
+mkdir -p "$out"
+
+first_that_runs() { # prints the first of the given pythons that runs
+  for candidate in "$@"; do
+    [ -n "$candidate" ] && command -v "$candidate" > /dev/null && "$candidate" -c '' 2> /dev/null && { echo "$candidate"; return; }
+  done
+  echo "gpu.sh: no python found: set PYTHON" >&2
+  exit 2
+}
+
+needed='import torch, transformers, peft, accelerate, pydantic, yaml, psutil, pyarrow'
+python=$(first_that_runs "${PYTHON:-}" "$root/.venv/bin/python" python3)
+if ! "$python" -c "$needed" 2> "$out/missing.log"; then
+  echo "gpu.sh: $python lacks $(tail -n 1 "$out/missing.log"); installing into $out/venv" >&2
+  "$python" -m venv --system-site-packages "$out/venv"
+  if timeout "${INSTALL_S:-240}" "$out/venv/bin/python" -m pip install --quiet --no-compile --constraint requirements.lock \
+    '.[core]' trl datasets > "$out/install.log" 2>&1; then
+    python=$out/venv/bin/python
+  else
+    echo "gpu.sh: the installation failed ($out/install.log): $(tail -n 1 "$out/install.log")" >&2
+  fi
+fi
+
+vllm=${PYTHON_VLLM:-}
+for folder in .venv-gpu .venv-vllm; do
+  [ -z "$vllm" ] && [ -x "$root/$folder/bin/python" ] && vllm=$root/$folder/bin/python
+done
+exec "$python" -m benchmarks.gpu ${vllm:+--vllm-python "$vllm"} "$@"

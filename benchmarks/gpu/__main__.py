@@ -1,0 +1,172 @@
+"""Run the parts one after the other, each in a process of its own with a limit, and write the results.
+
+    python -m benchmarks.gpu --out FOLDER [--minutes 10] [--parts numerics,memory,train,task,serve] [--tiny]
+
+`gpu.sh` finds or makes the environments and calls this. FOLDER/gpu.json and gpu.md are written after each
+part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.models import ARCHITECTURES
+from benchmarks.gpu.part import SKIPPED
+from benchmarks.gpu.report import format_report, list_goals
+from benchmarks.machine import machine
+from stages.common.artifacts import write_json, write_text
+
+GROUPS = ("numerics", "memory", "train", "task", "serve")
+LEAST_S = 20.0  # a part that has less time left is not begun
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A module to run.
+
+    Attributes:
+        group: the name by which it is chosen.
+        limit_s: after which it is ended.
+        serves: whether it runs in the environment of vLLM.
+    """
+
+    name: str
+    group: str
+    module: str
+    arguments: tuple[str, ...] = ()
+    limit_s: float = 120.0
+    serves: bool = False
+
+
+def list_parts() -> list[Part]:
+    """Return all parts, what matters most first."""
+    trained = [
+        Part(f"train {model} {who}", "train", "training", ("--model", model, "--who", who), 90.0)
+        for who in ("ours", "trl", "trl-checkpointing", "ours-compiled")
+        for model in ARCHITECTURES
+    ]
+    return [
+        Part("numerics", "numerics", "numerics", limit_s=60.0),
+        *trained[:4],
+        Part("serve", "serve", "serving", limit_s=300.0, serves=True),
+        Part("task", "task", "task", limit_s=300.0),
+        *trained[4:],
+        Part("memory", "memory", "memory", limit_s=90.0),
+    ]
+
+
+def run(part: Part, python: str, out: Path, tiny: bool, left_s: float) -> dict[str, Any]:
+    """Run a part; return how it ended, with its result or the reason for none."""
+    if left_s < LEAST_S:
+        return {"status": "skipped", "seconds": 0.0, "reason": f"{left_s:.0f} s were left of the whole time"}
+    result, log = (out / "parts" / f"{part.name.replace(' ', '-')}.{kind}" for kind in ("json", "log"))
+    result.parent.mkdir(exist_ok=True)
+    result.unlink(missing_ok=True)
+    command = [python, "-m", f"benchmarks.gpu.{part.module}", *part.arguments, "--result", str(result)]
+    limit = min(part.limit_s, left_s)
+    started = time.monotonic()
+    with log.open("w", encoding="utf-8") as sink:
+        process = subprocess.Popen(
+            [*command, *(["--tiny"] if tiny else [])], stdout=sink, stderr=sink, start_new_session=True
+        )
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            code = None
+        except BaseException:
+            end(process)
+            raise
+        end(process)
+    seconds = round(time.monotonic() - started, 1)
+    written = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
+    if code == 0 and written:
+        return {"status": "measured", "seconds": seconds, "result": written}
+    if code == SKIPPED and written:
+        return {"status": "skipped", "seconds": seconds, **written}
+    last = log.read_text(encoding="utf-8", errors="replace")[-1500:]
+    reason = f"not done after {limit:.0f} s" if code is None else last or f"exit code {code}"
+    return {"status": "failed", "seconds": seconds, "reason": reason}
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a part with everything that it has started, which may outlive it."""
+    for how, within_s in ((signal.SIGTERM, 15.0), (signal.SIGKILL, 5.0)):
+        try:
+            os.killpg(process.pid, how)
+        except ProcessLookupError:
+            return
+        until = time.monotonic() + within_s
+        while time.monotonic() < until:
+            process.poll()
+            try:
+                os.killpg(process.pid, 0)
+            except ProcessLookupError:
+                return
+            time.sleep(0.1)
+
+
+def describe_machine(tiny: bool) -> dict[str, Any]:
+    """Return the machine, with its GPU."""
+    import torch
+
+    # Not asked through CUDA: that would take memory of the GPU for as long as this process lives.
+    names = (
+        subprocess.run(
+            ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if _has("nvidia-smi")
+        else None
+    )
+    gpu = names.stdout.strip().splitlines()[0] if names and names.stdout.strip() else None
+    return {**machine(), "gpu": gpu, "torch": torch.__version__, "tiny": tiny}
+
+
+def _has(program: str) -> bool:
+    from shutil import which
+
+    return which(program) is not None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the chosen parts; return 1 if one of them failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--minutes", type=float, default=10.0, help="for all parts together")
+    parser.add_argument("--parts", default=",".join(GROUPS), help="with commas between")
+    parser.add_argument("--tiny", action="store_true", help="tiny models, also on a CPU")
+    parser.add_argument("--vllm-python", default=sys.executable, help="the python that has vLLM and BentoML")
+    options = parser.parse_args(arguments)
+    chosen = options.parts.split(",")
+    if unknown := [name for name in chosen if name not in GROUPS]:
+        parser.error(f"unknown parts: {', '.join(unknown)}; known: {', '.join(GROUPS)}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + 60 * options.minutes
+    about, results = describe_machine(options.tiny), dict[str, dict[str, Any]]()
+    for part in list_parts():
+        if part.group not in chosen:
+            continue
+        python = options.vllm_python if part.serves else sys.executable
+        results[part.name] = run(part, python, options.out, options.tiny, until - time.monotonic())
+        print(f"{part.name}: {results[part.name]['status']} in {results[part.name]['seconds']} s", flush=True)
+        write_json(
+            options.out / "gpu.json", {"machine": about, "parts": results, "goals": list_goals(results)}
+        )
+        write_text(options.out / "gpu.md", format_report(about, results))
+    return int(any(one["status"] == "failed" for one in results.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

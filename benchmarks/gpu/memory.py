@@ -1,0 +1,55 @@
+"""The memory that LoRA on large architectures is estimated to take, by batch; no GPU is needed.
+
+    python -m benchmarks.gpu.memory [--tiny] [--result FILE]
+
+The estimate is that of `finetune` (`stages/finetune/progress/memory.py`), of models whose tensors have no
+values: packed rows of one length, with and without gradient checkpointing.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+from unittest.mock import patch
+
+from benchmarks.gpu.models import ARCHITECTURES, make_config, make_model, make_recipe
+from benchmarks.gpu.part import run_part
+
+BATCHES = ((2, 512), (4, 512), (16, 512), (8, 2048), (32, 2048))
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the GiB of a training for each architecture and batch."""
+    batches = ((2, 16), (4, 64)) if options.tiny else BATCHES
+    return {name: [_estimate(name, options.tiny, *batch) for batch in batches] for name in ARCHITECTURES}
+
+
+def _estimate(name: str, tiny: bool, rows: int, length: int) -> dict[str, Any]:
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from stages.common.chat.template import Encoded
+    from stages.finetune.fast_lora import speed_up
+    from stages.finetune.kernels.packed import use_packed
+    from stages.finetune.methods.lora import add_adapter
+    from stages.finetune.progress.memory import MemoryPlan
+
+    examples = [Encoded([2 + n, *range(3, 2 + length)], length // 2) for n in range(rows)]
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        model = add_adapter(make_model(make_config(name, tiny), torch.bfloat16, "cpu"), make_recipe())
+        use_packed(model.get_base_model())
+        speed_up(model)
+        model.get_output_embeddings().in_chunks = True
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    with patch("stages.finetune.progress.memory._copy_without_values", lambda model, _: model.train()):
+        plan = MemoryPlan(model, examples, 1, share_prefix=True)
+    plan._mode = mode
+    found: dict[str, Any] = {"rows": rows, "length": length}
+    for key, checkpointing in (("gib", False), ("gib_checkpointing", True)):
+        plan.checkpointing = checkpointing
+        found[key] = round(plan.estimate(rows, weights).peak / 2**30, 3 if tiny else 1)
+    return found
+
+
+if __name__ == "__main__":
+    run_part(__doc__, measure)

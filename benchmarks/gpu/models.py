@@ -1,0 +1,115 @@
+"""Random models of known architectures, and random rows for them: speed does not depend on the weights."""
+
+from __future__ import annotations
+
+import random
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from stages.common.chat.template import Encoded
+from stages.common.params.loading import load_params
+from stages.finetune.recipe import Recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama-8b": {
+        "model_type": "llama",
+        "vocab_size": 128_256,
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": False,
+    },
+    "qwen3-4b": {
+        "model_type": "qwen3",
+        "vocab_size": 151_936,
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+}
+# vLLM's attention on a CPU has heads of 32 values and more.
+TINY = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+}
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SEED = 7
+
+
+def make_config(name: str, tiny: bool, **changes: Any) -> Any:
+    """Return the configuration of an architecture; tiny: the same kind of layers, few and narrow."""
+    from transformers import AutoConfig
+
+    shape = {**ARCHITECTURES[name], **(TINY if tiny else {}), **changes}
+    kind = shape.pop("model_type")
+    return AutoConfig.for_model(kind, bos_token_id=0, eos_token_id=1, pad_token_id=1, **shape)
+
+
+def make_model(config: Any, dtype: Any, device: Any, seed: int = SEED) -> Any:
+    """Return a model with random weights, made where it computes."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.to(device)
+
+
+def make_rows(tokens: int, words: int, longest: int) -> list[Encoded]:
+    """Return rows of random tokens, so many in all: their lengths are log-normal, half of each is learned."""
+    rng, rows, total = random.Random(SEED), list[Encoded](), 0
+    while total < tokens:
+        length = min(longest, max(longest // 32, int(rng.lognormvariate(0.0, 0.8) * longest / 5)))
+        rows.append(Encoded([rng.randrange(2, words) for _ in range(length)], max(2, length // 2)))
+        total += length
+    return rows
+
+
+def make_recipe(**changes: Any) -> Recipe:
+    """Return the recipe of params.yaml with the rate of a large model, and changes."""
+    values = load_params(ROOT / "params.yaml").finetune.model_dump()
+    values |= {"learning_rate": 2e-4, "epochs": 1, "gradient_accumulation": 1, **changes}
+    return Recipe(**{name: values[name] for name in Recipe.__dataclass_fields__ if name in values})
+
+
+def make_tokenizer(words: int) -> Any:
+    """Return a tokenizer of so many tokens: the bytes, two marks, and pairs of bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<|im_start|>": 0, "<|im_end|>": 1, **{byte: n + 2 for n, byte in enumerate(alphabet)}}
+    merges = [pair for pair, _ in zip(product(alphabet, alphabet), range(words - 258), strict=False)]
+    for left, right in merges:
+        vocabulary.setdefault(left + right, len(vocabulary))
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast

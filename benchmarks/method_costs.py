@@ -1,0 +1,172 @@
+"""What each `finetune.method` costs and reaches on the same rows: tokens/s, memory, seconds, metric, bytes.
+
+    python -m benchmarks.method_costs [--rows 400] [--methods lora dora ...] [--rate full=0.00005] [--tiny]
+        [--out methods.json]
+
+Needs `artifacts/fetch_base`, `artifacts/curate` and `artifacts/split` (`dvc repro split`); --tiny makes a
+tiny model and rows. Each method is the stage `finetune` itself, in a folder of its own and with the
+parameters of the checkout, but for the method, its learning rate, and one point of validation, at the end.
+Prints the table that `docs/how-to/methods.md` keeps, and writes a JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+
+from benchmarks.gpu.models import ROOT
+from benchmarks.gpu.task import TINY_SETTINGS, make_tiny_inputs, run_stage
+from benchmarks.machine import machine
+from stages.common.artifacts import artifacts, write_json
+from stages.common.logs import set_quiet_environment
+from stages.common.model.adapter import PREFERENCE_METHODS
+from stages.common.params.loading import Params
+from stages.common.records import read_rows, write_rows
+
+# Of weights themselves: what is usual elsewhere. Methods that are not named have the rate of params.yaml.
+WEIGHTS_RATE = 0.00005
+MIB = 1 << 20
+
+
+def list_methods() -> list[str]:
+    """Return the methods that learn from answers alone, of those that params.yaml can name."""
+    section = Params.model_fields["finetune"].annotation
+    assert section is not None
+    methods = get_args(section.model_fields["method"].annotation)
+    return [method for method in methods if method not in PREFERENCE_METHODS]
+
+
+def choose_rate(method: str, finetune: Mapping[str, Any]) -> float:
+    """Return the learning rate of a method, as `docs/how-to/methods.md` has it."""
+    if method in ("full", "partial"):
+        return WEIGHTS_RATE
+    rate = float(finetune["learning_rate"])
+    return rate / math.sqrt(finetune["rank"]) if method == "rslora" else rate
+
+
+def measure(method: str, rate: float | None, options: argparse.Namespace) -> dict[str, Any]:
+    """Train with a method in a folder of its own, and return what it took and reached."""
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    finetune = params["finetune"]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if options.tiny:
+            finetune.update(TINY_SETTINGS)
+            make_tiny_inputs(folder)
+        else:
+            lay_out(folder, options.rows)
+        rate = rate or choose_rate(method, finetune)
+        finetune.update(
+            method=method,
+            learning_rate=rate,
+            warm_start_from=None,
+            early_stopping=None,
+            validate_every=1.0,
+            validation_rows=options.validation_rows,
+        )
+        (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
+        run_stage(folder, "finetune")
+        found = json.loads((folder / "reports/finetune/metrics.json").read_text(encoding="utf-8"))
+        files = [path for path in (folder / "artifacts/finetune").rglob("*") if path.is_file()]
+        took = found["throughput"]
+        points = {name: value for name, value in found["validation_points"][-1].items() if name != "step"}
+        return {
+            "learning_rate": rate,
+            "trained_parameters": found["trained_parameters"],
+            "train_tokens": found["train_tokens"],
+            "seconds": took["seconds"],
+            "tokens_per_second": took["tokens_per_second"],
+            "peak_mib": took["peak_device_mib"] or took["peak_rss_mib"],
+            "validation_loss": found["validation_loss"],
+            "metrics": points,
+            "adapter_bytes": sum(path.stat().st_size for path in files),
+        }
+
+
+def lay_out(folder: Path, rows: int) -> None:
+    """Link the checkout's base model and task, and write a part of its rows."""
+    for stage in ("fetch_base", "curate"):
+        (folder / artifacts(stage)).parent.mkdir(parents=True, exist_ok=True)
+        (folder / artifacts(stage)).symlink_to((ROOT / artifacts(stage)).resolve())
+    split = folder / artifacts("split")
+    split.mkdir()
+    every = read_rows(ROOT / artifacts("split") / "train.parquet")
+    chosen = random.Random(7).sample(range(len(every)), min(rows, len(every)))
+    write_rows(split / "train.parquet", [every[number] for number in sorted(chosen)])
+    (split / "validation.parquet").symlink_to((ROOT / artifacts("split") / "validation.parquet").resolve())
+
+
+def format_table(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the results as Markdown."""
+    lines = [
+        "| method | rate | trained weights | tokens/s | seconds | peak, MiB | loss | metric | MB |",
+        "|---|---:|---:|---:|---:|---:|---:|---|---:|",
+    ]
+    for method, one in found.items():
+        if "failed" in one:
+            lines.append(f"| `{method}` | – | – | – | – | – | – | {one['failed']} | – |")
+            continue
+        name, value = next((pair for pair in one["metrics"].items() if pair[0] != "loss"), ("loss", 0.0))
+        lines.append(
+            f"| `{method}` | {one['learning_rate']:.2g} | {one['trained_parameters']:,} | "
+            f"{one['tokens_per_second']:,.0f} | {one['seconds']:,.0f} | {one['peak_mib']:,} | "
+            f"{one['validation_loss']:.3f} | {name} {value:.3f} | {one['adapter_bytes'] / 1e6:,.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def read_rates(given: Sequence[str], known: Sequence[str]) -> dict[str, float]:
+    """Return the rates of `METHOD=RATE`.
+
+    Raises:
+        ValueError: one is not of this form, or names no method.
+    """
+    rates = {}
+    for pair in given:
+        method, _, rate = pair.partition("=")
+        if method not in known:
+            raise ValueError(f"--rate {pair}: the methods are {', '.join(known)}")
+        rates[method] = float(rate)
+    return rates
+
+
+def main() -> int:
+    """Train with each method in turn, and print the table; return 1 if one of them failed."""
+    set_quiet_environment()
+    known = list_methods()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rows", type=int, default=400)
+    parser.add_argument("--validation-rows", type=int, default=48)
+    parser.add_argument("--methods", nargs="+", choices=known, default=known)
+    parser.add_argument("--rate", nargs="+", default=[], metavar="METHOD=RATE")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, to see that it runs")
+    parser.add_argument("--out", type=Path, help="write the JSON object to this file")
+    options = parser.parse_args()
+    try:
+        rates = read_rates(options.rate, known)
+    except ValueError as error:
+        parser.error(str(error))
+    found: dict[str, dict[str, Any]] = {}
+    for method in options.methods:
+        try:
+            found[method] = measure(method, rates.get(method), options)
+        except RuntimeError as error:
+            found[method] = {"failed": str(error).strip().splitlines()[-1]}
+        print(f"{method}: {found[method]}", file=sys.stderr)
+        if options.out:
+            write_json(options.out, {"machine": machine(), "rows": options.rows, "methods": found})
+    print(format_table(found))
+    return int(any("failed" in one for one in found.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
