@@ -81,6 +81,7 @@ def _write_params(epochs: int, rate: float, folder: Path) -> None:
         "epochs": epochs,
         "validate_every": None,
         "early_stopping": None,
+        "checkpoint_url": None,  # it is of minutes, and its checkpoints are of no use elsewhere
         "launcher": "local",
     }
     write_text(folder / "params.yaml", yaml.safe_dump(values, allow_unicode=True, sort_keys=False))

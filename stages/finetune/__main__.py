@@ -8,8 +8,8 @@ Run: `python -m stages.finetune`
 
 Only answers are learned, by the objective that `method` names. A killed run resumes from its last complete
 checkpoint in `checkpoints/finetune/<fingerprint>/` and ends with the same adapter, byte by byte, as an
-uninterrupted run in as many processes. `devices` has how several processes train together; the first of them
-writes and reports.
+uninterrupted run in as many processes; with `checkpoint_url` also on another machine. `devices` has how
+several processes train together; the first of them writes and reports.
 """
 
 from __future__ import annotations
@@ -38,10 +38,12 @@ from stages.common.model.loading import (
 )
 from stages.common.params.loading import load_params
 from stages.common.records import Row, read_rows
+from stages.common.storage.remote_folder import RemoteFolder
 from stages.common.task.kinds import read_task
 from stages.finetune.batches import view_examples
+from stages.finetune.checkpoint_store import open_store
 from stages.finetune.checkpoints import CHECKPOINTS, remove_other_runs
-from stages.finetune.devices.group import compute_on_hosts, count_processes, is_main
+from stages.finetune.devices.group import compute_on_hosts, count_processes, is_first_of_host, is_main
 from stages.finetune.devices.workers import run_on_devices
 from stages.finetune.objectives.data import read_training_data
 from stages.finetune.objectives.rewards import check_compared
@@ -87,6 +89,8 @@ def train_adapter() -> None:
     params, turns = everything.finetune, everything.task.turns
     labels = read_task().closed_set or () if params.method == HEAD else ()
     recipe = Recipe(**params.model_dump(include=set(Recipe.__dataclass_fields__)), labels=labels)
+    if params.checkpoint_url and is_first_of_host():
+        RemoteFolder(params.checkpoint_url).check_writable()
     base = artifacts("fetch_base")
     initial = find_start(params.warm_start_from, recipe, labels)
     if initial:
@@ -134,6 +138,7 @@ def train_adapter() -> None:
         "the recipe, rows, base model, code or library versions",
         "copy params.yaml, artifacts/ and the code of one host to the others, with the same versions",
     )
+    store = open_store(params.checkpoint_url, checkpoints.name)
     if is_main():
         remove_other_runs(checkpoints)
     model = build_model(base, recipe, initial)
@@ -153,6 +158,7 @@ def train_adapter() -> None:
         watch,
         Prices(**everything.flows.training.model_dump(include=set(Prices.__dataclass_fields__))),
         params.gradient_checkpointing,
+        store,
     )
     if recipe.method == "grpo":
         check_compared([point.figures for point in result.curve])
@@ -183,6 +189,8 @@ def train_adapter() -> None:
         },
     )
     shutil.rmtree(checkpoints)
+    if store:
+        store.finish()
     logger.info(
         "%d updates in %.0f s, %.0f tokens/s, train loss %.4f, validation loss %s",
         len(result.curve),

@@ -10,11 +10,12 @@ from __future__ import annotations
 import platform
 import shutil
 from pathlib import Path
+from typing import Protocol
 
 from stages.common.artifacts import hash_file, read_json, write_json
 from stages.common.errors import InputError
 from stages.common.logs import get_logger
-from stages.finetune.devices.group import gather, is_main
+from stages.finetune.devices.group import gather, get_rank, is_first_of_host, is_main
 
 logger = get_logger("finetune")
 
@@ -24,12 +25,23 @@ COMPLETE = "complete.json"
 # Checkpoints of other recipes that are kept, for a user who goes back to them.
 OTHER_RUNS_KEPT = 1
 PREFIX = "checkpoint-"
+KEPT = 2  # of a run, the newest
+
+
+class Copies(Protocol):
+    """Copies of a run's checkpoints, from which a host gets those that it has not written."""
+
+    def find_newest(self, folder: Path, own: Path | None) -> Path | None:
+        """Return `own` or a newer complete checkpoint, which is fetched into `folder`."""
+
+    def fetch(self, step: int, folder: Path) -> Path | None:
+        """Return the fetched checkpoint of a step; None if its copy is not whole."""
 
 
 def find_checkpoint(folder: Path) -> Path | None:
     """Return the newest complete checkpoint, and remove the incomplete ones."""
     for path in folder.glob(f"{PREFIX}*"):
-        if problem := _find_problem(path):
+        if problem := find_problem(path):
             logger.warning("removing the checkpoint %s: %s", path, problem)
             shutil.rmtree(path)
     complete = list_complete(folder)
@@ -41,22 +53,31 @@ def list_complete(folder: Path) -> list[Path]:
     return sorted((path.parent for path in folder.glob(f"{PREFIX}*/{COMPLETE}")), key=get_step)
 
 
-def choose_checkpoint(folder: Path) -> Path | None:
+def choose_checkpoint(folder: Path, copies: Copies | None = None) -> Path | None:
     """Return the newest complete checkpoint of the first process, for all processes to resume from.
+
+    Args:
+        copies: of the checkpoints, which may have a newer one, and from which other hosts fetch it.
 
     Raises:
         InputError: a host of the training does not have it.
     """
-    newest = gather(find_checkpoint(folder) if is_main() else None)[0]
+    newest = None
+    if is_main():
+        newest = find_checkpoint(folder)
+        newest = copies.find_newest(folder, newest) if copies else newest
+    newest = gather(newest)[0]
     if newest is None:
         return None
-    seen = gather((platform.node(), _find_problem(newest) is None))
+    if copies and is_first_of_host() and find_problem(newest):
+        copies.fetch(get_step(newest), folder)
+    seen = gather((platform.node(), find_problem(newest) is None))
     without = sorted({host for host, has_it in seen if not has_it})
     if without:
         raise InputError(
             f"{newest} of {seen[0][0]} is not, or not whole, on {', '.join(without)}",
-            f"put {CHECKPOINTS} on a file system that all hosts share, copy it to them, "
-            "or remove it to start from the beginning",
+            f"put {CHECKPOINTS} on a file system that all hosts share, set finetune.checkpoint_url to a "
+            "place that all can reach, or remove it to start from the beginning",
         )
     return newest
 
@@ -64,6 +85,17 @@ def choose_checkpoint(folder: Path) -> Path | None:
 def get_step(checkpoint: Path) -> int:
     """Return the update after which a checkpoint was written, from its name."""
     return int(checkpoint.name.removeprefix(PREFIX))
+
+
+def collect_states(checkpoint: Path) -> None:
+    """Put the random state of every process, written on its host, into the first one's checkpoint."""
+    own = checkpoint / f"rng_state_{get_rank()}.pth"
+    states = gather(own.read_bytes() if own.is_file() else b"")
+    if is_main():
+        for rank, state in enumerate(states):
+            path = checkpoint / f"rng_state_{rank}.pth"
+            if state and not path.is_file():
+                path.write_bytes(state)
 
 
 def mark_complete(checkpoint: Path) -> None:
@@ -76,7 +108,7 @@ def mark_complete(checkpoint: Path) -> None:
     write_json(checkpoint / COMPLETE, found)
 
 
-def _find_problem(checkpoint: Path) -> str | None:
+def find_problem(checkpoint: Path) -> str | None:
     """Return why a training cannot go on from a checkpoint, or None."""
     if not (checkpoint / COMPLETE).is_file():
         return "it was not written to its end"

@@ -30,14 +30,17 @@ from stages.common.model.loading import pick_dtype
 from stages.common.model.replaced import list_trained, put_weights, read_weights, write_weights
 from stages.finetune.answer_loss import compute_mean_loss, unchunk_head
 from stages.finetune.batches import count_tokens, deal_out, plan_batches
+from stages.finetune.checkpoint_store import CheckpointStore
 from stages.finetune.checkpoints import (
+    KEPT,
     PREFIX,
     check_free_space,
     choose_checkpoint,
+    collect_states,
     get_step,
     mark_complete,
 )
-from stages.finetune.devices.group import all_agree, count_processes, gather, get_rank, is_main, wait_for_all
+from stages.finetune.devices.group import all_agree, count_processes, gather, get_rank, is_main
 from stages.finetune.kernels.checkpointing import checkpoint_layers, decide_checkpointing, list_layers
 from stages.finetune.objectives.answers import Answers
 from stages.finetune.objectives.protocol import Batch, Objective, Start, make_idle
@@ -129,9 +132,10 @@ class TrainingMonitor(TrainerCallback):
         name_row: Callable[[int], str],
         meter: Meter,
         validation: Validation | None = None,
+        store: CheckpointStore | None = None,
     ) -> None:
         self.first_step, self.name_row, self.meter = first_step, name_row, meter
-        self.validation = validation
+        self.validation, self.store = validation, store
         self.batch_losses: list[BatchLoss] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -162,10 +166,12 @@ class TrainingMonitor(TrainerCallback):
         """Check the weights of the checkpoint, and mark it once every process has written its part."""
         checkpoint = Path(args.output_dir) / f"{PREFIX}{state.global_step}"
         check_weights(model, state.global_step, checkpoint.parent)
-        wait_for_all()
+        collect_states(checkpoint)
         if is_main():
             put_best_into(checkpoint)
             mark_complete(checkpoint)
+            if self.store:
+                self.store.copy(checkpoint)
 
 
 def train(
@@ -180,6 +186,7 @@ def train(
     watch: Watch | None = None,
     prices: Prices | None = None,
     gradient_checkpointing: bool | str = "auto",
+    store: CheckpointStore | None = None,
 ) -> TrainingResult:
     """Train the weights of `model` that have gradients, from the newest complete checkpoint if there is one.
 
@@ -189,6 +196,7 @@ def train(
         watch: what is asked during the training, if anything.
         prices: of the machine, for what the training took.
         gradient_checkpointing: compute layers again in the backward pass; `auto`: if the memory asks for it.
+        store: where copies of the checkpoints are, if any are made.
 
     Raises:
         InputError: the disk or the memory is or will be too full, or the loss is not a number.
@@ -202,7 +210,7 @@ def train(
     lengths = objective.lengths
     plan = plan_batches(lengths, recipe.batch_size, recipe.epochs, recipe.seed)
     tokens_of_step = count_tokens(plan, lengths, recipe.gradient_accumulation)
-    resumed_from = choose_checkpoint(checkpoints)
+    resumed_from = choose_checkpoint(checkpoints, store)
     first_step = get_step(resumed_from) if resumed_from else 0
     if resumed_from:
         take_best_from(resumed_from)
@@ -242,7 +250,7 @@ def train(
     )
     dtype = pick_dtype(model.device, recipe.dtype)
     meter = Meter(model, dtype, tokens_of_step, first_step, prices)
-    monitor = TrainingMonitor(first_step, name_row, meter, validation_points)
+    monitor = TrainingMonitor(first_step, name_row, meter, validation_points, store)
     trainer = PlannedTrainer(
         objective,
         model=model,
@@ -331,7 +339,7 @@ def _training_arguments(
         remove_unused_columns=False,
         save_strategy="steps",
         save_steps=checkpoint_every_steps,
-        save_total_limit=2,
+        save_total_limit=KEPT,
         logging_strategy="steps",
         logging_steps=1,
         logging_nan_inf_filter=False,  # it would log 0 for a loss that is not a number

@@ -36,6 +36,7 @@ from stages.common.model.replaced import check_not_quantized, measure_reach, sel
 from stages.common.model.targets import ALL_LINEAR, check_rank, check_targets
 from stages.common.model.teacher import check_same_tokens, find_teacher
 from stages.common.model.virtual_tokens import check_count, check_init_text, check_keys, count_values
+from stages.common.storage.remote_folder import RemoteFolder
 
 if TYPE_CHECKING:
     from stages.common.params.finetune import Finetune
@@ -137,6 +138,7 @@ def find_finetune_problems(
         *find_adapter_problems(finetune, labels),
         *find_init_problems(tokenizer, finetune),
         *find_teacher_problems(finetune, tokenizer),
+        *find_store_problems(finetune.checkpoint_url),
     ]
     return training, problems + others
 
@@ -251,6 +253,17 @@ def find_teacher_problems(finetune: Finetune, tokenizer: Any) -> list[InputError
             "choose a smaller teacher",
         )
     ]
+
+
+def find_store_problems(url: str | None) -> list[InputError]:
+    """Return why checkpoints cannot be copied to a URL, after a small file was written there and deleted."""
+    if url is None:
+        return []
+    try:
+        RemoteFolder(url).check_writable()
+    except InputError as error:
+        return [error]
+    return []
 
 
 def describe_high_rate(finetune: Finetune) -> str | None:

@@ -233,5 +233,5 @@ def _value_at(values: Any, loc: Loc) -> Any:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = re.sub(r"(://[^/'\"\s:]*):[^/'\"\s]*@", r"\1:…@", repr(value))  # a password in a URL
     return text if len(text) <= 60 else text[:57] + "…"

@@ -12,6 +12,7 @@ from typing_extensions import override
 from stages.common.model.adapter import PREFERENCE_METHODS, PROMPT_METHODS
 from stages.common.params.checked_yaml import Section
 from stages.common.params.types import AUTO, AutoCount, NotNegative, Positive, PositiveCount, Share
+from stages.common.storage.remote_folder import find_url_problem
 
 
 def _check_trained_modules(value: Any) -> Any:
@@ -105,6 +106,7 @@ class Finetune(Section):
     validation_rows: PositiveCount = 32
     early_stopping: EarlyStopping | None = None
     checkpoint_every_steps: PositiveCount
+    checkpoint_url: str | None = None
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     dtype: Literal["auto", "bfloat16", "float32"]
     devices: AutoCount = AUTO
@@ -113,6 +115,8 @@ class Finetune(Section):
 
     @override
     def find_conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.checkpoint_url is not None and (problem := find_url_problem(self.checkpoint_url)):
+            yield "checkpoint_url", problem
         if self.early_stopping and self.validate_every is None:
             yield "early_stopping", "needs validate_every, which is null: there would be no points to compare"
         if self.method in PREFERENCE_METHODS and self.dropout:

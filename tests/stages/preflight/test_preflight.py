@@ -427,14 +427,21 @@ def test_a_model_whose_blocks_are_not_found_is_refused_only_where_they_are_count
     assert "a list of module names" in error.value.fix
 
 
-def test_all_problems_are_in_one_message(lay_out, set_params):
+def test_all_problems_are_in_one_message(lay_out, set_params, tmp_path):
     tokenizer = make_tokenizer(MERGES)
     tokenizer.add_tokens(["<image>"])
     lay_out(tokenizer=tokenizer, train=[row(0, answer="[1"), row(1)])
-    set_params(model_card__license="my own")
-    with pytest.raises(InputError, match="4 problems, found before training") as error:
+    (tmp_path / "taken").write_text("a file, where a folder should be")
+    set_params(model_card__license="my own", finetune__checkpoint_url=f"file://{tmp_path}/taken/checkpoints")
+    with pytest.raises(InputError, match="5 problems, found before training") as error:
         preflight.main()
-    for part in ("<image>", "SPDX", "not of kind json", "train: 2 rows are left of 2"):
+    for part in (
+        "<image>",
+        "cannot be written, read and cleared",
+        "SPDX",
+        "not of kind json",
+        "train: 2 rows are left of 2",
+    ):
         assert part in error.value.what
 
 
