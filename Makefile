@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # All but gpu: vLLM's pins conflict with ours, and it has its own environment.
-LOCKED_EXTRAS := --extra core --extra serve --extra postgres --extra monitor --extra sweep --extra embeddings --extra dev
+LOCKED_EXTRAS := --extra core --extra serve --extra postgres --extra monitor --extra sweep --extra ray --extra embeddings --extra dev
 # --no-compile: half of the time. Python compiles what is imported, when it is.
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint requirements.lock --editable
 
@@ -128,7 +128,7 @@ $(VENV)/.sweep: pyproject.toml requirements.lock | $(BIN)/python
 
 $(VENV)/.dev: pyproject.toml requirements.lock | $(BIN)/python
 	@echo "installing what training, serving and development need (a few minutes the first time) …"
-	@$(INSTALL) '.[core,serve,postgres,monitor,sweep,dev]'
+	@$(INSTALL) '.[core,serve,postgres,monitor,sweep,ray,dev]'
 	@touch $@ $(VENV)/.core $(VENV)/.serve $(VENV)/.sweep
 
 # The clients' pins exclude the project's, so they have an environment of their own.

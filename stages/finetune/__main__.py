@@ -44,7 +44,8 @@ from stages.finetune.batches import view_examples
 from stages.finetune.checkpoint_store import open_store
 from stages.finetune.checkpoints import CHECKPOINTS, remove_other_runs
 from stages.finetune.devices.group import compute_on_hosts, count_processes, is_first_of_host, is_main
-from stages.finetune.devices.workers import run_on_devices
+from stages.finetune.devices.launch import run_on_devices
+from stages.finetune.devices.ray_cluster import Files
 from stages.finetune.objectives.data import read_training_data
 from stages.finetune.objectives.rewards import check_compared
 from stages.finetune.plots import plot_loss
@@ -56,6 +57,11 @@ from stages.finetune.result import write_loss_csv, write_validation_csv
 logger = get_logger("finetune")
 
 TRAIN = artifacts("split") / "train.parquet"
+INPUTS = (
+    *("params.yaml", "artifacts/curate/task.json", "artifacts/fetch_base", "artifacts/split"),
+    "reports/fetch_base/metrics.json",
+)
+OUTPUTS = ("artifacts/finetune", "reports/finetune")
 
 WHEN_MEMORY_IS_FULL = (
     "lower finetune.batch_size (and raise finetune.gradient_accumulation by as much), lower "
@@ -80,7 +86,10 @@ def main() -> None:
     if not TRAIN.exists():  # before torch counts devices, which takes seconds
         raise missing(TRAIN)
     params = load_params().finetune
-    run_on_devices(train_adapter, params.devices, params.launcher, params.batch_size, WHEN_MEMORY_IS_FULL)
+    files = Files(INPUTS, (params.warm_start_from, params.teacher), OUTPUTS, params.checkpoint_url)
+    run_on_devices(
+        train_adapter, params.devices, params.launcher, params.batch_size, WHEN_MEMORY_IS_FULL, files
+    )
 
 
 def train_adapter() -> None:

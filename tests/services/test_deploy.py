@@ -22,6 +22,7 @@ CUSTOM = {
         "keda.sh/v1alpha1",
         {"scaleTargetRef", "minReplicaCount", "maxReplicaCount", "triggers"},
     ),
+    "RayCluster": ("ray.io/v1", {"rayVersion", "headGroupSpec", "workerGroupSpecs"}),
 }
 SECRET_NAME = re.compile(r"PASSWORD|SECRET|TOKEN|(?<!PERENNIAL_)KEY(?!S_FILE)")
 
@@ -260,6 +261,66 @@ def test_the_worker_of_compose_reports_where_the_loop_looks(compose):
     environment = compose["services"]["worker"]["environment"]
     named = {name for name in environment if name.startswith("PERENNIAL_")}
     assert named == {"PERENNIAL_TRACKING_URL", "PERENNIAL_EVENTS_URL"} and named <= ENVIRONMENT.keys()
+
+
+def ray_groups() -> tuple[dict, dict]:
+    spec = by_kind(manifests(DEPLOY / "kubernetes/ray"))["RayCluster"]["spec"]
+    (workers,) = spec["workerGroupSpecs"]
+    return spec["headGroupSpec"], workers
+
+
+def test_the_pods_of_the_ray_cluster_fit_the_schemas_of_kubernetes():
+    documents = manifests(DEPLOY / "kubernetes/ray")
+    assert sorted(by_kind(documents)) == ["NetworkPolicy", "PersistentVolumeClaim", "RayCluster"]
+    for document in documents:
+        check(document)
+    for group in ray_groups():
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+        check({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "ray"}, **group["template"]})
+    workers = ray_groups()[1]
+    assert workers["minReplicas"] <= workers["replicas"] <= workers["maxReplicas"]
+
+
+def test_the_ray_cluster_has_the_version_of_the_lock_and_only_its_workers_train():
+    cluster = by_kind(manifests(DEPLOY / "kubernetes/ray"))["RayCluster"]
+    assert f"ray=={cluster['spec']['rayVersion']}" in (ROOT / "requirements.lock").read_text().splitlines()
+    assert ",ray]" in (DEPLOY / "Dockerfile").read_text()
+    head, workers = ray_groups()
+    assert head["rayStartParams"]["num-cpus"] == "0"
+    # Both bring a command of their own, in which KubeRay's stands.
+    assert cluster["metadata"]["annotations"] == {"ray.io/overwrite-container-cmd": "true"}
+    containers = [group["template"]["spec"]["containers"] for group in (head, workers)]
+    for (container,) in containers:
+        assert "$KUBERAY_GEN_RAY_START_CMD" in container["args"][0]
+        assert container["image"] == containers[0][0]["image"]
+        assert {"secretRef": {"name": "perennial-checkpoints"}} in container["envFrom"]
+        (port,) = container["ports"]
+        for probe in ("readinessProbe", "livenessProbe"):
+            assert container[probe]["tcpSocket"]["port"] == port["name"]
+    (trainer,) = containers[1]
+    assert trainer["ports"][0]["containerPort"] == int(workers["rayStartParams"]["node-manager-port"])
+    assert trainer["resources"]["limits"]["nvidia.com/gpu"] == "1"
+
+
+def test_the_head_of_the_ray_cluster_is_the_worker_of_the_pool():
+    (head,) = ray_groups()[0]["template"]["spec"]["containers"]
+    (worker,) = pod(manifests(DEPLOY / "kubernetes/worker"))["containers"]
+    assert head["args"][0].endswith(" ".join(worker["command"]))
+    variables = {entry["name"]: entry for entry in head["env"]}
+    assert all(variables[entry["name"]] == entry for entry in worker["env"] if entry["name"] != "PYTHONPATH")
+    assert variables["PYTHONPATH"]["value"] == head["workingDir"] == worker["workingDir"]
+    assert variables["RAY_ADDRESS"]["value"].endswith(f":{head['ports'][0]['containerPort']}")
+
+
+def test_only_the_pods_of_the_ray_cluster_reach_it():
+    policy = by_kind(manifests(DEPLOY / "kubernetes/ray"))["NetworkPolicy"]["spec"]
+    name = by_kind(manifests(DEPLOY / "kubernetes/ray"))["RayCluster"]["metadata"]["name"]
+    selector = {"matchLabels": {"ray.io/cluster": name}}  # KubeRay's label
+    assert policy == {
+        "podSelector": selector,
+        "policyTypes": ["Ingress"],
+        "ingress": [{"from": [{"podSelector": selector}]}],
+    }
 
 
 def test_a_misspelt_field_is_found():

@@ -110,7 +110,7 @@ class Finetune(Section):
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     dtype: Literal["auto", "bfloat16", "float32"]
     devices: AutoCount = AUTO
-    launcher: Literal["local", "torchrun"] = "local"
+    launcher: Literal["local", "torchrun", "ray"] = "local"
     seed: int
 
     @override

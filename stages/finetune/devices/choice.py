@@ -26,10 +26,12 @@ class Host:
     Attributes:
         kind: of its devices, as torch names it: cuda, mps or cpu.
         count: of its GPUs; without one, of the cores that this process may use.
+        name: of the host, in a message.
     """
 
     kind: str
     count: int
+    name: str = "this host"
 
     def describe(self) -> str:
         """Return what the host has, in words."""
@@ -94,7 +96,7 @@ def check_devices(wanted: int, host: Host, reason: str) -> None:
     """
     if wanted > host.count:
         raise InputError(
-            f"{reason}, and this host has {host.describe()}",
+            f"{reason}, and {host.name} has {host.describe()}",
             f"at most {host.count}, or finetune.devices: auto; CUDA_VISIBLE_DEVICES can hide GPUs",
         )
 
@@ -177,6 +179,6 @@ def check_not_started(place: Place | None) -> None:
     if place is not None:
         raise InputError(
             f"this is process {place.rank} of {place.processes} of torchrun (RANK and WORLD_SIZE are set), "
-            "and finetune.launcher: local would start others from each of them",
+            "and another finetune.launcher would start others from each of them",
             "set finetune.launcher: torchrun, or start the stage without torchrun",
         )

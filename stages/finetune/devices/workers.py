@@ -1,4 +1,4 @@
-"""Run a training in several processes: start them here, or join those that torchrun started.
+"""Run a training in several processes of this host, or as one of those that torchrun started.
 
 Processes that are started here live no longer than this one. The first that fails tells why by a store, the
 others are ended, and this process raises the reason: there is one error, whatever the number of processes.
@@ -20,21 +20,13 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import psutil
 
 from stages.common.errors import InputError
 from stages.common.logs import configure_process, explain_failure
-from stages.finetune.devices.choice import (
-    Devices,
-    Place,
-    check_not_started,
-    check_place,
-    choose_processes,
-    inspect_host,
-    read_place,
-)
+from stages.finetune.devices.choice import Place
 from stages.finetune.devices.group import TIMEOUT, join_group, leave_group
 
 if TYPE_CHECKING:
@@ -55,33 +47,6 @@ _LOST = re.compile(
 Job = Callable[[], None]
 
 
-def run_on_devices(
-    job: Job, devices: Devices, launcher: str, batch_size: int, when_memory_is_full: str
-) -> None:
-    """Run `job` here, in processes that are started for it, or as one of the processes of torchrun.
-
-    Args:
-        job: a function of a module; each process calls it as a member of a group (`devices.group`).
-        when_memory_is_full: what the user can lower.
-
-    Raises:
-        InputError: devices, batch and launcher do not fit, or a process failed for a reason that has a fix.
-        RuntimeError: a process failed for another reason, with its traceback.
-    """
-    place = read_place(os.environ)
-    if launcher == "torchrun":
-        host = inspect_host()
-        _run_under_torchrun(job, check_place(place, devices, batch_size, host), host.kind)
-        return
-    check_not_started(place)
-    host = inspect_host()
-    processes = choose_processes(devices, batch_size, host)
-    if processes == 1:
-        job()
-    else:
-        start_workers(job, processes, host.kind, when_memory_is_full)
-
-
 def start_workers(job: Job, processes: int, kind: str, when_memory_is_full: str) -> None:
     """Run `job` in several processes of this host, and wait for their end.
 
@@ -92,7 +57,7 @@ def start_workers(job: Job, processes: int, kind: str, when_memory_is_full: str)
     from torch.multiprocessing.spawn import ProcessException, start_processes
 
     logging.getLogger("torch.multiprocessing").setLevel(logging.ERROR)  # it reports whom it ends
-    store = _open_store()
+    store = open_store(LOOPBACK)
     arguments = (job, processes, store.port, kind, when_memory_is_full, os.getpid())
     with _set_variables(_choose_variables(processes)):
         # Daemons end with this process; in its process group, signals for the stage reach them too.
@@ -107,15 +72,21 @@ def start_workers(job: Job, processes: int, kind: str, when_memory_is_full: str)
         _end(context.processes)
 
 
-def _open_store() -> TCPStore:
-    """Return a store that listens on a free port of the loopback interface, and on no other."""
+def open_store(address: str) -> TCPStore:
+    """Return a store that listens on a free port of an address of this host, and on no other."""
     from torch.distributed import TCPStore
 
-    listening = socket.create_server((LOOPBACK, 0))
+    listening = socket.create_server((address, 0))
     port = listening.getsockname()[1]
     return TCPStore(
-        LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
+        address, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
     )
+
+
+def find_interface(address: str) -> str | None:
+    """Return the name of this host's network interface that has an address."""
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, found in interfaces if any(one.address == address for one in found)), None)
 
 
 def _choose_variables(processes: int) -> dict[str, str]:
@@ -123,15 +94,7 @@ def _choose_variables(processes: int) -> dict[str, str]:
     import torch
 
     threads = max(1, torch.get_num_threads() // processes)
-    loopback = next(
-        (
-            name
-            for name, addresses in psutil.net_if_addrs().items()
-            if any(address.address == LOOPBACK for address in addresses)
-        ),
-        None,
-    )
-    wanted = {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": loopback}
+    wanted = {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": find_interface(LOOPBACK)}
     return {name: value for name, value in wanted.items() if value and name not in os.environ}
 
 
@@ -153,21 +116,13 @@ def _work(
     configure_process()
     _watch_parent(parent)
     place = Place(rank, processes, rank, processes)
-    _quieten(place)
-    # accelerate reads its place here, as under torchrun.
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(processes),
-        "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(processes),
-        "MASTER_ADDR": LOOPBACK,
-        "MASTER_PORT": str(port),
-    }
+    quieten(place)
+    os.environ |= list_variables(place, LOOPBACK, port)
     from torch.distributed import TCPStore
 
     store = TCPStore(LOOPBACK, port, is_master=False, timeout=TIMEOUT)
     try:
-        _run_in_group(job, place, kind, store)
+        run_in_group(job, place, kind, store)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)  # torch.multiprocessing would take it for success
     except Exception as error:
@@ -175,17 +130,17 @@ def _work(
         sys.exit(1)
 
 
-def _run_under_torchrun(job: Job, place: Place, kind: str) -> None:
+def run_under_torchrun(job: Job, place: Place, kind: str) -> None:
     """Run `job` as one of torchrun's processes; only the first that fails shows its error."""
     from torch.distributed import PrefixStore, rendezvous
 
     _watch_parent(os.getppid())
-    _quieten(place)
+    quieten(place)
     found, _, _ = next(rendezvous("env://", place.rank, place.processes, timeout=TIMEOUT))
     store = PrefixStore("perennial", found)
     try:
         check_kinds(store, kind)
-        _run_in_group(job, place, kind, store)
+        run_in_group(job, place, kind, store)
     except Exception as error:
         if not _is_first_failure(store):
             sys.exit(1)
@@ -206,7 +161,24 @@ def check_kinds(store: Store, kind: str) -> None:
         )
 
 
-def _run_in_group(job: Job, place: Place, kind: str, store: Store) -> None:
+def list_variables(place: Place, address: str, port: int) -> dict[str, str]:
+    """Return what torchrun sets for a process, where accelerate reads its place.
+
+    Args:
+        address: of the store where the processes find each other.
+    """
+    return {
+        "RANK": str(place.rank),
+        "WORLD_SIZE": str(place.processes),
+        "LOCAL_RANK": str(place.local_rank),
+        "LOCAL_WORLD_SIZE": str(place.local_processes),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+    }
+
+
+def run_in_group(job: Job, place: Place, kind: str, store: Store) -> None:
+    """Run `job` as a member of the group that its processes make by a store."""
     from torch.distributed import PrefixStore
 
     join_group(place, kind, PrefixStore("group", store))
@@ -214,7 +186,7 @@ def _run_in_group(job: Job, place: Place, kind: str, store: Store) -> None:
     leave_group()
 
 
-def _quieten(place: Place) -> None:
+def quieten(place: Place) -> None:
     """Let only the first process report: the others would report the same."""
     if place.rank:
         logging.getLogger().setLevel(logging.ERROR)
@@ -234,18 +206,30 @@ def _watch_parent(parent: int) -> None:
 
 def report_failure(store: Store, place: Place, error: Exception, when_memory_is_full: str) -> None:
     """Store why this process failed, if no other has failed before."""
-    if not _is_first_failure(store):
-        return
+    if _is_first_failure(store):
+        store.set("failure", json.dumps(describe_failure(place, error, when_memory_is_full)))
+
+
+def describe_failure(place: Place, error: Exception, when_memory_is_full: str) -> dict[str, Any]:
+    """Return why a process failed, as JSON can have it, and whether only because another had ended."""
     lost = _find_loss(error)
     known = lost or explain_failure(error, when_memory_is_full)
-    found = {
+    return {
         "rank": place.rank,
         "is_loss": lost is not None,
         "what": known.what if known else "".join(traceback.format_exception(error)),
         "fix": known.fix if known else None,
         "exit_code": known.exit_code if known else 1,
     }
-    store.set("failure", json.dumps(found))
+
+
+def make_error(found: Mapping[str, Any], processes: int) -> Exception:
+    """Return the error of a training one of whose processes failed, from what `describe_failure` found."""
+    if found["fix"] is None:
+        return RuntimeError(f"process {found['rank']} of {processes} failed:\n{found['what']}")
+    failure = InputError(found["what"], found["fix"])
+    failure.exit_code = found["exit_code"]
+    return failure
 
 
 def _is_first_failure(store: Store) -> bool:
@@ -284,11 +268,7 @@ def find_reason(exit_codes: Sequence[int | None], first: int, message: str, stor
             )
     if stored is None:
         return RuntimeError(f"the processes ended with {exit_codes} and stored no reason: {message}")
-    if stored["fix"] is None:
-        return RuntimeError(f"process {stored['rank']} of {len(exit_codes)} failed:\n{stored['what']}")
-    failure = InputError(stored["what"], stored["fix"])
-    failure.exit_code = stored["exit_code"]
-    return failure
+    return make_error(stored, len(exit_codes))
 
 
 def _end(processes: Sequence[BaseProcess]) -> None:
