@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.common.errors import InputError
+from stages.common.machine.devices import check_batch_size, check_devices, inspect_host
 from stages.common.machine.memory import format_bytes, read_total_memory
 from stages.common.machine.training_memory import count_state_bytes
 from stages.common.model.adapter import (
@@ -139,6 +140,7 @@ def find_finetune_problems(
         *find_init_problems(tokenizer, finetune),
         *find_teacher_problems(finetune, tokenizer),
         *find_store_problems(finetune.checkpoint_url),
+        *find_device_problems(finetune),
     ]
     return training, problems + others
 
@@ -268,6 +270,21 @@ def find_store_problems(url: str | None) -> list[InputError]:
         return []
     try:
         RemoteFolder(url).check_writable()
+    except InputError as error:
+        return [error]
+    return []
+
+
+def find_device_problems(finetune: Finetune) -> list[InputError]:
+    """Return whether this host has fewer devices than the stage would start processes, or a batch fewer rows.
+
+    Other launchers train elsewhere, too: `finetune` asks them, before it reads anything.
+    """
+    if finetune.launcher != "local" or finetune.devices == "auto":
+        return []
+    try:
+        check_devices(finetune.devices, inspect_host(), f"finetune.devices is {finetune.devices}")
+        check_batch_size(finetune.batch_size, finetune.devices)
     except InputError as error:
         return [error]
     return []

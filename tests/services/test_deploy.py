@@ -312,6 +312,16 @@ def test_the_head_of_the_ray_cluster_is_the_worker_of_the_pool():
     assert variables["RAY_ADDRESS"]["value"].endswith(f":{head['ports'][0]['containerPort']}")
 
 
+def test_kustomize_gives_all_pods_of_the_ray_cluster_the_image_for_gpus():
+    documents = rendered(DEPLOY / "kubernetes/ray")
+    for document in documents:
+        check(document)
+    spec = by_kind(documents)["RayCluster"]["spec"]
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        (container,) = group["template"]["spec"]["containers"]
+        assert container["image"] == "perennial-tools:0.1.0-gpu"
+
+
 def test_only_the_pods_of_the_ray_cluster_reach_it():
     policy = by_kind(manifests(DEPLOY / "kubernetes/ray"))["NetworkPolicy"]["spec"]
     name = by_kind(manifests(DEPLOY / "kubernetes/ray"))["RayCluster"]["metadata"]["name"]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from stages.common.errors import InputError
 from stages.common.logs import get_logger
-from stages.common.model.loading import pick_device
+from stages.common.machine.devices import Host, check_batch_size, check_devices
 
 logger = get_logger("finetune")
 
@@ -17,27 +16,6 @@ logger = get_logger("finetune")
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 Devices = int | Literal["auto"]
-
-
-@dataclass(frozen=True, slots=True)
-class Host:
-    """What this host can train on.
-
-    Attributes:
-        kind: of its devices, as torch names it: cuda, mps or cpu.
-        count: of its GPUs; without one, of the cores that this process may use.
-        name: of the host, in a message.
-    """
-
-    kind: str
-    count: int
-    name: str = "this host"
-
-    def describe(self) -> str:
-        """Return what the host has, in words."""
-        if self.kind == "cpu":
-            return f"no GPU and {self.count} {'core' if self.count == 1 else 'cores'}"
-        return f"{self.count} {'GPU' if self.count == 1 else 'GPUs'} ({self.kind})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,20 +29,6 @@ class Place:
 
 
 ALONE = Place(0, 1, 0, 1)
-
-
-def inspect_host() -> Host:
-    """Return what this host can train on; `CUDA_VISIBLE_DEVICES` hides GPUs from it."""
-    import torch
-
-    kind = pick_device().type
-    if kind == "cuda":
-        return Host(kind, torch.cuda.device_count())
-    if kind == "cpu":
-        # A container or taskset may allow fewer cores than there are; macOS cannot tell.
-        can_tell = hasattr(os, "sched_getaffinity")
-        return Host(kind, len(os.sched_getaffinity(0)) if can_tell else os.cpu_count() or 1)
-    return Host(kind, 1)
 
 
 def choose_processes(devices: Devices, batch_size: int, host: Host) -> int:
@@ -85,35 +49,11 @@ def choose_processes(devices: Devices, batch_size: int, host: Host) -> int:
         return min(available, batch_size)
     check_devices(devices, host, f"finetune.devices is {devices}")
     check_batch_size(batch_size, devices)
+    _warn_if_uneven(batch_size, devices)
     return devices
 
 
-def check_devices(wanted: int, host: Host, reason: str) -> None:
-    """Refuse more processes than the host has devices.
-
-    Raises:
-        InputError: with what the host has.
-    """
-    if wanted > host.count:
-        raise InputError(
-            f"{reason}, and {host.name} has {host.describe()}",
-            f"at most {host.count}, or finetune.devices: auto; CUDA_VISIBLE_DEVICES can hide GPUs",
-        )
-
-
-def check_batch_size(batch_size: int, processes: int) -> None:
-    """Refuse a batch that has no row for some process.
-
-    Raises:
-        InputError: with both numbers.
-    """
-    if batch_size < processes:
-        raise InputError(
-            f"finetune.batch_size is {batch_size}, and {processes} processes share each batch: "
-            "some would have no row",
-            f"set finetune.batch_size to at least {processes} (and lower finetune.gradient_accumulation by "
-            f"as much), or train with at most {batch_size} processes",
-        )
+def _warn_if_uneven(batch_size: int, processes: int) -> None:
     if batch_size % processes:
         logger.warning(
             "finetune.batch_size %d is no multiple of %d processes: some wait for those with a row more",
@@ -167,6 +107,7 @@ def check_place(place: Place | None, devices: Devices, batch_size: int, host: Ho
         )
     check_devices(place.local_processes, host, started)
     check_batch_size(batch_size, place.processes)
+    _warn_if_uneven(batch_size, place.processes)
     return place
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 
+from stages.common.machine.devices import inspect_host
 from stages.finetune.devices.choice import (
     Devices,
     check_not_started,
     check_place,
     choose_processes,
-    inspect_host,
     read_place,
 )
 from stages.finetune.devices.ray_cluster import Files, run_on_ray

@@ -20,7 +20,8 @@ from typing import Any
 from stages.common.artifacts import STATE, atomic_dir, make_folder, write_text
 from stages.common.errors import InputError
 from stages.common.logs import get_logger
-from stages.finetune.devices.choice import Devices, Host, Place, choose_processes
+from stages.common.machine.devices import Host
+from stages.finetune.devices.choice import Devices, Place, choose_processes
 from stages.finetune.devices.ray_worker import CHUNK_BYTES, Log, Machine, Worker, hash_code, remove_folder
 from stages.finetune.devices.workers import PATIENCE_S, RESUMES, Job, make_error
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from stages.common.artifacts import hash_files
 from stages.common.logs import configure_process
-from stages.finetune.devices.choice import Place, inspect_host
+from stages.common.machine.devices import inspect_host
+from stages.finetune.devices.choice import Place
 from stages.finetune.devices.workers import (
     Job,
     check_kinds,

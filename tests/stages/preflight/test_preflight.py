@@ -432,8 +432,12 @@ def test_all_problems_are_in_one_message(lay_out, set_params, tmp_path):
     tokenizer.add_tokens(["<image>"])
     lay_out(tokenizer=tokenizer, train=[row(0, answer="[1"), row(1)])
     (tmp_path / "taken").write_text("a file, where a folder should be")
-    set_params(model_card__license="my own", finetune__checkpoint_url=f"file://{tmp_path}/taken/checkpoints")
-    with pytest.raises(InputError, match="5 problems, found before training") as error:
+    set_params(
+        model_card__license="my own",
+        finetune__checkpoint_url=f"file://{tmp_path}/taken/checkpoints",
+        finetune__devices=100_000,
+    )
+    with pytest.raises(InputError, match="6 problems, found before training") as error:
         preflight.main()
     for part in (
         "<image>",

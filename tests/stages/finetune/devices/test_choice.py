@@ -3,13 +3,12 @@ import re
 import pytest
 
 from stages.common.errors import InputError
+from stages.common.machine.devices import Host, inspect_host
 from stages.finetune.devices.choice import (
-    Host,
     Place,
     check_not_started,
     check_place,
     choose_processes,
-    inspect_host,
     read_place,
 )
 
