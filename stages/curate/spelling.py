@@ -1,4 +1,7 @@
-"""Normalise the spelling of texts: Unicode's NFC and line ends, and nothing else."""
+"""Normalise the spelling of texts (Unicode's NFC and line ends) and of the arguments of calls.
+
+Nothing else is changed, and each change is counted and kept, before and after.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,13 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from stages.common.messages import Message, Tool, format_arguments
+from stages.common.messages import Message, Tool, ToolCall, format_arguments
 from stages.common.records import Row, count_chars, make_row
 from stages.common.spool import Spool, spool
+from stages.curate.arguments import is_same, list_changes
 
 
 def compose_characters(text: str) -> str:
@@ -25,11 +30,12 @@ def unify_line_ends(text: str) -> str:
 
 
 CHANGES: Mapping[str, Callable[[str], str]] = {"nfc": compose_characters, "line_ends": unify_line_ends}
+Ways = Mapping[str, Callable[[str], str]]  # changes of a text by their names
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What was changed in one text of a row: the names in `CHANGES`, the text before and after.
+    """What was changed in one text of a row: the names of the changes, the text before and after.
 
     Attributes:
         role: of the message, `tools` for the schema of a tool.
@@ -43,7 +49,10 @@ class Change:
 
 
 def spell_rows(rows: Iterable[Row], names: Sequence[str]) -> tuple[Sequence[Row], Sequence[Change]]:
-    """Return the rows with the named changes, each with the id of its new text, and what was changed."""
+    """Return the rows with the named changes, each with the id of its new text, and what was changed.
+
+    The arguments of calls are always written as the grammar of the service writes them (`arguments.py`).
+    """
     changes: Spool[Change] = Spool(lambda change: len(change.before) + len(change.after))
     return spool((_spell_row(row, names, changes) for row in rows), count_chars), changes
 
@@ -51,10 +60,10 @@ def spell_rows(rows: Iterable[Row], names: Sequence[str]) -> tuple[Sequence[Row]
 def _spell_row(row: Row, names: Sequence[str], changes: Spool[Change]) -> Row:
     changed: list[tuple[str, tuple[str, ...], str, str]] = []
 
-    def spell(role: str, before: str, change: Callable[[str, str], str]) -> str:
+    def spell(role: str, before: str, ways: Ways) -> str:
         after, applied = before, []
-        for name in names:
-            spelled = change(name, after)
+        for name, change in ways.items():
+            spelled = change(after)
             if spelled != after:
                 after = spelled
                 applied.append(name)
@@ -62,9 +71,28 @@ def _spell_row(row: Row, names: Sequence[str], changes: Spool[Change]) -> Row:
             changed.append((role, tuple(applied), before, after))
         return after
 
-    messages = [_spell_message(message, spell) for message in row.messages]
-    rejected = _spell_message(row.rejected, spell) if row.rejected else None
-    tools = tuple(Tool(spell("tools", tool.text, _spell_json)) for tool in row.tools)
+    in_texts = {name: CHANGES[name] for name in names}
+    in_values = {name: partial(_spell_json, partial(_spell_value, change=CHANGES[name])) for name in names}
+    tools = tuple(Tool(spell("tools", tool.text, in_values)) for tool in row.tools)
+    by_name = {tool.name: tool for tool in tools}
+
+    def spell_call(role: str, call: ToolCall) -> ToolCall:
+        own = list_changes(by_name[call.name]) if call.name in by_name else {}
+        ways = in_values | {name: partial(_spell_json, change) for name, change in own.items()}
+        return replace(call, arguments=spell(role, call.arguments, ways))
+
+    def spell_message(message: Message) -> Message:
+        """Return a message with its text, its reasoning and the arguments of its calls spelled."""
+        reasoning = message.reasoning
+        return replace(
+            message,
+            content=spell(message.role, message.content, in_texts),
+            reasoning=None if reasoning is None else spell(message.role, reasoning, in_texts),
+            tool_calls=tuple(spell_call(message.role, call) for call in message.tool_calls),
+        )
+
+    messages = [spell_message(message) for message in row.messages]
+    rejected = spell_message(row.rejected) if row.rejected else None
     if not changed:
         return row
     group = None if row.group == row.id else row.group
@@ -84,35 +112,17 @@ def _spell_row(row: Row, names: Sequence[str], changes: Spool[Change]) -> Row:
     return new
 
 
-def _spell_message(message: Message, spell: Callable[[str, str, Callable[[str, str], str]], str]) -> Message:
-    """Return a message with its text, its reasoning and the strings of its calls' arguments spelled."""
-    reasoning = message.reasoning
-    return replace(
-        message,
-        content=spell(message.role, message.content, _spell_text),
-        reasoning=None if reasoning is None else spell(message.role, reasoning, _spell_text),
-        tool_calls=tuple(
-            replace(call, arguments=spell(message.role, call.arguments, _spell_json))
-            for call in message.tool_calls
-        ),
-    )
-
-
-def _spell_text(name: str, text: str) -> str:
-    return CHANGES[name](text)
-
-
-def _spell_json(name: str, text: str) -> str:
-    """Return a JSON text with a change made in its strings: in the text, it could break an escape.
+def _spell_json(change: Callable[[Any], Any], text: str) -> str:
+    """Return a JSON text with a change made in its values: in the text, it could break an escape.
 
     A text of which two keys would become one is left as it is.
     """
     value = json.loads(text)
     try:
-        spelled = _spell_value(value, CHANGES[name])
+        spelled = change(value)
     except KeyError:
         return text
-    return text if spelled == value else format_arguments(spelled)
+    return text if is_same(spelled, value) else format_arguments(spelled)
 
 
 def _spell_value(value: Any, change: Callable[[str], str]) -> Any:
