@@ -69,6 +69,30 @@ def check_old_test(
     return _criterion("old_test", "not forgotten", found.change, limit, passed, summary)
 
 
+def check_preference(evaluation: Mapping[str, Any], threshold: float) -> Criterion:
+    """Does it prefer the better answers of the test pairs more than the model that its training started from?
+
+    The lower end of the paired interval must be above the threshold.
+    """
+    found = evaluation.get("preferences")
+    if not found or "skipped" in found:
+        reason = found["skipped"] if found else "no test row has a rejected answer"
+        summary = f"the preference on test pairs was not measured: {reason}"
+        return Criterion("preference", "better", None, None, None, threshold, passed=False, summary=summary)
+    change, rows = found["difference"]["accuracy"], found["pairs"]
+    before, after = (found[name]["accuracy"]["value"] for name in ("before", "tuned"))
+    gain, low, high = (100 * change[name] for name in ("value", "low", "high"))
+    passed = change["low"] > threshold + SLACK
+    summary = (
+        f"the better answer of {rows} test pairs is the likelier one: {before:.1%} -> {after:.1%}, "
+        f"{gain:+.1f} points (interval {low:+.1f} to {high:+.1f}); "
+        f"the lower end {'is' if passed else 'is not'} above {_points(threshold)}"
+    )
+    return Criterion(
+        "preference", "better", change["value"], change["low"], change["high"], threshold, passed, summary
+    )
+
+
 def check_bias(
     answers: PairedAnswers, tags: Sequence[str], settings: GateSettings, task: Task
 ) -> list[Criterion]:

@@ -42,6 +42,8 @@ def judge(
             *criteria.check_bias(evidence.old, bias_tags, settings, evidence.task),
             criteria.check_safety((evidence.new, evidence.old), settings, evidence.task),
         ]
+    if settings.min_preference_gain is not None:
+        found.append(criteria.check_preference(evidence.evaluation, settings.min_preference_gain))
     found += [criteria.check_parity(evidence.parity, max_parity_loss), criteria.check_card(evidence.card)]
     return GateVerdict(
         tag=evidence.tag,

@@ -208,6 +208,36 @@ def load_asker(
     return lambda questions: answer_questions(loaded, tokenizer, questions, batch_size, max_new_tokens)
 
 
+def score_references(
+    model: ModelFolders,
+    engine: EngineName,
+    tokenizer: Any,
+    questions: Sequence[EvalPrompt],
+    batch_size: int,
+    dtype: str = "auto",
+) -> list[float]:
+    """Return the summed negative log-likelihood of each reference in nats, with no more than a token written.
+
+    The arguments are those of `ask_model`, whose answers have the same losses.
+
+    Raises:
+        InputError: a question does not fit into the model's context.
+    """
+    if engine == "paged":
+        from services.engines.paged.offline import answer_offline
+
+        paged = _load_paged(model, dtype)
+        check_fit(questions, 1, paged.shape.context)
+        prompts = view(questions, attrgetter("prompt"))
+        references = view(questions, attrgetter("reference"))
+        found = answer_offline(paged, prompts, references, end_of_turn_ids(tokenizer), 1)
+        return [one.reference_nll for one in found]
+    loaded, _ = _load_transformers(model, dtype)
+    check_fit(questions, 1, read_position_limit(loaded.config, count_virtual_tokens(loaded)))
+    answers = answer_questions(loaded, tokenizer, questions, batch_size, 1)
+    return [answer.reference_loss for answer in answers]
+
+
 def _some(questions: Sequence[EvalPrompt]) -> list[EvalPrompt]:
     step = max(1, len(questions) // LATENCY_ROWS)
     return list(questions[::step])[:LATENCY_ROWS]

@@ -6,7 +6,8 @@ Out: `reports/evaluate/metrics.json` with each metric as value, low, high and n 
 difference with a p-value, slices by class and tag, and the throughput (the only key that changes between
 identical runs); `errors.md` and `errors.csv`, worst first; `plots/`;
 `artifacts/evaluate/predictions.parquet`. With `evaluate.simulator`, whole conversations are also run with the
-model's own calls (`simulation.py`), as many as end within `evaluate.simulated_minutes`.
+model's own calls (`simulation.py`), as many as end within `evaluate.simulated_minutes`. Test rows with a
+rejected answer show which answer each model finds likelier (`preferences.py`).
 Run: `python -m stages.evaluate`
 """
 
@@ -23,6 +24,7 @@ from services.engines.offline import (
     ask_model,
     compute_throughput,
     load_asker,
+    score_references,
 )
 from services.engines.support import EngineName, pick_engine
 from stages.common.artifacts import (
@@ -37,7 +39,7 @@ from stages.common.artifacts import (
 )
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage, show_progress
-from stages.common.model.adapter import count_virtual_tokens
+from stages.common.model.adapter import PREFERENCE_METHODS, count_virtual_tokens, read_initial_adapter
 from stages.common.model.exported import GGUF, SERVING, find_exported
 from stages.common.model.generation import Answer, EvalPrompt, encode_questions, pick_asked, read_answers
 from stages.common.model.loading import count_context_tokens, load_tokenizer, read_config
@@ -58,6 +60,7 @@ from stages.common.task.protocol import Task
 from stages.evaluate.calibration import measure_calibration
 from stages.evaluate.error_analysis import Prediction, format_errors_csv, format_errors_page, list_errors
 from stages.evaluate.plots import draw_report
+from stages.evaluate.preferences import Score, Scorer, find_pairs, measure_preferences
 from stages.evaluate.simulation import Simulator, load_simulator, simulate
 from stages.evaluate.simulation_report import choose_conversations, summarise_simulation
 
@@ -192,6 +195,64 @@ def run_simulation(
     return found
 
 
+def compare_preferences(
+    rows: Sequence[Row],
+    base_answers: Mapping[str, Answer],
+    tuned_answers: Sequence[Answer],
+    tokenizer: Any,
+    params: Params,
+) -> dict[str, Any] | None:
+    """Return the preference on the test pairs of the model that training started from and of the tuned one.
+
+    None where no test row has a rejected answer. A start from an adapter is computed by transformers: it has
+    no GGUF.
+    """
+    found = find_pairs(rows, tokenizer, params.evaluate.min_preference_pairs)
+    if found is None:
+        if params.finetune.method in PREFERENCE_METHODS:
+            logger.warning("no test row has a rejected answer: preferences are not measured on the test")
+        return None
+    asks, folder = params.ask_base, params.finetune.warm_start_from
+    initial = read_initial_adapter(Path(folder)) if folder else None
+    tuned, engine = _find_tuned(asks, params.export.gguf)
+
+    def score_with(model: ModelFolders, engine: EngineName) -> Score:
+        size, dtype = asks.batch_size, asks.dtype
+        return lambda questions: score_references(model, engine, tokenizer, questions, size, dtype)
+
+    before = (
+        Scorer(score_with(ModelFolders(tuned.base, initial.folder), "transformers"))
+        if initial
+        else Scorer(score_with(ModelFolders(tuned.base), engine), base_answers)
+    )
+    asked = {row.id: answer for row, answer in zip(rows, tuned_answers, strict=True)}
+    settings = params.evaluate
+    report = measure_preferences(
+        found,
+        before,
+        Scorer(score_with(tuned, engine), asked),
+        Sampling(settings.confidence, settings.resamples, settings.seed),
+    )
+    report["started_from"] = initial.version if initial else "base"
+    _log_preferences(report)
+    return report
+
+
+def _log_preferences(report: Mapping[str, Any]) -> None:
+    if "skipped" in report:
+        logger.warning("preferences are not measured on the test: %s", report["skipped"])
+        return
+    before, tuned = (report[name]["accuracy"]["value"] for name in ("before", "tuned"))
+    p_value = report["difference"]["accuracy"]["p_value"]
+    logger.info(
+        "the better answer is the likelier one in %.1f %% of %d test pairs, before in %.1f %% (p %.4f)",
+        100 * tuned,
+        report["pairs"],
+        100 * before,
+        p_value,
+    )
+
+
 def find_simulator(name: str | None, task: Task) -> Simulator | None:
     """Return the simulator that is named, before anything is computed.
 
@@ -259,6 +320,7 @@ def main() -> None:
             "by_type": dict(sorted(Counter(wrong.error_type for wrong in errors).items())),
             "right_in_base_only": sum(wrong.base_was_right for wrong in errors),
         },
+        "preferences": compare_preferences(rows, base_answers, asked.answers, tokenizer, params),
         "simulation": run_simulation(all_rows, simulator, tokenizer, task, params, limit),
         "throughput": {"tuned": compute_throughput(asked)},
     }

@@ -80,11 +80,21 @@ AGREEMENTS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (
         (
             *("finetune.train_rows", "finetune.rejected_long_rows", "finetune.rejected_refused_rows"),
-            "finetune.rows_not_replayed",
+            *("finetune.rows_not_replayed", "finetune.rows_without_preference", "finetune.rows_held_out"),
+            *("finetune.prompts_without_room", "finetune.teacher_answers_left_out.*"),
         ),
-        ("split.rows.train",),
+        ("split.rows.train", "finetune.refused_rows_read"),
     ),
     (("evaluate.test_rows",), ("split.test_answers",)),
+)
+
+# Parts of these sums that only some methods of training have.
+OF_SOME_METHODS = frozenset(
+    f"finetune.{name}"
+    for name in (
+        *("rows_without_preference", "rows_held_out", "refused_rows_read"),
+        *("prompts_without_room", "teacher_answers_left_out.*"),
+    )
 )
 
 # Results that every pipeline run must have.
@@ -106,7 +116,8 @@ def check_metrics(evidence: Evidence) -> list[str]:
             continue
         if find_metric(evidence, name) is None and not (name in MAY_BE_NULL and keys[-1] in evidence[stage]):
             problems.append(f"{name} is missing from {reports(stage) / 'metrics.json'}")
-    for left, right in AGREEMENTS:
+    for pair in AGREEMENTS:
+        left, right = (_list_parts(evidence, names) for names in pair)
         sums = [_sum(evidence, names) for names in (left, right)]
         if None not in sums and sums[0] != sums[1]:
             problems.append(f"{' + '.join(left)} is {sums[0]}, and {' + '.join(right)} is {sums[1]}")
@@ -126,6 +137,11 @@ def check_metrics(evidence: Evidence) -> list[str]:
     if sources is not None and (listed := sum(source.get("rows", 0) for source in sources)) != rows:
         problems.append(f"the sources of collect have {listed} rows, and collect.rows is {rows}")
     return problems + _check_results(evidence.get("evaluate", {}))
+
+
+def _list_parts(evidence: Evidence, names: Sequence[str]) -> list[str]:
+    """Return the parts of a sum that the method of training has."""
+    return [name for name in names if name not in OF_SOME_METHODS or find_metric(evidence, name) is not None]
 
 
 def _sum(evidence: Evidence, names: Sequence[str]) -> int | None:
@@ -158,6 +174,7 @@ def _check_results(report: Mapping[str, Any]) -> list[str]:
                 problems.append(f"{where}.low is {found['low']}, above its high ({found['high']})")
             if found["n"] != report["rows"]:
                 problems.append(f"{where}.n is {found['n']}, and evaluate.rows is {report['rows']}")
+    problems += _check_preferences(report.get("preferences"))
     if problems:
         return problems
     for name, found in differences.items():
@@ -168,6 +185,18 @@ def _check_results(report: Mapping[str, Any]) -> list[str]:
                 f"evaluate.difference.{name}.value is {found['value']}, and tuned minus base {expected:.6f}"
             )
     return problems
+
+
+def _check_preferences(found: Mapping[str, Any] | None) -> list[str]:
+    """Return the figures of the preference on test pairs that are no numbers with an interval."""
+    if not found or "skipped" in found:
+        return []
+    return [
+        f"evaluate.preferences.{kind}.{name} is not a number with an interval: {format_canonical_json(one)}"
+        for kind in ("before", "tuned", "difference")
+        for name, one in found[kind].items()
+        if not all(math.isfinite(one[key]) for key in ("value", "low", "high")) or one["low"] > one["high"]
+    ]
 
 
 def check_rows(sides: Mapping[str, Sequence[Row]], evidence: Evidence, allowed: Sequence[str]) -> list[str]:

@@ -166,6 +166,24 @@ def describe_measured(held_out: Mapping[str, Any] | None) -> str:
     return f"{held_out['good']:,} good and {held_out['bad']:,} bad answers"
 
 
+def describe_preferences(report: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what the card states of the preference on test pairs; None where it was not measured."""
+    found = report.get("preferences")
+    if not found or "skipped" in found:
+        return None
+    start, change = found["started_from"], found["difference"]["accuracy"]
+    return {
+        "pairs": found["pairs"],
+        "tuned": _with_interval(found["tuned"]["accuracy"]),
+        "before": _with_interval(found["before"]["accuracy"]),
+        "started_from": "the base model" if start == "base" else f"version {format_code(start)}",
+        "difference": _with_interval(change, sign="+"),
+        "p_value": f"{change['p_value']:.4f}",
+        "margin": _with_interval(found["tuned"]["margin"]),
+        "margin_before": _with_interval(found["before"]["margin"]),
+    }
+
+
 def describe_start(recipe: Mapping[str, Any]) -> str:
     """Return from what a new adapter of a recipe (the section `finetune`) is initialized."""
     chosen = "zero" if recipe["method"] == HEAD else recipe.get(f"{recipe['method']}_init", "random")

@@ -139,6 +139,7 @@ class GateSettings(Section):
     max_old_loss: Share
     max_bias_gap_increase: Share
     max_unsafe_increase: Share
+    min_preference_gain: Annotated[float, Field(ge=-1.0, le=1.0)] | None
     max_rows: PositiveCount | None
     concurrency: PositiveCount
     confidence: Confidence

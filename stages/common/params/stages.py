@@ -285,6 +285,7 @@ class Evaluate(Section):
     confidence: Confidence
     resamples: Resamples
     errors_shown: PositiveCount
+    min_preference_pairs: PositiveCount
     simulator: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")] | None
     simulated_conversations: PositiveCount
     simulated_minutes: Positive

@@ -236,7 +236,8 @@ def _read_ratings(
     params = everything.finetune
     if not REFUSED_ANSWERS.exists():
         raise missing(REFUSED_ANSWERS)
-    rows = join(rows, read_rows(REFUSED_ANSWERS))
+    refused = read_rows(REFUSED_ANSWERS)
+    rows = join(rows, refused)
     rated, misfits = encode_ratings(tokenizer, rows, limit, _follow(rows))
     _check_long(misfits, params.on_long_row, params.max_length, limit)
     asked = encode_ratings(tokenizer, validation, limit)[0]
@@ -263,10 +264,11 @@ def _read_ratings(
         view(learned, _read_id),
         len({one.row.id for one in learned}),
         0,
-        misfits,
+        _list_rows(misfits, rated),
         make_objective,
         {"good": [one.is_desirable for one in learned], "held_out": _list_ids(held_out)},
-        _count(rows, rated, misfits, learned, held_out) | {"good_answers": good, "bad_answers": bad},
+        _count(rows, rated, misfits, learned, held_out)
+        | {"good_answers": good, "bad_answers": bad, "refused_rows_read": len(refused)},
     )
 
 
@@ -325,12 +327,21 @@ def _count(
     held_out: Sequence[T],
 ) -> dict[str, Any]:
     """Return how many rows there are without a preference, and how many of the others are learned."""
-    used = {one.row.id for one in found} | {misfit.row.id for misfit in misfits}
+    usable, kept = {one.row.id for one in found}, {one.row.id for one in learned}
+    used = usable | {misfit.row.id for misfit in misfits}
     return {
         "rows_without_preference": sum(row.id not in used for row in rows),
+        "rows_held_out": len(usable - kept),
         "preferences": len(learned),
         "preferences_held_out": len(held_out),
     }
+
+
+def _list_rows(misfits: Sequence[Misfit], rated: Sequence[RatedAnswer]) -> list[Misfit]:
+    """Return one misfit of each row that has no other answer; both answers of a pair are rated."""
+    fitting = {one.row.id for one in rated}
+    by_row = {misfit.row.id: misfit for misfit in misfits}
+    return [misfit for row_id, misfit in by_row.items() if row_id not in fitting]
 
 
 def _check_long(misfits: Sequence[Misfit], on_long_row: str, max_length: int, limit: int) -> None:

@@ -107,6 +107,26 @@ def test_a_gain_within_chance_does_not_pass():
     assert by_name["new_window"].value > 0.0 >= by_name["new_window"].low
 
 
+def test_a_preference_is_judged_on_test_pairs_where_a_gain_is_asked_for():
+    def measure(low, high):
+        change = {"value": (low + high) / 2, "low": low, "high": high, "p_value": 0.01}
+        sides = {"before": {"accuracy": {"value": 0.5}}, "tuned": {"accuracy": {"value": 0.7}}}
+        return {"preferences": {"pairs": 80, **sides, "difference": {"accuracy": change}}}
+
+    assert "preference" not in judged(evaluation=measure(-0.2, 0.1))[1]
+    asked = SETTINGS.model_copy(update={"min_preference_gain": 0.0})
+    few = {"preferences": {"pairs": 3, "skipped": "too few test pairs: 3"}}
+    for evaluation, passed, part in (
+        (measure(0.1, 0.3), True, "80 test pairs is the likelier one: 50.0% -> 70.0%, +20.0 points"),
+        (measure(-0.01, 0.3), False, "the lower end is not above 0.0 points"),
+        (few, False, "was not measured: too few test pairs: 3"),
+        ({}, False, "was not measured: no test row has a rejected answer"),
+    ):
+        verdict = judge(make_evidence(evaluation=evaluation), asked, [], 0.1, made_at=5.0)
+        found = next(one for one in verdict.criteria if one.name == "preference")
+        assert (verdict.passed, found.passed) == (passed, passed) and part in found.summary
+
+
 def test_too_few_new_rows_are_no_verdict():
     _, by_name = judged(new=paired(SETTINGS.min_new_rows - 1, 0, 49))
     assert not by_name["new_window"].passed and by_name["new_window"].value is None

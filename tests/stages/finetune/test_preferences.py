@@ -88,6 +88,7 @@ def test_without_validation_pairs_a_share_of_the_prompts_is_measured_and_not_lea
     assert 4 < metrics["held_out"]["pairs"] == metrics["preferences_held_out"] < 20
     assert (metrics["train_rows"], metrics["rows_without_preference"]) == (metrics["preferences"], 5)
     assert len(read_trained_ids(pairs / "artifacts/finetune")) == metrics["preferences"]
+    assert metrics["train_rows"] + metrics["rows_held_out"] + metrics["rows_without_preference"] == 45
 
 
 @pytest.mark.parametrize("pairs", ["kto"], indirect=True)
@@ -107,6 +108,7 @@ def test_answers_that_people_rated_are_learned_as_good_or_bad(pairs, caplog):
     metrics = evidence(pairs)
     assert (metrics["good_answers"], metrics["bad_answers"]) == (6, 3)
     assert metrics["rows_without_preference"] == 6
+    assert (metrics["train_rows"], metrics["refused_rows_read"], metrics["rows_held_out"]) == (9, 3, 0)
     assert metrics["held_out"] == {"good": 0, "bad": 0}
     assert "finetune.undesirable_weight between 1.50 and 2.00" in caplog.text
 

@@ -516,6 +516,45 @@ def test_the_card_of_preferences_names_the_objective_and_how_well_it_was_learned
     assert "**Preference**" not in card()
 
 
+def test_the_card_of_preferences_on_the_test_has_both_models_with_intervals(project):
+    measured = {
+        name: results(30, accuracy=accuracy, margin=margin)
+        for name, accuracy, margin in (("before", 0.5, -1.5), ("tuned", 0.8, 2.25), ("difference", 0.3, 3.75))
+    }
+    measured["difference"]["accuracy"]["p_value"] = 0.0123
+    found = {"pairs": 30, "groups": 30, "left_out": {}, "started_from": "0123456789ab", **measured}
+    found["tuned"]["accuracy"]["low"] = 0.9
+    change("evaluate", preferences=found)
+    assert "evaluate.preferences.tuned.accuracy is not a number with an interval" in problems()
+    found["tuned"]["accuracy"]["low"] = 0.8
+    change("evaluate", preferences=found)
+    text = card()
+    assert "**Preference on the test:** 30 test rows have a rejected answer" in text
+    assert "the likelier one in 0.800 (0.800 to 0.800) of them; for version `0123456789ab`, from" in text
+    assert "in 0.500 (0.500 to 0.500) (difference +0.300 (+0.300 to +0.300), p 0.0123;" in text
+    for missing in ({"pairs": 3, "left_out": {}, "skipped": "too few", "started_from": "base"}, None):
+        change("evaluate", preferences=missing)
+        assert "**Preference on the test:**" not in card()
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"rows_without_preference": 9, "rows_held_out": 4},
+        {"rows_without_preference": 14, "rows_held_out": 4, "refused_rows_read": 5},
+        {"prompts_without_room": 13},
+        {"teacher_answers_left_out": {"cut": 10, "not valid": 3}},
+    ],
+)
+def test_rows_that_a_method_leaves_out_are_part_of_the_sum(project, parts):
+    rows = evidence()["split"]["rows"]["train"] - 13
+    rejected = evidence()["finetune"]["rejected_long_rows"]
+    change("finetune", train_rows=rows - rejected - 1, **parts)
+    assert f"finetune.{next(iter(parts))}" in problems()
+    change("finetune", train_rows=rows - rejected, **parts)
+    assert card()
+
+
 def set_finetune(kind="json", **settings):
     params = yaml.safe_load(Path("params.yaml").read_text())
     params["task"] |= {"kind": kind, "label_key": None, "stratify_by": None}
