@@ -37,6 +37,8 @@ MIN_ROWS_TO_FIT = 2  # to the header: in a single row, an empty last cell may fo
 FITTING_SHARE = 0.9  # of the rows: the others are broken
 MARKDOWN_RULE = re.compile(r" *:?-+:? *")
 MIN_SWALLOWED_LINES = 6  # in a cell: prose of that many lines has not the delimiters of a row in each
+MIN_SUSPICIOUS_LINES = 3  # of a cell, with the delimiters of a row: told, as they may be prose or rows
+LINES_PER_ODD_ONE = 50  # in so many rows that a quote swallows, one line may be none
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +78,17 @@ class Dialect:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """The cells of one record, or the reason why its line has none; `lines` are the ones it covers."""
+    """The cells of one record, or the reason why its line has none.
+
+    Attributes:
+        lines: the ones that it covers.
+        may_hold_rows: they are several, and each would be a row without the quotes.
+    """
 
     line: int
     lines: tuple[str, ...]
     cells: list[str] | BadRow
+    may_hold_rows: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,13 +144,14 @@ def read_records(
         used, cells = _try_record(window, dialect, max_lines)
         line = window.line
         covered = tuple(window.peek(used))
-        if not isinstance(cells, BadRow) and width and _has_swallowed_rows(covered, dialect, width):
+        alike, odd = _count_row_like(covered, dialect, width or 0)
+        if not isinstance(cells, BadRow) and _has_swallowed_rows(alike, odd):
             cells = BadRow("broken_csv", f"a quote opens here and swallows {count(used - 1, 'line')} of rows")
         if not isinstance(cells, BadRow):
             width = width or len(cells)
             taken = window.take(used)
             if cells:
-                yield Record(line, taken, cells)
+                yield Record(line, taken, cells, alike >= MIN_SUSPICIOUS_LINES and alike > odd)
             continue
         lost = _find_stray_quote(window, dialect, width)
         yield Record(line, window.take(1), cells)
@@ -172,13 +181,15 @@ def _try_record(window: _Window, dialect: Dialect, max_lines: int) -> tuple[int,
         return used, BadRow("broken_csv", f"{error} (line {window.line + used - 1})")
 
 
-def _has_swallowed_rows(lines: Sequence[str], dialect: Dialect, width: int) -> bool:
-    """Return whether the lines of one record are many and would each be a row without their quotes."""
-    return (
-        len(lines) >= MIN_SWALLOWED_LINES
-        and width > 1
-        and all(line.count(dialect.delimiter) == width - 1 for line in lines)
-    )
+def _count_row_like(lines: Sequence[str], dialect: Dialect, width: int) -> tuple[int, int]:
+    """Return how many lines of one record would each be a row without its quotes, and how many would not."""
+    alike = sum(line.count(dialect.delimiter) == width - 1 for line in lines) if width > 1 else 0
+    return alike, len(lines) - alike
+
+
+def _has_swallowed_rows(alike: int, odd: int) -> bool:
+    """Return whether the lines of one record are many rows, between which an open quote stands."""
+    return alike >= MIN_SWALLOWED_LINES and odd <= (alike + odd) // LINES_PER_ODD_ONE
 
 
 def _find_stray_quote(window: _Window, dialect: Dialect, width: int | None) -> int:
@@ -225,7 +236,9 @@ def read_csv(
         _refuse_other_tables(path, header, sample, dialect)
         for record in chain(sample, records):
             content = "".join(record.lines).rstrip("\r\n")
-            yield Entry(record.line, content, _name_cells(header, record.cells, encoding))
+            yield Entry(
+                record.line, content, _name_cells(header, record.cells, encoding), record.may_hold_rows
+            )
 
 
 def strip_mark(lines: Iterable[str]) -> Iterator[str]:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from stages.common.sources.files.strict_json import find_repeated_key
+
 Record = Mapping[str, Any]
 
 
@@ -22,18 +24,27 @@ class BadRow(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One raw record: the line it begins on, its text for the rejects, its fields or its fault."""
+    """One raw record.
+
+    Attributes:
+        line: the one that it begins on.
+        content: its text, for the rejects.
+        fields: those, or its fault.
+        may_hold_rows: a cell has several lines that look like rows, so a quote may have been left open.
+    """
 
     line: int
     content: str
     fields: Record | BadRow
+    may_hold_rows: bool = False
 
 
 def check_object(value: Any) -> Record | BadRow:
-    """Return a JSON value if it is an object, else why it is no row."""
-    if isinstance(value, dict):
-        return value
-    return BadRow("broken_json", f"a {type(value).__name__} instead of an object")
+    """Return a JSON value if it is an object whose keys are all different, else why it is no row."""
+    if not isinstance(value, dict):
+        return BadRow("broken_json", f"a {type(value).__name__} instead of an object")
+    key = find_repeated_key(value)
+    return value if key is None else BadRow("repeated_key", f"the key {key!r} is there twice")
 
 
 def find_nul(text: str) -> BadRow | None:

@@ -58,6 +58,8 @@ PROBLEMS = {
     "calls a tool": "wrong_call",
 }
 
+ROW_LIKE_CELL = "cell of several lines that look like rows, as after an open quote"
+
 OnBadRow = Literal["reject", "stop"]
 OnProgress = Callable[[int], None]
 
@@ -106,6 +108,7 @@ def collect_file(
             row, found = to_row(entry.fields, str(path), license, origin, shape, columns, system_prompt)
             rows.append(row)
             forms.update(found)
+            forms[ROW_LIKE_CELL] += entry.may_hold_rows
         except BadRow as bad:
             detail, content = show_bytes(bad.detail), show_bytes(entry.content)
             rejected.append(Rejected(str(path), entry.line, bad.reason, detail, content))
@@ -156,15 +159,17 @@ def to_row(
     rejected = read_rejected(fields, shape, own, forms)
     if rejected:
         check_conversation([*messages[:-1], rejected], tools, None)
-    group = fields.get(columns.group) if columns.group else None
+    given = fields.get(columns.group) if columns.group else None
+    group = convert_to_text(given) if given not in (None, "") else None
     tags = {
         name: convert_to_text(fields[name]) for name in columns.tags if fields.get(name) not in (None, "")
     }
+    check_texts([group or "", *tags.values()])
     row = make_row(
         messages,
         source,
         license,
-        group=name_group(convert_to_text(group)) if group not in (None, "") else None,
+        group=name_group(group) if group is not None else None,
         tags=tags,
         origin=origin,
         tools=tools,
@@ -178,7 +183,7 @@ def name_group(text: str) -> str:
     """Return the name of a group: its text, or the hash of a long one, such as a passage in every row."""
     if len(text) <= MAX_GROUP_CHARS:
         return text
-    return f"sha256:{hashlib.sha256(text.encode('utf-8', errors='surrogatepass')).hexdigest()[:32]}"
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:32]}"
 
 
 def check_conversation(
@@ -195,14 +200,19 @@ def check_conversation(
     problem = find_conversation_problem(messages)
     if problem:
         raise BadRow(_name_problem(problem), problem)
-    if not all(map(is_encodable, _list_texts(messages, tools))):
-        raise BadRow("not_text", "half of a surrogate pair, which is not a character")
-    for text in _list_texts(messages, tools):
-        if fault := find_nul(text):
-            raise fault
+    check_texts(_list_texts(messages, tools))
     if not any(message.role == "user" and message.content.strip() for message in messages):
         raise BadRow("no_question", "every user message is empty")
     return messages
+
+
+def check_texts(texts: Iterable[str]) -> None:
+    """Raise a BadRow if one of the texts cannot be stored."""
+    for text in texts:
+        if not is_encodable(text):
+            raise BadRow("not_text", "half of a surrogate pair, which is not a character")
+        if fault := find_nul(text):
+            raise fault
 
 
 def _name_problem(problem: str) -> str:
@@ -220,7 +230,7 @@ def _list_texts(messages: Sequence[Message], tools: Sequence[Tool]) -> Iterator[
 
 
 def describe(format: FileFormat, shape: Shape, unread: Counter[str], forms: Counter[str]) -> dict[str, Any]:
-    """Return format and shape for the report, and by rows: columns that were not read, and forms of tools."""
+    """Return format and shape for the report, and by rows: columns that were not read, and unusual forms."""
     return {
         "format": format.kind,
         "encoding": format.encoding,
@@ -229,7 +239,7 @@ def describe(format: FileFormat, shape: Shape, unread: Counter[str], forms: Coun
         "shape": shape.name,
         "columns": shape.columns,
         "unread_columns": dict(sorted(unread.items())),
-        "forms": dict(sorted(forms.items())),
+        "forms": dict(sorted((+forms).items())),
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 
@@ -65,17 +65,28 @@ def encode_json(value: Any) -> str:
         raise ValueError(str(error)) from None
 
 
+def find_repeated_key(value: Any) -> str | None:
+    """Return a key that was given twice in an object of a decoded value, or None."""
+    return next((part.key for part in _walk(value) if isinstance(part, RepeatedKeys)), None)
+
+
 def _find_problem(value: Any) -> str | None:
-    """Return which key is there twice or which number is not finite; with a stack, as JSON may be deep."""
-    left = [value]
-    while left:
-        part = left.pop()
+    """Return which key is there twice or which number is not finite."""
+    for part in _walk(value):
         if isinstance(part, RepeatedKeys):
             return f"the key {part.key!r} is there twice"
         if isinstance(part, float) and not math.isfinite(part):
             return f"the number {part} is not finite"
+    return None
+
+
+def _walk(value: Any) -> Iterator[Any]:
+    """Yield a value and all that is in it; with a stack, as JSON may be deep."""
+    left = [value]
+    while left:
+        part = left.pop()
+        yield part
         if isinstance(part, Mapping):
             left.extend(part.values())
         elif isinstance(part, list | tuple):
             left.extend(part)
-    return None

@@ -295,6 +295,23 @@ def test_an_open_quote_that_a_later_one_happens_to_close_swallows_nothing(tmp_pa
     assert faults(path) == [(12, "broken_csv")]
 
 
+@pytest.mark.parametrize("between", ["", "one, two, three"])
+def test_one_line_that_is_no_row_hides_no_open_quote(tmp_path, between):
+    lines = [f"question {n},answer {n}" for n in range(400)]
+    lines[10], lines[200], lines[300] = 'question 10,"answer 10', between, 'question 300,it is 5"'
+    path = write(tmp_path / "a.csv", "\n".join(["prompt,completion", *lines]))
+    assert len(good(read(path))) == 398
+    assert [line for line, _ in faults(path)] == [12, *([202] if between else [])]
+
+
+def test_a_cell_of_a_few_lines_like_rows_is_a_row_and_is_told(tmp_path):
+    lines = [f"question {n},answer {n}" for n in range(40)]
+    lines[10], lines[13] = 'question 10,"answer 10', 'a pipe,of 5"'
+    path = write(tmp_path / "a.csv", "\n".join(["prompt,completion", *lines]))
+    told = [entry.line for entry in read_entries(path, detect_format(path)) if entry.may_hold_rows]
+    assert told == [12] and len(good(read(path))) == 37
+
+
 def test_the_rest_of_a_record_with_a_wrong_quote_is_not_taken_for_rows(tmp_path):
     path = write(tmp_path / "a.csv", 'q,a\nw,x\n"he said "hi" to\nme, and\nleft",y\nz,1\n')
     assert good(read(path)) == [{"q": "w", "a": "x"}, {"q": "z", "a": "1"}]

@@ -314,6 +314,29 @@ def test_half_of_a_surrogate_pair_in_a_rejected_row_is_escaped(tmp_path):
     rejected.content.encode("utf-8")
 
 
+@pytest.mark.parametrize("text", ["\\ud83d", "a\\u0000b"])
+@pytest.mark.parametrize("part", ["group", "tags"])
+def test_what_cannot_be_stored_as_a_group_or_a_tag_is_a_rejected_row(tmp_path, text, part):
+    columns = Columns(group="g") if part == "group" else Columns(tags=("g",))
+    path = jsonl(tmp_path, GOOD, f'{{"prompt": "a", "completion": "b", "g": "{text}"}}')
+    found = collect(path, columns=columns)
+    assert (len(found.rows), [reject.reason for reject in found.rejected]) == (1, ["not_text"])
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        '{"prompt": "q", "completion": "a1", "completion": "a9"}',
+        '{"messages": [{"role": "user", "content": "q"}, '
+        '{"role": "assistant", "content": "a", "content": "b"}]}',
+    ],
+)
+def test_a_key_that_is_there_twice_is_a_rejected_row(tmp_path, row):
+    good = GOOD if "prompt" in row else row.replace(', "content": "b"', "")
+    (reject,) = collect(jsonl(tmp_path, good, row)).rejected
+    assert (reject.line, reject.reason) == (2, "repeated_key")
+
+
 def test_a_passage_as_group_is_named_by_its_hash_and_a_short_name_stays():
     passages = ["a passage of many words " * 100 + end for end in "ab"]
     assert name_group("customer 7") == "customer 7"
@@ -384,5 +407,5 @@ def test_a_key_given_twice_in_the_arguments_of_a_call_is_an_error_of_its_row(tmp
     path.write_text(lines if suffix == "jsonl" else f"[{bad},\n{json.dumps(GOOD_CHAT)}]")
     collected = collect(path)
     assert len(collected.rows) == 1
-    assert [(r.line, r.reason) for r in collected.rejected] == [(1, "wrong_call")]
+    assert [(r.line, r.reason) for r in collected.rejected] == [(1, "repeated_key")]
     assert "'on'" in collected.rejected[0].detail
