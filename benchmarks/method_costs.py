@@ -6,6 +6,7 @@
 Needs `artifacts/fetch_base`, `artifacts/curate` and `artifacts/split` (`dvc repro split`); --tiny makes a
 tiny model and rows. Each method is the stage `finetune` itself, in a folder of its own and with the
 parameters of the checkout, but for the method, its learning rate, and one point of validation, at the end.
+Methods that need more than rows with answers (pairs, rewards, a teacher, labels) are left out.
 Prints the table that `docs/how-to/methods.md` keeps, and writes a JSON object.
 """
 
@@ -28,27 +29,26 @@ from benchmarks.gpu.task import TINY_SETTINGS, make_tiny_inputs, run_stage
 from benchmarks.machine import machine
 from stages.common.artifacts import artifacts, write_json
 from stages.common.logs import set_quiet_environment
-from stages.common.model.adapter import PREFERENCE_METHODS
-from stages.common.params.loading import Params
+from stages.common.model.adapter import HEAD, OTHER_OBJECTIVES, PROMPT_METHODS, REPLACED_METHODS
+from stages.common.params.finetune import Method
 from stages.common.records import read_rows, write_rows
 
-# Of weights themselves: what is usual elsewhere. Methods that are not named have the rate of params.yaml.
-WEIGHTS_RATE = 0.00005
+# Of weights themselves and of virtual tokens: what is usual elsewhere. Others have the rate of params.yaml.
+WEIGHTS_RATE, TOKENS_RATE = 0.00005, 0.03
 MIB = 1 << 20
 
 
 def list_methods() -> list[str]:
-    """Return the methods that learn from answers alone, of those that params.yaml can name."""
-    section = Params.model_fields["finetune"].annotation
-    assert section is not None
-    methods = get_args(section.model_fields["method"].annotation)
-    return [method for method in methods if method not in PREFERENCE_METHODS]
+    """Return the methods of params.yaml that learn answers and need nothing else."""
+    return [method for method in get_args(Method) if method not in (*OTHER_OBJECTIVES, HEAD)]
 
 
 def choose_rate(method: str, finetune: Mapping[str, Any]) -> float:
     """Return the learning rate of a method, as `docs/how-to/methods.md` has it."""
-    if method in ("full", "partial"):
+    if method in REPLACED_METHODS:
         return WEIGHTS_RATE
+    if method in PROMPT_METHODS:
+        return TOKENS_RATE
     rate = float(finetune["learning_rate"])
     return rate / math.sqrt(finetune["rank"]) if method == "rslora" else rate
 

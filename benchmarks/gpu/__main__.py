@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -22,12 +20,15 @@ from typing import Any
 
 from benchmarks.gpu.models import ARCHITECTURES
 from benchmarks.gpu.part import SKIPPED
+from benchmarks.gpu.processes import end, fork, start
 from benchmarks.gpu.report import format_report, list_goals
 from benchmarks.machine import machine
 from stages.common.artifacts import write_json, write_text
+from stages.common.logs import set_quiet_environment
 
 GROUPS = ("numerics", "memory", "train", "task", "serve")
 LEAST_S = 20.0  # a part that has less time left is not begun
+TINY_TIMES = 20  # tiny parts have so many times as long: the limits are those of a GPU, and a CPU may be busy
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,21 +73,15 @@ def run(part: Part, python: str, out: Path, tiny: bool, left_s: float) -> dict[s
     result, log = (out / "parts" / f"{part.name.replace(' ', '-')}.{kind}" for kind in ("json", "log"))
     result.parent.mkdir(exist_ok=True)
     result.unlink(missing_ok=True)
-    command = [python, "-m", f"benchmarks.gpu.{part.module}", *part.arguments, "--result", str(result)]
-    limit = min(part.limit_s, left_s)
+    arguments = [*part.arguments, "--result", str(result), *(["--tiny"] if tiny else [])]
+    limit = min(part.limit_s * (TINY_TIMES if tiny else 1), left_s)
     started = time.monotonic()
-    with log.open("w", encoding="utf-8") as sink:
-        process = subprocess.Popen(
-            [*command, *(["--tiny"] if tiny else [])], stdout=sink, stderr=sink, start_new_session=True
-        )
-        try:
-            code = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            code = None
-        except BaseException:
-            end(process)
-            raise
-        end(process)
+    begin = fork if tiny and python == sys.executable else start
+    running = begin(f"benchmarks.gpu.{part.module}", arguments, log, python)
+    try:
+        code = running.wait(limit)
+    finally:
+        end(running)
     seconds = round(time.monotonic() - started, 1)
     written = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
     if code == 0 and written:
@@ -96,23 +91,6 @@ def run(part: Part, python: str, out: Path, tiny: bool, left_s: float) -> dict[s
     last = log.read_text(encoding="utf-8", errors="replace")[-1500:]
     reason = f"not done after {limit:.0f} s" if code is None else last or f"exit code {code}"
     return {"status": "failed", "seconds": seconds, "reason": reason}
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """End a part with everything that it has started, which may outlive it."""
-    for how, within_s in ((signal.SIGTERM, 15.0), (signal.SIGKILL, 5.0)):
-        try:
-            os.killpg(process.pid, how)
-        except ProcessLookupError:
-            return
-        until = time.monotonic() + within_s
-        while time.monotonic() < until:
-            process.poll()
-            try:
-                os.killpg(process.pid, 0)
-            except ProcessLookupError:
-                return
-            time.sleep(0.1)
 
 
 def describe_machine(tiny: bool) -> dict[str, Any]:
@@ -142,6 +120,7 @@ def _has(program: str) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the chosen parts; return 1 if one of them failed."""
+    set_quiet_environment()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--minutes", type=float, default=10.0, help="for all parts together")
@@ -153,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := [name for name in chosen if name not in GROUPS]:
         parser.error(f"unknown parts: {', '.join(unknown)}; known: {', '.join(GROUPS)}")
     options.out.mkdir(parents=True, exist_ok=True)
-    until = time.monotonic() + 60 * options.minutes
+    until = time.monotonic() + 60 * options.minutes * (TINY_TIMES if options.tiny else 1)
     about, results = describe_machine(options.tiny), dict[str, dict[str, Any]]()
     for part in list_parts():
         if part.group not in chosen:

@@ -30,6 +30,7 @@ ARCHITECTURE = "qwen3-4b"
 CLIENTS = (1, 8, 64)
 WORDS = 32_000
 ROUNDS = 2
+CHANGE_WITHIN_S = 240.0  # of the versions that are served
 SETTINGS = {
     "max_running: 32 #": "max_running: 64 #",
     "default_max_tokens: 256 #": "default_max_tokens: 128 #",
@@ -117,17 +118,16 @@ def lay_out(folder: Path, tiny: bool, with_vllm: bool) -> None:
     model = make_model(config, torch.bfloat16 if cuda else torch.float32, "cuda" if cuda else "cpu")
     artifacts = folder / "artifacts"
     model.save_pretrained(artifacts / "fetch_base")
-    tokenizer = make_tokenizer(words)
-    for name in ("fetch_base", "export"):
-        tokenizer.save_pretrained(artifacts / name)
-    write_adapters(model, [artifacts / "finetune", folder / "second" / "artifacts" / "finetune"])
+    tokenizer, second = make_tokenizer(words), folder / "second" / "artifacts"
+    tokenizer.save_pretrained(artifacts / "fetch_base")
+    for place in (artifacts, second):
+        for part in (tokenizer, config):
+            part.save_pretrained(place / "export")
+    write_adapters(model, [artifacts / "finetune", second / "finetune"])
     del model
     if cuda:
         torch.cuda.empty_cache()
-    second = folder / "second" / "artifacts"
     (second / "fetch_base").symlink_to(artifacts / "fetch_base")
-    (second / "export").mkdir()
-    tokenizer.save_pretrained(second / "export")
     for place, version in ((artifacts, "a" * 12), (second, "b" * 12)):
         write_json(
             place / "export" / "serving.json",
@@ -239,7 +239,8 @@ async def swap(ours: Any, folder: Path, tags: Sequence[str], clients: int) -> Fi
     begun = time.monotonic()
     write_aliases(folder / ALIASES, Aliases(tags[1], history=(tags[0],)))
     version = tags[1].split(":")[1]
-    while (now := (await about(ours.port)).get("version")) != version and time.monotonic() - begun < 60:
+    until = begun + CHANGE_WITHIN_S
+    while (now := (await about(ours.port)).get("version")) != version and time.monotonic() < until:
         await asyncio.sleep(0.1)
     await asyncio.sleep(1.0)
     stop.set()
@@ -261,8 +262,8 @@ async def ask_two(
     from services.versions.aliases import ALIASES, Aliases, Challenger, write_aliases
 
     write_aliases(folder / ALIASES, Aliases(tags[1], Challenger(tags[0], 0.5, "canary", time.time())))
-    begun = time.monotonic()
-    while time.monotonic() - begun < 60:
+    until = time.monotonic() + CHANGE_WITHIN_S
+    while time.monotonic() < until:
         _, body = await get(ours.port, "/v1/models")
         if b"challenger" in body:
             break

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(3600)
 def test_the_script_runs_through_on_a_cpu_with_tiny_models(tmp_path):
     done = subprocess.run(
         [str(ROOT / "benchmarks" / "gpu.sh"), "--tiny", "--out", str(tmp_path)],
@@ -44,7 +44,7 @@ def test_the_script_runs_through_on_a_cpu_with_tiny_models(tmp_path):
 
 def test_a_part_that_fails_or_cannot_run_or_takes_too_long_is_recorded_with_its_reason(tmp_path):
     unknown = Part("broken", "x", "training", ("--model", "none", "--who", "ours"))
-    found = run(unknown, sys.executable, tmp_path, True, 60.0)
+    found = run(unknown, sys.executable, tmp_path, False, 60.0)
     assert found["status"] == "failed" and "invalid choice: 'none'" in found["reason"]
     found = run(Part("gpu", "x", "numerics"), sys.executable, tmp_path, False, 60.0)
     assert found["status"] == "skipped" and "torch finds no GPU" in found["reason"]

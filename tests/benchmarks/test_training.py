@@ -4,12 +4,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from benchmarks import method_costs, training
 from benchmarks.training_peers import IGNORED, label
 from stages.common.chat.template import Encoded
+from stages.common.params.finetune import Method
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,10 +47,12 @@ def test_each_method_is_trained_on_the_same_rows_and_has_a_line(tmp_path):
 
 def test_rates_are_those_of_the_how_to_unless_they_are_given():
     finetune = {"learning_rate": 0.004, "rank": 16}
-    assert set(method_costs.list_methods()) >= {"lora", "rslora", "dora", "full", "partial"}
+    needing_more = {"head", "distill", "grpo", "dpo", "kto", "orpo"}
+    assert set(method_costs.list_methods()) == set(get_args(Method)) - needing_more
     assert method_costs.choose_rate("lora", finetune) == 0.004
     assert method_costs.choose_rate("rslora", finetune) == 0.001
     assert method_costs.choose_rate("full", finetune) == 0.00005
+    assert method_costs.choose_rate("prefix_tuning", finetune) == 0.03
     assert method_costs.read_rates(["full=0.1"], ["full"]) == {"full": 0.1}
     with pytest.raises(ValueError, match="--rate none=1: the methods are full"):
         method_costs.read_rates(["none=1"], ["full"])
