@@ -160,7 +160,8 @@ def main() -> int:
         try:
             found[method] = measure(method, rates.get(method), options)
         except RuntimeError as error:
-            found[method] = {"failed": str(error).strip().splitlines()[-1]}
+            lines = str(error).strip().splitlines()[-2:]  # of an InputError: what, and the fix
+            found[method] = {"failed": "; ".join(line.strip() for line in lines)}
         print(f"{method}: {found[method]}", file=sys.stderr)
         if options.out:
             write_json(options.out, {"machine": machine(), "rows": options.rows, "methods": found})

@@ -27,7 +27,14 @@ from benchmarks.gpu.models import ROOT, make_config, make_model, make_tokenizer
 from benchmarks.gpu.part import CannotRun, need_gpu, run_part
 
 NEEDED = {"great_expectations": "validate", "gguf": "export", "matplotlib": "finetune"}
-TINY_SETTINGS = {"batch_size": 4, "max_length": 256, "rank": 4, "checkpoint_every_steps": 100, "epochs": 1}
+TINY_SETTINGS = {
+    "batch_size": 4,
+    "max_length": 256,
+    "rank": 4,
+    "trained_modules": 1,
+    "checkpoint_every_steps": 100,
+    "epochs": 1,
+}
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
