@@ -53,7 +53,7 @@ class _Schema:
         return spell(value, schemas)
 
     def _list_of_key(self, key: str, value: Any, schemas: list[Any]) -> list[Any]:
-        found = []
+        found: list[Any] = []
         for schema in schemas:
             named = schema.get("properties", {})
             inner = named[key] if key in named else schema.get("additionalProperties")
@@ -61,7 +61,7 @@ class _Schema:
         return found
 
     def _list_of_item(self, place: int, value: Any, schemas: list[Any]) -> list[Any]:
-        found = []
+        found: list[Any] = []
         for schema in schemas:
             first = schema.get("prefixItems", ())
             found += self._open(first[place] if place < len(first) else schema.get("items"), value)
@@ -74,7 +74,7 @@ class _Schema:
         """
         if not isinstance(schema, Mapping):
             return
-        own = {}
+        own: dict[str, Any] = {}
         for keyword, inner in schema.items():
             if keyword == "$ref" and isinstance(inner, str) and inner not in followed:
                 if own:
