@@ -19,12 +19,16 @@ from math import ceil
 from stages.common.records import Row
 from stages.common.task.text_metrics import is_unspaced
 
-# Unicode's Default_Ignorable_Code_Point: zero-width, direction, soft hyphen, tags.
+# Unicode's Default_Ignorable_Code_Point (zero-width, direction, soft hyphen, tags), and what else
+# shows nothing: signs around annotations or in place of an object, the blank of Braille, private use.
 IGNORABLE = (
     "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
     "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
+    "\ufff9-\ufffc\u2800\ue000-\uf8ff"
 )
 INVISIBLE = re.compile(f"[{IGNORABLE}\\x00-\\x08\\x0e-\\x1b\\x7f-\\x84\\x86-\\x9f]")
+# Vowel signs of Arabic and Hebrew, which most people leave out, and the stroke that lengthens Arabic.
+OPTIONAL_MARKS = re.compile("[\u0640\u064b-\u0652\u0670\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7]")
 APOSTROPHES = "'’‘`´ʼ＇"
 OPERATORS = "#%&*/@\\_"  # punctuation for Unicode, but "2*3" and "2/3" are two questions
 
@@ -73,7 +77,9 @@ def fold_text(text: str) -> str:
     """Return a text as it is compared: two texts that a reader takes for one have one such form."""
     if text.isascii() and (words := _fold_ascii(text)):
         return words
-    visible = fold_spelling(text if text.isascii() else unicodedata.normalize("NFKC", text))
+    if not text.isascii():
+        text = OPTIONAL_MARKS.sub("", unicodedata.normalize("NFKC", text))
+    visible = fold_spelling(text)
     words = " ".join(_punctuation().sub(" ", visible.translate(_apostrophes())).split())
     return words or visible  # ":-)" and "?!" are two texts
 

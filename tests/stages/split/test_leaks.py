@@ -41,6 +41,7 @@ SPELLINGS = {
     "punctuation": lambda text: text.replace(" ", ", ", 2) + "?!",
     "space": lambda text: "  " + text.replace(" ", "\t \r\n", 3),
     "zero-width": lambda text: "\u200b".join(text) + "\ufeff",
+    "annotations": lambda text: "\ufff9".join(text) + "\ufffc",
     "width": widen,
     "one letter": lambda text: text[:-1] + "z",
 }

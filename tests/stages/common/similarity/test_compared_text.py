@@ -26,12 +26,30 @@ QUESTION = "Why doesn't the light in café 12 turn on?"
         "Ｗｈｙ　ｄｏｅｓｎ＇ｔ ｔｈｅ ｌｉｇｈｔ ｉｎ café １２ ｔｕｒｎ ｏｎ？",
         "«Why doesnt the light in café 12 turn on»",
         "\u202eWhy doesn't the\u00a0light in café 12 turn on?\u202c",
+        "Why doesn't\ufffc the li\ufff9ght in\ue000 café 12 tu\u2800rn on?",
         "W\ufe0fhy doesn't the light in café 12 turn\U000e0041 on?\x00",
     ],
-    ids=["case", "space", "zero-width", "punctuation", "width", "quotes", "direction", "variation and tags"],
+    ids=[
+        "case",
+        "space",
+        "zero-width",
+        "punctuation",
+        "width",
+        "quotes",
+        "direction",
+        "annotations",
+        "variation and tags",
+    ],
 )
 def test_what_a_reader_takes_for_one_text_is_one(text):
     assert fold_text(text) == fold_text(QUESTION) == "why doesnt the light in café 12 turn on"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("كَتَبَ الدَّرْسَ", "كتب الدرس"), ("مـــرحبا", "مرحبا"), ("שָׁלוֹם", "שלום")]
+)
+def test_vowel_signs_that_may_be_left_out_make_no_other_text(one, other):
+    assert fold_text(one) == fold_text(other)
 
 
 @pytest.mark.parametrize(
