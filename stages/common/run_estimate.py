@@ -21,7 +21,7 @@ from stages.common.artifacts import artifacts, read_json, reports
 from stages.common.errors import InputError
 from stages.common.machine.memory import format_bytes, read_free_memory, read_total_memory
 from stages.common.machine.products import measure_product_speed
-from stages.common.machine.training_memory import Batch, estimate_training_memory
+from stages.common.machine.training_memory import Batch, estimate_training_memory, list_ways
 from stages.common.model.adapter import LORA_METHODS, REPLACED_METHODS
 from stages.common.model.loading import count_parameters, pick_device, pick_dtype
 from stages.common.model.nf4 import NF4_BYTES
@@ -294,23 +294,25 @@ def describe_memory(
         config = json.loads((base / "config.json").read_text(encoding="utf-8"))
         weights = count_parameters(base)
         state = (config, weights, rank, batch, element_bytes, replaced)
-        once, twice = (
-            estimate_training_memory(*state, is_averaged=processes > 1, checkpointing=wanted)
-            for wanted in (False, True)
-        )
+        ways = list_ways(finetune.sharding, finetune.gradient_checkpointing, processes, finetune.method)
+        each = [
+            estimate_training_memory(*state, is_averaged=processes > 1, checkpointing=twice, shards=shards)
+            for shards, twice in ways
+        ]
         quantized = training.get("quantized_parameters", 0) if training else 0
         saved = int(quantized * (element_bytes - NF4_BYTES))
-        once, twice = ((needed - saved) * (1 if has_gpus else processes) for needed in (once, twice))
+        needs = [(needed - saved) * (1 if has_gpus else processes) for needed in each]
     except (OSError, KeyError):
         return None
-    wanted = finetune.gradient_checkpointing
-    checkpointing = once > free if wanted == "auto" else wanted
-    needed = twice if checkpointing else once
+    place = next((place for place, needed in enumerate(needs) if needed <= free), -1)
+    needed, (shards, twice) = needs[place], ways[place]
     where = ""
     if processes > 1:
         where = f" on each of {processes} GPUs" if has_gpus else f" in {processes} processes"
     line = f"  memory: finetune takes about {format_bytes(needed)}{where}"
-    if checkpointing:
+    if shards > 1:
+        line += ", which share the model (finetune.sharding)"
+    if twice:
         line += ", computing each layer twice (finetune.gradient_checkpointing)"
     if needed > free:
         line += (

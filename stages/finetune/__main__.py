@@ -139,6 +139,8 @@ def train_adapter() -> None:
 
     # Imported late: torch, peft and transformers take seconds, and run_stage sets their environment first.
     from stages.finetune.adapter import build_model, save_adapter
+    from stages.finetune.devices.sharding import bring_together
+    from stages.finetune.progress.fit import decide_sharding
     from stages.finetune.trainer import train
 
     watched = watch.describe() if watch else None
@@ -150,9 +152,13 @@ def train_adapter() -> None:
     store = open_store(params.checkpoint_url, checkpoints.name)
     if is_main():
         remove_other_runs(checkpoints)
-    model = build_model(base, recipe, initial)
+    sharded = decide_sharding(
+        params.sharding, recipe, base, config, data.sequences, params.gradient_checkpointing
+    )
+    model = build_model(base, recipe, initial, sharded)
     dtype = str(pick_dtype(model.device, recipe.dtype)).removeprefix("torch.")
-    processes = f" in {count_processes()} processes" if count_processes() > 1 else ""
+    share = " that share the model" if sharded else ""
+    processes = f" in {count_processes()} processes{share}" if count_processes() > 1 else ""
     where = f"{dtype} on {model.device.type}{processes}"
     logger.info("training on %d rows, %s in %s", data.rows, recipe.method, where)
     result = train(
@@ -171,6 +177,7 @@ def train_adapter() -> None:
     )
     if recipe.method == "grpo":
         check_compared([point.figures for point in result.curve])
+    bring_together(model)
     if not is_main():
         return
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from stages.finetune.devices.group import count_processes, gather, get_rank
+from stages.finetune.devices.sharding import is_part, keep_in_step
 from stages.finetune.shared_prefix import Layout
 
 # Rows of logits widened to float32 at once: with 50,000 words 25 MB, which a processor's cache can hold.
@@ -95,6 +96,8 @@ def chunk_head(model: Any, batch: Layout) -> bool:
     head = model.get_output_embeddings()
     if type(head) is not torch.nn.Linear or any(p.requires_grad for p in head.parameters()):
         return False
+    if is_part(head.weight):  # after the model's pass it is whole no more
+        return False
     seen: list[tuple[Tensor, Tensor]] = []
     hook = head.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
     with torch.no_grad():
@@ -147,12 +150,16 @@ def compute_mean_loss(model: Any, batches: Iterable[Layout]) -> float | None:
     """
     model.eval()
     total, tokens = 0.0, 0
-    for batch in islice(batches, get_rank(), None, count_processes()):
-        total += compute_loss(model, batch) * len(batch.targets)
-        tokens += len(batch.targets)
+    first = next(iter(batches := iter(batches)), None)
+    if first is None:
+        return None
+    with keep_in_step(model, lambda: compute_loss(model, first)):
+        for batch in islice(chain([first], batches), get_rank(), None, count_processes()):
+            total += compute_loss(model, batch) * len(batch.targets)
+            tokens += len(batch.targets)
     found = gather((total, tokens))
     total, tokens = sum(loss for loss, _ in found), sum(count for _, count in found)
-    return total / tokens if tokens else None
+    return total / tokens
 
 
 class _CrossEntropySum(Function):

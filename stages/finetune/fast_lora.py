@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from stages.finetune.devices.sharding import gather_whole
+
 # Numbers of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
@@ -168,12 +170,13 @@ def _find_norm_form(module: Any) -> tuple[float, float] | None:
     if weight.dim() != 1 or weight.requires_grad:
         return None
     generator = torch.Generator().manual_seed(0)
+    weight = gather_whole(weight.detach())
     x = torch.randn(3, len(weight), generator=generator)
     x *= torch.tensor([[eps**0.5], [1.0], [30.0]])  # eps decides the first row
     x = x.to(weight.device)
     with torch.no_grad():
         try:
-            wanted = module(x)
+            wanted = torch.func.functional_call(module, {"weight": weight}, (x,))
         except (RuntimeError, TypeError, ValueError):
             return None  # it takes other inputs
         for offset in (0.0, 1.0):

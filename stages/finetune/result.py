@@ -58,6 +58,7 @@ class TrainingResult:
     dtype: str
     device: str
     processes: int
+    sharded: bool
     share_prefix: bool
     fast_modules: dict[str, int]
     packed: bool
@@ -93,6 +94,7 @@ class TrainingResult:
             "dtype": self.dtype,
             "device": self.device,
             "processes": self.processes,
+            "sharded": self.sharded,
             "share_prefix": self.share_prefix,
             "fast_modules": self.fast_modules,
             "train_loss": self.train_loss,

@@ -16,18 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from stages.common.chat.template import Encoded
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, show_progress
 from stages.common.machine.memory import release_freed_memory
-from stages.common.model.adapter import REPLACED
 from stages.common.model.loading import pick_dtype
-from stages.common.model.replaced import list_trained, put_weights, read_weights, write_weights
+from stages.common.model.replaced import list_trained
 from stages.finetune.answer_loss import compute_mean_loss, unchunk_head
 from stages.finetune.batches import count_tokens, deal_out, plan_batches
 from stages.finetune.checkpoint_store import CheckpointStore
@@ -41,6 +39,8 @@ from stages.finetune.checkpoints import (
     mark_complete,
 )
 from stages.finetune.devices.group import all_agree, count_processes, gather, get_rank, is_main
+from stages.finetune.devices.sharding import is_sharded
+from stages.finetune.devices.whole_checkpoints import WholeCheckpointTrainer
 from stages.finetune.kernels.checkpointing import checkpoint_layers, decide_checkpointing, list_layers
 from stages.finetune.objectives.answers import Answers
 from stages.finetune.objectives.protocol import Batch, Objective, Start, make_idle
@@ -62,7 +62,7 @@ logger = get_logger("finetune")
 ESTIMATED_AFTER_STEPS = 5  # the first is slow: memory and kernels are made
 
 
-class PlannedTrainer(Trainer):
+class PlannedTrainer(WholeCheckpointTrainer):
     """A Trainer that takes the planned batches in order, and the loss of each from the objective.
 
     Several processes take the shares of a batch in turn. Trainer counts the units of all (answer tokens, or
@@ -77,22 +77,6 @@ class PlannedTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return SequentialSampler(train_dataset or self.train_dataset)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Write what is trained; without peft, Trainer would write the frozen weights, too."""
-        if isinstance(self.model, PeftModel):
-            super()._save(output_dir, state_dict)
-        elif self.args.should_save:
-            folder = Path(output_dir or str(self.args.output_dir))
-            folder.mkdir(parents=True, exist_ok=True)
-            write_weights(self.model, folder / REPLACED.weights)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if isinstance(self.model, PeftModel):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        path = Path(resume_from_checkpoint) / REPLACED.weights
-        put_weights(self.model, read_weights(path), path)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log an update with the figures of the objective: in the history, they are in every checkpoint."""
@@ -290,6 +274,7 @@ def train(
         dtype=str(dtype).removeprefix("torch."),
         device=model.device.type,
         processes=count_processes(),
+        sharded=is_sharded(model),
         share_prefix=share_prefix,
         fast_modules=fast_modules,
         packed=packed,

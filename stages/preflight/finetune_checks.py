@@ -17,6 +17,7 @@ from stages.common.model.adapter import (
     LORA_METHODS,
     PROMPT_METHODS,
     REPLACED_METHODS,
+    SHARDED_METHODS,
     STARTED_METHODS,
     describe_missing_start,
     find_files,
@@ -33,7 +34,12 @@ from stages.common.model.loading import (
     read_position_limit,
 )
 from stages.common.model.nf4 import NF4_BYTES, check_nf4
-from stages.common.model.replaced import check_not_quantized, measure_reach, select_weights
+from stages.common.model.replaced import (
+    check_not_quantized,
+    check_shardable,
+    measure_reach,
+    select_weights,
+)
 from stages.common.model.targets import ALL_LINEAR, check_rank, check_targets
 from stages.common.model.teacher import check_same_tokens, find_teacher
 from stages.common.model.virtual_tokens import check_count, check_init_text, check_keys, count_values
@@ -87,6 +93,8 @@ def count_training(config: Any, finetune: Finetune, labels: Sequence[str] = ()) 
     if finetune.method == "qlora":
         check_nf4(config, pick_device().type)
     model = make_empty(config)
+    if finetune.sharding == "full":
+        check_shardable(model, ())
     shapes = {name: weights.numel() for name, weights in model.named_parameters()}
     if finetune.method in LORA_METHODS:
         check_rank(getattr(config.get_text_config(), "hidden_size", None), finetune.rank)
@@ -181,9 +189,9 @@ def find_memory_problems(training: Training, finetune: Finetune) -> list[InputEr
     replaced = training.method in REPLACED_METHODS
     needed = count_state_bytes(training.parameters, training.trained_parameters, element_bytes, replaced)
     needed -= int(training.quantized_parameters * (element_bytes - NF4_BYTES))
-    has = measure_memory(device.type)
-    if needed <= has:
-        return []
+    has = measure_memory(device.type) * count_sharing(finetune, device.type)
+    if needed <= has or (can_be_shared(finetune) and finetune.launcher == "torchrun"):
+        return []  # how many hosts torchrun will have is not known here
     return [
         InputError(
             f"finetune.method {training.method} needs {format_bytes(needed)} for weights, gradients and "
@@ -193,6 +201,21 @@ def find_memory_problems(training: Training, finetune: Finetune) -> list[InputEr
             "smaller base model",
         )
     ]
+
+
+def can_be_shared(finetune: Finetune) -> bool:
+    """Return whether several processes may share the model."""
+    return finetune.sharding != "none" and finetune.method in SHARDED_METHODS
+
+
+def count_sharing(finetune: Finetune, kind: str) -> int:
+    """Return how many GPUs of this machine can share the model; on a CPU all processes have one memory."""
+    if kind != "cuda" or not can_be_shared(finetune):
+        return 1
+    import torch
+
+    wanted = finetune.devices
+    return min(torch.cuda.device_count(), finetune.batch_size) if wanted == "auto" else wanted
 
 
 def find_adapter_problems(finetune: Finetune, labels: Sequence[str] = ()) -> list[InputError]:

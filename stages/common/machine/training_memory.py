@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from stages.common.model.adapter import SHARDED_METHODS
+
 PROGRAM_BYTES = 560 << 20  # Python with torch, transformers and peft, measured
 TRAINED_BYTES = 16  # of a trained weight in float32, its gradient and AdamW's two averages
 BUCKET_BYTES = 4  # and of its gradient again, where several processes average theirs
@@ -24,6 +26,34 @@ class Batch:
     rows: int
     longest: int
     longest_answer: int
+
+
+def list_ways(
+    sharding: str, checkpointing: bool | str, processes: int, method: str
+) -> list[tuple[int, bool]]:
+    """Return in how many parts a model may be, and whether layers are computed twice: faster ways first.
+
+    Args:
+        sharding, checkpointing, method: of `finetune`.
+    """
+    can_share = processes > 1 and method in SHARDED_METHODS
+    parts = {"none": [1], "full": [processes], "auto": [1, processes]}[sharding] if can_share else [1]
+    twice = [False, True] if checkpointing == "auto" else [bool(checkpointing)]
+    return [(shards, again) for shards in parts for again in twice]
+
+
+def count_gathered_bytes(weights: int, outside: int, layers: int, element_bytes: int, replaced: bool) -> int:
+    """Return the bytes of the whole weights that are in memory at once where processes share a model.
+
+    Those outside the blocks, and two blocks: the one that computes and the next. Where the weights themselves
+    are trained, the gradients of one group of weights too, before and after they are widened.
+
+    Args:
+        weights: how many the base model has, `outside` of them in no block.
+    """
+    block = (weights - outside) // layers
+    gradients = max(block, outside) * (element_bytes + 4) if replaced else 0
+    return (outside + 2 * block) * element_bytes + gradients
 
 
 def count_state_bytes(
@@ -53,6 +83,7 @@ def estimate_training_memory(
     replaced: int = 0,
     is_averaged: bool = False,
     checkpointing: bool = False,
+    shards: int = 1,
 ) -> int:
     """Return the most bytes that one process of a training holds at once.
 
@@ -65,6 +96,7 @@ def estimate_training_memory(
         replaced: how many of the base model's weights are trained themselves, without an adapter.
         is_averaged: whether the gradients are averaged with those of other processes.
         checkpointing: whether layers keep their inputs only, and are computed again in the backward pass.
+        shards: processes that share the model.
 
     Raises:
         KeyError: the configuration has other names: it is of another architecture.
@@ -90,5 +122,12 @@ def estimate_training_memory(
     logits = batch.rows * batch.longest_answer * words * element_bytes + 2 * 4 * LOGITS_AT_ONCE * words
     kept = layers * hidden + each_token if checkpointing else layers * each_token
     activations = tokens * kept * element_bytes
-    state = count_state_bytes(weights, replaced or adapter, element_bytes, replaced > 0, is_averaged)
+    if shards > 1:
+        outside = words * hidden * (1 if config.get("tie_word_embeddings", True) else 2)
+        # A part is never widened: what is computed with is gathered.
+        frozen = weights - replaced
+        state = (frozen * element_bytes + (replaced or adapter) * TRAINED_BYTES) // shards
+        state += count_gathered_bytes(weights, outside, layers, element_bytes, replaced > 0)
+    else:
+        state = count_state_bytes(weights, replaced or adapter, element_bytes, replaced > 0, is_averaged)
     return int(PROGRAM_BYTES + state + activations + logits)

@@ -37,6 +37,7 @@ PEFT_METHODS = (*LORA_METHODS, *PROMPT_METHODS)  # whose adapters peft loads
 REPLACED_METHODS = ("full", "partial")  # which train weights of the base model itself
 HEAD = "head"  # which trains a new output layer over the labels of the task
 VLLM_METHODS = ("lora", "rslora", "qlora", *OTHER_OBJECTIVES)  # whose adapters vLLM loads
+SHARDED_METHODS = ("lora", "rslora", "dora", *REPLACED_METHODS)  # whose model several processes can share
 MERGED_METHODS = (*LORA_METHODS, *REPLACED_METHODS)  # whose result is weights, as a GGUF has them
 
 ORIGIN = "origin.json"
@@ -326,6 +327,11 @@ def find_start(
         check_weights_file(initial)
         check_settings(initial, list_settings(recipe, labels))
     return initial
+
+
+def describe_unsharded() -> str:
+    """Return which methods can train a model that several processes share."""
+    return f"a model is shared by several processes for the methods {', '.join(SHARDED_METHODS)}"
 
 
 def describe_missing_start(method: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,16 +129,56 @@ def _list_weights_of(model: Any, module: str, weights: Sequence[str]) -> list[st
     return owned
 
 
+def check_shardable(model: Any, trained: Iterable[str]) -> None:
+    """Check that the weights of a model can be shared among processes, block by block.
+
+    Args:
+        model: a transformers model; its weights may be without values (torch's device `meta`).
+        trained: the names of what is trained.
+
+    Raises:
+        InputError: it has no blocks, weights that cannot be cut, or experts that only some rows reach.
+    """
+    fix = "set finetune.sharding: none, and train in as many processes as have room for the whole model"
+    kind = f"finetune.sharding shares the blocks of a model among processes, and {type(model).__name__}"
+    if not _find_blocks(model):
+        raise InputError(f"{kind} has none that are found", fix)
+    if whole := [name for name, weight in model.named_parameters() if not weight.dim()]:
+        raise InputError(f"{kind} has weights of a single number: {whole[0]}", fix)
+    # A process whose rows reach another expert has other gradients, and all would wait for them for ever.
+    if experts := [name for name in trained if "expert" in name]:
+        raise InputError(f"{kind} has experts, of which not every row trains each: {experts[0]}", fix)
+
+
+def cut_shard(weight: Tensor, values: Tensor) -> Tensor:
+    """Return the part of values that this process keeps of a weight: of its rows, equal parts rounded up."""
+    mesh = weight.device_mesh  # type: ignore[attr-defined]
+    size = -(-len(values) // mesh.size())
+    return values[mesh.get_local_rank() * size :][:size]
+
+
+def put_values(weight: Tensor, values: Tensor) -> None:
+    """Replace the values of a weight, of a shared one those of this process's part, in the weight's dtype."""
+    import torch
+    from torch.distributed.tensor import DTensor
+
+    with torch.no_grad():
+        if isinstance(weight, DTensor):
+            weight.to_local().copy_(cut_shard(weight, values))
+        else:
+            weight.copy_(values)
+
+
 def list_trained(model: Any) -> dict[str, Tensor]:
     """Return the weights that are being trained, by name; tied ones once."""
     return {name: weights for name, weights in model.named_parameters() if weights.requires_grad}
 
 
-def write_weights(model: Any, path: Path) -> None:
+def write_weights(weights: Mapping[str, Tensor], path: Path) -> None:
     """Write the weights that are being trained, in the dtype in which they are trained."""
     from safetensors.torch import save_file
 
-    values = {name: weights.detach().cpu().contiguous() for name, weights in list_trained(model).items()}
+    values = {name: values.detach().cpu().contiguous() for name, values in weights.items()}
     save_file(values, path, metadata={"format": "pt"})
 
 
@@ -165,8 +205,6 @@ def put_weights(model: Any, weights: Mapping[str, Tensor], source: Path) -> None
     Raises:
         InputError: the model has not all of them, or in another shape; then none is replaced.
     """
-    import torch
-
     own = dict(model.named_parameters())
     here = {name: tuple(own[name].shape) if name in own else None for name in weights}
     odd = sorted(name for name, values in weights.items() if tuple(values.shape) != here[name])
@@ -176,6 +214,5 @@ def put_weights(model: Any, weights: Mapping[str, Tensor], source: Path) -> None
             f"{tuple(weights[odd[0]].shape)} there and {here[odd[0]]} here",
             "fetch the base model that it was trained on, or train again: dvc repro finetune",
         )
-    with torch.no_grad():
-        for name, values in weights.items():
-            own[name].copy_(values)
+    for name, values in weights.items():
+        put_values(own[name], values)

@@ -9,7 +9,12 @@ from pydantic import Field, PlainValidator
 from pydantic_core import PydanticCustomError
 from typing_extensions import override
 
-from stages.common.model.adapter import PREFERENCE_METHODS, PROMPT_METHODS
+from stages.common.model.adapter import (
+    PREFERENCE_METHODS,
+    PROMPT_METHODS,
+    SHARDED_METHODS,
+    describe_unsharded,
+)
 from stages.common.params.checked_yaml import Section
 from stages.common.params.types import AUTO, AutoCount, NotNegative, Positive, PositiveCount, Share
 from stages.common.storage.remote_folder import find_url_problem
@@ -110,6 +115,7 @@ class Finetune(Section):
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     dtype: Literal["auto", "bfloat16", "float32"]
     devices: AutoCount = AUTO
+    sharding: Literal["none", "full", "auto"] = "auto"
     launcher: Literal["local", "torchrun", "ray"] = "local"
     seed: int
 
@@ -129,6 +135,8 @@ class Finetune(Section):
             yield "dropout", "must be 0 with method: grpo, whose answers are sampled without it"
         if self.method == "grpo" and not any(self.rewards.model_dump().values()):
             yield "rewards", "are all 0: no answer would be better than another"
+        if self.sharding == "full" and self.method not in SHARDED_METHODS:
+            yield "sharding", f"must be none or auto with method: {self.method}: {describe_unsharded()}"
         if self.method == "distill" and self.teacher is None:
             yield "teacher", "must be set with method: distill: a folder with a model, or a hub id"
         if self.method == "kto" and self.batch_size < 2:

@@ -6,12 +6,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import (
     LoraConfig,
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
-    set_peft_model_state_dict,
 )
 from torch import Tensor
 from transformers import set_seed
@@ -22,19 +22,24 @@ from stages.common.model.adapter import PAGE, PEFT, InitialAdapter, check_settin
 from stages.common.model.loading import load_base, pick_device, pick_dtype
 from stages.common.model.replaced import read_weights
 from stages.common.model.targets import check_rank, check_targets
+from stages.finetune.devices.sharding import put_adapter
 from stages.finetune.methods.nf4 import load_nf4
 from stages.finetune.recipe import Recipe
 
 
-def build_lora(base: Path, recipe: Recipe) -> PeftModel:
+def build_lora(base: Path, recipe: Recipe, to_share: bool = False) -> PeftModel:
     """Load the base model and add an adapter, initialized from the seed.
+
+    Args:
+        to_share: leave it in main memory.
 
     Raises:
         InputError: the base model has none of the target modules.
     """
     device = pick_device()
     load = load_nf4 if recipe.method == "qlora" else load_base
-    return add_adapter(load(base, pick_dtype(device, recipe.dtype), device), recipe)
+    place = torch.device("cpu") if to_share else device
+    return add_adapter(load(base, pick_dtype(device, recipe.dtype), place), recipe)
 
 
 def add_adapter(model: Any, recipe: Recipe) -> PeftModel:
@@ -92,7 +97,7 @@ def load_lora(model: PeftModel, recipe: Recipe, initial: InitialAdapter) -> None
     check_settings(initial, {**list_settings(recipe), "target_modules": modules})
     weights = read_weights(initial.folder / PEFT.weights)
     check_tensors(get_peft_model_state_dict(model), weights, initial)
-    set_peft_model_state_dict(model, weights)
+    put_adapter(model, weights)
 
 
 def check_tensors(own: dict[str, Tensor], weights: dict[str, Tensor], initial: InitialAdapter) -> None:

@@ -30,12 +30,15 @@ from stages.finetune.methods.lora import check_tensors
 from stages.finetune.recipe import Recipe
 
 
-def build_replaced(base: Path, recipe: Recipe) -> Any:
+def build_replaced(base: Path, recipe: Recipe, to_share: bool = False) -> Any:
     """Load the base model with the weights to train in float32, and the frozen ones in the dtype of training.
 
     Small updates would vanish in bfloat16; products are computed in it all the same, by autocasting.
     Weights that are loaded in the dtype in which they are stored take no memory: they are mapped. What the
     model itself computes with, such as Gemma's factor of the embedding, is then rounded as with LoRA.
+
+    Args:
+        to_share: leave the weights in main memory as they are read: whoever shares them widens its part.
 
     Raises:
         InputError: the base model has no such modules, or its weights are quantized.
@@ -49,7 +52,11 @@ def build_replaced(base: Path, recipe: Recipe) -> Any:
     chosen = set(select_weights(model, recipe.trained_modules if recipe.method == "partial" else None))
     for name, weights in model.named_parameters():
         weights.requires_grad = name in chosen
+        if to_share:
+            continue
         weights.data = weights.data.to(torch.float32 if name in chosen else dtype)
+    if to_share:
+        return model
     if dtype != torch.float32:
         # A partial, not a closure: a copy of the model gets a forward pass of its own.
         model.forward = update_wrapper(partial(_forward_in, model, dtype), type(model).forward)
@@ -75,6 +82,6 @@ def load_replaced(model: Any, _recipe: Recipe, initial: InitialAdapter) -> None:
 
 def save_replaced(model: Any, recipe: Recipe, folder: Path) -> None:
     """Write the trained weights under the base model's names, in float32, and the settings of the method."""
-    write_weights(model, folder / REPLACED.weights)
+    write_weights(list_trained(model), folder / REPLACED.weights)
     config = {"base_model_name_or_path": model.name_or_path, **list_settings(recipe, recipe.labels)}
     write_json(folder / REPLACED.config, config)

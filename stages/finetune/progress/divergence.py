@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from stages.common.errors import InputError
+from stages.common.model.replaced import list_trained
 from stages.finetune.checkpoints import list_complete
 from stages.finetune.devices.group import gather
+from stages.finetune.devices.sharding import get_part
 
 SHOWN_ROWS = 16  # of a batch, in the message
 SLOWER = "lower finetune.learning_rate or finetune.max_grad_norm and run again"
@@ -79,13 +81,16 @@ def check_weights(model: Any, step: int, checkpoints: Path) -> None:
     Raises:
         InputError: a weight is not a number; the message names its tensor.
     """
-    for name, weight in model.named_parameters():
-        if weight.requires_grad and not bool(torch.isfinite(weight).all()):
-            raise InputError(
-                f"training has diverged: {name} has weights that are not numbers after update {step}\n"
-                f"{_describe_kept(checkpoints)}",
-                SLOWER,
-            )
+    broken = [
+        name for name, weight in list_trained(model).items() if not torch.isfinite(get_part(weight)).all()
+    ]
+    # Of a shared model only one process may have the part, and all must stop.
+    for name in (name for names in gather(broken[:1]) for name in names):
+        raise InputError(
+            f"training has diverged: {name} has weights that are not numbers after update {step}\n"
+            f"{_describe_kept(checkpoints)}",
+            SLOWER,
+        )
 
 
 def check_final_loss(loss: float | None) -> None:

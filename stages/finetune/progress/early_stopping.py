@@ -9,13 +9,15 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stages.common.artifacts import atomic_write
-from stages.common.model.replaced import list_trained
+from stages.common.model.replaced import list_trained, put_values
 from stages.finetune.devices.group import count_processes, is_main
+from stages.finetune.devices.sharding import gather_trained
 from stages.finetune.progress.validation import ValidationPoint
 
 BEST = "best.safetensors"
@@ -44,9 +46,9 @@ def write_best(model: Any, folder: Path, step: int) -> None:
     """Write the trained weights as the best until now; of several processes, the first one does."""
     from safetensors.torch import save_file
 
+    weights = gather_trained(model)
     if not is_main():
         return
-    weights = {name: p.detach().cpu().contiguous() for name, p in list_trained(model).items()}
     with atomic_write(folder / BEST) as temporary:
         save_file(weights, temporary, metadata={"step": str(step)})
 
@@ -56,16 +58,17 @@ def load_best(model: Any, folder: Path, step: int) -> None:
     import torch
     from safetensors import safe_open
 
-    trained = list_trained(model)
-    if is_main():
-        with safe_open(folder / BEST, framework="pt") as file, torch.no_grad():
-            if file.metadata() != {"step": str(step)}:
-                raise RuntimeError(f"{folder / BEST} is of {file.metadata()}, and the best point of {step}")
-            for name, weight in trained.items():
-                weight.copy_(file.get_tensor(name))
-    if count_processes() > 1:  # their hosts may not have the file
-        for weight in trained.values():
-            torch.distributed.broadcast(weight.data, src=0)
+    with ExitStack() as opened:
+        file = opened.enter_context(safe_open(folder / BEST, framework="pt")) if is_main() else None
+        if file and file.metadata() != {"step": str(step)}:
+            raise RuntimeError(f"{folder / BEST} is of {file.metadata()}, and the best point of {step}")
+        for name, weight in list_trained(model).items():
+            whole = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+            if file:
+                whole.copy_(file.get_tensor(name))
+            if count_processes() > 1:  # their hosts may not have the file
+                torch.distributed.broadcast(whole, src=0)
+            put_values(weight, whole)
 
 
 def put_best_into(checkpoint: Path) -> None:

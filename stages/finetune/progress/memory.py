@@ -27,6 +27,13 @@ from stages.common.logs import get_logger, is_full_memory
 from stages.common.machine.memory import format_bytes, read_free_memory, read_held_memory, read_peak_memory
 from stages.finetune.answer_loss import find_chunked_head, measure_chunk, sum_answer_loss
 from stages.finetune.devices.group import count_local_processes, count_processes
+from stages.finetune.devices.sharding import (
+    count_gathered_bytes,
+    get_part,
+    is_part,
+    make_whole,
+    taken_apart,
+)
 from stages.finetune.kernels.checkpointing import list_layers
 from stages.finetune.shared_prefix import Layout, lay_out
 from stages.finetune.speedups import is_packed
@@ -48,7 +55,7 @@ class MemoryEstimate:
     Attributes:
         held: by the process before the first step, with the weights.
         optimizer: gradients and averages of the trained weights.
-        activations: of the largest batch, kept for the backward pass.
+        activations: of the largest batch, kept for the backward pass; and what is gathered of a shared model.
         answers: of the validation rows that are asked at once, while there are no activations.
     """
 
@@ -131,9 +138,12 @@ class MemoryPlan:
         self._model = _copy_without_values(model, self._mode)
         self._own = {_key(t) for t in chain(self._model.parameters(), self._model.buffers())}
         trained = [p for p in model.parameters() if p.requires_grad]
-        # Several processes average their gradients in buckets, which hold a copy of them.
-        gradients = 2 if count_processes() > 1 else 1
-        self._optimizer = sum(p.numel() * (gradients * p.element_size() + ADAMW_BYTES) for p in trained)
+        # Several processes average their gradients in buckets, which hold a copy of them; of a shared model
+        # each has its part, and what is gathered for a moment.
+        self._gathered = count_gathered_bytes(model)
+        gradients = 2 if count_processes() > 1 and not self._gathered else 1
+        each = (get_part(p).numel() * (gradients * p.element_size() + ADAMW_BYTES) for p in trained)
+        self._optimizer = sum(each)
         output = model.get_output_embeddings()  # over words, or the labels of a head
         self._words = len(output.weight) if output is not None else model.config.get_text_config().vocab_size
         self._chunk = measure_chunk(head) if (head := find_chunked_head(model)) is not None else None
@@ -159,6 +169,7 @@ class MemoryPlan:
         logits = 2 * 4 * min(LOGITS_AT_ONCE, answers) * self._words
         if self._chunk is not None:  # of the output layer, which autograd keeps otherwise
             logits += min(answers, self._chunk.rows) * self._chunk.row_bytes
+        logits += self._gathered
         asked = self.count_answers(round(times * len(rows)))
         return MemoryEstimate(held, self._optimizer, int(kept * FRAGMENTATION) + logits, asked)
 
@@ -324,8 +335,13 @@ def _copy_without_values(model: Any, mode: Any) -> Any:
     """Return a copy of a model whose parameters and buffers have no values; it takes no memory."""
     memo: dict[int, Any] = {}
     for tensor in chain(model.parameters(), model.buffers()):
-        memo[id(tensor)] = mode.from_tensor(tensor)
-    return copy.deepcopy(model, memo).train()
+        if is_part(tensor):
+            with mode:
+                memo[id(tensor)] = make_whole(model, tensor)
+        else:
+            memo[id(tensor)] = mode.from_tensor(tensor)
+    with taken_apart(model, memo):
+        return copy.deepcopy(model, memo).train()
 
 
 def _cut(row: Encoded, length: int) -> Encoded:

@@ -22,6 +22,7 @@ from stages.common.records import Row
 from stages.common.task.metrics import LOSS
 from stages.common.task.protocol import Task
 from stages.finetune.devices.group import count_processes, gather, get_rank
+from stages.finetune.devices.sharding import keep_in_step
 
 logger = get_logger("finetune")
 
@@ -79,7 +80,8 @@ class Sample:
         was_training = model.training
         model.eval()
         share = self.questions[get_rank() :: count_processes()]
-        answers = answer_questions(model, self.tokenizer, share, at_once, self.limit)
+        with keep_in_step(model, lambda: read_one_token(model)):
+            answers = answer_questions(model, self.tokenizer, share, at_once, self.limit)
         model.train(was_training)
         found = merge_shares(gather([(answer.text, answer.reference_loss) for answer in answers]))
         tokens = sum(len(question.reference) for question in self.questions)
@@ -185,6 +187,14 @@ def plan_points(steps: int, every: float) -> frozenset[int]:
 def read_points(history: Sequence[Mapping[str, Any]]) -> list[ValidationPoint]:
     """Return the points in a Trainer's history."""
     return [ValidationPoint(entry["step"], **entry[ENTRY]) for entry in history if ENTRY in entry]
+
+
+def read_one_token(model: Any) -> None:
+    """Make the shortest pass of a model."""
+    import torch
+
+    with torch.no_grad():
+        model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=False)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from stages.common.artifacts import write_json
 from stages.common.model.generation import EvalPrompt, answer_questions
 from stages.common.model.label_head import find_labels, put_head
 from stages.common.model.loading import load_base, load_tokenizer, load_tuned
-from stages.common.model.replaced import write_weights
+from stages.common.model.replaced import list_trained, write_weights
 from tests.tiny import save_model
 
 # "no" begins with the tokens of "n", and both "yes" have the likelier first token together.
@@ -34,7 +34,7 @@ def folders(tmp_path_factory):
         head.weight.copy_(torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(0)) * 0.01)
         head.bias.copy_(torch.tensor(BIASES))
     adapter.mkdir()
-    write_weights(model, adapter / "replaced_weights.safetensors")
+    write_weights(list_trained(model), adapter / "replaced_weights.safetensors")
     write_json(adapter / "replaced_config.json", {"method": "head", "labels": list(LABELS)})
     return base, adapter
 

@@ -143,6 +143,40 @@ def test_several_processes_have_a_part_of_the_rows_each_and_the_model_and_its_st
     assert tell(2) == f"  memory: finetune takes about {format_bytes(2 * each)} in 2 processes"
 
 
+def test_processes_share_a_model_that_does_not_fit_one_device(tmp_path):
+    params = load_params(ROOT / "params.yaml")
+    counted = {"sides": {"train": {"rows": 1000, "longest": 500, "longest_answer": 100}}}
+    model = make_model(num_hidden_layers=8, hidden_size=64)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    weights = sum(p.numel() for p in model.parameters())
+    settings = (params.finetune.rank, Batch(2, 500, 100), 4)
+    whole = estimate_training_memory(config, weights, *settings, is_averaged=True)
+    part = estimate_training_memory(config, weights, *settings, shards=2)
+    outside = 258 * 64
+    # Half of the weights; and what is gathered: two of the eight blocks, and the embedding.
+    adapter = estimate_training_memory(config, weights, *settings) - estimate_training_memory(
+        config, weights, 0, *settings[1:]
+    )
+    assert part < whole
+    assert abs(whole - part - (2 * weights - 4 * (outside + 2 * (weights - outside) // 8))) < adapter
+
+    def tell(free, **changes):
+        finetune = params.finetune.model_copy(
+            update={"batch_size": 4, "gradient_checkpointing": False, **changes}
+        )
+        own = params.model_copy(update={"finetune": finetune})
+        return describe_memory(own, counted, tmp_path, "float32", free, 2, True)
+
+    assert "share the model" not in tell(whole)
+    assert tell(whole - 1).endswith(
+        f"{format_bytes(part)} on each of 2 GPUs, which share the model (finetune.sharding)"
+    )
+    assert "share the model" not in tell(whole - 1, sharding="none")
+    assert "share the model" not in tell(whole - 1, method="qlora")
+    assert "share the model" in tell(whole, sharding="full")
+
+
 def test_transformers_answers_more_slowly():
     fast, slow = (estimate_run(WORK, DEFAULT_SIZE, "float32", 1e11, paged) for paged in (True, False))
     assert slow.evaluate_s > fast.evaluate_s

@@ -589,6 +589,20 @@ def test_a_training_that_the_memory_cannot_hold_is_refused(lay_out, set_params, 
     assert "finetune.method: lora" in error.value.fix
 
 
+def test_gpus_that_share_a_model_have_their_memory_together(lay_out, set_params, monkeypatch):
+    lay_out()
+    set_params(finetune__method="full")
+    finetune = load_params().finetune
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    assert finetune_checks.count_sharing(finetune, "cuda") == min(8, finetune.batch_size)
+    assert finetune_checks.count_sharing(finetune, "cpu") == 1
+    for change in ({"sharding": "none"}, {"method": "grpo"}):
+        assert finetune_checks.count_sharing(finetune.model_copy(update=change), "cuda") == 1
+    monkeypatch.setattr(finetune_checks, "measure_memory", lambda device: 1000)
+    set_params(finetune__method="full", finetune__launcher="torchrun")
+    preflight.main()  # how many hosts there will be is not known
+
+
 def test_a_rate_for_adapters_is_a_warning_where_weights_are_trained(lay_out, set_params, caplog):
     lay_out()
     set_params(finetune__method="full")

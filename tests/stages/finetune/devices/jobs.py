@@ -1,6 +1,8 @@
 """What test processes run: functions that `start_workers` finds in this module by their names."""
 
+import contextlib
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -78,6 +80,30 @@ def resume_from_what_one_has():
         Path("other").mkdir()
         os.chdir("other")
     choose_checkpoint(RUNS)
+
+
+def train_shared_models():
+    """Train what is in each folder; one training is interrupted, and goes on."""
+    from stages.finetune.__main__ import train_adapter
+    from stages.finetune.trainer import TrainingMonitor
+
+    def stop_after_seven(monitor, arguments, state, *_, **__):
+        if state.global_step == 7:
+            raise KeyboardInterrupt
+
+    root, on_log = Path.cwd(), TrainingMonitor.on_log
+    for name in ("lora", "full"):
+        os.chdir(root / name)
+        train_adapter()
+    os.chdir(root / "broken")
+    TrainingMonitor.on_log = stop_after_seven
+    with contextlib.suppress(KeyboardInterrupt):
+        train_adapter()
+    TrainingMonitor.on_log = on_log
+    if group.is_main():
+        shutil.copytree("checkpoints", root / "other" / "checkpoints")
+    group.wait_for_all()
+    train_adapter()
 
 
 def fail_in_the_second():
