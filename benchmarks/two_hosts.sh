@@ -27,10 +27,13 @@ end() {
   for pid in "${pids[@]}"; do kill "$pid" 2>/dev/null || true; done
   for pid in "${pids[@]}"; do
     for _ in $(seq 100); do kill -0 "$pid" 2>/dev/null || break; sleep 0.1; done
-    kill -9 "$pid" 2>/dev/null || true   # its workers end with it
+    kill -9 "$pid" 2>/dev/null || true
     wait "$pid" 2>/dev/null || true
   done
-  for name in "${made[@]}"; do ip netns delete "$name" || true; done   # and with it its end of the cable
+  for name in "${made[@]}"; do
+    for pid in $(ip netns pids "$name"); do kill -9 "$pid" 2>/dev/null || true; done   # whatever they left
+    ip netns delete "$name" || true                                                    # and its end of the cable
+  done
   rm -rf "$folder"
   exit "$code"
 }
