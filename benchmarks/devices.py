@@ -66,7 +66,7 @@ def train(rows: list[Row], **settings: Any) -> dict[str, Any]:
         )
         metrics = read_json(folder / reports("finetune") / "metrics.json")
     known = {name: metrics[name] for name in ("train_loss", "dtype", "trained_parameters")}
-    found = known | metrics["throughput"]
+    found: dict[str, Any] = known | metrics["throughput"]
     print(f"{settings}: {found}", file=sys.stderr)
     return found
 

@@ -190,8 +190,8 @@ def find_memory_problems(training: Training, finetune: Finetune) -> list[InputEr
     needed = count_state_bytes(training.parameters, training.trained_parameters, element_bytes, replaced)
     needed -= int(training.quantized_parameters * (element_bytes - NF4_BYTES))
     has = measure_memory(device.type) * count_sharing(finetune, device.type)
-    if needed <= has or (can_be_shared(finetune) and finetune.launcher == "torchrun"):
-        return []  # how many hosts torchrun will have is not known here
+    if needed <= has or (can_be_shared(finetune) and finetune.launcher != "local"):
+        return []  # how many hosts there will be is not known here
     return [
         InputError(
             f"finetune.method {training.method} needs {format_bytes(needed)} for weights, gradients and "
