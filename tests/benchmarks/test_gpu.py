@@ -26,7 +26,7 @@ def test_the_script_runs_through_on_a_cpu_with_tiny_models(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "gpu.json").read_text())["parts"]
-    assert list(found) == [part.name for part in list_parts()]
+    assert set(found) == {part.name for part in list_parts()}
     assert {name: one["status"] for name, one in found.items()} == dict.fromkeys(found, "measured"), found
     for model in ("llama-8b", "qwen3-4b"):
         ours, trl = (found[f"train {model} {who}"]["result"] for who in ("ours", "trl"))
