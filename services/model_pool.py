@@ -61,7 +61,7 @@ class LoadedModel:
 
     @property
     def control_tokens(self) -> tuple[str, ...]:
-        """The tokens that structure a prompt, which no user may write."""
+        """The tokens that structure a prompt; in the text of a message they are text."""
         return tuple(self.tokenizer.all_special_tokens)
 
     @property

@@ -19,6 +19,7 @@ from services.errors import ApiError
 from services.keys.access import Caller
 from services.metrics import get_metrics
 from services.model_pool import LoadedModel
+from stages.common.chat.control_tokens import ControlTokenRefusal
 from stages.common.chat.template import encode_text
 
 ROUTE = "/v1/embeddings"
@@ -135,12 +136,16 @@ def _encode(texts: Sequence[Text], model: LoadedModel) -> list[list[int]]:
     """Return the token ids of each text.
 
     Raises:
-        ApiError: a token id is out of range, or a text has no token.
+        ApiError: a token id is out of range, a text has no token, or holds a control token that the tokenizer
+            cannot read as text.
     """
     size = len(model.tokenizer)
     prompts = []
     for place, text in enumerate(texts):
-        ids = encode_text(model.tokenizer, text) if isinstance(text, str) else list(text)
+        try:
+            ids = encode_text(model.tokenizer, text) if isinstance(text, str) else list(text)
+        except ControlTokenRefusal:
+            raise errors.content_refused("control_tokens", "input") from None
         wrong = next((number for number in ids if not 0 <= number < size), None)
         if wrong is not None:
             raise errors.invalid_value("input", f"{wrong} is not a token id; the range is 0 to {size - 1}")

@@ -13,6 +13,7 @@ from services.answering.state import GenerationState
 from services.guard.policy import CheckResult, check_prompt
 from services.metrics import get_metrics
 from services.model_pool import LoadedModel
+from stages.common.chat.control_tokens import ControlTokenRefusal
 from stages.common.chat.template import TemplateRefusal, encode_text
 from stages.common.params.services import Guard
 
@@ -53,6 +54,8 @@ async def encode_prompt(
         ApiError: the prompt is too long, or the guard or the chat template rejects it.
     """
     model, is_short = state.model, _count_chars(texts) <= MAX_INLINE_CHARS
+    if isinstance(request.raw, tuple):  # ids are no text: only here can a client write a control token
+        guard = guard.model_copy(update={"control_tokens": "enforce"})
     checked = await _work(is_short, lambda: _check(texts, model, guard))
     apply_guard(state, checked, request.prompt_param)
     prompt = await _work(is_short, lambda: _tokenize(request, model))
@@ -96,12 +99,14 @@ def _check(texts: Texts, model: LoadedModel, guard: Guard) -> list[CheckResult]:
 def _tokenize(request: GenerationRequest, model: LoadedModel) -> list[int]:
     if isinstance(request.raw, tuple):
         return list(request.raw)
-    if request.raw is not None:
-        return encode_text(model.tokenizer, request.raw)
     try:
+        if request.raw is not None:
+            return encode_text(model.tokenizer, request.raw)
         return model.encode_chat(request.messages, request.tools)
     except TemplateRefusal as error:
         raise errors.invalid_value(request.prompt_param, error.what) from None
+    except ControlTokenRefusal:
+        raise errors.content_refused("control_tokens", request.prompt_param) from None
 
 
 def _count_chars(texts: Texts) -> int:

@@ -65,7 +65,11 @@ ALLOW = GuardDecision(allow=True)
 
 
 def check_control_tokens(texts: Sequence[str], tokens: Sequence[str]) -> GuardDecision:
-    """Reject text that contains one of the model's control tokens, which could forge a turn."""
+    """Reject text that contains one of the model's control tokens.
+
+    The chat template reads them as text (`stages.common.chat.control_tokens`); token ids of a raw prompt are
+    not read by it, and forge a turn.
+    """
     forged = any(token in text for text in texts for token in tokens)
     return GuardDecision(False, "control_tokens") if forged else ALLOW
 

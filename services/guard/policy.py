@@ -31,10 +31,12 @@ def check_prompt(
     """Yield the result of each check of a prompt as it is asked for, so that a rejection skips the rest.
 
     Args:
-        control_tokens: the model's own; always enforced.
+        control_tokens: the model's own.
     """
-    texts = [message["content"] for message in messages]
-    yield CheckResult("control_tokens", "enforce", checks.check_control_tokens(texts, control_tokens))
+    if settings.control_tokens != "off":
+        texts = [message["content"] for message in messages]
+        decision = checks.check_control_tokens(texts, control_tokens)
+        yield CheckResult("control_tokens", settings.control_tokens, decision)
     if settings.prompt_injection != "off":
         decision = checks.check_injection(messages)
         yield CheckResult("prompt_injection", settings.prompt_injection, decision)

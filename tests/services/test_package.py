@@ -245,8 +245,8 @@ def test_a_bento_answers_in_an_empty_folder_with_its_own_code_and_model(project,
         answer = httpx.post(f"{url}/ask", json={"question": "Hello", "max_tokens": 4}, timeout=60)
         assert answer.status_code == 200, log.read_text()
         assert (answer.json()["version"], answer.json()["completion_tokens"] > 0) == ("c" * 12, True)
-        refused = httpx.post(f"{url}/ask", json={"question": "<|im_end|>"}, timeout=60)
-        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "content_refused")
+        forged = httpx.post(f"{url}/ask", json={"question": "<|im_end|>", "max_tokens": 4}, timeout=60)
+        assert forged.status_code == 200, "the name of a control token is text"
         assert "/v1/chat/completions" in httpx.get(f"{url}/docs.json").json()["paths"]
         assert "from the Bento" in httpx.get(f"{url}/page/page.css").text
     finally:

@@ -25,6 +25,10 @@ _HIDDEN = f"\ue000{_NONCE}-"
 _HIDDEN_PATTERN = re.compile(rf"{_HIDDEN}(\d+)\ue001")
 
 
+class ControlTokenRefusal(InputError):
+    """A text holds a control token, and this tokenizer cannot read it as text."""
+
+
 @dataclass(slots=True, weakref_slot=True)
 class ControlTokens:
     """The control tokens of one tokenizer.
@@ -68,7 +72,7 @@ class ControlTokens:
         """Return the token ids of a text: its control tokens become ids, and hidden ones stay text.
 
         Raises:
-            InputError: some are hidden, and the tokenizer is not a fast one.
+            ControlTokenRefusal: some are hidden, and the tokenizer is not a fast one.
         """
         if _HIDDEN not in text and not self.normalized:
             ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -85,7 +89,7 @@ class ControlTokens:
         from tokenizers import Tokenizer
 
         if self.backend is None:
-            raise InputError(
+            raise ControlTokenRefusal(
                 "a text holds a control token, and the base model's tokenizer is not a fast one "
                 "(tokenizer.json), so that the token would become a control id",
                 "choose a base model with a tokenizer.json (fetch_base in params.yaml)",

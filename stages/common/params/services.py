@@ -96,6 +96,7 @@ class Guard(Section):
     max_prompts: PositiveCount
     max_prompt_tokens: PositiveCount
     max_schema_cpu_s: Positive
+    control_tokens: Policy
     prompt_injection: Policy
     toxicity: Policy
     schema_: Policy = Field(alias="schema")

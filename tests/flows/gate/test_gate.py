@@ -331,7 +331,8 @@ def test_a_card_must_be_there_whole_and_this_adapters(checkout):
 
 def test_the_private_server_has_files_of_its_own_and_no_user_limits(tmp_path):
     access = SHIPPED.services.access.model_copy(update={"keys": "always", "requests_per_minute": 1})
-    limits = SHIPPED.services.guard.model_copy(update={"secrets": "enforce", "toxicity": "off"})
+    enforced = {"secrets": "enforce", "control_tokens": "enforce"}
+    limits = SHIPPED.services.guard.model_copy(update={**enforced, "toxicity": "off"})
     finetune = SHIPPED.finetune.model_copy(update={"learning_rate": 1e-5})  # which YAML would read as a word
     services = SHIPPED.services.model_copy(update={"access": access, "guard": limits})
     params = SHIPPED.model_copy(update={"services": services, "finetune": finetune})
@@ -342,6 +343,7 @@ def test_the_private_server_has_files_of_its_own_and_no_user_limits(tmp_path):
     assert found.services.events.url == f"sqlite:///{folder}/events.db"
     assert (found.services.access.keys, found.services.access.requests_per_minute) == ("auto", None)
     assert (found.services.guard.secrets, found.services.guard.toxicity) == ("record", "off")
+    assert found.services.guard.control_tokens == "record", "a test row with <|im_end|> is answered"
     assert found.finetune.learning_rate == 1e-5
 
 

@@ -172,8 +172,9 @@ def test_a_context_that_is_exceeded_is_told_as_clients_recognise_it(client, path
     assert f"reduce the length of the {field}" in error["message"]
 
 
-def test_content_that_is_refused_is_told_under_the_field_that_was_sent(client):
-    answer = client.post("/v1/completions", json={"prompt": "<|im_end|>"})
+def test_content_that_is_refused_is_told_under_the_field_that_was_sent(server, client):
+    end_of_turn = server.handler.pool.champion.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    answer = client.post("/v1/completions", json={"prompt": [end_of_turn]})
     assert (answer.json()["error"]["code"], answer.json()["error"]["param"]) == ("content_refused", "prompt")
 
 
