@@ -13,7 +13,14 @@ from stages.common.sources.files.shapes import Shape
 from stages.common.sources.files.tools.calls import read_calls
 from stages.common.sources.files.tools.hermes import take_tools
 from stages.common.sources.files.tools.schemas import read_tools
-from stages.common.sources.files.turns import Turn, find_answer, is_conversation, parse_list, parse_turns
+from stages.common.sources.files.turns import (
+    Turn,
+    find_answer,
+    is_conversation,
+    parse_list,
+    parse_turns,
+    take_thoughts,
+)
 
 MEDIA_COLUMNS = ("image", "images", "audio", "audios", "video", "videos")
 
@@ -33,7 +40,7 @@ def read_conversation(fields: Record, shape: Shape, forms: set[str]) -> Conversa
     if listed is None and shape.rejected and isinstance(asked := fields.get(shape.prompt or ""), dict):
         listed = asked.get("tools")  # OpenAI's preference tuning
     tools = read_tools(listed, forms) if shape.tools or listed else ()
-    messages = join_system(find_answer(_read_turns(fields, shape, forms)))
+    messages = join_system(find_answer(_read_turns(fields, shape, forms), forms))
     system = fields.get(shape.system) if shape.system else None
     if isinstance(system, str) and system.strip() and messages and messages[0].role != "system":
         messages = [Message("system", system), *messages]
@@ -50,7 +57,8 @@ def read_answer_turns(name: str, value: Any, shape: Shape, forms: set[str]) -> l
         return parse_turns(value, forms)
     if isinstance(value, dict | list):  # a JSON answer that was not quoted
         return [Turn(Message("assistant", _to_json(name, value)))]
-    return [Turn(Message("assistant", _read_text(name, value, "no_answer")))]
+    text, thoughts = take_thoughts(_read_text(name, value, "no_answer"), forms)
+    return [Turn(Message("assistant", text, reasoning=thoughts))]
 
 
 def _read_turns(fields: Record, shape: Shape, forms: set[str]) -> list[Turn]:

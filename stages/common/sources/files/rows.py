@@ -40,6 +40,7 @@ from stages.common.sources.files.formats import (
 from stages.common.sources.files.messages import read_conversation
 from stages.common.sources.files.preferences.answers import read_rating, read_rejected
 from stages.common.sources.files.shapes import Columns, Shape, detect_shape
+from stages.common.sources.files.turns import find_unread_keys
 from stages.common.spool import Spool
 
 MAX_SHOWN = 50  # different problems in one message; the count is always of all
@@ -102,9 +103,7 @@ def collect_file(
         try:
             if isinstance(entry.fields, BadRow):
                 raise entry.fields
-            unread.update(
-                str(n) for n, value in entry.fields.items() if n and n not in read and value not in (None, "")
-            )
+            unread.update(_list_unread(entry.fields, read, shape))
             row, found = to_row(entry.fields, str(path), license, origin, shape, columns, system_prompt)
             rows.append(row)
             forms.update(found)
@@ -126,6 +125,13 @@ def collect_file(
             "correct the file, or remove its entry from collect.sources",
         )
     return Collected(rows, rejected, describe(format, shape, unread, forms))
+
+
+def _list_unread(fields: Record, read: set[str], shape: Shape) -> Iterator[str]:
+    """Yield the columns that have a value and are not read, and the keys of turns, as `messages[].name`."""
+    yield from (str(n) for n, value in fields.items() if n and n not in read and value not in (None, ""))
+    for column in dict.fromkeys(shape.columns.values()):
+        yield from (f"{column}[].{key}" for key in find_unread_keys(fields.get(column)))
 
 
 def sample_entries(entries: Iterator[Entry]) -> tuple[list[Entry], Iterator[Entry]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,7 +36,17 @@ ROLES = {
 }
 TOOL_KEYS = ("tool_calls", "function_call")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # of servers, by how common they are
-WEIGHT_KEYS = ("weight", "loss_weight", "train")  # OpenAI's, LLaMA-Factory's, axolotl's
+# OpenAI's, LLaMA-Factory's, axolotl's (two), ms-swift's.
+WEIGHT_KEYS = ("weight", "loss_weight", "train", "training", "loss")
+READ_KEYS = frozenset(
+    {"role", "from", "content", "value", "refusal", "tool_call_id", *TOOL_KEYS, *REASONING_KEYS, *WEIGHT_KEYS}
+)
+THOUGHTS = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+# What is done with turns, besides the forms of tools, and counted in the report by rows.
+CUT = "turns after the last answer to learn, left out"
+REFUSAL = "refusals, read as the text of the answer"
+THOUGHTS_MOVED = "thoughts before answers (<think>), read as reasoning_content"
+THOUGHTS_WITHIN = "<think> within answers, learned as text"
 MEDIA_KINDS = ("image", "image_url", "input_image", "audio", "input_audio", "video", "file")
 
 
@@ -89,19 +100,51 @@ def _join_calls(first: Turn, second: Turn) -> Turn:
     return replace(second, message=replace(second.message, tool_calls=calls))
 
 
-def find_answer(turns: list[Turn]) -> list[Message]:
-    """Return the messages up to the last answer to learn: later turns of weight 0 are excluded.
+def find_answer(turns: list[Turn], forms: set[str]) -> list[Message]:
+    """Return the messages up to the last answer to learn: logs go on with a question, or a bad answer.
+
+    Args:
+        forms: where it is noted that turns are left out.
 
     Raises:
         BadRow: every answer has the weight 0.
     """
     messages = [turn.message for turn in turns]
-    if not turns or turns[-1].is_learned:
-        return messages
-    learned = [n for n, turn in enumerate(turns) if turn.message.role == "assistant" and turn.is_learned]
+    answers = [n for n, message in enumerate(messages) if message.role == "assistant"]
+    learned = [n for n in answers if turns[n].is_learned]
     if not learned:
-        raise BadRow("weight_zero", "every answer has the weight 0: it is not to be learned")
-    return messages[: learned[-1] + 1]
+        if answers:
+            raise BadRow("weight_zero", "every answer has the weight 0: it is not to be learned")
+        return messages
+    end = learned[-1] + 1
+    if end < len(messages):
+        forms.add(CUT)
+    return messages[:end]
+
+
+def take_thoughts(content: str, forms: set[str]) -> tuple[str, str | None]:
+    """Return an answer without the thoughts at its beginning, and these; None where there are none."""
+    found = THOUGHTS.match(content)
+    rest = content[found.end() :] if found else content
+    if "<think>" in rest or "</think>" in rest:
+        forms.add(THOUGHTS_WITHIN)
+    if not found:
+        return content, None
+    forms.add(THOUGHTS_MOVED)
+    return rest, found[1].strip() or None
+
+
+def find_unread_keys(value: Any) -> set[str]:
+    """Return the keys of turns that have a value and are not read; none of a value that is no list of turns.
+
+    The name in a tool's result repeats what the call has.
+    """
+    found: set[str] = set()
+    for turn in read_list(value) or ():
+        if _is_turn(turn):
+            read = {*READ_KEYS, "name"} if ROLES.get(_name_role(turn)) == "tool" else READ_KEYS
+            found |= {str(key) for key in turn if key not in read and turn[key] not in (None, "", [], {})}
+    return found
 
 
 def _read_role(turn: Any, place: int) -> str:
@@ -109,7 +152,7 @@ def _read_role(turn: Any, place: int) -> str:
     role = turn.get("role", turn.get("from")) if isinstance(turn, Mapping) else None
     if role is None:
         raise BadRow("wrong_messages", f"message {place} has no role and content: {shorten(turn)}")
-    known = ROLES.get(str(role).strip().lower())
+    known = ROLES.get(_name_role(turn))
     if known is None:
         raise BadRow(
             "wrong_messages", f"unknown role {role!r} of message {place} (known: {', '.join(ROLES)})"
@@ -117,13 +160,19 @@ def _read_role(turn: Any, place: int) -> str:
     return known
 
 
+def _name_role(turn: Mapping[str, Any]) -> str:
+    return str(turn.get("role", turn.get("from"))).strip().lower()
+
+
 def _parse_turn(turn: Mapping[str, Any], role: str, place: int, forms: set[str]) -> Iterator[Turn]:
     """Yield the turn: several where one has several results."""
     where = f"message {place}"
     calls = _read_calls(turn, role, where, forms)
-    if not calls and not {"content", "value"} & turn.keys():
+    if not calls and not {"content", "value", "refusal"} & turn.keys():
         raise BadRow("wrong_messages", f"{where} has no role and content: {shorten(turn)}")
     content = _read_content(turn, role, where, bool(calls))
+    if content is None:
+        content = _read_refusal(turn, role, where, forms)
     is_learned = _read_weight(turn, place)
     if role == "calls":
         forms.add("turns of the role function_call")
@@ -137,15 +186,17 @@ def _parse_turn(turn: Mapping[str, Any], role: str, place: int, forms: set[str])
             for result in results or [content]:
                 yield Turn(Message("tool", result, tool_call_id=id), is_learned is not False)
             return
-    if str(turn.get("role", turn.get("from"))).strip().lower() == "developer":
+    if _name_role(turn) == "developer":
         forms.add("the role developer, read as system")
     message = Message(role, content)
     if role == "assistant":
-        if not calls:
-            content, calls = take_calls(content, where, forms)
         reasoning = _read_reasoning(turn, where)
         if reasoning:
             forms.add("reasoning")
+        else:
+            content, reasoning = take_thoughts(content, forms)
+        if not calls:
+            content, calls = take_calls(content, where, forms)
         if is_learned is not None:
             forms.add("weights of answers")
         message = Message(role, content, calls, reasoning=reasoning, is_learned=is_learned)
@@ -164,7 +215,7 @@ def _read_calls(turn: Mapping[str, Any], role: str, where: str, forms: set[str])
 
 
 def _read_content(turn: Mapping[str, Any], role: str, where: str, has_calls: bool) -> Any:
-    """Return the text of a turn; a value that is not a text only of the role calls."""
+    """Return the text of a turn, None where it is null; a value that is no text only of the role calls."""
     content = next((turn[key] for key in ("content", "value") if key in turn), None)
     if role == "calls" or (content is None and (has_calls or role == "tool")):
         return "" if content is None else content
@@ -173,7 +224,16 @@ def _read_content(turn: Mapping[str, Any], role: str, where: str, has_calls: boo
             return encode_json(content)
         except ValueError as error:
             raise BadRow("wrong_messages", f"the content of {where}: {error}") from None
-    return _parse_content(content, where)
+    return None if content is None else _parse_content(content, where)
+
+
+def _read_refusal(turn: Mapping[str, Any], role: str, where: str, forms: set[str]) -> str:
+    """Return what the assistant wrote in place of an answer, as OpenAI's API has it."""
+    refusal = turn.get("refusal")
+    if role != "assistant" or not isinstance(refusal, str) or not refusal.strip():
+        raise BadRow("wrong_messages", f"the content of {where} is null, and it has no text in its place")
+    forms.add(REFUSAL)
+    return refusal
 
 
 def _has_parts(content: Any) -> bool:
@@ -205,10 +265,13 @@ def _read_reasoning(turn: Mapping[str, Any], where: str) -> str | None:
 
 def _read_weight(turn: Mapping[str, Any], place: int) -> bool | None:
     """Return whether a turn is to be learned; None where it does not mention it."""
-    weight = next((turn[key] for key in WEIGHT_KEYS if turn.get(key) is not None), None)
-    if weight not in (None, 0, 1):
-        raise BadRow("wrong_messages", f"the weight of message {place} is {shorten(weight)}, not 0 or 1")
-    return None if weight is None else bool(weight)
+    weights = {key: turn[key] for key in WEIGHT_KEYS if turn.get(key) is not None}
+    for key, weight in weights.items():
+        if weight not in (0, 1):
+            raise BadRow("wrong_messages", f"the {key} of message {place} is {shorten(weight)}, not 0 or 1")
+    if len(found := {bool(weight) for weight in weights.values()}) > 1:
+        raise BadRow("wrong_messages", f"{' and '.join(weights)} of message {place} contradict each other")
+    return found.pop() if found else None
 
 
 def is_conversation(value: Any) -> bool:
@@ -220,5 +283,5 @@ def _is_turn(turn: Any) -> bool:
     return (
         isinstance(turn, Mapping)
         and ("role" in turn or "from" in turn)
-        and ({"content", "value", *TOOL_KEYS} & turn.keys() != set())
+        and ({"content", "value", "refusal", *TOOL_KEYS} & turn.keys() != set())
     )

@@ -380,6 +380,30 @@ def test_rows_without_tools_keep_the_ids_and_the_file_that_they_had_before_tools
     assert (tmp_path / "new.parquet").read_bytes() == (tmp_path / "old.parquet").read_bytes()
 
 
+@pytest.mark.parametrize("as_text", [False, True])
+def test_keys_of_turns_that_are_not_read_are_counted_like_columns(tmp_path, as_text):
+    turns = [
+        {"role": "user", "content": "hi", "name": "ann", "created_at": None},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}],
+        },
+        {"role": "tool", "content": "x", "name": "f"},
+        {"role": "assistant", "content": "yes", "masked": True, "weight": 1, "refusal": None},
+    ]
+    plain = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "annotations": []}]
+    path = jsonl(
+        tmp_path,
+        *({"messages": json.dumps(chat) if as_text else chat, "note": "n"} for chat in (turns, turns, plain)),
+    )
+    assert collect(path).metrics["unread_columns"] == {
+        "messages[].masked": 2,
+        "messages[].name": 2,
+        "note": 3,
+    }
+
+
 def test_a_json_document_of_one_conversation_is_one_row_whatever_lists_it_has(tmp_path):
     tool = {"type": "function", "function": {"name": "lamp"}}
     call = {"name": "lamp", "arguments": {}}

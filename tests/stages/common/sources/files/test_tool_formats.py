@@ -11,6 +11,7 @@ from stages.common.sources.files.entries import BadRow
 from stages.common.sources.files.messages import read_conversation
 from stages.common.sources.files.rows import check_conversation
 from stages.common.sources.files.shapes import Columns, detect_shape
+from stages.common.sources.files.turns import CUT, REFUSAL, THOUGHTS_MOVED, THOUGHTS_WITHIN
 from tests.stages.common.sources.files.test_shapes import PATH
 
 SCHEMA = {"type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"]}
@@ -109,6 +110,64 @@ def test_weights_are_kept_and_the_role_developer_is_counted():
     assert [m.is_learned for m in messages] == [None, None, False, None, True]
     assert messages[0] == Message("system", "Be brief.")
     assert forms == {"tool_calls", "weights of answers", "the role developer, read as system"}
+
+
+@pytest.mark.parametrize("key", ["weight", "loss_weight", "train", "training", "loss"])
+def test_turns_are_excluded_under_the_names_that_trainers_have(key):
+    messages = read(chat(USER, ASKS | {key: 0}, RESULT, DONE | {key: True}))[1]
+    assert [message.is_learned for message in messages] == [None, False, None, True]
+    assert fault_of(chat(USER, DONE | {key: False}))[0] == "weight_zero"
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        (USER,),
+        (ASKS, RESULT | {"content": "one more"}),
+        (USER, DONE | {"weight": 0}),
+        (USER, DONE | {"weight": 0}, USER),
+        ({"role": "system", "content": "Ask for a rating."},),
+    ],
+)
+def test_a_log_is_read_up_to_its_last_answer_and_the_rest_is_counted(after):
+    _, messages, _, forms = read(chat(USER, DONE, *after))
+    answered = [message for message in after if message is ASKS]
+    assert messages == [TALK[0], TALK[3], *([TALK[1]] if answered else [])]
+    assert CUT in forms
+    assert CUT not in read(chat(USER, DONE))[3]
+
+
+def test_a_refusal_is_the_answer_where_there_is_no_other():
+    refuses = {"role": "assistant", "content": None, "refusal": "I may not open that door."}
+    _, messages, _, forms = read(chat(USER, refuses, tools=()))
+    assert messages == [TALK[0], Message("assistant", "I may not open that door.")]
+    assert forms == {REFUSAL}
+    assert read(chat(USER, {"role": "assistant", "refusal": "No."}, tools=()))[1][1].content == "No."
+    assert read(chat(USER, DONE | {"refusal": None}, tools=()))[3] == set()
+
+
+@pytest.mark.parametrize(
+    ("content", "answer", "thoughts", "form"),
+    [
+        ("<think>\nThey want light.\n</think>\n\nIt is on.", "It is on.", "They want light.", THOUGHTS_MOVED),
+        ("<think>\n\n</think>\n\nIt is on.", "It is on.", None, THOUGHTS_MOVED),
+        ("On. <think>a</think>", "On. <think>a</think>", None, THOUGHTS_WITHIN),
+        ("They want light.</think>On.", "They want light.</think>On.", None, THOUGHTS_WITHIN),
+    ],
+)
+def test_thoughts_before_an_answer_are_its_reasoning_and_others_are_counted(content, answer, thoughts, form):
+    said = Message("assistant", answer, reasoning=thoughts)
+    _, messages, _, forms = read(chat(USER, DONE | {"content": content}, tools=()))
+    assert (messages[1], forms) == (said, {form})
+    record = {"prompt": "lamp on", "completion": content}
+    assert read(record)[1:] == ([TALK[0], said], [], {form})
+
+
+def test_thoughts_are_taken_before_calls_are_looked_for():
+    thought = "a <tool_call> would do"
+    call = '<tool_call>\n{"name": "lamp", "arguments": {"on": true}}\n</tool_call>'
+    messages = read(chat(USER, DONE | {"content": f"<think>{thought}</think>\n{call}"}))[1]
+    assert messages[1] == Message("assistant", "", PLAIN_TALK[1].tool_calls, reasoning=thought)
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
@@ -426,7 +485,10 @@ def test_what_is_no_list_of_tools(tools):
         ((USER, ASKS | {"tool_calls": [CALL, CALL]}, RESULT, DONE), "repeated_id"),
         ((USER, {"role": "assistant", "content": ""}, USER, DONE), "empty_turn"),
         ((USER, {"role": "assistant", "content": "", "tool_calls": []}), "no_answer"),
-        ((USER, ASKS, RESULT), "no_answer"),
+        ((USER, USER), "no_answer"),
+        ((USER, {"role": "assistant", "content": None}), "wrong_messages"),
+        ((USER, DONE | {"weight": 1, "loss": False}), "wrong_messages"),
+        ((USER, DONE | {"training": "no"}), "wrong_messages"),
         ((USER | {"tool_calls": [CALL]}, DONE), "wrong_call"),
         ((USER, ASKS | {"reasoning": ["a"]}), "wrong_messages"),
         ((USER, ASKS, RESULT | {"content": [{"type": "image_url", "image_url": "x"}]}, DONE), "not_text"),
