@@ -14,6 +14,7 @@ from flows.init.reading import DataFile
 from stages.common.errors import InputError
 from stages.common.licenses import to_spdx
 from stages.common.params.checked_yaml import suggest_nearest
+from stages.common.params.services import MAX_MESSAGES
 from stages.common.sources.detection.survey import Spread, Survey
 from stages.common.sources.detection.task_kind import TaskKind
 from stages.common.sources.detection.tool_use import ToolUse
@@ -87,6 +88,7 @@ def propose(
 ) -> dict[str, dict[str, Any]]:
     """Return the new values by section and key; the raw parameters give the ones that they change."""
     tags = list(dict.fromkeys(tag for file in found.files for tag in file.columns.tags))
+    max_length = propose_max_length(found.survey.row_tokens, params)
     return {
         "task": _propose_task(found, tags, system_prompt),
         "collect": {"sources": [file.as_entry(license, origin) for file in found.files]},
@@ -99,9 +101,10 @@ def propose(
             "max_new_tokens": _propose_new_tokens(found.survey, params["ask_base"]["max_new_tokens"])
         },
         "finetune": {
-            "max_length": propose_max_length(found.survey.row_tokens, params),
+            "max_length": max_length,
             **_propose_finetune(found.survey, params["split"]),
         },
+        "services": {"guard": _propose_guard(found.survey, max_length, params["services"]["guard"])},
         "model_card": _propose_card(found, license, params),
     }
 
@@ -164,6 +167,15 @@ def propose_max_length(row_tokens: Spread, params: Mapping[str, Any]) -> int:
     readable: int = params["services"]["engine"]["context_tokens"]
     wanted = math.ceil(ROOM * (row_tokens.p95 + TEMPLATE_TOKENS) / 64) * 64
     return max(current, min(readable, wanted))
+
+
+def _propose_guard(survey: Survey, max_length: int, guard: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the guard with limits that a prompt passes which was learned."""
+    return {
+        **guard,
+        "max_prompt_tokens": max(guard["max_prompt_tokens"], max_length),
+        "max_messages": max(guard["max_messages"], min(MAX_MESSAGES, survey.most_messages)),
+    }
 
 
 def _propose_curate(survey: Survey, curate: Mapping[str, Any]) -> dict[str, Any]:

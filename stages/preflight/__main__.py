@@ -34,7 +34,8 @@ from stages.common.chat.fitting import (
     suggest_for_long,
 )
 from stages.common.chat.row_class import read_row_class
-from stages.common.chat.template import read_answer_frame, writes_date
+from stages.common.chat.template import read_answer_frame, suggest_for_refused, writes_date
+from stages.common.chat.tools_template import suggest_for_thoughts
 from stages.common.chat.turns import unroll
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage, show_progress
@@ -65,6 +66,7 @@ from stages.preflight.base_checks import (
     list_quantizations,
 )
 from stages.preflight.changed_text import describe_text
+from stages.preflight.findings import count_unserved, count_unwritten_thoughts, report_findings
 from stages.preflight.finetune_checks import (
     Training,
     count_checkpoint_bytes,
@@ -201,7 +203,7 @@ def find_row_problems(
         problems.append(
             InputError(
                 f"the chat template refuses {len(refused)} rows\n{describe_misfits(refused, SHOWN)}",
-                "correct these rows, set task.system_prompt: null if it is the system message, or set "
+                f"{suggest_for_refused(misfit.row.messages for misfit in refused)}; or set "
                 "preflight.on_refused_row: drop",
             )
         )
@@ -240,19 +242,21 @@ def find_size_problems(
                     f"{side}: {left} rows are left of {left + len(out)}, and {wanted} are required "
                     f"(split.min_{side}_rows); excluded: {count_reasons(out) or 'none'}\n"
                     f"{describe_misfits(out, SHOWN)}",
-                    _suggest_fix(side, count_reasons(out)),
+                    _suggest_fix(side, out),
                 )
             )
     return problems
 
 
-def _suggest_fix(side: str, reasons: Mapping[str, int]) -> str:
+def _suggest_fix(side: str, misfits: Sequence[Misfit]) -> str:
     fixes = {
-        REFUSED: "set task.system_prompt: null, correct the roles of the rows, or choose another base model",
+        REFUSED: suggest_for_refused(misfit.row.messages for misfit in select_misfits(misfits, REFUSED)),
         LONG: "raise finetune.max_length, lower ask_base.max_new_tokens, or shorten the rows",
     }
     least = "split.min_train_rows" if side == "train" else "split.min_test_rows and ask_base.min_test_rows"
-    return "; ".join([*(fixes[reason] for reason in reasons), f"or collect more rows, or lower {least}"])
+    return "; ".join(
+        [*(fixes[reason] for reason in count_reasons(misfits)), f"or collect more rows, or lower {least}"]
+    )
 
 
 def describe_side(fitting: Fitting, misfits: Sequence[Misfit]) -> dict[str, Any]:
@@ -323,6 +327,9 @@ def main() -> None:
     limit = params.ask_base.max_new_tokens
     over_limit = [row.id for row, e in fitting["test"] if e.learned_count > limit]
     frame = read_answer_frame(tokenizer)
+    learned = (fitting["train"], fitting["validation"])
+    unwritten = count_unwritten_thoughts(tokenizer, chain(*learned), params.task.turns)
+    unserved = count_unserved(chain(*learned), params.services.guard)
     evidence = {
         "success": not problems,
         "problems": [problem.what for problem in problems],
@@ -330,6 +337,9 @@ def main() -> None:
         "test_answers_over_max_new_tokens": len(over_limit),
         "template": {**asdict(frame), "writes_date": writes_date(tokenizer)},
         "text": describe_text(tokenizer, fitting),
+        "thoughts_not_written": unwritten,
+        "thoughts_fix": suggest_for_thoughts(tokenizer) if unwritten else None,
+        "learned_rows_refused_by_the_guard": unserved,
         "training": training.describe() if training else None,
         **({"preferences": preferences} if preferences else {}),
         "languages": to_evidence(languages) if languages else None,
@@ -341,7 +351,7 @@ def main() -> None:
         folder / "learned.html", render_page(tokenizer, fitting["train"][: params.preflight.shown_rows])
     )
     write_json(folder / "metrics.json", evidence)
-    report_findings(evidence, misfits, over_limit, limit)
+    report_findings(evidence, misfits, over_limit, limit, params.services.guard)
     for warning in list_warnings(params.finetune):
         logger.warning("%s", warning)
     if preferences:
@@ -352,47 +362,6 @@ def main() -> None:
             *(100 * MIN_SHARE, ", ".join(unstated), describe_languages(languages)),
         )
     raise_problems(problems)
-
-
-def report_findings(
-    evidence: Mapping[str, Any], misfits: Rejects, over_limit: Sequence[str], max_new_tokens: int
-) -> None:
-    """Log what is excluded, changed or cannot be judged right."""
-    for side in SIDES:
-        found = evidence["sides"][side]
-        logger.info("%s: %d rows, %d of %d tokens learned", side, *_counts(found))
-        if misfits[side]:
-            logger.warning(
-                "%s: %d rows excluded: %s\n%s",
-                side,
-                len(misfits[side]),
-                found["excluded"],
-                describe_misfits(misfits[side], 3),
-            )
-    text = evidence["text"]
-    if count := text["rows_with_control_tokens_as_text"]:
-        logger.warning(
-            "%d rows hold control tokens, which are learned as text: %s",
-            count,
-            text["control_tokens_as_text"],
-        )
-    if count := text["answers_changed_by_the_template"]:
-        logger.warning(
-            "the chat template changes %d answers; the first: %s", count, text["first_answers_changed"][0]
-        )
-    if over_limit:
-        logger.warning(
-            "%d test answers are longer than ask_base.max_new_tokens (%d), so that no answer can match: %s",
-            len(over_limit),
-            max_new_tokens,
-            ", ".join(over_limit[:3]),
-        )
-    if before := evidence["template"]["before"]:
-        logger.info("the template writes %r before an answer: it is part of the prompt", before)
-
-
-def _counts(side: Mapping[str, Any]) -> tuple[int, int, int]:
-    return side["rows"], side["learned_tokens"], side["tokens"]
 
 
 if __name__ == "__main__":

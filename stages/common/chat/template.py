@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
@@ -33,6 +33,8 @@ CHOOSE_ANOTHER = "choose an instruction-tuned base model whose chat template doe
 _ANSWER = "perennialanswer"  # found again in what the template writes around it; no template has this word
 _THOUGHT = "perennialthought"
 _QUESTION = (Message("user", "a"),)
+# `fix_argument` of a name such as enable_thinking (Qwen3) or thinking (DeepSeek, Granite).
+_ASKS_TO_THINK = re.compile(r"\{%- set \w*think\w* = true -%\}\{#- task\.template_arguments -#\}")
 _DATE_CALL = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 
 
@@ -288,9 +290,29 @@ def _is_changed(tokenizer: Any, frame: AnswerFrame, answer: Message, text: str) 
     return answer_text.removeprefix(frame.before) != hidden
 
 
+_thinking: WeakKeyDictionary[Any, tuple[str, bool]] = WeakKeyDictionary()
+
+
 def thinks(tokenizer: Any) -> bool:
-    """Return whether the chat template was set to have the model think (`task.template_arguments`)."""
-    return fix_argument("enable_thinking", True) in str(tokenizer.chat_template)
+    """Return whether thoughts are written: `task.template_arguments` asks for them, and the template does."""
+    template = str(tokenizer.chat_template)
+    if _ASKS_TO_THINK.search(template) is None:
+        return False
+    if tokenizer not in _thinking or _thinking[tokenizer][0] != template:
+        _thinking[tokenizer] = (template, writes_thoughts(tokenizer))
+    return _thinking[tokenizer][1]
+
+
+def writes_thoughts(tokenizer: Any) -> bool:
+    """Return whether the template writes an answer's thoughts behind the prompt, found by rendering one."""
+    answer = Message("assistant", _ANSWER, reasoning=_THOUGHT)
+    try:
+        prompt = _write(tokenizer, _QUESTION, add_generation_prompt=True)
+        whole = _write(tokenizer, [*_QUESTION, answer], add_generation_prompt=False)
+    except InputError:
+        return False
+    before, written, _ = whole.removeprefix(prompt).partition(_ANSWER)
+    return whole.startswith(prompt) and bool(written) and _THOUGHT in before
 
 
 def fix_argument(name: str, value: Any) -> str:
@@ -309,6 +331,15 @@ def _render(
     tokenizer: Any, messages: Sequence[Message], tools: Sequence[Tool] = (), *, add_generation_prompt: bool
 ) -> str:
     """Return the conversation as the template writes it, with the control tokens in its messages hidden."""
+    if not thinks(tokenizer):
+        messages = [m if m.reasoning is None else replace(m, reasoning=None) for m in messages]
+    return _write(tokenizer, messages, tools, add_generation_prompt=add_generation_prompt)
+
+
+def _write(
+    tokenizer: Any, messages: Sequence[Message], tools: Sequence[Tool] = (), *, add_generation_prompt: bool
+) -> str:
+    """Return the conversation as `_render`, its thoughts included."""
     from jinja2 import TemplateError
 
     if not tokenizer.chat_template:
@@ -317,8 +348,6 @@ def _render(
             "choose an instruction-tuned base model (fetch_base in params.yaml)",
         )
     control = read_control_tokens(tokenizer)
-    if not thinks(tokenizer):
-        messages = [m if m.reasoning is None else replace(m, reasoning=None) for m in messages]
     try:
         text = tokenizer.apply_chat_template(
             write_conversation(control, messages),
@@ -331,10 +360,23 @@ def _render(
         roles = ", ".join(m.role for m in messages)
         raise TemplateRefusal(
             f"the base model's chat template refuses a conversation of {roles}: {error}",
-            "leave the role out (for a system message: task.system_prompt: null), merge messages of one role "
-            "that follow each other, or choose another base model (fetch_base in params.yaml)",
+            suggest_for_refused([messages]),
         ) from None
     return str(text)
+
+
+def suggest_for_refused(conversations: Iterable[Sequence[Message]]) -> str:
+    """Return what can be done about conversations that the chat template refuses."""
+    roles = (
+        "leave the role out (for a system message: task.system_prompt: null), merge messages of one role "
+        "that follow each other, or choose another base model (fetch_base in params.yaml)"
+    )
+    if any(len(message.tool_calls) > 1 for messages in conversations for message in messages):
+        return (
+            "set task.tools_template: default, whose notation has several calls in one turn, where the "
+            f"model's own has one; if it is another part: {roles}"
+        )
+    return roles
 
 
 def _tokens(tokenizer: Any, text: str) -> list[int]:

@@ -12,9 +12,13 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from stages.common.chat.calls import find_template_gap
-from stages.common.chat.template import fix_argument, render_whole
+from stages.common.chat.template import fix_argument, render_whole, thinks, writes_thoughts
 from stages.common.errors import InputError
 from stages.common.messages import Message
+
+# Variables by which templates are told to have the model think. The first is also taken for a template that
+# has none of them, because it always writes thoughts.
+THINKING = ("enable_thinking", "thinking")
 
 ToolsTemplate = Literal["auto", "own", "default"]
 
@@ -38,6 +42,9 @@ _PREAMBLE = """\
 {%- if message.role == 'tool' and RESULTS_ARE_USER -%}
 {%- set own.results = own.results ~ ('\\n' if own.results else '') -%}
 {%- set own.results = own.results ~ '<tool_response>\\n' ~ message.content ~ '\\n</tool_response>' -%}
+{%- elif message.role == 'user' and own.results and TURNS_ALTERNATE -%}
+{%- set own.turns = own.turns + [{'role': 'user', 'content': own.results ~ '\\n\\n' ~ message.content}] -%}
+{%- set own.results = '' -%}
 {%- else -%}
 {%- if own.results -%}
 {%- set own.turns = own.turns + [{'role': 'user', 'content': own.results}] -%}
@@ -108,12 +115,30 @@ def find_filled_gap(
 def _with_arguments(tokenizer: Any, arguments: Mapping[str, Any]) -> Any:
     """Return a copy of the tokenizer whose template has the arguments fixed."""
     fixed = copy.deepcopy(tokenizer)
-    fixed.chat_template = _fix_arguments(str(tokenizer.chat_template), arguments)
+    fixed.chat_template = _fix_arguments(tokenizer, arguments)
     return fixed
 
 
-def _fix_arguments(template: str, arguments: Mapping[str, Any]) -> str:
-    if unread := [name for name in arguments if name not in template]:
+def suggest_for_thoughts(tokenizer: Any) -> str:
+    """Return what has thoughts learned that the template does not write as it is, found by rendering one."""
+    asked = copy.deepcopy(tokenizer)
+    for name in THINKING:
+        own = str(tokenizer.chat_template).replace(fix_argument(name, False), "")
+        asked.chat_template = fix_argument(name, True) + own
+        if thinks(asked) and (name in own or name == THINKING[0]):
+            return f"set task.template_arguments: {{{name}: true}}"
+    return (
+        "this template writes no thoughts: choose a base model whose template does (fetch_base in "
+        "params.yaml), or go on without them"
+    )
+
+
+def _fix_arguments(tokenizer: Any, arguments: Mapping[str, Any]) -> str:
+    template = str(tokenizer.chat_template)
+    unread = [name for name in arguments if name not in template]
+    if unread == [THINKING[0]] and arguments[THINKING[0]] is True and writes_thoughts(tokenizer):
+        unread = []
+    if unread:
         raise InputError(
             f"the base model's chat template does not read {', '.join(unread)} (task.template_arguments)",
             "remove it from task.template_arguments, or correct its name",
@@ -125,6 +150,7 @@ def _write_preamble(tokenizer: Any) -> str:
     takes_system = _takes(tokenizer, [Message("system", "perennialtext"), Message("user", "b")])
     results = [Message("user", "a"), Message("assistant", "b"), Message("tool", "perennialtext")]
     takes_result = _takes(tokenizer, results)
+    takes_two = _takes(tokenizer, [Message("user", "a"), Message("user", "perennialtext")])
     joined = (
         "message.content ~ '\\n\\n' ~ own.tools" if takes_system else "own.tools ~ '\\n\\n' ~ message.content"
     )
@@ -132,6 +158,7 @@ def _write_preamble(tokenizer: Any) -> str:
         _PREAMBLE.replace("INTRODUCTION", json.dumps(_INTRODUCTION))
         .replace("PLACE", "'system'" if takes_system else "'user'")
         .replace("RESULTS_ARE_USER", "false" if takes_result else "true")
+        .replace("TURNS_ALTERNATE", "false" if takes_two else "true")
         .replace("JOINED", joined)
     )
 

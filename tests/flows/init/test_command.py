@@ -81,9 +81,17 @@ def test_passages_with_their_questions_fit_the_limits_and_no_row_is_too_long(cap
     assert longest > yaml.safe_load(SHIPPED.read_text())["curate"]["max_question_chars"]
     assert longest <= params["curate"]["max_question_chars"] <= params["validate"]["max_prompt_chars"]
     assert longest / 4 < params["finetune"]["max_length"] <= params["services"]["engine"]["context_tokens"]
+    assert params["services"]["guard"]["max_prompt_tokens"] >= params["finetune"]["max_length"]
     assert "too long" not in capsys.readouterr().out
     before = Path("params.yaml").read_bytes()
     assert run("data/rag.jsonl") == 0 and Path("params.yaml").read_bytes() == before
+
+
+def test_a_long_conversation_that_is_learned_is_served():
+    turns = [{"role": role, "content": f"word {n}"} for n in range(40) for role in ("user", "assistant")]
+    rows = [{"messages": turns}, *(chat(f"q {n}", "a") for n in range(9))]
+    assert run(write_jsonl("data/talks.jsonl", rows)) == 0
+    assert written()["services"]["guard"]["max_messages"] == len(turns) - 1
 
 
 def test_texts_in_other_scripts_have_more_tokens_than_english_of_their_length():

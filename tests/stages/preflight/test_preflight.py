@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from transformers import T5Config
 
 from stages.common.artifacts import write_json
-from stages.common.chat.template import Encoded, encode_example
+from stages.common.chat.template import Encoded, encode_example, fix_argument
 from stages.common.errors import InputError
 from stages.common.messages import Message, Tool, ToolCall
 from stages.common.model.replaced import measure_reach, select_weights
@@ -23,6 +23,7 @@ from stages.preflight import __main__ as preflight
 from stages.preflight import base_checks, finetune_checks
 from stages.preflight.finetune_checks import find_method_problems
 from stages.preflight.page import render_page
+from tests.stages.common.chat.tool_templates import QWEN_3 as THINKS
 from tests.stages.common.chat_templates import GEMMA_2, MISTRAL_1, NO_END, QWEN_3
 from tests.tiny import CHAT_TEMPLATE, make_model, make_tokenizer
 
@@ -236,6 +237,34 @@ def test_control_tokens_in_texts_are_counted_and_stay_text(lay_out, set_params):
     # Framed are the template's own: two turns of three rows have two ends each, and no text has one.
     assert page.count('control">&lt;|im_end|&gt;</span>') == 6
     assert "It ends &lt;|im_end|&gt; a turn</span>" in page
+
+
+def test_thoughts_that_the_template_does_not_write_are_counted_with_the_remedy(lay_out, caplog):
+    def thoughtful(n):
+        messages = [Message("user", f"q {n}"), Message("assistant", f"a {n}", reasoning="hm")]
+        return make_row(messages, "toy", "cc0-1.0")
+
+    rows = [*map(thoughtful, range(20)), *(row(n, answer="so") for n in range(20))]
+    sides = {"train": rows, "test": [row(n, answer="so") for n in range(200, 210)], "kind": "text"}
+    lay_out(template=THINKS, **sides)
+    preflight.main()
+    assert found()["thoughts_not_written"] == 20
+    assert "20 learned answers have thoughts that the template does not write" in caplog.text
+    assert "fix: set task.template_arguments: {enable_thinking: true}" in caplog.text
+    lay_out(template=fix_argument("enable_thinking", True) + THINKS, **sides)
+    preflight.main()
+    assert found()["thoughts_not_written"] == 0
+
+
+def test_learned_rows_that_the_service_would_refuse_are_counted(lay_out, set_params, caplog):
+    set_params(services__guard={"max_prompt_tokens": 60, "max_messages": 2})
+    turns = [Message(role, role[0]) for _ in range(2) for role in ("user", "assistant")]
+    talks = [replace(row(n), messages=(*turns[:-1], row(n).messages[-1])) for n in range(3)]
+    long = [row(n, question=f"{n} " * 40) for n in range(5)]
+    lay_out(train=[*(row(n) for n in range(30)), *talks, *long])
+    preflight.main()
+    assert found()["learned_rows_refused_by_the_guard"] == {"max_prompt_tokens": 5, "max_messages": 3}
+    assert "5 learned rows exceed services.guard.max_prompt_tokens (60)" in caplog.text
 
 
 def test_the_page_shows_the_answer_and_its_end_as_learned_and_nothing_else(lay_out, set_params):

@@ -67,6 +67,7 @@ class Survey:
     Attributes:
         own_system: rows with a system message of their own.
         largest_prompt_chars: of all messages before an answer and the tools together.
+        most_messages: before an answer.
         classes: rows by class, the largest first; empty for a task without classes.
         duplicates: rows whose messages an earlier row has.
         conflicts: rows whose prompt another row answers differently.
@@ -82,6 +83,7 @@ class Survey:
     question_chars: Spread
     answer_chars: Spread
     largest_prompt_chars: int
+    most_messages: int
     classes: Mapping[str, int]
     duplicates: int
     conflicts: int
@@ -113,6 +115,7 @@ class _Totals:
         self.own_system = 0
         self.questions, self.answers = array("q"), array("q")
         self.largest_prompt = 0
+        self.most_messages = 0
         self.classes: Counter[str] = Counter()
         self._ids: set[str] = set()
         self._exchanges: Counter[tuple[int, int]] = Counter()
@@ -125,6 +128,7 @@ class _Totals:
         if (label := _read_row_class(row, self._task)) is not None:
             self.classes[label] += 1
         self._ids.add(row.id)
+        self.most_messages = max(self.most_messages, len(row.prompt))
         # By hashes: prompts may be passages.
         prompt = (*(m.answer for m in row.prompt), *(tool.text for tool in row.tools))
         self.largest_prompt = max(self.largest_prompt, sum(map(len, prompt)))
@@ -175,6 +179,7 @@ def survey_rows(
         question_chars=measure_spread(totals.questions),
         answer_chars=measure_spread(totals.answers),
         largest_prompt_chars=totals.largest_prompt,
+        most_messages=totals.most_messages,
         classes=dict(totals.classes.most_common()),
         duplicates=totals.count_duplicates(),
         conflicts=totals.count_conflicts(),

@@ -1,16 +1,19 @@
+import re
 from dataclasses import replace
 
 import pytest
 
 from stages.common.chat.calls import read_call_format
 from stages.common.chat.template import (
+    TemplateRefusal,
     cut_reasoning,
     encode_conversation,
     encode_example,
     encode_prompt,
     render_example,
+    thinks,
 )
-from stages.common.chat.tools_template import adapt_template, find_filled_gap
+from stages.common.chat.tools_template import adapt_template, find_filled_gap, suggest_for_thoughts
 from stages.common.errors import InputError
 from stages.common.messages import (
     Message,
@@ -21,12 +24,13 @@ from stages.common.messages import (
     is_malformed,
     read_calls,
 )
-from tests.stages.common.chat.tool_templates import IM, QWEN_CODER, START, WITH_TOOLS
+from tests.stages.common.chat.tool_templates import IM, QWEN_3, QWEN_CODER, START, WITH_TOOLS
 from tests.stages.common.chat_templates import FAMILIES, Family, make_family_tokenizer
 
 LAMP = Tool('{"type":"function","function":{"name":"lamp","description":"d","parameters":{"type":"object"}}}')
 CALL = ToolCall("lamp", '{"on":true,"room":"Küche ☀","level":0.5,"rooms":["a"]}', "x1")
 SECOND = ToolCall("lamp", '{"on":false}', "x2")
+ALWAYS_THINKS = re.sub(r"{%- if enable_thinking .*?{%- endif %}", r"{{- '<think>\\n' }}", QWEN_3)
 USER, ASKS = Message("user", "light on"), Message("assistant", "", (CALL,))
 RESULT, ANSWER = Message("tool", "done", tool_call_id="x1"), Message("assistant", "It is on.")
 WHOLE = [USER, ASKS, RESULT, ANSWER, Message("user", "thanks"), Message("assistant", "Gladly.")]
@@ -195,6 +199,60 @@ def test_a_model_that_thinks_learns_its_thoughts_and_is_judged_without_them():
     assert text == "<think>\nThey want light.\n</think>\n\nIt is on.<|im_end|>"
     assert cut_reasoning(made, text.removesuffix("<|im_end|>")) == "It is on."
     assert not example.is_changed
+
+
+@pytest.mark.parametrize(
+    ("template", "name"),
+    [
+        (QWEN_3, "enable_thinking"),
+        (QWEN_3.replace("enable_thinking", "thinking"), "thinking"),
+        (ALWAYS_THINKS, "enable_thinking"),  # it has no variable for it
+    ],
+)
+def test_thoughts_are_learned_whatever_the_template_calls_it(template, name):
+    made = make_family_tokenizer(replace(WITH_TOOLS["qwen-3"], template=template))
+    thought = Message("assistant", "It is on.", reasoning="They want light.")
+    assert not thinks(made) and suggest_for_thoughts(made) == f"set task.template_arguments: {{{name}: true}}"
+    made.chat_template = adapt_template(made, {name: True}, False, "auto")
+    (text,) = learned(made, encode_example(made, [USER, thought]))
+    assert text.removeprefix("<think>\n") == "They want light.\n</think>\n\nIt is on.<|im_end|>"
+    assert cut_reasoning(made, text.removesuffix("<|im_end|>")) == "It is on."
+
+
+@pytest.mark.parametrize("name", ["smollm-3", "smollm-2"])
+def test_a_template_that_writes_no_thoughts_is_known_by_what_it_writes(name):
+    made = make_family_tokenizer(FAMILIES[name])
+    if name == "smollm-3":  # it has the variable, and leaves the thoughts out all the same
+        made.chat_template = adapt_template(made, {"enable_thinking": True}, False, "auto")
+    else:
+        with pytest.raises(InputError, match="does not read enable_thinking"):
+            adapt_template(made, {"enable_thinking": True}, False, "auto")
+    assert not thinks(made)
+    assert suggest_for_thoughts(made).startswith("this template writes no thoughts")
+
+
+def test_a_template_that_was_told_not_to_think_can_be_told_to():
+    made = make_family_tokenizer(WITH_TOOLS["qwen-3"])
+    made.chat_template = adapt_template(made, {"enable_thinking": False}, False, "auto")
+    assert not thinks(made)
+    assert suggest_for_thoughts(made) == "set task.template_arguments: {enable_thinking: true}"
+
+
+def test_a_user_may_go_on_after_a_result(tokenizer):
+    goes_on = [Message("tool", "done", tool_call_id="x1"), Message("user", "and the bed?")]
+    talk = [USER, ASKS, *goes_on, Message("assistant", "It is off.")]
+    text = tokenizer.decode(encode_example(tokenizer, talk, [LAMP]).input_ids)
+    assert text.index("done") < text.index("and the bed?") < text.index("It is off.")
+
+
+def test_parallel_calls_that_a_template_lacks_have_their_remedy():
+    made = make_family_tokenizer(WITH_TOOLS["llama-3.1"])
+    talk = [USER, Message("assistant", "", (CALL, SECOND))]
+    with pytest.raises(TemplateRefusal, match="single tool-calls") as refused:
+        encode_example(made, talk, [LAMP])
+    assert refused.value.fix.startswith("set task.tools_template: default")
+    made.chat_template = adapt_template(made, {}, True, "default")
+    assert learned(made, encode_example(made, talk, [LAMP]))[0].count("<tool_call>") == 2
 
 
 def test_arguments_of_a_template_are_part_of_it():
