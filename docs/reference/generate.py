@@ -24,7 +24,7 @@ from services.api.fields import IGNORED
 from stages.common.params.checked_yaml import Section
 from stages.common.params.loading import Params
 from tests.environments.wheels import GLIBC_MINOR, MACOS, PYTHONS
-from tests.services.api.openai_gaps import GAPS, ROUTES, TAKEN
+from tests.services.api.openai_gaps import GAPS, ROUTES, TAKEN, TAKEN_WITHIN
 from tests.stages.families import EVERY_PART, KNOWN
 
 ROOT = Path(__file__).parents[2]
@@ -284,6 +284,9 @@ def openai_page() -> str:
         if TAKEN[path]:
             names = ", ".join(f"`{name}`" for name in sorted(TAKEN[path]))
             out += [f"Taken, without effect on the answer: {names}.", ""]
+        if TAKEN_WITHIN[path]:
+            names = ", ".join(f"`{taken.param}`" for taken in TAKEN_WITHIN[path])
+            out += [f"Taken within objects, and not shown to the model: {names}.", ""]
     ignored = ", ".join(f"`{name}`" for name in sorted(IGNORED))
     out += [
         "## Fields that are ignored",

@@ -21,17 +21,20 @@ UNSUPPORTED = "unsupported_field"  # it is not taken
 BROKEN_TEXT = "broken_text"  # its text is not Unicode
 WRONG = "wrong_field"  # its value does not fit other fields
 
-# They name who asks, how fast to answer, or they describe what another field already holds.
+# They name who asks, how fast to answer, or they describe what another field already holds. Clients send back
+# what other servers wrote into a call (extra_content: Google's; provider_specific_fields: LiteLLM's).
 IGNORED = frozenset(
     {
         "annotations",
         "cache_control",
         "description",
+        "extra_content",
         "include_obfuscation",
         "index",
         "metadata",
         "parallel_tool_calls",
         "priority",
+        "provider_specific_fields",
         "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",
@@ -67,6 +70,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "store": (False,),
     "tool_choice": ("none", "auto"),
     "top_k": (0, -1),
+    "top_logprobs": (0,),
     "truncation": ("disabled",),
     "truncate_prompt_tokens": (-1,),
     "typical_p": (1,),

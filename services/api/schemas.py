@@ -198,7 +198,7 @@ class ChatRequest(_Sampled):
 
     @model_validator(mode="after")
     def _alternatives_need_logprobs(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:  # 0 asks for nothing
             raise ValueError("top_logprobs needs logprobs: true")
         return self
 

@@ -74,17 +74,19 @@ def read_items(items: Iterable[Item]) -> Iterator[Message]:
 
 
 def _can_add(turn: Message, item: Item) -> bool:
-    """Return whether an item continues a turn: thoughts come before its text, and that before its calls."""
-    if item.type == "function_call":
-        return True
-    return not turn.content and not turn.tool_calls
+    """Return whether an item continues a turn: thoughts come before its text.
+
+    Behind calls that wait for their results anything does: OpenAI's API finds a result by the id of its call,
+    whatever is between the two, and models write texts behind calls.
+    """
+    return item.type == "function_call" or bool(turn.tool_calls) or not turn.content
 
 
 def _add(turn: Message, item: Item) -> Message:
     if item.type == "reasoning":
         return replace(turn, reasoning=(turn.reasoning or "") + item.text())
     if item.type == "message":
-        return replace(turn, content=item.text())
+        return replace(turn, content="\n\n".join(filter(None, (turn.content, item.text()))))
     call = ToolCall(str(item.name), str(item.arguments), item.call_id)
     return replace(turn, tool_calls=(*turn.tool_calls, call))
 

@@ -50,6 +50,16 @@ def make_input_part(kind: str) -> dict[str, Any]:
     return {"input": [{"role": "user", "content": [{"type": kind}]}]}
 
 
+def make_asking(more: dict[str, Any]) -> dict[str, Any]:
+    """Return a turn that calls a tool, with further fields in the call."""
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}, **more}
+    return {"role": "assistant", "tool_calls": [call]}
+
+
+FLAT_CALL = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+FLAT_RESULT = {"type": "function_call_output", "call_id": "c", "output": "x"}
+RESULT = {"role": "tool", "tool_call_id": "c", "content": "x"}
+ANY_JSON = {"name": "a", "schema": {"enum": ["y", "z"]}}
 ONLY_TEXT = "only text is supported"
 ONLY_TEXT_PARTS = "only 'text' is"
 ONLY_FUNCTIONS = "only 'function' is"
@@ -141,6 +151,23 @@ TAKEN: dict[str, dict[str, Any]] = {
     RESPONSES: _NOTED,
     EMBEDDINGS: {},
 }
+# The same of fields within objects: a request with them, and the field.
+TAKEN_WITHIN: dict[str, list[Gap]] = {
+    CHAT: [
+        *(Gap(f"messages.1.tool_calls.0.{name}", {"messages": [USER, make_asking({name: {"a": 1}}), RESULT]})
+          for name in ("extra_content", "provider_specific_fields")),
+        Gap("response_format.json_schema.description",
+            {"response_format": {"type": "json_schema", "json_schema": {**ANY_JSON, "description": "d"}}}),
+    ],
+    COMPLETIONS: [],
+    RESPONSES: [
+        Gap("input.1.provider_specific_fields",
+            {"input": [USER, {**FLAT_CALL, "provider_specific_fields": {"a": 1}}, FLAT_RESULT]}),
+        Gap("text.format.description",
+            {"text": {"format": {"type": "json_schema", **ANY_JSON, "description": "d"}}}),
+    ],
+    EMBEDDINGS: [],
+}  # fmt: skip
 # Method, path and status of what there is no route for.
 ROUTES: list[tuple[str, str, int]] = [
     *(("POST", f"/v1/{path}", 404) for path in (

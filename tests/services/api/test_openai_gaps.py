@@ -17,6 +17,7 @@ from tests.services.api.openai_gaps import (
     RESPONSES,
     ROUTES,
     TAKEN,
+    TAKEN_WITHIN,
 )
 from tests.services.serving import load_paged, serving
 from tests.services.tool_models import tool_files
@@ -60,6 +61,36 @@ def test_what_is_taken_changes_no_answer(client, path):
     taken = client.post(path, json={**ANSWERED[path], **TAKEN[path]})
     assert taken.status_code == 200, taken.text
     assert find_texts(taken.json()) == find_texts(plain.json())
+
+
+def leave_out(value, path):
+    """Return a JSON value without the part at a path such as `messages.1.name`."""
+    name, _, rest = path.partition(".")
+    if isinstance(value, list):
+        place = int(name)
+        return [*value[:place], leave_out(value[place], rest), *value[place + 1 :]]
+    if rest:
+        return {**value, name: leave_out(value[name], rest)}
+    return {key: part for key, part in value.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("path", "taken"),
+    [(path, taken) for path, several in TAKEN_WITHIN.items() for taken in several],
+    ids=lambda part: part if isinstance(part, str) else part.param,
+)
+def test_what_is_taken_within_an_object_changes_no_answer(client, path, taken):
+    without = leave_out(taken.sent, taken.param)
+    assert without != taken.sent
+    answers = [client.post(path, json={**ANSWERED[path], **sent}) for sent in (taken.sent, without)]
+    assert [answer.status_code for answer in answers] == [200, 200], answers[0].text
+    (one, texts), (other, same) = ((a.json()["usage"], find_texts(a.json())) for a in answers)
+    assert (one, texts) == (other, same)
+
+
+@pytest.mark.parametrize("path", [CHAT, RESPONSES])
+def test_no_alternatives_are_what_is_given_anyway(client, path):
+    assert client.post(path, json={**ANSWERED[path], "top_logprobs": 0}).status_code == 200
 
 
 @pytest.mark.parametrize(("method", "path", "status"), ROUTES, ids=str)

@@ -15,7 +15,7 @@ from services.api.items.writing import ItemWriter
 from services.calls.reading import CallPiece
 from services.engines.protocol import Sampling
 from services.keys.access import Caller
-from stages.common.messages import Message, ToolCall
+from stages.common.messages import Message, ToolCall, find_call_problem
 from tests.services.serving import load_paged, serving
 from tests.services.tool_models import HEAT, LAMP, TOOLS, find_call_fault, tool_files
 
@@ -302,6 +302,28 @@ def test_items_that_follow_each_other_are_one_turn():
         Message("assistant", "done"),
         Message("assistant", "really"),
     ]
+
+
+def test_what_is_between_a_call_and_its_result_belongs_to_the_turn_of_the_call():
+    """As OpenAI takes it: models write texts, and thoughts, behind calls."""
+    items = [
+        {"role": "user", "content": "a"},
+        {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"},
+        {"role": "assistant", "content": "One moment."},
+        {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]},
+        {"type": "function_call", "call_id": "2", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "2", "output": "y"},
+        {"type": "function_call_output", "call_id": "1", "output": "x"},
+    ]
+    calls = (ToolCall("f", "{}", "1"), ToolCall("f", "{}", "2"))
+    read = list(read_items(map(Item.model_validate, items)))
+    assert read == [
+        Message("user", "a"),
+        Message("assistant", "One moment.", calls, reasoning="hm"),
+        Message("tool", "y", tool_call_id="2"),
+        Message("tool", "x", tool_call_id="1"),
+    ]
+    assert find_call_problem(read) is None
 
 
 def test_thoughts_text_and_calls_are_items_in_this_order():
