@@ -122,10 +122,10 @@ def _with_arguments(tokenizer: Any, arguments: Mapping[str, Any]) -> Any:
 def suggest_for_thoughts(tokenizer: Any) -> str:
     """Return what has thoughts learned that the template does not write as it is, found by rendering one."""
     asked = copy.deepcopy(tokenizer)
-    for name in THINKING:
-        own = str(tokenizer.chat_template).replace(fix_argument(name, False), "")
-        asked.chat_template = fix_argument(name, True) + own
-        if thinks(asked) and (name in own or name == THINKING[0]):
+    template = str(tokenizer.chat_template)
+    for name in [name for name in THINKING if name in template] or THINKING[:1]:
+        asked.chat_template = fix_argument(name, True) + template.replace(fix_argument(name, False), "")
+        if thinks(asked):
             return f"set task.template_arguments: {{{name}: true}}"
     return (
         "this template writes no thoughts: choose a base model whose template does (fetch_base in "
@@ -136,7 +136,7 @@ def suggest_for_thoughts(tokenizer: Any) -> str:
 def _fix_arguments(tokenizer: Any, arguments: Mapping[str, Any]) -> str:
     template = str(tokenizer.chat_template)
     unread = [name for name in arguments if name not in template]
-    if unread == [THINKING[0]] and arguments[THINKING[0]] is True and writes_thoughts(tokenizer):
+    if unread == [THINKING[0]] and THINKING[1] not in template and writes_thoughts(tokenizer):
         unread = []
     if unread:
         raise InputError(

@@ -239,7 +239,7 @@ def test_control_tokens_in_texts_are_counted_and_stay_text(lay_out, set_params):
     assert "It ends &lt;|im_end|&gt; a turn</span>" in page
 
 
-def test_thoughts_that_the_template_does_not_write_are_counted_with_the_remedy(lay_out, caplog):
+def test_thoughts_that_the_template_does_not_write_are_counted_with_the_remedy(lay_out, set_params, caplog):
     def thoughtful(n):
         messages = [Message("user", f"q {n}"), Message("assistant", f"a {n}", reasoning="hm")]
         return make_row(messages, "toy", "cc0-1.0")
