@@ -136,7 +136,8 @@ def suggest_for_thoughts(tokenizer: Any) -> str:
 def _fix_arguments(tokenizer: Any, arguments: Mapping[str, Any]) -> str:
     template = str(tokenizer.chat_template)
     unread = [name for name in arguments if name not in template]
-    if unread == [THINKING[0]] and THINKING[1] not in template and writes_thoughts(tokenizer):
+    is_asked = unread == [THINKING[0]] and arguments[THINKING[0]] is True
+    if is_asked and THINKING[1] not in template and writes_thoughts(tokenizer):
         unread = []
     if unread:
         raise InputError(

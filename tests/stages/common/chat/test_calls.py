@@ -219,6 +219,12 @@ def test_thoughts_are_learned_whatever_the_template_calls_it(template, name):
     assert cut_reasoning(made, text.removesuffix("<|im_end|>")) == "It is on."
 
 
+def test_a_model_that_always_thinks_cannot_be_told_not_to():
+    made = make_family_tokenizer(replace(WITH_TOOLS["qwen-3"], template=ALWAYS_THINKS))
+    with pytest.raises(InputError, match="does not read enable_thinking"):
+        adapt_template(made, {"enable_thinking": False}, False, "auto")
+
+
 @pytest.mark.parametrize("name", ["smollm-3", "smollm-2"])
 def test_a_template_that_writes_no_thoughts_is_known_by_what_it_writes(name):
     made = make_family_tokenizer(FAMILIES[name])
