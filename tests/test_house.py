@@ -171,7 +171,7 @@ def test_one_word_names_a_stage_its_module_its_parameters_and_its_folders():
         assert own == name
         # A single key of another section, never a whole one: a stage that runs again needs a reason.
         sources = "|".join(["task", *STAGES])
-        # And whether the service that will serve can compute the model and takes the rows, which preflight asks.
+        # And whether the service can compute the model and takes the rows, which preflight asks.
         served = r"services\.(engine\.kind|guard\.max_messages|guard\.max_prompt_tokens)"
         one_key = rf"(?!{name}\.)({sources})\.\w+|{served}"
         assert all(re.fullmatch(one_key, key) for key in borrowed), borrowed
