@@ -21,14 +21,27 @@ from stages.common.spool import pick
 from stages.common.task.kinds import TASK_FILE
 
 CODE = Path(__file__).resolve().parents[2]
+TEACHER = artifacts("teacher")  # the whole model, in the folder of the training
 
 
-def heal_model(model: Any, rows: int | None, epochs: int, rate: float, seed: int, folder: Path) -> Any:
+def heal_model(
+    model: Any,
+    whole: Any,
+    rows: int | None,
+    epochs: int,
+    rate: float,
+    teacher_weight: float,
+    seed: int,
+    folder: Path,
+) -> Any:
     """Return the model after a training of all its weights on training rows.
 
     Args:
+        whole: the model from which parts were left out.
         rows: how many, at random; None for all.
         rate: peak learning rate.
+        teacher_weight: share of the loss in which `whole` teaches what it finds likely at each token of the
+            answers; the rest is that of the answers. With 0 it is not loaded.
         folder: is made, and removed at the end.
 
     Raises:
@@ -37,7 +50,9 @@ def heal_model(model: Any, rows: int | None, epochs: int, rate: float, seed: int
     import torch
 
     _lay_out(model, rows, seed, folder)
-    _write_params(epochs, rate, folder)
+    if teacher_weight:
+        _save_model(whole, folder / TEACHER)
+    _write_params(epochs, rate, teacher_weight, folder)
     path = os.pathsep.join(filter(None, (str(CODE), os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "stages.finetune"]
     code = subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": path}, check=False).returncode
@@ -54,12 +69,7 @@ def heal_model(model: Any, rows: int | None, epochs: int, rate: float, seed: int
 
 def _lay_out(model: Any, count: int | None, seed: int, folder: Path) -> None:
     """Write what finetune reads: the model as base, rows and task."""
-    base = folder / artifacts("fetch_base")
-    make_folder(base)
-    model.save_pretrained(base)
-    for name in TOKENIZER_FILES:
-        if name != "config.json" and (artifacts("fetch_base") / name).is_file():
-            shutil.copyfile(artifacts("fetch_base") / name, base / name)
+    _save_model(model, folder / artifacts("fetch_base"))
     validation = artifacts("split") / "validation.parquet"
     for path in (TASK_FILE, validation, reports("fetch_base") / "metrics.json"):
         make_folder((folder / path).parent)
@@ -71,14 +81,32 @@ def _lay_out(model: Any, count: int | None, seed: int, folder: Path) -> None:
     write_rows(folder / train, rows)
 
 
-def _write_params(epochs: int, rate: float, folder: Path) -> None:
-    """Write the parameters of this folder, with a training of all weights that asks nothing meanwhile."""
+def _save_model(model: Any, folder: Path) -> None:
+    """Write a model with the tokenizer of the base model."""
+    make_folder(folder)
+    model.save_pretrained(folder)
+    for name in TOKENIZER_FILES:
+        if name != "config.json" and (artifacts("fetch_base") / name).is_file():
+            shutil.copyfile(artifacts("fetch_base") / name, folder / name)
+
+
+def _write_params(epochs: int, rate: float, teacher_weight: float, folder: Path) -> None:
+    """Write the parameters of this folder, with a training of all weights that asks nothing meanwhile.
+
+    The temperature of a distillation is 1: the whole model is no stranger whose probabilities must be
+    softened. So do Muralidharan et al. 2024, "Compact Language Models via Pruning and Knowledge Distillation"
+    (arXiv:2407.14679).
+    """
     values = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
     values["finetune"] |= {
         "method": "full",
         "warm_start_from": None,
         "learning_rate": rate,
         "epochs": epochs,
+        "teacher": str(TEACHER) if teacher_weight else None,
+        "distill": "logits",
+        "teacher_weight": teacher_weight,
+        "temperature": 1.0,
         "validate_every": None,
         "early_stopping": None,
         "checkpoint_url": None,  # it is of minutes, and its checkpoints are of no use elsewhere

@@ -57,6 +57,7 @@ def _change(
     longest = limit_length(params.finetune.max_length, read_config(artifacts("fetch_base")))
     rows = choose_rows(train, tokenizer, settings.calibration_rows or len(train), longest, settings.seed)
     evidence: dict[str, Any] = {"calibration_rows": len(rows)}
+    whole = model
     if name == "int4":
         logger.info("%s: rounding the weights so that the outputs on %d rows change least", name, len(rows))
         fit_weights(model, rows, lambda done, total: show_progress(logger, done, total, "blocks rounded"))
@@ -74,12 +75,15 @@ def _change(
         logger.info("%s: healing it on %d rows", name, healing)
         model = heal_model(
             model,
+            whole,
             healing,
             settings.healing_epochs,
             settings.healing_rate,
+            settings.healing_teacher_weight,
             settings.seed,
             folder / "healing",
         )
+        evidence["healing_teacher_weight"] = settings.healing_teacher_weight
     return model, evidence | {"healing_rows": healing}
 
 

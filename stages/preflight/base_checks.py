@@ -178,10 +178,12 @@ def list_quantizations(export: Export, variants: Sequence[str]) -> list[str]:
 def count_healing_bytes(parameters: int, settings: Compress) -> int:
     """Return the disk space of the training that heals a smaller model, at most the whole model's.
 
-    In float32: its weights before and after, and three checkpoints of the weights and two moments.
+    In float32: its weights before and after, three checkpoints of the weights and two moments, and the whole
+    model if it teaches.
     """
     healed = any(VARIANTS[name] is None for name in settings.variants) and settings.healing_rows != 0
-    return parameters * 4 * (1 + 3 * 3 + 1) if healed else 0
+    teacher = 1 if settings.healing_teacher_weight else 0
+    return parameters * 4 * (1 + 3 * 3 + 1 + teacher) if healed else 0
 
 
 def find_disk_problems(needed_bytes: int, folder: Path) -> list[InputError]:

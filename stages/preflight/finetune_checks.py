@@ -263,12 +263,12 @@ def find_stopping_problems(finetune: Finetune, task: Task, answers: Sequence[str
 
 def find_teacher_problems(finetune: Finetune, tokenizer: Any) -> list[InputError]:
     """Return why the teacher of a distillation cannot teach this base model; it is fetched if need be."""
-    if finetune.method != "distill" or finetune.teacher is None:
+    if finetune.taught_by is None:
         return []
     try:
-        folder = find_teacher(finetune.teacher)
+        folder = find_teacher(finetune.taught_by)
         if finetune.distill == "logits":
-            check_same_tokens(load_tokenizer(folder), tokenizer, finetune.teacher)
+            check_same_tokens(load_tokenizer(folder), tokenizer, finetune.taught_by)
     except InputError as error:
         return [error]
     if finetune.launcher == "ray":
@@ -280,7 +280,7 @@ def find_teacher_problems(finetune: Finetune, tokenizer: Any) -> list[InputError
         return []
     return [
         InputError(
-            f"the weights of the teacher {finetune.teacher} take {format_bytes(needed)}, and this machine "
+            f"the weights of the teacher {finetune.taught_by} take {format_bytes(needed)}, and this machine "
             f"has {format_bytes(has)} of memory",
             "choose a smaller teacher",
         )

@@ -35,6 +35,7 @@ LORA_METHODS = ("rslora", "dora", *PLAIN_METHODS)
 PROMPT_METHODS = ("prompt_tuning", "prefix_tuning")  # which learn virtual tokens before the text
 PEFT_METHODS = (*LORA_METHODS, *PROMPT_METHODS)  # whose adapters peft loads
 REPLACED_METHODS = ("full", "partial")  # which train weights of the base model itself
+TAUGHT_METHODS = ("distill", *REPLACED_METHODS)  # which learn from a teacher, if there is one
 HEAD = "head"  # which trains a new output layer over the labels of the task
 VLLM_METHODS = ("lora", "rslora", "qlora", *OTHER_OBJECTIVES)  # whose adapters vLLM loads
 SHARDED_METHODS = ("lora", "rslora", "dora", *REPLACED_METHODS)  # whose model several processes can share

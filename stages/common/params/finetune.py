@@ -13,6 +13,7 @@ from stages.common.model.adapter import (
     PREFERENCE_METHODS,
     PROMPT_METHODS,
     SHARDED_METHODS,
+    TAUGHT_METHODS,
     describe_unsharded,
 )
 from stages.common.params.checked_yaml import Section
@@ -149,6 +150,11 @@ class Finetune(Section):
             yield "prompt_tuning_init", "is text, and prompt_tuning_init_text is null: write the text there"
         if self.prompt_tuning_init != "text" and self.prompt_tuning_init_text is not None:
             yield "prompt_tuning_init_text", "is set, and only prompt_tuning_init: text reads it"
+
+    @property
+    def taught_by(self) -> str | None:
+        """Return the name of the teacher that is learned from; None where there is none."""
+        return self.teacher if self.method in TAUGHT_METHODS else None
 
     @property
     def virtual_tokens(self) -> int:

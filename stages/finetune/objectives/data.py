@@ -112,8 +112,8 @@ def _read_answers(
     selected = select_rows(rows, initial, trained_ids, params.replay_share, params.seed)
     turns = everything.task.turns
     not_replayed = len(rows) - len(selected)
-    teacher = find_teacher(params.teacher) if params.method == "distill" and params.teacher else None
-    report: dict[str, Any] = {"teacher": params.teacher} if teacher else {}
+    teacher = find_teacher(params.taught_by) if params.taught_by else None
+    report: dict[str, Any] = {"teacher": params.taught_by} if teacher else {}
     if teacher and params.distill == "answers":
         from stages.finetune.objectives.teaching import replace_answers
 
@@ -127,7 +127,7 @@ def _read_answers(
     )
     compares = teacher is not None and params.distill == "logits"
     if teacher and compares:
-        check_same_tokens(load_tokenizer(teacher), tokenizer, str(params.teacher))
+        check_same_tokens(load_tokenizer(teacher), tokenizer, str(params.taught_by))
 
     def make_objective() -> Objective:
         from stages.finetune.objectives.answers import Answers

@@ -15,13 +15,19 @@ from stages.common.artifacts import read_json, write_json
 from stages.common.errors import InputError
 from stages.common.messages import Message
 from stages.common.model.exported import CHOSEN, find_exported
+from stages.common.model.generation import encode_questions
+from stages.common.model.loading import load_base
 from stages.common.records import make_row, write_rows
 from stages.common.task.kinds import TASK_FILE
 from stages.common.task.text_task import TextTask
 from stages.compress import __main__ as compress
+from stages.compress.healing import heal_model
+from stages.compress.shrinking import drop_blocks
 from stages.evaluate import __main__ as evaluate
 from stages.export import __main__ as export
-from tests.tiny import make_model, save_model
+from tests.stages.finetune.project import make_project
+from tests.stages.finetune.project import rows as finetune_rows
+from tests.tiny import make_model, make_tokenizer, save_model
 
 ROOT = Path(__file__).parents[3]
 MERGES = (("a", "b"), ("t", "h"))
@@ -97,6 +103,36 @@ def test_a_choice_made_from_another_export_is_refused(project):
         InputError, match=f"made from version 000000000000, and artifacts/export has {serving['version']}"
     ):
         read_pipeline_tag(folder)
+
+
+@pytest.mark.slow
+def test_the_whole_model_teaches_the_smaller_one(tmp_path, monkeypatch):
+    """By its logits alone: it comes nearer to the whole model, and no answer is learned."""
+    import torch
+
+    monkeypatch.chdir(make_project(tmp_path))
+    base = save_model(tmp_path / "artifacts/fetch_base", initializer_range=0.2)
+    write_json(tmp_path / "reports/fetch_base/metrics.json", {"sha256": "0" * 64})
+    whole = load_base(base, torch.float32, torch.device("cpu"))
+    questions = encode_questions(make_tokenizer(), finetune_rows(8, 1000))
+    smaller, _ = drop_blocks(whole, [[*one.prompt, *one.reference] for one in questions], 0.5)
+
+    def measure_divergence(model):
+        total = 0.0
+        with torch.inference_mode():
+            for one in questions:
+                ids = torch.tensor([[*one.prompt, *one.reference]])
+                theirs, ours = (
+                    torch.log_softmax(each(ids).logits[0, len(one.prompt) - 1 : -1], dim=-1)
+                    for each in (whole, model)
+                )
+                total += float((theirs.exp() * (theirs - ours)).sum(dim=-1).mean())
+        return total
+
+    before = measure_divergence(smaller)
+    healed = heal_model(smaller, whole, 40, 4, 0.003, 1.0, 7, tmp_path / "healing")
+    assert measure_divergence(healed) < 0.8 * before
+    assert not (tmp_path / "healing").exists()
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from stages.common.chat.template import Encoded, encode_example, fix_argument
 from stages.common.errors import InputError
 from stages.common.messages import Message, Tool, ToolCall
 from stages.common.model.replaced import measure_reach, select_weights
+from stages.common.params.compress import Compress
 from stages.common.params.finetune import EarlyStopping
 from stages.common.params.loading import load_params
 from stages.common.records import make_row, write_rows
@@ -408,6 +409,13 @@ def test_a_disk_that_is_too_full_is_refused(tmp_path):
     assert "MiB left" in problem.what
     full, quantized = (base_checks.count_needed_bytes(10**9, [q]) for q in ("f16", "q4_0"))
     assert full > 2 * 10**9 and quantized < full
+    alone, taught = (
+        base_checks.count_healing_bytes(
+            10**9, Compress(variants=("fewer_layers",), healing_teacher_weight=weight)
+        )
+        for weight in (0.0, 1.0)
+    )
+    assert taught - alone == 4 * 10**9  # the whole model, beside the one that is healed
 
 
 def test_smaller_models_that_the_base_cannot_have_are_refused_with_the_tensor(lay_out, set_params):

@@ -58,6 +58,19 @@ def test_the_student_comes_nearer_to_the_teacher(distill):
     assert adapter(distill) != first
 
 
+def test_all_weights_can_learn_from_a_teacher(distill):
+    before = measure_divergence(distill, load_base(distill / "artifacts/fetch_base", torch.float32, CPU))
+    change_finetune(distill, method="full", learning_rate=0.003)
+    main()
+    tuned = load_tuned(distill / "artifacts/fetch_base", distill / "artifacts/finetune", torch.float32, CPU)
+    assert measure_divergence(distill, tuned) < 0.9 * before
+    assert (evidence(distill)["method"], evidence(distill)["teacher"]) == ("full", "teacher")
+    taught = adapter(distill)
+    change_finetune(distill, teacher=None)
+    main()
+    assert adapter(distill) != taught and "teacher" not in evidence(distill)
+
+
 def test_a_teacher_with_other_tokens_is_refused_with_the_way_to_learn_its_answers(distill):
     save_model(distill / "other", merges=(("a", "b"),))
     change_finetune(distill, teacher="other")
