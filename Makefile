@@ -27,7 +27,7 @@ SERVE_EXTRAS := serve
 # One more than the cores, up to four: a fifth of the time a fast test waits for a server or a process.
 WORKERS := import os; print(min(4, 1 + (os.cpu_count() or 1)))
 
-.PHONY: help init run serve watch retrain sweep demo parity bento test test-slow test-all test-vllm lint format docs lock check-wheels check-pythons up schedule check-params clean
+.PHONY: help init run serve watch retrain sweep federated demo parity bento test test-slow test-all test-vllm lint format docs lock check-wheels check-pythons up schedule check-params clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -50,7 +50,7 @@ bento: $(VENV)/.$(SERVE_EXTRAS) ## pack the champion and the service for another
 test: $(VENV)/.dev ## the fast tests (five to eight minutes on two cores, no GPU, no network)
 	@python -m pytest -m "not slow" --numprocesses "$$(python -c '$(WORKERS)')" --dist loadfile
 
-test-slow: $(VENV)/.dev .venv-clients/.installed ## the slow tests: the real base model, servers, a browser
+test-slow: $(VENV)/.dev .venv-clients/.installed .venv-federated/.installed ## the slow tests: the real base model, servers, a browser
 	@python -m pytest -m slow --numprocesses 2 --dist loadfile --timeout 1800
 
 test-all: test test-slow ## every test
@@ -82,6 +82,9 @@ retrain: $(VENV)/.core $(VENV)/.$(SERVE_EXTRAS) ## train a candidate on producti
 sweep: $(VENV)/.core $(VENV)/.sweep ## train with other values of finetune, compare them on the validation rows
 	@perennial sweep
 
+federated: .venv-federated/.installed ## train one adapter on the rows of four simulated clients, by Flower: make federated ARGS="--by source"
+	@.venv-federated/bin/python -m docs.examples.federated $(ARGS)
+
 demo: $(VENV)/.core $(VENV)/.$(SERVE_EXTRAS) ## run the whole loop on generated traffic: drift, retraining, gate, canary, promotion (20 minutes to an hour and a half)
 	@perennial demo
 
@@ -97,7 +100,7 @@ check-wheels: $(VENV)/.dev ## check that the index has a wheel of every pin for 
 check-pythons: $(VENV)/.dev ## install and run the fast tests on every supported Python found here (7 GB each)
 	@python -m tests.environments.pythons
 
-lock: $(VENV)/.dev ## re-resolve the three locks for every supported Python and platform
+lock: $(VENV)/.dev ## re-resolve the four locks for every supported Python and platform
 	@UV_CUSTOM_COMPILE_COMMAND="make lock" uv pip compile --quiet --upgrade --universal --fork-strategy fewest \
 	  $(LOCKED_EXTRAS) --output-file requirements.lock pyproject.toml > /dev/null
 	@UV_CUSTOM_COMPILE_COMMAND="make lock" uv pip compile --quiet --upgrade --universal --fork-strategy fewest \
@@ -105,9 +108,12 @@ lock: $(VENV)/.dev ## re-resolve the three locks for every supported Python and 
 	  --output-file requirements-gpu.lock pyproject.toml > /dev/null
 	@UV_CUSTOM_COMPILE_COMMAND="make lock" uv pip compile --quiet --upgrade --universal --no-config --python-version 3.11 \
 	  --output-file tests/clients/requirements.lock tests/clients/requirements.in > /dev/null
+	@cp requirements.lock docs/examples/federated/requirements.lock # whose versions are kept where Flower allows it
+	@UV_CUSTOM_COMPILE_COMMAND="make lock" uv pip compile --quiet --universal --no-config --python-version 3.11 \
+	  --output-file docs/examples/federated/requirements.lock docs/examples/federated/requirements.in > /dev/null
 
 clean: ## remove the environments and everything a run made; data/ and git are kept
-	@rm -rf $(VENV) .venv-gpu .venv-vllm .venv-clients reports checkpoints .perennial dvc.lock .dvc/cache .dvc/tmp *.egg-info
+	@rm -rf $(VENV) .venv-gpu .venv-vllm .venv-clients .venv-federated reports checkpoints .perennial dvc.lock .dvc/cache .dvc/tmp *.egg-info
 	@find artifacts -mindepth 1 -not -path artifacts/initial_adapter -not -path artifacts/initial_adapter/README.md -delete
 
 # The stamp is touched last, so an interrupted installation is repeated.
@@ -136,6 +142,17 @@ $(VENV)/.dev: pyproject.toml requirements.lock | $(BIN)/python
 	@echo "installing the clients of OpenAI's API that the slow tests use …"
 	@python -m venv .venv-clients
 	@.venv-clients/bin/python -m pip install --quiet --no-compile --requirement tests/clients/requirements.lock
+	@touch $@
+
+# Flower's pins exclude the project's. Here is what it needs in other versions; all else is that of .venv, which comes
+# after it on the path.
+.venv-federated/.installed: docs/examples/federated/requirements.lock | $(VENV)/.core
+	@echo "installing Flower (a few seconds) …"
+	@python -m venv .venv-federated
+	@python -c "import sysconfig; print(f'import site; site.addsitedir({sysconfig.get_path(\"purelib\")!r})')" \
+	  > "$$(.venv-federated/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/project.pth"
+	@.venv-federated/bin/python -m pip install --quiet --no-compile --no-deps \
+	  --requirement docs/examples/federated/requirements.lock
 	@touch $@
 
 # A new pip: that of Python 3.11 finds no versions that BentoML and vLLM both take. The CPU build of vLLM does not pin

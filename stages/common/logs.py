@@ -18,6 +18,7 @@ from stages.common.errors import InputError
 QUIET_ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "BENTOML_DO_NOT_TRACK": "True",
+    "FLWR_TELEMETRY_ENABLED": "0",
     "GX_ANALYTICS_ENABLED": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",

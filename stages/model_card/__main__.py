@@ -50,7 +50,6 @@ from stages.model_card.evidence import (
     read_sides,
 )
 from stages.model_card.sections import (
-    OBJECTIVE_NAMES,
     build_metadata,
     count_sources,
     describe_adapter,
@@ -63,6 +62,7 @@ from stages.model_card.sections import (
     list_params,
     list_results,
     list_smaller_models,
+    name_objective,
     render_card,
 )
 
@@ -112,7 +112,7 @@ def describe_training(
         "adapter": describe_adapter(adapter),
         "start": describe_start(lock.params["finetune"]),
         "weights": find_weights(artifacts("finetune")),
-        "objective": OBJECTIVE_NAMES.get(evidence["finetune"]["method"]),
+        "objective": name_objective(evidence["finetune"]),
         "preferences": describe_preferences(evidence["evaluate"]),
         "preferences_measured": describe_measured(evidence["finetune"].get("held_out")),
         "is_peft": adapter["method"] in PEFT_METHODS,

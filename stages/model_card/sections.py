@@ -37,6 +37,13 @@ NOT_FOR_THE_HUB = ("finished", "answer_tokens", "length_ratio")
 WEAKEST_SHOWN = 5
 
 
+def name_objective(finetune: Mapping[str, Any]) -> str | None:
+    """Return what was learned, from the metrics of `finetune`; None for the rows' answers alone."""
+    if federated := finetune.get("federated"):
+        return f"federated averaging of {federated['clients']} clients over {federated['rounds']} rounds"
+    return OBJECTIVE_NAMES.get("distill" if "teacher" in finetune else finetune["method"])
+
+
 def build_metadata(
     name: str,
     license: str,

@@ -17,7 +17,7 @@ from stages.common.repository.dvc_lock import compute_dvc_hash
 from stages.model_card.__main__ import main
 from stages.model_card.checks import check_metrics
 from stages.model_card.evidence import BEFORE
-from stages.model_card.sections import to_hub_license
+from stages.model_card.sections import name_objective, to_hub_license
 
 ROOT = Path(__file__).parents[3]
 
@@ -655,3 +655,10 @@ def test_needed_figures_are_those_of_the_toy_reports():
     reports = evidence()
     assert check_metrics(reports) == []
     assert json.dumps(reports)
+
+
+def test_the_card_names_what_was_learned_besides_the_answers_of_the_rows():
+    assert name_objective({"method": "lora"}) is None
+    assert name_objective({"method": "full", "teacher": "big"}) == "distillation of a teacher"
+    found = name_objective({"method": "lora", "federated": {"clients": 4, "rounds": 12}})
+    assert found == "federated averaging of 4 clients over 12 rounds"
