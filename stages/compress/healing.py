@@ -110,6 +110,7 @@ def _write_params(epochs: int, rate: float, teacher_weight: float, folder: Path)
         "validate_every": None,
         "early_stopping": None,
         "checkpoint_url": None,  # it is of minutes, and its checkpoints are of no use elsewhere
+        "sharding": "none",
         "launcher": "local",
     }
     write_text(folder / "params.yaml", yaml.safe_dump(values, allow_unicode=True, sort_keys=False))

@@ -153,7 +153,12 @@ def train_adapter() -> None:
     if is_main():
         remove_other_runs(checkpoints)
     sharded = decide_sharding(
-        params.sharding, recipe, base, config, data.sequences, params.gradient_checkpointing
+        "none" if params.taught_by else params.sharding,  # every process has the whole teacher
+        recipe,
+        base,
+        config,
+        data.sequences,
+        params.gradient_checkpointing,
     )
     model = build_model(base, recipe, initial, sharded)
     dtype = str(pick_dtype(model.device, recipe.dtype)).removeprefix("torch.")

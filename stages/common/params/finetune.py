@@ -138,6 +138,8 @@ class Finetune(Section):
             yield "rewards", "are all 0: no answer would be better than another"
         if self.sharding == "full" and self.method not in SHARDED_METHODS:
             yield "sharding", f"must be none or auto with method: {self.method}: {describe_unsharded()}"
+        elif self.sharding == "full" and self.taught_by:
+            yield "sharding", "must be none or auto with a teacher, of which every process has the whole"
         if self.method == "distill" and self.teacher is None:
             yield "teacher", "must be set with method: distill: a folder with a model, or a hub id"
         if self.method == "kto" and self.batch_size < 2:
