@@ -294,6 +294,9 @@ def test_the_ray_cluster_has_the_version_of_the_lock_and_only_its_workers_train(
         assert "$KUBERAY_GEN_RAY_START_CMD" in container["args"][0]
         assert container["image"] == containers[0][0]["image"]
         assert {"secretRef": {"name": "perennial-checkpoints"}} in container["envFrom"]
+        variables = {entry["name"]: entry for entry in container["env"]}
+        assert variables["RAY_AUTH_MODE"]["value"] == "token"
+        assert "secretKeyRef" in variables["RAY_AUTH_TOKEN"]["valueFrom"]
         (port,) = container["ports"]
         for probe in ("readinessProbe", "livenessProbe"):
             assert container[probe]["tcpSocket"]["port"] == port["name"]

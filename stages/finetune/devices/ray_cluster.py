@@ -116,12 +116,12 @@ def _connect() -> Iterator[Any]:
         ) from None
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
         raise InputError(
             f"no Ray cluster answers at {ADDRESS}={address}, or this machine is no node of it: "
             f"{str(error).strip().splitlines()[0]}",
-            f"start the stage on a node of the cluster with {ADDRESS}=auto, and the cluster with the "
-            "versions of requirements.lock",
+            f"start the stage on a node of the cluster with {ADDRESS}=auto and the cluster's RAY_AUTH_MODE "
+            "and RAY_AUTH_TOKEN; the cluster needs the versions of requirements.lock",
         ) from None
     try:
         yield ray
