@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.common.artifacts import artifacts, read_json, reports, write_json, write_lines, write_text
+from stages.common.chat.day import writes_date
 from stages.common.chat.fitting import (
     LONG,
     REFUSED,
@@ -34,7 +35,7 @@ from stages.common.chat.fitting import (
     suggest_for_long,
 )
 from stages.common.chat.row_class import read_row_class
-from stages.common.chat.template import read_answer_frame, suggest_for_refused, writes_date
+from stages.common.chat.template import read_answer_frame, suggest_for_refused
 from stages.common.chat.tools_template import suggest_for_thoughts
 from stages.common.chat.turns import unroll
 from stages.common.errors import InputError
@@ -335,7 +336,7 @@ def main() -> None:
         "problems": [problem.what for problem in problems],
         "sides": {side: describe_side(fitting[side], misfits[side]) for side in SIDES},
         "test_answers_over_max_new_tokens": len(over_limit),
-        "template": {**asdict(frame), "writes_date": writes_date(tokenizer)},
+        "template": {**asdict(frame), "writes_date": writes_date(str(tokenizer.chat_template))},
         "text": describe_text(tokenizer, fitting),
         "thoughts_not_written": unwritten,
         "thoughts_fix": suggest_for_thoughts(tokenizer) if unwritten else None,

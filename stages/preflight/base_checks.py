@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from services.engines.support import check_engine, pick_engine
+from stages.common.chat.day import writes_the_day_of_use
 from stages.common.chat.template import end_of_turn_ids
 from stages.common.errors import InputError
 from stages.common.gguf.architectures import find_architecture
@@ -35,7 +36,16 @@ def count_embedding_rows(config: Any) -> int:
 
 def find_template_problems(tokenizer: Any) -> list[InputError]:
     """Return why no model can be taught with the chat template."""
-    return _collect([lambda: end_of_turn_ids(tokenizer)])
+    problems = _collect([lambda: end_of_turn_ids(tokenizer)])
+    if writes_the_day_of_use(str(tokenizer.chat_template)):
+        problems.append(
+            InputError(
+                "the chat template writes the date by strftime_now in another way than "
+                "strftime_now('a format'): servers would write another day than the one learned",
+                "write the format into the call in the base's chat_template.jinja, or the date itself",
+            )
+        )
+    return problems
 
 
 def find_unknown_tokens(tokenizer: Any, embedding_rows: int, exports_gguf: bool) -> list[InputError]:

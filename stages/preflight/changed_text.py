@@ -4,28 +4,32 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 from stages.common.chat.control_tokens import read_control_tokens
 from stages.common.chat.fitting import Fitting
-from stages.common.chat.template import Encoded
+from stages.common.chat.template import Encoded, find_left_out
 from stages.common.privacy.row_texts import list_private_texts
 from stages.common.records import Row
 
 SHOWN_IDS = 10
 SHOWN_CHANGED = 3
+SHOWN_CHARS = 60
 
 
 def describe_text(tokenizer: Any, fitting: Mapping[str, Fitting]) -> dict[str, Any]:
     """Return what the rows hold that is not read as it is written, with the first rows of each kind."""
     control = read_control_tokens(tokenizer)
     held: dict[str, set[str]] = {}
+    left_out: dict[str, str] = {}
     changed = 0
     first_changed: list[tuple[Row, Encoded]] = []
     for row, example in chain.from_iterable(fitting.values()):
         if tokens := control.find("\n".join(text for _, text in list_private_texts(row))):
             held[row.id] = set(tokens)
+        if row.id not in left_out and (message := find_left_out(tokenizer, row.prompt, row.tools)):
+            left_out[row.id] = f"{message.role}: {message.content[:SHOWN_CHARS]}"
         if example.is_changed:
             changed += 1
             if len(first_changed) < SHOWN_CHANGED:
@@ -34,6 +38,10 @@ def describe_text(tokenizer: Any, fitting: Mapping[str, Fitting]) -> dict[str, A
         "rows_with_control_tokens_as_text": len(held),
         "control_tokens_as_text": dict(sorted(Counter(chain.from_iterable(held.values())).items())),
         "first_rows_with_control_tokens": sorted(held)[:SHOWN_IDS],
+        "prompts_cut_by_the_template": len(left_out),
+        "first_prompts_cut": [
+            {"id": row_id, "left_out": text} for row_id, text in islice(left_out.items(), SHOWN_CHANGED)
+        ],
         "answers_changed_by_the_template": changed,
         "first_answers_changed": [
             {

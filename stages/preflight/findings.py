@@ -69,6 +69,12 @@ def report_findings(
             count,
             text["control_tokens_as_text"],
         )
+    if count := text["prompts_cut_by_the_template"]:
+        logger.warning(
+            "the chat template leaves out text of %d prompts, which the model will not read: %s",
+            count,
+            text["first_prompts_cut"][0],
+        )
     if count := text["answers_changed_by_the_template"]:
         logger.warning(
             "the chat template changes %d answers; the first: %s", count, text["first_answers_changed"][0]

@@ -15,19 +15,16 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
-from functools import lru_cache
 from itertools import chain, pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from stages.common.chat.control_tokens import read_control_tokens
+from stages.common.chat.day import fix_day
 from stages.common.chat.plain import write_conversation, write_tools
 from stages.common.errors import InputError
 from stages.common.messages import Message, Tool
 
-# The day that Llama 3's template falls back to where it is given no other.
-TEMPLATE_DAY = datetime(2024, 7, 26)
 CHOOSE_ANOTHER = "choose an instruction-tuned base model whose chat template does (fetch_base in params.yaml)"
 
 _ANSWER = "perennialanswer"  # found again in what the template writes around it; no template has this word
@@ -35,7 +32,6 @@ _THOUGHT = "perennialthought"
 _QUESTION = (Message("user", "a"),)
 # `fix_argument` of a name such as enable_thinking (Qwen3) or thinking (DeepSeek, Granite).
 _ASKS_TO_THINK = re.compile(r"\{%- set \w*think\w* = true -%\}\{#- task\.template_arguments -#\}")
-_DATE_CALL = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 
 
 class TemplateRefusal(InputError):
@@ -199,7 +195,7 @@ def write_served_template(tokenizer: Any) -> str:
     It writes the same prompts as `encode_prompt`: with the day of training, and with what comes between the
     prompt and the answer.
     """
-    template = _fix_day(str(tokenizer.chat_template))
+    template = fix_day(str(tokenizer.chat_template))
     before = read_answer_frame(tokenizer).before
     if not before:
         return template
@@ -210,14 +206,19 @@ def write_served_template(tokenizer: Any) -> str:
     return f"{template}{{%- if {when} %}}{{{{- '{literal}' }}}}{{%- endif %}}"
 
 
-def writes_date(tokenizer: Any) -> bool:
-    """Return whether a chat template writes the date; if it does, that of `TEMPLATE_DAY`."""
-    return _DATE_CALL.search(str(tokenizer.chat_template)) is not None
+def find_left_out(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Tool]) -> Message | None:
+    """Return the first message whose text is not in the prompt that the template writes; None if all are.
 
-
-@lru_cache(maxsize=16)
-def _fix_day(template: str) -> str:
-    return _DATE_CALL.sub(lambda call: f"'{TEMPLATE_DAY.strftime(call[2])}'", template)
+    Blanks around a text may be cut, and a result may be written as JSON.
+    """
+    prompt = _render_prompt(tokenizer, messages, tools)
+    control = read_control_tokens(tokenizer)
+    for message in messages:
+        text = control.hide(message.content).strip()
+        quoted = (json.dumps(text, ensure_ascii=ascii)[1:-1] for ascii in (False, True))
+        if text not in prompt and (message.role != "tool" or not any(form in prompt for form in quoted)):
+            return message
+    return None
 
 
 def _cut_answer(prompt_text: str, whole_text: str, frame: AnswerFrame) -> str | None:
@@ -354,12 +355,13 @@ def _write(
             tools=write_tools(control, tools),
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
-            chat_template=_fix_day(str(tokenizer.chat_template)),
+            chat_template=fix_day(str(tokenizer.chat_template)),
         )
-    except (TemplateError, TypeError) as error:
+    except Exception as error:  # a template computes with what is in the conversation, and fails as code does
         roles = ", ".join(m.role for m in messages)
+        reason = error if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
         raise TemplateRefusal(
-            f"the base model's chat template refuses a conversation of {roles}: {error}",
+            f"the base model's chat template refuses a conversation of {roles}: {reason}",
             suggest_for_refused([messages]),
         ) from None
     return str(text)

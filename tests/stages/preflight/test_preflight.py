@@ -311,6 +311,21 @@ def test_answers_that_the_template_changes_are_shown_as_written_and_as_learned(l
     assert text["first_answers_changed"][0]["learned"] == "0<|im_end|>"
 
 
+def test_prompts_from_which_the_template_leaves_text_out_are_counted(lay_out, set_params):
+    cut = "(message['content'] if role == 'model' else message['content'][:4]) | trim"
+    lay_out(template=GEMMA.replace("message['content'] | trim", cut))
+    preflight.main()
+    text = found()["text"]
+    assert text["prompts_cut_by_the_template"] > 0
+    assert text["first_prompts_cut"][0]["left_out"].startswith("user: ")
+
+
+def test_a_date_that_servers_would_write_anew_is_refused(lay_out, set_params):
+    lay_out(template="{% set now = strftime_now %}{{ now('%Y') }}" + GEMMA)
+    with pytest.raises(InputError, match="another day than the one learned"):
+        preflight.main()
+
+
 def test_a_token_beyond_the_embedding_is_refused(lay_out, set_params):
     tokenizer = make_tokenizer(MERGES)
     tokenizer.add_special_tokens({"pad_token": "<|pad|>"})

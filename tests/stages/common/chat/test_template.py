@@ -3,12 +3,14 @@ from datetime import datetime
 import pytest
 
 from stages.common.chat.control_tokens import read_control_tokens
+from stages.common.chat.day import writes_the_day_of_use
 from stages.common.chat.template import (
     TemplateRefusal,
     encode_example,
     encode_prompt,
     encode_text,
     end_of_turn_ids,
+    find_left_out,
     write_served_template,
 )
 from stages.common.errors import InputError
@@ -232,3 +234,48 @@ def test_a_changed_template_is_read_again():
     assert end_of_turn_ids(changing) == [1]
     changing.chat_template = changing.chat_template.replace("<|im_end|>", "<|im_start|>")
     assert end_of_turn_ids(changing) == [0, 1]
+
+
+SIMPLE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+ASKS = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+def with_template(template):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template + ASKS
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "date",
+    [
+        "{% set form = '%Y' %}{{ strftime_now(form) }}",
+        "{{ strftime_now(format='%Y') }}",
+        "{% set now = strftime_now %}{{ now('%Y') }}",
+        "{{ strftime_now('%Y', ) }}",
+    ],
+)
+def test_a_date_that_cannot_be_fixed_in_the_served_template_is_seen(date):
+    assert writes_the_day_of_use(date + SIMPLE)
+    assert not writes_the_day_of_use("{{ strftime_now('%Y') }}" + SIMPLE)
+
+
+@pytest.mark.parametrize("code", ["m.content.index('x')", "1 // (m.content | length - 8)"])
+def test_a_template_that_fails_on_a_text_refuses_its_conversation(code):
+    tokenizer = with_template(SIMPLE.replace("{{ m.content }}", f"{{% set _ = {code} %}}{{{{ m.content }}}}"))
+    with pytest.raises(TemplateRefusal, match=r"conversation of user: (ValueError|ZeroDivisionError)"):
+        encode_prompt(tokenizer, [Message("user", "light on")])
+
+
+@pytest.mark.parametrize(
+    ("template", "left_out"),
+    [
+        (SIMPLE, None),
+        (SIMPLE.replace("m.content", "m.content | trim"), None),
+        (SIMPLE.replace("in messages", "in messages if m.role != 'system'"), "system"),
+        (SIMPLE.replace("m.content", "(m.content if m.role != 'user' else m.content[:4])"), "user"),
+    ],
+)
+def test_a_text_that_a_template_leaves_out_of_the_prompt_is_found(template, left_out):
+    found = find_left_out(with_template(template), [CONVERSATION[0], Message("user", " light on ")], ())
+    assert (found and found.role) == left_out
