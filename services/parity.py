@@ -40,13 +40,21 @@ from stages.common.task.protocol import Task
 
 logger = logging.getLogger("services.parity")
 
+ABOUT_ROW = (400, 413, 422)  # what a server answers to a request that it will never take
+SHOWN = 5  # refused rows in a message
+
 
 @dataclass(frozen=True, slots=True)
 class ServedAnswer:
-    """The server's answer to one row."""
+    """The server's answer to one row.
+
+    Attributes:
+        refusal: why the server takes the row for a wrong request; None if it answered.
+    """
 
     text: str
     prompt_tokens: int
+    refusal: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +67,7 @@ class ParityReport:
         same_answers: share of rows with equal answers, right or wrong.
         templates_differ: rows whose prompt has a different number of tokens on the server.
         reasons: why they do not agree; empty if they do.
+        refused: rows that the server does not take; their answers count as wrong.
     """
 
     version: str
@@ -70,6 +79,7 @@ class ParityReport:
     same_answers: float
     templates_differ: int
     reasons: tuple[str, ...]
+    refused: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,11 +144,16 @@ def compare(trainer: TrainerSide, server: ServerSide, params: Params) -> ParityR
         before, after, ours.statistic, evaluate.confidence, evaluate.resamples, evaluate.seed, ours.scale
     )
     pairs = list(zip(trainer.answers, trainer.prompt_tokens, server.answers, strict=True))
-    differ = sum(answer.prompt_tokens != count for _, count, answer in pairs)
+    differ = sum(answer.prompt_tokens != count for _, count, answer in pairs if answer.refusal is None)
+    refused = [
+        (row, answer.refusal) for row, answer in zip(rows, server.answers, strict=True) if answer.refusal
+    ]
     limit = params.services.parity.max_exact_match_loss
     reasons = []
     if server.template_sha256 != trainer.template_sha256:
         reasons.append("the server's chat template is not the trainer's")
+    if refused:
+        reasons.append(_describe_refused(refused, len(rows)))
     if differ:
         reasons.append(f"{differ} of {len(rows)} prompts have a different number of tokens on the server")
     if change.value < -limit - 1e-12:
@@ -153,7 +168,16 @@ def compare(trainer: TrainerSide, server: ServerSide, params: Params) -> ParityR
         same_answers=sum(text == answer.text for text, _, answer in pairs) / len(rows),
         templates_differ=differ,
         reasons=tuple(reasons),
+        refused=len(refused),
     )
+
+
+def _describe_refused(refused: Sequence[tuple[Row, str]], rows: int) -> str:
+    """Return how many rows the server refuses, the first of them with the field, and what to do."""
+    lines = [f"  row {row.id} from {row.source}: {why}" for row, why in refused[:SHOWN]]
+    more = [f"  and {len(refused) - SHOWN} more"] if len(refused) > SHOWN else []
+    fix = "correct the field that is named in the source of these rows, and run the pipeline again"
+    return "\n".join([f"the server refuses {len(refused)} of {rows} rows; fix: {fix}", *lines, *more])
 
 
 def _exact_match(rows: Sequence[Row], texts: Sequence[str], task: Task) -> Metric:
@@ -166,7 +190,7 @@ async def ask_all(
     """Send every row to a server, `concurrency` at a time, with greedy decoding.
 
     Raises:
-        InputError: it cannot be reached, or rejects a row.
+        InputError: it cannot be reached, or answers with a status that is about no row.
     """
     import httpx
 
@@ -181,6 +205,9 @@ async def ask_all(
                 answer = await client.post(
                     "/v1/chat/completions", json=body | ({"model": model} if model else {})
                 )
+            if answer.status_code in ABOUT_ROW:
+                done += 1
+                return ServedAnswer("", 0, _describe_refusal(answer))
             if answer.status_code != 200:
                 raise InputError(
                     f"{url} answers row {row.id} with {answer.status_code}: {answer.text[:300]}", _READY
@@ -194,6 +221,14 @@ async def ask_all(
             return await asyncio.gather(*(ask(row) for row in rows))
         except httpx.HTTPError as error:
             raise InputError(f"{url} cannot be reached: {error!r}", _READY) from None
+
+
+def _describe_refusal(answer: Any) -> str:
+    """Return the status and the message of an error of OpenAI's API; it begins with the field."""
+    try:
+        return f"{answer.status_code}: {answer.json()['error']['message'][:300]}"
+    except (ValueError, LookupError, TypeError):  # of a server in between
+        return f"{answer.status_code}: {answer.text[:300]}"
 
 
 def write_body(row: Row) -> dict[str, Any]:

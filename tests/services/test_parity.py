@@ -1,5 +1,6 @@
 """Trainer against server, with a server that answers as the trainer did, and with others that do not."""
 
+import asyncio
 import json
 
 import pytest
@@ -106,6 +107,26 @@ def test_a_server_of_another_version_is_not_compared(project, params, tmp_path):
 def test_a_server_that_is_not_there_is_named_with_what_to_do(project, params):
     with pytest.raises(InputError, match=r"127\.0\.0\.1:9 cannot be reached[\s\S]*make serve"):
         parity.compare_with_server("http://127.0.0.1:9", None, params, project)
+
+
+def test_rows_that_the_server_refuses_are_counted_and_named_with_field_and_remedy(project, params, tmp_path):
+    """The tiny model's chat template has no tools, so that a request with some is a 422."""
+    tool = Tool('{"type":"function","function":{"name":"light","parameters":{"type":"object"}}}')
+    turns = [Message("user", "a"), Message("assistant", "b")]
+    rows = tuple(make_row(turns, source="toy", license="mit", tools=tools) for tools in ((), (tool,), ()))
+    with serving(tmp_path, tiny_files(tmp_path / "model")) as server:
+        answers = asyncio.run(parity.ask_all(server.url, None, rows, ANSWER_TOKENS, 2, None))
+        with pytest.raises(InputError, match=r"answers row \w+ with 404"):
+            asyncio.run(parity.ask_all(server.url, "another", rows, ANSWER_TOKENS, 2, None))
+    assert [answer.refusal is None for answer in answers] == [True, False, True]
+    texts = tuple(answer.text or "Done." for answer in answers)
+    trainer = parity.TrainerSide(rows, texts, tuple(a.prompt_tokens for a in answers), "sha", TextTask())
+    report = parity.compare(trainer, parity.ServerSide("a" * 12, "sha", tuple(answers)), params)
+    assert (report.agrees, report.rows, report.refused, report.templates_differ) == (False, 3, 1, 0)
+    reason = report.reasons[0]
+    assert reason.startswith("the server refuses 1 of 3 rows; fix: correct the field that is named")
+    assert f"row {rows[1].id} from toy: 422: tools: " in reason
+    assert "make serve" not in reason
 
 
 def test_missing_scipy_is_told_before_any_row_is_asked(project, params, monkeypatch):
