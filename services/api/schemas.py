@@ -10,8 +10,8 @@ from pydantic_core import PydanticCustomError
 
 from services.api.fields import UNSUPPORTED, WRONG, Body, JsonObject, describe_unsupported
 from services.api.tools import CallId, CallOfTool, FunctionTool, ToolChoice, find_tools_problem
-from services.calls.allowed import MAX_TOOLS
 from stages.common.params.services import MAX_MESSAGES
+from stages.common.tools.schemas import MAX_TOOLS
 
 MAX_STOPS = 4  # as OpenAI has it
 MAX_ALTERNATIVES = 20

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -12,6 +11,7 @@ from pydantic_core import PydanticCustomError
 from services.api.fields import UNSUPPORTED, Body, JsonObject, check_depth, find_broken_text
 from services.calls.allowed import AllowedCalls
 from stages.common.messages import Tool, ToolCall, format_arguments, read_strict_json
+from stages.common.tools.canonical import FUNCTION_KEYS, write_tool
 from stages.common.tools.schemas import NAME, find_name_problem
 
 CallId = Annotated[str, Field(min_length=1, max_length=256)]
@@ -81,8 +81,7 @@ class Function(Body):
 
     def read(self) -> Tool:
         """Return the tool as the prompt has it: `strict` changes nothing, as all arguments are held."""
-        function = self.model_dump(exclude_none=True, include={"name", "description", "parameters"})
-        return Tool(json.dumps({"type": "function", "function": function}, ensure_ascii=False))
+        return write_tool({key: getattr(self, key) for key in FUNCTION_KEYS})
 
 
 class FunctionTool(Body):

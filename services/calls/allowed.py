@@ -10,8 +10,8 @@ from typing import Any, Literal
 from services.engines.protocol import SchemaUnsupported
 from services.schemas.bounds import check_bounds
 from stages.common.messages import Tool
+from stages.common.tools.references import find_loop
 
-MAX_TOOLS = 128  # as OpenAI has it
 # Keywords that may give an object more properties than it names itself.
 _OPEN = frozenset(
     {"$dynamicRef", "$ref", "additionalProperties", "allOf", "anyOf", "dependentSchemas", "else", "if", "not"}
@@ -67,43 +67,5 @@ def check_schemas(tools: Sequence[Tool]) -> None:
             raise SchemaUnsupported(f"the parameters of {name!r} must be of the type object")
     check_bounds(json.dumps({"anyOf": [*parameters.values()]}))
     for name, schema in parameters.items():
-        if (reference := _find_loop(schema)) is not None:
+        if (reference := find_loop(schema)) is not None:
             raise SchemaUnsupported(f"{reference!r} in the parameters of {name!r} refers to itself")
-
-
-def _find_loop(schema: dict[str, Any]) -> str | None:
-    """Return a reference that leads to itself without any keyword between, so that it describes nothing.
-
-    Each reference is followed once, so that a chain takes a time linear in its length.
-    """
-    parts: list[Any] = [schema]
-    harmless: set[str] = set()
-    while parts:
-        part = parts.pop()
-        if isinstance(part, list):
-            parts += part
-        elif isinstance(part, dict):
-            parts += part.values()
-            if _leads_to_itself(schema, part.get("$ref"), harmless):
-                return str(part["$ref"])
-    return None
-
-
-def _leads_to_itself(schema: Any, reference: Any, harmless: set[str]) -> bool:
-    """Return whether a reference leads to itself; if not, those on its way are added to `harmless`."""
-    seen: set[str] = set()
-    while isinstance(reference, str) and reference.startswith("#") and reference not in harmless:
-        if reference in seen:
-            return True
-        seen.add(reference)
-        reference = _follow(schema, reference)
-    harmless |= seen
-    return False
-
-
-def _follow(schema: Any, reference: str) -> Any:
-    """Return the reference at the place that a reference names; None if there is none."""
-    target = schema
-    for name in reference.removeprefix("#").split("/")[1:]:
-        target = target.get(name.replace("~1", "/").replace("~0", "~")) if isinstance(target, dict) else None
-    return target.get("$ref") if isinstance(target, dict) else None

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache, partial
 from typing import Any
-from urllib.parse import unquote
 
 from stages.common.messages import Tool, format_arguments
+from stages.common.tools.references import resolve
 from stages.common.tools.validation import make_validator
 
 UNIONS = ("anyOf", "oneOf")
@@ -80,7 +80,7 @@ class _Schema:
                 if own:
                     yield own
                     own = {}
-                yield from self._open(self._resolve(inner), value, (*followed, inner))
+                yield from self._open(resolve(self._root, inner), value, (*followed, inner))
             elif keyword == "allOf" or keyword in UNIONS:
                 if own:
                     yield own
@@ -100,13 +100,6 @@ class _Schema:
             except (TimeoutError, RecursionError):
                 continue  # such arguments are rejected by the rule about calls
         return []
-
-    def _resolve(self, reference: str) -> Any:
-        target: Any = self._root
-        for step in reference.removeprefix("#").split("/")[1:]:
-            key = unquote(step).replace("~1", "/").replace("~0", "~")
-            target = target[int(key)] if isinstance(target, list) else target[key]
-        return target
 
 
 def _order(value: Any, schemas: list[Any]) -> Any:

@@ -10,8 +10,8 @@ from pydantic_core import PydanticCustomError
 from services.api.fields import UNSUPPORTED, WRONG, Body, JsonObject
 from services.api.schemas import Seed, Temperature, TopP, User
 from services.api.tools import CallId, FlatChoice, FlatTool, Name, check_arguments, find_tools_problem
-from services.calls.allowed import MAX_TOOLS
 from stages.common.params.services import MAX_MESSAGES
+from stages.common.tools.schemas import MAX_TOOLS
 
 MAX_METADATA = 16  # as OpenAI has it
 KINDS = ("message", "function_call", "function_call_output", "reasoning")

@@ -1,8 +1,8 @@
 """The JSON schemas of tools: which ones are taken, and whether the arguments of a call fit.
 
-A schema must be one that every part can hold to: training shows it, the grammar of the service is built from
-it, and the arguments are checked against it. So it describes an object, refers to nothing outside itself and
-never to itself, and its patterns are checked with a time limit.
+Training shows a schema, the grammar of the service is built from it, and arguments are checked against it. So
+it describes an object, refers to nothing outside itself, and its patterns are checked with a time limit.
+Whether the grammar can hold it, preflight tries with the grammar itself.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ import re
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
-from urllib.parse import unquote
 
 from stages.common.messages import Tool
 from stages.common.params.checked_yaml import suggest_nearest
+from stages.common.tools.references import find_loop, resolve
 from stages.common.tools.validation import choose_validator, make_validator
 
-# OpenAI's API takes 128 tools a request; a prompt with more than twice as many has room for little else.
-MAX_TOOLS = 256
+MAX_TOOLS = 128  # of a row and of a request, as OpenAI's API has it
 NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")  # OpenAI's rule, which clients and grammars rely on
 MAX_SHOWN_CHARS = 160
 # Keywords whose value is data, and keywords whose value has schemas by their names.
@@ -107,35 +106,20 @@ def _find_keyword_problem(schema: Mapping[str, Any]) -> str | None:
 
 
 def _find_reference_problem(schema: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with a `$ref`: it is remote, leads nowhere, or leads back to itself."""
-    done: set[str] = set()
-
-    def follow(part: Any, path: tuple[str, ...]) -> str | None:
-        for inner in _walk(part):
-            reference = inner.get("$ref")
-            if not isinstance(reference, str) or reference in done:
-                continue
-            if reference in path or reference == "#":
-                return f"its parameters have a $ref that leads back to itself: {_shorten(reference)}"
-            if not reference.startswith("#/"):
-                return f"its parameters refer to {_shorten(reference)}, outside the schema"
-            try:
-                target = _resolve(schema, reference)
-            except (LookupError, TypeError, ValueError):
-                return f"its parameters refer to {_shorten(reference)}, which is not there"
-            if problem := follow(target, (*path, reference)):
-                return problem
-            done.add(reference)
-        return None
-
-    return follow(schema, ())
-
-
-def _resolve(schema: Any, reference: str) -> Any:
-    for step in reference.removeprefix("#/").split("/"):
-        key = unquote(step).replace("~1", "/").replace("~0", "~")
-        schema = schema[int(key)] if isinstance(schema, list) else schema[key]
-    return schema
+    """Return what is wrong with a `$ref`: it is remote, leads nowhere, or back to itself at once."""
+    for part in _walk(schema):
+        reference = part.get("$ref")
+        if not isinstance(reference, str):
+            continue
+        if not reference.startswith("#"):
+            return f"its parameters refer to {_shorten(reference)}, outside the schema"
+        try:
+            resolve(schema, reference)
+        except (LookupError, TypeError, ValueError):
+            return f"its parameters refer to {_shorten(reference)}, which is not there"
+    if (loop := find_loop(schema)) is not None:
+        return f"its parameters have a $ref that leads back to itself: {_shorten(loop)}"
+    return None
 
 
 def _walk(part: Any) -> Iterator[Mapping[str, Any]]:

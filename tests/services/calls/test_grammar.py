@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from services.calls import allowed
 from services.calls.allowed import AllowedCalls, check_schemas, read_schema
 from services.calls.grammar import MAX_CALLS, write_grammar
 from services.calls.notation import read_marks, read_thoughts
@@ -14,6 +13,7 @@ from services.engines.protocol import Sampling, SchemaUnsupported
 from stages.common.chat.template import render_example
 from stages.common.chat.tools_template import adapt_template
 from stages.common.messages import Message, Tool, ToolCall, format_calls, read_calls
+from stages.common.tools import references
 from tests.services.tool_models import TOOLS
 from tests.stages.common.chat.tool_templates import WITH_TOOLS
 from tests.stages.common.chat_templates import FAMILIES, make_family_tokenizer
@@ -223,13 +223,13 @@ def chain(length, end):
 @pytest.fixture
 def followed(monkeypatch):
     """The references that a check has followed."""
-    found, follow = [], allowed._follow
+    found, follow = [], references._follow
 
     def count(schema, reference):
         found.append(reference)
         return follow(schema, reference)
 
-    monkeypatch.setattr(allowed, "_follow", count)
+    monkeypatch.setattr(references, "_follow", count)
     return found
 
 

@@ -40,6 +40,7 @@ from stages.common.sources.files.formats import (
 from stages.common.sources.files.messages import read_conversation
 from stages.common.sources.files.preferences.answers import read_rating, read_rejected
 from stages.common.sources.files.shapes import Columns, Shape, detect_shape
+from stages.common.sources.files.tools.schemas import UnreadKey
 from stages.common.sources.files.turns import find_unread_keys
 from stages.common.spool import Spool
 
@@ -106,7 +107,8 @@ def collect_file(
             unread.update(_list_unread(entry.fields, read, shape))
             row, found = to_row(entry.fields, str(path), license, origin, shape, columns, system_prompt)
             rows.append(row)
-            forms.update(found)
+            unread.update(str(form) for form in found if isinstance(form, UnreadKey))
+            forms.update(form for form in found if not isinstance(form, UnreadKey))
             forms[ROW_LIKE_CELL] += entry.may_hold_rows
         except BadRow as bad:
             detail, content = show_bytes(bad.detail), show_bytes(entry.content)
@@ -155,6 +157,8 @@ def to_row(
     system_prompt: str | None,
 ) -> tuple[Row, set[str]]:
     """Turn the fields of one record into a row; return it with the forms in which its tools were written.
+
+    Keys of tools that are not read are among the forms (`UnreadKey`).
 
     Raises:
         BadRow: there is nothing to learn from in it.

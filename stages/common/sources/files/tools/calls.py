@@ -74,7 +74,7 @@ def read_arguments(value: Any, place: str) -> str:
     Raises:
         BadRow: they are no object, or one in which a value would be lost.
     """
-    if value is None:
+    if value is None or value == "":  # as servers write a call without arguments
         return "{}"
     try:
         decoded = decode_json(value) if isinstance(value, str) else value

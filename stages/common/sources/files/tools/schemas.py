@@ -12,18 +12,26 @@ from stages.common.messages import Tool
 from stages.common.sources.files.entries import BadRow, shorten
 from stages.common.sources.files.strict_json import decode_json, encode_json
 from stages.common.sources.files.tools.xlam import convert_parameters, is_xlam
+from stages.common.tools.canonical import FUNCTION_KEYS, has_nullable, write_tool
 from stages.common.tools.schemas import MAX_TOOLS, find_name_problem, find_schema_problem
 
 TOOL_NAMES = ("tools", "functions")  # of a column: OpenAI's, and its older one
 XLAM = "tools with xLAM's arguments"
+NULLABLE = "nullable in tools (OpenAPI 3.0), written as JSON Schema has it"
 LEGACY_KEYS = ("parameters", "description")  # of a function, one of which tells it from anything with a name
+
+
+class UnreadKey(str):
+    """A key of a tool that is not read; it is told with the forms of the row, and reported as a column is."""
+
+    __slots__ = ()
 
 
 def read_tools(value: Any, forms: set[str]) -> tuple[Tool, ...]:
     """Return the tools of a row, of a list or its JSON text; what is empty has none.
 
     Args:
-        forms: where the form of the tools is added.
+        forms: where the form of the tools is added, and which of their keys are not read (`UnreadKey`).
 
     Raises:
         BadRow: the value is no list of tools, or a tool cannot be taken.
@@ -76,13 +84,12 @@ def _read_tool(entry: Any, number: int, forms: set[str]) -> Tool:
     if not isinstance(entry, Mapping):
         raise BadRow("wrong_tools", f"tool {number} is a {type(entry).__name__}, not an object")
     try:
-        tool, form = _convert_tool(encode_json(entry))
+        tool, found = _convert_tool(encode_json(entry))
     except ValueError as error:
         name = entry.get("name") or (entry.get("function") or {}).get("name")
         called = f" ({shorten(name)})" if isinstance(name, str) else ""
         raise BadRow("wrong_tools", f"tool {number}{called}: {error}") from None
-    if form:
-        forms.add(form)
+    forms.update(found)
     return tool
 
 
@@ -94,8 +101,8 @@ def _decode_parameters(text: str) -> Any:
 
 
 @lru_cache(maxsize=8192)  # most rows have the tools of others
-def _convert_tool(text: str) -> tuple[Tool, str | None]:
-    """Return a tool in OpenAI's form, and the name of its own form if it is another one.
+def _convert_tool(text: str) -> tuple[Tool, tuple[str, ...]]:
+    """Return a tool in its one text, the names of its own form, and its keys that are not read.
 
     Keys without a value are left out: Parquet writes them into every tool of a column.
 
@@ -113,16 +120,26 @@ def _convert_tool(text: str) -> tuple[Tool, str | None]:
         raise ValueError(f"it {problem}")
     if not isinstance(function.get("description", ""), str):
         raise ValueError(f"its description is a {type(function['description']).__name__}, not a text")
-    form = None
+    found: list[str] = _list_unread(entry, function)
     if "parameters" in function:
         parameters = function["parameters"]
         if isinstance(parameters, str):  # in Parquet often as text
             parameters = _decode_parameters(parameters)
         if isinstance(parameters, dict) and is_xlam(parameters):
-            parameters, form = convert_parameters(parameters), XLAM
+            parameters = convert_parameters(parameters)
+            found.append(XLAM)
         if problem := find_schema_problem(parameters):
             raise ValueError(problem)
+        if has_nullable(parameters):
+            found.append(NULLABLE)
         function["parameters"] = parameters
-    more = {key: value for key, value in entry.items() if key not in ("type", "function")}
-    outer = {"type": "function", "function": function, **(more if "function" in entry else {})}
-    return Tool(encode_json(outer)), form
+    return write_tool(function), tuple(found)
+
+
+def _list_unread(entry: dict[str, Any], function: dict[str, Any]) -> list[str]:
+    """Return the keys of a tool that no prompt has, by where they are."""
+    outer = [key for key in entry if key not in ("type", "function")] if "function" in entry else []
+    inner = [key for key in function if key not in FUNCTION_KEYS]
+    if "function" in entry:
+        inner = [f"function.{key}" for key in inner]
+    return [UnreadKey(f"tools[].{key}") for key in (*outer, *inner)]

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from stages.common.messages import Message, ToolCall
+from services.api.tools import check_arguments
+from services.calls.allowed import check_schemas
+from stages.common.messages import Message, Tool, ToolCall
 from stages.common.sources.files.entries import BadRow
 from stages.common.sources.files.messages import read_conversation
 from stages.common.sources.files.rows import check_conversation
@@ -374,7 +376,7 @@ def test_answers_without_a_call_are_none(answers):
 
 @pytest.mark.parametrize(
     "arguments",
-    ["on", "[1]", '"{}"', "", '{"on": NaN}', '{"on": 1, "on": 2}', '{"a": {"b": 1, "b": 2}}', [1], 3,
+    ["on", "[1]", '"{}"', '{"on": NaN}', '{"on": 1, "on": 2}', '{"a": {"b": 1, "b": 2}}', [1], 3,
      {"on": float("nan")}, {"on": float("inf")}, "[" * 100_000, "9" * 5000, '{"on": 1e999}'],
 )  # fmt: skip
 def test_arguments_that_are_no_object_or_would_lose_a_value(arguments):
@@ -392,6 +394,12 @@ def test_arguments_that_are_no_object_or_would_lose_a_value(arguments):
 )  # fmt: skip
 def test_what_is_no_call(call):
     assert fault_of(chat(USER, ASKS | {"tool_calls": [call]}))[0] == "wrong_call"
+
+
+def test_an_empty_text_is_a_call_without_arguments_as_in_the_service():
+    call = CALL | {"function": {"name": "lamp", "arguments": ""}}
+    assert read(chat(USER, ASKS | {"tool_calls": [call]}))[1][1].tool_calls[0].arguments == "{}"
+    assert check_arguments("") == "{}"
 
 
 def test_a_name_with_a_dot_is_rejected_with_a_better_one():
@@ -415,11 +423,11 @@ def with_parameters(parameters):
         ({"type": "object", "properties": {"a": {"type": "str"}}}, "'str'"),
         ({"type": "object", "properties": {"a": None}}, "None"),
         ({"city": {"description": "where"}}, "neither"),
-        ({"type": "object", "properties": {"a": {"$ref": "#"}}}, "back to itself"),
+        ({"$ref": "#"}, "back to itself"),
         ({"type": "object", "properties": {"a": {"$ref": "#/properties/a"}}}, "back to itself"),
         (
             {"type": "object", "properties": {"a": {"$ref": "#/$defs/b"}},
-             "$defs": {"b": {"items": {"$ref": "#/$defs/c"}}, "c": {"items": {"$ref": "#/$defs/b"}}}},
+             "$defs": {"b": {"$ref": "#/$defs/c"}, "c": {"$ref": "#/$defs/b"}}},
             "back to itself",
         ),
         ({"type": "object", "properties": {"a": {"$ref": "https://example.org/x.json"}}}, "outside"),
@@ -453,12 +461,26 @@ def test_references_within_a_schema_are_taken():
     assert read(chat(USER, DONE, tools=[with_parameters(schema)]))[2][0]["function"]["parameters"] == schema
 
 
+@pytest.mark.parametrize(
+    ("own", "defs"),
+    [
+        ({"$ref": "#"}, {}),
+        ({"$ref": "#/$defs/b"},
+         {"b": {"items": {"$ref": "#/$defs/c"}}, "c": {"items": {"$ref": "#/$defs/b"}}}),
+    ],
+)  # fmt: skip
+def test_a_schema_that_holds_itself_is_taken_as_the_service_takes_it(own, defs):
+    schema = {"type": "object", "properties": {"a": own}, "$defs": defs}
+    assert read(chat(USER, DONE, tools=[with_parameters(schema)]))[2][0]["function"]["parameters"] == schema
+    check_schemas([Tool(json.dumps(with_parameters(schema)))])
+
+
 def test_too_many_tools_and_two_of_one_name():
     many = [{"type": "function", "function": {"name": f"f{n}", "parameters": SCHEMA}} for n in range(500)]
     assert fault_of(chat(USER, DONE, tools=many)) == (
-        "wrong_tools", "500 tools, and at most 256 are allowed in a row",
+        "wrong_tools", "500 tools, and at most 128 are allowed in a row",
     )  # fmt: skip
-    assert len(read(chat(USER, DONE, tools=many[:256]))[2]) == 256
+    assert len(read(chat(USER, DONE, tools=many[:128]))[2]) == 128
     assert "2 tools have the name 'lamp'" in fault_of(chat(USER, DONE, tools=[LAMP, LAMP]))[1]
 
 
