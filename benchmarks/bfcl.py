@@ -25,9 +25,9 @@ from typing import Any
 
 from benchmarks.conversations import run_many
 from benchmarks.machine import machine
-from services.calls.allowed import AllowedCalls
-from services.calls.grammar import write_grammar
-from services.calls.notation import read_marks
+from services.engines.calls.allowed import AllowedCalls
+from services.engines.calls.grammar import write_grammar
+from services.engines.calls.notation import read_marks
 from services.engines.paged.engine import PagedEngine
 from services.engines.protocol import Sampling
 from stages.common.artifacts import artifacts, write_json

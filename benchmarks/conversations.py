@@ -37,9 +37,9 @@ from typing import Any, cast
 
 from benchmarks.machine import machine
 from benchmarks.tool_clients import CLIENTS, find_server, run_client
-from services.calls.allowed import AllowedCalls, read_schema
-from services.calls.grammar import write_grammar
-from services.calls.notation import read_marks
+from services.engines.calls.allowed import AllowedCalls, read_schema
+from services.engines.calls.grammar import write_grammar
+from services.engines.calls.notation import read_marks
 from services.engines.grammar import Grammars
 from services.engines.paged.engine import PagedEngine
 from services.engines.protocol import Sampling, Step

@@ -7,7 +7,7 @@ import json
 from services import errors
 from services.answering.held_calls import hold_calls
 from services.answering.request import GenerationRequest
-from services.calls.allowed import read_schema
+from services.engines.calls.allowed import read_schema
 from services.engines.protocol import QueueFull, SchemaUnsupported
 from services.guard.checks import GuardDecision
 from services.model_pool import LoadedModel

@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 from services import errors
 from services.answering.handler import ChatHandler
+from services.engines.calls.bounds import MAX_DEPTH, is_deep
 from services.engines.protocol import QueueFull, SchemaUnsupported
 from services.events import Feedback, StoreUnavailable
 from services.guard import policy
-from services.schemas.bounds import MAX_DEPTH, is_deep
 from stages.common.messages import Tool, read_calls
 from stages.common.params.checked_yaml import suggest_nearest
 from stages.common.privacy.redaction import redact, redact_json

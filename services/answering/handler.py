@@ -19,7 +19,7 @@ from services.answering.prompts import apply_guard, encode_prompt, read_texts
 from services.answering.request import Delta, Echo, GenerationRequest, Usage, make_request_id
 from services.answering.state import GenerationState, build_exchange
 from services.background import BackgroundTasks
-from services.calls.reading import Piece, join_pieces
+from services.engines.calls.reading import Piece, join_pieces
 from services.engines.detokenizer import IncrementalDetokenizer
 from services.engines.protocol import (
     ContextOverflow,

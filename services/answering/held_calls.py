@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from services.answering.request import GenerationRequest
-from services.calls.grammar import CallGrammar, write_grammar
-from services.calls.notation import read_marks, read_thoughts
-from services.calls.reading import AnswerReader
+from services.engines.calls.grammar import CallGrammar, write_grammar
+from services.engines.calls.notation import read_marks, read_thoughts
+from services.engines.calls.reading import AnswerReader
 from services.engines.protocol import Sampling
 from services.model_pool import LoadedModel
 from stages.common.chat.calls import read_call_format

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from services.calls.allowed import AllowedCalls
-from services.calls.reading import CallPiece
+from services.engines.calls.allowed import AllowedCalls
+from services.engines.calls.reading import CallPiece
 from services.engines.protocol import Sampling, TokenLogprob
 from services.events.turns import write_turns
 from services.keys.access import Caller

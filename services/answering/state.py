@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from services.answering.request import GenerationRequest
-from services.calls.reading import AnswerReader
+from services.engines.calls.reading import AnswerReader
 from services.engines.protocol import Step
 from services.events import Exchange
 from services.guard.checks import GuardDecision

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
 
-from services.schemas.bounds import MAX_DEPTH, is_deep
+from services.engines.calls.bounds import MAX_DEPTH, is_deep
 
 # Types of pydantic's errors whose context has the field.
 UNSUPPORTED = "unsupported_field"  # it is not taken

@@ -12,7 +12,7 @@ from services.answering.handler import ChatHandler
 from services.answering.request import GenerationRequest
 from services.api.schemas import ChatMessage, ChatRequest, CompletionRequest, ResponseFormat
 from services.api.tools import read_allowed
-from services.calls.allowed import AllowedCalls, check_schemas
+from services.engines.calls.allowed import AllowedCalls, check_schemas
 from services.engines.protocol import Sampling, SchemaUnsupported
 from services.keys.access import Caller
 from stages.common.messages import Message, find_call_problem, join_system

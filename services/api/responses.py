@@ -12,7 +12,7 @@ from itertools import accumulate
 from typing import Any
 
 from services.answering.request import Delta, Usage
-from services.calls.reading import CallPiece, Piece, join_pieces
+from services.engines.calls.reading import CallPiece, Piece, join_pieces
 from services.engines.protocol import TokenLogprob
 from services.engines.token_bytes import TokenBytes
 from services.errors import ApiError

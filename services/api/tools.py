@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from services.api.fields import UNSUPPORTED, Body, JsonObject, check_depth, find_broken_text
-from services.calls.allowed import AllowedCalls
+from services.engines.calls.allowed import AllowedCalls
 from stages.common.messages import Tool, ToolCall, format_arguments, read_strict_json
 from stages.common.tools.canonical import FUNCTION_KEYS, write_tool
 from stages.common.tools.schemas import NAME, find_name_problem

@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 from llguidance import LLTokenizer
 
+from services.engines.calls.trial import try_probes
 from services.engines.grammar import Grammar, compile_grammar, compile_schema
 from services.engines.protocol import SchemaUnsupported
 from services.guard.checks import check_schema
@@ -69,14 +70,7 @@ def try_grammar(job: dict[str, Any], vocabulary: Any) -> dict[str, Any]:
     """
     for schema in job["schemas"]:
         check_schema("null", schema)
-    matcher = compile_grammar(job["grammar"], vocabulary)
-    Grammar(matcher.deep_copy(), vocabulary.vocab_size).allowed()
-    for probe in job["probes"]:
-        state = Grammar(matcher.deep_copy(), vocabulary.vocab_size)
-        for token in vocabulary.tokenize_str(probe, parse_special=True):
-            state.take(token)
-        if not state.allowed().any():
-            raise SchemaUnsupported(f"no arguments fit the schema of a tool, behind {probe!r}")
+    try_probes(compile_grammar(job["grammar"], vocabulary), job["probes"], vocabulary)
     return {}
 
 

@@ -21,10 +21,10 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from services.engines.calls.bounds import check_bounds
 from services.engines.protocol import QueueFull, SchemaUnsupported
 from services.guard.checks import GuardDecision
 from services.parent import make_parent_variable
-from services.schemas.bounds import check_bounds
 from stages.common.messages import Tool, ToolCall
 
 MAX_WAITING = 64  # jobs that wait for a process; more are refused

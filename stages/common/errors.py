@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class InputError(Exception):
     """A file, a row, a model, a parameter or the machine is not as required.
@@ -35,3 +37,15 @@ class TransientError(InputError):
     """
 
     exit_code = 75
+
+
+def raise_problems(problems: Sequence[InputError]) -> None:
+    """Raise one InputError with all problems, if there are any."""
+    if not problems:
+        return
+    if len(problems) == 1:
+        raise problems[0]
+    raise InputError(
+        f"{len(problems)} problems, found before training\n" + "\n".join(f"- {p.what}" for p in problems),
+        "\n".join(f"- {fix}" for fix in dict.fromkeys(p.fix for p in problems)),
+    )

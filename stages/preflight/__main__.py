@@ -38,7 +38,7 @@ from stages.common.chat.row_class import read_row_class
 from stages.common.chat.template import read_answer_frame, suggest_for_refused
 from stages.common.chat.tools_template import suggest_for_thoughts
 from stages.common.chat.turns import unroll
-from stages.common.errors import InputError
+from stages.common.errors import InputError, raise_problems
 from stages.common.logs import get_logger, run_stage, show_progress
 from stages.common.model.loading import (
     count_context_tokens,
@@ -66,6 +66,7 @@ from stages.preflight.base_checks import (
     find_variant_problems,
     list_quantizations,
 )
+from stages.preflight.call_checks import find_call_problems
 from stages.preflight.changed_text import describe_text
 from stages.preflight.findings import count_unserved, count_unwritten_thoughts, report_findings
 from stages.preflight.finetune_checks import (
@@ -275,18 +276,6 @@ def describe_side(fitting: Fitting, misfits: Sequence[Misfit]) -> dict[str, Any]
     }
 
 
-def raise_problems(problems: Sequence[InputError]) -> None:
-    """Raise one InputError with all problems, if there are any."""
-    if not problems:
-        return
-    if len(problems) == 1:
-        raise problems[0]
-    raise InputError(
-        f"{len(problems)} problems, found before training\n" + "\n".join(f"- {p.what}" for p in problems),
-        "\n".join(f"- {fix}" for fix in dict.fromkeys(p.fix for p in problems)),
-    )
-
-
 def main() -> None:
     """Check the base model and every row, write the counts, then fail if something cannot work."""
     params = load_params()
@@ -316,6 +305,8 @@ def main() -> None:
         )
     fitting, misfits = encode_sides(params, config, tokenizer, sides)
     problems += find_row_problems(params, task, config, fitting, misfits)
+    learned = (row for row, _ in chain.from_iterable(fitting.values()))
+    problems += find_call_problems(tokenizer, learned, params.task.turns)
     limit_of_row = limit_length(params.finetune.max_length, config, params.finetune.virtual_tokens)
     preferences = count_preferences(params.finetune, tokenizer, sides["train"], limit_of_row)
     problems += find_preference_problems(params.finetune, preferences)

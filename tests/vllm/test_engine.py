@@ -8,10 +8,10 @@ import time
 import psutil
 import pytest
 
-from services.calls.allowed import AllowedCalls
-from services.calls.grammar import write_grammar
-from services.calls.notation import read_marks
-from services.calls.reading import AnswerReader, join_pieces
+from services.engines.calls.allowed import AllowedCalls
+from services.engines.calls.grammar import write_grammar
+from services.engines.calls.notation import read_marks
+from services.engines.calls.reading import AnswerReader, join_pieces
 from services.engines.grammar import set_whitespace
 from services.engines.protocol import EngineError, Sampling
 from services.engines.vllm import VllmEngine

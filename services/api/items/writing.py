@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from services.answering.request import Delta
-from services.calls.reading import CallPiece
+from services.engines.calls.reading import CallPiece
 
 Event = tuple[str, dict[str, Any]]  # its type and fields
 Status = Literal["in_progress", "completed", "incomplete"]

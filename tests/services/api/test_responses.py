@@ -12,7 +12,7 @@ from services.api.items.formatting import ItemFormatter
 from services.api.items.parsing import read_items
 from services.api.items.schemas import Item, ResponsesRequest
 from services.api.items.writing import ItemWriter
-from services.calls.reading import CallPiece
+from services.engines.calls.reading import CallPiece
 from services.engines.protocol import Sampling
 from services.keys.access import Caller
 from stages.common.messages import Message, ToolCall, find_call_problem

@@ -10,9 +10,9 @@ import pytest
 
 from services.answering.checking import check_calls
 from services.answering.request import GenerationRequest
-from services.calls.allowed import AllowedCalls, check_schemas
-from services.calls.grammar import write_grammar
-from services.calls.notation import read_marks
+from services.engines.calls.allowed import AllowedCalls, check_schemas
+from services.engines.calls.grammar import write_grammar
+from services.engines.calls.notation import read_marks
 from services.engines.protocol import QueueFull, Sampling, SchemaUnsupported
 from services.keys.access import Caller
 from services.schemas import trials

@@ -13,6 +13,7 @@ from transformers import T5Config
 
 from stages.common.artifacts import write_json
 from stages.common.chat.template import Encoded, encode_example, fix_argument
+from stages.common.chat.tools_template import adapt_template
 from stages.common.errors import InputError
 from stages.common.messages import Message, Tool, ToolCall
 from stages.common.model.replaced import measure_reach, select_weights
@@ -477,6 +478,22 @@ def test_a_model_whose_blocks_are_not_found_is_refused_only_where_they_are_count
     with pytest.raises(InputError, match=r"blocks of \w+ are not found") as error:
         select_weights(model, 1)
     assert "a list of module names" in error.value.fix
+
+
+def test_tools_that_the_service_cannot_hold_are_refused_before_training(lay_out, set_params):
+    schema = {"type": "object", "properties": {"on": {"not": {"type": "string"}}}}
+    tool = Tool(json.dumps({"type": "function", "function": {"name": "lamp", "parameters": schema}}))
+    made = make_tokenizer(MERGES)
+    made.chat_template = CHAT_TEMPLATE
+    call = Message("assistant", "", (ToolCall("lamp", "{}", "x1"),))
+    rows = [make_row([Message("user", f"q {n}"), call], "toy", "cc0-1.0", tools=[tool]) for n in range(30)]
+    set_params(finetune__max_length=4000)
+    template = adapt_template(made, {}, True, "default")
+    model = make_model(vocab_size=SIZE, max_position_embeddings=8192)
+    lay_out(template, model, kind="tools", train=rows, validation=rows[:4], test=rows[:10])
+    with pytest.raises(InputError, match="30 rows have tools that the service refuses in any request"):
+        preflight.main()
+    assert 'lamp: $.properties.on: Unimplemented keys: ["not"]' in found()["problems"][-1]
 
 
 def test_all_problems_are_in_one_message(lay_out, set_params, tmp_path):

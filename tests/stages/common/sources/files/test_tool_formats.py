@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from services.api.tools import check_arguments
-from services.calls.allowed import check_schemas
+from services.engines.calls.allowed import check_schemas
 from stages.common.messages import Message, Tool, ToolCall
 from stages.common.sources.files.entries import BadRow
 from stages.common.sources.files.messages import read_conversation

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from services.calls.grammar import Marks
-from services.calls.reading import Thoughts
+from services.engines.calls.grammar import Marks
+from services.engines.calls.reading import Thoughts
 from stages.common.chat.calls import read_call_format
 from stages.common.chat.template import read_answer_frame, thinks
 

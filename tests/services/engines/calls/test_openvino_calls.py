@@ -5,14 +5,14 @@ import json
 
 import pytest
 
-from services.calls.allowed import AllowedCalls
-from services.calls.grammar import write_grammar
-from services.calls.notation import read_marks, read_thoughts
-from services.calls.reading import AnswerReader, join_pieces
+from services.engines.calls.allowed import AllowedCalls
+from services.engines.calls.grammar import write_grammar
+from services.engines.calls.notation import read_marks, read_thoughts
+from services.engines.calls.reading import AnswerReader, join_pieces
 from services.engines.openvino_grammar import write_tags
 from services.engines.protocol import Sampling, SchemaUnsupported
 from stages.common.messages import Tool
-from tests.services.calls.test_grammar import EVERY, READ, adapt
+from tests.services.engines.calls.test_grammar import EVERY, READ, adapt
 from tests.services.engines.makers import make_openvino, tiny
 from tests.services.engines.test_contract import answer, ids_of
 from tests.services.tool_models import TOOLS, find_call_fault, make_tool

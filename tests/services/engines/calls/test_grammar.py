@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from services.calls.allowed import AllowedCalls, check_schemas, read_schema
-from services.calls.grammar import MAX_CALLS, write_grammar
-from services.calls.notation import read_marks, read_thoughts
-from services.calls.reading import AnswerReader, join_pieces
+from services.engines.calls.allowed import AllowedCalls, check_schemas, read_schema
+from services.engines.calls.grammar import MAX_CALLS, write_grammar
+from services.engines.calls.notation import read_marks, read_thoughts
+from services.engines.calls.reading import AnswerReader, join_pieces
 from services.engines.grammar import Grammars, compile_grammar
 from services.engines.protocol import Sampling, SchemaUnsupported
 from stages.common.chat.template import render_example
@@ -70,6 +70,7 @@ def test_what_the_template_writes_is_accepted(tokenizer, vocabulary):
 
 
 def test_no_other_call_is_accepted(tokenizer, vocabulary):
+    """Nor one in another order than the schema's: curate writes what is learned in that order."""
     for name, arguments in (
         ("lamp", '{"room": "attic", "level": 3}'),
         ("lamp", '{"room": "hall"}'),

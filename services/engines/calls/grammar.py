@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from services.calls.allowed import AllowedCalls, read_schema
+from services.engines.calls.allowed import AllowedCalls, read_schema
 from services.engines.grammar import set_whitespace
 from services.engines.protocol import CallForm, SchemaUnsupported
 from stages.common.chat.calls import CallFormat
@@ -142,7 +142,7 @@ class _Writer:
             return ()
         begins = []
         for tool in tools:
-            filled = self._fill(json.dumps(tool.name), "\0", '"abcdefghi"').partition("\0")[0]
+            filled = _fill(self._format, json.dumps(tool.name), "\0", '"abcdefghi"').partition("\0")[0]
             begins.append(f"{self._marks.thought_start}{self._marks.thought_end}{found.opener}{filled}")
         return tuple(begins)
 
@@ -156,7 +156,7 @@ class _Writer:
     ) -> CallForm:
         """Return the same answers in parts, for a notation without ids."""
         found, marks = self._format, self._marks
-        around = [self._fill(json.dumps(tool.name), "\0", "").split("\0") for tool in tools]
+        around = [_fill(self._format, json.dumps(tool.name), "\0", "").split("\0") for tool in tools]
         return CallForm(
             mode,
             (marks.thought_start.strip(), marks.thought_end) if marks.thought_end.strip() else None,
@@ -216,20 +216,13 @@ class _Writer:
     def _key(self, place: int) -> str:
         return f"{json.dumps(self._format.keys[place][0])}{self._format.colon}"
 
-    def _fill(self, name: str, arguments: str, number: str) -> str:
-        """Return the object of a call with these JSON texts as its values."""
-        found = self._format
-        own = {found.name_key: name, found.arguments_key: arguments, found.id_key: number}
-        values = [own[key] if key in own else json.dumps(fixed) for key, fixed in found.keys]
-        return "{" + found.comma.join(self._key(n) + value for n, value in enumerate(values)) + "}"
-
     def _common_prefix(self) -> str:
         """Return what all calls begin with, up to the first value of their own."""
-        return re.split("[\0\1\2]", self._fill("\1", "\0", "\2"))[0]
+        return re.split("[\0\1\2]", _fill(self._format, "\1", "\0", "\2"))[0]
 
     def _object_rest(self, name: str, arguments: str) -> str:
         """Return the rule of a call behind `_common_prefix`."""
-        rest = self._fill(json.dumps(name), "\0", "\2")[len(self._common_prefix()) :]
+        rest = _fill(self._format, json.dumps(name), "\0", "\2")[len(self._common_prefix()) :]
         items = [self._literal('"'), "id", self._literal('"')]
         slots = {"\0": [arguments], "\2": items}
         parts = (slots.get(part) or [self._literal(part)] for part in re.split("([\0\2])", rest) if part)
@@ -246,6 +239,24 @@ class _Writer:
             quoted = json.dumps(part, ensure_ascii=False)
             items.append(f"(<[{self._ids[part]}]> | {quoted})" if part in self._ids else quoted)
         return " ".join(items)
+
+
+def write_call(found: CallFormat, name: str, arguments: str, number: str) -> str:
+    """Return the object of a call in a notation.
+
+    Args:
+        arguments: their JSON text.
+        number: the id of the call, for a notation that has one.
+    """
+    return _fill(found, json.dumps(name), arguments, json.dumps(number))
+
+
+def _fill(found: CallFormat, name: str, arguments: str, number: str) -> str:
+    """Return the object of a call with these JSON texts as its values."""
+    own = {found.name_key: name, found.arguments_key: arguments, found.id_key: number}
+    values = [own[key] if key in own else json.dumps(fixed) for key, fixed in found.keys]
+    pairs = zip(found.keys, values, strict=True)
+    return "{" + found.comma.join(f"{json.dumps(key)}{found.colon}{value}" for (key, _), value in pairs) + "}"
 
 
 def _escape(text: str) -> str:

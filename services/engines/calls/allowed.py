@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from services.engines.calls.bounds import check_bounds
 from services.engines.protocol import SchemaUnsupported
-from services.schemas.bounds import check_bounds
 from stages.common.messages import Tool
 from stages.common.tools.references import find_loop
 

@@ -5,10 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from services.engines.grammar import Grammars
-from services.engines.protocol import SchemaUnsupported
-from services.guard.checks import check_schema
-from services.schemas.bounds import (
+from services.engines.calls.bounds import (
     BOUNDS,
     COUNTS,
     MAX_BOUND,
@@ -21,6 +18,9 @@ from services.schemas.bounds import (
     check_bounds,
     count_remainders,
 )
+from services.engines.grammar import Grammars
+from services.engines.protocol import SchemaUnsupported
+from services.guard.checks import check_schema
 from tests.tiny import make_tokenizer
 
 EDGES = (
