@@ -14,6 +14,7 @@ from flows.sweep.space import Values, encode_choice
 from flows.sweep.study import State, TrialResult, find_best
 from stages.common.artifacts import read_json, reports, write_json, write_text
 from stages.common.errors import InputError
+from stages.common.escaping import escape_csv_cell
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -94,11 +95,15 @@ def _make_csv(report: SweepReport) -> str:
     keys = list_keys(report.results)
     writer.writerow(["trial", "state", *keys, report.metric, "points", "seconds", "experiment", "message"])
     for one in report.results:
-        values = [format_exact(one.values[key]) for key in keys]
+        values = [_format_cell(one.values[key]) for key in keys]
         value = "" if one.value is None else f"{one.value:.6f}"
-        ends = [one.points, one.seconds, one.experiment or "", one.message]
+        ends = [one.points, one.seconds, *map(escape_csv_cell, (one.experiment or "", one.message))]
         writer.writerow([one.number, one.state, *values, value, *ends])
     return text.getvalue()
+
+
+def _format_cell(value: Any) -> str:
+    return escape_csv_cell(value) if isinstance(value, str) else encode_choice(value)
 
 
 def list_keys(results: Sequence[TrialResult]) -> list[str]:

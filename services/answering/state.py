@@ -12,6 +12,7 @@ from services.answering.request import GenerationRequest
 from services.engines.calls.reading import AnswerReader
 from services.engines.protocol import Step
 from services.events import Exchange
+from services.events.outlines import limit_size, outline
 from services.guard.checks import GuardDecision
 from services.model_pool import LoadedModel, Route
 from stages.common.privacy.redaction import pseudonymise
@@ -112,8 +113,7 @@ def build_exchange(
     """
     if state.unread:  # to redact a megabyte takes a second, in which no other event is written
         messages = [
-            {**one, "content": f"[{len(one['content'])} characters]"}
-            for one in request.as_texts(state.model.decode_prompt)
+            {**one, "content": outline(one["content"])} for one in request.as_texts(state.model.decode_prompt)
         ]
     else:
         messages = request.as_turns(state.model.decode_prompt)
@@ -123,12 +123,12 @@ def build_exchange(
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "seed": sampling.seed,
-        "stop": list(request.stops),
-        "json_schema": sampling.json_schema,
+        "stop": limit_size(list(request.stops)),
+        "json_schema": limit_size(sampling.json_schema),
     }
     if request.allowed is not None:
         parameters |= {
-            "tools": [] if state.unread else [tool.value for tool in request.tools],
+            "tools": [] if state.unread else limit_size([tool.value for tool in request.tools]),
             "tool_choice": request.allowed.name or request.allowed.mode,
             "parallel_tool_calls": request.allowed.is_parallel,
         }

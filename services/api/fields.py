@@ -43,7 +43,7 @@ IGNORED = frozenset(
         "service_tier",
     }
 )
-# Values besides null and what is empty that ask for what is done anyway.
+# Values besides null and, but for `SWITCHES`, what is empty that ask for what is done anyway.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
     "add_special_tokens": (False,),
@@ -77,6 +77,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "verbosity": ("medium",),
 }
+# What even an empty object asks for: a search, or an answer that is JSON.
+SWITCHES = frozenset({"guided_json", "json_schema", "web_search_options"})
 _TOOLS = "/v1/chat/completions takes tools, and tool_choice"
 _GRAMMAR = "only JSON schemas are supported: response_format, type json_schema"
 ALTERNATIVES = {
@@ -142,8 +144,10 @@ JsonObject = Annotated[dict[str, Any], AfterValidator(check_depth)]
 
 def asks_for_nothing(name: str, value: Any) -> bool:
     """Return whether ignoring an unknown field changes no answer."""
-    if name in IGNORED or value is None or (isinstance(value, (list, dict, str)) and not value):
+    if name in IGNORED or value is None:
         return True
+    if isinstance(value, (list, dict, str)) and not value:
+        return name not in SWITCHES
     # 1 == True, but no client sends one for the other.
     same_kind = (same for same in NEUTRAL.get(name, ()) if isinstance(same, bool) == isinstance(value, bool))
     return value in same_kind

@@ -197,6 +197,15 @@ class ChatRequest(_Sampled):
         return self
 
     @model_validator(mode="after")
+    def _limits_agree(self) -> ChatRequest:
+        newer, older = self.max_completion_tokens, self.max_tokens
+        if None not in (newer, older) and newer != older:
+            problem = f"is {newer}, and max_tokens, its older name, is {older}; send one of them"
+            context = {"field": "max_completion_tokens", "problem": problem}
+            raise PydanticCustomError(WRONG, "{problem}", context)
+        return self
+
+    @model_validator(mode="after")
     def _alternatives_need_logprobs(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:  # 0 asks for nothing
             raise ValueError("top_logprobs needs logprobs: true")

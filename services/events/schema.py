@@ -114,6 +114,11 @@ TABLES = {Exchange: exchanges, Feedback: feedback}
 INSERTS = {kind: insert(table) for kind, table in TABLES.items()}
 
 
+def count_chars(event: Event) -> int:
+    """Return how many characters of an event are redacted before it is written."""
+    return sum(len(getattr(event, name, None) or "") for name in REDACTED)
+
+
 class StoreUnavailable(Exception):
     """The store could not record the event; the message has the reason.
 

@@ -35,6 +35,7 @@ from services.events.schema import (
     Event,
     Feedback,
     StoreUnavailable,
+    count_chars,
     exchanges,
     feedback,
 )
@@ -45,6 +46,8 @@ logger = get_logger("events")
 
 RETRY_S = 2.0  # how long a healthy store retries a group before its callers get an error
 PROBE_S = 1.0  # how often a failed store without events checks whether it can write again
+# Of the texts of one group; those that take longest to redact, JSON of short strings, take about a second.
+GROUP_CHARS = 200_000
 STALLED_S = 10.0  # writing a group for longer than this counts as a failure
 COMMIT_WITHIN_S = 30.0  # how long a caller waits
 
@@ -168,6 +171,7 @@ class EventStore:
     def _next_group(self) -> tuple[list[Pending], bool]:
         """Wait for events; return them (none: time to probe), and whether the store is closing."""
         group: list[Pending] = []
+        chars = 0
         try:
             pending = self._queue.get(timeout=PROBE_S if self._problem else None)
             # One sleep instead of a wait per event: every wake-up takes the GIL from the event loop.
@@ -175,7 +179,8 @@ class EventStore:
                 time.sleep(self._group_wait_s)
             while pending is not None:
                 group.append(pending)
-                if len(group) == self._group_rows:
+                chars += count_chars(pending[0])
+                if len(group) == self._group_rows or chars > GROUP_CHARS:
                     return group, False
                 pending = self._queue.get_nowait()
         except queue.Empty:
@@ -184,7 +189,6 @@ class EventStore:
 
     def _store_group(self, group: Sequence[Pending]) -> list[Exception | None]:
         """Write a group; return an error, or None, for each event."""
-        self._writing_since = time.monotonic()
         try:
             outcomes: dict[int, Exception | None] = {}
             rows: dict[int, Row] = {}
@@ -193,6 +197,7 @@ class EventStore:
                     rows[number] = type(event), _row(event, self._redact)
                 except Exception as error:
                     outcomes[number] = BadEvent(f"the event cannot be stored: {error!r}")
+            self._writing_since = time.monotonic()  # to redact is not the database's time
             stored = self._write_with_retries(list(rows.values())) if rows else []
             outcomes.update(zip(rows, stored, strict=True))
             return [outcomes[number] for number in range(len(group))]

@@ -14,6 +14,8 @@ _SURROGATES = re.compile(r"[\ud800-\udfff]")
 # Reorder what comes after them: a text could look like another one.
 _DIRECTIONS = re.compile(r"[\u202a-\u202e\u2066-\u2069]")
 _FORMULA = tuple("=+-@＝＋－＠")
+# Where another cell begins if a spreadsheet takes another separator than the comma; possessive, so linear.
+_SEPARATORS = re.compile(r"[;|\t\r\n][;|\s\"]*+")
 _LOOK_ALIKES = str.maketrans({"<": "‹", ">": "›"})
 
 
@@ -63,9 +65,13 @@ def escape_message(text: str) -> str:
 
 
 def escape_csv_cell(text: str) -> str:
-    """Return text for a cell of CSV: a spreadsheet would compute what begins like a formula."""
+    """Return text for a cell of CSV: a spreadsheet would compute what begins like a formula.
+
+    So would one that separates cells at semicolons, bars, tabs or line ends: no quotes keep it from that.
+    """
     text = _SURROGATES.sub("\ufffd", text.replace("\0", " "))
     begins = text.lstrip()[:1] in _FORMULA or text[:1] in ("\t", "\r", "\n")
+    text = _SEPARATORS.sub(lambda found: found[0] + "'" * text.startswith(_FORMULA, found.end()), text)
     return f"'{text}" if begins else text
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 from decimal import Decimal
-from typing import Any
+from typing import Any, Literal
+from urllib.parse import unquote
 
 from services.engines.protocol import SchemaUnsupported
 
@@ -25,6 +26,11 @@ COUNTS = tuple(
     f"{end}{what}" for what in ("Length", "Items", "Properties", "Contains") for end in ("min", "max")
 )
 VALUES = ("enum", "const", "default", "examples")  # hold values, which are no schemas
+WRITTEN = ("enum", "const")  # of them, those that an answer may be
+# Hold schemas by names, which are no keywords, whatever they are.
+NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies")
+
+Kind = Literal["schema", "schemas by name", "written value", "value"]
 
 
 def check_bounds(schema: str) -> None:
@@ -38,12 +44,12 @@ def check_bounds(schema: str) -> None:
             f"the JSON schema has {len(schema)} characters; at most {MAX_SCHEMA_CHARS} are read"
         )
     try:
-        parts = [(json.loads(schema), 1, True)]  # value, depth, whether it may be a schema
+        parts: list[tuple[Any, int, Kind]] = [(json.loads(schema), 1, "schema")]  # the number is the depth
     except (ValueError, RecursionError) as error:
         raise SchemaUnsupported(f"the JSON schema is not JSON: {error}") from None
     seen = 0
     while parts:
-        value, depth, is_schema = parts.pop()
+        value, depth, kind = parts.pop()
         seen += 1
         if depth > MAX_DEPTH:
             raise SchemaUnsupported(f"the JSON schema is nested more than {MAX_DEPTH} levels deep")
@@ -51,15 +57,46 @@ def check_bounds(schema: str) -> None:
             raise SchemaUnsupported(f"the JSON schema has more than {MAX_PARTS} parts")
         if isinstance(value, float) and not math.isfinite(value):
             raise SchemaUnsupported(f"the JSON schema holds {value}, which JSON does not have")
+        if kind == "written value":
+            _check_written(value)
         if isinstance(value, list):
-            parts += ((part, depth + 1, is_schema) for part in value)
+            parts += ((part, depth + 1, kind) for part in value)
         elif isinstance(value, dict):
-            if is_schema:
+            if kind == "schema":
                 _check_optional(value)
-            for key, part in value.items():
-                if is_schema:
-                    _check_number(key, part)
-                parts.append((part, depth + 1, is_schema and key not in VALUES))
+                _check_numbers(value)
+                _check_reference(value.get("$ref"))
+            parts += ((part, depth + 1, _find_kind(kind, key)) for key, part in value.items())
+
+
+def _find_kind(kind: Kind, key: str) -> Kind:
+    """Return what a key of an object of some kind holds."""
+    if kind == "schemas by name":
+        return "schema"
+    if kind != "schema":
+        return kind
+    if key in NAMED:
+        return "schemas by name"
+    if key in WRITTEN:
+        return "written value"
+    return "value" if key in VALUES else "schema"
+
+
+def _check_reference(reference: Any) -> None:
+    """Refuse to take a value for a schema: nothing in it has been checked."""
+    kind: Kind = "schema"
+    for key in unquote(reference.partition("#")[2]).split("/") if isinstance(reference, str) else ():
+        kind = _find_kind(kind, key.replace("~1", "/").replace("~0", "~"))
+    if kind in ("value", "written value"):
+        raise SchemaUnsupported(f"$ref is {reference[:80]!r}, which is a value; point to a schema in $defs")
+
+
+def _check_written(value: Any) -> None:
+    """Check a value that an answer may be: grammars write its integers as float64."""
+    if isinstance(value, int) and abs(value) > MAX_BOUND:
+        raise SchemaUnsupported(
+            f"enum or const has {_show(value)}; a grammar holds integers up to {MAX_BOUND}; send it as text"
+        )
 
 
 def is_deep(value: Any) -> bool:
@@ -86,8 +123,12 @@ def _check_optional(schema: dict[str, Any]) -> None:
         )
 
 
+def _check_numbers(schema: dict[str, Any]) -> None:
+    for key, value in schema.items():
+        _check_number(key, value)
+
+
 def _check_number(key: str, value: Any) -> None:
-    """Check the number of a keyword; a property may have the name of one, but then its value is a schema."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     if key in BOUNDS and value != 0 and not MIN_BOUND <= abs(value) <= MAX_BOUND:

@@ -98,7 +98,7 @@ GAPS: dict[str, list[Gap]] = {
         Gap("tool_choice.type", {"tool_choice": {"type": "allowed_tools"}}, ONLY_FUNCTIONS),
         Gap("tools.0.custom", {"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "the type function"),
         Gap("verbosity", {"verbosity": "low"}),
-        Gap("web_search_options", {"web_search_options": {"search_context_size": "low"}}),
+        Gap("web_search_options", {"web_search_options": {}}),
     ],
     COMPLETIONS: [
         Gap("best_of", {"best_of": 2}),

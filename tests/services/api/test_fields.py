@@ -22,6 +22,9 @@ def refused(answer):
 # Of other servers' clients; what OpenAI's own API has is in openai_gaps.py.
 CHANGES = [
     {"guided_json": {"type": "object"}},
+    {"guided_json": {}},
+    {"json_schema": {}},
+    {"web_search_options": {}},
     {"guided_regex": "a+"},
     {"guided_choice": ["a"]},
     {"structured_outputs": {"json": {}}},
@@ -81,6 +84,7 @@ def test_what_changes_answers_and_is_not_done_is_named(client, fields):
         ({"stop": 5}, "stop"),
         ({"stop": ["a", 5]}, "stop"),
         ({"n": 2}, "n"),
+        ({"max_tokens": 5, "max_completion_tokens": 4}, "max_completion_tokens"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {}}},
@@ -112,6 +116,7 @@ SAME = [
     {"tools": [], "tool_choice": "none", "functions": [], "function_call": "none", "modalities": ["text"]},
     {"logit_bias": {}, "logit_bias_": None, "guided_json": None, "top_k": -1, "min_p": 0.0},
     {"repetition_penalty": 1.0, "tool_choice": "auto", "n": 1, "stream_options": None, "user": None},
+    {"max_completion_tokens": 8},
     {"stop": None, "max_completion_tokens": None, "response_format": {"type": "text"}, "seed": None},
 ]
 

@@ -277,6 +277,17 @@ def test_feedback_comes_with_its_exchange(url, tmp_path):
     assert pq.read_table(tmp_path / "window.parquet").to_pylist() == []
 
 
+def test_a_group_ends_before_its_texts_take_long_to_redact(sqlite_url, monkeypatch):
+    rows, write = [], writing._Writer.write
+    monkeypatch.setattr(
+        writing._Writer, "write", lambda *called: (rows.append(len(called[1])), write(*called))[1]
+    )
+    with opened(sqlite_url) as store:
+        long = "x" * (writing.GROUP_CHARS // 2 + 1)
+        assert not any(record(store, *(exchange(n, answer=long) for n in range(6))))
+    assert sum(rows) == 6 and max(rows) <= 2
+
+
 def test_the_parameters_of_an_answer_are_found_once_it_is_stored(url):
     with opened(url) as store:
         assert not any(record(store, EXCHANGE, exchange(1, answer=None, status=422)))

@@ -1,4 +1,7 @@
+import csv
+import io
 import json
+import re
 
 import pytest
 
@@ -66,8 +69,17 @@ def test_a_cell_of_csv_is_no_formula(text):
     assert escape_csv_cell(text).startswith("'")
 
 
+@pytest.mark.parametrize("separator", [";", "\t", "|", "\n", "\r"])
+@pytest.mark.parametrize("between", ["", " ", '"', ' "', "; "])
+def test_no_cell_of_another_separator_begins_with_a_formula(separator, between):
+    buffer = io.StringIO()
+    csv.writer(buffer).writerow(["a", escape_csv_cell(f"hello{separator}{between}=cmd|' /C calc'!A0")])
+    for cell in re.split(r"[;|\t\r\n]", buffer.getvalue()):
+        assert not cell.lstrip(' "').startswith(("=", "+", "-", "@")), cell
+
+
 def test_a_cell_of_csv_is_else_as_it_is():
-    for text in ("", "a=b", '{"a": 1}', "1-2", "x@example.org"):
+    for text in ("", "a=b", '{"a": 1}', "1-2", "x@example.org", "a; b", "one\ntwo", "a;b-c"):
         assert escape_csv_cell(text) == text
 
 
