@@ -15,6 +15,17 @@ from stages.common.privacy.personal_data import RECOGNISERS, find_spans
 MAX_PASSES = 5
 MIN_DIGITS = 4  # a shorter number tells nothing
 MAX_NAMED_CHARS = 256  # longer values are texts, which show by themselves what they are
+# In the name of what is a secret or a person's by its name alone; the recognisers decide about the value.
+TELLING = re.compile(
+    r"pass|pw|key|secret|token|pin|auth|kennwort|contrase|parola|senha|wachtwoord|пароль|密码|ssn|social"
+    r"|t[eé]l|phone|fon|fax|mobil|móvil|cell|handy|whatsapp|sms|portable|call|ring|dial|rufnummer"
+    r"|电话|手机|電話",
+    re.I,
+)
+# An object may have its name as a value: {"name": "password", "value": …}.
+NAME_KEYS = ("name", "key", "field", "header", "param", "parameter", "variable", "label")
+VALUE_KEYS = ("value", "values", "val", "content", "text", "data", "default", "const", "enum", "example")
+QUOTES = re.compile(r"[\"'`]")  # in a value they would end it
 WORD = re.compile(r"\w")
 ESCAPE = re.compile(r"\\u00([2-7][0-9a-fA-F])")  # how JSON may write a plain character
 
@@ -90,35 +101,56 @@ class _Pairs(list[tuple[str, Any]]):
     """A JSON object with all its pairs: of two equal keys a dictionary would keep one."""
 
 
-def _redact_value(value: Any, redact_part: Callable[[str], str]) -> Any:
+def _redact_value(value: Any, redact_part: Callable[[str], str], name: str = "") -> Any:
+    """Redact a JSON value.
+
+    Args:
+        name: the nearest one around the value that may tell what it is; empty for none.
+    """
     match value:
         case str():
-            return redact_part(value)
+            return _redact_named(name, value, redact_part(value), redact_part)
         case _Pairs():
+            own = _find_own_name(value)
             return _name_apart(
-                (key, redact_part(key), _redact_entry(key, inner, redact_part)) for key, inner in value
+                (key, redact_part(key), _redact_value(inner, redact_part, _name_of(key, own, name)))
+                for key, inner in value
             )
+        case [str(first), _] if TELLING.search(first):  # a header as some libraries have it
+            return [redact_part(first), _redact_value(value[1], redact_part, first)]
         case list():
-            return [_redact_value(inner, redact_part) for inner in value]
+            return [_redact_value(inner, redact_part, name) for inner in value]
         case int() | float() if not isinstance(value, bool):
             plain = str(value)  # a card number may be a JSON number
             if len(plain) < MIN_DIGITS:
                 return value
             redacted = redact_part(plain)
-            return value if redacted == plain else redacted
+            return _redact_named(name, value, value if redacted == plain else redacted, redact_part)
     return value
 
 
-def _redact_entry(key: str, value: Any, redact_part: Callable[[str], str]) -> Any:
-    """Redact the value of a key: what it is may show only next to its key, as for {"password": "…"}."""
-    redacted = _redact_value(value, redact_part)
-    short = isinstance(value, str | int | float) and redacted == value and len(str(value)) <= MAX_NAMED_CHARS
-    if not short or isinstance(value, bool) or len(str(value)) < MIN_DIGITS:
+def _find_own_name(pairs: _Pairs) -> str:
+    """Return the telling name that an object has as a value; empty for none."""
+    named = (inner for key, inner in pairs if key.casefold() in NAME_KEYS and isinstance(inner, str))
+    return next((name for name in named if len(name) <= MAX_NAMED_CHARS and TELLING.search(name)), "")
+
+
+def _name_of(key: str, own: str, around: str) -> str:
+    """Return the nearest telling name of the value behind a key."""
+    if TELLING.search(key):
+        return key
+    return own if own and key.casefold() in VALUE_KEYS else around
+
+
+def _redact_named(name: str, value: Any, redacted: Any, redact_part: Callable[[str], str]) -> Any:
+    """Redact a value that its name tells to be private, as for {"password": "…"}; others stay as redacted."""
+    text = str(value)
+    if not name or redacted != value or not MIN_DIGITS <= len(text) <= MAX_NAMED_CHARS:
         return redacted
-    before = f'{key}: "' if isinstance(value, str) else f"{key}: "
-    entry = f'{before}{value}"' if isinstance(value, str) else f"{before}{value}"
+    mark = '"' if isinstance(value, str) else ""
+    before, entry = f"{name}: {mark}", f"{name}: {mark}{QUOTES.sub('_', text)}{mark}"
     both = redact_part(entry)
-    if both in (entry, redact_part(key) + entry[len(key) :]):
+    if both in (entry, redact_part(name) + entry[len(name) :]):
         return value
     return both.removeprefix(before).removesuffix('"')
 

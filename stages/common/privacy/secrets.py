@@ -14,7 +14,7 @@ Span = tuple[int, int]
 _MIXED = r"(?=[^\s\"'`]{0,128}\d)(?=[^\s\"'`]{0,128}[A-Za-z])"
 _PASSWORD = (
     r"(?:passw(?:or)?d|passphrase|passcode|pwd|passwort|kennwort|mot de passe|contrase(?:ñ|n)a|parola|senha"
-    r"|wachtwoord|пароль|密码|(?<!\w)(?:pw|pass))"
+    r"|wachtwoord|пароль|密码|(?<![^\W_])(?:pw|pass))"
 )
 _NAMED = (
     r"(?:api[_ -]?key|secret(?:[_ -]?(?:key|access[_ -]?key|token))?"
@@ -22,7 +22,7 @@ _NAMED = (
     r"|client[_ -]?secret|(?<![^\W_])token|private[_ -]?key"
     r"|(?:encryption|signing|account|access|master)[_ -]?key)"
 )
-_IS = r"[\"'`]?\s{0,8}(?::=|=>|[:=])\s{0,8}"
+_IS = r"[\"'`]?\s{0,8}(?::=|[=-]>|→|[:=])\s{0,8}"
 _WORD = r"[^\s\"'`<>(){}\[\]$,;]"  # of a value without quotes: a bracket or a $ makes it code
 
 # Secrets with a fixed prefix are in the formats that secret scanners use (gitleaks, detect-secrets).
@@ -89,12 +89,14 @@ SECRETS: dict[str, re.Pattern[str]] = {
     "environment_secret": re.compile(
         r"(?<![A-Za-z0-9_])[A-Z][A-Z0-9_]{0,40}(?:TOKEN|SECRET|PASSWORD|_KEY|APIKEY)(?:_[A-Z0-9]{1,10})?"
         rf"\s?[=:]\s?[\"']?{_MIXED}(?![~./]){_WORD}{{16,128}}+(?![(\[{{])"
+        r"|(?<![A-Za-z0-9_])(?:[A-Z][A-Z0-9_]{0,40}_)?(?:TOKEN|SECRET|PASSWORD|PASSWD|PASS|PWD)"
+        rf"=[\"']?{_MIXED}(?![~./]){_WORD}{{12,128}}+(?![(\[{{])"
     ),
     "told_secret": re.compile(
         rf"\b{_PASSWORD}(?:\s(?:for|of|to|on|in|für|de|pour)\s[^\n.?!]{{1,40}}?)?"
         rf"\s(?:is|was|ist|lautet|est|es|to|è|é)(?:\snow)?:?\s[\"'`“«]?{_MIXED}(?![~./]){_WORD}{{6,128}}+(?![(\[{{])"
         rf"|\b(?:{_NAMED}|key)\s(?:is|was):?\s[\"'`]?{_MIXED}(?![~./]){_WORD}{{16,128}}+(?![(\[{{])"
-        r"|\bpin(?:\s(?:code|number))?(?:\sis\s|:\s?)\d{4,8}\b",
+        r"|\bpin(?:[\s_](?:code|number))?(?:\sis\s|:\s?[\"']?)\d{4,8}\b",
         re.I,
     ),
 }
@@ -124,8 +126,8 @@ HINTS: dict[str, tuple[str, ...]] = {
     "password_in_url": ("://",),
     "authorization": ("bearer", "authorization"),
     "command_line_password": ("-u", "--user"),
-    "assigned_secret": ("=", ":"),
-    "environment_secret": ("token", "secret", "password", "key"),
+    "assigned_secret": ("=", ":", "->", "→"),
+    "environment_secret": ("token", "secret", "pass", "pwd", "key"),
     "told_secret": (" is", " was", " ist", " lautet", " est", " es", " to", " è", " é", "pin"),
 }
 # The words that tell a password or a key; some are one way of writing several.

@@ -94,6 +94,70 @@ def test_a_value_is_what_its_key_says():
     }
 
 
+PASSWORD, KEY, NUMBER = "hunter2hunter2", "a1b2c3d4e5f6a7b8", "6641234567"
+
+
+@pytest.mark.parametrize(
+    ("value", "private"),
+    [
+        ({"password": [PASSWORD]}, PASSWORD),
+        ({"password": {"value": PASSWORD}}, PASSWORD),
+        ({"password": [[{"a": {"b": PASSWORD}}]]}, PASSWORD),
+        ({"name": "password", "value": PASSWORD}, PASSWORD),
+        ({"value": [PASSWORD], "Key": "db_password"}, PASSWORD),
+        ({"headers": [["X-Api-Key", KEY]]}, KEY),
+        ({"headers": {"X-Api-Key": [KEY]}}, KEY),
+        ({"Authorization": ["Basic dXNlcjpodW50ZXIy"]}, "dXNlcjpodW50ZXIy"),
+        ({"phone": [NUMBER]}, NUMBER),
+        ({"phone": {"home": int(NUMBER)}}, NUMBER),
+        ({"pin": "493817"}, "493817"),
+        ({"pin_code": 493817}, "493817"),
+        ({"pwd": 'a1"b2c3d4'}, "b2c3d4"),
+        ({"db_pass": PASSWORD}, PASSWORD),
+        *(
+            ({"properties": {"password": {"type": "string", key: value}}}, PASSWORD)
+            for key, value in (("default", PASSWORD), ("const", PASSWORD), ("enum", [PASSWORD]))
+        ),
+        ({"properties": {"password": {"examples": [PASSWORD]}}}, PASSWORD),
+    ],
+)
+def test_a_name_tells_what_every_value_within_is(value, private):
+    redacted = redact_json(json.dumps(value), redact)
+    assert private not in redacted and json.loads(redacted)
+    assert redact_json(redacted, redact) == redacted
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"note": [PASSWORD], "name": "note", "value": PASSWORD},
+        {"properties": {"password": {"type": "string", "minLength": 12, "description": "at least 1 digit"}}},
+        {"token": ["tokens", 12345], "password": [True, None, "none"]},
+        {
+            "tool_calls": [
+                {"id": "call_1a2b3c4d5e6f", "name": "get_token", "arguments": {"room": "hall-1st-floor"}}
+            ]
+        },
+    ],
+)
+def test_a_name_alone_makes_nothing_private(value):
+    assert redact_json(json.dumps(value), redact) == json.dumps(value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"DB_PASS={PASSWORD}",
+        f"export TOKEN={PASSWORD}",
+        f"password -> {PASSWORD}",
+        f"password → {PASSWORD}",
+    ],
+)
+def test_a_secret_that_is_assigned_is_found(text):
+    redacted = redact(text)
+    assert PASSWORD not in redacted and "[secret]" in redacted
+
+
 @pytest.mark.parametrize(
     "text",
     [
