@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any, Literal
 from urllib.parse import unquote
@@ -22,6 +23,7 @@ MAX_MULTIPLE = 5_000  # a grammar has a state for every remainder
 MAX_OPTIONAL = 498
 
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+MINIMA, MAXIMA = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
 COUNTS = tuple(
     f"{end}{what}" for what in ("Length", "Items", "Properties", "Contains") for end in ("min", "max")
 )
@@ -30,7 +32,7 @@ WRITTEN = ("enum", "const")  # of them, those that an answer may be
 # Hold schemas by names, which are no keywords, whatever they are.
 NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies")
 
-Kind = Literal["schema", "schemas by name", "written value", "value"]
+Kind = Literal["schema", "part of a schema", "schemas by name", "written value", "value"]
 
 
 def check_bounds(schema: str) -> None:
@@ -63,6 +65,8 @@ def check_bounds(schema: str) -> None:
             parts += ((part, depth + 1, kind) for part in value)
         elif isinstance(value, dict):
             if kind == "schema":
+                _check_range(*_merge_ranges(value))
+            if kind in ("schema", "part of a schema"):
                 _check_optional(value)
                 _check_numbers(value)
                 _check_reference(value.get("$ref"))
@@ -73,13 +77,47 @@ def _find_kind(kind: Kind, key: str) -> Kind:
     """Return what a key of an object of some kind holds."""
     if kind == "schemas by name":
         return "schema"
-    if kind != "schema":
+    if kind not in ("schema", "part of a schema"):
         return kind
+    if key == "allOf":
+        return "part of a schema"
     if key in NAMED:
         return "schemas by name"
     if key in WRITTEN:
         return "written value"
     return "value" if key in VALUES else "schema"
+
+
+def _merge_ranges(schema: dict[str, Any]) -> tuple[dict[str, float], bool]:
+    """Return the tightest bounds of a schema and its `allOf`, and whether it takes integers only."""
+    bounds: dict[str, float] = {}
+    only_integers, parts = False, [schema]
+    while parts:
+        part = parts.pop()
+        only_integers = only_integers or part.get("type") == "integer"
+        for key in BOUNDS:
+            value = part.get(key)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= MAX_BOUND:
+                continue
+            tighter = max if key in MINIMA else min
+            bounds[key] = tighter(value, bounds.get(key, value))
+        inner = part.get("allOf")
+        parts += (one for one in inner if isinstance(one, dict)) if isinstance(inner, list) else ()
+    return bounds, only_integers
+
+
+def _check_range(bounds: Mapping[str, float], only_integers: bool) -> None:
+    """Refuse a range below 1 that begins behind a whole number: a grammar would write this number, too."""
+    for excluded, others, sign in (("exclusiveMinimum", MAXIMA, 1), ("exclusiveMaximum", MINIMA, -1)):
+        first = bounds.get(excluded)
+        if only_integers or first is None or first != int(first) or sign * first < 0:
+            continue
+        for other in others:
+            if other in bounds and 0 < sign * (bounds[other] - first) < 1:
+                raise SchemaUnsupported(
+                    f"{excluded} is {first} and {other} is {bounds[other]}; a grammar leaves out no whole "
+                    "number of so short a range: give the smallest number that you allow as its bound"
+                )
 
 
 def _check_reference(reference: Any) -> None:

@@ -1,6 +1,7 @@
 """Bounds of a schema; and that a grammar holds every number within them."""
 
 import json
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -72,6 +73,11 @@ def optional(count, **more):
         *(({where: {name: {"minimum": 1e308}}}, "minimum") for where in NAMED for name in VALUES),
         ({"properties": {"enum": {"properties": {"const": {"maxLength": -1}}}}}, "maxLength"),
         *(({"$ref": to, "default": {"minimum": 1e308}}, "ref") for to in ("#/default", "#/%64efault")),
+        ({"exclusiveMinimum": 0, "maximum": 1e-9}, "exclusiveMinimum is 0"),
+        ({"type": "number", "exclusiveMinimum": 1, "exclusiveMaximum": 1.5}, "exclusiveMinimum is 1"),
+        ({"minimum": -0.1, "exclusiveMaximum": 0}, "exclusiveMaximum is 0"),
+        ({"maximum": 5, "allOf": [{"exclusiveMinimum": 0, "maximum": 0.5}]}, "exclusiveMinimum is 0"),
+        ({"allOf": [{"exclusiveMinimum": 0}, {"allOf": [{"maximum": 0.5}]}]}, "exclusiveMinimum is 0"),
         ({"const": 2**70}, "const"),
         ({"enum": [1, 12345678901234567890123]}, "enum"),
         ({"properties": {"const": {"const": {"a": [-(2**53) - 1]}}}}, "const"),
@@ -168,3 +174,23 @@ def test_a_number_at_its_edge_is_held_by_the_grammar_or_refused(kind, key, edge)
     random = np.random.default_rng(0)
     answers = [draw(grammars.compile(schema), random, 1) for _ in range(12)]
     assert all(check_schema(answer, schema).allow for answer in answers if answer), answers
+
+
+ENDS = (-1000.5, -1, -0.25, -1e-9, 0, 1e-9, 0.25, 1, 1.5, 2, 123456.789)
+
+
+@pytest.mark.parametrize("low", ["minimum", "exclusiveMinimum"])
+@pytest.mark.parametrize("high", ["maximum", "exclusiveMaximum"])
+def test_both_ends_of_a_range_are_held_by_the_grammar_or_refused(low, high):
+    grammars, random = Grammars(TOKENIZER, 258, 1), np.random.default_rng(0)
+    held = 0
+    for first, last in combinations(ENDS, 2):
+        schema = json.dumps({"type": "number", low: first, high: last})
+        try:
+            check_bounds(schema)
+        except SchemaUnsupported:
+            continue
+        held += 1
+        answers = [draw(grammars.compile(schema), random, 1) for _ in range(6)]
+        assert all(check_schema(answer, schema).allow for answer in answers if answer), (schema, answers)
+    assert held >= 45
