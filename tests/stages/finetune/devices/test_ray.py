@@ -2,6 +2,7 @@
 
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -59,6 +60,7 @@ def cluster():
     folder = tempfile.mkdtemp(prefix="ray-")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes one into the user's home
         patch.setenv("PYTHONPATH", str(REPO))
         context = ray.init(
             num_cpus=2,
@@ -71,6 +73,7 @@ def cluster():
         )
         yield context.address_info["address"]
         ray.shutdown()
+        os.environ.pop("RAY_AUTH_MODE")  # which Ray has set, for the stages too
     shutil.rmtree(folder, ignore_errors=True)
 
 
