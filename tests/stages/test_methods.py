@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -9,16 +11,21 @@ import pytest
 import torch
 import yaml
 
+from flows.gate import private_server
+from flows.gate.judge import run_gate
+from flows.gate.private_server import PrivateServer
+from flows.gate.verdict import read_verdict
 from flows.registry.verify_adapter import compare
 from services.engines.offline import ModelFolders, answer_limit, ask_model
 from services.engines.select import choose_kind, load_engine
 from services.engines.transformers import TransformersEngine
+from services.model_pool import LoadedModel
 from services.versions.store import add_pipeline_output, get_version
 from stages import ask_base
 from stages.common.chat.template import encode_prompt
 from stages.common.errors import InputError, ParamsError
 from stages.common.messages import Message
-from stages.common.model.adapter import PREFERENCE_METHODS, put_initial_adapter
+from stages.common.model.adapter import HEAD, PREFERENCE_METHODS, put_initial_adapter, read_settings
 from stages.common.model.generation import answer_questions, encode_questions
 from stages.common.model.loading import load_base, load_tokenizer, load_tuned
 from stages.common.params.loading import load_params
@@ -27,6 +34,7 @@ from stages.evaluate import __main__ as evaluate
 from stages.export import __main__ as export
 from stages.finetune import __main__ as finetune
 from stages.preflight import __main__ as preflight
+from tests.services.serving import serving
 from tests.stages.families import row, write_project
 from tests.stages.test_families import PROMPT, generate, numbered
 
@@ -39,6 +47,15 @@ METHODS = {
     "orpo": {},
     "kto": {},
     "distill": {"finetune__teacher": "artifacts/fetch_base"},
+    # Any text that ends is an answer; hot enough, each token of a random model is as likely as another.
+    "grpo": {
+        "task__kind": "text",
+        "task__label_key": None,
+        "task__stratify_by": None,
+        "finetune__temperature": 10.0,
+        "finetune__rewards": {"valid": 1.0, "schema": 0.0, "match": 0.0},
+    },
+    "qlora": {},
 }
 # Without weights that a GGUF could hold: transformers judges and serves them.
 UNMERGED = {
@@ -57,36 +74,83 @@ def with_pairs(make_numbered):
     return make
 
 
+def load_exact(base, adapter):
+    """Load a version into the engine which runs everywhere."""
+    return TransformersEngine(base, adapter, load_tokenizer(base), device="cpu", precision="float32")
+
+
 async def ask(base, adapter):
-    """Return the tokens that the engine which runs everywhere writes."""
+    """Return the tokens that this engine writes."""
     from services.engines.protocol import Sampling
 
-    engine = TransformersEngine(base, adapter, load_tokenizer(base), device="cpu", precision="float32")
+    engine = load_exact(base, adapter)
     try:
         return [t async for step in engine.generate(PROMPT, Sampling(12)) for t in step.token_ids]
     finally:
         engine.close()
 
 
+def judge_served(tag, monkeypatch):
+    """Have the gate judge a first version that the whole service serves, here in a thread of this process."""
+    stored, folder = get_version(tag), Path("service")
+    folder.mkdir()
+
+    def load(files):
+        tokenizer = load_tokenizer(files.tokenizer)
+        if read_settings(files.adapter)["method"] == HEAD:
+            return LoadedModel(files, tokenizer, load_engine(files, tokenizer, load_params().services.engine))
+        return LoadedModel(files, tokenizer, load_exact(files.base, files.adapter))
+
+    @contextmanager
+    def serve(root, params, candidate, champion):
+        with serving(folder, stored, load=load) as server:
+            yield PrivateServer(server.url, candidate, champion, os.getpid())
+
+    monkeypatch.setattr(private_server, "serve", serve)
+    verdict = run_gate(Path(), load_params(), tag)
+    assert read_verdict(Path(), tag) == verdict and verdict.mode == "first"
+    return {criterion.name: criterion for criterion in verdict.criteria}
+
+
+def check_judged(tag, monkeypatch):
+    """Check that the gate finds the served answers equal to the trainer's, and judges the gain."""
+    judged = judge_served(tag, monkeypatch)
+    assert judged.keys() == {"better_than_base", "parity", "card"}
+    assert judged["parity"].passed, judged["parity"].summary
+    assert "agree on 8 test rows (100.0% equal answers)" in judged["parity"].summary
+    report = json.loads(Path("reports/evaluate/metrics.json").read_text())
+    change = report["difference"][report["primary"]]
+    assert judged["better_than_base"].value == change["value"]
+    assert judged["better_than_base"].passed == (change["low"] > 0)
+    assert judged["card"].summary.startswith("reports/model_card/README.md does not exist")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_is_trained_judged_exported_stored_and_served(tmp_path, monkeypatch, method):
+    if method == "qlora":
+        pytest.importorskip("bitsandbytes")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "bentoml"))
     compares = method in PREFERENCE_METHODS
     make = with_pairs(numbered("llama")) if compares else numbered("llama")
-    write_project("llama", make, finetune__method=method, **METHODS[method])
+    kind = "text" if method == "grpo" else "json"
+    settings = {"ask_base__dtype": "float32", "evaluate__min_preference_pairs": 8, **METHODS[method]}
+    write_project("llama", make, kind, finetune__method=method, **settings)
     write_rows(Path("artifacts/split/refused.parquet"), [])
     for stage in (preflight, ask_base, finetune, export, evaluate):
         stage.main()
     counted = json.loads(Path("reports/preflight/metrics.json").read_text())["training"]
     trained = json.loads(Path("reports/finetune/metrics.json").read_text())
     assert counted["trained_parameters"] == trained["trained_parameters"]
-    assert json.loads(Path("reports/evaluate/metrics.json").read_text())["rows"] == 8
+    report = json.loads(Path("reports/evaluate/metrics.json").read_text())
+    assert report["rows"] == 8
+    assert (report["preferences"]["pairs"] == 8) if compares else (report["preferences"] is None)
 
     base, adapter = Path("artifacts/fetch_base"), Path("artifacts/finetune")
     stored = get_version(add_pipeline_output())
     assert asyncio.run(ask(stored.base, stored.adapter)) == generate()
+    check_judged(stored.tag, monkeypatch)
 
     tokenizer = load_tokenizer(base)
     questions = encode_questions(tokenizer, read_rows(Path("artifacts/split/test.parquet")))
@@ -116,7 +180,8 @@ def break_weights(folder):
 def test_a_method_without_a_gguf_is_trained_judged_stored_and_served(tmp_path, monkeypatch, method):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "bentoml"))
-    write_project("llama", numbered("llama"), export__gguf=False, finetune__method=method, **UNMERGED[method])
+    settings = {"export__gguf": False, "ask_base__dtype": "float32", **UNMERGED[method]}
+    write_project("llama", numbered("llama"), finetune__method=method, **settings)
     for stage in (preflight, ask_base, finetune, export, evaluate):
         stage.main()
     counted = json.loads(Path("reports/preflight/metrics.json").read_text())["training"]
@@ -132,6 +197,7 @@ def test_a_method_without_a_gguf_is_trained_judged_stored_and_served(tmp_path, m
     assert kind == "transformers"
     expected = generate()
     assert asyncio.run(ask(stored.base, stored.adapter)) == expected
+    check_judged(stored.tag, monkeypatch)
     assert compare(base, stored.adapter, adapter, [PROMPT]) > 0
     break_weights(adapter)
     with pytest.raises(InputError, match="the logits of 1 of 1 prompts differ"):
@@ -211,6 +277,7 @@ def test_a_head_is_trained_judged_stored_and_served_with_labels_as_answers(tmp_p
             assert tokenizer.decode(asyncio.run(write(engine, prompt))) == answer
     finally:
         engine.close()
+    check_judged(stored.tag, monkeypatch)
     assert compare(base, stored.adapter, adapter, [PROMPT]) > 0
     break_weights(adapter)
     with pytest.raises(InputError, match="the logits of 1 of 1 prompts differ"):

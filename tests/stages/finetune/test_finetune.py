@@ -5,10 +5,8 @@ import logging
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -19,6 +17,7 @@ from stages.common.model.adapter import read_trained_ids
 from stages.common.records import read_rows, write_rows
 from stages.finetune import batches
 from stages.finetune.__main__ import main
+from tests.stages.finetune.killing import kill_in_the_middle
 from tests.stages.finetune.project import (
     REPO,
     adapter,
@@ -37,17 +36,6 @@ def start_stage(project):
         cwd=project,
         env=environment,
     )
-
-
-def kill_in_the_middle(project):
-    """Start the stage in a process of its own, and kill it once it has a checkpoint to go on from."""
-    stage = start_stage(project)
-    deadline = time.monotonic() + 60
-    while not list(project.glob("checkpoints/finetune/*/checkpoint-1[0-9]/complete.json")):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    stage.send_signal(signal.SIGKILL)
-    stage.wait()
 
 
 def test_training_lowers_the_loss_and_leaves_adapter_evidence_curve_and_picture(project):
@@ -100,7 +88,6 @@ def test_a_run_killed_in_the_middle_ends_with_the_adapter_of_an_unbroken_run(
     main()
     killed = make_project(tmp_path / "killed", 160, **settings)
     kill_in_the_middle(killed)
-    assert not (killed / "artifacts" / "finetune").exists()
     monkeypatch.chdir(killed)
     with caplog.at_level(logging.INFO):
         main()

@@ -1,12 +1,7 @@
 """Every method trains what it names and nothing else, resumes, and starts from its own kind only."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -19,8 +14,8 @@ from stages.finetune.__main__ import main
 from stages.finetune.adapter import build_model
 from stages.finetune.progress import meter
 from stages.finetune.recipe import Recipe
+from tests.stages.finetune.killing import kill_in_the_middle
 from tests.stages.finetune.project import (
-    REPO,
     adapter,
     change_finetune,
     evidence,
@@ -197,6 +192,7 @@ def test_weights_of_another_base_model_are_not_loaded(project):
 @pytest.mark.parametrize(
     ("method", "settings"),
     [
+        ("rslora", {}),
         ("dora", {"dropout": 0.1}),
         ("full", {"dtype": "bfloat16", "gradient_accumulation": 2}),
         ("partial", {"epochs": 2}),
@@ -218,16 +214,7 @@ def test_a_method_that_is_killed_ends_with_the_bytes_of_an_unbroken_run(
         make_labels(killed)
     monkeypatch.chdir(unbroken)
     main()
-    paths = os.pathsep.join([str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    stage = subprocess.Popen([sys.executable, "-m", "stages.finetune"], cwd=killed, env=environment)
-    deadline = time.monotonic() + 60
-    while not list(killed.glob("checkpoints/finetune/*/checkpoint-[69]/complete.json")):
-        assert time.monotonic() < deadline and stage.poll() is None
-        time.sleep(0.01)
-    stage.send_signal(signal.SIGKILL)
-    stage.wait()
-    assert not (killed / "artifacts/finetune").exists()
+    kill_in_the_middle(killed, "checkpoint-[69]")
     monkeypatch.chdir(killed)
     main()
     assert evidence(killed) == evidence(unbroken)
