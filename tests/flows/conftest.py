@@ -9,6 +9,7 @@ from filelock import FileLock
 from flows.common import prefect_api, processes
 from flows.common.page_secret import make_auth_string
 from stages.common import network
+from tests.flows.loop_home import find_home, make_home
 from tests.flows.toy import Api, Toy, make_toy
 
 API_SECRET = "the secret of the tests' server"
@@ -59,6 +60,25 @@ def finished_toy(tmp_path_factory, clean_environment):
             toy.forget()
             toy.root.rename(root)
     return Toy(root, clean_environment)
+
+
+@pytest.fixture(scope="session")
+def trained_home(tmp_path_factory):
+    """A home of the loop in which the pipeline has run once; `copy_home` copies it.
+
+    The worker that needs it first makes it, for all of them.
+    """
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    folder, made = shared / "trained-home", shared / "trained-home.made"
+    with FileLock(shared / "trained-home.lock"):
+        if made.exists():
+            return find_home(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        home = make_home(folder)
+        home.run("-m", "flows.training")
+        made.touch()
+        return home
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import yaml
 
 from flows.common.checkout import build_checkout_environment, make_checkout, override_params
 from flows.registry.model_versions import list_recorded
+from flows.registry.runs import register_candidate
 from flows.registry.tracking import Registry
 from monitoring.feedback.rows import HELD_OUT, read_labelled
 from services.versions.aliases import ALIASES, read_aliases
@@ -137,9 +139,7 @@ class LoopHome:
 
 def make_home(folder: Path) -> LoopHome:
     """Make a checkout with the tickets and a tiny model, in which nothing has run yet."""
-    root = make_checkout(ROOT, folder / "home")
-    # A cache of its own: no other checkout uses what is trained here.
-    write_text(root / ".dvc/config.local", f"[cache]\n    dir = {folder / 'cache'}\n")
+    root = _check_out(folder)
     (root / "dvc.lock").unlink(missing_ok=True)
     _write_params(root, _save_base(folder / "base"))
     lines = (
@@ -147,7 +147,18 @@ def make_home(folder: Path) -> LoopHome:
         for ask, ticket in tickets()[::2]
     )
     write_text(root / "data/tickets.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    environment = build_checkout_environment(
+    return find_home(folder)
+
+
+def _check_out(folder: Path) -> Path:
+    root = make_checkout(ROOT, folder / "home")
+    # A cache of its own: no other checkout uses what is trained here.
+    write_text(root / ".dvc/config.local", f"[cache]\n    dir = {folder / 'cache'}\n")
+    return root
+
+
+def _build_environment(root: Path, folder: Path) -> dict[str, str]:
+    return build_checkout_environment(
         root,
         {
             "BENTOML_HOME": str(folder / "bentoml"),
@@ -156,13 +167,32 @@ def make_home(folder: Path) -> LoopHome:
             "OMP_NUM_THREADS": "1",  # threads of so small a model wait for each other
         },
     )
-    return LoopHome(root, environment)
 
 
-def make_loop_home(folder: Path) -> LoopHome:
-    """Train a tiny model on the tickets, make it champion, and give it corrections."""
-    home = make_home(folder)
-    home.run("-m", "flows.training")
+def find_home(folder: Path) -> LoopHome:
+    """Return the home that `make_home` made in a folder."""
+    return LoopHome(folder / "home", _build_environment(folder / "home", folder))
+
+
+def copy_home(trained: LoopHome, folder: Path) -> LoopHome:
+    """Make another checkout of a home in which the pipeline has run, with its outputs and its own state.
+
+    The model is registered anew: a database of MLflow has the paths of its home.
+    """
+    root = _check_out(folder)
+    shutil.copytree(trained.root.parent / "cache", folder / "cache", copy_function=os.link)
+    for name in ("params.yaml", "dvc.lock"):
+        shutil.copy2(trained.root / name, root / name)
+    for name in ("artifacts", "reports", "data"):
+        shutil.copytree(trained.root / name, root / name, dirs_exist_ok=True)
+    home = find_home(folder)
+    register_candidate(Registry.of(root, home.params()), home.params())
+    return home
+
+
+def make_loop_home(trained: LoopHome, folder: Path) -> LoopHome:
+    """Make the model of a copied home champion, and give it corrections."""
+    home = copy_home(trained, folder)
     home.run("-m", "services.versions", "add")
     tag = read_pipeline_tag(home.root)
     home.run("-m", "flows.release", "promote", tag, "--first", "--reason", "the first model")

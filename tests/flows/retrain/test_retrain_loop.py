@@ -1,7 +1,7 @@
 """The retraining loop as one whole, over a real DVC graph, on a user's own rows."""
 
-import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -15,8 +15,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    home = make_loop_home(tmp_path_factory.mktemp("loop"))
+def home(tmp_path_factory, trained_home):
+    home = make_loop_home(trained_home, tmp_path_factory.mktemp("loop"))
     yield home
     for process in home.processes():
         process.kill()
@@ -35,42 +35,15 @@ def wait_until_none_is_left(home):
     assert not [process.cmdline() for process in left]
 
 
-def test_two_triggers_at_once_are_one_retraining_and_the_gate_refuses_what_learned_nothing(home):
+def retrain_twice_at_once(home, why):
+    """Start two retrainings, and return both when they have ended."""
+    with ThreadPoolExecutor(2) as threads:
+        return list(threads.map(home.retrain, (why, why)))
+
+
+def test_killed_at_every_step_before_users_see_it_two_triggers_at_once_go_on_with_one_retraining(home):
+    """It has learned nothing, so the gate refuses it, and no alias has moved."""
     before, named = home.aliases, bearers(home)
-    command = home.command("-m", "flows.retrain", "--reason", "more tickets")
-    both = [
-        subprocess.Popen(
-            command, cwd=home.root, env=home.environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )
-        for _ in range(2)
-    ]  # fmt: skip
-    try:
-        last_lines = sorted(process.communicate(timeout=700)[0].strip().splitlines()[-1] for process in both)
-    finally:
-        for process in both:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in both] == [0, 0]
-    assert last_lines[0] == "another process is retraining already" and last_lines[1].startswith(
-        "rejected: by the gate"
-    ), last_lines
-
-    (ended,) = progress.read_history(home.root)
-    assert (ended.outcome, ended.champion) == ("rejected", before.champion)
-    assert progress.read_state(home.root) is None
-    assert not read_verdict(home.root, ended.candidate).passed
-    assert home.versions()[ended.candidate].gate == "rejected"
-    assert (home.aliases, bearers(home)) == (before, named)
-
-    kept, trained = held_out(home), learned(home)
-    assert kept and kept <= corrected() and not kept & trained
-    assert trained & corrected()
-
-
-def test_killed_at_every_step_before_users_see_it_the_same_retraining_goes_on_and_moves_no_alias(home):
-    before, named, known = home.aliases, bearers(home), progress.read_history(home.root)
-    home.change({"finetune.seed": 8})
     folder = home.root / STATE
 
     def at(step):
@@ -91,15 +64,21 @@ def test_killed_at_every_step_before_users_see_it_the_same_retraining_goes_on_an
         assert (home.aliases, bearers(home)) == (before, named)
     (one,) = ids
 
-    done = home.retrain("once more")
-    assert done.returncode == 0, done.stderr
-    assert f"continuing the retraining {one} (killed) at step gate" in done.stderr
-    assert done.stdout.startswith("rejected: by the gate"), done.stdout
-    *earlier, ended = progress.read_history(home.root)
-    assert earlier == known and (ended.id, ended.outcome) == (one, "rejected")
+    both = retrain_twice_at_once(home, "more tickets")
+    assert [done.returncode for done in both] == [0, 0], [done.stderr for done in both]
+    last, first = sorted(both, key=lambda done: done.stdout.startswith("rejected: by the gate"))
+    assert last.stdout.strip() == "another process is retraining already"
+    assert f"continuing the retraining {one} (killed) at step gate" in first.stderr
+    assert first.stdout.startswith("rejected: by the gate"), first.stdout
+    (ended,) = progress.read_history(home.root)
+    assert (ended.id, ended.outcome, ended.champion) == (one, "rejected", before.champion)
     assert progress.read_state(home.root) is None
+    assert not read_verdict(home.root, ended.candidate).passed
     assert home.versions()[ended.candidate].gate == "rejected"
     assert (home.aliases, bearers(home)) == (before, named)
+    kept, trained = held_out(home), learned(home)
+    assert kept and kept <= corrected() and not kept & trained
+    assert trained & corrected()
     wait_until_none_is_left(home)
 
 

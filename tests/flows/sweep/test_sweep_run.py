@@ -14,7 +14,7 @@ import pytest
 from flows.registry.model_versions import list_recorded
 from flows.registry.tracking import Registry
 from stages.common.artifacts import read_json
-from tests.flows.loop_home import make_home
+from tests.flows.loop_home import copy_home
 from tests.flows.sweep.toy_sweep import make_toy_sweep
 
 KILL_WITHIN_S = 600
@@ -66,10 +66,8 @@ def read_trials(root):
 
 
 @pytest.mark.slow
-def test_a_sweep_that_is_killed_goes_on_and_its_best_becomes_a_candidate(tmp_path):
-    home = make_home(tmp_path)
-    home.change(SWEEP | {"finetune.epochs": 1})
-    home.run("-m", "flows.training")
+def test_a_sweep_that_is_killed_goes_on_and_its_best_becomes_a_candidate(tmp_path, trained_home):
+    home = copy_home(trained_home, tmp_path)
     home.change(SWEEP)
     before = (home.root / "reports/evaluate/metrics.json").read_bytes()
     checkpoints = home.root / ".perennial/sweep/checkout/checkpoints/finetune"
