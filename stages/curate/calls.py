@@ -1,9 +1,16 @@
-"""The rule about calls of tools: each calls a tool of its row, with arguments that fit the tool's schema."""
+"""The rule about calls of tools: each calls a tool of its row, with arguments that fit the tool's schema.
+
+They fit for a validator, and for the grammar that holds calls when the model is served: it writes a `format`.
+A row of feedback with such a call is one rejected row, where `preflight` would refuse to train at all.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
 
+from services.engines.calls.trial import find_unwritten
 from stages.common.messages import Message, Tool, ToolCall, is_malformed, read_calls
 from stages.common.params.checked_yaml import suggest_nearest
 from stages.common.records import Row
@@ -63,7 +70,15 @@ def _check_call(call: ToolCall, tools: dict[str, Tool], place: int) -> Rejection
             "unknown_tool", f"message {place}: {call.name!r} {has}{suggest_nearest(call.name, tools)}"
         )
     problem = find_argument_problem(tool, call.values)
+    if problem is None and _has_grammar():
+        problem = find_unwritten(tool, call)
     return Rejection("wrong_arguments", f"message {place}: {call.name}: {problem}") if problem else None
+
+
+@cache
+def _has_grammar() -> bool:
+    """Return whether the grammar of the service is installed; without it `preflight` asks for it."""
+    return find_spec("llguidance") is not None
 
 
 def _is_call_in_text(message: Message) -> bool:

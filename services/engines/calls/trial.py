@@ -118,6 +118,33 @@ class CallTrial:
             return None, str(error)
 
 
+def find_unwritten(tool: Tool, call: ToolCall) -> str | None:
+    """Return which argument of a call the grammar of its tool's schema could not write, or None.
+
+    It does not depend on the notation of calls. A schema that cannot be compiled is another fault of the row.
+
+    Args:
+        call: with arguments that fit the schema, in its order.
+    """
+    matcher = _compile_arguments(tool)
+    if matcher is None:
+        return None
+    arguments = json.dumps(call.values, ensure_ascii=False).encode()
+    matcher = matcher.deep_copy()
+    taken = matcher.try_consume_tokens(list(arguments))
+    if taken == len(arguments) and matcher.is_accepting():
+        return None
+    return _show_place(call, arguments, taken)
+
+
+@lru_cache(maxsize=1024)
+def _compile_arguments(tool: Tool) -> Any:
+    try:
+        return _limit_time(lambda: compile_schema(json.dumps(read_schema(tool)), _vocabulary()))
+    except (SchemaUnsupported, TimeoutError):
+        return None
+
+
 def _find_bound(tools: Sequence[Tool]) -> str | None:
     """Return which bound of all schemas together is exceeded, or None."""
     try:

@@ -115,6 +115,34 @@ def test_a_pattern_that_backtracks_forever_rejects_the_row_in_time(schema):
     assert "lamp: a text takes too long to match the pattern '^(a|a)*$'" in detail
 
 
+def test_a_call_that_the_grammar_could_not_write_is_rejected_as_one_row():
+    tool = make_tool(on={"type": "string", "format": "date"})
+    assert fault_of(talk('{"on":"2026-11-29"}', tools=[tool])) is None
+    reason, detail = fault_of(talk('{"on":"tomorrow"}', tools=[tool]))
+    assert (reason, "$.on: behind" in detail) == ("wrong_arguments", True)
+
+
+@pytest.mark.parametrize(
+    ("schema", "value"),
+    [
+        ({"type": "number"}, 1e-7),
+        ({"type": "number"}, 1e22),
+        ({"type": "number", "minimum": 0}, 0.5),
+        ({"type": "integer"}, -3),
+        ({"type": "string", "minLength": 1}, 'ü "quoted" \\ \n\u0007 😀'),
+        ({"type": "array", "items": {"type": "object"}}, [{}, {"a": [None, True]}]),
+        ({"type": ["string", "null"]}, None),
+        ({"enum": ["a", 1, None, 2.5]}, 2.5),
+        ({"type": "string", "format": "email"}, "ann@example.org"),
+        ({"type": "string", "format": "of-ones-own"}, "any"),
+        ({}, {"any": ["thing", 1]}),
+    ],
+)
+def test_a_call_that_the_grammar_can_write_is_kept(schema, value):
+    arguments = json.dumps({"on": value}, ensure_ascii=False, separators=(",", ":"))
+    assert fault_of(talk(arguments, tools=[make_tool(on=schema)])) is None
+
+
 def test_decimals_are_multiples_as_they_are_written():
     tool = make_tool(on={"type": "number", "multipleOf": 0.01})
     assert fault_of(talk('{"on":4.47}', tools=[tool])) is None
