@@ -116,7 +116,10 @@ INSERTS = {kind: insert(table) for kind, table in TABLES.items()}
 
 def count_chars(event: Event) -> int:
     """Return how many characters of an event are redacted before it is written."""
-    return sum(len(getattr(event, name, None) or "") for name in REDACTED)
+    texts = (getattr(event, name, None) for name in REDACTED)
+    return sum(
+        len(text) for text in texts if isinstance(text, str)
+    )  # a broken event is told when it is written
 
 
 class StoreUnavailable(Exception):

@@ -17,7 +17,6 @@ from typing import Any
 from stages.common.artifacts import atomic_write
 from stages.common.model.replaced import list_trained, put_values
 from stages.finetune.devices.group import count_processes, is_main
-from stages.finetune.devices.sharding import gather_trained
 from stages.finetune.progress.validation import ValidationPoint
 
 BEST = "best.safetensors"
@@ -45,6 +44,8 @@ class EarlyStopping:
 def write_best(model: Any, folder: Path, step: int) -> None:
     """Write the trained weights as the best until now; of several processes, the first one does."""
     from safetensors.torch import save_file
+
+    from stages.finetune.devices.sharding import gather_trained
 
     weights = gather_trained(model)
     if not is_main():

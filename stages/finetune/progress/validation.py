@@ -22,7 +22,6 @@ from stages.common.records import Row
 from stages.common.task.metrics import LOSS
 from stages.common.task.protocol import Task
 from stages.finetune.devices.group import count_processes, gather, get_rank
-from stages.finetune.devices.sharding import keep_in_step
 
 logger = get_logger("finetune")
 
@@ -77,6 +76,8 @@ class Sample:
         Args:
             at_once: the questions of a batch.
         """
+        from stages.finetune.devices.sharding import keep_in_step
+
         was_training = model.training
         model.eval()
         share = self.questions[get_rank() :: count_processes()]

@@ -77,7 +77,7 @@ def test_neither_page_nor_table_runs_what_users_wrote():
     tag = "<script>x</script> | [a](javascript:x) `"
     found = list_errors(rows(1, tag), predictions(hostile), predictions("\t@SUM(1)"), TextTask())
     (row,) = csv.DictReader(io.StringIO("".join(format_errors_csv(found))))
-    assert (row["base"], row["tuned"], row["expected"]) == (f"'{hostile}", "'\t@SUM(1)", tag)
+    assert (row["base"], row["tuned"], row["expected"]) == (f"'{hostile}", "'\t'@SUM(1)", tag)
     page = format_errors_page(found, 1, [(tag, hostile, 1)], shown=1, task=TextTask())
     render = pytest.importorskip("markdown_it").MarkdownIt("gfm-like", {"linkify": False}).render
     html = render(page)
