@@ -54,8 +54,9 @@ from stages.common.params.loading import load_params
 from stages.common.records import Row, read_rows
 
 AT_ONCE = 16  # answers written together
+FORCED_AT_ONCE = 32  # of forced calls, whose speed is not measured: as many as the engine runs
 MAX_TOKENS = 400
-ROUND = 10 * AT_ONCE  # answers between two lines of progress
+ROUND = 10 * FORCED_AT_ONCE  # forced answers between two lines of progress
 REPEATS = 5
 MANY_TOOLS = 60
 PARTS = ("required", "grammar", "training", "clients")
@@ -83,9 +84,10 @@ async def run_many(
     prompts: Sequence[Sequence[int]],
     samplings: Callable[[int], Sampling],
     numbers: range,
+    at_once: int = AT_ONCE,
 ) -> list[tuple[list[int], bool]]:
     """Return the answers of these numbers, some at once."""
-    places = asyncio.Semaphore(AT_ONCE)
+    places = asyncio.Semaphore(at_once)
 
     async def one(number: int) -> tuple[list[int], bool]:
         async with places:
@@ -109,7 +111,8 @@ def measure_required(engine: PagedEngine, tokenizer: Any, count: int) -> dict[st
     found: Counter[str] = Counter(malformed=0, cut=0, calls=0)
     while found["calls"] < count:
         first = found["requests"]
-        for ids, ended in asyncio.run(run_many(engine, prompts, sample, range(first, first + ROUND))):
+        numbers = range(first, first + ROUND)
+        for ids, ended in asyncio.run(run_many(engine, prompts, sample, numbers, FORCED_AT_ONCE)):
             found["requests"] += 1
             if not ended:
                 found["cut"] += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,6 @@ TINY = {
     "num_key_value_heads": 2,
     "head_dim": 32,
 }
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 SEED = 7
 
 
@@ -93,23 +89,9 @@ def make_recipe(**changes: Any) -> Recipe:
 
 def make_tokenizer(words: int) -> Any:
     """Return a tokenizer of so many tokens: the bytes, two marks, and pairs of bytes."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import pre_tokenizers
+
+    from tests.tiny import make_tokenizer as make_of_bytes
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<|im_start|>": 0, "<|im_end|>": 1, **{byte: n + 2 for n, byte in enumerate(alphabet)}}
-    merges = [pair for pair, _ in zip(product(alphabet, alphabet), range(words - 258), strict=False)]
-    for left, right in merges:
-        vocabulary.setdefault(left + right, len(vocabulary))
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
+    return make_of_bytes(tuple(islice(product(alphabet, alphabet), words - 258)))

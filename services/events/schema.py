@@ -115,11 +115,9 @@ INSERTS = {kind: insert(table) for kind, table in TABLES.items()}
 
 
 def count_chars(event: Event) -> int:
-    """Return how many characters of an event are redacted before it is written."""
+    """Return how many characters of the texts of an event are redacted before it is written."""
     texts = (getattr(event, name, None) for name in REDACTED)
-    return sum(
-        len(text) for text in texts if isinstance(text, str)
-    )  # a broken event is told when it is written
+    return sum(len(text) for text in texts if isinstance(text, str))
 
 
 class StoreUnavailable(Exception):

@@ -23,12 +23,14 @@ def describe_text(tokenizer: Any, fitting: Mapping[str, Fitting]) -> dict[str, A
     control = read_control_tokens(tokenizer)
     held: dict[str, set[str]] = {}
     left_out: dict[str, str] = {}
+    looked_at = ""  # the row before: it follows itself where it has several sequences
     changed = 0
     first_changed: list[tuple[Row, Encoded]] = []
     for row, example in chain.from_iterable(fitting.values()):
         if tokens := control.find("\n".join(text for _, text in list_private_texts(row))):
             held[row.id] = set(tokens)
-        if row.id not in left_out and (message := find_left_out(tokenizer, row.prompt, row.tools)):
+        is_new, looked_at = row.id != looked_at, row.id
+        if is_new and (message := find_left_out(tokenizer, row.prompt, row.tools)):
             left_out[row.id] = f"{message.role}: {message.content[:SHOWN_CHARS]}"
         if example.is_changed:
             changed += 1

@@ -1,6 +1,9 @@
 """A project that finetune can train on within a second."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import yaml
@@ -14,6 +17,7 @@ from stages.finetune.recipe import Recipe
 from tests.tiny import save_model
 
 REPO = Path(__file__).resolve().parents[3]
+MODULE = ("-m", "stages.finetune")
 SETTINGS = {
     "rank": 4,
     "alpha": 8,
@@ -102,3 +106,17 @@ def evidence(project):
     metrics = json.loads((project / "reports" / "finetune" / "metrics.json").read_text())
     metrics.pop("throughput")
     return metrics
+
+
+def start_stage(project, command=MODULE, **variables):
+    """Start finetune in a project, in a session of its own; its output is one stream."""
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1", **variables}
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=project,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )

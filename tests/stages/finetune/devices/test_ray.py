@@ -5,8 +5,6 @@ import re
 import secrets
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 
@@ -17,7 +15,15 @@ from stages.common.errors import InputError
 from stages.finetune.__main__ import main
 from stages.finetune.devices.ray_cluster import choose_cores
 from tests.stages.finetune.devices.test_two_processes import TWO_CORES, curve
-from tests.stages.finetune.project import REPO, adapter, change_finetune, evidence, make_project
+from tests.stages.finetune.project import (
+    MODULE,
+    REPO,
+    adapter,
+    change_finetune,
+    evidence,
+    make_project,
+    start_stage,
+)
 
 SETTINGS = {"dropout": 0.1, "epochs": 2, "checkpoint_every_steps": 4}
 # On a machine of one's own every worker sees the folder: here none does.
@@ -77,17 +83,8 @@ def cluster():
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def start(project, address, command=("-m", "stages.finetune")):
-    environment = {**os.environ, "PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1", "RAY_ADDRESS": address}
-    return subprocess.Popen(
-        [sys.executable, *command],
-        cwd=project,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+def start(project, address, command=MODULE):
+    return start_stage(project, command, RAY_ADDRESS=address)
 
 
 def end(stage):

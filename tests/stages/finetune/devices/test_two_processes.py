@@ -2,11 +2,8 @@
 
 import csv
 import multiprocessing
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import psutil
@@ -18,12 +15,13 @@ from stages.finetune.devices.workers import start_workers
 from stages.finetune.trainer import TrainingMonitor
 from tests.stages.finetune.devices import jobs
 from tests.stages.finetune.project import (
-    REPO,
+    MODULE,
     adapter,
     change_finetune,
     evidence,
     make_labels,
     make_project,
+    start_stage,
 )
 
 pytestmark = pytest.mark.slow
@@ -36,7 +34,6 @@ SETTINGS = {
     "validate_every": 0.1,
     "early_stopping": {"metric": "exact_match", "patience": 8},
 }
-MODULE = ["-m", "stages.finetune"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *MODULE]
 TWO_CORES = pytest.mark.skipif(
     len(psutil.Process().cpu_affinity()) < 2 if hasattr(psutil.Process, "cpu_affinity") else False,
@@ -45,16 +42,7 @@ TWO_CORES = pytest.mark.skipif(
 
 
 def start(project, command=MODULE):
-    environment = {**os.environ, "PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, *command],
-        cwd=project,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    return start_stage(project, command, OMP_NUM_THREADS="1")
 
 
 def finish(process):
