@@ -1,6 +1,12 @@
 """A random-weight Llama of a few thousand parameters and its byte-level tokenizer, made on the spot."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
@@ -8,7 +14,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tokenizer(merges: tuple[tuple[str, str], ...] = (), pre_tokenizer=None, ignore_merges=False):
+def make_tokenizer(
+    merges: tuple[tuple[str, str], ...] = (), pre_tokenizer: Any = None, ignore_merges: bool = False
+) -> PreTrainedTokenizerFast:
     """Return a tokenizer that knows every byte, the two marks of the chat template and these merges.
 
     Two marks and 256 bytes are 258 tokens; each merge makes one more.
@@ -34,7 +42,7 @@ def make_tokenizer(merges: tuple[tuple[str, str], ...] = (), pre_tokenizer=None,
     return fast
 
 
-def make_model(seed: int = 0, model_type: str = "llama", **changes):
+def make_model(seed: int = 0, model_type: str = "llama", **changes: Any) -> PreTrainedModel:
     """Return a random model with grouped-query attention and tied embeddings, as the default base has."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -57,7 +65,7 @@ def make_model(seed: int = 0, model_type: str = "llama", **changes):
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def save_model(folder: Path, seed: int = 0, merges: tuple[tuple[str, str], ...] = (), **changes) -> Path:
+def save_model(folder: Path, seed: int = 0, merges: tuple[tuple[str, str], ...] = (), **changes: Any) -> Path:
     """Save the tiny model with its tokenizer as a model folder."""
     make_model(seed, vocab_size=258 + len(merges), **changes).save_pretrained(folder)
     make_tokenizer(merges).save_pretrained(folder)
