@@ -1,12 +1,12 @@
 """Training speed: `stages.finetune` against trl and LLaMA-Factory, at equal loss, and the machine's limit.
 
-    python -m benchmarks.training [--rows 120] [--repeats 3] [--minutes 60] [--dtypes bfloat16 float32]
-        [--llamafactory] [--tiny] [--out training.json]
+    python -m benchmarks.training [--rows 120] [--batch-size N] [--repeats 3] [--minutes 60]
+        [--dtypes bfloat16 float32] [--llamafactory] [--tiny] [--out training.json]
 
 Needs `artifacts/fetch_base` and `artifacts/split` (`dvc repro split`); --tiny makes a tiny model and rows.
 All train the same LoRA once over the same rows, in turns, each in a process of its own. `trl defaults` is
 `SFTTrainer` as it comes. The other settings of the peers have the batches, rate and schedule of `params.yaml`
-and the number format that is measured; the first turn tries all of them, later turns have those of the
+(or batches of --batch-size) and the number format that is measured; the first turn tries all of them, later turns have those of the
 fastest of each peer whose loss on held-out rows is at most 1 % from ours. --llamafactory installs
 LLaMA-Factory into a temporary environment, as its versions are others than ours; if that fails, the result
 says why.
@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +85,11 @@ def run_ours(inputs: Inputs) -> Figures:
     }
 
 
-def read_inputs(rows: int, dtype: str) -> Inputs:
+def read_inputs(rows: int, dtype: str, batch_size: int | None = None) -> Inputs:
     """Return rows of the checkout's split, drawn at random, with its base model and recipe."""
     params = load_params().finetune
-    recipe = Recipe(
-        **{**params.model_dump(include=set(Recipe.__dataclass_fields__)), "dtype": dtype, "epochs": 1}
-    )
+    recipe = Recipe(**params.model_dump(include=set(Recipe.__dataclass_fields__)))
+    recipe = replace(recipe, dtype=dtype, epochs=1, batch_size=batch_size or recipe.batch_size)
     base = artifacts("fetch_base")
     tokenizer = load_tokenizer(base)
 
@@ -131,6 +131,7 @@ def run_apart(who: str, dtype: str, options: argparse.Namespace, python: str | N
     command = [sys.executable, "-m", "benchmarks.training", "--only", who, "--dtypes", dtype]
     command += ["--rows", str(options.rows), "--folder", str(options.folder)]
     command += ["--tiny"] if options.tiny else []
+    command += ["--batch-size", str(options.batch_size)] if options.batch_size else []
     command += ["--python", python] if python else []
     started = time.monotonic()
     try:
@@ -246,6 +247,9 @@ def main() -> None:
     set_quiet_environment()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rows", type=int, default=120)
+    parser.add_argument(
+        "--batch-size", type=int, help="of ours and of the peers' settings; that of params.yaml"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=60.0, help="after which no training is begun")
     parser.add_argument("--dtypes", nargs="+", choices=sorted(SHARES), default=sorted(SHARES))
@@ -258,7 +262,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.only:
         dtype = options.dtypes[0]
-        inputs = make_tiny_inputs(options.folder, dtype) if options.tiny else read_inputs(options.rows, dtype)
+        inputs = (
+            make_tiny_inputs(options.folder, dtype)
+            if options.tiny
+            else read_inputs(options.rows, dtype, options.batch_size)
+        )
         print(json.dumps(measure_one(options.only, inputs, options.python)))
         return
 
