@@ -6,10 +6,10 @@
 Needs `artifacts/fetch_base` and `artifacts/split` (`dvc repro split`); --tiny makes a tiny model and rows.
 All train the same LoRA once over the same rows, in turns, each in a process of its own. `trl defaults` is
 `SFTTrainer` as it comes. The other settings of the peers have the batches, rate and schedule of `params.yaml`
-(or batches of --batch-size) and the number format that is measured; the first turn tries all of them, later turns have those of the
-fastest of each peer whose loss on held-out rows is at most 1 % from ours. --llamafactory installs
-LLaMA-Factory into a temporary environment, as its versions are others than ours; if that fails, the result
-says why.
+(or batches of --batch-size) and the number format that is measured; the first turn tries all of them, later
+turns have those of the fastest of each peer whose loss on held-out rows is at most 1 % from ours.
+--llamafactory installs LLaMA-Factory into a temporary environment, as its versions are others than ours; if
+that fails, the result says why.
 
 Tokens are those of the rows, without padding; the time is that of the whole call of `train()`, including its
 first, slow step. The share is that of the speed of plain matrix products, measured before the first step of
