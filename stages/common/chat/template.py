@@ -29,6 +29,7 @@ CHOOSE_ANOTHER = "choose an instruction-tuned base model whose chat template doe
 
 _ANSWER = "perennialanswer"  # found again in what the template writes around it; no template has this word
 _THOUGHT = "perennialthought"
+_NEXT = "perennialquestion"
 _QUESTION = (Message("user", "a"),)
 # `fix_argument` of a name such as enable_thinking (Qwen3) or thinking (DeepSeek, Granite).
 _ASKS_TO_THINK = re.compile(r"\{%- set \w*think\w* = true -%\}\{#- task\.template_arguments -#\}")
@@ -262,6 +263,13 @@ def _read_answer_frame(tokenizer: Any) -> AnswerFrame:
             "the model would never learn where an answer ends",
             CHOOSE_ANOTHER,
         )
+    if _opens_turn(tokenizer, ends[0]):
+        raise InputError(
+            f"the base model's chat template writes no end of turn after the answer: {ends[0]!r}, which "
+            "follows it, begins the next turn, and the model would learn to write that",
+            "write an end of turn behind the answers in the base's chat_template.jinja, and the beginning of "
+            f"an answer only if add_generation_prompt is set; or {CHOOSE_ANOTHER}",
+        )
     place = after.index(ends[0]) + len(ends[0])
     # What a thinking model writes before its answer is learned with it.
     thought_start, thought, thought_end = before.partition(_THOUGHT)
@@ -273,6 +281,30 @@ def _read_answer_frame(tokenizer: Any) -> AnswerFrame:
         thought_end if thought else None,
         thought_start if thought else "",
     )
+
+
+def _opens_turn(tokenizer: Any, token: str) -> bool:
+    """Return whether the token behind an answer is that of a turn's header and not of an answer's end.
+
+    A template that always writes the beginning of an answer writes it behind an answer, too. Such a token
+    begins the conversation, or no longer follows the answer once there is another question. The tokenizer's
+    end of sequence always is an end: some templates write it behind the last turn only.
+    """
+    if token == tokenizer.eos_token:
+        return False
+    control = read_control_tokens(tokenizer)
+    first = _render(tokenizer, _QUESTION, add_generation_prompt=True)
+    names = sorted(map(re.escape, control.ids), key=len, reverse=True)
+    opening = re.match(rf"(\s|{'|'.join(names)})*", first)
+    if opening and token in control.find(opening[0]):
+        return True
+    talk = [*_QUESTION, Message("assistant", _ANSWER), Message("user", _NEXT)]
+    try:
+        between = _render(tokenizer, talk, add_generation_prompt=True).partition(_ANSWER)[2]
+    except TemplateRefusal:  # it takes one question only
+        return False
+    between, followed, _ = between.partition(_NEXT)
+    return bool(followed) and token not in control.find(between)
 
 
 def _rewrites() -> InputError:

@@ -6,6 +6,7 @@ from stages.common.chat.control_tokens import read_control_tokens
 from stages.common.chat.day import writes_the_day_of_use
 from stages.common.chat.template import (
     TemplateRefusal,
+    encode_conversation,
     encode_example,
     encode_prompt,
     encode_text,
@@ -17,6 +18,7 @@ from stages.common.errors import InputError
 from stages.common.messages import Message
 from tests.stages.common.chat_templates import (
     FAMILIES,
+    LLAMA_3,
     NO_END,
     Family,
     make_family_tokenizer,
@@ -229,10 +231,74 @@ def test_a_template_without_an_end_of_turn_is_refused():
         assert "fetch_base" in error.value.fix
 
 
+ONE_HEADER = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n{% endfor %}"
+TWO_HEADERS = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}\n{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("family", "template"),
+    [
+        ("chatml", ONE_HEADER + "<|im_start|>assistant\n"),
+        ("chatml", "<|endoftext|>" + ONE_HEADER + "<|im_start|>assistant\n"),
+        ("phi-3", TWO_HEADERS + "<|assistant|>\n"),
+        ("phi-3", "{{ bos_token }}" + TWO_HEADERS + "{% if messages[-1].role != 'user' %}<|user|>{% else %}"
+         "<|assistant|>\n{% endif %}"),
+    ],
+)  # fmt: skip
+def test_a_header_that_follows_an_answer_is_not_learned_as_its_end(family, template):
+    """The template always writes the next header, and no end of turn before it."""
+    tokenizer = make_family_tokenizer(FAMILIES[family])
+    tokenizer.chat_template = template
+    for ask in (end_of_turn_ids, lambda t: encode_conversation(t, LONG, (), [1, 3])):
+        with pytest.raises(InputError, match="which follows it, begins the next turn") as error:
+            ask(tokenizer)
+        assert "chat_template.jinja" in error.value.fix
+
+
+ENDED = ONE_HEADER.replace("\n{% endfor", "<|im_end|>\n{% endfor")
+END_BEHIND_ALL = "{{ m.content }}{% if loop.last and m.role == 'assistant' %}{{ eos_token }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("family", "template", "end"),
+    [
+        ("chatml", ENDED + "<|im_start|>assistant\n", "<|im_end|>"),
+        ("llama-3", LLAMA_3.split("{%- if add_generation_prompt")[0], "<|eot_id|>"),
+        ("phi-3", TWO_HEADERS.replace("{{ m.content }}", END_BEHIND_ALL)
+         + "{% if add_generation_prompt %}<|assistant|>\n{% endif %}", "<|endoftext|>"),
+        ("mistral-3", "[INST]{{ messages[-1 if messages | length == 1 else -2].content }}[/INST]"
+         "{% if messages | length > 2 %}{{ raise_exception('one question only') }}{% endif %}"
+         "{% if messages[-1].role == 'assistant' %}{{ messages[-1].content }}</s>{% endif %}", "</s>"),
+    ],
+    ids=["next header", "no header", "behind the last turn", "one question"],
+)  # fmt: skip
+def test_an_end_of_turn_is_found_whatever_follows_it(family, template, end):
+    tokenizer = make_family_tokenizer(FAMILIES[family])
+    tokenizer.chat_template = template
+    assert learned_text(tokenizer, encode_example(tokenizer, WITHOUT_SYSTEM)) == '{"a":"ü"}' + end
+
+
+def test_each_of_several_turns_is_learned_with_an_end_that_is_written_behind_the_last_one_only():
+    tokenizer = make_family_tokenizer(FAMILIES["phi-3"])
+    tokenizer.chat_template = (
+        TWO_HEADERS.replace("{{ m.content }}", END_BEHIND_ALL)
+        + "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    learned = [learned_text(tokenizer, one) for one in encode_conversation(tokenizer, LONG, (), [1, 3])]
+    assert learned == ['{"a":"o"}<|endoftext|>', '{"a":"ü"}<|endoftext|>']
+
+
+def test_an_end_that_is_written_behind_the_first_answer_only_is_learned_behind_each():
+    tokenizer = with_template(SIMPLE.replace("<|im_end|>", "{% if loop.index < 3 %}<|im_end|>{% endif %}"))
+    (one,) = encode_conversation(tokenizer, LONG, (), [1, 3])
+    learned = [tokenizer.decode(one.input_ids[start:end]) for start, end in one.learned]
+    assert learned == ['{"a":"o"}<|im_end|>', '{"a":"ü"}<|im_end|>']
+
+
 def test_a_changed_template_is_read_again():
     changing = make_tokenizer()
     assert end_of_turn_ids(changing) == [1]
-    changing.chat_template = changing.chat_template.replace("<|im_end|>", "<|im_start|>")
+    changing.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_start|>{% endfor %}"
     assert end_of_turn_ids(changing) == [0, 1]
 
 
