@@ -8,8 +8,8 @@ The test permutes users (else sessions, else requests) between the two sides. It
 by Holm over the criteria.
 
 Thumbs and corrections are votes, and names of users are what a key's holder chooses. So where several API
-keys ask, what follows from votes must also follow without any one key: none ends a canary alone. Failures and
-invalid answers are measured by the service, and count from everyone.
+keys ask, what follows from votes must also follow without any one key, with its votes and its requests: none
+ends a canary alone. Failures and invalid answers are measured by the service, and count from everyone.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FIRST_PERMUTATIONS = 500  # then as many again, while a p-value can still become
 CHUNK = 2_000_000  # random numbers in memory at once
 SEED = 7
 
-MAX_VOTERS = 10  # keys, those with the most votes first, without each of which a verdict must hold
+MAX_VOTERS = 10  # keys with the most votes or requests, without each of which a verdict must hold
 VOTES = {"thumb_down": "thumb_down_at", "corrected": "corrected_at"}
 
 CRITERIA = (
@@ -76,21 +76,29 @@ def compare(
 def _hold_without_one_key(
     found: CanaryCriterion, new: Sequence[RequestOutcome], old: Sequence[RequestOutcome], alpha: float
 ) -> CanaryCriterion:
-    """Return a criterion, passed if it failed by the votes of one key alone though others ask, too."""
+    """Return a criterion, passed if it failed by the votes or requests of one key though others ask, too."""
     if found.passed or found.name not in VOTES or len({one.key for one in (*new, *old)}) < 2:
         return found
     voters = Counter(one.key for one in new if getattr(one, VOTES[found.name]) is not None)
-    for key, _ in voters.most_common(MAX_VOTERS):
+    # Requests without votes weigh, too: many of them make the other side's share small.
+    askers = Counter(one.key for one in old)
+    for key in dict.fromkeys(key for count in (voters, askers) for key, _ in count.most_common(MAX_VOTERS)):
         ours, theirs = ([one for one in side if one.key != key] for side in (new, old))
+        if key not in voters and not (ours and theirs):
+            continue  # its requests are all that there is to compare with
         rest = {one.name: one for one in _compare(ours, theirs, alpha)} if ours and theirs else {}
         if found.name not in rest or rest[found.name].passed:
             # None of the votes decides now: the summary counts them by voter.
             summary = (
-                f"{found.summary}, by the votes of {_name_voter(key)} alone: not decisive "
+                f"{found.summary}, by {_name_part(voters, key)} of {_name_voter(key)} alone: not decisive "
                 f"(votes: {_describe_votes(voters)})"
             )
             return replace(found, passed=True, summary=summary)
     return found
+
+
+def _name_part(voters: Mapping[str | None, int], key: str | None) -> str:
+    return "the votes" if key in voters else "the requests"
 
 
 def _name_voter(key: str | None) -> str:

@@ -298,6 +298,22 @@ def test_one_key_with_invented_users_does_not_end_a_canary_and_two_do(field, kin
     assert two.state == "bad" and field.replace("_", " ") in two.summary
 
 
+def test_one_key_that_asks_the_champion_without_votes_does_not_end_a_canary():
+    """Its requests make the champion's share of votes small, and the new version's the larger one."""
+    new = voting(120, "honest", users=120, field="thumb_down", bad=False)
+    new[:36] = voting(36, "honest", users=36, field="thumb_down")
+    new = [replace(one, key=f"honest {n % 3}") for n, one in enumerate(new)]
+    old = [replace(one, assignment_key=f"other {one.assignment_key}") for one in new]
+    assert judged(new, old, needed=120).state == "good"
+    flood = voting(300, "mallory", users=300, field="thumb_down", bad=False)
+    flood = [replace(one, at=one.at / 3) for one in flood]
+    flooded = judged(new, [*old, *flood], needed=120)
+    assert flooded.state == "good"
+    assert "by the requests of the key mallory alone: not decisive" in flooded.summary
+    worse = [replace(one, thumb_down_at=one.at + 1) for one in new]
+    assert judged(worse, [*old, *flood], needed=120).state == "bad"
+
+
 def test_the_only_key_that_asks_is_heard():
     unhappy = voting(100, "app", users=50, field="thumb_down")
     assert judged(unhappy, voting(400, "app", users=200, field="thumb_down", bad=False)).state == "bad"
