@@ -17,12 +17,8 @@ from stages.common.chat.conversations import (
 from stages.common.logs import ROWS_A_STEP, get_logger, show_progress
 from stages.common.records import Row
 from stages.common.similarity.compared_text import SharedParts
-from stages.common.similarity.near_duplicates import (
-    SimilarTexts,
-    extract_grams,
-    find_closest,
-    spool_grams,
-)
+from stages.common.similarity.grams import extract_grams
+from stages.common.similarity.near_duplicates import SimilarTexts, find_closest, spool_grams
 from stages.common.spool import exclude, join
 from stages.split.sides import Side, Sides, select_feedback
 

@@ -1,8 +1,8 @@
 """The part of a prompt that is compared with other prompts: without spelling, and without what many share.
 
 Two prompts that a reader takes for one must be one text here: invisible characters, case, width, runs of
-space and punctuation are excluded. An instruction that many prompts repeat is excluded, too: it would make
-all of them look alike. None of this changes a row.
+space and punctuation are excluded, and letters of other alphabets that look Latin are Latin. An instruction
+that many prompts repeat is excluded, too: it would make all of them look alike. None of this changes a row.
 """
 
 from __future__ import annotations
@@ -30,6 +30,15 @@ INVISIBLE = re.compile(f"[{IGNORABLE}\\x00-\\x08\\x0e-\\x1b\\x7f-\\x84\\x86-\\x9
 # Vowel signs of Arabic and Hebrew, which most people leave out, and the stroke that lengthens Arabic.
 OPTIONAL_MARKS = re.compile("[\u0640\u064b-\u0652\u0670\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7]")
 APOSTROPHES = "'’‘`´ʼ＇"
+# Letters of Cyrillic, Greek and phonetic script, and the Latin ones that they look like: those of Unicode's
+# confusables.txt (UTS #39, "Unicode Security Mechanisms") that are single letters, but not two of one
+# alphabet for one Latin letter (σ and ο), which would make two words one. In any text, small letters:
+LIKE_LATIN = str.maketrans("агеорсухѕіјѵһԁԛԝѡαγινορυϳɑɡ", "areopcyxsijvhdqwwayivopujag")
+# Capitals whose small letters look different (Т and т), in texts that are Latin otherwise:
+CAPITALS_LIKE_LATIN = str.maketrans("ВЕКМНОРСТХԌԜΒΕΖΗΚΜΝΡΤΥΧ", "BEKMHOPCTXGWBEZHKMNPTYX")
+_CAPITALS = re.compile(f"[{''.join(map(chr, CAPITALS_LIKE_LATIN))}]")
+_LATIN = re.compile("[A-Za-z]")
+_NOT_LATIN = re.compile(f"[^\\W\\d_A-Za-z\u00aa-\u024f{''.join(map(chr, LIKE_LATIN | CAPITALS_LIKE_LATIN))}]")
 OPERATORS = "#%&*/@\\_"  # punctuation for Unicode, but "2*3" and "2/3" are two questions
 
 MAX_PROMPTS_READ = 10_000  # to find what many share: a share of a tenth is known to a hundredth
@@ -51,8 +60,24 @@ def _punctuation() -> re.Pattern[str]:
 
 
 @cache
-def _apostrophes() -> dict[int, None]:
-    return dict.fromkeys(map(ord, APOSTROPHES))
+def _signs() -> dict[int, str | None]:
+    """Return what each apostrophe and each letter that looks Latin becomes, also under an accent."""
+    signs: dict[int, str | None] = {code: chr(latin) for code, latin in LIKE_LATIN.items()}
+    for code in (*range(0x370, 0x530), *range(0x1F00, 0x2000)):
+        letter, *accents = list(unicodedata.normalize("NFD", chr(code)))
+        if accents and ord(letter) in LIKE_LATIN:
+            signs[code] = unicodedata.normalize("NFC", chr(LIKE_LATIN[ord(letter)]) + "".join(accents))
+    return signs | dict.fromkeys(map(ord, APOSTROPHES))
+
+
+def _write_latin_capitals(text: str) -> str:
+    """Return a text that is mostly Latin with the capitals in Latin that look so.
+
+    In Cyrillic and Greek texts they stay: there, Т is the capital of т, which looks like no Latin letter.
+    """
+    if not _CAPITALS.search(text) or len(_LATIN.findall(text)) <= len(_NOT_LATIN.findall(text)):
+        return text
+    return text.translate(CAPITALS_LIKE_LATIN)
 
 
 # The same for ASCII, as bytes: most rows are, and a table is ten times as fast as a pattern.
@@ -79,8 +104,10 @@ def fold_text(text: str) -> str:
         return words
     if not text.isascii():
         text = OPTIONAL_MARKS.sub("", unicodedata.normalize("NFKC", text))
+        text = _write_latin_capitals(text)
     visible = fold_spelling(text)
-    words = " ".join(_punctuation().sub(" ", visible.translate(_apostrophes())).split())
+    latin = unicodedata.normalize("NFC", visible.translate(_signs()))
+    words = " ".join(_punctuation().sub(" ", latin).split())
     return words or visible  # ":-)" and "?!" are two texts
 
 

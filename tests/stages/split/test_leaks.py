@@ -1,4 +1,4 @@
-"""Rows planted on both sides in eight ways: the search finds what reading every pair finds."""
+"""Rows planted on both sides in ten ways: the search finds what reading every pair finds."""
 
 import random
 from collections import Counter
@@ -35,6 +35,9 @@ def widen(text):
     return "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else "\u3000" for c in text)
 
 
+CYRILLIC = str.maketrans("aeopcyxisjhdABEKMHOPCTX", "аеорсухіѕјһԁАВЕКМНОРСТХ")
+GREEK = str.maketrans("aiopvuABEZHIKMNOPTYX", "αιορνυΑΒΕΖΗΙΚΜΝΟΡΤΥΧ")
+
 SPELLINGS = {
     "same": lambda text: text,
     "case": str.title,
@@ -43,6 +46,8 @@ SPELLINGS = {
     "zero-width": lambda text: "\u200b".join(text) + "\ufeff",
     "annotations": lambda text: "\ufff9".join(text) + "\ufffc",
     "width": widen,
+    "Cyrillic letters": lambda text: text.title().translate(CYRILLIC),
+    "Greek letters": lambda text: text.title().translate(GREEK),
     "one letter": lambda text: text[:-1] + "z",
 }
 BEFORE = {"alone": "", "under an instruction": EVERYWHERE}
@@ -106,3 +111,18 @@ def test_feedback_that_continues_a_held_out_row_is_not_learned_and_the_row_stays
     told = [row("a question", "its answer", "and now?", "this"), row("another", "thing", "and?", "that")]
     sides, feedback, removed = remove_known_answers(Sides((), (), (asked,)), told, set())
     assert (sides.test, feedback, removed) == ((asked,), [told[1]], 1)
+
+
+@pytest.mark.parametrize("letters", ["acgt", "0123456789"])
+def test_sequences_are_held_out_though_all_have_the_same_3_grams(letters):
+    rng = random.Random(6)
+    drawn = ["".join(rng.choices(letters, k=2000)) for _ in range(120)]
+    asked = [row(text, "a") for text in drawn[:30]]
+    copies = [row(text[:900] + "g7" + text[902:], "b") for text in drawn[:30:3]]
+    others = [row(text, "c") for text in drawn[30:]]
+    shared = find_shared_parts([*asked, *copies, *others])
+    sides, removed = remove_near_duplicates(Sides((*others, *copies), (), tuple(asked)), 0.9, shared)
+    assert (sides.train, removed) == (tuple(others), len(copies))
+    assert prove_split(sides, 0.9, shared, set())["highest_similarity"] < 0.5
+    with pytest.raises(AssertionError, match="not clean"):
+        prove_split(Sides((*others, copies[0]), (), tuple(asked)), 0.9, shared, set())

@@ -46,6 +46,45 @@ def test_what_a_reader_takes_for_one_text_is_one(text):
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "Whу dоеsn't thе lіght іn сafé 12 turn оn?",  # Cyrillic small letters
+        "Why dοesn't the lιght ιn cαfέ 12 turn οn?".replace("έ", "é"),  # Greek
+        "Why doesn't the light in саfе\u0301 12 turn on?",  # Cyrillic under a combining accent
+        "WНУ DОЕSN'Т ТНЕ LIGНТ IN САFÉ 12 ТURN ОN?",  # Cyrillic capitals
+        "WΗΥ DΟΕSΝ'Τ ΤΗΕ LIGΗΤ IΝ CΑFÉ 12 ΤURΝ ΟΝ?",  # Greek capitals
+    ],
+)
+def test_letters_of_other_alphabets_that_look_latin_are_latin(text):
+    assert not text.isascii() and fold_text(text) == fold_text(QUESTION)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Включи свет в кухне", "Bключи cвeт в кyхнe".replace("B", "В")),  # Latin letters among Cyrillic
+        ("ВКЛЮЧИ СВЕТ НА КУХНЕ", "включи свет на кухне"),
+        ("ΆΝΟΙΞΕ ΤΟ ΦΩΣ", "άνοιξε το φωσ"),
+        ("ёлка и її", "eлкa и її".replace("e", "ë")),
+    ],
+)
+def test_cyrillic_and_greek_have_one_form_in_each_case(one, other):
+    assert fold_text(one) == fold_text(other)
+
+
+@pytest.mark.parametrize(
+    "alphabet",
+    ["абвгдеёжзийклмнопрстуфхцчшщъыьэюя", "абвгґдеєжзиіїйклмнопрстуфхцчшщьюя", "αβγδεζηθικλμνξοπρσςτυφχψω"],
+)
+def test_no_two_letters_of_an_alphabet_become_one(alphabet):
+    assert len({fold_text(letter) for letter in alphabet.replace("ς", "")}) == len(alphabet.replace("ς", ""))
+
+
+def test_a_unit_in_greek_is_another_unit():
+    assert fold_text("5 µg of it") != fold_text("5 mg of it")
+
+
+@pytest.mark.parametrize(
     ("one", "other"), [("كَتَبَ الدَّرْسَ", "كتب الدرس"), ("مـــرحبا", "مرحبا"), ("שָׁלוֹם", "שלום")]
 )
 def test_vowel_signs_that_may_be_left_out_make_no_other_text(one, other):

@@ -4,13 +4,8 @@ import pytest
 
 from stages.common import spool
 from stages.common.similarity import near_duplicates
-from stages.common.similarity.near_duplicates import (
-    SimilarTexts,
-    compute_similarity,
-    extract_grams,
-    find_closest,
-    find_near_earlier,
-)
+from stages.common.similarity.grams import compute_similarity, extract_grams
+from stages.common.similarity.near_duplicates import SimilarTexts, find_closest, find_near_earlier
 
 
 def find_pairs(texts, threshold):
@@ -131,3 +126,75 @@ def test_the_closest_pair_is_the_best_of_all():
 
 def test_texts_with_nothing_in_common_have_similarity_zero():
     assert find_closest(["abc"], ["xyz"]) == (0, 0, 0.0)
+
+
+def draw_lines(letters, count, length, seed):
+    rng = random.Random(seed)
+    return ["".join(rng.choices(letters, k=rng.randrange(length // 2, length))) for _ in range(count)]
+
+
+FEW_GRAMS = {
+    "DNA": ("acgt", 400),
+    "short DNA": ("acgt", 160),
+    "digits": ("0123456789", 2000),
+    "numbers": ("0123456789 ", 1200),
+    "syllables": (["ba", "ke", "li", "mo", "nu ", "ra", "si "], 600),
+}
+
+
+@pytest.mark.parametrize(("letters", "length"), FEW_GRAMS.values(), ids=FEW_GRAMS)
+def test_texts_of_few_3_grams_are_near_their_copies_alone(letters, length, monkeypatch):
+    texts = draw_lines(letters, 40, length, seed=6)
+    index = SimilarTexts(0.9, map(extract_grams, texts))
+    for text in texts:
+        index.add(extract_grams(text))
+    compared = []
+    monkeypatch.setattr(
+        near_duplicates, "compute_similarity", lambda *two: compared.append(two) or compute_similarity(*two)
+    )
+    for number, text in enumerate(texts):
+        changed = text[:-1] + "x"
+        assert [near for near, _ in index.find_near(extract_grams(changed))] == [number]
+    for text in draw_lines(letters, 40, length, seed=7):
+        assert not list(index.find_near(extract_grams(text)))
+    assert len(compared) < 100  # of 3,200 pairs
+
+
+@pytest.mark.parametrize("threshold", [0.4, 0.9, 1.0])
+def test_the_search_is_exact_for_texts_with_and_without_repetitions(threshold):
+    rng = random.Random(8)
+    drawn = [text for letters, length in FEW_GRAMS.values() for text in draw_lines(letters, 5, length, 9)]
+    words = draw_lines("abcdefghijklmnopqrstuvwxyz", 40, 9, seed=10)
+    texts = [*drawn, *(" ".join(rng.choices(words, k=rng.randrange(2, 120))) for _ in range(20))]
+    for text in [*texts, *texts[::3]]:  # copies, and copies of copies
+        copy = list(text)
+        for place in rng.sample(range(len(copy)), min(len(copy), rng.randrange(1, 2 + len(copy) // 40))):
+            copy[place] = rng.choice("acgt0 ")
+        texts.append("".join(copy))
+    found = find_pairs(texts, threshold)
+    assert found == every_pair(texts, threshold)
+    assert threshold == 1.0 or len(found) > 10
+
+
+@pytest.mark.parametrize("max_held", [10**9, 2000])
+def test_the_closest_pair_is_the_best_of_all_for_texts_of_few_3_grams(max_held, monkeypatch):
+    monkeypatch.setattr(near_duplicates, "MAX_CHUNK_GRAMS", max_held)
+    texts = [text for letters, length in FEW_GRAMS.values() for text in draw_lines(letters, 12, length, 11)]
+    random.Random(12).shuffle(texts)
+    left, right = texts[:25], [*texts[25:], texts[20][: len(texts[20]) // 2] + texts[31]]
+    scored = [
+        (compute_similarity(*map(extract_grams, (a, b))), -i) for i, a in enumerate(left) for b in right
+    ]
+    i, j, score = find_closest(left, right)
+    assert (score, -i) == max(scored)
+    assert compute_similarity(extract_grams(left[i]), extract_grams(right[j])) == score < 0.9
+
+
+@pytest.mark.parametrize(("changed", "is_near"), [(0.002, True), (0.008, True), (0.04, False), (1.0, False)])
+def test_passages_are_near_as_long_as_few_of_their_letters_differ(changed, is_near):
+    """At 0.9, one letter of 57 may differ: each changes three 3-grams."""
+    rng = random.Random(13)
+    for letters in ("acgt", "abcdefghijklmnopqrstuvwxyz    "):
+        text = "".join(rng.choices(letters, k=8000))
+        other = "".join(rng.choice(letters) if rng.random() < changed else letter for letter in text)
+        assert (compute_similarity(extract_grams(text), extract_grams(other)) >= 0.9) == is_near
