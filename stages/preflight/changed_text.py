@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain, islice
 from typing import Any
 
 from stages.common.chat.control_tokens import read_control_tokens
 from stages.common.chat.fitting import Fitting
-from stages.common.chat.template import Encoded, find_left_out
+from stages.common.chat.template import Encoded, render_prompt
+from stages.common.messages import Message, Tool
 from stages.common.privacy.row_texts import list_private_texts
 from stages.common.records import Row
 
@@ -56,3 +58,18 @@ def describe_text(tokenizer: Any, fitting: Mapping[str, Fitting]) -> dict[str, A
             for row, example in first_changed
         ],
     }
+
+
+def find_left_out(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Tool]) -> Message | None:
+    """Return the first message whose text is not in the prompt that the template writes; None if all are.
+
+    Blanks around a text may be cut, and a result may be written as JSON.
+    """
+    prompt = render_prompt(tokenizer, messages, tools)
+    control = read_control_tokens(tokenizer)
+    for message in messages:
+        text = control.hide(message.content).strip()
+        quoted = (json.dumps(text, ensure_ascii=ascii)[1:-1] for ascii in (False, True))
+        if text not in prompt and (message.role != "tool" or not any(form in prompt for form in quoted)):
+            return message
+    return None

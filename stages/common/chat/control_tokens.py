@@ -57,6 +57,15 @@ class ControlTokens:
         """Return the control tokens that a text holds, in order."""
         return self._pattern.findall(text) if self._pattern else []
 
+    def find_leading(self, text: str) -> list[str]:
+        """Return the control tokens that a text begins with, whatever space is between them."""
+        leading = text.lstrip()
+        found: list[str] = []
+        while self._pattern and (token := self._pattern.match(leading)):
+            found.append(token[0])
+            leading = leading[token.end() :].lstrip()
+        return found
+
     def hide(self, text: str) -> str:
         """Return a text whose control tokens a chat template cannot recognise; `encode` shows them again."""
         if self._pattern is None:

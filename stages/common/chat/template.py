@@ -94,7 +94,7 @@ def encode_prompt(tokenizer: Any, messages: Sequence[Message], tools: Sequence[T
     Raises:
         InputError: the template refuses the conversation, or is none that a model can be taught with.
     """
-    return _tokens(tokenizer, _render_prompt(tokenizer, messages, tools))
+    return _tokens(tokenizer, render_prompt(tokenizer, messages, tools))
 
 
 def encode_example(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> Encoded:
@@ -122,12 +122,12 @@ def render_example(
         InputError: the template refuses the conversation, or is none that a model can be taught with.
     """
     frame = read_answer_frame(tokenizer)
-    prompt_text = _render_prompt(tokenizer, messages[:-1], tools)
+    prompt_text = render_prompt(tokenizer, messages[:-1], tools)
     whole_text = _render(tokenizer, messages, tools, add_generation_prompt=False)
     answer_text = _cut_answer(prompt_text, whole_text, frame)
     if answer_text is None and not messages[-1].tool_calls:
         # Mistral's template leaves the system message out once there is an answer. It is asked with one.
-        simple = _render_prompt(tokenizer, _QUESTION)
+        simple = render_prompt(tokenizer, _QUESTION)
         whole = _render(tokenizer, [*_QUESTION, messages[-1]], add_generation_prompt=False)
         answer_text = _cut_answer(simple, whole, frame)
     if answer_text is None:
@@ -154,6 +154,17 @@ def encode_conversation(
     given = tuple((len(one.input_ids), following.prompt_length) for one, following in pairwise(examples))
     is_changed = any(example.is_changed for example in examples)
     return [Encoded(examples[-1].input_ids, examples[0].prompt_length, is_changed, given)]
+
+
+def render_prompt(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
+    """Return the prompt as the template writes it, with the control tokens in its texts hidden.
+
+    Raises:
+        InputError: the template refuses the conversation, or is none that a model can be taught with.
+    """
+    frame = read_answer_frame(tokenizer)
+    before = "" if tools and frame.before.isspace() else frame.before
+    return _render(tokenizer, messages, tools, add_generation_prompt=True) + before
 
 
 def render_whole(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Tool]) -> str:
@@ -207,21 +218,6 @@ def write_served_template(tokenizer: Any) -> str:
     return f"{template}{{%- if {when} %}}{{{{- '{literal}' }}}}{{%- endif %}}"
 
 
-def find_left_out(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Tool]) -> Message | None:
-    """Return the first message whose text is not in the prompt that the template writes; None if all are.
-
-    Blanks around a text may be cut, and a result may be written as JSON.
-    """
-    prompt = _render_prompt(tokenizer, messages, tools)
-    control = read_control_tokens(tokenizer)
-    for message in messages:
-        text = control.hide(message.content).strip()
-        quoted = (json.dumps(text, ensure_ascii=ascii)[1:-1] for ascii in (False, True))
-        if text not in prompt and (message.role != "tool" or not any(form in prompt for form in quoted)):
-            return message
-    return None
-
-
 def _cut_answer(prompt_text: str, whole_text: str, frame: AnswerFrame) -> str | None:
     """Return the answer in a rendered conversation; None if it does not begin with the prompt."""
     tail = frame.end + frame.after
@@ -257,18 +253,11 @@ def _read_answer_frame(tokenizer: Any) -> AnswerFrame:
     before, _, after = whole[len(prompt) :].partition(_ANSWER)
     control = read_control_tokens(tokenizer)
     ends = control.find(after)
-    if not ends:
+    if not ends or _opens_turn(tokenizer, ends[0]):
         raise InputError(
             f"the base model's chat template writes no end of turn after the answer, only {after!r}: "
             "the model would never learn where an answer ends",
-            CHOOSE_ANOTHER,
-        )
-    if _opens_turn(tokenizer, ends[0]):
-        raise InputError(
-            f"the base model's chat template writes no end of turn after the answer: {ends[0]!r}, which "
-            "follows it, begins the next turn, and the model would learn to write that",
-            "write an end of turn behind the answers in the base's chat_template.jinja, and the beginning of "
-            f"an answer only if add_generation_prompt is set; or {CHOOSE_ANOTHER}",
+            f"write one into its chat_template.jinja, or {CHOOSE_ANOTHER}",
         )
     place = after.index(ends[0]) + len(ends[0])
     # What a thinking model writes before its answer is learned with it.
@@ -293,10 +282,7 @@ def _opens_turn(tokenizer: Any, token: str) -> bool:
     if token == tokenizer.eos_token:
         return False
     control = read_control_tokens(tokenizer)
-    first = _render(tokenizer, _QUESTION, add_generation_prompt=True)
-    names = sorted(map(re.escape, control.ids), key=len, reverse=True)
-    opening = re.match(rf"(\s|{'|'.join(names)})*", first)
-    if opening and token in control.find(opening[0]):
+    if token in control.find_leading(_render(tokenizer, _QUESTION, add_generation_prompt=True)):
         return True
     talk = [*_QUESTION, Message("assistant", _ANSWER), Message("user", _NEXT)]
     try:
@@ -352,12 +338,6 @@ def fix_argument(name: str, value: Any) -> str:
     """Return the statement, to be written before a chat template, that gives a variable its value."""
     literal = "none" if value is None else json.dumps(value)
     return f"{{%- set {name} = {literal} -%}}{{#- task.template_arguments -#}}"
-
-
-def _render_prompt(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
-    frame = read_answer_frame(tokenizer)
-    before = "" if tools and frame.before.isspace() else frame.before
-    return _render(tokenizer, messages, tools, add_generation_prompt=True) + before
 
 
 def _render(
