@@ -40,7 +40,7 @@ from stages.common.model.replaced import (
     measure_reach,
     select_weights,
 )
-from stages.common.model.targets import ALL_LINEAR, check_rank, check_targets
+from stages.common.model.targets import ALL_LINEAR, check_experts, check_rank, check_targets
 from stages.common.model.teacher import check_same_tokens, find_teacher
 from stages.common.model.virtual_tokens import check_count, check_init_text, check_keys, count_values
 from stages.common.storage.remote_folder import RemoteFolder
@@ -99,6 +99,7 @@ def count_training(config: Any, finetune: Finetune, labels: Sequence[str] = ()) 
     if finetune.method in LORA_METHODS:
         check_rank(getattr(config.get_text_config(), "hidden_size", None), finetune.rank)
         check_targets(model, finetune.target_modules)
+        check_experts(model, finetune.target_modules, finetune.method, finetune.dropout)
         added = sum(
             _count_added(module, finetune) for module in _list_targets(model, finetune.target_modules)
         )

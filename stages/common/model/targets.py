@@ -19,15 +19,25 @@ def check_targets(model: Any, targets: str | Sequence[str]) -> None:
     peft stops only if it finds none of them: with one name misspelt it would train the others.
 
     Raises:
-        InputError: with each name that the model does not have, and the nearest one that it has.
+        InputError: with each name that the model does not have, and the nearest one that it has; there is no
+            name, or one is of a module that can have no adapter.
     """
     if targets == ALL_LINEAR:
         return
     names = [name for name, _ in model.named_modules() if name]
     if isinstance(targets, str):
-        if not any(re.fullmatch(targets, name) for name in names):
+        chosen = [name for name in names if re.fullmatch(targets, name)]
+        if not chosen:
             raise _absent(f"the base model has no module that matches {targets!r}", model)
-        return
+    else:
+        if not targets:
+            raise _absent("finetune.target_modules is empty", model)
+        chosen = _choose(names, targets, model)
+    _check_matrices(model, chosen)
+    _check_not_tied(model, chosen)
+
+
+def _choose(names: Sequence[str], targets: Sequence[str], model: Any) -> list[str]:
     absent = [one for one in targets if not any(n == one or n.endswith(f".{one}") for n in names)]
     if absent:
         known = sorted({name.rpartition(".")[2] for name in names})
@@ -36,6 +46,27 @@ def check_targets(model: Any, targets: str | Sequence[str]) -> None:
             f"{one} (nearest: {found[0]})" if found else one for one, found in zip(absent, near, strict=True)
         ]
         raise _absent(f"the base model has no module {', '.join(shown)}", model)
+    return [n for n in names if any(n == one or n.endswith(f".{one}") for one in targets)]
+
+
+def check_experts(model: Any, targets: str | Sequence[str], method: str, dropout: float) -> None:
+    """Check that the experts of a mixture can have the adapter, if it has them.
+
+    peft adapts the matrices of all experts, which are one tensor, as a whole.
+
+    Raises:
+        InputError: it would have to drop inputs, or to scale outputs.
+    """
+    if targets != ALL_LINEAR or not (dropout or method == "dora"):
+        return
+    wanted = "finetune.method: dora" if method == "dora" else f"finetune.dropout: {dropout:g}"
+    experts = [name for name, weight in model.named_parameters() if "expert" in name and weight.dim() == 3]
+    if experts:
+        raise InputError(
+            f"{wanted} is not possible for experts, whose matrices are one tensor, such as {experts[0]}",
+            "set finetune.method: lora and finetune.dropout: 0, or finetune.target_modules to a list of "
+            "other modules, such as [q_proj, k_proj, v_proj, o_proj]",
+        )
 
 
 def check_rank(hidden_size: int | None, rank: int) -> None:
@@ -50,6 +81,43 @@ def check_rank(hidden_size: int | None, rank: int) -> None:
             "weights has no higher rank, and the adapter would be larger than they are",
             f"set finetune.rank to {hidden_size} or less (8 to 64 is usual)",
         )
+
+
+def _check_matrices(model: Any, names: Sequence[str]) -> None:
+    """Check that each of these modules has a matrix, next to which an adapter can be.
+
+    Raises:
+        InputError: with the first one that has none: a norm, or a module of others.
+    """
+    for name in names:
+        if not any(weight.dim() > 1 for weight in model.get_submodule(name).parameters(recurse=False)):
+            raise _absent(f"finetune.target_modules has {name}, which has no matrix of its own", model)
+
+
+def _check_not_tied(model: Any, names: Sequence[str]) -> None:
+    """Check that no adapter is of weights that two layers share.
+
+    It is trained in one of them and merged into both, so what is served would not be what was trained
+    (huggingface/peft issue 2777).
+
+    Raises:
+        InputError: with the name of the layer.
+    """
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    if output is None or output.weight is not embedding.weight:
+        return
+    tied = [name for name in names if model.get_submodule(name) in (embedding, output)]
+    if tied:
+        raise InputError(
+            f"finetune.target_modules has {tied[0]}, and the embedding of the base model is its output "
+            "layer, too: an adapter of one of them would change both where it is merged",
+            "take it out, or train the embedding itself: finetune.method: partial with "
+            f"finetune.trained_modules: [{_find_name(model, embedding)}]",
+        )
+
+
+def _find_name(model: Any, wanted: Any) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)
 
 
 def _absent(what: str, model: Any) -> InputError:

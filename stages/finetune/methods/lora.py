@@ -21,7 +21,7 @@ from stages.common.errors import InputError
 from stages.common.model.adapter import PAGE, PEFT, InitialAdapter, check_settings, list_settings
 from stages.common.model.loading import load_base, pick_device, pick_dtype
 from stages.common.model.replaced import read_weights
-from stages.common.model.targets import check_rank, check_targets
+from stages.common.model.targets import check_experts, check_rank, check_targets
 from stages.finetune.devices.sharding import put_adapter
 from stages.finetune.methods.nf4 import load_nf4
 from stages.finetune.recipe import Recipe
@@ -52,6 +52,7 @@ def add_adapter(model: Any, recipe: Recipe) -> PeftModel:
     targets = recipe.target_modules
     check_rank(getattr(model.config.get_text_config(), "hidden_size", None), recipe.rank)
     check_targets(model, targets)
+    check_experts(model, targets, recipe.method, recipe.dropout)
     config = LoraConfig(
         r=recipe.rank,
         lora_alpha=recipe.alpha,

@@ -403,6 +403,9 @@ def test_a_method_that_the_model_does_not_allow_is_refused(lay_out, set_params):
     with pytest.raises(InputError, match=r"no module v_porj \(nearest: v_proj\)") as error:
         preflight.main()
     assert "its linear modules are down_proj, gate_proj" in error.value.what
+    set_params(finetune__target_modules=["q_proj", "lm_head"])
+    with pytest.raises(InputError, match="has lm_head, and the embedding of the base model is its output"):
+        preflight.main()
     set_params(finetune__rank=17)
     with pytest.raises(InputError, match=r"finetune.rank is 17, and the base model's layers are 16 wide"):
         preflight.main()
