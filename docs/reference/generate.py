@@ -93,7 +93,7 @@ def bounds(metadata: tuple[Any, ...]) -> Iterator[str]:
         for name, sign in signs.items():
             limit = getattr(item, name, None)
             if limit is not None:
-                yield f"{sign} {limit:g}"
+                yield f"{sign} {limit}" if isinstance(limit, int) else f"{sign} {limit:g}"
 
 
 def table(model: type[Section], lines: Lines, path: tuple[str, ...]) -> Iterator[str]:

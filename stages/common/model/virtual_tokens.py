@@ -35,7 +35,7 @@ def count_virtual_tokens(model: Any) -> int:
 
 def count_computed_tokens(model: Any) -> int:
     """Return how many of them go through the layers: those of prefix tuning are what layers would make."""
-    return 0 if _is_prefix(model) else count_virtual_tokens(model)
+    return 0 if has_prefix(model) else count_virtual_tokens(model)
 
 
 def count_values(config: Any, method: str) -> int:
@@ -69,8 +69,14 @@ def check_keys(model: Any, method: str) -> None:
     """
     import torch
 
-    with torch.no_grad():
-        cache = model(torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=True)
+    one = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+    try:
+        with torch.no_grad():  # with a mask: some models look for padding in ids, which may have no values
+            cache = model(one, attention_mask=torch.ones_like(one), use_cache=True)
+    except RuntimeError:
+        if model.device.type != "meta":
+            raise
+        return  # torch has no shapes of a mixture's products in float32; the loaded model is asked again
     shapes = [getattr(layer, "keys", None) for layer in getattr(cache.past_key_values, "layers", ())]
     found = {(int(keys.shape[1]), int(keys.shape[3])) for keys in shapes if keys is not None}
     layers, *wanted = _read_shape(model.config)
@@ -158,7 +164,7 @@ def begin_cache(model: Any, rows: int) -> Any:
     if not has_virtual_tokens(model):
         return None
     prompt = model.get_prompt(1)
-    if not _is_prefix(model):
+    if not has_prefix(model):
         base = model.get_base_model()
         embeddings = prompt.to(base.get_input_embeddings().weight.dtype)
         prompt = base(
@@ -215,7 +221,7 @@ def _read_at(
     if attention_mask is not None:
         attention_mask = torch.cat([attention_mask.new_ones(rows, count), attention_mask], dim=1)
     common = {"attention_mask": attention_mask, **settings}
-    if _is_prefix(model):
+    if has_prefix(model):
         return base(
             input_ids=input_ids, position_ids=position_ids, past_key_values=begin_cache(model, rows), **common
         )
@@ -242,6 +248,7 @@ def _find_settings(model: Any) -> Any:
     return settings if settings is not None and settings.is_prompt_learning else None
 
 
-def _is_prefix(model: Any) -> bool:
+def has_prefix(model: Any) -> bool:
+    """Return whether these are keys and values that layers find in a cache (prefix tuning)."""
     settings = _find_settings(model)
     return settings is not None and settings.peft_type.lower() == PREFIX

@@ -9,7 +9,7 @@ from pydantic import Field
 from typing_extensions import override
 
 from stages.common.params.checked_yaml import Section
-from stages.common.params.types import Count, NotNegative, Positive, PositiveCount, Share
+from stages.common.params.types import Count, NotNegative, Positive, PositiveCount, Seed, Share
 
 Variant = Literal["int8", "int4", "q4_k", "fewer_layers", "pruned"]
 
@@ -27,7 +27,7 @@ class Compress(Section):
     healing_teacher_weight: Share = 0.0
     choose: Variant | Literal["smallest"] | None = None
     max_lost_points: NotNegative = 2.0
-    seed: int = 7
+    seed: Seed = 7
 
     @override
     def find_conflicts(self) -> Iterator[tuple[str, str]]:

@@ -17,7 +17,7 @@ from stages.common.model.adapter import (
     describe_unsharded,
 )
 from stages.common.params.checked_yaml import Section
-from stages.common.params.types import AUTO, AutoCount, NotNegative, Positive, PositiveCount, Share
+from stages.common.params.types import AUTO, AutoCount, NotNegative, Positive, PositiveCount, Seed, Share
 from stages.common.storage.remote_folder import find_url_problem
 
 
@@ -118,7 +118,7 @@ class Finetune(Section):
     devices: AutoCount = AUTO
     sharding: Literal["none", "full", "auto"] = "auto"
     launcher: Literal["local", "torchrun", "ray"] = "local"
-    seed: int
+    seed: Seed
 
     @override
     def find_conflicts(self) -> Iterator[tuple[str, str]]:
@@ -147,6 +147,12 @@ class Finetune(Section):
                 "batch_size",
                 "must be 2 or more with method: kto, which estimates how far the model has moved from the "
                 "answers of the other rows of a batch; raise it, and lower gradient_accumulation by as much",
+            )
+        if self.method == "prefix_tuning" and self.gradient_checkpointing is True:
+            yield (
+                "gradient_checkpointing",
+                "must be auto or false with method: prefix_tuning: a layer that is computed again reads no "
+                "keys and values but its own, and the prefix is others",
             )
         if self.prompt_tuning_init == "text" and self.prompt_tuning_init_text is None:
             yield "prompt_tuning_init", "is text, and prompt_tuning_init_text is null: write the text there"

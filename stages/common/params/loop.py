@@ -20,6 +20,7 @@ from stages.common.params.types import (
     Positive,
     PositiveCount,
     Resamples,
+    Seed,
     Share,
 )
 
@@ -59,7 +60,7 @@ class DriftSettings(Section):
     permutations: Annotated[int, Field(ge=200)]
     calibration_windows: Count
     blocks: Annotated[int, Field(ge=50)]
-    seed: int
+    seed: Seed
 
     @override
     def find_conflicts(self) -> Iterator[tuple[str, str]]:
@@ -96,7 +97,7 @@ class FeedbackSettings(Section):
     max_rows: PositiveCount
     on_suspicion: Literal["drop", "keep"]
     holdout_share: OpenShare
-    seed: int
+    seed: Seed
 
 
 class Monitoring(Section):
@@ -144,7 +145,7 @@ class GateSettings(Section):
     concurrency: PositiveCount
     confidence: Confidence
     resamples: Resamples
-    seed: int
+    seed: Seed
 
 
 class CanarySettings(Section):
@@ -203,7 +204,7 @@ class SweepFlow(Section):
     pruner: Literal["median", "none"]
     startup_trials: PositiveCount
     warmup_points: Count
-    seed: Count
+    seed: Seed
 
     @override
     def find_conflicts(self) -> Iterator[tuple[str, str]]:

@@ -24,6 +24,7 @@ from stages.common.params.types import (
     PositiveCount,
     PrivateKind,
     Resamples,
+    Seed,
     Share,
 )
 
@@ -60,7 +61,7 @@ class HomeIntents(Section):
     language: str = "en"
     rows_per_template: PositiveCount = 8
     min_rows_per_intent: Count = 40
-    seed: int = 7
+    seed: Seed = 7
     reserved_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
 
 
@@ -72,7 +73,7 @@ class HomeTools(Section):
     rows_per_tool: PositiveCount = 120
     rows_per_pair: PositiveCount = 6
     rows_per_family: PositiveCount = 24
-    seed: int = 7
+    seed: Seed = 7
 
 
 class File(Section):
@@ -210,7 +211,7 @@ class CheckBias(Section):
     min_rows: PositiveCount
     alpha: OpenShare
     permutations: PositiveCount
-    seed: int
+    seed: Seed
 
     @override
     def find_conflicts(self) -> Iterator[tuple[str, str]]:
@@ -235,7 +236,7 @@ class Split(Section):
     min_train_rows: AutoCount = AUTO
     min_test_rows: AutoCount = AUTO
     near_duplicate_threshold: Share
-    seed: int
+    seed: Seed
 
     @override
     def find_conflicts(self) -> Iterator[tuple[str, str]]:
@@ -262,7 +263,7 @@ class AskBase(Section):
     min_test_rows: AutoCount = AUTO
     batch_size: PositiveCount
     max_new_tokens: PositiveCount
-    seed: int
+    seed: Seed
 
     @override
     def find_conflicts(self) -> Iterator[tuple[str, str]]:
@@ -289,7 +290,7 @@ class Evaluate(Section):
     simulator: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")] | None
     simulated_conversations: PositiveCount
     simulated_minutes: Positive
-    seed: int
+    seed: Seed
 
 
 class ModelCard(Section):

@@ -10,6 +10,8 @@ from pydantic_core import PydanticCustomError
 LANGUAGE_CODE = r"[a-z]{2,3}(-[A-Za-z0-9]+)*"  # ISO 639, with a region or a script
 LanguageCode = Annotated[str, Field(pattern=f"^{LANGUAGE_CODE}$")]
 
+# What every generator of random numbers takes; numpy's refuses others, in stages behind the training, too.
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0)]
 PositiveCount = Annotated[int, Field(ge=1)]

@@ -12,14 +12,20 @@ from typing import Any
 
 from stages.common.errors import InputError
 from stages.common.logs import get_logger
+from stages.common.model.virtual_tokens import has_prefix
 
 logger = get_logger("finetune")
 
 
 def list_layers(model: Any) -> list[Any]:
-    """Return the layers that transformers can compute again."""
+    """Return the layers that transformers can compute again.
+
+    None of a model with a learned prefix: such a layer gets no cache, and the prefix is one.
+    """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
+    if has_prefix(model):
+        return []
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 

@@ -207,6 +207,17 @@ def test_layers_are_computed_twice_where_it_is_wanted_or_the_memory_asks_for_it(
         decide_checkpointing(without, wanted=True, fits=lambda: True)
 
 
+@pytest.mark.parametrize(("method", "again"), [("prefix_tuning", False), ("prompt_tuning", True)])
+def test_a_learned_prefix_is_read_by_no_layer_that_is_computed_twice(tmp_path, method, again):
+    recipe = make_recipe(method=method, num_virtual_tokens=3)
+    model = build_adapter(save_model(tmp_path), recipe).train()
+    batch = lay_out(LONG, PAD, share_prefix=False)
+    plain = step(model, batch)
+    assert decide_checkpointing(model, wanted="auto", fits=lambda: False) is again
+    checkpoint_layers(model)
+    torch.testing.assert_close(step(model, batch), plain, rtol=0, atol=0)
+
+
 def test_logits_in_place_are_still_those_of_the_cross_entropy():
     logits, targets = torch.randn(5, 7), torch.randint(7, (5,))
     expected = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")

@@ -145,6 +145,10 @@ def test_rows_without_preferences_are_refused(project, method, message):
         ({"method": "dpo", "dropout": 0.1}, "finetune.dropout: 0.1 must be 0 with method: dpo"),
         ({"method": "kto", "batch_size": 1}, "finetune.batch_size: 1 must be 2 or more with method: kto"),
         ({"method": "orpo", "beta": 0}, "finetune.beta"),
+        (
+            {"method": "prefix_tuning", "gradient_checkpointing": True},
+            "finetune.gradient_checkpointing: True must be auto or false with method: prefix_tuning",
+        ),
     ],
 )
 def test_settings_that_contradict_the_method_are_refused(project, settings, message):

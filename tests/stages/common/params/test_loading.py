@@ -64,6 +64,17 @@ def test_a_wrong_type_is_named_with_its_line_and_value(edited):
     assert f":{line_of('epochs: 1')}:" in str(error.value)
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_a_generator_would_refuse_later_is_refused_now(edited, seed):
+    with pytest.raises(ParamsError) as error:
+        edited(
+            ("seed: 7 # random seed of the adapter", f"seed: {seed} # random seed of the adapter"),
+            ("seed: 7 # random seed of the resampling", f"seed: {seed} # random seed of the resampling"),
+        )
+    assert str(error.value).startswith("2 problems")
+    assert all(key in str(error.value) for key in ("finetune.seed", "evaluate.seed"))
+
+
 def test_a_misspelt_key_inside_a_source_gets_the_nearest_of_that_kind(edited):
     with pytest.raises(
         ParamsError, match=r"sources\.0\.row_per_template: .*did you mean rows_per_template\?"
