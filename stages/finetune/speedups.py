@@ -29,6 +29,14 @@ def speed_up_training(model: Any, examples: Sequence[Encoded], pad_id: int) -> t
         whether a batch is one sequence with a shared prefix, and the number of faster modules, by kind.
     """
     keep_freed_memory()
+    was_training = model.training
+    model.eval()  # peft leaves the dropout of a new adapter on, with which no two losses are the same
+    found = _choose_way(model, examples, pad_id)
+    model.train(was_training)
+    return found
+
+
+def _choose_way(model: Any, examples: Sequence[Encoded], pad_id: int) -> tuple[bool, dict[str, int]]:
     base = _get_base(model)
     lengths = [len(example.input_ids) for example in examples]
     few = pick(examples, sorted(range(len(examples)), key=lengths.__getitem__)[-4:])

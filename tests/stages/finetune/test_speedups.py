@@ -17,11 +17,11 @@ from tests.stages.finetune.test_shared_prefix import (
 )
 
 
-def with_adapter(family):
+def with_adapter(family, dropout=0.0):
     """Return a random model of a family with a random adapter on every linear layer."""
+    settings = {"r": 2, "lora_alpha": 4, "lora_dropout": dropout, "target_modules": "all-linear"}
     tuned = get_peft_model(
-        build_model(build_config(family, 50)),
-        LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+        build_model(build_config(family, 50)), LoraConfig(**settings, task_type="CAUSAL_LM")
     )
     with torch.no_grad():
         for name, weights in tuned.named_parameters():
@@ -39,6 +39,14 @@ def test_the_fast_path_of_a_family_has_its_losses_and_gradients(family):
     assert tuple(part for part, is_fast in found.items() if is_fast) == KNOWN[family].fast
     batch = lay_out(EXAMPLES, PAD, share_prefix)
     assert_equal_but_for_rounding(loss_and_gradient(model, batch), expected)
+
+
+def test_the_dropout_of_an_adapter_that_has_learned_is_no_change_of_the_loss(caplog):
+    model = with_adapter("llama", dropout=0.9)
+    for module in model.modules():
+        module.training = isinstance(module, torch.nn.Dropout)  # as peft leaves a new adapter
+    assert speed_up_training(model, EXAMPLES, PAD)[0] is True
+    assert "changes the loss" not in caplog.text
 
 
 def test_of_a_mixture_of_experts_attention_experts_and_router_are_trained():
