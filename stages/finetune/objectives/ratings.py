@@ -31,8 +31,8 @@ class Ratings:
     """One sequence a row; the loss is averaged over the answers.
 
     The divergence from the reference is estimated at each update, from the batch's prompts with each other's
-    answers. Which answer a prompt gets is that of the row before it in its batch of the first epoch, of
-    another prompt where the batch has one.
+    answers. Which answer a prompt gets is that of another row of its batch of the first epoch, or of the next
+    batch where all of its own are to that prompt.
 
     Args:
         held_out: answers that are measured and not learned.
@@ -144,6 +144,8 @@ def choose_partners(batches: Sequence[Sequence[int]], groups: Sequence[str]) -> 
 
     The set of the answers of a batch stays the same: each row's answer goes to the next row, the last one's
     to the first. Rows of a group have one prompt, so its rows come together, and go to the group after it.
+    A row that would get an answer to its own prompt (one that is alone in a short last batch: its own, which
+    says nothing of the divergence) gets that of the next row in the plan to another prompt, if there is one.
 
     Args:
         groups: of each row.
@@ -157,7 +159,23 @@ def choose_partners(batches: Sequence[Sequence[int]], groups: Sequence[str]) -> 
         # Shifted by as many places as the largest group has, no row meets its own group, if that can be.
         shift = max(map(len, by_group.values())) % len(order) or min(1, len(order) - 1)
         partners |= {row: order[place - shift] for place, row in enumerate(order)}
-    return partners
+    strangers = find_strangers([row for batch in batches for row in batch], groups)
+    own = (row for row, other in partners.items() if groups[row] == groups[other])
+    return partners | {row: strangers[row] for row in own if row in strangers}
+
+
+def find_strangers(order: Sequence[int], groups: Sequence[str]) -> dict[int, int]:
+    """Return for each row the next one of another group, behind the last the first; none if there is none."""
+    found: dict[int, int] = {}
+    following: int | None = None
+    before: int | None = None  # the row that comes after the one that is looked at
+    for row in [*order, *order][::-1]:
+        if before is not None and groups[before] != groups[row]:
+            following = before
+        if following is not None:
+            found[row] = following
+        before = row
+    return found
 
 
 def _exchange(example: Encoded, other: Encoded, longest: int) -> Encoded:

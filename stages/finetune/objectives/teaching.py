@@ -73,7 +73,8 @@ def _read_answers(folder: Path, rows: Sequence[Row], max_new_tokens: int, dtype:
         return found
     model, tokenizer = load_teacher(folder, dtype), load_tokenizer(folder)
     share = encode_questions(tokenizer, rows[get_rank() :: count_processes()])
-    longest = max((len(question.reference) for question in share), default=0)
+    # Of all rows, so that an answer is cut at the same place whatever process asks for it.
+    longest = max(gather(max((len(question.reference) for question in share), default=0)))
     answers = answer_questions(
         model,
         tokenizer,

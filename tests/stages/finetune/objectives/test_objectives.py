@@ -82,7 +82,11 @@ def test_a_prompt_gets_the_answer_of_another_one_and_a_batch_keeps_its_answers()
     partners = choose_partners([[0, 1, 2, 3, 4], [5], [6]], groups)
     assert {partners[row] for row in range(5)} == {0, 1, 2, 3, 4}
     assert all(groups[row] != groups[partners[row]] for row in range(5))
-    assert (partners[5], partners[6]) == (5, 6)  # alone in its batch
+    # Alone in its batch, and all batches after it are of its own prompt: the first one's.
+    assert (partners[5], partners[6]) == (0, 0)
+    assert choose_partners([[0, 1], [2]], ["a", "a", "b"]) == {0: 2, 1: 2, 2: 0}
+    assert choose_partners([[0, 1, 2], [3]], ["a", "a", "a", "b"]) == {0: 3, 1: 3, 2: 3, 3: 0}
+    assert choose_partners([[0, 1], [2]], ["a"] * 3) == {0: 1, 1: 0, 2: 2}  # there is no other prompt
 
 
 def test_another_answer_is_no_longer_than_the_longest_row(tmp_path):

@@ -120,6 +120,20 @@ def test_a_run_that_is_started_again_does_not_ask_the_teacher_again(distill, cap
     assert len(list((distill / "checkpoints/teacher").iterdir())) == 2
 
 
+def test_an_answer_is_cut_at_the_same_place_whatever_process_asks_for_it(distill, monkeypatch):
+    limits = []
+
+    def answer(model, tokenizer, questions, at_once, limit, on_progress):
+        limits.append(limit)
+        return []
+
+    monkeypatch.setattr(teaching, "answer_questions", answer)
+    # Another process has a row whose answer has 80 tokens.
+    monkeypatch.setattr(teaching, "gather", lambda value: [value, 80] if isinstance(value, int) else [value])
+    teaching._read_answers(distill / "teacher", rows(4), 200, "float32")
+    assert limits == [100]
+
+
 def test_a_teacher_that_is_not_there_or_not_named_is_refused(distill):
     with pytest.raises(InputError, match="neither a folder nor a hub id"):
         find_teacher("no such//teacher")
