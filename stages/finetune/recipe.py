@@ -20,7 +20,7 @@ SHARED_CODE = tuple(
     f"model/{name}.py"
     for name in ("adapter", "generation", "label_head", "loading", "replaced", "virtual_tokens")
 )
-# Where early stopping ends the training, also how validation answers are read and scored.
+# Where early stopping or rewards decide, also how answers are read and scored.
 SCORING_CODE = ("chat/*.py", "task/*.py")
 
 
@@ -82,7 +82,8 @@ def compute_fingerprint(
     here = Path(__file__).resolve().parent
     common = here.parent / "common"
     stops_early = watched is not None and watched["stopping"] is not None
-    patterns = (*SHARED_CODE, *(SCORING_CODE if stops_early else ()))
+    scores = stops_early or recipe.method == "grpo"
+    patterns = (*SHARED_CODE, *(SCORING_CODE if scores else ()))
     shared = sorted(path for pattern in patterns for path in common.glob(pattern))
     packages = ["torch", "transformers", "peft", "accelerate"]
     packages += ["bitsandbytes"] if recipe.method == "qlora" else []

@@ -308,7 +308,8 @@ def _training_arguments(
         gradient_accumulation_steps=recipe.gradient_accumulation,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type=recipe.schedule if recipe.schedule != "constant" else "constant_with_warmup",
-        warmup_steps=round(recipe.warmup_fraction * steps),
+        # The rate of the first update of a warm-up is 0: a training of nothing else would learn nothing.
+        warmup_steps=min(round(recipe.warmup_fraction * steps), steps - 1),
         weight_decay=recipe.weight_decay,
         adam_beta2=recipe.adam_beta2,
         max_grad_norm=recipe.max_grad_norm,

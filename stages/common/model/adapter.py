@@ -288,6 +288,26 @@ def check_weights_file(initial: InitialAdapter) -> None:
         ) from None
 
 
+def check_alike(initial: InitialAdapter) -> None:
+    """Check that all modules of an adapter have one rank and one scaling, as those that are trained here.
+
+    peft has both by module for adapters made elsewhere. Their tensors can have the same shapes: the training
+    would go on from another model than the adapter's.
+
+    Raises:
+        InputError: some modules have their own.
+    """
+    if find_files(initial.folder) is not PEFT:
+        return
+    config = read_json(initial.folder / PEFT.config)
+    if odd := [name for name in ("rank_pattern", "alpha_pattern") if config.get(name)]:
+        raise InputError(
+            f"some modules of the adapter in {initial.folder} ({initial.version}) have a rank or a scaling "
+            f"of their own: {', '.join(f'{name}: {config[name]}' for name in odd)}",
+            f"start from one without, or {_how_to_empty(initial.folder)}",
+        )
+
+
 def check_settings(initial: InitialAdapter, wanted: Mapping[str, Any]) -> None:
     """Check that an adapter has these settings, so that training can start from it.
 
@@ -326,6 +346,7 @@ def find_start(
     if initial:
         check_base(initial, str(read_json(reports("fetch_base") / "metrics.json").get("sha256")))
         check_weights_file(initial)
+        check_alike(initial)
         check_settings(initial, list_settings(recipe, labels))
     return initial
 

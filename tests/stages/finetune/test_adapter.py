@@ -1,3 +1,4 @@
+import json
 import re
 
 import pytest
@@ -48,6 +49,11 @@ def test_an_adapter_that_does_not_fit_is_refused_with_what_both_are_before_any_t
     (start / "adapter_model.safetensors").write_bytes(weights)
     (project / "reports" / "fetch_base" / "metrics.json").write_text('{"sha256": "of another base"}')
     with pytest.raises(InputError, match="was trained on a base model"):
+        main()
+    put_own_adapter(project)
+    config = json.loads((start / "adapter_config.json").read_text())
+    (start / "adapter_config.json").write_text(json.dumps(config | {"alpha_pattern": {"q_proj": 64}}))
+    with pytest.raises(InputError, match=r"a scaling of their own: alpha_pattern: \{'q_proj': 64\}"):
         main()
     (start / "origin.json").unlink()
     with pytest.raises(InputError, match="is incomplete"):

@@ -5,6 +5,7 @@ import pytest
 from stages.common.chat.template import Encoded
 from stages.common.errors import InputError
 from stages.common.model.adapter import put_initial_adapter
+from stages.finetune import recipe as recipe_module
 from stages.finetune.checkpoints import check_free_space, find_checkpoint, mark_complete, remove_other_runs
 from stages.finetune.recipe import Recipe, compute_fingerprint
 
@@ -52,6 +53,18 @@ def test_checkpoints_of_other_parameters_are_not_resumed_and_do_not_pile_up(proj
         os.utime(runs / name, (1000 - age, 1000 - age))
     remove_other_runs(runs / "mine", kept=1)
     assert [path.name for path in runs.iterdir()] == ["new"]
+
+
+def test_code_that_decides_rewards_is_part_of_a_run_of_grpo(project, monkeypatch):
+    read = []
+    monkeypatch.setattr(recipe_module, "hash_file", lambda path: read.append(path.name) or "hash")
+    settings = dict.fromkeys(Recipe.__dataclass_fields__, 1)
+    found = []
+    for method in ("lora", "grpo"):
+        read.clear()
+        compute_fingerprint(Recipe(**{**settings, "method": method}), [], project / "artifacts/fetch_base")
+        found.append("label_task.py" in read and "calls.py" in read)
+    assert found == [False, True]
 
 
 def test_a_disk_too_small_for_the_checkpoints_is_an_error_before_the_work(tmp_path):

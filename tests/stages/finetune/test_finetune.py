@@ -210,6 +210,13 @@ def test_a_disk_that_fills_up_while_saving_is_a_clear_error(project, monkeypatch
         main()
 
 
+def test_a_training_of_one_update_learns_whatever_the_warm_up_is(project):
+    change_finetune(project, warmup_fraction=1.0, batch_size=64)
+    main()
+    (first,) = (project / "reports" / "finetune" / "loss.csv").read_text().splitlines()[1:]
+    assert float(first.split(",")[2]) == 0.01
+
+
 def test_without_validation_rows_there_is_no_validation_loss(project):
     write_rows(project / "artifacts" / "split" / "validation.parquet", [])
     main()
