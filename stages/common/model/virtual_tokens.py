@@ -69,14 +69,15 @@ def check_keys(model: Any, method: str) -> None:
     """
     import torch
 
-    one = torch.zeros((1, 1), dtype=torch.long, device=model.device)
     try:
-        with torch.no_grad():  # with a mask: some models look for padding in ids, which may have no values
-            cache = model(one, attention_mask=torch.ones_like(one), use_cache=True)
+        with torch.no_grad():
+            cache = model(torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=True)
     except RuntimeError:
+        # Without values some cannot be computed: GPT-2 looks for padding in the ids, and torch has no shapes
+        # of a mixture's products in float32. The loaded model is asked again.
         if model.device.type != "meta":
             raise
-        return  # torch has no shapes of a mixture's products in float32; the loaded model is asked again
+        return
     shapes = [getattr(layer, "keys", None) for layer in getattr(cache.past_key_values, "layers", ())]
     found = {(int(keys.shape[1]), int(keys.shape[3])) for keys in shapes if keys is not None}
     layers, *wanted = _read_shape(model.config)
