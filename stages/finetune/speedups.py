@@ -29,10 +29,11 @@ def speed_up_training(model: Any, examples: Sequence[Encoded], pad_id: int) -> t
         whether a batch is one sequence with a shared prefix, and the number of faster modules, by kind.
     """
     keep_freed_memory()
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()  # peft leaves the dropout of a new adapter on, with which no two losses are the same
     found = _choose_way(model, examples, pad_id)
-    model.train(was_training)
+    for module, mode in modes:
+        module.training = mode
     return found
 
 
