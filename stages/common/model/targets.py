@@ -117,7 +117,7 @@ def _check_not_tied(model: Any, names: Sequence[str]) -> None:
 
 
 def _find_name(model: Any, wanted: Any) -> str:
-    return next(name for name, module in model.named_modules() if module is wanted)
+    return next(str(name) for name, module in model.named_modules() if module is wanted)
 
 
 def _absent(what: str, model: Any) -> InputError:
