@@ -25,6 +25,7 @@ from monitoring.report import write_report
 from monitoring.traffic.columns import DECIDING, Column
 from monitoring.traffic.features import compute_feature_tables, list_watched_columns
 from monitoring.traffic.service_metrics import ServiceSums, tap_service_sums
+from monitoring.traffic.sessions import count_session_turns
 from monitoring.traffic.windows import (
     QuarantinedEvent,
     Window,
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("monitoring.watching")
 
 MAX_ERROR_CHARS = 300
+SESSIONS_A_BLOCK = 4  # whose turns are counted: more than the sums by session keep
 RECOUNTED = 20  # of the last windows, looked at again for late events
 
 Decide = Callable[[Sequence[DriftVerdict]], TriggerDecision]
@@ -263,7 +265,13 @@ def _compare(
     pages = read_window(url, window, reference.tag)
     path = get_window_folder(root, window.name) / "quarantined.jsonl"
     batches = quarantine_to(path, pages, quarantined, unreadable)
-    tables = compute_feature_tables(batches, reference.columns, settings.features, unreadable=unreadable)
+    tables = compute_feature_tables(
+        batches,
+        reference.columns,
+        settings.features,
+        session_turns=_count_turns(url, window, reference.tag, reference.columns, settings),
+        unreadable=unreadable,
+    )
     summed = sum_sessions(tap_service_sums(tables, service), baseline.binning)
     why_not = None
     if summed.rows < settings.window.min_rows:
@@ -288,7 +296,18 @@ def _tables(
     url: str, window: Window, tag: str, columns: Sequence[Column], settings: Monitoring
 ) -> Iterator[pa.Table]:
     batches = (page.batch for page in read_window(url, window, tag))
-    return compute_feature_tables(batches, columns, settings.features)
+    turns = _count_turns(url, window, tag, columns, settings)
+    return compute_feature_tables(batches, columns, settings.features, session_turns=turns)
+
+
+def _count_turns(
+    url: str, window: Window, tag: str, columns: Sequence[Column], settings: Monitoring
+) -> dict[str, int]:
+    """Return the turns of each session of a window; nothing is read where no column has them."""
+    if "session_turns" not in {column.name for column in columns}:
+        return {}
+    batches = (page.batch for page in read_window(url, window, tag))
+    return count_session_turns(batches, SESSIONS_A_BLOCK * settings.drift.blocks)
 
 
 def _recount(root: Path, url: str, tag: str, verdicts: Sequence[DriftVerdict]) -> None:

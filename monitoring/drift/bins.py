@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from monitoring.traffic.columns import VECTOR_SIZE, Column
+from monitoring.traffic.sessions import hash_text
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -97,7 +97,7 @@ def plan_bins(
         rows += table.num_rows
         if table.num_rows:
             names, codes = encode_sessions(table)
-            keys = np.array([hash_session(name) for name in names], dtype=np.uint64)
+            keys = np.array([hash_text(name) for name in names], dtype=np.uint64)
             for each in seen.values():
                 each.add(table, np.array(names, dtype=object)[codes], gives_anchors(keys)[codes])
     if not rows:
@@ -142,11 +142,6 @@ def read_vectors(table: pa.Table, name: str) -> tuple[Singles, Bools]:
     # `flatten` drops the values under nulls.
     flat = chunk.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
     return flat.reshape(-1, VECTOR_SIZE), there
-
-
-def hash_session(session: str) -> int:
-    """Return a 64-bit hash of a session's name."""
-    return int.from_bytes(blake2b(session.encode("utf-8", "replace"), digest_size=8).digest(), "big")
 
 
 def gives_anchors(keys: Keys) -> Bools:

@@ -32,10 +32,10 @@ from monitoring.drift.bins import (
     compute_novelty,
     encode_sessions,
     gives_anchors,
-    hash_session,
     read_numbers,
     read_vectors,
 )
+from monitoring.traffic.sessions import hash_text
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -144,7 +144,7 @@ class _Accumulator:
         self._start, self._end = min(self._start, times.min()), max(self._end, times.max())
         self._all_rows += table.num_rows
         names, codes = encode_sessions(table)
-        keys = np.array([hash_session(name) for name in names], dtype=np.uint64)
+        keys = np.array([hash_text(name) for name in names], dtype=np.uint64)
         lines = self._lines(keys)[codes]
         halves, aside = _half(keys)[codes], gives_anchors(keys)[codes]
         kept = lines >= 0

@@ -74,9 +74,7 @@ FEATURES: tuple[Column, ...] = (
 # Those of traffic with tools; other traffic has no values in them.
 TOOL_FEATURES: tuple[Column, ...] = (
     Column("offered_tools", "input", "number", None, "tools", "tools in the request"),
-    Column(
-        "questions", "input", "number", None, "messages", "questions in one request, its history included"
-    ),
+    Column("session_turns", "input", "number", None, "turns", "turns of a session, at its last request"),
     Column("after_result", "input", "flag", None, "", "the answer follows the result of a tool"),
     Column("called_tools", "output", "category", None, "", "tools that the answer calls"),
     Column("calls", "output", "number", None, "calls", "calls in the answer"),

@@ -33,6 +33,7 @@ from monitoring.traffic.columns import (
     build_table_schema,
 )
 from monitoring.traffic.embeddings import embed
+from monitoring.traffic.sessions import name_session
 from monitoring.traffic.tool_use import ToolUse, is_call, list_tools, read_tool_use
 from monitoring.traffic.windows import QuarantinedEvent
 from services.events import CLIENT_GONE
@@ -138,6 +139,7 @@ def compute_feature_tables(
     columns: Sequence[Column],
     settings: FeatureSettings,
     labels: Mapping[str, str] | None = None,
+    session_turns: Mapping[str, int] | None = None,
     unreadable: list[QuarantinedEvent] | None = None,
 ) -> Iterator[pa.Table]:
     """Yield the feature table of each batch of `services.events.read_joined`'s columns; memory is bounded.
@@ -147,6 +149,7 @@ def compute_feature_tables(
     Args:
         columns: as `list_watched_columns` found them in the reference.
         labels: request_id → right answer, of a sample that was labelled; wins over corrections.
+        session_turns: as `monitoring.traffic.sessions.count_session_turns` found them.
         unreadable: gets the exchanges that were excluded.
 
     Raises:
@@ -157,11 +160,11 @@ def compute_feature_tables(
             continue
         table: pa.Table | None
         try:
-            table = _table(batch, columns, settings, labels or {})
+            table = _table(batch, columns, settings, labels or {}, session_turns or {})
         except InputError:
             raise
         except Exception:  # of any kind: the exchange that caused it is found and excluded
-            table, excluded = _table_of_readable(batch, columns, settings, labels or {})
+            table, excluded = _table_of_readable(batch, columns, settings, labels or {}, session_turns or {})
             if unreadable is not None:
                 unreadable += excluded
         if table is not None:
@@ -173,6 +176,7 @@ def _table_of_readable(
     columns: Sequence[Column],
     settings: FeatureSettings,
     labels: Mapping[str, str],
+    session_turns: Mapping[str, int],
 ) -> tuple[pa.Table | None, list[QuarantinedEvent]]:
     """Return the table of the exchanges that can be read one by one, None without any, and the others."""
     import pyarrow as pa
@@ -182,7 +186,7 @@ def _table_of_readable(
     for number in range(batch.num_rows):
         one = batch.slice(number, 1)
         try:
-            tables.append(_table(one, columns, settings, labels))
+            tables.append(_table(one, columns, settings, labels, session_turns))
         except InputError:
             raise
         except Exception as error:
@@ -197,6 +201,7 @@ def _table(
     columns: Sequence[Column],
     settings: FeatureSettings,
     labels: Mapping[str, str],
+    session_turns: Mapping[str, int],
 ) -> pa.Table:
     import pyarrow as pa
 
@@ -206,7 +211,7 @@ def _table(
     made: list[pa.Array] = [
         pa.array([one.row["request_id"] for one in seen], pa.string()),
         pa.array([one.row["received_at"] for one in seen], pa.float64()),
-        pa.array([_session(one.row) for one in seen], pa.string()),
+        pa.array([name_session(one.row) for one in seen], pa.string()),
         pa.array([one.row["version"] for one in seen], pa.string()),
     ]
     for column in columns:
@@ -214,6 +219,8 @@ def _table(
             made.append(_vectors(seen, column.name, settings))
         elif column.name == "label_match":
             made.append(pa.array([_label_match(one, labels) for one in seen], pa.float64()))
+        elif column.name == "session_turns":
+            made.append(pa.array([session_turns.get(one.row["request_id"]) for one in seen], pa.float64()))
         elif column.name in shapes:
             made.append(pa.array(shapes[column.name], pa.float64(), from_pandas=True))  # NaN is null
         else:
@@ -235,10 +242,6 @@ def _whole_answer(row: Mapping[str, Any]) -> str | None:
     """Return the answer that the model ended itself or by its limit, shown or refused by the guard."""
     answer: str | None = row["answer"]
     return answer if row["finish_reason"] not in (None, CANCELLED) else None
-
-
-def _session(row: Mapping[str, Any]) -> str:
-    return str(row["session"] or row["user"] or row["request_id"])
 
 
 def _reader(column: Column) -> Callable[[_Seen], Any]:

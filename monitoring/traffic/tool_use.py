@@ -20,13 +20,11 @@ class ToolUse:
 
     Attributes:
         offered_tools: how many the request has.
-        questions: messages of the user in the conversation.
         after_result: 1 if the answer follows the result of a tool, else 0.
         answer: None where it is incomplete.
     """
 
     offered_tools: int
-    questions: int
     after_result: float
     answer: ToolAnswer | None
 
@@ -66,7 +64,6 @@ def read_tool_use(
         return None
     return ToolUse(
         len(tools),
-        sum(message["role"] == "user" for message in messages),
         float(bool(messages) and messages[-1]["role"] == "tool"),
         None if answer is None else read_tool_answer(answer),
     )

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from monitoring.traffic.windows import find_closed_windows
 from monitoring.verdicts import NOT_DECIDED, get_window_folder, read_verdicts
-from monitoring.watching import judge_new_windows, read_reference
+from monitoring.watching import judge, judge_new_windows, read_reference
 from stages.common.errors import InputError
 from stages.common.params.loading import load_params
 from tests.exchanges import VERSION
@@ -67,6 +68,42 @@ def test_while_the_champion_has_answered_too_little_there_is_no_usual_traffic(ur
 def test_without_a_store_the_look_fails_loudly(url, settings):
     with pytest.raises(InputError, match=r"events\.db"):
         read_reference(url, TAG, settings, NOW)
+
+
+def converse(first, sessions, turns):
+    """Exchanges of agents with tools: each request repeats the history of its session."""
+    tool = {"type": "function", "function": {"name": "light"}}
+    asked = [{"role": "user", "content": "light on"}, {"role": "assistant", "content": "It is on."}]
+    return [
+        exchange(
+            first + session * turns + turn,
+            session=f"s{first + session}",
+            messages=json.dumps([*asked * turn, asked[0]]),
+            parameters=json.dumps({"tools": [tool]}),
+            answer="It is on.",
+        )
+        for session in range(sessions)
+        for turn in range(turns)
+    ]
+
+
+def test_longer_sessions_are_found_by_their_turns(tmp_path, url, settings):
+    rows = {"reference": 120, "window": 120}
+    settings = settings.model_copy(
+        update={
+            name: getattr(settings, name).model_copy(update={"rows": count}) for name, count in rows.items()
+        }
+    )
+    stored(url, *converse(0, 60, turns=2), *converse(200, 60, turns=2), *converse(400, 30, turns=4))
+    usual = read_reference(url, TAG, settings, NOW)
+    windows = find_closed_windows(url, usual.window.end, TAG, settings.window, NOW, 2)
+    verdicts = [judge(tmp_path, url, usual, window, settings, NOW) for window in windows]
+    same, longer = (
+        {change.column: change for each in one.drift_types for change in each.columns} for one in verdicts
+    )
+    found = longer["session_turns"]
+    assert found.drifted and found.effect > 0.9 and found.before == "median 2 turns"
+    assert same["session_turns"].judged and not same["session_turns"].drifted
 
 
 @pytest.mark.slow

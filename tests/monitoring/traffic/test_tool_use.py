@@ -44,12 +44,18 @@ def test_calls_become_columns():
     assert not [name for name in table.column_names if name.startswith("answer.")]
 
 
-def test_the_questions_of_a_conversation_are_counted_and_results_told_apart():
+def test_an_answer_to_a_result_is_told_apart():
     again = [*TOLD, {"role": "assistant", "content": "It is on."}, {"role": "user", "content": "thanks"}]
     told, thanked = made_of("It is on.", messages=TOLD), made_of("You are welcome.", messages=again)
-    assert [told["questions"][0].as_py(), told["after_result"][0].as_py()] == [1, 1.0]
-    assert [thanked["questions"][0].as_py(), thanked["after_result"][0].as_py()] == [2, 0.0]
+    assert [told["after_result"][0].as_py(), thanked["after_result"][0].as_py()] == [1.0, 0.0]
     assert thanked["turns"][0].as_py() == 5
+
+
+def test_a_session_has_its_turns_at_its_last_request():
+    columns = list_watched_columns([batch(*(exchange(n, parameters=PARAMETERS) for n in range(9)))], SETTINGS)
+    data = batch(*(exchange(n, session="s", parameters=PARAMETERS) for n in range(3)))
+    (table,) = compute_feature_tables([data], columns, SETTINGS, session_turns={"r00002": 3})
+    assert table["session_turns"].to_pylist() == [None, None, 3.0]
 
 
 @pytest.mark.parametrize("changes", [{"finish_reason": "cancelled"}, {"answer": None, "finish_reason": None}])
