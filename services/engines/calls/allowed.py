@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from services.engines.calls.bounds import check_bounds
+from services.engines.calls.bounds import check_bounds_together
 from services.engines.protocol import SchemaUnsupported
 from stages.common.messages import Tool
 from stages.common.tools.references import find_loop
@@ -65,7 +64,7 @@ def check_schemas(tools: Sequence[Tool]) -> None:
     for name, schema in parameters.items():
         if schema.get("type", "object") != "object":
             raise SchemaUnsupported(f"the parameters of {name!r} must be of the type object")
-    check_bounds(json.dumps({"anyOf": [*parameters.values()]}))
+    check_bounds_together([*parameters.values()])
     for name, schema in parameters.items():
         if (reference := find_loop(schema)) is not None:
             raise SchemaUnsupported(f"{reference!r} in the parameters of {name!r} refers to itself")

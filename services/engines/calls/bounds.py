@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any, Literal
 from urllib.parse import unquote
 
+from services.engines.calls.ranges import BOUNDS, EXCLUSIVE, MAX_BOUND, check_ranges
 from services.engines.protocol import SchemaUnsupported
 
 MAX_SCHEMA_CHARS = 65_536
 MAX_DEPTH = 64
 MAX_PARTS = 10_000  # objects, lists and values; an Earley grammar of them is compiled in about a second
-# Grammars hold bounds of numbers as float64, in which integers are exact up to here.
-MAX_BOUND = 2**53
 MIN_BOUND = 1e-9  # smaller ones are written with an exponent, which the grammar's patterns do not have
 MAX_COUNT = 10_000  # of characters, items and properties
 MAX_MULTIPLE = 5_000  # a grammar has a state for every remainder
 # Wherever a property may begin, a grammar has four items for each that is optional, and at most 2,000 in all.
 MAX_OPTIONAL = 498
 
-BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
-MINIMA, MAXIMA = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
 COUNTS = tuple(
     f"{end}{what}" for what in ("Length", "Items", "Properties", "Contains") for end in ("min", "max")
 )
@@ -41,17 +38,39 @@ def check_bounds(schema: str) -> None:
     Raises:
         SchemaUnsupported: a bound is exceeded; the message names it.
     """
+    _check_length(schema)
+    try:
+        value = json.loads(schema)
+    except (ValueError, RecursionError) as error:
+        raise SchemaUnsupported(f"the JSON schema is not JSON: {error}") from None
+    _check_parts([value], 1)
+
+
+def check_bounds_together(schemas: Sequence[Mapping[str, Any]]) -> None:
+    """Check schemas, of which an answer may use any, against the bounds of one; references stay within each.
+
+    Raises:
+        SchemaUnsupported: as `check_bounds`.
+    """
+    _check_length(json.dumps({"anyOf": [*schemas]}))
+    _check_parts(schemas, 3)
+
+
+def _check_length(schema: str) -> None:
     if len(schema) > MAX_SCHEMA_CHARS:
         raise SchemaUnsupported(
             f"the JSON schema has {len(schema)} characters; at most {MAX_SCHEMA_CHARS} are read"
         )
-    try:
-        parts: list[tuple[Any, int, Kind]] = [(json.loads(schema), 1, "schema")]  # the number is the depth
-    except (ValueError, RecursionError) as error:
-        raise SchemaUnsupported(f"the JSON schema is not JSON: {error}") from None
+
+
+def _check_parts(documents: Sequence[Any], depth_of_each: int) -> None:
+    # A part, how deep it is, what it is, and the document that it is in.
+    parts: list[tuple[Any, int, Kind, Any]] = [(one, depth_of_each, "schema", one) for one in documents]
+    schemas: list[tuple[dict[str, Any], Any]] = []
+    has_exclusive = False
     seen = 0
     while parts:
-        value, depth, kind = parts.pop()
+        value, depth, kind, document = parts.pop()
         seen += 1
         if depth > MAX_DEPTH:
             raise SchemaUnsupported(f"the JSON schema is nested more than {MAX_DEPTH} levels deep")
@@ -62,15 +81,18 @@ def check_bounds(schema: str) -> None:
         if kind == "written value":
             _check_written(value)
         if isinstance(value, list):
-            parts += ((part, depth + 1, kind) for part in value)
+            parts += ((part, depth + 1, kind, document) for part in value)
         elif isinstance(value, dict):
             if kind == "schema":
-                _check_range(*_merge_ranges(value))
+                schemas.append((value, document))
             if kind in ("schema", "part of a schema"):
+                has_exclusive = has_exclusive or not EXCLUSIVE.isdisjoint(value)
                 _check_optional(value)
                 _check_numbers(value)
                 _check_reference(value.get("$ref"))
-            parts += ((part, depth + 1, _find_kind(kind, key)) for key, part in value.items())
+            parts += ((part, depth + 1, _find_kind(kind, key), document) for key, part in value.items())
+    if has_exclusive:
+        check_ranges(schemas)
 
 
 def _find_kind(kind: Kind, key: str) -> Kind:
@@ -86,38 +108,6 @@ def _find_kind(kind: Kind, key: str) -> Kind:
     if key in WRITTEN:
         return "written value"
     return "value" if key in VALUES else "schema"
-
-
-def _merge_ranges(schema: dict[str, Any]) -> tuple[dict[str, float], bool]:
-    """Return the tightest bounds of a schema and its `allOf`, and whether it takes integers only."""
-    bounds: dict[str, float] = {}
-    only_integers, parts = False, [schema]
-    while parts:
-        part = parts.pop()
-        only_integers = only_integers or part.get("type") == "integer"
-        for key in BOUNDS:
-            value = part.get(key)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= MAX_BOUND:
-                continue
-            tighter = max if key in MINIMA else min
-            bounds[key] = tighter(value, bounds.get(key, value))
-        inner = part.get("allOf")
-        parts += (one for one in inner if isinstance(one, dict)) if isinstance(inner, list) else ()
-    return bounds, only_integers
-
-
-def _check_range(bounds: Mapping[str, float], only_integers: bool) -> None:
-    """Refuse a range below 1 that begins behind a whole number: a grammar would write this number, too."""
-    for excluded, others, sign in (("exclusiveMinimum", MAXIMA, 1), ("exclusiveMaximum", MINIMA, -1)):
-        first = bounds.get(excluded)
-        if only_integers or first is None or first != int(first) or sign * first < 0:
-            continue
-        for other in others:
-            if other in bounds and 0 < sign * (bounds[other] - first) < 1:
-                raise SchemaUnsupported(
-                    f"{excluded} is {first} and {other} is {bounds[other]}; a grammar leaves out no whole "
-                    "number of so short a range: give the smallest number that you allow as its bound"
-                )
 
 
 def _check_reference(reference: Any) -> None:

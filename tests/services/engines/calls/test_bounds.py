@@ -7,9 +7,7 @@ import numpy as np
 import pytest
 
 from services.engines.calls.bounds import (
-    BOUNDS,
     COUNTS,
-    MAX_BOUND,
     MAX_COUNT,
     MAX_DEPTH,
     MAX_MULTIPLE,
@@ -19,8 +17,10 @@ from services.engines.calls.bounds import (
     NAMED,
     VALUES,
     check_bounds,
+    check_bounds_together,
     count_remainders,
 )
+from services.engines.calls.ranges import BOUNDS, MAX_BOUND
 from services.engines.grammar import Grammars
 from services.engines.protocol import SchemaUnsupported
 from services.guard.checks import check_schema
@@ -58,6 +58,14 @@ def optional(count, **more):
     return {"type": "object", "properties": {f"k{n}": {"type": "string"} for n in range(count)}, **more}
 
 
+def define(**schema):
+    return {"$defs": {"x": schema}}
+
+
+# Choices of choices, all of which together would be 3**12.
+CHOICES = {"allOf": [{"anyOf": [{"minimum": n}, {"minimum": -n}, {}]} for n in range(12)]}
+
+
 @pytest.mark.parametrize(
     ("schema", "named"),
     [
@@ -78,6 +86,13 @@ def optional(count, **more):
         ({"minimum": -0.1, "exclusiveMaximum": 0}, "exclusiveMaximum is 0"),
         ({"maximum": 5, "allOf": [{"exclusiveMinimum": 0, "maximum": 0.5}]}, "exclusiveMinimum is 0"),
         ({"allOf": [{"exclusiveMinimum": 0}, {"allOf": [{"maximum": 0.5}]}]}, "exclusiveMinimum is 0"),
+        # Split between a schema and what it refers to or chooses from: a grammar merges them.
+        ({"$ref": "#/$defs/x", "maximum": 0.5, **define(exclusiveMinimum=0)}, "exclusiveMinimum is 0"),
+        ({"allOf": [{"$ref": "#/$defs/x"}, {"maximum": 0.5}], **define(exclusiveMinimum=0)}, "is 0.5"),
+        ({"exclusiveMinimum": 0, "items": {"$ref": "#", "maximum": 0.5}}, "exclusiveMinimum is 0"),
+        ({"exclusiveMinimum": 0, "anyOf": [{"minimum": 3}, {"maximum": 0.5}]}, "maximum is 0.5"),
+        ({"maximum": 0.5, "oneOf": [{"allOf": [{"exclusiveMinimum": 0}]}]}, "exclusiveMinimum is 0"),
+        ({"exclusiveMinimum": 0, **CHOICES}, "more references and choices"),
         ({"const": 2**70}, "const"),
         ({"enum": [1, 12345678901234567890123]}, "enum"),
         ({"properties": {"const": {"const": {"a": [-(2**53) - 1]}}}}, "const"),
@@ -106,6 +121,12 @@ def test_a_schema_beyond_a_bound_is_refused_by_name(schema, named):
         {"enum": [optional(600)]},
         {"properties": {"minimum": {"type": "string"}, "maxLength": True, "multipleOf": {"const": 2**53}}},
         {"$ref": "#/$defs/default", "$defs": {"default": {"type": "string"}}},
+        CHOICES,  # nothing has to be merged
+        # One choice has the one bound, another the other, and integers are written as they should be.
+        {"anyOf": [{"exclusiveMinimum": 0, "maximum": 9}, {"minimum": -0.5, "maximum": 0.5}]},
+        {"type": "integer", "exclusiveMinimum": 0, "anyOf": [{"maximum": 0.5}, {"minimum": 3}]},
+        {"exclusiveMinimum": 0, "$ref": "#/$defs/x", "$defs": {"x": {"$ref": "#/$defs/x", "maximum": 1.5}}},
+        {"exclusiveMinimum": 0, "maximum": 5, "$ref": "#/nowhere"},
         {"properties": {"const": {"enum": ["default"]}, "enum": {"const": -(2**53)}}},
         {"enum": ["1180591620717411303424", 1e300]},
         {"enum": [7, {"minimum": 1e308}], "default": 2**70},
@@ -194,3 +215,15 @@ def test_both_ends_of_a_range_are_held_by_the_grammar_or_refused(low, high):
         answers = [draw(grammars.compile(schema), random, 1) for _ in range(6)]
         assert all(check_schema(answer, schema).allow for answer in answers if answer), (schema, answers)
     assert held >= 45
+
+
+def test_references_of_a_tool_stay_within_the_tool():
+    """The schemas of all tools are checked together, and each has definitions of its own."""
+
+    def make(limit):
+        whole = {"$ref": "#/$defs/x", "exclusiveMinimum": 0}
+        return {"properties": {"a": whole}, "$defs": {"x": {"maximum": limit}}}
+
+    check_bounds_together([make(5), make(6)])
+    with pytest.raises(SchemaUnsupported, match=r"maximum is 0\.5"):
+        check_bounds_together([make(5), make(0.5)])
