@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from services.engines.protocol import CallForm, SchemaUnsupported
+from stages.common.tools.references import resolve
+from stages.common.tools.validation import make_validator
 
 # JSON schema keywords that the pipeline supports. It compiles a schema in the middle of a step, has no way to
 # do so before, and fails as a whole on any other keyword, so those are rejected before. String lengths are
@@ -23,6 +25,8 @@ SCHEMA_KEYWORDS = frozenset(
         *("title", "description", "default", "examples", "$schema"),
     )
 )
+READ_ALONE = ("$ref", "const", "enum", "anyOf")
+NOTES = frozenset(("$defs", "definitions", "title", "description", "default", "examples", "$schema"))
 # No other answer goes on while it compiles: for up to 0.4 s of CPU with these bounds and a vocabulary of
 # 49,152 tokens. 498 optional properties or texts of 60,000 characters, which others take, need 1 to 3 s.
 MAX_SCHEMA_CHARS = 16_384
@@ -133,8 +137,19 @@ def check_size(schema: str) -> None:
         )
 
 
-def check_keywords(schema: Any) -> None:
-    """Raise SchemaUnsupported for a keyword that the pipeline does not support."""
+def check_keywords(schema: Any, document: Any = None) -> None:
+    """Check that the pipeline supports all of a schema: it ignores the rest, or fails with all answers.
+
+    Args:
+        schema: one that llguidance compiles.
+        document: that its references are about; None: the schema itself.
+
+    Raises:
+        SchemaUnsupported: it does not; the message names the keyword and what to write.
+    """
+    document = schema if document is None else document
+    if schema is False:
+        raise SchemaUnsupported("the openvino engine does not support the schema false; fix: leave it out")
     if not isinstance(schema, dict):
         return
     unknown = sorted(set(schema) - SCHEMA_KEYWORDS)
@@ -143,8 +158,60 @@ def check_keywords(schema: Any) -> None:
     reference = schema.get("$ref", "#")
     if not isinstance(reference, str) or not reference.startswith("#"):
         raise SchemaUnsupported(f"the JSON schema refers to {reference!r}, which is outside of it")
+    _check_neighbours(schema, document)
+    if not {"const", "enum"} & schema.keys():
+        _check_limits(schema)
     for key in ("properties", "$defs", "definitions"):
         for part in schema.get(key, {}).values():
-            check_keywords(part)
-    for part in (schema.get("items"), schema.get("additionalProperties"), *schema.get("anyOf", ())):
-        check_keywords(part)
+            check_keywords(part, document)
+    for part in schema.get("anyOf", ()):
+        check_keywords(part, document)
+    for key in ("items", "additionalProperties"):
+        if schema.get(key) is not False:
+            check_keywords(schema.get(key), document)
+
+
+def _check_neighbours(schema: dict[str, Any], document: Any) -> None:
+    """Refuse what the pipeline does not read: of these keywords it reads the first, and nothing else."""
+    first = next((key for key in READ_ALONE if key in schema), None)
+    others = {key: value for key, value in schema.items() if key not in NOTES and key != first}
+    if first is None or not others:
+        return
+    named = ", ".join(others)
+    if first in ("const", "enum"):
+        fits = make_validator(document).evolve(schema=others).is_valid
+        if not all(map(fits, schema["enum"] if first == "enum" else [schema["const"]])):
+            raise SchemaUnsupported(
+                f"the openvino engine would write a value of {first} that {named} excludes; fix: leave it out"
+            )
+        return
+    parts = [resolve(document, schema["$ref"])] if first == "$ref" else schema["anyOf"]
+    if not all(isinstance(part, dict) and others.items() <= part.items() for part in parts):
+        raise SchemaUnsupported(
+            f"the openvino engine does not hold {named} next to {first}; fix: write it into each schema that "
+            f"{first} leads to"
+        )
+
+
+def _check_limits(schema: dict[str, Any]) -> None:
+    """Refuse limits that the pipeline ignores, holds wrongly, or fails on."""
+    kinds = schema.get("type")
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    for key in ("minimum", "maximum"):
+        if key not in schema:
+            continue
+        if None in kinds or "number" in kinds:
+            raise SchemaUnsupported(f"the openvino engine holds {key} of the type integer only")
+        if "integer" in kinds and schema[key] != int(schema[key]):
+            raise SchemaUnsupported(
+                f"{key} is {schema[key]}; fix: give a whole number to the openvino engine"
+            )
+    if {"minItems", "maxItems"} & schema.keys() and None in kinds:
+        raise SchemaUnsupported("the openvino engine holds minItems and maxItems of the type array only")
+    if schema.get("minItems") and "items" not in schema and "array" in kinds:
+        raise SchemaUnsupported("the openvino engine holds minItems with a schema of items only")
+    unnamed = [name for name in schema.get("required", ()) if name not in schema.get("properties", {})]
+    if unnamed and (None in kinds or "object" in kinds):
+        raise SchemaUnsupported(
+            f"the openvino engine does not hold the required {unnamed[0]!r}; fix: write it into properties"
+        )

@@ -1,6 +1,7 @@
 import asyncio
 import json
 
+import jsonschema
 import pytest
 
 from services.engines.openvino import BLOCK_TOKENS, OpenvinoEngine
@@ -73,6 +74,66 @@ def test_an_unknown_keyword_is_found_at_any_depth():
     ):
         with pytest.raises(SchemaUnsupported):
             check_keywords(schema)
+
+
+A, NULL = {"type": "object", "properties": {"a": {"type": "null"}}, "required": ["a"]}, {"type": "null"}
+FROM_3 = {"$defs": {"x": {"type": "integer", "minimum": 3}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "told"),
+    [
+        # Of these the pipeline reads the first keyword, and nothing else.
+        ({"$ref": "#/$defs/x", "maximum": 5, **FROM_3}, r"maximum next to \$ref"),
+        ({"items": {"$ref": "#/$defs/x", "minimum": 2}, **FROM_3}, r"minimum next to \$ref"),
+        ({**A, "anyOf": [{"required": ["a"]}, NULL]}, "type, properties, required next to anyOf"),
+        ({"type": "integer", "maximum": 3, "enum": [1, 7]}, "a value of enum that type, maximum excludes"),
+        ({"type": "string", "const": None}, "a value of const that type excludes"),
+        ({"enum": ["a"], "$ref": "#/$defs/x", **FROM_3}, r"enum next to \$ref"),
+        # Ranges of numbers have a point that may be any sign, and too wide an end.
+        ({"type": "number", "minimum": 0, "maximum": 1}, "minimum of the type integer only"),
+        ({"properties": {"a": {"type": ["null", "number"], "maximum": -0.5}}}, "maximum of the type integer"),
+        ({"minimum": 3}, "minimum of the type integer only"),
+        ({"minItems": 1}, "of the type array only"),
+        ({"type": "object", "required": ["b"]}, "required 'b'"),
+        # These ended the pipeline, and all answers with it.
+        ({"type": "integer", "minimum": 1.5, "maximum": 2.5}, "minimum is 1.5"),
+        ({"type": "array", "minItems": 2}, "with a schema of items"),
+        ({"type": "object", "properties": {"a": False}}, "the schema false"),
+        ({"anyOf": [False, NULL]}, "the schema false"),
+    ],
+)
+def test_what_the_pipeline_ignores_or_fails_on_is_refused_by_name(schema, told):
+    with pytest.raises(SchemaUnsupported, match=told):
+        check_keywords(schema)
+
+
+def test_what_is_written_next_to_a_keyword_that_is_read_alone_may_repeat_it():
+    """And what the check lets pass is held."""
+    held = [
+        {"$ref": "#/$defs/x", "type": "integer", "title": "at least 3", **FROM_3},
+        {"type": "object", "anyOf": [A]},
+        {"type": ["integer", "string"], "enum": ["a", 7]},
+        {"type": ["integer", "null"], "minimum": -3, "maximum": 1000.0},
+        {"type": "array", "items": NULL, "minItems": 2, "maxItems": 2},
+        {"type": "array", "items": False, "maxItems": 2},
+    ]
+    engine = make_openvino()
+
+    async def draw(schema):
+        sampling = [
+            Sampling(60, temperature=1.2, seed=seed, json_schema=json.dumps(schema)) for seed in (1, 2, 3)
+        ]
+        return await asyncio.gather(*(answer(engine, ids_of("answer"), one) for one in sampling))
+
+    ended = 0
+    for schema in held:
+        for ids, reason, _ in asyncio.run(draw(schema)):
+            if reason == "stop":  # not endless white space
+                ended += 1
+                jsonschema.validate(json.loads(tiny().tokenizer.decode(ids)), schema)
+    engine.close()
+    assert ended >= 9
 
 
 def test_properties_may_be_named_like_keywords():
