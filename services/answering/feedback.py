@@ -1,4 +1,7 @@
-"""Take feedback on an answer: check it, and store it with the answer that it is about."""
+"""Take feedback on an answer: check it, and store it with the answer that it is about.
+
+A correction that `curate` would reject as an answer is refused here, by the same check.
+"""
 
 from __future__ import annotations
 
@@ -6,51 +9,64 @@ import asyncio
 import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from services import errors
 from services.answering.handler import ChatHandler
 from services.engines.calls.bounds import MAX_DEPTH, is_deep
+from services.engines.calls.learned import explain_turn
 from services.engines.protocol import QueueFull, SchemaUnsupported
 from services.events import Feedback, StoreUnavailable
 from services.guard import policy
-from stages.common.messages import Tool, read_calls
-from stages.common.params.checked_yaml import suggest_nearest
+from stages.common.messages import Tool
 from stages.common.privacy.redaction import redact, redact_json
 from stages.common.task.tool_answers import respell_calls
 from stages.common.task.tools_task import ToolsTask
 
 # Threads of its own: asyncio's are shared by all requests, and formatting a few large answers fills them.
 _THREADS = ThreadPoolExecutor(4, thread_name_prefix="feedback")
+RAW_ROUTE = "/v1/completions"  # a text to go on with has no right answer of the task
+SHOWN = 10  # labels in a message
 
 
 async def take_feedback(given: Feedback, handler: ChatHandler) -> None:
     """Store feedback on an answer.
 
     Raises:
-        ApiError: there is no such answer, the guard rejects the correction, its calls do not fit the tools
-            of the request, or the store fails.
+        ApiError: there is no such answer, the guard rejects the correction, it is no answer that a model of
+            this task may learn, or the store fails.
     """
     try:
-        parameters = await asyncio.get_running_loop().run_in_executor(_THREADS, _check, given, handler)
-        if given.correction and (tools := _read_tools(parameters)):
-            await _check_calls(given.correction, tools, handler)
+        route, parameters = await asyncio.get_running_loop().run_in_executor(_THREADS, _check, given, handler)
+        if given.correction:
+            await _check_answer(given.correction, route, parameters, handler)
         await handler.store.record(given)
     except StoreUnavailable:
         raise errors.store_unavailable() from None
 
 
-def _check(given: Feedback, handler: ChatHandler) -> str:
-    """Return the parameters of the request that the feedback is about.
+def _check(given: Feedback, handler: ChatHandler) -> tuple[str, dict[str, Any]]:
+    """Return the route and the parameters of the request that the feedback is about.
 
     Raises:
         ApiError: the guard rejects the correction, or there is no such answer.
     """
     if given.correction:
         _check_correction(given.correction, handler)
-    parameters = handler.store.find_parameters(given.request_id)
-    if parameters is None:
+    found = handler.store.find_request(given.request_id)
+    if found is None:
         raise errors.invalid_value("request_id", f"there is no answer with the id {given.request_id!r}")
-    return parameters
+    route, parameters = found
+    return route, _read_object(parameters)
+
+
+def _read_object(text: str) -> dict[str, Any]:
+    """Return a JSON object; an empty one where the event is damaged."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _check_correction(correction: str, handler: ChatHandler) -> None:
@@ -61,28 +77,52 @@ def _check_correction(correction: str, handler: ChatHandler) -> None:
             raise errors.content_refused(result.decision.reason or result.check, "correction")
 
 
-def _read_tools(parameters: str) -> dict[str, Tool]:
+async def _check_answer(
+    correction: str, route: str, parameters: Mapping[str, Any], handler: ChatHandler
+) -> None:
+    """Reject a correction that no model may learn as the answer to this request.
+
+    Where the request asked for a text or a form of its own, which no task has, any text is taken.
+
+    Raises:
+        ApiError: invalid_value; or overloaded, if too many corrections wait to be checked.
+    """
+    tools, task = _read_tools(parameters), handler.pool.champion.task
+    if parameters.get("tools"):
+        if tools:  # else the event is damaged, or has only a hash of tools that are very long
+            await _check_turn(correction, tools, handler)
+    elif route == RAW_ROUTE or parameters.get("json_schema") is not None:
+        return
+    elif task.kind == "tools":
+        await _check_turn(correction, {}, handler)
+    elif problem := task.find_problem(correction):
+        labels = ", ".join((task.closed_set or ())[:SHOWN])
+        fix = f"write one of {labels}" if labels else f"write an answer of the kind {task.kind}"
+        raise errors.invalid_value("correction", f"{problem}; fix: {fix}")
+
+
+def _read_tools(parameters: Mapping[str, Any]) -> dict[str, Tool]:
     """Return the tools of a stored request by their names; none where the event is damaged."""
     try:
-        tools = [Tool(json.dumps(value)) for value in json.loads(parameters).get("tools") or ()]
+        tools = [Tool(json.dumps(value)) for value in parameters.get("tools") or ()]
         return {tool.name: tool for tool in tools}
     except (ValueError, TypeError, KeyError, AttributeError):
         return {}
 
 
-async def _check_calls(correction: str, tools: Mapping[str, Tool], handler: ChatHandler) -> None:
-    """Reject a correction whose calls could not be run with the tools of the request.
+async def _check_turn(correction: str, tools: Mapping[str, Tool], handler: ChatHandler) -> None:
+    """Reject a correction whose calls could not be run with the tools of the request, or not be written.
 
     Raises:
-        ApiError: invalid_value; or overloaded, if too many corrections wait to be checked.
+        ApiError: as `_check_answer`.
     """
     try:
-        problem = await _find_call_problem(correction, tools, handler)
+        problem = await _find_turn_problem(correction, tools, handler)
         if problem is None:
             return
         # The store redacts the tools: an address that is in an `enum` fits only if it is redacted as well.
         redacted = await asyncio.get_running_loop().run_in_executor(_THREADS, _redact, correction, handler)
-        if redacted != correction and await _find_call_problem(redacted, tools, handler) is None:
+        if redacted != correction and await _find_turn_problem(redacted, tools, handler) is None:
             return
     except SchemaUnsupported as error:
         problem = f"its calls cannot be checked: {error}; fix: correct answers to simpler tools"
@@ -95,7 +135,7 @@ def _redact(correction: str, handler: ChatHandler) -> str:
     return redact_json(correction, lambda text: redact(text, handler.settings.events.redact))
 
 
-async def _find_call_problem(correction: str, tools: Mapping[str, Tool], handler: ChatHandler) -> str | None:
+async def _find_turn_problem(correction: str, tools: Mapping[str, Tool], handler: ChatHandler) -> str | None:
     try:
         text = respell_calls(correction)
         problem = ToolsTask().find_problem(text)
@@ -103,14 +143,10 @@ async def _find_call_problem(correction: str, tools: Mapping[str, Tool], handler
         problem = "it is nested too deeply to be read"
     if problem is not None:
         return f"{problem}; fix: give each call a tool and its arguments, or write an answer in words"
-    _, calls = read_calls(text) or ("", ())
-    for call in calls:
-        if call.name not in tools:
-            near = suggest_nearest(call.name, tools)
-            return f"{call.name!r} is none of the request's {len(tools)} tools{near}; fix: call one of them"
-        if is_deep(call.values):
-            return (
-                f"{call.name}: its arguments are nested more than {MAX_DEPTH} levels deep; fix: flatten them"
-            )
-    problem = await handler.schemas.find_wrong_call(calls, tools) if calls else None
-    return f"{problem}; fix: give arguments that fit the tool's schema in the request" if problem else None
+    turn = ToolsTask().to_message(text)
+    deep = next((call for call in turn.tool_calls if is_deep(call.values)), None)
+    if deep is not None:
+        return f"{deep.name}: its arguments are nested more than {MAX_DEPTH} levels deep; fix: flatten them"
+    if not turn.tool_calls:
+        return explain_turn(turn, tools)
+    return await handler.schemas.find_wrong_turn(turn, tools)

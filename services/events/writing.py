@@ -137,18 +137,20 @@ class EventStore:
             return f"the database has not responded for {seconds:.0f} s"
         return self._problem
 
-    def find_parameters(self, request_id: str) -> str | None:
-        """Return the parameters of an answered request, as JSON; None if the store has no such answer.
+    def find_request(self, request_id: str) -> tuple[str, str] | None:
+        """Return route and parameters, as JSON, of an answered request; None if there is no such answer.
 
         Raises:
             StoreUnavailable: the database cannot be read.
         """
         wanted = (exchanges.c.request_id == _storable(request_id)) & exchanges.c.answer.is_not(None)
+        query = select(exchanges.c.route, exchanges.c.parameters).where(wanted)
         try:
             with self._engine.connect() as connection:
-                return connection.execute(select(exchanges.c.parameters).where(wanted)).scalar()
+                found = connection.execute(query).first()
         except Exception as error:
             raise StoreUnavailable(describe_error(error)) from error
+        return None if found is None else (found[0], found[1])
 
     def close(self) -> None:
         """Write the waiting events, and stop the writer."""

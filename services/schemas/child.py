@@ -18,14 +18,14 @@ from typing import Any
 import psutil
 from llguidance import LLTokenizer
 
+from services.engines.calls.learned import explain_turn
 from services.engines.calls.trial import try_probes
 from services.engines.grammar import Grammar, compile_grammar, compile_schema
 from services.engines.protocol import SchemaUnsupported
 from services.guard.checks import check_schema
 from services.parent import end_with_parent
 from stages.common.errors import InputError
-from stages.common.messages import Tool
-from stages.common.tools.schemas import find_argument_problem
+from stages.common.messages import Message, Tool, ToolCall
 
 NICENESS = 5  # answers come before the trial of a schema
 MAX_MIB = 512  # memory that one job may take
@@ -43,8 +43,8 @@ def run_job(job: dict[str, Any], tokens: dict[str, Any]) -> dict[str, Any]:
     try:
         if job["do"] == "compile_grammar":
             return try_grammar(job, tokens[job["name"]])
-        if job["do"] == "check_calls":
-            return {"wrong": find_wrong_call(job)}
+        if job["do"] == "check_turn":
+            return {"wrong": find_wrong_turn(job)}
         decision = check_schema(job.get("answer", "null"), job["schema"])
         if job["do"] == "compile":
             vocabulary = tokens[job["name"]]
@@ -74,12 +74,11 @@ def try_grammar(job: dict[str, Any], vocabulary: Any) -> dict[str, Any]:
     return {}
 
 
-def find_wrong_call(job: dict[str, Any]) -> str | None:
-    """Return the first call whose arguments do not fit the schema of its tool, with the reason, or None."""
-    for name, arguments in job["calls"]:
-        if problem := find_argument_problem(Tool(job["tools"][name]), arguments):
-            return f"{name}: {problem}"
-    return None
+def find_wrong_turn(job: dict[str, Any]) -> str | None:
+    """Return what is wrong with a turn that is to be learned, and what to do; None if nothing is."""
+    tools = {tool.name: tool for tool in map(Tool, job["tools"])}
+    turn = Message("assistant", job["content"], tuple(ToolCall(*call) for call in job["calls"]))
+    return explain_turn(turn, tools)
 
 
 @contextlib.contextmanager

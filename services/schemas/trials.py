@@ -25,7 +25,7 @@ from services.engines.calls.bounds import check_bounds
 from services.engines.protocol import QueueFull, SchemaUnsupported
 from services.guard.checks import GuardDecision
 from services.parent import make_parent_variable
-from stages.common.messages import Tool, ToolCall
+from stages.common.messages import Message, Tool
 
 MAX_WAITING = 64  # jobs that wait for a process; more are refused
 MAX_VERDICTS = 1024  # schemas whose verdict is remembered
@@ -108,20 +108,21 @@ class SchemaTrials:
             return GuardDecision(False, "schema_too_slow")
         return GuardDecision(result["allow"], result["reason"])
 
-    async def find_wrong_call(self, calls: Sequence[ToolCall], tools: Mapping[str, Tool]) -> str | None:
-        """Return what is wrong with the arguments of a call in a correction, or None.
+    async def find_wrong_turn(self, turn: Message, tools: Mapping[str, Tool]) -> str | None:
+        """Return what is wrong with a correction that a model may learn, and what to do; None if nothing is.
 
         Args:
-            tools: by their names; all that are called are there.
+            turn: the correction; tools: of the request, by their names.
 
         Raises:
-            SchemaUnsupported: the arguments cannot be checked within the budget.
+            SchemaUnsupported: the turn cannot be checked within the budget.
             QueueFull: too many corrections wait to be checked.
         """
         job = {
-            "do": "check_calls",
-            "tools": {call.name: tools[call.name].text for call in calls},
-            "calls": [(call.name, call.values) for call in calls],
+            "do": "check_turn",
+            "content": turn.content,
+            "calls": [(call.name, call.arguments) for call in turn.tool_calls],
+            "tools": [tool.text for tool in tools.values()],
             "cpu_s": self._cpu_s,
         }
         result = await self._correcting.run(job, None)

@@ -1,33 +1,18 @@
 """The rule about calls of tools: each calls a tool of its row, with arguments that fit the tool's schema.
 
-They fit for a validator, and for the grammar that holds calls when the model is served: it writes a `format`.
-A row of feedback with such a call is one rejected row, where `preflight` would refuse to train at all.
+What fits is the same for a correction that the service takes (`services.engines.calls.learned`). A row of
+feedback with another call is one rejected row, where `preflight` would refuse to train at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cache
-from importlib.util import find_spec
+from collections.abc import Iterator, Mapping
 
-from services.engines.calls.trial import find_unwritten
-from stages.common.messages import Message, Tool, ToolCall, is_malformed, read_calls
-from stages.common.params.checked_yaml import suggest_nearest
+from services.engines.calls.learned import find_turn_problems
+from stages.common.messages import Tool
 from stages.common.records import Row
 from stages.common.task.protocol import Task
-from stages.common.tools.schemas import find_argument_problem
 from stages.curate.rules import Rejection, Rule
-
-# What begins a call in the notation of a model: Hermes and Qwen, Llama, Mistral, functionary, Phi, DeepSeek.
-# A text with one of them teaches the model to write calls that its template does not know.
-OPENERS = (
-    "<tool_call>",
-    "<|python_tag|>",
-    "[TOOL_CALLS]",
-    "<function=",
-    "<|tool_call|>",
-    "<|tool▁calls▁begin|>",
-)
 
 
 def check_calls(task: Task) -> Rule:
@@ -49,43 +34,9 @@ def check_calls(task: Task) -> Rule:
     return rule
 
 
-def _find_problems(row: Row, tools: dict[str, Tool]) -> Iterator[Rejection]:
+def _find_problems(row: Row, tools: Mapping[str, Tool]) -> Iterator[Rejection]:
     for place, message in enumerate(row.messages, start=1):
         if message.role != "assistant" or message.is_learned is False:
             continue
-        for call in message.tool_calls:
-            if problem := _check_call(call, tools, place):
-                yield problem
-        if _is_call_in_text(message):
-            yield Rejection(
-                "call_as_text", f"message {place} has a call in its text; fix: write it in tool_calls"
-            )
-
-
-def _check_call(call: ToolCall, tools: dict[str, Tool], place: int) -> Rejection | None:
-    tool = tools.get(call.name)
-    if tool is None:
-        has = f"is none of the row's {len(tools)} tools" if tools else "is called, and the row lists no tools"
-        return Rejection(
-            "unknown_tool", f"message {place}: {call.name!r} {has}{suggest_nearest(call.name, tools)}"
-        )
-    problem = find_argument_problem(tool, call.values)
-    if problem is None and _has_grammar():
-        problem = find_unwritten(tool, call)
-    return Rejection("wrong_arguments", f"message {place}: {call.name}: {problem}") if problem else None
-
-
-@cache
-def _has_grammar() -> bool:
-    """Return whether the grammar of the service is installed; without it `preflight` asks for it."""
-    return find_spec("llguidance") is not None
-
-
-def _is_call_in_text(message: Message) -> bool:
-    """Return whether a text is a call in the notation of the judged text, or holds that of a model."""
-    text = message.content
-    return (
-        read_calls(text.strip()) is not None
-        or is_malformed(text.strip())
-        or any(opener in text for opener in OPENERS)
-    )
+        for problem in find_turn_problems(message, tools):
+            yield Rejection(problem.reason, f"message {place}: {problem.what}; fix: {problem.fix}")

@@ -16,7 +16,7 @@ from typing import Any
 from stages.common.messages import Message, Tool, ToolCall, format_arguments
 from stages.common.records import Row, count_chars, make_row
 from stages.common.spool import Spool, spool
-from stages.curate.arguments import is_same, list_changes
+from stages.common.tools.arguments import is_same, list_changes
 
 
 def compose_characters(text: str) -> str:

@@ -306,7 +306,7 @@ def main() -> None:
     fitting, misfits = encode_sides(params, config, tokenizer, sides)
     problems += find_row_problems(params, task, config, fitting, misfits)
     left = (row for row, _ in chain.from_iterable(fitting.values()))
-    problems += find_call_problems(tokenizer, left, params.task.turns)
+    problems += find_call_problems(tokenizer, left, params.task.turns, params.services.engine.kind)
     limit_of_row = limit_length(params.finetune.max_length, config, params.finetune.virtual_tokens)
     preferences = count_preferences(params.finetune, tokenizer, sides["train"], limit_of_row)
     problems += find_preference_problems(params.finetune, preferences)

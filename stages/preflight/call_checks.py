@@ -22,14 +22,18 @@ logger = get_logger("preflight")
 
 SHOWN = 10
 SHOWN_IDS = 3
+_OTHER_ENGINE = "set services.engine.kind: paged, which holds more"
 
 
-def find_call_problems(tokenizer: Any, rows: Iterable[Row], learned_turns: LearnedTurns) -> list[InputError]:
+def find_call_problems(
+    tokenizer: Any, rows: Iterable[Row], learned_turns: LearnedTurns, engine: str
+) -> list[InputError]:
     """Return which tools and calls of the rows the service would refuse or could not write.
 
     Args:
         tokenizer: with the chat template that is served.
         rows: all that are learned or judged; one that comes twice is looked at once.
+        engine: that will serve, `services.engine.kind`; `auto` holds calls as all others but `openvino` do.
     """
     trial: CallTrial | None = None
     schemas: dict[str, list[Row]] = {}
@@ -39,9 +43,11 @@ def find_call_problems(tokenizer: Any, rows: Iterable[Row], learned_turns: Learn
             if find_spec("llguidance") is None:
                 return [_missing_grammar()]
             try:
-                trial = CallTrial(read_marks(tokenizer))
+                trial = CallTrial(read_marks(tokenizer), engine)
             except InputError as error:  # the template has no tools
                 return [error]
+            if (fault := trial.find_notation_fault()) is not None:
+                return [InputError(f"the rows have tools, and {fault}", _OTHER_ENGINE)]
         fault = trial.find_schema_fault(row.tools)
         if fault is not None:
             schemas.setdefault(fault, []).append(row)
@@ -52,7 +58,12 @@ def find_call_problems(tokenizer: Any, rows: Iterable[Row], learned_turns: Learn
             "%d lists of tools were tried tool by tool and not as a whole: there was no time for more",
             trial.untried,
         )
-    return [*_describe_schemas(schemas), *_describe_calls(calls)]
+    if trial is not None and engine == "openvino":
+        logger.warning(
+            "the calls were tried with llguidance and the limits of the engine openvino, which writes them "
+            "by XGrammar: that cannot be asked without a model, and was not tried"
+        )
+    return [*_describe_schemas(schemas, engine), *_describe_calls(calls)]
 
 
 def _select_with_tools(rows: Iterable[Row]) -> Iterator[Row]:
@@ -72,7 +83,7 @@ def _find_call_faults(trial: CallTrial, row: Row, learned_turns: LearnedTurns) -
             yield f"message {place + 1}: {fault}"
 
 
-def _describe_schemas(faults: dict[str, list[Row]]) -> Iterator[InputError]:
+def _describe_schemas(faults: dict[str, list[Row]], engine: str) -> Iterator[InputError]:
     if not faults:
         return
     lines = [f"  {fault} ({_name_rows(rows)})" for fault, rows in list(faults.items())[:SHOWN]]
@@ -81,7 +92,8 @@ def _describe_schemas(faults: dict[str, list[Row]]) -> Iterator[InputError]:
     yield InputError(
         "\n".join([f"{count} rows have tools that the service refuses in any request:", *lines, *more]),
         "take what is named out of the schemas in the source of these rows, or leave these tools out "
-        "(docs/how-to/tools.md lists what a grammar holds)",
+        "(docs/how-to/tools.md lists what a grammar holds)"
+        + (f"; or {_OTHER_ENGINE}" if engine == "openvino" else ""),
     )
 
 

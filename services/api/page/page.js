@@ -234,9 +234,9 @@ class Panel {
       if (event.key === "Escape") this.showEditor(false, true);
       else if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) this.giveCorrection();
     };
-    const wrong = this.part(".wrong");
-    wrong.id = `wrong-${++Panel.count}`;
-    this.part(".correction").setAttribute("aria-describedby", wrong.id);
+    this.wrong = this.part(".editor > .wrong"); // each field of a call has one of its own
+    this.wrong.id = `wrong-${++Panel.count}`;
+    this.part(".correction").setAttribute("aria-describedby", this.wrong.id);
     const addCall = this.part(".add-call");
     addCall.hidden = !this.tools.length;
     if (!this.tools.length) return;
@@ -272,8 +272,8 @@ class Panel {
   }
 
   showProblem(text) {
-    this.part(".wrong").textContent = text;
-    this.part(".wrong").hidden = !text;
+    this.wrong.textContent = text;
+    this.wrong.hidden = !text;
     this.part(".correction").ariaInvalid = String(Boolean(text));
   }
 

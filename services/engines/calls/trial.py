@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from services.engines.calls.allowed import AllowedCalls, check_schemas, read_schema
 from services.engines.calls.grammar import MAX_CALLS, Marks, write_call, write_grammar
 from services.engines.grammar import Grammar, compile_grammar, compile_schema
+from services.engines.openvino_grammar import check_keywords, write_tags
 from services.engines.protocol import SchemaUnsupported
 from stages.common.messages import Tool, ToolCall
 from stages.common.tools.schemas import DATA_KEYWORDS, NAMED_KEYWORDS
@@ -25,6 +26,7 @@ MAX_COMPILE_S = 60.0  # as the service waits for a schema to be tried
 MAX_LISTS_S = 120.0  # for lists whose tools have all been tried alone: each row may have a list of its own
 SHOWN_CHARS = 40
 CALL_ID = "abcdefghi"  # any that the grammar takes
+_NO_ARGUMENTS = Tool('{"type":"function","function":{"name":"f"}}')
 Result = TypeVar("Result")
 
 
@@ -46,16 +48,31 @@ def try_probes(matcher: Any, probes: Sequence[str], vocabulary: Any) -> None:
 class CallTrial:
     """Tries the tools of rows and their calls, under one model's notation of calls.
 
+    Args:
+        engine: that will serve. Each holds calls by llguidance, but `openvino`: it takes what llguidance and
+            its own limits take, and holds it by XGrammar, which cannot be asked without a model.
+
     Attributes:
         untried: lists of tools of which only each tool was tried, because the time for lists was over.
     """
 
-    def __init__(self, marks: Marks) -> None:
+    def __init__(self, marks: Marks, engine: str = "paged") -> None:
         self._marks = replace(marks, thought_start="", thought_end="", control=())
+        self._uses_tags = engine == "openvino"
         self._compile = lru_cache(maxsize=1024)(self._compile_tools)
         self._lists: dict[tuple[Tool, ...], str | None] = {}
         self._lists_s = 0.0
         self.untried = 0
+
+    def find_notation_fault(self) -> str | None:
+        """Return why the engine cannot hold calls in this notation, of whatever tools, or None."""
+        if not self._uses_tags:
+            return None
+        try:
+            write_tags(write_grammar(self._marks, AllowedCalls((_NO_ARGUMENTS,))).form)
+        except SchemaUnsupported as error:
+            return str(error)
+        return None
 
     def find_schema_fault(self, tools: Sequence[Tool]) -> str | None:
         """Return why the service cannot hold calls of these tools, with the tool and the place, or None."""
@@ -68,7 +85,7 @@ class CallTrial:
         for tool in tools:
             alone = self._compile((tool,))[1]
             if alone is not None:
-                place, why = find_place(read_schema(tool)) or ("$", alone)
+                place, why = find_place(read_schema(tool), self._hold) or ("$", alone)
                 return f"{tool.name}: {place}: {why}"
         problem = self._try_list(tools) if len(tools) > 1 else None
         return f"all {len(tools)} tools together: {problem}" if problem else None
@@ -113,9 +130,15 @@ class CallTrial:
     def _compile_tools(self, tools: tuple[Tool, ...]) -> tuple[Any, str | None]:
         """Return the matcher of these tools' calls, or None and why there is none."""
         try:
-            return _limit_time(lambda: _compile(self._marks, tools)), None
+            return _limit_time(lambda: _compile(self._marks, tools, self._uses_tags)), None
         except (SchemaUnsupported, TimeoutError) as error:
             return None, str(error)
+
+    def _hold(self, schema: Mapping[str, Any]) -> None:
+        """Raise SchemaUnsupported for a schema that the engine cannot hold."""
+        compile_schema(json.dumps(schema), _vocabulary())
+        if self._uses_tags:
+            check_keywords(schema)
 
 
 def find_unwritten(tool: Tool, call: ToolCall) -> str | None:
@@ -154,8 +177,14 @@ def _find_bound(tools: Sequence[Tool]) -> str | None:
     return None
 
 
-def find_place(schema: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Return the innermost part of a schema that cannot be compiled, as a path, and why; None if all can."""
+def find_place(
+    schema: Mapping[str, Any], hold: Callable[[Mapping[str, Any]], None]
+) -> tuple[str, str] | None:
+    """Return the innermost part of a schema that cannot be held, as a path, and why; None if all can.
+
+    Args:
+        hold: raises SchemaUnsupported for a schema that cannot be held.
+    """
     definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
 
     def search(part: Mapping[str, Any], path: str) -> tuple[str, str] | None:
@@ -164,7 +193,7 @@ def find_place(schema: Mapping[str, Any]) -> tuple[str, str] | None:
                 return found
         own = {**definitions, **part} if path != "$" else part
         try:
-            _limit_time(lambda: compile_schema(json.dumps(own), _vocabulary()))
+            _limit_time(lambda: hold(own))
         except (SchemaUnsupported, TimeoutError) as error:
             return path, str(error).removeprefix("the JSON schema cannot be compiled: ")
         return None
@@ -186,11 +215,13 @@ def _list_parts(schema: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, A
         yield from ((name, inner) for name, inner in named if isinstance(inner, Mapping))
 
 
-def _compile(marks: Marks, tools: tuple[Tool, ...]) -> Any:
+def _compile(marks: Marks, tools: tuple[Tool, ...], uses_tags: bool) -> Any:
     check_schemas(tools)
     grammar = write_grammar(marks, AllowedCalls(tools, "required"))
     matcher = compile_grammar(grammar.text, _vocabulary())
     try_probes(matcher, grammar.probes, _vocabulary())
+    if uses_tags:
+        write_tags(write_grammar(marks, AllowedCalls(tools)).form)
     return matcher
 
 

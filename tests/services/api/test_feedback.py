@@ -23,6 +23,7 @@ THINKING = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 )
 RIGHT = {"name": "lamp", "arguments": {"room": "hall", "level": 3}}
+PLAN = make_tool("plan", {"type": "object", "properties": {"day": {"type": "string", "format": "date"}}})
 MAIL = make_tool("mail", {"type": "object", "properties": {"to": {"enum": ["ann@example.org"]}}})
 
 
@@ -56,7 +57,7 @@ def call(name, **arguments):
 @pytest.mark.parametrize(
     ("correction", "told"),
     [
-        (write(call("lmp", room="hall")), ["'lmp'", "3 tools", "did you mean lamp?"]),
+        (write(call("lmp", room="hall")), ["'lmp'", "4 tools", "did you mean lamp?"]),
         (write(call("lamp", room="hall", level=12)), ["lamp: $.level: 12", "maximum of 9"]),
         (write(call("lamp", room="cellar", level=1)), ["lamp: $.room: 'cellar'", "'kitchen'"]),
         (write(call("lamp", room="hall")), ["lamp: $: 'level' is a required property"]),
@@ -66,6 +67,10 @@ def call(name, **arguments):
         ('{"tool_calls": [{"name": "stop", "arguments": {},}]}', ["a call that is none"]),
         (write(), ["a call that is none"]),
         (write(call(" ")), ["a call names no tool"]),
+        # What `curate` would reject: a value that no grammar writes, and a call as text.
+        (write(call("plan", day="tomorrow")), ["plan: $.day: behind", "schema"]),
+        ('I call it: <tool_call>{"name": "lamp"', ["a call in the text", "tool_calls"]),
+        ('[TOOL_CALLS] [{"name": "lamp"}]', ["a call in the text"]),
         *(
             (write(call("stop", x="DEEP")).replace('"DEEP"', "[" * depth + "]" * depth), [])
             for depth in (64, 900, 970, 980, 990, 9_000)
@@ -73,7 +78,7 @@ def call(name, **arguments):
     ],
 )
 def test_a_correction_that_could_not_be_run_is_refused_and_not_stored(client, server, correction, told):
-    request_id, response = correct(client, correction, tools=TOOLS)
+    request_id, response = correct(client, correction, tools=[*TOOLS, PLAN])
     error = response.json()["error"]
     assert (response.status_code, error["code"], error["param"]) == (422, "invalid_value", "correction")
     assert all(text in error["message"] for text in [*told, "fix: "]), error["message"]
@@ -85,13 +90,15 @@ def test_a_correction_that_could_not_be_run_is_refused_and_not_stored(client, se
     [
         write(RIGHT),
         write(RIGHT, call("stop")),
+        write({"name": "lamp", "arguments": {"level": 3.0, "room": "hall"}}),  # curate spells it
+        write(call("plan", day="2026-11-29")),
         json.dumps({"tool_calls": [RIGHT], "content": "At once."}, indent=2),
         "Which room?",
         '{"room": "hall"}',
     ],
 )
 def test_a_correction_that_fits_the_tools_is_stored_as_given(client, server, correction):
-    request_id, response = correct(client, correction, tools=TOOLS)
+    request_id, response = correct(client, correction, tools=[*TOOLS, PLAN])
     assert response.status_code == 200, response.text
     assert find_stored(server, request_id) == [correction]
 
@@ -100,6 +107,43 @@ def test_without_tools_a_correction_may_be_any_text(client, server):
     request_id, response = correct(client, write(call("lmp")))
     assert response.status_code == 200
     assert find_stored(server, request_id) == [write(call("lmp"))]
+
+
+ASKED = {"messages": [{"role": "user", "content": "on"}]}
+
+
+def ask_and_correct(client, correction, path="/v1/chat/completions", **asked):
+    asked = {"max_tokens": 2, **(asked or ASKED)}
+    request_id = client.post(path, json=asked).headers["x-request-id"]
+    body = {"request_id": request_id, "correction": correction}
+    return client.post("/v1/feedback", json=body)
+
+
+LABELS = {"kind": "label", "label_key": None, "labels": ["heat", "lamp"]}
+OBJECTS = {"kind": "json", "label_key": "intent", "labels": None}
+CALLS = {"kind": "tools", "label_key": None, "labels": None}
+
+
+@pytest.mark.parametrize(
+    ("task", "right", "wrong"),
+    [
+        (LABELS, "lamp", {"lamb": "is not one of the 2 labels"}),
+        (OBJECTS, '{"intent": "on"}', {"on": "not one JSON value", '{"a": 1}': "no key 'intent'"}),
+        (CALLS, "On.", {write(RIGHT): "there are no tools", "<tool_call>{": "a call in the text"}),
+    ],
+)
+def test_a_correction_is_an_answer_of_the_models_task(tmp_path, task, right, wrong):
+    with serving(tmp_path, tiny_files(tmp_path / "model", task=task)) as running, running.client() as client:
+        assert ask_and_correct(client, right).status_code == 200
+        for correction, told in wrong.items():
+            response = ask_and_correct(client, correction)
+            error = response.json()["error"]
+            assert (response.status_code, error["param"]) == (422, "correction"), error
+            assert told in error["message"] and "; fix: " in error["message"]
+            # Asked for a text or a form of its own, which no task has: nothing is learned from it.
+            form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "string"}}}
+            assert ask_and_correct(client, correction, response_format=form, **ASKED).status_code == 200
+            assert ask_and_correct(client, correction, "/v1/completions", prompt="on").status_code == 200
 
 
 def test_an_argument_that_the_store_redacts_fits_its_redacted_schema(client, server):

@@ -136,7 +136,7 @@ MORE_TOOLS = [
             "type": "object",
             "properties": {
                 "title": {"type": "string", "description": "in a few words"},
-                "hours": {"type": "array", "items": {"type": "number"}},
+                "hours": {"type": "array", "items": {"type": "number"}, "maxItems": 3},
                 "share": {"type": "number", "maximum": 1},
             },
             "required": ["title", "hours"],
@@ -192,6 +192,11 @@ def test_a_call_is_made_answered_and_corrected(open_page, tool_service):
     expect(call.locator(".wrong:visible").nth(1)).to_contain_text("This is not valid JSON")
     check_accessible(page, "a correction")
     call.get_by_label("title").fill('say "hi"')
+    call.get_by_label("hours").fill("[1, 2, 3, 4]")  # what only the service checks
+    first.get_by_role("button", name="Send", exact=True).click()
+    wrong = first.locator(".wrong:visible")
+    expect(wrong).to_have_text(re.compile("plan: .*hours.* too long; fix: give arguments that fit"))
+    expect(first.locator(".correction")).to_have_accessible_description(re.compile("too long"))
     call.get_by_label("hours").fill("[1.0, 12345678901234567890]")
     while first.get_by_role("button", name="Remove this call").count() > 1:
         first.get_by_role("button", name="Remove this call").last.click()

@@ -288,11 +288,11 @@ def test_a_group_ends_before_its_texts_take_long_to_redact(sqlite_url, monkeypat
     assert sum(rows) == 6 and max(rows) <= 2
 
 
-def test_the_parameters_of_an_answer_are_found_once_it_is_stored(url):
+def test_route_and_parameters_of_an_answer_are_found_once_it_is_stored(url):
     with opened(url) as store:
         assert not any(record(store, EXCHANGE, exchange(1, answer=None, status=422)))
-        found = [store.find_parameters(name) for name in ("r0", "r1", "r2")]
-    assert found == ['{"max_tokens": 9}', None, None]
+        found = [store.find_request(name) for name in ("r0", "r1", "r2")]
+    assert found == [("/v1/chat/completions", '{"max_tokens": 9}'), None, None]
 
 
 def test_old_exchanges_go_with_their_feedback_and_the_rest_stays(url, monkeypatch):

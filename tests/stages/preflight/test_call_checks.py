@@ -35,8 +35,8 @@ def call_row(arguments, *tools, count=1, **more):
     )
 
 
-def problems_of(tokenizer, *rows, turns="all"):
-    return find_call_problems(tokenizer, rows, turns)
+def problems_of(tokenizer, *rows, turns="all", engine="auto"):
+    return find_call_problems(tokenizer, rows, turns, engine)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_a_schema_that_takes_too_long_is_refused(tokenizer, monkeypatch):
     """The compiler cannot be interrupted: its thread is left behind."""
     released = Event()
     monkeypatch.setattr(trial, "MAX_COMPILE_S", 0.2)
-    monkeypatch.setattr(trial, "_compile", lambda marks, tools: released.wait())
+    monkeypatch.setattr(trial, "_compile", lambda marks, tools, uses_tags: released.wait())
     (problem,) = problems_of(tokenizer, call_row("{}", make_tool({"n": WHOLE})))
     released.set()
     assert "it takes more than 0.2 s to compile" in problem.what
@@ -137,4 +137,29 @@ def test_a_schema_that_takes_too_long_is_refused(tokenizer, monkeypatch):
 
 def test_rows_without_tools_need_no_grammar():
     row = make_row([Message("user", "a"), Message("assistant", "b")], "toy", "mit")
-    assert find_call_problems(None, [row], "all") == []
+    assert find_call_problems(None, [row], "all", "auto") == []
+
+
+def test_the_engine_that_serves_decides_what_is_held(caplog):
+    """Each tool is held by llguidance; the limits of OpenVINO's pipeline are narrower."""
+    tokenizer = make_family_tokenizer(WITH_TOOLS["qwen-2.5"])
+    tokenizer.chat_template = adapt_template(tokenizer, {}, True, "auto")
+    day = {"type": "object", "properties": {"day": {"type": "string", "format": "date"}}}
+    rows = [call_row("{}", make_tool({"n": WHOLE}), make_tool({"a": day}, name="plan"))]
+    assert problems_of(tokenizer, *rows) == [] and not caplog.text
+    (problem,) = problems_of(tokenizer, *rows, engine="openvino")
+    assert (
+        "  plan: $.properties.a.properties.day: the openvino engine does not support format" in problem.what
+    )
+    assert problem.fix.endswith("or set services.engine.kind: paged, which holds more")
+    assert "by XGrammar: that cannot be asked without a model, and was not tried" in caplog.text
+    assert problems_of(tokenizer, call_row("{}", make_tool({"n": WHOLE})), engine="openvino") == []
+
+
+@pytest.mark.parametrize("family", ["mistral", "llama-3.1"])
+def test_a_notation_that_the_engine_cannot_hold_is_one_problem(family):
+    tokenizer = make_family_tokenizer(WITH_TOOLS[family])
+    tokenizer.chat_template = adapt_template(tokenizer, {}, True, "auto")
+    (problem,) = problems_of(tokenizer, call_row("{}", make_tool({})), engine="openvino")
+    assert "the openvino engine cannot tell calls of this model from other text" in problem.what
+    assert "services.engine.kind: paged" in problem.fix
