@@ -1,4 +1,4 @@
-"""Log lines, progress and exit codes of a stage."""
+"""Log lines, progress and exit codes of a stage, and what its process is before it imports libraries."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from stages.common.artifacts import find_missing
@@ -26,6 +26,11 @@ QUIET_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
+
+# What libraries import wherever it is installed, though no stage uses it: peft bitsandbytes, and with it
+# torch's compiler, a fifth of what finetune imports; transformers' trainer datasets, and with it pandas, a
+# tenth. Only the method qlora and development install them.
+HIDDEN_PACKAGES = ("bitsandbytes", "datasets")
 
 PROGRESS_INTERVAL_S = 1.0
 ROWS_A_STEP = 500  # from one report of progress to the next, where a row takes little time
@@ -51,6 +56,23 @@ def set_quiet_environment() -> None:
         os.environ.setdefault(name, value)
 
 
+def hide_packages() -> None:
+    """Let no library of this process find `HIDDEN_PACKAGES`, as where they are not installed.
+
+    None in place of a module is Python's own mark of one that cannot be found: an import raises
+    ModuleNotFoundError, and `find_spec` returns None (Python's reference, 5.3.1, "The module cache").
+    """
+    for name in HIDDEN_PACKAGES:
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+
+
+def show_packages(names: Sequence[str] = HIDDEN_PACKAGES) -> None:
+    """Let this process find hidden packages again; before a library looks for them, for some remember."""
+    for name in names:
+        if name in sys.modules and sys.modules[name] is None:
+            del sys.modules[name]
+
+
 def run_stage(main: Callable[[], None], when_memory_is_full: str = MORE_MEMORY) -> NoReturn:
     """Run a stage's `main` and exit: 0 done, 1 bad input, 2 bad parameters, else a traceback.
 
@@ -74,6 +96,7 @@ def run_stage(main: Callable[[], None], when_memory_is_full: str = MORE_MEMORY) 
 def configure_process() -> None:
     """Set the environment and the logs of a stage's process, before it imports libraries."""
     set_quiet_environment()
+    hide_packages()
     # How long a thread of torch spins before it sleeps. The default is for a machine of one's own: next to
     # a service on the same cores a training was three times slower with it, and alone no faster.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -26,6 +26,7 @@ from typing import Any, Protocol
 
 from stages.common.chat.template import encode_prompt
 from stages.common.errors import InputError
+from stages.common.logs import show_packages
 from stages.common.messages import Message, ToolCall, format_arguments, is_malformed
 from stages.common.model.generation import Answer, EvalPrompt
 from stages.common.records import Row
@@ -104,6 +105,7 @@ def load_simulator(name: str) -> Simulator:
     """
     module, _, attribute = name.partition(":")
     fix = "name a function of a module that Python can import here, as package.module:function"
+    show_packages()  # the user's code may use them
     try:
         found = getattr(import_module(module), attribute)
     except Exception as error:  # of the user's module, of any kind

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from stages.common.errors import InputError
+from stages.common.logs import show_packages
 
 # Of a weight: 4 bits, a scale of 8 bits for 64 of them, and one of 32 bits for 256 scales.
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -13,7 +14,7 @@ DEVICES = ("cuda", "cpu")
 
 
 def check_nf4(config: Any, device: str) -> None:
-    """Check that a base model can be trained in 4 bits here.
+    """Check that a base model can be trained in 4 bits here, and let libraries find what that takes.
 
     Args:
         device: on which it is trained: `cuda`, `mps` or `cpu`.
@@ -21,6 +22,7 @@ def check_nf4(config: Any, device: str) -> None:
     Raises:
         InputError: with what is missing.
     """
+    show_packages(["bitsandbytes"])
     if find_spec("bitsandbytes") is None:
         raise InputError(
             "finetune.method is qlora, and bitsandbytes is not installed",

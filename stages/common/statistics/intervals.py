@@ -120,11 +120,11 @@ def compute_clopper_pearson(successes: float, trials: int, confidence: float) ->
 
     With 0 successes the upper end is 1 - (alpha / 2) ** (1 / trials): the "rule of three", two-sided.
     """
-    from scipy.stats import beta
+    from scipy.special import betaincinv  # scipy.stats takes a second to import
 
     tail = (1.0 - confidence) / 2.0
-    low = 0.0 if successes <= 0 else float(beta.ppf(tail, successes, trials - successes + 1))
-    high = 1.0 if successes >= trials else float(beta.ppf(1.0 - tail, successes + 1, trials - successes))
+    low = 0.0 if successes <= 0 else float(betaincinv(successes, trials - successes + 1, tail))
+    high = 1.0 if successes >= trials else float(betaincinv(successes + 1, trials - successes, 1.0 - tail))
     return low, high
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Literal
 
 from stages.common.statistics.intervals import Interval
@@ -90,6 +91,4 @@ def describe_resolution(
 
 def _z(confidence: float) -> float:
     """Return the two-sided quantile of the normal distribution."""
-    from scipy.stats import norm
-
-    return float(norm.ppf(0.5 + confidence / 2.0))
+    return NormalDist().inv_cdf(0.5 + confidence / 2.0)

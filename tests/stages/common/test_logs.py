@@ -4,6 +4,8 @@ import sys
 
 import pytest
 
+from stages.common.logs import HIDDEN_PACKAGES
+
 
 def run_stage(body: str, more: str = "") -> subprocess.CompletedProcess[str]:
     imports = "import errno\nfrom stages.common.errors import *\nfrom stages.common.logs import *\n"
@@ -14,6 +16,14 @@ def run_stage(body: str, more: str = "") -> subprocess.CompletedProcess[str]:
 def test_bad_input_is_told_without_a_traceback():
     done = run_stage("raise InputError('rows.jsonl:3: broken', 'correct the line')")
     assert (done.returncode, done.stderr) == (1, "error: rows.jsonl:3: broken\n  fix: correct the line\n")
+
+
+def test_a_stage_finds_no_package_that_only_development_installs_until_it_is_shown():
+    for name in HIDDEN_PACKAGES:
+        pytest.importorskip(name)
+    found = "[find_spec(name) is not None for name in HIDDEN_PACKAGES]"
+    body = f"from importlib.util import find_spec; print({found}); show_packages(); print({found})"
+    assert run_stage(body).stdout == "[False, False]\n[True, True]\n"
 
 
 def test_bad_parameters_exit_2():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from tests.tiny import save_model
 
 REPO = Path(__file__).resolve().parents[3]
 MODULE = ("-m", "stages.finetune")
+SHOWING_IMPORTS = ("-X", "importtime", *MODULE)
 SETTINGS = {
     "rank": 4,
     "alpha": 8,
@@ -120,3 +122,10 @@ def start_stage(project, command=MODULE, **variables):
         text=True,
         start_new_session=True,
     )
+
+
+def finish_with_imports(stage):
+    """Wait for a stage that was started with `SHOWING_IMPORTS`; return the names of all that it imported."""
+    output, _ = stage.communicate(timeout=600)
+    assert stage.returncode == 0, output
+    return set(re.findall(r"^import time:.*\|\s*(\S+)$", output, re.M))

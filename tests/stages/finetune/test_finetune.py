@@ -5,37 +5,29 @@ import logging
 import os
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from stages.common.artifacts import write_json
 from stages.common.errors import InputError
+from stages.common.logs import HIDDEN_PACKAGES
 from stages.common.model.adapter import read_trained_ids
 from stages.common.records import read_rows, write_rows
 from stages.finetune import batches
 from stages.finetune.__main__ import main
 from tests.stages.finetune.killing import kill_in_the_middle
 from tests.stages.finetune.project import (
-    REPO,
+    SHOWING_IMPORTS,
     adapter,
     change_finetune,
     evidence,
+    finish_with_imports,
     make_project,
     put_own_adapter,
     rows,
+    start_stage,
 )
-
-
-def start_stage(project):
-    environment = {**os.environ, "PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "stages.finetune"],
-        cwd=project,
-        env=environment,
-    )
 
 
 def test_training_lowers_the_loss_and_leaves_adapter_evidence_curve_and_picture(project):
@@ -100,8 +92,10 @@ def test_a_run_killed_in_the_middle_ends_with_the_adapter_of_an_unbroken_run(
 
 
 @pytest.mark.slow
-def test_the_memory_that_is_estimated_is_that_of_the_process(project):
-    assert start_stage(project).wait() == 0
+def test_a_process_takes_the_memory_that_is_estimated_and_imports_no_hidden_package(project):
+    imported = finish_with_imports(start_stage(project, SHOWING_IMPORTS, OMP_NUM_THREADS="1"))
+    assert "peft" in imported and "transformers.trainer" in imported
+    assert not imported & set(HIDDEN_PACKAGES)
     took = json.loads((project / "reports" / "finetune" / "metrics.json").read_text())["throughput"]
     assert took["estimated_peak_mib"] == pytest.approx(took["peak_rss_mib"], rel=0.1)
 

@@ -14,7 +14,15 @@ from stages.finetune.__main__ import main
 from stages.finetune.adapter import build_model
 from stages.finetune.progress.flops import count_work
 from stages.preflight.finetune_checks import count_training
-from tests.stages.finetune.project import change_finetune, evidence, make_recipe, put_own_adapter
+from tests.stages.finetune.project import (
+    SHOWING_IMPORTS,
+    change_finetune,
+    evidence,
+    finish_with_imports,
+    make_recipe,
+    put_own_adapter,
+    start_stage,
+)
 from tests.tiny import make_model, save_model
 
 CPU = torch.device("cpu")
@@ -81,6 +89,13 @@ def test_a_training_in_four_bits_ends_in_an_adapter_of_lora_for_the_whole_base_m
         change_finetune(project, method=method)
         main()
         assert evidence(project)["started_from"] == "0123456789ab"
+
+
+@pytest.mark.slow
+def test_the_process_of_such_a_training_finds_bitsandbytes(project, bitsandbytes):
+    change_finetune(project, method="qlora")
+    imported = finish_with_imports(start_stage(project, SHOWING_IMPORTS, OMP_NUM_THREADS="1"))
+    assert "bitsandbytes" in imported and evidence(project)["method"] == "qlora"
 
 
 def test_gradients_are_the_same_after_the_model_was_asked(tmp_path, bitsandbytes):

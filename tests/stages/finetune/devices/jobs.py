@@ -5,9 +5,11 @@ import os
 import shutil
 import signal
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 from stages.common.errors import InputError
+from stages.common.logs import HIDDEN_PACKAGES
 from stages.finetune.checkpoints import choose_checkpoint, mark_complete
 from stages.finetune.devices import group
 
@@ -15,8 +17,9 @@ RUNS = Path("checkpoints")
 
 
 def tell_each_other():
-    """Every function of the group, and a checkpoint that both see."""
+    """Every function of the group, and a checkpoint that both see; packages that are hidden."""
     rank = group.get_rank()
+    assert not any(map(find_spec, HIDDEN_PACKAGES))
     assert group.gather(rank) == [0, 1] and group.count_processes() == 2
     assert group.all_agree(True) and not group.all_agree(rank == 0)
     assert group.compute_on_hosts(lambda: f"rank {rank}", "rows", "copy them") == "rank 0"
