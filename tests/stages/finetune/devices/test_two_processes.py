@@ -83,11 +83,12 @@ def test_processes_agree_on_what_they_do_and_their_failures_are_one_error(tmp_pa
 
 
 @TWO_CORES
-def test_two_processes_have_the_losses_of_one_whoever_starts_them(tmp_path):
+def test_two_processes_have_the_losses_of_one_whoever_starts_them(tmp_path, monkeypatch):
     one = make_project(tmp_path / "one", 41, **SETTINGS)
     two = make_project(tmp_path / "two", 41, **SETTINGS, devices=2)
     by_torchrun = make_project(tmp_path / "torchrun", 41, **SETTINGS, launcher="torchrun")
-    finish(start(one))
+    monkeypatch.chdir(one)
+    main()
     log = finish(start(two))
     assert "in 2 processes" in log and log.count("training on") == 1
     finish(start(by_torchrun, TORCHRUN))
@@ -107,21 +108,26 @@ def test_two_processes_have_the_losses_of_one_whoever_starts_them(tmp_path):
 
 @TWO_CORES
 @pytest.mark.parametrize("method", ["prompt_tuning", "head"])
-def test_two_processes_have_the_losses_of_one_without_an_adapter_in_the_layers(tmp_path, method):
+def test_two_processes_have_the_losses_of_one_without_an_adapter_in_the_layers(tmp_path, monkeypatch, method):
     projects = [make_project(tmp_path / str(n), 17, method=method, devices=n) for n in (1, 2)]
     for project in projects:
         if method == "head":
             make_labels(project)
-        finish(start(project))
+        monkeypatch.chdir(project)
+        main()
+    assert [evidence(project)["processes"] for project in projects] == [1, 2]
     one, two = map(curve, projects)
     assert len(one) == 5 and two == pytest.approx(one, rel=1e-4)
 
 
 @TWO_CORES
-def test_a_training_one_of_whose_processes_is_killed_ends_with_one_error_and_resumes_bit_for_bit(tmp_path):
+def test_a_training_one_of_whose_processes_is_killed_ends_with_one_error_and_resumes_bit_for_bit(
+    tmp_path, monkeypatch
+):
     settings = {"devices": 2, "dropout": 0.1}
     unbroken = make_project(tmp_path / "unbroken", 160, **settings)
-    finish(start(unbroken))
+    monkeypatch.chdir(unbroken)
+    main()
     killed = make_project(tmp_path / "killed", 160, **settings)
     stage = start(killed)
     deadline = time.monotonic() + 600
