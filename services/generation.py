@@ -49,13 +49,14 @@ from services.startup import RunningService, start, stop
 from services.versions.store import ModelFiles, find_served, get_version
 from stages.common.chat.template import encode_text
 from stages.common.errors import InputError
-from stages.common.logs import set_quiet_environment
+from stages.common.logs import hide_packages, set_quiet_environment
 from stages.common.messages import Message
 from stages.common.model.loading import load_tokenizer
 from stages.common.params.loading import load_params
 from stages.common.task.kinds import make_task
 
 set_quiet_environment()
+hide_packages()
 hide_messages()
 # The engine's thread needs the interpreter briefly after every step; Python's default switch interval of 5 ms
 # is a third of a step.

@@ -1,4 +1,4 @@
-"""Log lines, progress and exit codes of a stage, and what its process is before it imports libraries."""
+"""Log lines, progress and exit codes of a stage, and the environment of its process."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ QUIET_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
-# What libraries import wherever it is installed, though no stage uses it: peft bitsandbytes, and with it
+# What libraries import wherever it is installed, though nothing here uses it: peft bitsandbytes, and with it
 # torch's compiler, a fifth of what finetune imports; transformers' trainer datasets, and with it pandas, a
-# tenth. Only the method qlora and development install them.
+# tenth. Only the method qlora, which shows bitsandbytes, and development install them.
 HIDDEN_PACKAGES = ("bitsandbytes", "datasets")
 
 PROGRESS_INTERVAL_S = 1.0
