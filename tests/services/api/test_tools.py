@@ -2,12 +2,14 @@
 
 import json
 import sqlite3
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from stages.common.messages import Message, Tool, ToolCall, is_malformed, read_calls
+from tests.services.api.test_routes import events
 from tests.services.serving import ask, load_openvino, load_paged, load_tiny, serving, stream
 from tests.services.tool_models import LAMP, TOOLS, find_call_fault, make_tool, tool_files
 
@@ -165,6 +167,24 @@ def test_a_call_that_is_cut_is_stored_as_no_call(server, client):
     assert answer_of(response)["finish_reason"] == "length"
     event = read_event(server, response.json()["id"])
     assert is_malformed(event["answer"]) and event["valid_output"] == 0
+
+
+def test_a_stream_that_is_left_in_the_middle_of_arguments_is_stored_as_no_call(server, client):
+    ones = {"type": "array", "items": {"enum": [1]}, "minItems": 400, "maxItems": 401}
+    long = {"type": "object", "properties": {"ones": ones}, "required": ["ones"]}
+    body = {"messages": [USER], "tools": [make_tool("note", long)], "tool_choice": "required"}
+    body |= {"stream": True, "max_tokens": 1900}
+    with client.stream("POST", ROUTE, json=body) as response:
+        request_id = response.headers["x-request-id"]
+        written = (line for line in response.iter_lines() if '"arguments"' in line)
+        assert '"name"' in next(written) and next(written)
+    for _ in range(200):
+        if kept := [row for row in events(server) if row["request_id"] == request_id]:
+            break
+        time.sleep(0.05)
+    (row,) = kept
+    assert (row["status"], row["finish_reason"]) == (499, "cancelled")
+    assert is_malformed(row["answer"]) and "note" in row["answer"] and read_calls(row["answer"]) is None
 
 
 def test_answers_in_a_form_go_with_tools(client):
