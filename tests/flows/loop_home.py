@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -88,6 +88,10 @@ class LoopHome:
         if check and done.returncode:
             raise RuntimeError(done.stdout + done.stderr)
         return done
+
+    def reporting_to(self, api):
+        """Return the home with a Prefect server; else each command of a flow starts a temporary one."""
+        return replace(self, environment=self.environment | api.environment)
 
     def change(self, overrides):
         """Give parameters other values, by dotted key."""

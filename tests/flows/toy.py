@@ -197,6 +197,7 @@ class Api:
         user, _, password = auth_string.partition(":")
         self.auth = user, password
         self.client = httpx.Client(auth=self.auth, timeout=30)
+        self.environment = {"PREFECT_API_URL": url, "PREFECT_API_AUTH_STRING": auth_string}
 
     def rows(self, kind: str, **body: Any) -> list[dict[str, Any]]:
         answer = self.client.post(f"{self.url}/{kind}/filter", json=body)

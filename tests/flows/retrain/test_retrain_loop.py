@@ -41,8 +41,9 @@ def retrain_twice_at_once(home, why):
         return list(threads.map(home.retrain, (why, why)))
 
 
-def test_killed_at_every_step_before_users_see_it_two_triggers_at_once_go_on_with_one_retraining(home):
+def test_killed_at_every_step_before_users_see_it_two_triggers_at_once_go_on_with_one_retraining(home, api):
     """It has learned nothing, so the gate refuses it, and no alias has moved."""
+    home = home.reporting_to(api)  # the servers that runs start themselves are those of the next test
     before, named = home.aliases, bearers(home)
     folder = home.root / STATE
 

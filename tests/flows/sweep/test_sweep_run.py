@@ -66,8 +66,8 @@ def read_trials(root):
 
 
 @pytest.mark.slow
-def test_a_sweep_that_is_killed_goes_on_and_its_best_becomes_a_candidate(tmp_path, trained_home):
-    home = copy_home(trained_home, tmp_path)
+def test_a_sweep_that_is_killed_goes_on_and_its_best_becomes_a_candidate(tmp_path, trained_home, api):
+    home = copy_home(trained_home, tmp_path).reporting_to(api)
     home.change(SWEEP)
     before = (home.root / "reports/evaluate/metrics.json").read_bytes()
     checkpoints = home.root / ".perennial/sweep/checkout/checkpoints/finetune"
