@@ -1,6 +1,6 @@
 """Normalise the spelling of texts (Unicode's NFC and line ends) and of the arguments of calls.
 
-Nothing else is changed, and each change is counted and kept, before and after.
+Nothing else is changed, each change has a switch, and it is counted and kept, before and after.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class Change:
 def spell_rows(rows: Iterable[Row], names: Sequence[str]) -> tuple[Sequence[Row], Sequence[Change]]:
     """Return the rows with the named changes, each with the id of its new text, and what was changed.
 
-    The arguments of calls are always written as the grammar of the service writes them (`arguments.py`).
+    The changes of arguments (`stages/common/tools/arguments.py`) are those that the grammar of the service
+    needs: without them the rule about calls rejects arguments that it cannot write.
     """
     changes: Spool[Change] = Spool(lambda change: len(change.before) + len(change.after))
     return spool((_spell_row(row, names, changes) for row in rows), count_chars), changes
@@ -71,15 +72,17 @@ def _spell_row(row: Row, names: Sequence[str], changes: Spool[Change]) -> Row:
             changed.append((role, tuple(applied), before, after))
         return after
 
-    in_texts = {name: CHANGES[name] for name in names}
-    in_values = {name: partial(_spell_json, partial(_spell_value, change=CHANGES[name])) for name in names}
+    in_texts = {name: change for name, change in CHANGES.items() if name in names}
+    in_values = {
+        name: partial(_spell_json, partial(_spell_value, change=change)) for name, change in in_texts.items()
+    }
     tools = tuple(Tool(spell("tools", tool.text, in_values)) for tool in row.tools)
     by_name = {tool.name: tool for tool in tools}
 
     def spell_call(role: str, call: ToolCall) -> ToolCall:
-        own = list_changes(by_name[call.name]) if call.name in by_name else {}
-        ways = in_values | {name: partial(_spell_json, change) for name, change in own.items()}
-        return replace(call, arguments=spell(role, call.arguments, ways))
+        every = list_changes(by_name[call.name]) if call.name in by_name else {}
+        own = {name: partial(_spell_json, change) for name, change in every.items() if name in names}
+        return replace(call, arguments=spell(role, call.arguments, in_values | own))
 
     def spell_message(message: Message) -> Message:
         """Return a message with its text, its reasoning and the arguments of its calls spelled."""

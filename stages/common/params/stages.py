@@ -139,7 +139,12 @@ class Curate(Section):
     near_duplicate_threshold: Share | None
     on_conflicting_answers: Literal["drop", "keep"] = "drop"
     on_exact_duplicates: Literal["drop", "keep"] = "drop"
-    normalize: tuple[Literal["nfc", "line_ends"], ...] = ("nfc", "line_ends")
+    normalize: tuple[Literal["nfc", "line_ends", "argument_order", "whole_numbers"], ...] = (
+        "nfc",
+        "line_ends",
+        "argument_order",
+        "whole_numbers",
+    )
     personal_data: tuple[PrivateKind, ...] = ()
 
     @override

@@ -7,9 +7,12 @@ import pytest
 from services.engines.grammar import Grammars, compile_schema
 from stages.common.messages import Message, Tool, ToolCall
 from stages.common.records import make_row
+from stages.common.task.tools_task import ToolsTask
+from stages.curate.calls import check_calls
 from stages.curate.spelling import count_changes, spell_rows
 from tests.tiny import make_tokenizer
 
+CHANGES = ["argument_order", "whole_numbers"]
 TEXT, WHOLE = {"type": "string"}, {"type": "integer"}
 INNER = {"type": "object", "properties": {"x": WHOLE, "y": TEXT}}
 
@@ -68,13 +71,23 @@ def takes():
 )  # fmt: skip
 def test_arguments_are_written_as_the_grammar_of_the_service_writes_them(takes, schema, before, after, names):
     row = call_row(schema, before)
-    (changed,), changes = spell_rows([row], [])
+    (changed,), changes = spell_rows([row], CHANGES)
     assert changed.messages[-1].tool_calls[0].arguments == after
     assert (takes(schema, before), takes(schema, after)) == (False, True)
     (change,) = changes
     assert (change.before, change.after, set(change.names)) == (before, after, names)
     assert change.row == changed.id != row.id
     assert count_changes(changes)["messages_changed_by"] == dict.fromkeys(sorted(names), 1)
+
+
+def test_without_the_changes_what_the_grammar_cannot_write_is_a_rejected_row():
+    row = call_row(of(a=TEXT, b=WHOLE), '{"b":2.0,"a":"x"}')
+    assert spell_rows([row], ["nfc", "line_ends"]) == ([row], [])
+    rejection = check_calls(ToolsTask())(row)
+    assert rejection is not None
+    assert rejection.reason == "wrong_arguments"
+    (ordered,), _ = spell_rows([row], ["argument_order"])
+    assert ordered.messages[-1].tool_calls[0].arguments == '{"a":"x","b":2.0}'
 
 
 @pytest.mark.parametrize(
@@ -88,23 +101,23 @@ def test_arguments_are_written_as_the_grammar_of_the_service_writes_them(takes, 
 )
 def test_what_the_grammar_takes_as_it_is_stays_with_its_id(schema, arguments):
     row = call_row(schema, arguments)
-    assert spell_rows([row], ["nfc"]) == ([row], [])
+    assert spell_rows([row], ["nfc", *CHANGES]) == ([row], [])
 
 
 def test_a_call_of_an_unknown_tool_is_left_to_the_rule_that_rejects_it():
     row = call_row(of(a=TEXT, b=WHOLE), '{"b":2,"a":"x"}', name="g")
-    assert spell_rows([row], []) == ([row], [])
+    assert spell_rows([row], CHANGES) == ([row], [])
 
 
 def test_the_worse_answer_of_a_pair_is_written_alike():
     row = call_row(of(a=TEXT, b=WHOLE), '{"a":"x","b":2}')
     worse = Message("assistant", "", (ToolCall("f", '{"b":3,"a":"x"}'),))
     pair = make_row(row.messages, "toy", "mit", tools=row.tools, rejected=worse)
-    (changed,), _ = spell_rows([pair], [])
+    (changed,), _ = spell_rows([pair], CHANGES)
     assert changed.rejected.tool_calls[0].arguments == '{"a":"x","b":3}'
 
 
 def test_names_that_are_composed_find_their_place_in_the_schema():
     row = call_row({"type": "object", "properties": {"e\u0301": TEXT, "a": TEXT}}, '{"a":"x","e\u0301":"y"}')
-    (changed,), _ = spell_rows([row], ["nfc"])
+    (changed,), _ = spell_rows([row], ["nfc", *CHANGES])
     assert changed.messages[-1].tool_calls[0].arguments == '{"é":"y","a":"x"}'
