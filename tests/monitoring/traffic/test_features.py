@@ -248,7 +248,7 @@ class Poisoned(dict):
 def test_an_exchange_that_cannot_be_read_is_excluded_and_named():
     unreadable = []
     data = batch(*(exchange(number) for number in range(4)))
-    (made,) = compute_feature_tables([data], FEATURES, SETTINGS, Poisoned(any="one"), unreadable)
+    (made,) = compute_feature_tables([data], FEATURES, SETTINGS, Poisoned(any="one"), unreadable=unreadable)
     assert made["request_id"].to_pylist() == ["r00000", "r00002", "r00003"]
     assert unreadable == [QuarantinedEvent("r00001", 1001.0, "unreadable (TypeError)")]
     assert list(compute_feature_tables([data.slice(1, 1)], FEATURES, SETTINGS, Poisoned(any="one"))) == []
