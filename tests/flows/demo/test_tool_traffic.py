@@ -219,7 +219,7 @@ def test_the_default_engine_answers_the_demos_conversations_and_stores_their_cal
         url = server.handler.settings.events.url
         result = replay(
             server.url,
-            [Request("known 0", "{}", "known", "A/b/c")],
+            [Request("known 0", '{"intent":"On"}', "known", "A/b/c")],
             conversations=conversations,
             habits=ALWAYS,
             max_tokens=600,
