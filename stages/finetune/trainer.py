@@ -48,6 +48,7 @@ from stages.finetune.progress.asking import Validation, estimate_answers
 from stages.finetune.progress.cost import Prices
 from stages.finetune.progress.divergence import BatchLoss, check_final_loss, check_update, check_weights
 from stages.finetune.progress.early_stopping import put_best_into, take_best_from
+from stages.finetune.progress.freed_memory import FreedMemory
 from stages.finetune.progress.memory import check_memory, explain_full_memory, plan_memory
 from stages.finetune.progress.meter import Meter
 from stages.finetune.progress.validation import read_attention, read_points
@@ -74,6 +75,7 @@ class PlannedTrainer(WholeCheckpointTrainer):
         self.objective = objective
         self.batch_losses: list[BatchLoss] = []  # of the update that is under way
         self.meter: Meter | None = None
+        self.freed = FreedMemory(None)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return SequentialSampler(train_dataset or self.train_dataset)
@@ -98,6 +100,7 @@ class PlannedTrainer(WholeCheckpointTrainer):
         assert num_items_in_batch is not None  # Trainer counts the labels
         batch: Batch = inputs["batch"].to(model.device)
         place = self.state.global_step, len(self.batch_losses)
+        self.freed.make_room(batch.layout.input_ids.numel())
         own = self.objective.compute_loss(model, replace(batch, place=place))
         mean: Tensor = own * self.accelerator.num_processes / num_items_in_batch
         self.batch_losses.append(BatchLoss(batch.rows, mean.detach()))
@@ -215,7 +218,7 @@ def train(
         memory.can_checkpoint = not checkpointing and bool(list_layers(model))
     if checkpointing:
         checkpoint_layers(model)
-    estimated = check_memory(memory, heaviest_share, *sizes)
+    estimate = check_memory(memory, heaviest_share, *sizes)
 
     def arrange(sequences: Sequence[Encoded]) -> Layout:
         return lay_out(sequences, pad_id, share_prefix, packed)
@@ -244,6 +247,7 @@ def train(
         callbacks=[monitor, *([validation_points] if validation_points else [])],
     )
     trainer.batch_losses, trainer.meter = monitor.batch_losses, meter
+    trainer.freed = FreedMemory(estimate if model.device.type == "cpu" else None)
     trainer.model_accepts_loss_kwargs = True
     trainer.remove_callback(PrinterCallback)
     if count_processes() > 1:
@@ -289,7 +293,7 @@ def train(
         answer_tokens=sum(count_tokens(plan, objective.learned_counts, recipe.gradient_accumulation)[:steps]),
         seconds=seconds - asked_seconds,
         validation_seconds=asked_seconds,
-        cost=meter.finish(seconds - asked_seconds, seconds, estimated),
+        cost=meter.finish(seconds - asked_seconds, seconds, estimate.peak if estimate else None),
         tokens=sum(tokens_of_step[first_step:steps]),
         peak_rss_mib=sum(gather(measure_peak_rss_mib())),
         held_out=held_out,

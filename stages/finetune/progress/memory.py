@@ -24,7 +24,12 @@ from torch import Tensor
 from stages.common.chat.template import Encoded
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, is_full_memory
-from stages.common.machine.memory import format_bytes, read_free_memory, read_held_memory, read_peak_memory
+from stages.common.machine.memory import (
+    format_bytes,
+    read_free_memory,
+    read_held_memory,
+    read_peak_memory,
+)
 from stages.finetune.answer_loss import find_chunked_head, measure_chunk, sum_answer_loss
 from stages.finetune.devices.group import count_local_processes, count_processes
 from stages.finetune.devices.sharding import (
@@ -57,17 +62,21 @@ class MemoryEstimate:
         optimizer: gradients and averages of the trained weights.
         activations: of the largest batch, kept for the backward pass; and what is gathered of a shared model.
         answers: of the validation rows that are asked at once, while there are no activations.
+        tokens: that are computed of the largest batch.
+        reached: the most that the process has held so far: reading the weights can take more than the steps.
     """
 
     held: int
     optimizer: int
     activations: int
     answers: int = 0
+    tokens: int = 1
+    reached: int = 0
 
     @property
     def peak(self) -> int:
         """The most that is held at once."""
-        return self.held + self.added
+        return max(self.reached, self.held + self.added)
 
     @property
     def added(self) -> int:
@@ -78,7 +87,7 @@ class MemoryEstimate:
         """Return the parts of the estimate as text."""
         asked = f" or {format_bytes(self.answers)} for validation rows" if self.answers else ""
         return (
-            f"{format_bytes(self.peak)}: {format_bytes(self.held)} before the first step, "
+            f"{format_bytes(self.held + self.added)}: {format_bytes(self.held)} before the first step, "
             f"{format_bytes(self.optimizer)} for the optimizer, {format_bytes(self.activations)} for a batch"
             f"{asked}"
         )
@@ -171,7 +180,8 @@ class MemoryPlan:
             logits += min(answers, self._chunk.rows) * self._chunk.row_bytes
         logits += self._gathered
         asked = self.count_answers(round(times * len(rows)))
-        return MemoryEstimate(held, self._optimizer, int(kept * FRAGMENTATION) + logits, asked)
+        tokens = int(times * batch.input_ids.numel())
+        return MemoryEstimate(held, self._optimizer, int(kept * FRAGMENTATION) + logits, asked, tokens)
 
     def fits(self, rows: Sequence[Encoded]) -> bool:
         """Return whether the steps of a batch of these rows will certainly fit into the free memory."""
@@ -257,8 +267,8 @@ def plan_memory(
 
 def check_memory(
     plan: MemoryPlan | None, heaviest: Sequence[Encoded], batch_size: int, accumulation: int
-) -> int | None:
-    """Log how many bytes this process will hold at most, refuse it if they cannot fit, and return them.
+) -> MemoryEstimate | None:
+    """Log what this process will hold at most, refuse it if it cannot fit, and return it.
 
     On a GPU, where no estimate has been compared with a training, it only warns.
 
@@ -275,8 +285,7 @@ def check_memory(
     estimate = plan.estimate_batch(heaviest, held)
     uncertainty = plan.uncertainty if plan.device.type == "cpu" else 1.0
     judge_memory(estimate, free, lambda: plan.suggest(batch_size, accumulation, held, free), uncertainty)
-    # Reading the weights can have taken more than the steps will.
-    return estimate.peak if plan.device.type == "cuda" else max(estimate.peak, read_peak_memory())
+    return estimate if plan.device.type == "cuda" else replace(estimate, reached=read_peak_memory())
 
 
 def judge_memory(
