@@ -47,7 +47,7 @@ parity: $(VENV)/.core $(VENV)/.$(SERVE_EXTRAS) ## compare the running service's 
 bento: $(VENV)/.$(SERVE_EXTRAS) ## pack the champion and the service for another machine
 	@perennial package
 
-test: $(VENV)/.dev ## the fast tests (five to eight minutes on two cores, no GPU, no network)
+test: $(VENV)/.dev ## the fast tests (five to ten minutes on two cores, no GPU, no network)
 	@python -m pytest -m "not slow" --numprocesses "$$(python -c '$(WORKERS)')" --dist loadfile
 
 test-slow: $(VENV)/.dev .venv-clients/.installed .venv-federated/.installed ## the slow tests: the real base model, servers, a browser

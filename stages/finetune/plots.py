@@ -53,6 +53,6 @@ def _draw_metrics(axes: Any, points: list[ValidationPoint], scales: dict[str, fl
     for name, scale in scales.items():
         found = [(point.step, point.metrics[name] / scale) for point in points if name in point.metrics]
         axes.plot([step for step, _ in found], [value for _, value in found], "o-", label=name)
-    axes.set(ylabel="share of the largest value", ylim=(-0.02, 1.02), title="answers to validation rows")
+    axes.set(ylabel="metric / its maximum", ylim=(-0.02, 1.02), title="answers to validation rows")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from functools import cache
 
 PROBE_S = 0.5
 # Tokens of a batch, and a layer: of the default base model on a CPU, large enough to fill a GPU.
@@ -11,12 +10,11 @@ CPU_SIZES = (600, 576, 1536)
 GPU_SIZES = (8192, 4096, 8192)
 
 
-@cache
 def measure_product_speed(dtype: str, device: str = "cpu", seconds: float = PROBE_S) -> float:
     """Return the floating-point operations a second of matrix products in a number format.
 
     On a GPU the products are large; on a CPU they are those of the default base model, whose speed larger
-    ones do not exceed by much. Measured once a process.
+    ones do not exceed by much.
     """
     import torch
 

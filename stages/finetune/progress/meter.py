@@ -50,7 +50,8 @@ class Meter:
         self._work = count_work(model)
         self._virtual = count_computed_tokens(model)
         wait_for_all()  # processes that share the cores measure their shares of them
-        self._limit = measure_product_speed(str(dtype).removeprefix("torch."), self._device.type, PROBE_S)
+        self._dtype = str(dtype).removeprefix("torch.")
+        self._limit = measure_product_speed(self._dtype, self._device.type, PROBE_S)
         self._tokens_of_step, self._first_step = tokens_of_step, first_step
         self._prices = prices or Prices()
         self._energy = EnergyMeter(self._device.type, self._prices.power_watts)
@@ -99,6 +100,10 @@ class Meter:
             estimated: the bytes that this process was estimated to hold at most.
         """
         is_gpu = self._device.type == "cuda"
+        if not is_gpu:  # other programs can have slowed the first measurement, and made the share too large
+            wait_for_all()
+            again = measure_product_speed(self._dtype, self._device.type, PROBE_S)
+            self._limit = max(self._limit, again)
         limit = sum(gather(self._limit))
         return Cost(
             self._energy.finish(),
