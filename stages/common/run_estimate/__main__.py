@@ -1,8 +1,8 @@
 """How long training and the answers to the test take on this machine, before either has begun.
 
 The work follows from the tokens and the size of the base model; the speed, from half a second of the matrix
-products that a training step consists of. Off by up to a third: the probe is short, and machines are shared.
-The first updates of a training correct the estimate.
+products that a training step consists of. Off by up to a third where nothing else is at work, and by more
+where the probe, which is short, shares the machine. The first updates of a training correct the estimate.
 
 `python -m stages.common.run_estimate [STAGE ...]` prints it for the rows that `preflight` has counted.
 """
@@ -13,7 +13,6 @@ import json
 import os
 import sys
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,212 +24,15 @@ from stages.common.machine.training_memory import Batch, estimate_training_memor
 from stages.common.model.adapter import LORA_METHODS, REPLACED_METHODS
 from stages.common.model.loading import count_parameters, pick_device, pick_dtype
 from stages.common.model.nf4 import NF4_BYTES
-
-# Of the speed of plain matrix products, what a whole step reaches. Measured with the default base model in
-# batches of 4 (of 16: 0.76 and 0.62); its rows share a third of their tokens, which are counted with every
-# row and computed once a batch.
-TRAINING_SHARE = {"float32": 0.7, "bfloat16": 0.47}
-ANSWERING_SHARE = {"float32": 0.6, "bfloat16": 0.6}
-TRANSFORMERS_SHARE = 0.05  # of generation by transformers, on any machine
-OVERHEAD_S = 15.0  # a stage that computes: its start, imports, reading the model
-ANSWER_ROOM = 1.25  # the base model mostly writes to the limit
-
-
-STAGES = ("ask_base", "finetune", "evaluate")
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSize:
-    """Weights that each token is multiplied with: in the layers, and in the output for tokens of answers."""
-
-    layers: int
-    output: int
-
-
-DEFAULT_SIZE = ModelSize(106_168_320, 28_311_552)  # SmolLM2-135M
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What a run computes on.
-
-    Attributes:
-        train_tokens, train_answer_tokens: of the training rows, all epochs; the second are part of the first.
-        test_tokens: of prompts and references of the test rows.
-        longest_answer: tokens of the longest reference.
-        validation_tokens, validation_answer_tokens: of all rows asked during the training.
-    """
-
-    train_rows: int
-    train_tokens: int
-    train_answer_tokens: int
-    test_rows: int
-    test_tokens: int
-    longest_answer: int
-    validation_tokens: int = 0
-    validation_answer_tokens: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Gradients:
-    """What a backward pass computes of a model, as shares of its weights.
-
-    Attributes:
-        reach: those that it goes through to what is trained.
-        trained: those whose own gradients are computed; an adapter's hardly count.
-    """
-
-    reach: float = 1.0
-    trained: float = 0.0
-
-
-ADAPTER_GRADIENTS = Gradients()
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """Seconds of the stages that compute on all cores.
-
-    Attributes:
-        gpus: on which `finetune` trains, taken as so many times as fast as one.
-    """
-
-    dtype: str
-    ask_base_s: float
-    finetune_s: float
-    evaluate_s: float
-    gpus: int = 1
-
-    def sum_of(self, stages: Collection[str] = STAGES) -> float:
-        """Return the seconds of some of the stages together."""
-        seconds = {"ask_base": self.ask_base_s, "finetune": self.finetune_s, "evaluate": self.evaluate_s}
-        return sum(seconds[stage] for stage in stages)
-
-
-def read_model_size(base: Path) -> ModelSize:
-    """Return the size of the model in a folder; that of the default base model where there is none."""
-    path = base / "config.json"
-    if not path.is_file():
-        return DEFAULT_SIZE
-    config = json.loads(path.read_text(encoding="utf-8"))
-    try:
-        hidden, heads = config["hidden_size"], config["num_attention_heads"]
-        head = config.get("head_dim") or hidden // heads
-        kv = config.get("num_key_value_heads") or heads
-        attention = hidden * head * (2 * heads + 2 * kv)
-        feed_forward = 3 * hidden * config["intermediate_size"]
-        layers = config["num_hidden_layers"] * (attention + feed_forward)
-        return ModelSize(layers, hidden * config["vocab_size"])
-    except KeyError:  # an architecture with other names
-        return DEFAULT_SIZE
-
-
-def estimate_run(
-    work: Work,
-    size: ModelSize,
-    dtype: str,
-    speed: float,
-    paged: bool = True,
-    gradients: Gradients = ADAPTER_GRADIENTS,
-    gpus: int = 1,
-) -> Estimate:
-    """Return how long the stages take that train and answer.
-
-    Args:
-        speed: floating-point operations a second, from `measure_product_speed`.
-        paged: whether the service's CPU engine answers; transformers is slower.
-        gpus: that share each batch of the training. They are taken as equally fast, and what they tell each
-            other as free.
-    """
-    # Two operations a weight and token each: forward, the gradient of the input, and that of the weight.
-    layers = 2.0 * (1.0 + gradients.reach + gradients.trained)
-    output = 2.0 * (2.0 + (gradients.trained == 1.0))
-    train = layers * work.train_tokens * size.layers + output * work.train_answer_tokens * size.output
-    weights = size.layers + size.output
-    base_tokens = work.test_tokens + work.test_rows * work.longest_answer * ANSWER_ROOM
-    # Prompts and references go through the model at once; the answers are generated by transformers.
-    validation = 2.0 * weights * work.validation_tokens / (speed * ANSWERING_SHARE[dtype])
-    validation += 2.0 * weights * work.validation_answer_tokens / (speed * TRANSFORMERS_SHARE)
-    answering = speed * (ANSWERING_SHARE[dtype] if paged else TRANSFORMERS_SHARE)
-    return Estimate(
-        dtype,
-        OVERHEAD_S + 2.0 * weights * base_tokens / answering,
-        OVERHEAD_S + train / (speed * TRAINING_SHARE[dtype] * gpus) + validation,
-        OVERHEAD_S + 2.0 * weights * work.test_tokens * ANSWER_ROOM / answering,
-        gpus,
-    )
-
-
-def count_asked_rows(validate_every: float | None, validation_rows: int, has: int) -> int:
-    """Return how many validation rows are asked during a training, each time counted.
-
-    Args:
-        has: how many validation rows there are.
-    """
-    if validate_every is None:
-        return 0
-    return max(1, round(1 / validate_every)) * min(validation_rows, has)
-
-
-def count_processes(devices: int | str, batch_size: int, kind: str) -> int:
-    """Return how many processes `finetune` will have on this host.
-
-    Args:
-        devices: as `finetune.devices`; with torchrun and `auto`, what it starts is not known yet, and the
-            number is that of the GPUs.
-        kind: of the device: cuda, mps or cpu.
-    """
-    if devices != "auto":
-        return int(devices)
-    if kind != "cuda":
-        return 1
-    import torch
-
-    return min(torch.cuda.device_count(), batch_size)
-
-
-def list_learned_sides(counted: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
-    """Return what `preflight` counted in each side; of training, what is learned where it is preferences."""
-    sides: Mapping[str, Mapping[str, Any]] = counted["sides"]
-    preferences = counted.get("preferences")
-    return {**sides, "train": preferences} if preferences else sides
-
-
-def read_work(
-    sides: Mapping[str, Mapping[str, Any]],
-    epochs: int,
-    max_test_rows: int | None,
-    validate_every: float | None = None,
-    validation_rows: int = 0,
-) -> Work:
-    """Return what a run computes on.
-
-    Args:
-        sides: what `preflight` counted in each side of the split.
-        validate_every, validation_rows: as in `finetune`.
-    """
-    validation = sides["validation"]
-    times = count_asked_rows(validate_every, validation_rows, validation["rows"]) / max(1, validation["rows"])
-    train, test = sides["train"], sides["test"]
-    asked = min(test["rows"], max_test_rows or test["rows"])
-    return Work(
-        train_rows=train["rows"],
-        train_tokens=epochs * train["tokens"],
-        train_answer_tokens=epochs * train["learned_tokens"],
-        test_rows=asked,
-        test_tokens=round(test["tokens"] * asked / max(1, test["rows"])),
-        longest_answer=test["longest_answer"],
-        validation_tokens=round(validation["tokens"] * times),
-        validation_answer_tokens=round(validation["learned_tokens"] * times),
-    )
-
-
-def read_gradients(training: Mapping[str, Any] | None) -> Gradients:
-    """Return what a backward pass computes, from what `preflight` counted."""
-    if training is None:
-        return ADAPTER_GRADIENTS
-    trained = training["trained_parameters"] / training["parameters"]
-    return Gradients(training["reach"], trained if training["method"] in REPLACED_METHODS else 0.0)
+from stages.common.run_estimate.seconds import (
+    STAGES,
+    Estimate,
+    count_processes,
+    estimate_run,
+    read_gradients,
+    read_model_size,
+)
+from stages.common.run_estimate.work import Work, list_learned_sides, read_work
 
 
 def format_minutes(seconds: float) -> str:
@@ -362,6 +164,7 @@ def main() -> None:
     work = read_work(
         list_learned_sides(counted),
         finetune.epochs,
+        finetune.batch_size,
         choose_max_test_rows(params.ask_base.max_rows),
         finetune.validate_every,
         finetune.validation_rows,

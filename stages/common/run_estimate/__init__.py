@@ -1,0 +1,1 @@
+"""How long a run takes on this machine, and how much memory, before it begins."""
