@@ -11,9 +11,9 @@ from stages.common.messages import Message, ToolCall
 from stages.common.sources.files.entries import BadRow, shorten
 from stages.common.sources.files.strict_json import decode_json, encode_json, read_list
 from stages.common.sources.files.tools.calls import read_calls, read_id
-from stages.common.sources.files.tools.hermes import split_results, take_calls
+from stages.common.sources.files.tools.hermes import decode_call, split_results, take_calls
 
-# ShareGPT's names, OpenAI's, and those of their relatives; compared in small letters.
+# ShareGPT's names, OpenAI's, and those of their relatives, in small letters, with _ for blanks and hyphens.
 ROLES = {
     "system": "system",
     "developer": "system",  # OpenAI's newer name
@@ -31,7 +31,10 @@ ROLES = {
     "function": "tool",  # OpenAI's older name
     "observation": "tool",
     "tool_response": "tool",
-    "function_call": "calls",  # an assistant's turn whose text is the JSON of its calls
+    "tool_result": "tool",
+    "function_response": "tool",
+    "ipython": "tool",  # Llama's name
+    "function_call": "calls",  # an assistant's turn whose text is its calls, as JSON or a literal of Python
     "tool_call": "calls",
 }
 TOOL_KEYS = ("tool_calls", "function_call")
@@ -47,6 +50,7 @@ CUT = "turns after the last answer to learn, left out"
 REFUSAL = "refusals, read as the text of the answer"
 THOUGHTS_MOVED = "thoughts before answers (<think>), read as reasoning_content"
 THOUGHTS_WITHIN = "<think> within answers, learned as text"
+TEXT_JOINED = "texts of the turns before calls, read as those of one turn"
 MEDIA_KINDS = ("image", "image_url", "input_image", "audio", "input_audio", "video", "file")
 
 
@@ -75,7 +79,7 @@ def parse_list(value: Any) -> list[Any]:
 
 
 def parse_turns(value: Any, forms: set[str]) -> list[Turn]:
-    """Return the turns of a conversation; calls that follow each other are one turn.
+    """Return the turns of a conversation; calls are one turn with those before them, and with a text.
 
     Args:
         forms: where the forms in which tools are written are added.
@@ -88,16 +92,26 @@ def parse_turns(value: Any, forms: set[str]) -> list[Turn]:
     for place, turn in enumerate(parse_list(value), start=1):
         role = _read_role(turn, place)
         found = list(_parse_turn(turn, role, place, forms))
-        if role == "calls" and is_call:
+        if role == "calls" and turns and (is_call or _announces(turns[-1].message, found[0].message)):
+            if not is_call:
+                forms.add(TEXT_JOINED)
             found = [_join_calls(turns.pop(), found[0])]
         turns += found
         is_call = role == "calls"
     return turns
 
 
+def _announces(before: Message, calls: Message) -> bool:
+    """Return whether a turn is the text of the one that calls: the model must not learn to stop behind it."""
+    return before.role == "assistant" and not before.tool_calls and before.is_learned == calls.is_learned
+
+
 def _join_calls(first: Turn, second: Turn) -> Turn:
-    calls = (*first.message.tool_calls, *second.message.tool_calls)
-    return replace(second, message=replace(second.message, tool_calls=calls))
+    before, after = first.message, second.message
+    thoughts = "\n\n".join(filter(None, (before.reasoning, after.reasoning))) or None
+    calls = (*before.tool_calls, *after.tool_calls)
+    whole = replace(after, content=before.content, tool_calls=calls, reasoning=thoughts)
+    return replace(second, message=whole)
 
 
 def find_answer(turns: list[Turn], forms: set[str]) -> list[Message]:
@@ -161,7 +175,7 @@ def _read_role(turn: Any, place: int) -> str:
 
 
 def _name_role(turn: Mapping[str, Any]) -> str:
-    return str(turn.get("role", turn.get("from"))).strip().lower()
+    return re.sub(r"[\s-]+", "_", str(turn.get("role", turn.get("from"))).strip().lower())
 
 
 def _parse_turn(turn: Mapping[str, Any], role: str, place: int, forms: set[str]) -> Iterator[Turn]:
@@ -176,7 +190,11 @@ def _parse_turn(turn: Mapping[str, Any], role: str, place: int, forms: set[str])
     is_learned = _read_weight(turn, place)
     if role == "calls":
         forms.add("turns of the role function_call")
-        message = Message("assistant", "", read_calls(content, where), is_learned=is_learned)
+        content, reasoning = _take_reasoning(turn, content, where, forms)
+        if isinstance(content, str):
+            content = decode_call(content.strip(), where)
+        calls = read_calls(content, where)
+        message = Message("assistant", "", calls, reasoning=reasoning, is_learned=is_learned)
         yield Turn(message, is_learned is not False)
         return
     if role == "tool" or (role == "user" and "<tool_response>" in content):
@@ -190,11 +208,7 @@ def _parse_turn(turn: Mapping[str, Any], role: str, place: int, forms: set[str])
         forms.add("the role developer, read as system")
     message = Message(role, content)
     if role == "assistant":
-        reasoning = _read_reasoning(turn, where)
-        if reasoning:
-            forms.add("reasoning")
-        else:
-            content, reasoning = take_thoughts(content, forms)
+        content, reasoning = _take_reasoning(turn, content, where, forms)
         if not calls:
             content, calls = take_calls(content, where, forms)
         if is_learned is not None:
@@ -254,6 +268,16 @@ def _parse_content(content: Any, where: str) -> str:
     if not isinstance(content, str):
         raise BadRow("wrong_messages", f"the content of {where} is a {type(content).__name__}")
     return content
+
+
+def _take_reasoning(
+    turn: Mapping[str, Any], content: Any, where: str, forms: set[str]
+) -> tuple[Any, str | None]:
+    """Return the content of an answer without its thoughts, and these: of their own key, or in the text."""
+    if reasoning := _read_reasoning(turn, where):
+        forms.add("reasoning")
+        return content, reasoning
+    return take_thoughts(content, forms) if isinstance(content, str) else (content, None)
 
 
 def _read_reasoning(turn: Mapping[str, Any], where: str) -> str | None:

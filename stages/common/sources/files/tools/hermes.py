@@ -68,7 +68,7 @@ def take_calls(content: str, place: str, forms: set[str]) -> tuple[str, tuple[To
         if not closer:
             raise BadRow("wrong_call", f"{place}: {OPENER} is not closed: {shorten(text.strip())}")
         where = f"{place}, call {len(calls) + 1}"
-        calls += read_calls(_decode(text.strip(), where), where)
+        calls += read_calls(decode_call(text.strip(), where), where)
         rest = rest.lstrip()
     forms.add("Hermes <tool_call> in texts")
     return content[: found.start()].strip(), tuple(calls)
@@ -89,7 +89,7 @@ def split_results(content: str) -> list[str] | None:
 def _decode_tools(text: str) -> Any:
     """Return the tools of a block: a list, or one object a line."""
     try:
-        return _decode(text, "the system message")
+        return decode_call(text, "the system message")
     except BadRow:
         lines = [line for line in text.splitlines() if line.strip()]
         if len(lines) < 2:
@@ -97,13 +97,17 @@ def _decode_tools(text: str) -> Any:
                 "wrong_tools", f"the <tools> of the system message are not JSON: {shorten(text)}"
             ) from None
     try:
-        return [_decode(line.strip(), "the system message") for line in lines]
+        return [decode_call(line.strip(), "the system message") for line in lines]
     except BadRow as error:
         raise BadRow("wrong_tools", f"the <tools> of the system message: {error.detail}") from None
 
 
-def _decode(text: str, place: str) -> Any:
-    """Return the value of a text that is JSON, or a literal of Python."""
+def decode_call(text: str, place: str) -> Any:
+    """Return the value of a text that is JSON, or a literal of Python.
+
+    Raises:
+        BadRow: it is neither.
+    """
     try:
         return decode_json(text)
     except ValueError as error:

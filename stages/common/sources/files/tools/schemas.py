@@ -28,7 +28,7 @@ class UnreadKey(str):
 
 
 def read_tools(value: Any, forms: set[str]) -> tuple[Tool, ...]:
-    """Return the tools of a row, of a list or its JSON text; what is empty has none.
+    """Return the tools of a row, of a list, its JSON text, or a list of JSON texts; what is empty has none.
 
     Args:
         forms: where the form of the tools is added, and which of their keys are not read (`UnreadKey`).
@@ -45,6 +45,7 @@ def read_tools(value: Any, forms: set[str]) -> tuple[Tool, ...]:
         raise BadRow("wrong_tools", f"the tools are a {type(value).__name__}, not a list")
     if len(entries) > MAX_TOOLS:
         raise BadRow("wrong_tools", f"{len(entries)} tools, and at most {MAX_TOOLS} are allowed in a row")
+    entries = [_decode(entry) if isinstance(entry, str) else entry for entry in entries]
     tools = tuple(_read_tool(entry, number, forms) for number, entry in enumerate(entries, start=1))
     name, times = Counter(tool.name for tool in tools).most_common(1)[0]
     if times > 1:
@@ -54,18 +55,23 @@ def read_tools(value: Any, forms: set[str]) -> tuple[Tool, ...]:
 
 def is_tool_list(value: Any) -> bool:
     """Return whether a value is a list of tools, or its JSON text."""
-    if isinstance(value, str):
-        if not value.lstrip().startswith(("[", "{")):
-            return False
-        try:
-            value = decode_json(value)
-        except ValueError:
-            return False
+    value = _decode_object(value)
     entries = [value] if isinstance(value, Mapping) else value
     return isinstance(entries, list) and bool(entries) and all(map(_is_tool, entries))
 
 
+def _decode_object(value: Any) -> Any:
+    """Return the value of the JSON text of an object or a list, and any other value as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
+        return value
+    try:
+        return decode_json(value)
+    except ValueError:
+        return value
+
+
 def _is_tool(entry: Any) -> bool:
+    entry = _decode_object(entry)
     if not isinstance(entry, Mapping):
         return False
     return isinstance(entry.get("function"), Mapping) or (

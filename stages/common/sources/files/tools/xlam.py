@@ -1,7 +1,8 @@
 """Parameters as xLAM and APIGen write them, `{argument: {type, description, default}}`, as a JSON schema.
 
 The types are Python's: `str`, `List[int]`, `Dict[str, float]`, `Optional[str]`, `int, optional`.
-An argument without a default is required, unless its type is optional.
+An argument without a default is required, unless its type is optional, or its own key `required` tells. What
+else it has is that of a JSON schema: `enum`, `items`.
 """
 
 from __future__ import annotations
@@ -42,11 +43,14 @@ def convert_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
     properties, required = {}, []
     for name, argument in parameters.items():
         schema, is_optional = convert_type(argument["type"], name)
-        more = {
-            key: argument[key] for key in ("description", "default", "enum") if argument.get(key) is not None
-        }
-        properties[name] = {**schema, **more}
-        if not is_optional and "default" not in argument:
+        is_needed = argument.get("required")
+        if not isinstance(is_needed, bool):  # else a list, of the names in an object
+            is_needed = not is_optional and "default" not in argument
+        own = {key: value for key, value in argument.items() if key != "type" and value is not None}
+        properties[name] = {**schema, **own}
+        if isinstance(own.get("required"), bool):
+            del properties[name]["required"]
+        if is_needed:
             required.append(name)
     return {"type": "object", "properties": properties, "required": required}
 

@@ -2,6 +2,7 @@ import csv
 import json
 import re
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import pyarrow as pa
@@ -119,6 +120,64 @@ def test_parquet_is_read_in_both_forms(tmp_path):
     assert [r.answer for r in pairs.rows] == ["1"]
     assert [(r.line, r.reason) for r in pairs.rejected] == [(2, "no_answer")]
     assert collect(tmp_path / "chat.parquet").rows[0].answer == "hello"
+
+
+def tool_row(name, arguments, **properties):
+    """Return a conversation of OpenAI's form with a call of one of two tools; the other tool has an `x`."""
+    tools = [
+        {"type": "function", "function": {"name": one, "parameters": {"type": "object", "properties": has}}}
+        for one, has in ((name, properties), ("other", {"x": {"type": "string", "enum": ["a"]}}))
+    ]
+    call = {"id": "c1", "type": "function", "function": {"name": name, "arguments": arguments}}
+    turns = [
+        {"role": "user", "content": "on"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "done"},
+        {"role": "assistant", "content": "It is on."},
+    ]
+    return {"messages": turns, "tools": tools}
+
+
+TOOL_ROWS = [
+    tool_row("lamp", {"on": True}, on={"type": "boolean", "default": False}),
+    tool_row(
+        "heat", {"degrees": 21, "rooms": ["bath"]}, degrees={"type": "integer"}, rooms={"type": "array"}
+    ),
+]
+
+
+def test_parquet_of_objects_has_the_keys_of_other_rows_and_its_conversations_are_the_same(tmp_path):
+    table = pa.Table.from_pylist(TOOL_ROWS)
+    asks = table["messages"][0].as_py()[1]["tool_calls"][0]["function"]
+    assert asks["arguments"] == {"on": True, "degrees": None, "rooms": None}  # as every reader has it
+    pq.write_table(table, tmp_path / "rows.parquet")
+    assert collect(tmp_path / "rows.parquet").rows == sourced(tmp_path, collect(jsonl(tmp_path, *TOOL_ROWS)))
+
+
+def test_parquet_with_arrows_type_of_json_as_datasets_writes_it(tmp_path):
+    pq.write_table(pa.table({name: as_json(name) for name in TOOL_ROWS[0]}), tmp_path / "rows.parquet")
+    assert pq.read_table(tmp_path / "rows.parquet")["tools"].type.value_type == pa.json_(pa.string())
+    assert collect(tmp_path / "rows.parquet").rows == sourced(tmp_path, collect(jsonl(tmp_path, *TOOL_ROWS)))
+
+
+def test_a_null_in_other_objects_of_parquet_is_kept(tmp_path):
+    answers = [{"intent": "on", "slots": {"room": None}}, {"intent": "off", "slots": {"room": "bath"}}]
+    rows = [{"prompt": "a", "completion": answer} for answer in answers]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert collect(tmp_path / "rows.parquet").rows[0].answer == '{"intent":"on","slots":{"room":null}}'
+
+
+def as_json(column):
+    """Return a column of lists of Arrow's JSON texts."""
+    texts = [[json.dumps(item) for item in row[column]] for row in TOOL_ROWS]
+    offsets = [0, *accumulate(map(len, texts))]
+    storage = pa.array([text for row in texts for text in row], pa.string())
+    return pa.ListArray.from_arrays(offsets, pa.ExtensionArray.from_storage(pa.json_(pa.string()), storage))
+
+
+def sourced(tmp_path, collected):
+    """Return rows as if they were from the Parquet file."""
+    return [replace(row, source=str(tmp_path / "rows.parquet")) for row in collected.rows]
 
 
 BAD = [

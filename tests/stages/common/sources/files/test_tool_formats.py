@@ -13,7 +13,7 @@ from stages.common.sources.files.entries import BadRow
 from stages.common.sources.files.messages import read_conversation
 from stages.common.sources.files.rows import check_conversation
 from stages.common.sources.files.shapes import Columns, detect_shape
-from stages.common.sources.files.turns import CUT, REFUSAL, THOUGHTS_MOVED, THOUGHTS_WITHIN
+from stages.common.sources.files.turns import CUT, REFUSAL, TEXT_JOINED, THOUGHTS_MOVED, THOUGHTS_WITHIN
 from tests.stages.common.sources.files.test_shapes import PATH
 
 SCHEMA = {"type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"]}
@@ -60,7 +60,8 @@ def chat(*turns, tools=(LAMP,), **more):
 
 
 @pytest.mark.parametrize(
-    "tools", [[LAMP], json.dumps([LAMP]), [LAMP["function"]], json.dumps([LAMP["function"]])]
+    "tools",
+    [[LAMP], json.dumps([LAMP]), [LAMP["function"]], json.dumps([LAMP["function"]]), [json.dumps(LAMP)]],
 )
 def test_openai_chat_with_tools(tools):
     shape, messages, found, forms = read({"messages": [USER, ASKS, RESULT, DONE], "tools": tools})
@@ -200,7 +201,9 @@ def sharegpt(*turns, **more):
 CALL_TEXT = '{"name": "lamp", "arguments": {"on": true}}'
 
 
-@pytest.mark.parametrize("result", ["observation", "tool", "tool_response"])
+@pytest.mark.parametrize(
+    "result", ["observation", "tool", "tool_response", "function_response", "tool result", "ipython"]
+)
 @pytest.mark.parametrize("arguments", ['{"on": true}', json.dumps('{"on": true}')])
 def test_sharegpt_with_turns_of_calls(result, arguments):
     call = f'{{"name": "lamp", "arguments": {arguments}}}'
@@ -208,6 +211,51 @@ def test_sharegpt_with_turns_of_calls(result, arguments):
     shape, messages, tools, forms = read(sharegpt(*turns, tools=json.dumps([LAMP["function"]])))
     assert (shape.name, messages, tools) == ("sharegpt", PLAIN_TALK, [LAMP])
     assert forms == {"turns of the role function_call"}
+
+
+@pytest.mark.parametrize("role", ["function_call", "function-call", "tool call"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        """{"name": "lamp", "arguments": '{"on": true}'}""",  # glaive's
+        "{'name': 'lamp', 'arguments': {'on': True}}",
+        {"name": "lamp", "arguments": {"on": True}},
+    ],
+)
+def test_a_turn_of_calls_may_be_a_literal_of_python_or_an_object(role, call):
+    turns = ("human", "lamp on"), (role, call), ("function-response", "done"), ("gpt", "It is on.")
+    assert read(sharegpt(*turns, tools=[LAMP]))[1] == PLAIN_TALK
+
+
+@pytest.mark.parametrize(
+    "call", ["[lamp(on=True)]", "{'name': open('x')}", "<function=lamp>on</function>", ""]
+)
+def test_a_turn_of_calls_in_another_notation_is_rejected(call):
+    assert fault_of(sharegpt(("human", "lamp on"), ("function_call", call), tools=[LAMP]))[0] == "wrong_call"
+
+
+def test_thoughts_of_a_turn_of_calls_are_its_reasoning():
+    thought = f"<think>They want light.</think>\n{CALL_TEXT}"
+    _, messages, _, forms = read(sharegpt(("human", "lamp on"), ("function_call", thought), tools=[LAMP]))
+    assert messages[1] == Message("assistant", "", PLAIN_TALK[1].tool_calls, reasoning="They want light.")
+    assert forms == {"turns of the role function_call", THOUGHTS_MOVED}
+    turns = [USER, {"role": "tool_call", "content": CALL_TEXT, "reasoning_content": "They want light."}]
+    assert read(chat(*turns))[1][1].reasoning == "They want light."
+
+
+def test_a_text_before_a_turn_of_calls_is_of_the_same_turn():
+    """The model must not learn to stop behind it."""
+    announces = {"role": "assistant", "content": "One moment.", "reasoning_content": "Light."}
+    calls = {"role": "tool_call", "content": CALL_TEXT}
+    result = {"role": "tool_response", "content": "done"}
+    _, messages, _, forms = read(chat(USER, announces, calls, calls, result, result, DONE))
+    assert messages[1] == Message(
+        "assistant", "One moment.", PLAIN_TALK[1].tool_calls * 2, reasoning="Light."
+    )
+    assert [message.role for message in messages] == ["user", "assistant", "tool", "tool", "assistant"]
+    assert forms == {"reasoning", "turns of the role function_call", TEXT_JOINED}
+    apart = read(chat(USER, announces | {"weight": 0}, calls | {"weight": 1}, result, DONE))[1]
+    assert [message.content for message in apart] == ["lamp on", "One moment.", "", "done", "It is on."]
 
 
 def test_calls_that_follow_each_other_are_one_turn():
@@ -349,6 +397,27 @@ def test_types_of_python_are_types_of_json(kind, schema):
     tool = {"name": "f", "description": "", "parameters": {"a": {"type": kind}}}
     record = {"query": "q", "tools": [tool], "answers": [{"name": "f", "arguments": {}}]}
     assert read(record)[2][0]["function"]["parameters"]["properties"] == {"a": schema}
+
+
+def test_an_argument_may_say_itself_whether_it_is_required_and_have_more_of_a_json_schema():
+    arguments = {
+        "room": {"type": "string", "required": True, "default": "bath"},
+        "level": {"type": "int", "required": False, "minimum": 0},
+        "names": {"type": "array", "items": {"type": "string"}},
+        "at": {"type": "object", "properties": {"hour": {"type": "integer"}}, "required": ["hour"]},
+    }
+    tool = {"name": "f", "description": "", "parameters": arguments}
+    record = {"query": "q", "tools": [tool], "answers": [{"name": "f", "arguments": {}}]}
+    assert read(record)[2][0]["function"]["parameters"] == {
+        "type": "object",
+        "properties": {
+            "room": {"type": "string", "default": "bath"},
+            "level": {"type": "integer", "minimum": 0},
+            "names": {"type": "array", "items": {"type": "string"}},
+            "at": {"type": "object", "properties": {"hour": {"type": "integer"}}, "required": ["hour"]},
+        },
+        "required": ["room", "names", "at"],
+    }
 
 
 @pytest.mark.parametrize(
