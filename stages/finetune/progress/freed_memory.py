@@ -5,13 +5,19 @@ from __future__ import annotations
 from stages.common.machine.memory import read_held_memory, release_freed_memory
 from stages.finetune.progress.memory import MemoryEstimate
 
+# The pages that are given back are zeroed for the next batch again, which takes up to a tenth of its time.
+BATCHES_BETWEEN = 8
+MISFIT = (
+    0.5  # of what a batch takes, what does not fit into the places of earlier ones, though none was larger
+)
+
 
 class FreedMemory:
     """Gives back what earlier batches left before a batch that may not fit into its places.
 
-    The allocator keeps freed blocks, because new pages cost more than a small operation does. Blocks of a
-    larger batch do not fit into those of smaller ones: over hundreds of batches of many sizes a process held
-    half as much again as one step takes.
+    The allocator keeps freed blocks, because new pages cost more than a small operation does. Blocks of one
+    batch do not fit into those of others: over hundreds of batches of many sizes a process held half as much
+    again as one step takes.
 
     Args:
         estimate: of the largest batch; None: nothing is ever given back.
@@ -20,6 +26,7 @@ class FreedMemory:
     def __init__(self, estimate: MemoryEstimate | None) -> None:
         self._estimate = estimate
         self._largest = 0  # tokens of a batch since memory was given back
+        self._batches = BATCHES_BETWEEN
 
     def make_room(self, tokens: int) -> None:
         """Give freed memory back where this batch may make the process larger than its estimate.
@@ -29,8 +36,11 @@ class FreedMemory:
         """
         if self._estimate is None:
             return
-        needed = self._estimate.activations * tokens // self._estimate.tokens if tokens > self._largest else 0
-        if read_held_memory() + needed > self._estimate.peak:
+        needed = self._estimate.activations * tokens / self._estimate.tokens
+        needed *= 1 if tokens > self._largest else MISFIT
+        held, peak = read_held_memory(), self._estimate.peak
+        if held > peak or (held + needed > peak and self._batches >= BATCHES_BETWEEN):
             release_freed_memory()
-            self._largest = 0
+            self._largest = self._batches = 0
         self._largest = max(self._largest, tokens)
+        self._batches += 1

@@ -21,7 +21,7 @@ def leave_freed_blocks(count):
 
 
 @pytest.mark.skipif(not keep_freed_memory(), reason="only glibc keeps what is freed")
-def test_freed_blocks_are_given_back_when_a_larger_batch_may_pass_the_estimate():
+def test_freed_blocks_are_given_back_when_a_batch_may_pass_the_estimate():
     release_freed_memory()
     before = read_held_memory()
     freed = FreedMemory(MemoryEstimate(before, 0, 300 * MIB, tokens=100))
@@ -29,12 +29,21 @@ def test_freed_blocks_are_given_back_when_a_larger_batch_may_pass_the_estimate()
     kept = read_held_memory()
     assert kept > before + 150 * MIB
     freed.make_room(20)  # 60 MiB beside them are within the estimate
-    assert read_held_memory() > kept - 20 * MIB
-    freed.make_room(20)  # what a batch of this size left has places for it
+    freed.make_room(20)  # a batch of this size left places for it
     assert read_held_memory() > kept - 20 * MIB
     freed.make_room(60)
     assert read_held_memory() < before + 50 * MIB
-    assert len(stays) == 200
+
+    # Not for each batch anew, but at once where the process is larger already.
+    stays += leave_freed_blocks(200)
+    kept = read_held_memory()
+    freed.make_room(60)
+    assert read_held_memory() > kept - 20 * MIB
+    stays += leave_freed_blocks(400)
+    assert read_held_memory() > before + 320 * MIB
+    freed.make_room(1)
+    assert read_held_memory() < before + 50 * MIB
+    assert len(stays) == 800
 
 
 def test_without_an_estimate_nothing_is_given_back():
