@@ -18,15 +18,21 @@ from stages.common.params.checked_yaml import suggest_nearest
 from stages.common.tools.arguments import is_same, list_changes
 from stages.common.tools.schemas import find_argument_problem
 
-# What begins a call in the notation of a model: Hermes and Qwen, Llama, Mistral, functionary, Phi, DeepSeek.
-# A text with one of them teaches the model to write calls that its template does not know.
+# What begins a call in the notation of a model. A text with one of them teaches the model to write calls that
+# its template does not know.
 OPENERS = (
-    "<tool_call>",
-    "<|python_tag|>",
-    "[TOOL_CALLS]",
-    "<function=",
-    "<|tool_call|>",
-    "<|tool▁calls▁begin|>",
+    "<tool_call>",  # Hermes, Qwen, GLM
+    "<|python_tag|>",  # Llama
+    "[TOOL_CALLS]",  # Mistral
+    "<function=",  # functionary
+    "<|tool_call|>",  # Phi, Granite
+    "<|tool_call>",  # Gemma 4
+    "<start_function_call>",  # FunctionGemma
+    "<\uff5ctool\u2581calls\u2581begin\uff5c>",  # DeepSeek, whose bars are wide
+    "<|tool_calls_section_begin|>",  # Kimi
+    "<|tool_call_start|>",  # LFM
+    "<minimax:tool_call>",
+    "<functioncall>",  # of no model, but of glaive's rows
 )
 
 

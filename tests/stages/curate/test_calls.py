@@ -156,7 +156,9 @@ def test_a_wrong_call_of_weight_zero_is_not_learned_and_stays():
 @pytest.mark.parametrize(
     "text",
     ['{"tool_calls":[{"name":"lamp","arguments":{"on":true}}]}', ' {"malformed_call":"x"} ',
-     'I call it: <tool_call>{"name": "lamp"', '[TOOL_CALLS] [{"name": "lamp"}]', '<|python_tag|>lamp()'],
+     'I call it: <tool_call>{"name": "lamp"', '[TOOL_CALLS] [{"name": "lamp"}]', '<|python_tag|>lamp()',
+     '<functioncall> {"name": "lamp", "arguments": \'{"on": true}\'}', "<|tool_call_start|>[lamp(on=True)]",
+     "<\uff5ctool\u2581calls\u2581begin\uff5c><\uff5ctool\u2581call\u2581begin\uff5c>lamp"],
 )  # fmt: skip
 def test_a_text_that_is_a_call(text):
     assert fault_of(talk(answer=text))[0] == "call_as_text"
