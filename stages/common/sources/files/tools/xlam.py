@@ -1,6 +1,6 @@
 """Parameters as xLAM and APIGen write them, `{argument: {type, description, default}}`, as a JSON schema.
 
-The types are Python's: `str`, `List[int]`, `Dict[str, float]`, `Optional[str]`, `int, optional`.
+The types are Python's: `str`, `List[int]`, `Dict[str, float]`, `Optional[str]`, and `int, optional` or `int, default=3`.
 An argument without a default is required, unless its type is optional, or its own key `required` tells. What
 else it has is that of a JSON schema: `enum`, `items`.
 """
@@ -22,7 +22,8 @@ NAMES = {
     "dict": "object", "object": "object", "mapping": "object",
     "none": "null", "null": "null", "nonetype": "null",
 }  # fmt: skip
-OPTIONAL = re.compile(r",?\s*\(?optional\)?\s*$", re.IGNORECASE)
+# What follows a type, as in docstrings of numpy.
+OPTIONAL = re.compile(r"(?:,?\s*\(?optional\)?)?(?:,\s*default\b.*)?\s*$", re.IGNORECASE | re.DOTALL)
 TYPE = re.compile(r"(?:typing\.)?(\w+)\s*(?:\[(.*)\])?", re.DOTALL)
 
 
@@ -64,8 +65,8 @@ def convert_type(text: str, name: str) -> tuple[dict[str, Any], bool]:
     Raises:
         ValueError: the type is unknown.
     """
-    plain = OPTIONAL.sub("", text)
-    is_optional = plain != text
+    plain = OPTIONAL.sub("", text, count=1)
+    is_optional = plain != text.rstrip()
     try:
         if inner := re.fullmatch(r"\s*(?:typing\.)?optional\s*\[(.*)\]\s*", plain, re.IGNORECASE | re.DOTALL):
             return _convert(inner[1], MAX_DEPTH), True

@@ -399,6 +399,19 @@ def test_types_of_python_are_types_of_json(kind, schema):
     assert read(record)[2][0]["function"]["parameters"]["properties"] == {"a": schema}
 
 
+@pytest.mark.parametrize(
+    "kind", ["int, optional", "int (optional)", "int, default=3", "int, optional, default: 3"]
+)
+def test_an_argument_may_be_left_out_by_its_type(kind):
+    tool = {"name": "f", "description": "", "parameters": {"a": {"type": kind}, "b": {"type": "str "}}}
+    record = {"query": "q", "tools": [tool], "answers": [{"name": "f", "arguments": {}}]}
+    assert read(record)[2][0]["function"]["parameters"] == {
+        "type": "object",
+        "properties": {"a": {"type": "integer"}, "b": {"type": "string"}},
+        "required": ["b"],
+    }
+
+
 def test_an_argument_may_say_itself_whether_it_is_required_and_have_more_of_a_json_schema():
     arguments = {
         "room": {"type": "string", "required": True, "default": "bath"},
