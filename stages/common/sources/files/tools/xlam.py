@@ -1,8 +1,8 @@
 """Parameters as xLAM and APIGen write them, `{argument: {type, description, default}}`, as a JSON schema.
 
-The types are Python's: `str`, `List[int]`, `Dict[str, float]`, `Optional[str]`, and `int, optional` or `int, default=3`.
-An argument without a default is required, unless its type is optional, or its own key `required` tells. What
-else it has is that of a JSON schema: `enum`, `items`.
+The types are Python's: `str`, `List[int]`, `Dict[str, float]`, `Optional[str]`, `int, optional`, and
+`int, default=3`. An argument without a default is required, unless its type is optional, or its own key
+`required` tells. What else it has is that of a JSON schema: `enum`, `items`.
 """
 
 from __future__ import annotations
