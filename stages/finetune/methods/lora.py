@@ -46,7 +46,7 @@ def add_adapter(model: Any, recipe: Recipe) -> PeftModel:
     """Add an adapter to a base model, initialized from the seed.
 
     Raises:
-        InputError: the base model has none of the target modules.
+        InputError: the base model has none of the target modules, or dora would divide by 0.
     """
     set_seed(recipe.seed)
     targets = recipe.target_modules
@@ -65,12 +65,39 @@ def add_adapter(model: Any, recipe: Recipe) -> PeftModel:
     )
     try:
         # The adapter's own weights stay float32: small updates would vanish in bfloat16.
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
     except ValueError as error:
         raise InputError(
             f"the adapter does not fit the base model: {error}",
             "set finetune.target_modules to all-linear, or to module names that the model has",
         ) from None
+    check_magnitudes(adapted)
+    return adapted
+
+
+def check_magnitudes(model: PeftModel) -> None:
+    """Check that no output of a layer has a length of 0, by which dora would divide.
+
+    A length is that of a row of the layer's weight, or of a column where outputs are columns (GPT-2).
+
+    Raises:
+        InputError: with the first weight that is all zeros for an output, and how many others are.
+    """
+    broken = {
+        name.removeprefix("base_model.model.").partition(".lora_magnitude_vector.")[0]: lengths
+        for name, lengths in model.named_parameters()
+        if ".lora_magnitude_vector." in name and not lengths.all()
+    }
+    if not broken:
+        return
+    first, lengths = next(iter(broken.items()))
+    zeros = (lengths == 0).nonzero().flatten().tolist()
+    others = f"; so have {len(broken) - 1} other weights" if len(broken) > 1 else ""
+    raise InputError(
+        f"finetune.method: dora divides by the length of each output of a layer, and {first}.weight of the "
+        f"base model has {len(zeros)} of length 0, the first of them number {zeros[0]}{others}",
+        "set finetune.method: lora, or finetune.target_modules to a list without these modules",
+    )
 
 
 def match_other_parts(model: Any) -> str | None:

@@ -10,8 +10,10 @@ from stages.common.model.adapter import read_initial_adapter
 from stages.common.params.loading import load_params
 from stages.finetune.__main__ import main
 from stages.finetune.adapter import build_model
+from stages.finetune.methods.lora import add_adapter
 from stages.finetune.recipe import Recipe
-from tests.stages.finetune.project import put_own_adapter
+from tests.stages.finetune.project import make_recipe, put_own_adapter
+from tests.tiny import make_model
 
 
 def test_every_tensor_of_the_start_is_taken_over_bit_by_bit(project):
@@ -71,3 +73,16 @@ def test_an_adapter_without_some_tensors_is_refused_though_its_config_fits(proje
     save_file({name: tensor for name, tensor in weights.items() if name != lost}, path)
     with pytest.raises(InputError, match=rf"1 of them: {re.escape(lost)} is None"):
         main()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_dora_names_the_weight_by_whose_length_it_would_divide_by_zero(model_type):
+    shape = {"n_embd": 16, "n_layer": 2, "n_head": 4} if model_type == "gpt2" else {}
+    model = make_model(model_type=model_type, **shape)
+    name = {"llama": "model.layers.1.mlp.down_proj", "gpt2": "transformer.h.1.mlp.c_proj"}[model_type]
+    weight = model.get_submodule(name).weight.data
+    add_adapter(model, make_recipe(method="dora")).unload()
+    (weight if model_type == "llama" else weight.T)[[3, 5]] = 0
+    with pytest.raises(InputError, match=rf"{name}.weight .* has 2 of length 0, .* number 3\n") as error:
+        add_adapter(model, make_recipe(method="dora"))
+    assert "finetune.method: lora" in error.value.fix
