@@ -29,6 +29,7 @@ from stages.common.chat.fitting import (
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage
 from stages.common.model.adapter import HEAD, STARTED_METHODS, describe_missing_start, find_start
+from stages.common.model.label_head import check_labels
 from stages.common.model.loading import (
     limit_length,
     load_tokenizer,
@@ -97,6 +98,8 @@ def train_adapter() -> None:
     everything = load_params()
     params, turns = everything.finetune, everything.task.turns
     labels = read_task().closed_set or () if params.method == HEAD else ()
+    if params.method == HEAD:
+        check_labels(labels)
     recipe = Recipe(**params.model_dump(include=set(Recipe.__dataclass_fields__)), labels=labels)
     if params.checkpoint_url and is_first_of_host():
         RemoteFolder(params.checkpoint_url).check_writable()

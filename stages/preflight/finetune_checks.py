@@ -24,7 +24,7 @@ from stages.common.model.adapter import (
     find_start,
     read_initial_adapter,
 )
-from stages.common.model.label_head import count_head_weights
+from stages.common.model.label_head import check_labels, count_head_weights
 from stages.common.model.loading import (
     count_parameters,
     load_tokenizer,
@@ -112,6 +112,7 @@ def count_training(config: Any, finetune: Finetune, labels: Sequence[str] = ()) 
         added = finetune.num_virtual_tokens * count_values(config, finetune.method)
         return Training(finetune.method, sum(shapes.values()), added, 1.0)
     if finetune.method == HEAD:
+        check_labels(labels)
         return Training(finetune.method, sum(shapes.values()), count_head_weights(config, len(labels)), 0.0)
     chosen = select_weights(model, finetune.trained_modules if finetune.method == "partial" else None)
     reach = measure_reach(model, chosen)

@@ -44,6 +44,20 @@ def find_labels(model: Any) -> tuple[str, ...]:
     return getattr(head, "labels", ())
 
 
+def check_labels(labels: Sequence[str]) -> None:
+    """Check that a head has labels to choose from.
+
+    Raises:
+        InputError: there is one, whose probability is 1 before anything is learned.
+    """
+    if len(labels) < 2:
+        raise InputError(
+            f"finetune.method: head learns which label an answer is, and the task has {len(labels)}: "
+            f"{', '.join(labels) or 'none'}",
+            "add rows with another label (collect.sources), and run the stages from collect on again",
+        )
+
+
 def count_head_weights(config: Any, labels: int) -> int:
     """Return how many weights the head of a base model has."""
     return labels * (int(config.get_text_config().hidden_size) + 1)

@@ -74,9 +74,9 @@ def make_project(folder, count=40, **changes):
     return folder
 
 
-def make_labels(project):
+def make_labels(project, count=5):
     """Make the answers of the rows the labels of the task, as the method head needs them."""
-    labels = [f'{{"n":{n}}}' for n in range(5)]
+    labels = [f'{{"n":{n}}}' for n in range(count)]
     task = {"kind": "label", "label_key": None, "labels": labels}
     write_json(project / "artifacts" / "curate" / "task.json", task)
     params = yaml.safe_load((project / "params.yaml").read_text())

@@ -190,6 +190,15 @@ def test_weights_of_another_base_model_are_not_loaded(project):
     assert "fetch the base model" in error.value.fix
 
 
+def test_a_head_over_a_single_label_is_refused_before_anything_is_trained(project):
+    make_labels(project, count=1)
+    change_finetune(project, method="head")
+    with pytest.raises(InputError, match=r'the task has 1: {"n":0}') as error:
+        main()
+    assert "another label" in error.value.fix
+    assert not (project / "checkpoints").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "settings"),

@@ -642,6 +642,15 @@ def test_a_method_that_cannot_train_this_model_is_refused(lay_out, set_params, c
     assert not found()["success"]
 
 
+def test_a_head_over_a_single_label_is_refused(lay_out, set_params):
+    lay_out(kind="label")
+    set_params(task__kind="label", task__label_key=None, finetune__method="head", export__gguf=False)
+    task = {"kind": "label", "label_key": None, "labels": ["yes"]}
+    write_json(Path("artifacts/curate/task.json"), task)
+    with pytest.raises(InputError, match="head learns which label an answer is, and the task has 1: yes"):
+        preflight.main()
+
+
 def test_weights_that_are_quantized_are_not_trained(lay_out, set_params):
     lay_out()
     config = json.loads(Path("artifacts/fetch_base/config.json").read_text())
