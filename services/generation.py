@@ -43,13 +43,13 @@ from services.heap import settle_heap
 from services.keys.access import Caller
 from services.log_tracebacks import hide_messages
 from services.model_pool import LoadedModel, ModelPool
-from services.parent import end_with_parent
 from services.peers.own_user import OwnUser
 from services.startup import RunningService, start, stop
 from services.versions.store import ModelFiles, find_served, get_version
 from stages.common.chat.template import encode_text
 from stages.common.errors import InputError
 from stages.common.logs import hide_packages, set_quiet_environment
+from stages.common.machine.parent import end_with_parent
 from stages.common.messages import Message
 from stages.common.model.loading import load_tokenizer
 from stages.common.params.loading import load_params

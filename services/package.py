@@ -22,12 +22,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from services.parent import end_with_parent, make_parent_variable
 from services.versions.aliases import ALIASES, Aliases, write_aliases
 from services.versions.store import find_served, get_version
 from stages.common.artifacts import write_json, write_text
 from stages.common.errors import InputError
 from stages.common.logs import set_quiet_environment
+from stages.common.machine.parent import end_with_parent, make_parent_variable
 from stages.common.params.loading import load_params
 from stages.common.repository.git import read_git
 from stages.common.tag import Tag

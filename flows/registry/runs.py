@@ -39,12 +39,12 @@ from flows.registry.tracking import (
     mask_password,
     open_tracking,
 )
-from services.parent import make_parent_variable
 from services.versions.aliases import ALIASES, read_aliases
 from stages.common.artifacts import STATE, artifacts, reports
 from stages.common.errors import InputError
 from stages.common.escaping import escape_markdown
 from stages.common.locks import hold_lock
+from stages.common.machine.parent import make_parent_variable
 from stages.common.model.adapter import list_adapter_files
 from stages.common.model.exported import SERVING, find_exported
 from stages.common.params.loading import Params

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from services.parent import end_with_parent
 from stages.common.chat.template import encode_prompt
 from stages.common.errors import InputError
 from stages.common.logs import run_stage
+from stages.common.machine.parent import end_with_parent
 from stages.common.model.loading import add_adapter, load_base, load_tokenizer, pick_device, pick_dtype
 from stages.common.records import read_rows
 

@@ -23,8 +23,8 @@ from services.engines.calls.trial import try_probes
 from services.engines.grammar import Grammar, compile_grammar, compile_schema
 from services.engines.protocol import SchemaUnsupported
 from services.guard.checks import check_schema
-from services.parent import end_with_parent
 from stages.common.errors import InputError
+from stages.common.machine.parent import end_with_parent
 from stages.common.messages import Message, Tool, ToolCall
 
 NICENESS = 5  # answers come before the trial of a schema

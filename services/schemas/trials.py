@@ -24,7 +24,7 @@ from typing import Any
 from services.engines.calls.bounds import check_bounds
 from services.engines.protocol import QueueFull, SchemaUnsupported
 from services.guard.checks import GuardDecision
-from services.parent import make_parent_variable
+from stages.common.machine.parent import make_parent_variable
 from stages.common.messages import Message, Tool
 
 MAX_WAITING = 64  # jobs that wait for a process; more are refused

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -15,6 +16,7 @@ from services.engines.offline import ModelAnswers, ModelFolders, ask_model, load
 from stages.common.artifacts import artifacts
 from stages.common.errors import InputError
 from stages.common.machine.memory import read_peak_memory
+from stages.common.machine.parent import end_with_parent
 from stages.common.model.generation import EvalPrompt, encode_questions, pick_asked, read_answers
 from stages.common.model.loading import load_tokenizer
 from stages.common.records import read_rows
@@ -49,7 +51,8 @@ def ask_in_process(name: str, gguf: Path, limit: int, dtype: str) -> Asked:
     Raises:
         InputError: the process was ended, mostly because memory ran out.
     """
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    context = get_context("spawn")
+    with ProcessPoolExecutor(1, context, initializer=end_with_parent, initargs=(os.getpid(),)) as pool:
         try:
             return pool.submit(_ask, gguf, limit, dtype).result()
         except BrokenProcessPool:

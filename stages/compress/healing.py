@@ -14,6 +14,7 @@ import yaml
 
 from stages.common.artifacts import artifacts, make_folder, reports, write_text
 from stages.common.errors import InputError
+from stages.common.machine.parent import make_parent_variable
 from stages.common.model.exported import TOKENIZER_FILES
 from stages.common.model.loading import load_tuned
 from stages.common.records import read_rows, write_rows
@@ -53,18 +54,28 @@ def heal_model(
     if teacher_weight:
         _save_model(whole, folder / TEACHER)
     _write_params(epochs, rate, teacher_weight, folder)
+    run_training(folder)
+    base, adapter = folder / artifacts("fetch_base"), folder / artifacts("finetune")
+    healed = load_tuned(base, adapter, torch.float32, torch.device("cpu"))
+    shutil.rmtree(folder)
+    return healed
+
+
+def run_training(folder: Path) -> None:
+    """Run the stage finetune in a folder; it ends with this process, however that ends.
+
+    Raises:
+        InputError: it fails, after a message of its own.
+    """
     path = os.pathsep.join(filter(None, (str(CODE), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, **make_parent_variable(), "PYTHONPATH": path}
     command = [sys.executable, "-m", "stages.finetune"]
-    code = subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": path}, check=False).returncode
+    code = subprocess.run(command, cwd=folder, env=environment, check=False).returncode
     if code != 0:
         raise InputError(
             f"the training that heals the model ended with the exit code {code}; its message is above",
             "lower compress.healing_rate if the loss was no number, or set compress.healing_rows: 0",
         )
-    base, adapter = folder / artifacts("fetch_base"), folder / artifacts("finetune")
-    healed = load_tuned(base, adapter, torch.float32, torch.device("cpu"))
-    shutil.rmtree(folder)
-    return healed
 
 
 def _lay_out(model: Any, count: int | None, seed: int, folder: Path) -> None:

@@ -28,6 +28,7 @@ from stages.common.chat.fitting import (
 )
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage
+from stages.common.machine.parent import end_with_parent
 from stages.common.model.adapter import HEAD, STARTED_METHODS, describe_missing_start, find_start
 from stages.common.model.label_head import check_labels
 from stages.common.model.loading import (
@@ -230,4 +231,5 @@ if __name__ == "__main__":
     # Processes that are started find `train_adapter` in this module by its name, which is not `__main__`.
     from stages.finetune import __main__ as stage
 
+    end_with_parent()  # if compress started it
     run_stage(stage.main, WHEN_MEMORY_IS_FULL)

@@ -1,1 +1,1 @@
-"""What the machine has, and how fast it is."""
+"""What the machine has, how fast it is, and which of its processes end together."""

@@ -14,18 +14,18 @@ import re
 import signal
 import socket
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from stages.common.errors import InputError
 from stages.common.logs import configure_process, explain_failure
+from stages.common.machine.parent import end_with_parent
 from stages.finetune.devices.choice import Place
 from stages.finetune.devices.group import TIMEOUT, join_group, leave_group
 
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 LOOPBACK = "127.0.0.1"
 # After a failure the others have this long to end by themselves, then as long after SIGTERM; then SIGKILL.
 PATIENCE_S = 5.0
-WATCH_S = 0.5
 INTERRUPTED = 130  # the exit code of a shell's command after Ctrl-C
 
 RESUMES = "run again: the training resumes from the last complete checkpoint"
@@ -114,7 +113,7 @@ def _work(
 ) -> None:
     """Run `job` as one of the processes that `start_workers` starts."""
     configure_process()
-    _watch_parent(parent)
+    end_with_parent(parent)
     place = Place(rank, processes, rank, processes)
     quieten(place)
     os.environ |= list_variables(place, LOOPBACK, port)
@@ -134,7 +133,7 @@ def run_under_torchrun(job: Job, place: Place, kind: str) -> None:
     """Run `job` as one of torchrun's processes; only the first that fails shows its error."""
     from torch.distributed import PrefixStore, rendezvous
 
-    _watch_parent(os.getppid())
+    end_with_parent(os.getppid())
     quieten(place)
     found, _, _ = next(rendezvous("env://", place.rank, place.processes, timeout=TIMEOUT))
     store = PrefixStore("perennial", found)
@@ -191,17 +190,6 @@ def quieten(place: Place) -> None:
     if place.rank:
         logging.getLogger().setLevel(logging.ERROR)
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
-
-def _watch_parent(parent: int) -> None:
-    """End this process soon after the one that started it, however that ended."""
-
-    def watch() -> NoReturn:
-        while os.getppid() == parent:
-            time.sleep(WATCH_S)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def report_failure(store: Store, place: Place, error: Exception, when_memory_is_full: str) -> None:

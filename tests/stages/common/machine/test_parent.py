@@ -8,7 +8,10 @@ import time
 import psutil
 
 WITHIN_S = 120  # on a busy machine; they end within a second
-OURS = "import os, subprocess, sys, threading, time; from services.parent import *; end_with_parent(); "
+OURS = (
+    "import os, subprocess, sys, threading, time; "
+    "from stages.common.machine.parent import *; end_with_parent(); "
+)
 CHILD = f"""
 {OURS}
 # What it starts has another parent, and must not take it for an orphan.
