@@ -18,6 +18,7 @@ from stages.common.chat.fitting import (
     encode_fitting,
     select_misfits,
     suggest_for_long,
+    suggest_room,
 )
 from stages.common.chat.template import Encoded
 from stages.common.errors import InputError
@@ -80,6 +81,7 @@ def encode_rows(
     learned_turns: LearnedTurns,
     limit: int | None = None,
     labels: Sequence[str] = (),
+    virtual_tokens: int = 0,
 ) -> tuple[Sequence[Encoded], Sequence[str], Sequence[Misfit]]:
     """Return the rows as token ids, the id of the row of each, and the rows excluded.
 
@@ -89,6 +91,7 @@ def encode_rows(
         max_length: the most tokens of a row, as in params.yaml.
         limit: the most tokens where the base model has fewer positions (`limit_length`); None: `max_length`.
         labels: whose numbers are learned instead of their tokens; none for tokens.
+        virtual_tokens: learned ones before every row, for which the limit leaves room.
 
     Raises:
         InputError: a row is too long and `on_long_row` is `stop`, or no row is left.
@@ -105,12 +108,13 @@ def encode_rows(
     if long and on_long_row == "stop":
         raise InputError(
             f"{len(long)} of {len(rows)} rows are longer than {limit} tokens:\n{describe_misfits(long)}",
-            suggest_for_long(limit, max_length),
+            suggest_for_long(limit, max_length, virtual_tokens),
         )
     if rows and not fitting:
+        room = suggest_room(limit, max_length, virtual_tokens)
         raise InputError(
             f"all {len(rows)} rows are excluded: {count_reasons(misfits)}\n{describe_misfits(misfits, 3)}",
-            "raise finetune.max_length for rows that are too long; for rows that the chat template refuses, "
+            f"{room} for rows that are too long; for rows that the chat template refuses, "
             "set task.system_prompt: null, correct their roles, or choose another base model",
         )
     return view_examples(fitting, labels), view(fitting, _read_id), misfits

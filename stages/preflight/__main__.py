@@ -212,12 +212,13 @@ def find_row_problems(
     long = select_misfits(chain(misfits["train"], misfits["validation"]), LONG)
     if long and params.finetune.on_long_row == "stop":
         most = params.finetune.max_length
-        limit = limit_length(most, config, params.finetune.virtual_tokens)
+        virtual = params.finetune.virtual_tokens
+        limit = limit_length(most, config, virtual)
         source = "finetune.max_length" if limit == most else "the base model's context"
         problems.append(
             InputError(
                 f"{len(long)} rows are longer than {source} ({limit})\n{describe_misfits(long, SHOWN)}",
-                suggest_for_long(limit, most),
+                suggest_for_long(limit, most, virtual),
             )
         )
     return problems + find_size_problems(params, task, fitting, misfits)

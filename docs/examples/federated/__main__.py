@@ -166,7 +166,14 @@ def make_plan(params: Params, options: Options) -> Plan:
         read_split("train"), read_split("validation"), options.by, options.clients
     ):
         _, ids, misfits = encode_rows(
-            tokenizer, train, finetune.max_length, finetune.on_long_row, params.task.turns, limit, labels
+            tokenizer,
+            train,
+            finetune.max_length,
+            finetune.on_long_row,
+            params.task.turns,
+            limit,
+            labels,
+            finetune.virtual_tokens,
         )
         kept = set(ids)
         dealt.append(([row for row in train if row.id in kept], validation))

@@ -130,14 +130,30 @@ def limit_answer(longest: int, max_new_tokens: int) -> int:
     return min(max_new_tokens, math.ceil(longest * ANSWER_ROOM))
 
 
-def suggest_for_long(limit: int, max_length: int) -> str:
+def suggest_for_long(limit: int, max_length: int, virtual_tokens: int = 0) -> str:
     """Return what can be done about training rows of more than `limit` tokens.
 
     Args:
-        max_length: as in params.yaml; above the limit, it is the model's positions that are too few.
+        max_length, virtual_tokens: as for `suggest_room`.
     """
-    room = "raise finetune.max_length" if limit == max_length else "choose a base model with a longer context"
+    room = suggest_room(limit, max_length, virtual_tokens)
     return f"{room}, shorten the rows, or set finetune.on_long_row: drop"
+
+
+def suggest_room(limit: int, max_length: int, virtual_tokens: int = 0) -> str:
+    """Return where room for longer rows could come from.
+
+    Args:
+        max_length: as in params.yaml; above the limit, it is the model's positions that are too few.
+        virtual_tokens: learned ones before every row, which take positions, too.
+    """
+    if limit == max_length:
+        return "raise finetune.max_length"
+    longer = "choose a base model with a longer context"
+    if not virtual_tokens:
+        return longer
+    taken = f"take {virtual_tokens} of the base model's {limit + virtual_tokens} positions"
+    return f"lower finetune.num_virtual_tokens, which {taken}, {longer}"
 
 
 def count_reasons(misfits: Iterable[Misfit]) -> dict[str, int]:

@@ -123,7 +123,14 @@ def _read_answers(
         if left_out:
             logger.warning("answers of the teacher that are not learned: %s", dict(left_out))
     examples, row_ids, misfits = encode_rows(
-        tokenizer, selected, params.max_length, params.on_long_row, turns, limit, labels
+        tokenizer,
+        selected,
+        params.max_length,
+        params.on_long_row,
+        turns,
+        limit,
+        labels,
+        params.virtual_tokens,
     )
     compares = teacher is not None and params.distill == "logits"
     if teacher and compares:

@@ -60,6 +60,11 @@ def test_long_rows_are_dropped_or_named(tmp_path):
     assert list(ids) == [row.id for row in toy]
     with pytest.raises(InputError, match=f"longer than {length} tokens[\\s\\S]*a longer context"):
         encode_rows(tokenizer, [*toy, longer], 2 * length + 200, "stop", "last", limit=length)
+    with pytest.raises(InputError, match=r"lower finetune\.num_virtual_tokens") as error:
+        encode_rows(tokenizer, toy, 2 * length, "stop", "last", limit=length - 3, virtual_tokens=3)
+    assert f"take 3 of the base model's {length} positions" in error.value.fix
+    with pytest.raises(InputError, match=r"all 3 rows[\s\S]*fix: lower finetune.num_virtual_tokens"):
+        encode_rows(tokenizer, toy, 2 * length, "drop", "last", limit=5, virtual_tokens=3)
     with pytest.raises(InputError, match=f"1 of 4 rows .*\n.*{longer.id}.*\n.*finetune.max_length"):
         encode_rows(tokenizer, [*toy, longer], length, "stop", "last")
     with pytest.raises(InputError, match="all 3 rows"):

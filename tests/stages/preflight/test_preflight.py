@@ -143,6 +143,16 @@ def test_gates_count_the_rows_that_are_left_once_the_long_ones_are_out(lay_out, 
     with pytest.raises(InputError, match=r"1 rows are longer than the base model's context \(512\)") as error:
         preflight.main()
     assert "a base model with a longer context" in error.value.fix
+    set_params(
+        finetune__max_length=2000,
+        finetune__on_long_row="stop",
+        finetune__method="prefix_tuning",
+        finetune__num_virtual_tokens=10,
+        export__gguf=False,
+    )
+    with pytest.raises(InputError, match=r"longer than the base model's context \(502\)") as error:
+        preflight.main()
+    assert "num_virtual_tokens, which take 10 of the base model's 512 positions" in error.value.fix
 
 
 def test_a_test_row_beyond_the_context_is_excluded_and_the_gate_counts_the_rest(lay_out, set_params):
