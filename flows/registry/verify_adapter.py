@@ -57,8 +57,8 @@ def compare(base: Path, trained: Path, reloaded: Path, prompts: Sequence[Sequenc
     )
     if change == 0.0:
         raise InputError(
-            "the adapter changes no logit of the base model: its weights were not found on loading",
-            "compare the configuration of the adapter with the base model",
+            "the adapter changes no logit of the base model",
+            "train again, and look at reports/finetune/loss.csv: it has learned nothing, or was not loaded",
         )
     return change
 

@@ -270,22 +270,23 @@ def check_base(initial: InitialAdapter, base_sha256: str) -> None:
         )
 
 
-def check_weights_file(initial: InitialAdapter) -> None:
+def check_weights_file(adapter: Path, fix: str) -> None:
     """Check that the file of an adapter's weights is whole, by its header; the weights are not read.
+
+    Args:
+        fix: what can be done about a damaged one.
 
     Raises:
         InputError: it is cut, or is no file of weights.
     """
     from safetensors import SafetensorError, safe_open
 
-    path = find_weights(initial.folder)
+    path = find_weights(adapter)
     try:
         with safe_open(path, framework="numpy"):
             pass
     except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{path} cannot be read: {error}", f"write it again, or {_how_to_empty(initial.folder)}"
-        ) from None
+        raise InputError(f"{path} cannot be read: {error}", fix) from None
 
 
 def check_alike(initial: InitialAdapter) -> None:
@@ -345,7 +346,7 @@ def find_start(
     initial = read_initial_adapter(Path(folder)) if folder else None
     if initial:
         check_base(initial, str(read_json(reports("fetch_base") / "metrics.json").get("sha256")))
-        check_weights_file(initial)
+        check_weights_file(initial.folder, f"write it again, or {_how_to_empty(initial.folder)}")
         check_alike(initial)
         check_settings(initial, list_settings(recipe, labels))
     return initial

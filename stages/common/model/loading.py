@@ -7,13 +7,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.common.errors import InputError
-from stages.common.model.adapter import HEAD, PEFT, count_virtual_tokens, find_files, read_settings
+from stages.common.model.adapter import (
+    HEAD,
+    PEFT,
+    check_weights_file,
+    count_virtual_tokens,
+    find_files,
+    read_settings,
+)
 from stages.common.model.label_head import put_head
 from stages.common.model.replaced import put_weights, read_weights
 from stages.common.model.virtual_tokens import check_shape, has_virtual_tokens, read_behind
 
 if TYPE_CHECKING:
     import torch
+
+MAX_REASON_CHARS = 300  # of a library's message in ours: it may list every tensor
 
 
 def pick_device() -> torch.device:
@@ -151,22 +160,56 @@ def add_adapter(model: Any, adapter: Path) -> Any:
     """Return the base model with an adapter of either format, not merged, in evaluation mode.
 
     Raises:
-        InputError: the folder has no adapter, or it is of another base model.
+        InputError: the folder has no adapter or a damaged one, or it is of another base model.
     """
     from peft import PeftModel
 
     files = find_files(adapter)
     if files is None or not (adapter / files.config).exists():
         raise InputError(f"{adapter} contains no adapter", "run the stage that writes it: dvc repro finetune")
+    check_weights_file(adapter, "run the stage that writes it: dvc repro finetune")
     if files is PEFT:
         if count_virtual_tokens(adapter):
             check_shape(model.config, read_settings(adapter), adapter)
             return read_behind(PeftModel.from_pretrained(model, adapter).eval())
-        return PeftModel.from_pretrained(model, adapter).eval()
+        return _load_lora(model, adapter)
     if (settings := read_settings(adapter))["method"] == HEAD:
         put_head(model, settings["labels"])
     put_weights(model, read_weights(adapter / files.weights), adapter / files.weights)
     return model.eval()
+
+
+def _load_lora(model: Any, adapter: Path) -> Any:
+    """Return the base model with an adapter of lora or a relative, not merged, in evaluation mode.
+
+    peft would leave out what it does not find on either side: a part of the adapter, or of the model.
+
+    Raises:
+        InputError: the base model has not the modules of the adapter, or in another shape.
+    """
+    from peft import PeftModel
+
+    try:
+        tuned = PeftModel.from_pretrained(model, adapter)
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
+            raise
+        raise _misfit(adapter, str(error).strip()[:MAX_REASON_CHARS]) from None
+    # Loaded again: only here peft tells what it has not found.
+    mapping = getattr(model, "_checkpoint_conversion_mapping", {})
+    report = tuned.load_adapter(adapter, "default", key_mapping=mapping)
+    if report.missing_keys:
+        raise _misfit(adapter, f"it has nothing for {report.missing_keys[0]}")
+    if report.unexpected_keys:
+        raise _misfit(adapter, f"the base model has no place for {report.unexpected_keys[0]}")
+    return tuned.eval()
+
+
+def _misfit(adapter: Path, why: str) -> InputError:
+    return InputError(
+        f"the adapter in {adapter} does not fit the base model: {why}",
+        "fetch the base model that it was trained on, or train again: dvc repro finetune",
+    )
 
 
 def _check_folder(folder: Path) -> None:

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from stages.common.errors import InputError
 from stages.common.model.loading import load_base, load_tokenizer, load_tuned, pick_device, pick_dtype
@@ -29,6 +29,38 @@ def test_the_tuned_model_is_the_base_with_its_adapter_and_nothing_else(tmp_path)
         tuned = load_tuned(folder, tmp_path / "adapter", torch.float32, CPU)(ids).logits
     torch.testing.assert_close(tuned, expected)
     assert not torch.allclose(tuned, make_model()(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("shape", "why"),
+    [
+        ({"hidden_size": 32}, "size mismatch for .*layers.0.self_attn.q_proj.lora_A"),
+        ({"num_hidden_layers": 3}, "it has nothing for .*layers.2.self_attn.q_proj.lora_A"),
+        ({"num_hidden_layers": 1}, "the base model has no place for .*layers.1.mlp.down_proj.lora_A"),
+        ({"model_type": "gpt2"}, "Target modules .* not found"),
+    ],
+)
+def test_an_adapter_of_another_base_is_refused(tmp_path, shape, why):
+    lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    get_peft_model(make_model(), lora).save_pretrained(tmp_path / "adapter")
+    other = save_model(tmp_path / "other", **shape)
+    with pytest.raises(InputError, match=f"adapter does not fit the base model: [\\s\\S]*{why}") as error:
+        load_tuned(other, tmp_path / "adapter", torch.float32, CPU)
+    assert "fetch the base model that it was trained on" in error.value.fix
+
+
+def test_an_adapter_that_is_cut_is_named(tmp_path):
+    base = save_model(tmp_path / "base")
+    for name, config in {
+        "lora": LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"),
+        "prompt_tuning": PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    }.items():
+        get_peft_model(make_model(), config).save_pretrained(tmp_path / name)
+        path = tmp_path / name / "adapter_model.safetensors"
+        path.write_bytes(path.read_bytes()[:-100])
+        with pytest.raises(InputError, match=rf"{name}/adapter_model.safetensors cannot be read") as error:
+            load_tuned(base, tmp_path / name, torch.float32, CPU)
+        assert "dvc repro finetune" in error.value.fix
 
 
 def test_a_folder_without_a_model_names_the_stage_that_makes_it(tmp_path):
