@@ -254,7 +254,8 @@ def convert(found: Found, into: Path, task: TaskSettings) -> dict[str, Any]:
     The tokenizer gets the chat template as the task needs it (`tools_template.adapt_template`).
 
     Raises:
-        InputError: it is not a causal language model with a chat template that transformers can load.
+        InputError: it is not a causal language model with a chat template that transformers can load, or a
+            file of it is cut.
     """
     import torch
     from safetensors import SafetensorError
@@ -270,6 +271,11 @@ def convert(found: Found, into: Path, task: TaskSettings) -> dict[str, Any]:
     try:
         model = AutoModelForCausalLM.from_pretrained(found.folder, dtype=torch.bfloat16, **options)
         tokenizer = AutoTokenizer.from_pretrained(found.folder, **options)
+    except SafetensorError as error:
+        raise InputError(
+            f"the weights in {found.folder} cannot be read: {error}",
+            "copy or download the model again: a file of weights is not whole",
+        ) from None
     except (OSError, ValueError, KeyError, ImportError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise

@@ -149,6 +149,17 @@ def test_a_model_of_another_kind_is_refused(project, tmp_path, tiny_folder):
         main()
 
 
+def test_weights_that_are_cut_are_refused(project, tmp_path, tiny_folder):
+    shutil.copytree(tiny_folder, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-200])
+    project(origin="folder", name="cut", license="mit")
+    with pytest.raises(InputError, match=r"the weights in .*cut cannot be read") as error:
+        main()
+    assert "download the model again" in error.value.fix
+    assert not Path("artifacts/fetch_base").exists()
+
+
 def test_a_model_that_states_no_licence_needs_one_from_the_parameters(project, tiny_folder):
     project(origin="folder", name=str(tiny_folder))
     with pytest.raises(InputError, match="states no licence") as error:
