@@ -40,7 +40,7 @@ class Copies(Protocol):
 
 def find_checkpoint(folder: Path) -> Path | None:
     """Return the newest complete checkpoint, and remove the incomplete ones."""
-    for path in folder.glob(f"{PREFIX}*"):
+    for path in _list_own(folder):
         if problem := find_problem(path):
             logger.warning("removing the checkpoint %s: %s", path, problem)
             shutil.rmtree(path)
@@ -50,7 +50,12 @@ def find_checkpoint(folder: Path) -> Path | None:
 
 def list_complete(folder: Path) -> list[Path]:
     """Return the checkpoints that were written to their end, oldest first; their content is not read."""
-    return sorted((path.parent for path in folder.glob(f"{PREFIX}*/{COMPLETE}")), key=get_step)
+    return sorted((path for path in _list_own(folder) if (path / COMPLETE).exists()), key=get_step)
+
+
+def _list_own(folder: Path) -> list[Path]:
+    """Return the checkpoints that the trainer wrote: not a copy that a person made, as of another name."""
+    return [path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal()]
 
 
 def choose_checkpoint(folder: Path, copies: Copies | None = None) -> Path | None:

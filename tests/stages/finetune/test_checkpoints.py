@@ -1,4 +1,5 @@
 import os
+import shutil
 
 import pytest
 
@@ -21,8 +22,10 @@ def test_a_checkpoint_cut_short_or_damaged_is_never_taken_for_whole(tmp_path, ca
     (tmp_path / "checkpoint-12" / "optimizer.pt").write_bytes(b"x" * 50)
     # After a power failure a file can have its size and no content.
     (tmp_path / "checkpoint-15" / "adapter_model.safetensors").write_bytes(b"\0" * 100)
+    shutil.copytree(tmp_path / "checkpoint-12", tmp_path / "checkpoint-12.bak")  # by a person
     assert find_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-6"]
+    left = ["checkpoint-12.bak", "checkpoint-3", "checkpoint-6"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
     assert "checkpoint-12: optimizer.pt is cut: it has 50 bytes of 100" in caplog.text
     assert "checkpoint-15: adapter_model.safetensors is damaged" in caplog.text
 
