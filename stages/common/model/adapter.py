@@ -293,7 +293,8 @@ def check_alike(initial: InitialAdapter) -> None:
     """Check that all modules of an adapter have one rank and one scaling, as those that are trained here.
 
     peft has both by module for adapters made elsewhere. Their tensors can have the same shapes: the training
-    would go on from another model than the adapter's.
+    would go on from another model than the adapter's. Of experts it writes both itself: two matrices in one
+    tensor have twice the rank and twice the alpha, so the scaling of all.
 
     Raises:
         InputError: some modules have their own.
@@ -301,7 +302,15 @@ def check_alike(initial: InitialAdapter) -> None:
     if find_files(initial.folder) is not PEFT:
         return
     config = read_json(initial.folder / PEFT.config)
-    if odd := [name for name in ("rank_pattern", "alpha_pattern") if config.get(name)]:
+    experts = config.get("target_parameters") or ()
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+
+    def is_of_experts(pattern: str) -> bool:
+        rank, alpha = ranks.get(pattern, 0), alphas.get(pattern, 0)
+        return pattern.rpartition(".")[2] in experts and rank * config["lora_alpha"] == alpha * config["r"]
+
+    patterns = {"rank_pattern": ranks, "alpha_pattern": alphas}
+    if odd := [name for name, found in patterns.items() if not all(map(is_of_experts, found))]:
         raise InputError(
             f"some modules of the adapter in {initial.folder} ({initial.version}) have a rank or a scaling "
             f"of their own: {', '.join(f'{name}: {config[name]}' for name in odd)}",

@@ -6,12 +6,13 @@ import torch
 import yaml
 
 from stages.common.errors import InputError
-from stages.common.model.adapter import read_initial_adapter
+from stages.common.model.adapter import check_alike, put_initial_adapter, read_initial_adapter
 from stages.common.params.loading import load_params
 from stages.finetune.__main__ import main
-from stages.finetune.adapter import build_model
+from stages.finetune.adapter import build_model, save_adapter
 from stages.finetune.methods.lora import add_adapter
 from stages.finetune.recipe import Recipe
+from tests.stages.families import make_base
 from tests.stages.finetune.project import make_recipe, put_own_adapter
 from tests.tiny import make_model
 
@@ -73,6 +74,26 @@ def test_an_adapter_without_some_tensors_is_refused_though_its_config_fits(proje
     save_file({name: tensor for name, tensor in weights.items() if name != lost}, path)
     with pytest.raises(InputError, match=rf"1 of them: {re.escape(lost)} is None"):
         main()
+
+
+def test_training_goes_on_from_an_adapter_of_experts_whose_rank_and_alpha_peft_doubles(tmp_path):
+    make_base(base := tmp_path / "base", "qwen3-moe")
+    recipe = make_recipe(rank=4, alpha=8)
+    trained = build_model(base, recipe)
+    for name, weights in trained.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weights)
+    save_adapter(trained, recipe, tmp_path / "adapter", ["row"])
+    start = put_initial_adapter(tmp_path / "adapter", "v", "base", tmp_path / "initial")
+    config = json.loads((start.folder / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == {r".*\.gate_up_proj": 8} and config["r"] == 4
+    check_alike(start)
+    going_on = dict(build_model(base, recipe, start).named_parameters())
+    assert all(torch.equal(going_on[name], weights) for name, weights in trained.named_parameters())
+    for alphas in ({r".*\.gate_up_proj": 64}, {r".*\.gate_up_proj": 16, "q_proj": 64}):
+        (start.folder / "adapter_config.json").write_text(json.dumps(config | {"alpha_pattern": alphas}))
+        with pytest.raises(InputError, match="a scaling of their own"):
+            check_alike(start)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
