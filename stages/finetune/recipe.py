@@ -18,7 +18,7 @@ from stages.common.records import format_canonical_json
 # Modules of stages/common that decide the adapter, besides all files of this folder.
 SHARED_CODE = tuple(
     f"model/{name}.py"
-    for name in ("adapter", "generation", "label_head", "loading", "replaced", "virtual_tokens")
+    for name in ("adapter", "generation", "label_head", "loading", "replaced", "targets", "virtual_tokens")
 )
 # Where early stopping or rewards decide, also how answers are read and scored.
 SCORING_CODE = ("chat/*.py", "task/*.py")

@@ -40,7 +40,14 @@ from stages.common.model.replaced import (
     measure_reach,
     select_weights,
 )
-from stages.common.model.targets import ALL_LINEAR, check_experts, check_rank, check_targets
+from stages.common.model.targets import (
+    ALL_LINEAR,
+    check_experts,
+    check_rank,
+    check_targets,
+    configure_lora,
+    list_experts,
+)
 from stages.common.model.teacher import check_same_tokens, find_teacher
 from stages.common.model.virtual_tokens import check_count, check_init_text, check_keys, count_values
 from stages.common.storage.remote_folder import RemoteFolder
@@ -100,10 +107,8 @@ def count_training(config: Any, finetune: Finetune, labels: Sequence[str] = ()) 
         check_rank(getattr(config.get_text_config(), "hidden_size", None), finetune.rank)
         check_targets(model, finetune.target_modules)
         check_experts(model, finetune.target_modules, finetune.method, finetune.dropout)
-        added = sum(
-            _count_added(module, finetune) for module in _list_targets(model, finetune.target_modules)
-        )
         quantized = sum(m.weight.numel() for m in _list_targets(model, ALL_LINEAR))
+        added = _count_adapter(model, finetune)
         in_4_bits = quantized if finetune.method == "qlora" else 0
         return Training(finetune.method, sum(shapes.values()), added, 1.0, in_4_bits)
     if finetune.method in PROMPT_METHODS:
@@ -132,6 +137,29 @@ def _list_targets(model: Any, targets: str | Sequence[str]) -> list[Any]:
     if isinstance(targets, str):
         return [module for name, module in matrices.items() if re.fullmatch(targets, name)]
     return [m for name, m in matrices.items() if any(name == t or name.endswith(f".{t}") for t in targets)]
+
+
+def _count_adapter(model: Any, finetune: Finetune) -> int:
+    """Return the weights of an adapter of a base model, which may be changed.
+
+    What peft does to experts is its own business, so it is asked; without experts its import is not needed.
+    """
+    if not list_experts(model):
+        return sum(_count_added(module, finetune) for module in _list_targets(model, finetune.target_modules))
+    import torch
+    from peft import get_peft_model
+
+    with torch.device("meta"):
+        config = configure_lora(
+            model,
+            finetune.method,
+            finetune.rank,
+            finetune.alpha,
+            finetune.dropout,
+            finetune.target_modules,
+        )
+        adapted = get_peft_model(model, config)
+    return sum(weights.numel() for weights in adapted.parameters() if weights.requires_grad)
 
 
 def _count_added(module: Any, finetune: Finetune) -> int:

@@ -5,12 +5,44 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stages.common.errors import InputError
 
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
 ALL_LINEAR = "all-linear"
 _LINEAR = ("Linear", "Conv1D")  # GPT-2's linear layers are of the second class
+
+
+def configure_lora(
+    model: Any, method: str, rank: int, alpha: float, dropout: float, targets: str | Sequence[str]
+) -> LoraConfig:
+    """Return peft's settings of an adapter of lora or a relative for a base model."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        exclude_modules=_match_other_parts(model),
+        use_rslora=method == "rslora",
+        use_dora=method == "dora",
+        task_type="CAUSAL_LM",
+    )
+
+
+def _match_other_parts(model: Any) -> str | None:
+    """Return a pattern of the modules that read no text, such as pictures; None where all do.
+
+    Rows are text: an adapter there would never be trained.
+    """
+    if model.config.get_text_config() is model.config:
+        return None
+    decoder = next(name for name, module in model.named_modules() if module is model.get_decoder())
+    return rf"(?!{re.escape(decoder)}\.).*"
 
 
 def check_targets(model: Any, targets: str | Sequence[str]) -> None:
@@ -60,13 +92,17 @@ def check_experts(model: Any, targets: str | Sequence[str], method: str, dropout
     if targets != ALL_LINEAR or not (dropout or method == "dora"):
         return
     wanted = "finetune.method: dora" if method == "dora" else f"finetune.dropout: {dropout:g}"
-    experts = [name for name, weight in model.named_parameters() if "expert" in name and weight.dim() == 3]
-    if experts:
+    if experts := list_experts(model):
         raise InputError(
             f"{wanted} is not possible for experts, whose matrices are one tensor, such as {experts[0]}",
             "set finetune.method: lora and finetune.dropout: 0, or finetune.target_modules to a list of "
             "other modules, such as [q_proj, k_proj, v_proj, o_proj]",
         )
+
+
+def list_experts(model: Any) -> list[str]:
+    """Return the names of the matrices of a mixture's experts, those of all experts in one tensor."""
+    return [name for name, weight in model.named_parameters() if "expert" in name and weight.dim() == 3]
 
 
 def check_rank(hidden_size: int | None, rank: int) -> None:

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import (
-    LoraConfig,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-)
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor
 from transformers import set_seed
 
@@ -21,7 +15,7 @@ from stages.common.errors import InputError
 from stages.common.model.adapter import PAGE, PEFT, InitialAdapter, check_settings, list_settings
 from stages.common.model.loading import load_base, pick_device, pick_dtype
 from stages.common.model.replaced import read_weights
-from stages.common.model.targets import check_experts, check_rank, check_targets
+from stages.common.model.targets import check_experts, check_rank, check_targets, configure_lora
 from stages.finetune.devices.sharding import put_adapter
 from stages.finetune.methods.nf4 import load_nf4
 from stages.finetune.recipe import Recipe
@@ -53,16 +47,7 @@ def add_adapter(model: Any, recipe: Recipe) -> PeftModel:
     check_rank(getattr(model.config.get_text_config(), "hidden_size", None), recipe.rank)
     check_targets(model, targets)
     check_experts(model, targets, recipe.method, recipe.dropout)
-    config = LoraConfig(
-        r=recipe.rank,
-        lora_alpha=recipe.alpha,
-        lora_dropout=recipe.dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        exclude_modules=match_other_parts(model),
-        use_rslora=recipe.method == "rslora",
-        use_dora=recipe.method == "dora",
-        task_type="CAUSAL_LM",
-    )
+    config = configure_lora(model, recipe.method, recipe.rank, recipe.alpha, recipe.dropout, targets)
     try:
         # The adapter's own weights stay float32: small updates would vanish in bfloat16.
         adapted = get_peft_model(model, config)
@@ -98,17 +83,6 @@ def check_magnitudes(model: PeftModel) -> None:
         f"base model has {len(zeros)} of length 0, the first of them number {zeros[0]}{others}",
         "set finetune.method: lora, or finetune.target_modules to a list without these modules",
     )
-
-
-def match_other_parts(model: Any) -> str | None:
-    """Return a pattern of the modules that read no text, such as pictures; None where all do.
-
-    Rows are text: an adapter there would never be trained.
-    """
-    if model.config.get_text_config() is model.config:
-        return None
-    decoder = next(name for name, module in model.named_modules() if module is model.get_decoder())
-    return rf"(?!{re.escape(decoder)}\.).*"
 
 
 def load_lora(model: PeftModel, recipe: Recipe, initial: InitialAdapter) -> None:

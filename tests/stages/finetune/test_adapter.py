@@ -7,13 +7,15 @@ import yaml
 
 from stages.common.errors import InputError
 from stages.common.model.adapter import check_alike, put_initial_adapter, read_initial_adapter
+from stages.common.model.loading import read_config
 from stages.common.params.loading import load_params
 from stages.finetune.__main__ import main
 from stages.finetune.adapter import build_model, save_adapter
 from stages.finetune.methods.lora import add_adapter
 from stages.finetune.recipe import Recipe
+from stages.preflight.finetune_checks import count_training
 from tests.stages.families import make_base
-from tests.stages.finetune.project import make_recipe, put_own_adapter
+from tests.stages.finetune.project import REPO, make_recipe, put_own_adapter
 from tests.tiny import make_model
 
 
@@ -76,7 +78,7 @@ def test_an_adapter_without_some_tensors_is_refused_though_its_config_fits(proje
         main()
 
 
-def test_training_goes_on_from_an_adapter_of_experts_whose_rank_and_alpha_peft_doubles(tmp_path):
+def test_an_adapter_of_experts_is_counted_and_goes_on_with_the_rank_and_alpha_that_peft_doubles(tmp_path):
     make_base(base := tmp_path / "base", "qwen3-moe")
     recipe = make_recipe(rank=4, alpha=8)
     trained = build_model(base, recipe)
@@ -86,6 +88,9 @@ def test_training_goes_on_from_an_adapter_of_experts_whose_rank_and_alpha_peft_d
     save_adapter(trained, recipe, tmp_path / "adapter", ["row"])
     start = put_initial_adapter(tmp_path / "adapter", "v", "base", tmp_path / "initial")
     config = json.loads((start.folder / "adapter_config.json").read_text())
+    settings = load_params(REPO / "params.yaml").finetune.model_copy(update={"rank": 4})
+    counted = count_training(read_config(base), settings).trained_parameters
+    assert counted == sum(weights.numel() for weights in trained.parameters() if weights.requires_grad)
     assert config["rank_pattern"] == {r".*\.gate_up_proj": 8} and config["r"] == 4
     check_alike(start)
     going_on = dict(build_model(base, recipe, start).named_parameters())
