@@ -254,8 +254,8 @@ def convert(found: Found, into: Path, task: TaskSettings) -> dict[str, Any]:
     The tokenizer gets the chat template as the task needs it (`tools_template.adapt_template`).
 
     Raises:
-        InputError: it is not a causal language model with a chat template that transformers can load, or a
-            file of it is cut.
+        InputError: it is not a causal language model with a chat template that transformers can load, a file
+            of it is cut, or a weight is not a number.
     """
     import torch
     from safetensors import SafetensorError
@@ -288,6 +288,7 @@ def convert(found: Found, into: Path, task: TaskSettings) -> dict[str, Any]:
             f"{found.folder} has no chat template",
             "choose an instruction-tuned base model (fetch_base in params.yaml)",
         )
+    _check_finite(model, found.folder)
     own_template = tokenizer.chat_template
     # `default` is for any kind of task: a service may get requests with tools next to those of its task.
     with_tools = task.kind == "tools" or task.tools_template == "default"
@@ -317,6 +318,22 @@ def convert(found: Found, into: Path, task: TaskSettings) -> dict[str, Any]:
         "sha256": hash_file(into / "model.safetensors"),
         "tools_template_gap": gap,
     }
+
+
+def _check_finite(model: Any, folder: Path) -> None:
+    """Check that all weights are numbers: its answers, and every loss of a training, would be none.
+
+    Raises:
+        InputError: with the first that has others.
+    """
+    import torch
+
+    for name, weights in model.named_parameters():
+        if weights.itemsize > 1 and not torch.isfinite(weights).all():  # 8 bits: quantized
+            raise InputError(
+                f"{name} of {folder} has weights that are not numbers (NaN or infinite)",
+                "copy or download the model again, or choose another one (fetch_base in params.yaml)",
+            )
 
 
 def _forget_quantization(model: Any) -> None:

@@ -16,7 +16,7 @@ import yaml
 from stages.common.artifacts import hash_file, read_json
 from stages.common.errors import InputError, TransientError
 from stages.fetch_base import find_in_folder, find_on_hub, main, normalize_license
-from tests.tiny import make_model, save_model
+from tests.tiny import make_model, make_tokenizer, save_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -157,6 +157,18 @@ def test_weights_that_are_cut_are_refused(project, tmp_path, tiny_folder):
     with pytest.raises(InputError, match=r"the weights in .*cut cannot be read") as error:
         main()
     assert "download the model again" in error.value.fix
+    assert not Path("artifacts/fetch_base").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_numbers_are_refused(project, tmp_path, value):
+    model = make_model()
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = value
+    model.save_pretrained(tmp_path / "broken")
+    make_tokenizer().save_pretrained(tmp_path / "broken")
+    project(origin="folder", name="broken", license="mit")
+    with pytest.raises(InputError, match=r"1\.mlp\.up_proj\.weight of .* are not numbers"):
+        main()
     assert not Path("artifacts/fetch_base").exists()
 
 
