@@ -26,6 +26,7 @@ from stages.common.errors import InputError
 from stages.common.messages import Message, Tool
 from stages.common.task.kinds import make_task
 from stages.common.task.protocol import Task
+from stages.common.tools.arguments import ARGUMENT_CHANGES
 
 Role = Literal["champion", "challenger", "shadow"]
 UNREAD = (0, 0)  # in place of the alias file's stamp before the first sync; None: there is no file
@@ -75,6 +76,11 @@ class LoadedModel:
         schema = self.files.about["answer_schema"]
         # Unsorted: answers are generated in the order of the keys.
         return None if schema is None else json.dumps(schema)
+
+    @property
+    def normalize(self) -> tuple[str, ...]:
+        """What `curate` changed in the spelling of the training rows (`curate.normalize`)."""
+        return tuple(self.files.about.get("normalize", ARGUMENT_CHANGES))  # older versions do not tell
 
     def decode_prompt(self, ids: Sequence[int]) -> str:
         """Return the text of a raw prompt of token ids, control tokens included.

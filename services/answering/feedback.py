@@ -147,6 +147,7 @@ async def _find_turn_problem(correction: str, tools: Mapping[str, Tool], handler
     deep = next((call for call in turn.tool_calls if is_deep(call.values)), None)
     if deep is not None:
         return f"{deep.name}: its arguments are nested more than {MAX_DEPTH} levels deep; fix: flatten them"
+    changes = handler.pool.champion.normalize
     if not turn.tool_calls:
-        return explain_turn(turn, tools)
-    return await handler.schemas.find_wrong_turn(turn, tools)
+        return explain_turn(turn, tools, changes)
+    return await handler.schemas.find_wrong_turn(turn, tools, changes)

@@ -78,7 +78,7 @@ def find_wrong_turn(job: dict[str, Any]) -> str | None:
     """Return what is wrong with a turn that is to be learned, and what to do; None if nothing is."""
     tools = {tool.name: tool for tool in map(Tool, job["tools"])}
     turn = Message("assistant", job["content"], tuple(ToolCall(*call) for call in job["calls"]))
-    return explain_turn(turn, tools)
+    return explain_turn(turn, tools, job["changes"])
 
 
 @contextlib.contextmanager

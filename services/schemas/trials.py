@@ -108,11 +108,14 @@ class SchemaTrials:
             return GuardDecision(False, "schema_too_slow")
         return GuardDecision(result["allow"], result["reason"])
 
-    async def find_wrong_turn(self, turn: Message, tools: Mapping[str, Tool]) -> str | None:
+    async def find_wrong_turn(
+        self, turn: Message, tools: Mapping[str, Tool], changes: Sequence[str]
+    ) -> str | None:
         """Return what is wrong with a correction that a model may learn, and what to do; None if nothing is.
 
         Args:
             turn: the correction; tools: of the request, by their names.
+            changes: that `curate` makes in arguments.
 
         Raises:
             SchemaUnsupported: the turn cannot be checked within the budget.
@@ -123,6 +126,7 @@ class SchemaTrials:
             "content": turn.content,
             "calls": [(call.name, call.arguments) for call in turn.tool_calls],
             "tools": [tool.text for tool in tools.values()],
+            "changes": changes,
             "cpu_s": self._cpu_s,
         }
         result = await self._correcting.run(job, None)

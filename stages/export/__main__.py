@@ -161,6 +161,7 @@ def main() -> None:
             "base_sha256": fetched["sha256"],
             "context_tokens": count_context_tokens(read_config(base), count_virtual_tokens(adapter)),
             "name": name,
+            "normalize": list(params.curate.normalize),
             "system_prompt": system_prompt,
             "task": task.describe(),
             "tools": find_common_tools(rows),

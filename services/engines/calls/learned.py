@@ -6,7 +6,7 @@ writes a `format`. Where a row comes with another call, `curate` rejects it; the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
@@ -59,24 +59,33 @@ def find_turn_problems(turn: Message, tools: Mapping[str, Tool]) -> Iterator[Tur
         yield TurnProblem("call_as_text", "there is a call in the text", "write it in tool_calls")
 
 
-def explain_turn(turn: Message, tools: Mapping[str, Tool]) -> str | None:
-    """Return why a turn cannot be learned, its arguments in any spelling, and what to do; None if it can."""
-    problem = next(find_turn_problems(spell_turn(turn, tools), tools), None)
+def explain_turn(turn: Message, tools: Mapping[str, Tool], changes: Collection[str]) -> str | None:
+    """Return why a turn cannot be learned, and what to do; None if it can.
+
+    Args:
+        changes: as for `spell_turn`.
+    """
+    problem = next(find_turn_problems(spell_turn(turn, tools, changes), tools), None)
     return f"{problem.what}; fix: {problem.fix}" if problem else None
 
 
-def spell_turn(turn: Message, tools: Mapping[str, Tool]) -> Message:
-    """Return a turn with the arguments of its calls as the grammar writes them: `curate` spells rows so."""
+def spell_turn(turn: Message, tools: Mapping[str, Tool], changes: Collection[str]) -> Message:
+    """Return a turn with the arguments of its calls as the grammar writes them: `curate` spells rows so.
+
+    Args:
+        changes: what is changed, as in `curate.normalize`.
+    """
     calls = tuple(
-        _spell_call(call, tools[call.name]) if call.name in tools else call for call in turn.tool_calls
+        _spell_call(call, tools[call.name], changes) if call.name in tools else call
+        for call in turn.tool_calls
     )
     return replace(turn, tool_calls=calls)
 
 
-def _spell_call(call: ToolCall, tool: Tool) -> ToolCall:
+def _spell_call(call: ToolCall, tool: Tool, changes: Collection[str]) -> ToolCall:
     values: Any = call.values
-    for change in list_changes(tool).values():
-        values = change(values)
+    for name, change in list_changes(tool).items():
+        values = change(values) if name in changes else values
     return call if is_same(values, call.values) else replace(call, arguments=format_arguments(values))
 
 

@@ -128,6 +128,7 @@ def _takes_whole(schema: Mapping[str, Any], value: float) -> bool:
 
 
 _CHANGES: Mapping[str, Spell] = {"argument_order": _order, "whole_numbers": _write_whole}
+ARGUMENT_CHANGES = tuple(_CHANGES)
 
 
 def is_same(before: Any, after: Any) -> bool:

@@ -24,6 +24,7 @@ THINKING = (
 )
 RIGHT = {"name": "lamp", "arguments": {"room": "hall", "level": 3}}
 PLAN = make_tool("plan", {"type": "object", "properties": {"day": {"type": "string", "format": "date"}}})
+COUNT = make_tool("count", {"type": "object", "properties": {"to": {"type": "integer"}}})
 MAIL = make_tool("mail", {"type": "object", "properties": {"to": {"enum": ["ann@example.org"]}}})
 
 
@@ -101,6 +102,17 @@ def test_a_correction_that_fits_the_tools_is_stored_as_given(client, server, cor
     request_id, response = correct(client, correction, tools=[*TOOLS, PLAN])
     assert response.status_code == 200, response.text
     assert find_stored(server, request_id) == [correction]
+
+
+@pytest.mark.parametrize("normalize", [[], ["argument_order"], ["whole_numbers"]])
+def test_a_correction_is_spelled_only_as_the_rows_of_the_model_were(client, server, monkeypatch, normalize):
+    monkeypatch.setitem(server.handler.pool.champion.files.about, "normalize", normalize)
+    spelled = {"argument_order": call("lamp", level=3, room="hall"), "whole_numbers": call("count", to=3.0)}
+    for name, made in spelled.items():
+        compact = write(made).replace(" ", "")  # the numbers of another spelling are read as values
+        response = correct(client, compact, tools=[*TOOLS, COUNT])[1]
+        assert response.status_code == (200 if name in normalize else 422), response.text
+    assert correct(client, write(RIGHT), tools=TOOLS)[1].status_code == 200
 
 
 def test_without_tools_a_correction_may_be_any_text(client, server):

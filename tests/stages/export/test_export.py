@@ -111,6 +111,7 @@ def test_the_folder_holds_all_that_a_server_reads(project):
         "base_sha256": "00",
         "context_tokens": 512,
         "name": "home-intents-smollm2-135m",
+        "normalize": ["nfc", "line_ends", "argument_order", "whole_numbers"],
         "system_prompt": "Answer as JSON.",
         "task": {"kind": "json", "label_key": "intent", "labels": None},
         "tools": [],
