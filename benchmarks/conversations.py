@@ -96,8 +96,12 @@ async def run_many(
     return list(await asyncio.gather(*map(one, numbers)))
 
 
-def measure_required(engine: PagedEngine, tokenizer: Any, count: int) -> dict[str, int]:
-    """Force `count` calls or more at temperature 1 and count what is wrong; `cut`: reached MAX_TOKENS."""
+def measure_required(engine: PagedEngine, tokenizer: Any, count: int, start: int = 0) -> dict[str, int]:
+    """Force `count` calls or more at temperature 1 and count what is wrong; `cut`: reached MAX_TOKENS.
+
+    Args:
+        start: the number of the first request, which is its seed: another run goes on where one has ended.
+    """
     from jsonschema import Draft202012Validator
 
     tools, prompts = read_questions(tokenizer)
@@ -110,7 +114,7 @@ def measure_required(engine: PagedEngine, tokenizer: Any, count: int) -> dict[st
     ends = end_of_turn_ids(tokenizer)
     found: Counter[str] = Counter(malformed=0, cut=0, calls=0)
     while found["calls"] < count:
-        first = found["requests"]
+        first = start + found["requests"]
         numbers = range(first, first + ROUND)
         for ids, ended in asyncio.run(run_many(engine, prompts, sample, numbers, FORCED_AT_ONCE)):
             found["requests"] += 1
@@ -213,6 +217,7 @@ def main() -> None:
         "what", nargs="*", default=[], help="required, grammar, training (default: these), clients"
     )
     parser.add_argument("--calls", type=int, default=10_000)
+    parser.add_argument("--start", type=int, default=0, help="required: the number of the first request")
     parser.add_argument("--rows", type=int, default=96)
     parser.add_argument("--url", default="http://127.0.0.1:3000/v1", help="clients: the service's API")
     parser.add_argument("--key", default="none", help="clients: a key of the service")
@@ -245,7 +250,7 @@ def _measure_model(options: argparse.Namespace, wanted: Sequence[str]) -> dict[s
         engine = PagedEngine(artifacts("fetch_base"), tokenizer)
         try:
             if "required" in wanted:
-                found["required"] = measure_required(engine, tokenizer, options.calls)
+                found["required"] = measure_required(engine, tokenizer, options.calls, options.start)
             if "grammar" in wanted:
                 found["grammar"] = measure_grammar(engine, tokenizer)
         finally:
