@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stages.common.chat.common_prefix import count_common_prefix
 from stages.common.chat.template import Encoded
 from stages.finetune.kernels.packed import Packing, attend_without_scores, find_window, pack
 
@@ -150,11 +151,7 @@ def _lay_out_packed(examples: Sequence[Encoded]) -> Layout:
 def _common_prefix(examples: Sequence[Encoded]) -> int:
     """Return how many tokens all prompts begin with; each keeps at least one token of its prompt."""
     limit = min(example.prompt_length for example in examples) - 1
-    first = examples[0].input_ids
-    for place in range(limit):
-        if any(example.input_ids[place] != first[place] for example in examples):
-            return place
-    return limit
+    return min(limit, count_common_prefix(example.input_ids[:limit] for example in examples))
 
 
 def can_share_prefix(model: Any) -> bool:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.common.artifacts import artifacts, read_json, reports, write_json, write_lines, write_text
+from stages.common.chat.common_prefix import count_common_prefix
 from stages.common.chat.day import writes_date
 from stages.common.chat.fitting import (
     LONG,
@@ -274,17 +275,8 @@ def describe_side(fitting: Fitting, misfits: Sequence[Misfit]) -> dict[str, Any]
         "learned_tokens": sum(learned),
         "longest": max(lengths, default=0),
         "longest_answer": max(longest, default=0),
-        "shared_tokens": count_shared_tokens([example.input_ids for _, example in fitting]),
+        "shared_tokens": count_common_prefix(example.input_ids for _, example in fitting),
     }
-
-
-def count_shared_tokens(rows: Sequence[list[int]]) -> int:
-    """Return with how many equal tokens all rows begin: of the system prompt, the tools and the template."""
-    if not rows:
-        return 0
-    first, last = min(rows), max(rows)  # in order; what these two share, all between them share
-    length = min(len(first), len(last))
-    return next((place for place in range(length) if first[place] != last[place]), length)
 
 
 def main() -> None:

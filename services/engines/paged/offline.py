@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from services.engines.paged.blocks import BlockPool
 from services.engines.paged.model import PagedModel, StepInput
+from stages.common.chat.common_prefix import count_common_prefix
 
 STEP_TOKENS = 512  # computed in a step, at most
 RUNNING = 128  # sequences decoded together, at most
@@ -188,12 +189,8 @@ def _common_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
     """Return the tokens that all prompts begin with; each keeps one of its own, for its logits."""
     if len(prompts) < 2:
         return []
-    shared = list(prompts[0][:-1])
-    for prompt in prompts:
-        del shared[max(0, len(prompt) - 1) :]
-        if shared != list(prompt[: len(shared)]):
-            del shared[next(n for n, token in enumerate(shared) if token != prompt[n]) :]
-    return shared
+    length = min(count_common_prefix(prompts), *(max(0, len(prompt) - 1) for prompt in prompts))
+    return list(prompts[0][:length])
 
 
 def _compute_prefix(model: PagedModel, pool: BlockPool, prefix: Sequence[int]) -> list[int]:

@@ -7,9 +7,8 @@ from stages.finetune.progress.memory import MemoryEstimate
 
 # The pages that are given back are zeroed for the next batch again, which takes up to a tenth of its time.
 BATCHES_BETWEEN = 8
-MISFIT = (
-    0.5  # of what a batch takes, what does not fit into the places of earlier ones, though none was larger
-)
+# Of what a batch takes, what does not fit into the places of others, though one of them was as large.
+MISFIT = 0.5
 
 
 class FreedMemory:

@@ -24,12 +24,7 @@ from torch import Tensor
 from stages.common.chat.template import Encoded
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, is_full_memory
-from stages.common.machine.memory import (
-    format_bytes,
-    read_free_memory,
-    read_held_memory,
-    read_peak_memory,
-)
+from stages.common.machine.memory import format_bytes, read_free_memory, read_held_memory, read_peak_memory
 from stages.finetune.answer_loss import find_chunked_head, measure_chunk, sum_answer_loss
 from stages.finetune.devices.group import count_local_processes, count_processes
 from stages.finetune.devices.sharding import (

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from stages.common.artifacts import write_json
+from stages.common.chat.common_prefix import count_common_prefix
 from stages.common.chat.fitting import encode_fitting
 from stages.common.machine.memory import format_bytes
 from stages.common.machine.products import measure_product_speed
@@ -32,7 +33,7 @@ from stages.common.run_estimate.seconds import (
     read_model_size,
 )
 from stages.common.run_estimate.work import Work, count_asked_rows, list_learned_sides, read_work
-from stages.preflight.__main__ import count_shared_tokens, describe_side
+from stages.preflight.__main__ import describe_side
 from tests.tiny import make_model, make_tokenizer
 
 ROOT = Path(__file__).parents[3]
@@ -204,9 +205,9 @@ def test_work_is_what_preflight_counted():
 
 
 def test_the_tokens_with_which_all_rows_begin_are_counted():
-    assert count_shared_tokens([[1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 9]]) == 2
-    assert count_shared_tokens([[1, 2], [1, 2, 5]]) == 2
-    assert count_shared_tokens([[1], [2]]) == count_shared_tokens([]) == 0
+    assert count_common_prefix([[1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 9]]) == 2
+    assert count_common_prefix([[1, 2], [1, 2, 5]]) == 2
+    assert count_common_prefix([[1], [2]]) == count_common_prefix([]) == 0
 
 
 def test_what_all_rows_begin_with_takes_the_time_of_one_in_each_batch():
