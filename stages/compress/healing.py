@@ -121,6 +121,8 @@ def _write_params(epochs: int, rate: float, teacher_weight: float, folder: Path)
         "validate_every": None,
         "early_stopping": None,
         "checkpoint_url": None,  # it is of minutes, and its checkpoints are of no use elsewhere
+        # This host alone heals, which may have fewer devices than the hosts of a training.
+        "devices": "auto",
         "sharding": "none",
         "launcher": "local",
     }

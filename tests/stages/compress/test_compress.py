@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from services.versions.store import read_pipeline_tag
@@ -17,10 +18,12 @@ from stages.common.messages import Message
 from stages.common.model.exported import CHOSEN, find_exported
 from stages.common.model.generation import encode_questions
 from stages.common.model.loading import load_base
+from stages.common.params.loading import load_params
 from stages.common.records import make_row, write_rows
 from stages.common.task.kinds import TASK_FILE
 from stages.common.task.text_task import TextTask
 from stages.compress import __main__ as compress
+from stages.compress import healing
 from stages.compress.healing import heal_model
 from stages.compress.shrinking import drop_blocks
 from stages.evaluate import __main__ as evaluate
@@ -105,11 +108,28 @@ def test_a_choice_made_from_another_export_is_refused(project):
         read_pipeline_tag(folder)
 
 
+@pytest.mark.parametrize("launcher", ["ray", "torchrun", "local"])
+def test_a_model_is_healed_with_the_devices_of_this_host(launcher, tmp_path, monkeypatch):
+    """A cluster's number of devices is not that of the host that runs this stage."""
+    seen = {}
+    monkeypatch.chdir(make_project(tmp_path, launcher=launcher, devices=8, batch_size=16, sharding="full"))
+    base = tmp_path / "artifacts/fetch_base"
+    write_json(tmp_path / "reports/fetch_base/metrics.json", {"sha256": "0" * 64})
+    whole = load_base(base, torch.float32, torch.device("cpu"))
+
+    def read(folder):
+        seen.update(load_params(folder / "params.yaml").finetune.model_dump())
+        raise InterruptedError
+
+    monkeypatch.setattr(healing, "run_training", read)
+    with pytest.raises(InterruptedError):
+        healing.heal_model(whole, whole, 4, 1, 0.003, 0.0, 7, tmp_path / "healing")
+    assert (seen["launcher"], seen["devices"], seen["sharding"]) == ("local", "auto", "none")
+
+
 @pytest.mark.slow
 def test_the_whole_model_teaches_the_smaller_one(tmp_path, monkeypatch):
     """By its logits alone: it comes nearer to the whole model, and no answer is learned."""
-    import torch
-
     monkeypatch.chdir(make_project(tmp_path))
     base = save_model(tmp_path / "artifacts/fetch_base", initializer_range=0.2)
     write_json(tmp_path / "reports/fetch_base/metrics.json", {"sha256": "0" * 64})
