@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from stages.common.artifacts import atomic_dir
 from stages.common.errors import InputError
@@ -20,7 +22,8 @@ from stages.finetune.checkpoints import COMPLETE, KEPT, PREFIX, find_problem, ge
 
 logger = get_logger("finetune")
 
-# How long a training waits for a copy. Several processes give up on each other after ten minutes.
+# How long a training waits for a copy, to be made or fetched. Several processes give up on each other after
+# ten minutes.
 COPY_PATIENCE_S = 300.0
 _COMPLETE_COPY = re.compile(rf"{PREFIX}(\d+)/{COMPLETE}")
 
@@ -45,14 +48,29 @@ class CheckpointStore:
         """Return `own`, or a newer complete checkpoint, which is fetched into `folder`.
 
         Raises:
-            InputError: the store cannot be read, or the disk is too full.
+            InputError: the store cannot be read in time, or the disk is too full.
         """
         own_step = get_step(own) if own else -1
+        stored: list[int] = self._read_in_time(self._list_complete)
+        for step in reversed(stored):
+            if step > own_step and (fetched := self.fetch(step, folder)):
+                return fetched
+        if own and own_step not in stored:
+            self.copy(own)
+        return own
+
+    def fetch(self, step: int, folder: Path) -> Path | None:
+        """Return the checkpoint of a step, fetched into `folder`; None, with a warning, if it is cut.
+
+        Raises:
+            InputError: the store cannot be read in time, or the disk is too full.
+        """
+        fetched: Path | None = self._read_in_time(lambda: self._fetch(step, folder))
+        return fetched
+
+    def _read_in_time(self, work: Callable[[], Any]) -> Any:
         try:
-            stored = self._list_complete()
-            for step in reversed(stored):
-                if step > own_step and (fetched := self.fetch(step, folder)):
-                    return fetched
+            return run_in_time(work, COPY_PATIENCE_S)
         except InputError:
             raise
         except Exception as error:  # each library has errors of its own
@@ -60,12 +78,8 @@ class CheckpointStore:
                 f"the checkpoints at {self.url} cannot be read: {type(error).__name__}: {error}",
                 "run again when the store answers, or set finetune.checkpoint_url: null to do without them",
             ) from error
-        if own and own_step not in stored:
-            self.copy(own)
-        return own
 
-    def fetch(self, step: int, folder: Path) -> Path | None:
-        """Return the checkpoint of a step, fetched into `folder`; None, with a warning, if it is cut."""
+    def _fetch(self, step: int, folder: Path) -> Path | None:
         name = f"{PREFIX}{step}"
         target = folder / name
         try:

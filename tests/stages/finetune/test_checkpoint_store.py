@@ -4,10 +4,13 @@ import json
 import logging
 import re
 import shutil
+import threading
 
 import pytest
 
 from stages.common.errors import InputError, ParamsError
+from stages.common.storage.remote_folder import RemoteFolder
+from stages.finetune import checkpoint_store
 from stages.finetune.__main__ import main
 from stages.finetune.checkpoint_store import CheckpointStore
 from stages.finetune.checkpoints import mark_complete
@@ -72,6 +75,21 @@ def test_half_a_copy_and_a_cut_one_are_not_used(tmp_path, caplog):
     # A run that has gone back removes what is after it.
     store.copy(there / "checkpoint-3")
     assert names(tmp_path) == ["checkpoint-3"]
+
+
+@pytest.mark.parametrize("silent", ["list_files", "read", "get"])
+def test_a_store_that_is_silent_when_a_training_resumes_is_not_waited_for(silent, tmp_path, monkeypatch):
+    store = CheckpointStore(f"file://{tmp_path}/store", "run")
+    store.copy(make_checkpoint(tmp_path / "here", 3))
+    (tmp_path / "there").mkdir()
+    answered = threading.Event()
+    monkeypatch.setattr(checkpoint_store, "COPY_PATIENCE_S", 0.2)
+    monkeypatch.setattr(RemoteFolder, silent, lambda *_: answered.wait(20))
+    try:
+        with pytest.raises(InputError, match="run cannot be read: TimeoutError: no answer within"):
+            store.find_newest(tmp_path / "there", None)
+    finally:
+        answered.set()
 
 
 def test_a_list_of_files_that_leads_out_of_the_checkpoint_is_not_used(tmp_path, caplog):
