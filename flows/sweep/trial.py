@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from stages.common.errors import InputError
 from stages.common.task.metrics import LOSS
 
 POINTS = reports(TRAINED) / "validation.csv"
+
+# In the line of the log that tells of a point.
+_UPDATES = re.compile(r"validation rows after \d+ of (\d+) updates")
 
 BLOCKED = "another DVC process writes the same files"
 
@@ -59,7 +63,8 @@ def run_trial(
         processes: of the checkout.
         metric: what is compared.
         planned: points of a whole training; at the last one nothing is left to save.
-        on_point: gets the number of each point, from 1 on, and its value; true stops the training.
+        on_point: gets the number of each point among the planned ones and its value; true stops the
+            training. A training with fewer updates than points has only some of the numbers, and the last.
     """
     started = time.monotonic()
 
@@ -68,7 +73,7 @@ def run_trial(
 
     try:
         write_trial(baseline, text)
-        points = _Points(baseline.checkout / POINTS, metric, planned, on_point, processes)
+        points = Points(baseline.checkout / POINTS, metric, planned, on_point, processes)
         for stage in (CHECKED, TRAINED):
             dvc_locks.clear_dead(baseline.checkout)
             result = _run_stage(stage, processes, points, logger)
@@ -86,17 +91,17 @@ def run_trial(
         return end("failed", message=str(error))
 
 
-def _run_stage(stage: str, processes: StageProcesses, points: _Points, logger: StageLogger) -> StageResult:
+def _run_stage(stage: str, processes: StageProcesses, points: Points, logger: StageLogger) -> StageResult:
     lines = StageLines(stage, logger, lambda: points.pruned or processes.stopped_by is not None)
 
     def take(line: str) -> None:
         lines.take(line)
-        points.read(may_stop=True)
+        points.take(line)
 
     return processes.run(stage, take, lambda _result: False)
 
 
-class _Points:
+class Points:
     """The validation points of a training, read while they come."""
 
     def __init__(
@@ -105,27 +110,36 @@ class _Points:
         self._path, self._metric, self._planned = path, metric, planned
         self._on_point = on_point
         self._processes = processes
+        self._updates: int | None = None  # of the whole training; None where no line has told yet
         self._seen = 0
         self.pruned = False
+
+    def take(self, line: str) -> None:
+        """Take a line of the stage's log, behind which new points may be in the file."""
+        if told := _UPDATES.search(line):
+            self._updates = int(told[1])
+            self.read(may_stop=True)
 
     def read(self, may_stop: bool = False) -> None:
         """Report the points that are new, and stop the training if it is not worth its time."""
         if self.pruned:
             return
-        values = read_points(self._path, self._metric)
-        for number, value in enumerate(values[self._seen :], self._seen + 1):
-            self._seen = number
+        points = read_points(self._path, self._metric)
+        for place, (step, value) in enumerate(points[self._seen :], self._seen + 1):
+            self._seen = place
+            number = round(step * self._planned / self._updates) if self._updates else place
             if self._on_point(number, value) and may_stop and number < self._planned:
                 self.pruned = True
                 self._processes.interrupt()
                 return
 
 
-def read_points(path: Path, metric: str) -> list[float]:
-    """Return the values of a metric at the points so far; none if there is no file yet."""
+def read_points(path: Path, metric: str) -> list[tuple[int, float]]:
+    """Return the update and the value of a metric at each point so far; none if there is no file yet."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            return [float(line[metric]) for line in csv.DictReader(file) if line.get(metric)]
+            lines = [line for line in csv.DictReader(file) if line.get(metric)]
+            return [(int(line["step"]), float(line[metric])) for line in lines]
     except FileNotFoundError:
         return []
 

@@ -10,12 +10,13 @@ from flows.init.params_file import edit_params
 from flows.sweep.baseline import CHECKOUT, check_metric, compute_name, make_baseline
 from flows.sweep.experiments import read_head, save_experiment
 from flows.sweep.space import to_changes
-from flows.sweep.trial import run_trial
+from flows.sweep.trial import Points, run_trial
 from flows.training.plan import make_plan
 from flows.training.stage_process import StageProcesses
 from stages.common.errors import InputError
 from stages.common.params.loading import load_params
 from stages.common.records import write_rows
+from stages.finetune.progress.validation import plan_points
 from tests.flows.sweep.toy_sweep import loss_of, make_toy_sweep
 
 LOGGER = logging.getLogger("flows.sweep.test")
@@ -74,6 +75,30 @@ def test_a_trial_is_stopped_as_soon_as_a_point_is_bad(baseline):
     points = (baseline.checkout / "reports/finetune/validation.csv").read_text().splitlines()
     assert 3 <= len(points) < 6
     assert not (baseline.checkout / "reports/finetune/metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("updates", "numbers"), [(1, [5]), (3, [2, 3, 5]), (5, [1, 2, 3, 4, 5]), (8, [1, 2, 3, 4, 5])]
+)
+def test_a_training_with_fewer_updates_than_points_is_not_stopped_at_its_last_one(updates, numbers, tmp_path):
+    """Its points have the numbers of the same shares of a longer training."""
+    path, seen, lines = tmp_path / "validation.csv", [], ["step,loss"]
+    stopped = []
+
+    class Processes:
+        def interrupt(self):
+            stopped.append(seen[-1])
+
+    def take_point(number, value):
+        seen.append(number)
+        return number == 5
+
+    points = Points(path, "loss", 5, take_point, Processes())
+    for step in sorted(plan_points(updates, 0.2)):
+        lines.append(f"{step},{1 / step}")
+        path.write_text("\n".join(lines) + "\n")
+        points.take(f"finetune: 2 validation rows after {step} of {updates} updates: loss {1 / step}")
+    assert seen == numbers and not stopped
 
 
 @pytest.mark.slow
