@@ -45,7 +45,7 @@ from stages.finetune.kernels.checkpointing import checkpoint_layers, decide_chec
 from stages.finetune.objectives.answers import Answers
 from stages.finetune.objectives.protocol import Batch, Objective, Start, make_idle
 from stages.finetune.progress.asking import Validation, estimate_answers
-from stages.finetune.progress.cost import Prices
+from stages.finetune.progress.cost import Prices, read_taken, write_taken
 from stages.finetune.progress.divergence import BatchLoss, check_final_loss, check_update, check_weights
 from stages.finetune.progress.early_stopping import put_best_into, take_best_from
 from stages.finetune.progress.freed_memory import FreedMemory
@@ -154,7 +154,9 @@ class TrainingMonitor(TrainerCallback):
         checkpoint = Path(args.output_dir) / f"{PREFIX}{state.global_step}"
         check_weights(model, state.global_step, checkpoint.parent)
         collect_states(checkpoint)
+        taken = self.meter.measure_taken()
         if is_main():
+            write_taken(checkpoint, taken)
             put_best_into(checkpoint)
             mark_complete(checkpoint)
             if self.store:
@@ -236,7 +238,8 @@ def train(
         Validation(watch, len(tokens_of_step), attention, checkpoints, sizes[0]) if watch else None
     )
     dtype = pick_dtype(model.device, recipe.dtype)
-    meter = Meter(model, dtype, tokens_of_step, first_step, prices)
+    earlier = read_taken(resumed_from) if resumed_from else None
+    meter = Meter(model, dtype, tokens_of_step, first_step, prices, earlier)
     monitor = TrainingMonitor(first_step, name_row, meter, validation_points, store)
     trainer = PlannedTrainer(
         objective,
@@ -293,7 +296,7 @@ def train(
         answer_tokens=sum(count_tokens(plan, objective.learned_counts, recipe.gradient_accumulation)[:steps]),
         seconds=seconds - asked_seconds,
         validation_seconds=asked_seconds,
-        cost=meter.finish(seconds - asked_seconds, seconds, estimate.peak if estimate else None),
+        cost=meter.finish(seconds - asked_seconds, estimate.peak if estimate else None),
         tokens=sum(tokens_of_step[first_step:steps]),
         peak_rss_mib=sum(gather(measure_peak_rss_mib())),
         held_out=held_out,

@@ -19,6 +19,7 @@ from stages.finetune.devices.group import gather, is_first_of_host
 RAPL = Path("/sys/class/powercap")
 PACKAGES = "intel-rapl:[0-9]*"  # AMD's processors have the same name; `intel-rapl:0:0` is a part of `:0`
 JOULES_PER_WATT_HOUR = 3600.0
+PART = ", of a part of the training only"  # the rest is not known
 COUNTED = {"RAPL": "hosts", "NVML": "GPUs"}  # what each counter is one of
 
 
@@ -62,7 +63,7 @@ class EnergyMeter:
             for name, joules in self._read_counters().items()
         }
 
-    def finish(self) -> Energy:
+    def measure(self) -> Energy:
         """Return the energy of all processes since the start; all must call it."""
         return add_up(gather(self.read()), self._watts, time.monotonic() - self._started)
 
@@ -75,7 +76,7 @@ def add_up(parts: Sequence[Mapping[str, float | None]], watts: float | None, sec
 
     Args:
         parts: the joules that each process read, by counter; None for one that it could not read.
-        watts: assumed where a counter is missing.
+        watts: assumed of each host where a counter is missing.
     """
     values: defaultdict[str, list[float | None]] = defaultdict(list)
     for part in parts:
@@ -84,9 +85,11 @@ def add_up(parts: Sequence[Mapping[str, float | None]], watts: float | None, sec
     found = {name: [one for one in all_of_it if one is not None] for name, all_of_it in values.items()}
     is_whole = all(len(found[name]) == len(values[name]) for name in values)
     if not is_whole and watts is not None:
-        return Energy(
-            watts * seconds / JOULES_PER_WATT_HOUR, f"assumed: {watts:g} W (flows.training.power_watts)"
-        )
+        hosts = len(values["RAPL"])  # which one process of each host looks for
+        joules_of_all = hosts * watts * seconds
+        each = f"{hosts} times " if hosts > 1 else ""
+        source = f"assumed: {each}{watts:g} W (flows.training.power_watts)"
+        return Energy(joules_of_all / JOULES_PER_WATT_HOUR, source)
     named = " and ".join(
         name if len(found[name]) == len(values[name]) else _describe_part(name, found[name], values[name])
         for name in values
@@ -96,6 +99,20 @@ def add_up(parts: Sequence[Mapping[str, float | None]], watts: float | None, sec
         return Energy(None, "not known: no counter can be read, and flows.training.power_watts is null")
     joules_of_all = sum(sum(read) for read in found.values())
     return Energy(joules_of_all / JOULES_PER_WATT_HOUR, f"measured: {named}{'' if is_whole else ' only'}")
+
+
+def join(first: Energy, second: Energy) -> Energy:
+    """Return the energy of two parts of a training; where one is not known that of the other, marked so."""
+    if first.watt_hours is None:
+        return second if second.watt_hours is None else _mark_part(second)
+    if second.watt_hours is None:
+        return _mark_part(first)
+    source = first.source if first.source == second.source else f"{first.source}; then {second.source}"
+    return Energy(first.watt_hours + second.watt_hours, source)
+
+
+def _mark_part(energy: Energy) -> Energy:
+    return Energy(energy.watt_hours, f"{energy.source.removesuffix(PART)}{PART}")
 
 
 def _describe_part(name: str, found: Sequence[object], wanted: Sequence[object]) -> str:

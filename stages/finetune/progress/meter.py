@@ -12,8 +12,8 @@ import torch
 from stages.common.machine.memory import format_bytes, read_held_memory
 from stages.common.machine.products import measure_product_speed
 from stages.common.model.virtual_tokens import count_computed_tokens
-from stages.finetune.devices.group import gather, wait_for_all
-from stages.finetune.progress.cost import Cost, Prices
+from stages.finetune.devices.group import gather, is_first_of_host, wait_for_all
+from stages.finetune.progress.cost import Cost, Prices, Taken
 from stages.finetune.progress.energy import EnergyMeter
 from stages.finetune.progress.flops import count_work
 
@@ -36,6 +36,7 @@ class Meter:
         dtype: in which the steps compute; trained weights can have another.
         tokens_of_step: tokens of the rows of each update of the whole training.
         first_step: updates that were made by an earlier process.
+        earlier: what those took.
     """
 
     def __init__(
@@ -45,7 +46,9 @@ class Meter:
         tokens_of_step: Sequence[int],
         first_step: int,
         prices: Prices | None = None,
+        earlier: Taken | None = None,
     ) -> None:
+        self._earlier = earlier
         self._device: torch.device = model.device
         self._work = count_work(model)
         self._virtual = count_computed_tokens(model)
@@ -92,23 +95,28 @@ class Meter:
             f"{format_bytes(memory)}, {left // 60}:{left % 60:02d} left"
         )
 
-    def finish(self, seconds: float, whole_seconds: float, estimated: int | None) -> Cost:
+    def measure_taken(self) -> Taken:
+        """Return what the training took until now on all hosts, with its earlier parts; all must call it."""
+        hosts = sum(gather(is_first_of_host()))
+        since = time.monotonic() - self._started
+        return Taken(hosts * since, self._energy.measure()).follow(self._earlier)
+
+    def finish(self, seconds: float, estimated: int | None) -> Cost:
         """Return what the training took in all processes; all must call it.
 
         Args:
-            seconds: of the steps; `whole_seconds` are with everything between them.
+            seconds: of the steps, without what was between them.
             estimated: the bytes that this process was estimated to hold at most.
         """
-        is_gpu = self._device.type == "cuda"
+        taken, is_gpu = self.measure_taken(), self._device.type == "cuda"
         if not is_gpu:  # other programs can have slowed the first measurement, and made the share too large
             wait_for_all()
             again = measure_product_speed(self._dtype, self._device.type, PROBE_S)
             self._limit = max(self._limit, again)
         limit = sum(gather(self._limit))
         return Cost(
-            self._energy.finish(),
+            taken,
             self._prices,
-            whole_seconds,
             limit,
             sum(gather(self._operations)) / seconds / limit if seconds > 0 else 0.0,
             sum(gather(estimated or 0)) or None,

@@ -5,7 +5,9 @@ import logging
 
 import pytest
 import torch
+import yaml
 
+from stages.common.artifacts import read_json, write_json
 from stages.common.chat.template import Encoded
 from stages.common.errors import InputError
 from stages.common.machine.memory import format_bytes, read_free_memory, read_held_memory, read_total_memory
@@ -13,11 +15,14 @@ from stages.common.model.generation import EvalPrompt, _choose_likeliest, _prefi
 from stages.finetune.__main__ import main
 from stages.finetune.adapter import build_model
 from stages.finetune.answer_loss import sum_answer_loss
+from stages.finetune.checkpoints import mark_complete
 from stages.finetune.devices import group
 from stages.finetune.devices.choice import Place
+from stages.finetune.progress import energy as energy_module
+from stages.finetune.progress import meter as meter_module
 from stages.finetune.progress.asking import estimate_answers
-from stages.finetune.progress.cost import Cost, Prices
-from stages.finetune.progress.energy import Energy, EnergyMeter, add_up
+from stages.finetune.progress.cost import Cost, Prices, Taken
+from stages.finetune.progress.energy import Energy, EnergyMeter, add_up, join
 from stages.finetune.progress.flops import count_work
 from stages.finetune.progress.memory import (
     MemoryEstimate,
@@ -26,14 +31,17 @@ from stages.finetune.progress.memory import (
     judge_memory,
     plan_memory,
 )
+from stages.finetune.progress.meter import Meter
 from stages.finetune.progress.validation import Sample
 from stages.finetune.shared_prefix import lay_out
 from stages.finetune.speedups import speed_up_training
+from stages.finetune.trainer import TrainingMonitor
 from tests.stages.finetune.project import adapter, change_finetune, make_recipe
 from tests.stages.finetune.test_kernels import LiveBytes
 from tests.tiny import save_model
 
 MIB = 1 << 20
+ASSUMED = "assumed: 60 W (flows.training.power_watts)"
 EXAMPLES = [Encoded([0, *range(5, 5 + n), 1], 8) for n in (96, 240, 136, 200)]
 
 
@@ -179,10 +187,10 @@ def test_energy_is_read_from_counters_that_begin_again_or_assumed_or_not_known(t
     (package / "energy_uj").write_text("980000000\n")
     energy.read()
     (package / "energy_uj").write_text("280000000\n")
-    assert energy.finish() == Energy(pytest.approx(380 / 3600), "measured: RAPL")
-    assumed = EnergyMeter("cpu", 60.0, rapl=tmp_path / "nothing").finish()
+    assert energy.measure() == Energy(pytest.approx(380 / 3600), "measured: RAPL")
+    assumed = EnergyMeter("cpu", 60.0, rapl=tmp_path / "nothing").measure()
     assert assumed.watt_hours is not None and assumed.source.startswith("assumed: 60 W")
-    assert EnergyMeter("cpu", rapl=tmp_path / "nothing").finish().watt_hours is None
+    assert EnergyMeter("cpu", rapl=tmp_path / "nothing").measure().watt_hours is None
 
 
 def test_the_energy_of_several_processes_is_that_of_each_gpu_and_of_each_host_once(tmp_path, monkeypatch):
@@ -199,6 +207,8 @@ def test_the_energy_of_several_processes_is_that_of_each_gpu_and_of_each_host_on
     assert add_up(part, 60.0, 60.0) == Energy(1.0, "assumed: 60 W (flows.training.power_watts)")
     hosts = [{"RAPL": 3600.0}, {"RAPL": None}]
     assert add_up(hosts, None, 1.0) == Energy(1.0, "measured: RAPL of 1 of 2 hosts only")
+    both = "assumed: 2 times 60 W (flows.training.power_watts)"
+    assert add_up([{"RAPL": None}, {}, {"RAPL": None}], 60.0, 60.0) == Energy(2.0, both)
 
 
 def test_several_processes_hold_their_gradients_twice(model, monkeypatch):
@@ -211,7 +221,7 @@ def test_several_processes_hold_their_gradients_twice(model, monkeypatch):
 
 def test_costs_are_shown_where_their_parts_are_known():
     def tell(energy, prices):
-        return Cost(energy, prices, 1800.0, 2e11, 0.4, 900 * MIB, None)
+        return Cost(Taken(1800.0, energy), prices, 2e11, 0.4, 900 * MIB, None)
 
     whole = tell(Energy(50.0, "measured: RAPL"), Prices(None, 400.0, 3.0))
     found = whole.to_metrics()
@@ -220,6 +230,52 @@ def test_costs_are_shown_where_their_parts_are_known():
     assert "50.00 Wh (measured: RAPL), 20.00 g CO2, cost 1.5000" in whole.describe()
     bare = tell(Energy(None, "not known"), Prices())
     assert bare.describe() == "40% of the matrix products of its devices (200 GFLOP/s)"
+
+
+def test_the_parts_of_a_resumed_training_are_added_up():
+    read, assumed, nothing = (
+        Energy(2.0, "measured: RAPL"),
+        Energy(1.0, "assumed: 60 W"),
+        Energy(None, "not known"),
+    )
+    assert join(read, read) == Energy(4.0, "measured: RAPL")
+    assert join(read, assumed) == Energy(3.0, "measured: RAPL; then assumed: 60 W")
+    part = Energy(2.0, "measured: RAPL, of a part of the training only")
+    assert join(read, nothing) == join(nothing, read) == part
+    assert join(nothing, nothing) == nothing
+
+
+def test_every_host_of_a_training_costs_its_price(model, monkeypatch):
+    meter = Meter(model, torch.float32, [1], 0, Prices(None, None, 3600.0))
+    meter.start()
+    alone = meter.measure_taken().host_seconds
+    monkeypatch.setattr(meter_module, "gather", lambda value: [value] * 3)  # as from three hosts
+    assert meter.measure_taken().host_seconds >= 3 * alone > 0
+
+
+def test_a_resumed_training_reports_what_all_of_its_parts_took(project, monkeypatch):
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    params["flows"]["training"] |= {"power_watts": 60, "co2_g_per_kwh": 400, "price_per_hour": 2}
+    (project / "params.yaml").write_text(yaml.safe_dump(params))
+    monkeypatch.setattr(energy_module, "_find_packages", lambda _: [])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(TrainingMonitor, "on_log", stop_after_seven)
+        main()
+    (checkpoint,) = project.glob("checkpoints/finetune/*/checkpoint-6")
+    hour = {"host_seconds": 3600.0, "energy": {"watt_hours": 60.0, "source": ASSUMED}}
+    assert 0 < read_json(checkpoint / "taken.json")["host_seconds"] < 3600
+    write_json(checkpoint / "taken.json", hour)
+    mark_complete(checkpoint)
+    main()
+    took = read_json(project / "reports" / "finetune" / "metrics.json")["throughput"]
+    assert took["energy_source"] == ASSUMED
+    assert 60.0 < took["energy_wh"] < 120 and 2.0 < took["cost"] < 4
+    assert took["co2_g"] == pytest.approx(0.4 * took["energy_wh"], rel=0.01)
+
+
+def stop_after_seven(monitor, arguments, state, *_: object, **__: object) -> None:
+    if state.global_step == 7:
+        raise KeyboardInterrupt
 
 
 def test_a_training_reports_its_speed_memory_and_share_of_the_machine(project, caplog):
