@@ -3,12 +3,14 @@
 #
 #     benchmarks/gpu.sh --out FOLDER [--minutes 10] [--parts numerics,memory,train,task,serve] [--tiny]
 #
-# Writes FOLDER/gpu.json and FOLDER/gpu.md after each part. A part that fails or that this machine cannot run is
-# recorded with its reason, and the others go on; the exit code is then 1 (failed) or 0 (skipped only).
-# --tiny: tiny random models, also on a CPU; what CI runs.
+# Writes FOLDER/gpu.json and FOLDER/gpu.md after each part. A part that fails, that its limit ends, or that this
+# machine cannot run is recorded with its reason and what it had measured by then, and the others go on; the exit
+# code is then 1, or 0 if parts were skipped only. Without the modules that all parts need, both files give that
+# as the reason. --tiny: tiny random models, also on a CPU; what CI runs.
 #
 # PYTHON trains, PYTHON_VLLM serves (default: .venv and .venv-gpu of this checkout, else python3). What is missing is
-# installed into FOLDER/venv if an index can be reached; nothing is installed into an environment that is there.
+# installed into FOLDER/venv if an index can be reached, in at most INSTALL_S seconds (240) before the ten minutes;
+# nothing is installed into an environment that is there.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 cd "$root"
@@ -22,25 +24,33 @@ done
 [ -n "$out" ] || { echo "gpu.sh: --out FOLDER is needed" >&2; exit 2; }
 mkdir -p "$out"
 
+give_up() { # writes both files for a run that cannot begin, and ends
+  echo "gpu.sh: $1" >&2
+  reason=$(printf '%s' "$1" | tr -d '"\\' | tr '\t\n|' '  /')
+  printf '{"machine": null, "parts": {"all": {"status": "failed", "seconds": 0.0, "reason": "%s"}}, "goals": []}\n' \
+    "$reason" > "$out/gpu.json"
+  printf '| part | | seconds | |\n|---|---|---:|---|\n| all | failed | 0.0 | %s |\n' "$reason" > "$out/gpu.md"
+  exit 1
+}
+
 first_that_runs() { # prints the first of the given pythons that runs
   for candidate in "$@"; do
     [ -n "$candidate" ] && command -v "$candidate" > /dev/null && "$candidate" -c '' 2> /dev/null && { echo "$candidate"; return; }
   done
-  echo "gpu.sh: no python found: set PYTHON" >&2
-  exit 2
+  return 1
 }
 
 needed='import torch, transformers, peft, accelerate, pydantic, yaml, psutil, pyarrow'
-python=$(first_that_runs "${PYTHON:-}" "$root/.venv/bin/python" python3)
+python=$(first_that_runs "${PYTHON:-}" "$root/.venv/bin/python" python3) || give_up "no python found: set PYTHON"
 if ! "$python" -c "$needed" 2> "$out/missing.log"; then
-  echo "gpu.sh: $python lacks $(tail -n 1 "$out/missing.log"); installing into $out/venv" >&2
-  "$python" -m venv --system-site-packages "$out/venv"
-  if timeout "${INSTALL_S:-240}" "$out/venv/bin/python" -m pip install --quiet --no-compile --constraint requirements.lock \
-    '.[core]' trl datasets > "$out/install.log" 2>&1; then
-    python=$out/venv/bin/python
-  else
-    echo "gpu.sh: the installation failed ($out/install.log): $(tail -n 1 "$out/install.log")" >&2
-  fi
+  missing="$python fails: $(tail -n 1 "$out/missing.log")"
+  echo "gpu.sh: $missing; installing into $out/venv" >&2
+  { "$python" -m venv --system-site-packages "$out/venv" &&
+    timeout "${INSTALL_S:-240}" "$out/venv/bin/python" -m pip install --quiet --no-compile --constraint requirements.lock \
+      '.[core]' trl datasets; } > "$out/install.log" 2>&1 ||
+    give_up "$missing; the installation failed: $(tail -n 1 "$out/install.log")"
+  python=$out/venv/bin/python
+  "$python" -c "$needed" 2> "$out/missing.log" || give_up "$python fails: $(tail -n 1 "$out/missing.log")"
 fi
 
 vllm=${PYTHON_VLLM:-}

@@ -10,20 +10,23 @@ from __future__ import annotations
 
 import argparse
 import copy
-from itertools import chain
+from itertools import chain, product
 from typing import Any
 from unittest.mock import patch
 
 from benchmarks.gpu.models import ARCHITECTURES, make_config, make_model, make_recipe
-from benchmarks.gpu.part import run_part
+from benchmarks.gpu.part import Note, run_part
 
 BATCHES = ((2, 512), (4, 512), (16, 512), (8, 2048), (32, 2048))
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
+def measure(options: argparse.Namespace, note: Note) -> dict[str, Any]:
     """Return the GiB of a training for each architecture and batch."""
-    batches = ((2, 16), (4, 64)) if options.tiny else BATCHES
-    return {name: [_estimate(name, options.tiny, *batch) for batch in batches] for name in ARCHITECTURES}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in ARCHITECTURES}
+    for name, batch in product(ARCHITECTURES, ((2, 16), (4, 64)) if options.tiny else BATCHES):
+        found[name].append(_estimate(name, options.tiny, *batch))
+        note(found)
+    return found
 
 
 def _estimate(name: str, tiny: bool, rows: int, length: int) -> dict[str, Any]:

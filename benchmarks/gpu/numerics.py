@@ -12,10 +12,10 @@ import argparse
 from typing import Any
 
 from benchmarks.gpu.models import make_config, make_model, make_recipe, make_rows
-from benchmarks.gpu.part import need_gpu, run_part
+from benchmarks.gpu.part import Note, need_gpu, run_part
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
+def measure(options: argparse.Namespace, _: Note) -> dict[str, Any]:
     """Return the relative differences of the gradients, and whether they are those of rounding."""
     import torch
 

@@ -1,4 +1,7 @@
-"""A part of the benchmark: a process of its own, which writes one JSON object and ends."""
+"""A part of the benchmark: a process of its own that writes one JSON object.
+
+It is written after each step, so that a part that fails or is ended by its limit keeps what it measured.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,16 @@ from stages.common.logs import set_quiet_environment
 SKIPPED = 77  # the exit code of a part that this machine cannot run; the reason is in its result
 
 
+Note = Callable[[dict[str, Any]], None]  # writes what has been measured so far
+
+
 class CannotRun(Exception):
     """Raised where the machine lacks what a part needs; the message says what."""
 
 
 def run_part(
     doc: str | None,
-    measure: Callable[[argparse.Namespace], dict[str, Any]],
+    measure: Callable[[argparse.Namespace, Note], dict[str, Any]],
     add_arguments: Callable[[argparse.ArgumentParser], None] = lambda _: None,
 ) -> None:
     """Parse the arguments that all parts have, and write what was measured."""
@@ -31,13 +37,17 @@ def run_part(
     parser.add_argument("--result", type=Path, help="where to write the JSON object; else it is printed")
     add_arguments(parser)
     options = parser.parse_args()
+
+    def note(found: dict[str, Any]) -> None:
+        if options.result:
+            write_json(options.result, found)
+
     try:
-        result, code = measure(options), 0
+        result, code = measure(options, note), 0
     except CannotRun as error:
         result, code = {"reason": str(error)}, SKIPPED
-    if options.result:
-        write_json(options.result, result)
-    else:
+    note(result)
+    if not options.result:
         print(json.dumps(result, indent=2))
     sys.exit(code)
 

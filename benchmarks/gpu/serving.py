@@ -1,10 +1,11 @@
 """The Bento service with vLLM against vLLM's own server, a change of version and two versions under load.
 
-    python -m benchmarks.gpu.serving [--tiny] [--seconds 8] [--result FILE]
+    python -m benchmarks.gpu.serving [--tiny] [--seconds 2] [--result FILE]
 
 Both serve one random model with an adapter over HTTP to the same closed-loop clients, in turns, each with a
-part of the GPU; random weights do not end their answers, so all are of one length. Without vLLM the tiny run
-measures the service alone, with the engine `transformers`.
+part of the GPU and with the same settings of vLLM; random weights do not end their answers, so all are of one
+length. The service starts while the bare server still compiles, and each figure is written as soon as it is
+there. Without vLLM the tiny run measures the service alone, with the engine `transformers`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib.util
+import inspect
 import json
 import os
 import statistics
@@ -20,17 +22,20 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.models import ROOT, make_config, make_model, make_tokenizer
-from benchmarks.gpu.part import CannotRun, need_gpu, run_part
+from benchmarks.gpu.part import CannotRun, Note, need_gpu, run_part
+from services.engines.vllm import VllmEngine, pick_rank
+from stages.common.params.loading import load_params
 
 ARCHITECTURE = "qwen3-4b"
 CLIENTS = (1, 8, 64)
 WORDS = 32_000
 ROUNDS = 2
-CHANGE_WITHIN_S = 240.0  # of the versions that are served
+CHANGE_WITHIN_S = 30.0  # of the versions that are served
 SETTINGS = {
     "max_running: 32 #": "max_running: 64 #",
     "default_max_tokens: 256 #": "default_max_tokens: 128 #",
@@ -42,10 +47,11 @@ VLLM_SETTINGS = {
     "gpu_memory: 0.9 #": f"gpu_memory: {SHARE} #",
 }
 TINY_SETTINGS = {"context_tokens: 2048 #": "context_tokens: 512 #", "keep_loaded: 2 #": "keep_loaded: 3 #"}
+PLACED = "KV cache size"  # in vLLM's log, once it has taken its part of the memory
 Figures = dict[str, Any]
 
 
-def measure(options: argparse.Namespace) -> Figures:
+def measure(options: argparse.Namespace, note: Note) -> Figures:
     """Measure one after the other, and return all figures."""
     if options.store:
         return store(options.store)
@@ -62,39 +68,83 @@ def measure(options: argparse.Namespace) -> Figures:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
-        return asyncio.run(_measure(Path(name), options, with_vllm))
+        return asyncio.run(_measure(Path(name), options, with_vllm, note))
 
 
-async def _measure(folder: Path, options: argparse.Namespace, with_vllm: bool) -> Figures:
-    from benchmarks.serving_peers import Served, Workspace, free_port, start, start_service, until_ready
+async def _measure(folder: Path, options: argparse.Namespace, with_vllm: bool, note: Note) -> Figures:
+    from benchmarks.serving_peers import NotStarted, Served, Workspace, free_port, start_service, until_ready
 
     place = Workspace(ROOT, folder)
     lay_out(folder, options.tiny, with_vllm)
-    tags = json.loads(place.python("benchmarks.gpu.serving", "--store", str(folder)))["tags"]
     tokens = 16 if options.tiny else 128
     seconds = 1.0 if options.tiny else options.seconds
     clients = (1, 4) if options.tiny else CLIENTS
     found: Figures = {"engine": "vllm" if with_vllm else "transformers", "answer_tokens": tokens}
     served: dict[str, Served] = {}
+    children = []
     try:
-        if with_vllm:
-            port = free_port()
-            child = start(place, "vllm", vllm_command(folder, port))
-            await until_ready(child, port, "/health")
-            served["bare"] = Served("vllm", child, port, make_requests(port, tokens, model="tuned"))
-        else:
-            found["bare"] = "skipped: vLLM is not installed here"
+        bare = start_bare(place, free_port()) if with_vllm else None
+        children += [bare.child] if bare else []
+        output = await asyncio.to_thread(place.python, "benchmarks.gpu.serving", "--store", str(folder))
+        tags = json.loads(output)["tags"]
+        if bare:
+            await until_placed(bare)
         port = free_port()
-        child = start_service(place, port)
-        served["ours"] = Served("ours", child, port, make_requests(port, tokens))
-        found["ready_s"] = round(await until_ready(child, port, "/readyz"), 1)
-        found["throughput"] = await compare(served, clients, seconds, tokens)
-        found["swap"] = await swap(served["ours"], folder, tags, clients[1])
-        found["two_versions"] = await ask_two(served["ours"], folder, tags, clients[1], tokens, seconds)
+        children.append(start_service(place, port))
+        ours = Served("ours", children[-1], port, make_requests(port, tokens))
+        found["ready_s"] = round(await until_ready(ours.child, port, "/readyz"), 1)
+        try:
+            if bare:
+                found["bare_ready_s"] = round(await until_ready(bare.child, bare.port, "/health"), 1)
+                served["bare"] = Served(
+                    "vllm", bare.child, bare.port, make_requests(bare.port, tokens, model="tuned")
+                )
+            else:
+                found["bare"] = "not measured, as vLLM is not installed here"
+        except NotStarted as error:
+            found["bare"] = str(error)
+        served["ours"] = ours
+        note(found)
+        found["throughput"] = {}
+        for count in clients:
+            found["throughput"][str(count)] = await compare(served, count, seconds, tokens)
+            note(found)
+        found["swap"] = await swap(ours, folder, tags, clients[1])
+        note(found)
+        found["two_versions"] = await ask_two(ours, folder, tags, clients[1], tokens, seconds)
     finally:
-        for one in served.values():
-            await asyncio.to_thread(one.child.end)
+        await asyncio.gather(*(asyncio.to_thread(child.end) for child in children))
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class Starting:
+    """vLLM's own server, before it is ready."""
+
+    child: Any
+    port: int
+
+
+def start_bare(place: Any, port: int) -> Starting:
+    """Start vLLM's own server."""
+    from benchmarks.serving_peers import start
+
+    return Starting(start(place, "vllm", vllm_command(place.folder, port)), port)
+
+
+async def until_placed(bare: Starting) -> None:
+    """Wait until the bare server has taken its memory, has ended, or is ready.
+
+    vLLM measures what is free before it takes its part, so the two must not do that at the same time. What
+    follows, the capture of graphs, takes little.
+    """
+    from benchmarks.serving_peers import START_WITHIN_S
+
+    until = bare.child.started + START_WITHIN_S
+    while time.monotonic() < until and bare.child.process.poll() is None:
+        if PLACED in bare.child.log.read_text(encoding="utf-8", errors="replace"):
+            return
+        await asyncio.sleep(0.2)
 
 
 def lay_out(folder: Path, tiny: bool, with_vllm: bool) -> None:
@@ -165,13 +215,21 @@ def store(folder: Path) -> Figures:
 
 
 def vllm_command(folder: Path, port: int) -> list[str]:
-    """Return the command of vLLM's own server, with the settings that the service gives its engine."""
+    """Return the command of vLLM's own server, with the settings that the service gives its engine.
+
+    They are read from where the service has them: the folder's params.yaml, and the engine's defaults.
+    """
+    engine = load_params(folder / "params.yaml").services.engine
+    adapter = folder / "artifacts" / "finetune"
+    most = inspect.signature(VllmEngine).parameters["max_adapters"].default
     return [
         *(str(Path(sys.executable).with_name("vllm")), "serve", str(folder / "artifacts" / "fetch_base")),
-        *("--host", "127.0.0.1", "--port", str(port), "--gpu-memory-utilization", str(SHARE)),
-        *("--max-model-len", "512", "--max-num-seqs", "64", "--enable-prefix-caching"),
-        *("--enable-lora", "--max-loras", "3", "--max-lora-rank", "64"),
-        *("--lora-modules", f"tuned={folder / 'artifacts' / 'finetune'}"),
+        *("--host", "127.0.0.1", "--port", str(port)),
+        *("--gpu-memory-utilization", str(engine.gpu_memory)),
+        *("--max-model-len", str(engine.context_tokens), "--max-num-seqs", str(engine.max_running)),
+        *("--enable-prefix-caching", "--disable-log-stats", "--disable-uvicorn-access-log"),
+        *("--enable-lora", "--max-loras", str(most), "--max-lora-rank", str(pick_rank(adapter))),
+        *("--lora-modules", f"tuned={adapter}"),
     ]
 
 
@@ -193,23 +251,20 @@ def make_requests(port: int, tokens: int, **more: Any) -> list[bytes]:
     ]
 
 
-async def compare(served: dict[str, Any], clients: Sequence[int], seconds: float, tokens: int) -> Figures:
-    """Measure all in turns, at each number of clients."""
-    found: Figures = {}
-    for count in clients:
-        runs: dict[str, list[Figures]] = {name: [] for name in served}
-        for number in range(ROUNDS):
-            for name, one in served.items():
-                run = await one.turn(count, 37 * number, seconds, count)
-                runs[name].append(read_run(run, tokens))
-        own: Figures = {
-            name: {key: statistics.median(one[key] for one in some) for key in some[0]}
-            for name, some in runs.items()
-        }
-        if "bare" in own:
-            own["ratio"] = round(own["ours"]["tokens_per_second"] / own["bare"]["tokens_per_second"], 3)
-        found[str(count)] = own
-    return found
+async def compare(served: dict[str, Any], clients: int, seconds: float, tokens: int) -> Figures:
+    """Measure all in turns."""
+    runs: dict[str, list[Figures]] = {name: [] for name in served}
+    for number in range(ROUNDS):
+        for name, one in served.items():
+            run = await one.turn(clients, 37 * number, seconds, clients)
+            runs[name].append(read_run(run, tokens))
+    own: Figures = {
+        name: {key: statistics.median(one[key] for one in some) for key in some[0]}
+        for name, some in runs.items()
+    }
+    if "bare" in own:
+        own["ratio"] = round(own["ours"]["tokens_per_second"] / own["bare"]["tokens_per_second"], 3)
+    return own
 
 
 def read_run(run: Any, tokens: int) -> Figures:
@@ -281,7 +336,7 @@ def count_up() -> Iterator[int]:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seconds", type=float, default=8.0, help="of a turn")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of a turn")
     parser.add_argument("--store", type=Path, help=argparse.SUPPRESS)
 
 

@@ -2,8 +2,9 @@
 
     python -m benchmarks.gpu.task [--tiny] [--result FILE] [--keep FOLDER]
 
-Runs the stages of `dvc.yaml` in turn, each as `python -m stages.NAME`, in a folder of its own with
-the checkout's parameters. --tiny: `finetune` alone, on a tiny model and rows made here.
+Runs the stages of `dvc.yaml` up to `evaluate` in turn, each as `python -m stages.NAME`, in a folder of its
+own with the checkout's parameters; `model_card` describes a run that DVC has recorded, and there is none. The
+seconds are written after each stage. --tiny: the same stages, with a tiny model and rows made here.
 """
 
 from __future__ import annotations
@@ -17,31 +18,48 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from benchmarks.gpu.models import ROOT, make_config, make_model, make_tokenizer
-from benchmarks.gpu.part import CannotRun, need_gpu, run_part
+from benchmarks.gpu.part import CannotRun, Note, need_gpu, run_part
+from stages.common.artifacts import read_json, write_lines
 
+LAST = "evaluate"
 NEEDED = {"great_expectations": "validate", "gguf": "export", "matplotlib": "finetune"}
-TINY_SETTINGS = {
-    "batch_size": 4,
-    "max_length": 256,
-    "rank": 4,
-    "trained_modules": 1,
-    "checkpoint_every_steps": 100,
-    "epochs": 1,
+# Of the tiny run, by section; its rows are questions of these parts, each with its thing as the answer.
+TINY_SETTINGS: dict[str, dict[str, Any]] = {
+    "task": {"label_key": "thing", "system_prompt": None, "slices": []},
+    "fetch_base": {"origin": "folder", "name": "base", "revision": None, "sha256": None, "file": None},
+    "validate": {"min_rows": 50},
+    "check_bias": {"groups": {"thing": {"min_representation_ratio": None, "max_cramers_v": None}}},
+    "split": {"min_train_rows": 20, "min_test_rows": 5},
+    "ask_base": {"min_test_rows": 5, "max_new_tokens": 8},
+    "finetune": {"max_length": 256, "rank": 4, "batch_size": 8, "learning_rate": 1e-4, "epochs": 1},
+    "export": {"gguf": False},
+    "evaluate": {"resamples": 100},
+    "model_card": {"name": "things", "intended_use": "Name things.", "out_of_scope": "All else."},
 }
+THINGS = ("the lamp in the hall", "my heater", "a blue blind", "our old radio")
+WISHES = ("is too loud", "went off yesterday", "should be on at noon", "needs a new part", "looks wrong")
+HASTE = ("please hurry", "everybody is waiting", "no rush at all", "whenever there is time")
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
+def list_stages() -> list[str]:
+    """Return the stages of `dvc.yaml` in its order, up to the last one that needs no `dvc.lock`."""
+    stages = list(yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"])
+    return stages[: stages.index(LAST) + 1]
+
+
+def measure(options: argparse.Namespace, note: Note) -> dict[str, Any]:
     """Run the stages, and return their seconds and what was reached."""
     need_gpu(options.tiny)
-    order = list(yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"])
-    stages = ["finetune"] if options.tiny else order
+    stages = list_stages()
     if lacking := [
         f"{name} ({stage})" for name, stage in NEEDED.items() if not importlib.util.find_spec(name)
     ]:
@@ -50,38 +68,48 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with place as name:
         folder = Path(name)
         lay_out(folder, options.tiny)
-        seconds = {stage: run_stage(folder, stage) for stage in stages}
-        return {"seconds": seconds, "minutes": round(sum(seconds.values()) / 60, 2), **read_result(folder)}
+        seconds = dict[str, float]()
+        for stage in stages:
+            seconds[stage] = run_stage(folder, stage)
+            note(summarise(folder, stages, seconds))
+        return summarise(folder, stages, seconds)
+
+
+def summarise(folder: Path, stages: Sequence[str], seconds: Mapping[str, float]) -> dict[str, Any]:
+    """Return the times of the stages that have run, which have not, and what was reached."""
+    return {
+        "seconds": dict(seconds),
+        "minutes": round(sum(seconds.values()) / 60, 2),
+        "not_run": [stage for stage in stages if stage not in seconds],
+        **read_result(folder, seconds),
+    }
 
 
 def lay_out(folder: Path, tiny: bool) -> None:
     """Prepare a folder in which the stages run."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copytree(ROOT / "data", folder / "data", dirs_exist_ok=True)
-    (folder / "artifacts" / "initial_adapter").mkdir(parents=True)
+    (folder / "artifacts" / "initial_adapter").mkdir(parents=True, exist_ok=True)
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     if tiny:
-        params["finetune"].update(TINY_SETTINGS)
-        make_tiny_inputs(folder)
+        for section, changes in TINY_SETTINGS.items():
+            params[section].update(changes)
+        params["collect"]["sources"] = [make_tiny_inputs(folder)]
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
 
 
-def make_tiny_inputs(folder: Path) -> None:
-    """Write what `finetune` reads: a random model, rows, and the kind of the task."""
-    from stages.common.artifacts import write_json
-    from stages.common.messages import Message
-    from stages.common.records import make_row, write_rows
-
-    def make(number: int) -> Any:
-        question, answer = f"question {number} of {number % 7}", json.dumps({"n": number % 5})
-        return make_row([Message("user", question), Message("assistant", answer)], "toy", "cc0-1.0")
-
-    base = folder / "artifacts" / "fetch_base"
+def make_tiny_inputs(folder: Path) -> dict[str, Any]:
+    """Write a random model and rows; return the source of the rows."""
+    base = folder / "base"
     make_model(make_config("llama-8b", tiny=True), "float32", "cpu").save_pretrained(base)
     make_tokenizer(512).save_pretrained(base)
-    for name, numbers in (("train", range(48)), ("validation", range(1000, 1008))):
-        write_rows(folder / "artifacts" / "split" / f"{name}.parquet", [make(number) for number in numbers])
-    write_json(folder / "artifacts" / "curate" / "task.json", {"kind": "json", "label_key": None})
+    lines = [
+        {"prompt": f"{thing} {wish}, {haste}", "completion": json.dumps({"thing": thing}), "thing": thing}
+        for thing, wish, haste in product(THINGS, WISHES, HASTE)
+    ]
+    write_lines(folder / "data" / "rows.jsonl", (json.dumps(line) + "\n" for line in lines))
+    columns = {"prompt_column": "prompt", "completion_column": "completion", "tag_columns": ["thing"]}
+    return {"kind": "file", "path": "data/rows.jsonl", "license": "cc0-1.0", "origin": "human", **columns}
 
 
 def run_stage(folder: Path, stage: str) -> float:
@@ -99,23 +127,21 @@ def run_stage(folder: Path, stage: str) -> float:
     return round(time.monotonic() - started, 1)
 
 
-def read_result(folder: Path) -> dict[str, Any]:
-    """Return what the stages reported of the training, and of the answers if they were judged."""
-    trained = json.loads((folder / "reports/finetune/metrics.json").read_text(encoding="utf-8"))
-    found = {
-        "train_loss": trained["train_loss"],
-        "tokens_per_second": trained["throughput"]["tokens_per_second"],
-        "exact_match": None,
-    }
-    judged = folder / "reports/evaluate/metrics.json"
-    if judged.exists():
-        tuned = json.loads(judged.read_text(encoding="utf-8"))["tuned"]
-        found["exact_match"] = tuned["exact_match"]["value"]
+def read_result(folder: Path, stages: Collection[str]) -> dict[str, Any]:
+    """Return what these stages reported of the training, and of the answers; a kept folder may have more."""
+    found = dict.fromkeys(("train_loss", "tokens_per_second", "exact_match"))
+    if "finetune" in stages:
+        report = read_json(folder / "reports" / "finetune" / "metrics.json")
+        found["train_loss"] = report["train_loss"]
+        found["tokens_per_second"] = report["throughput"]["tokens_per_second"]
+    if LAST in stages:
+        report = read_json(folder / "reports" / LAST / "metrics.json")
+        found["exact_match"] = report["tuned"]["exact_match"]["value"]
     return found
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--keep", type=Path, help="run in this folder, and leave it")
+    parser.add_argument("--keep", type=Path, help="run in this folder, which may exist, and leave it")
 
 
 if __name__ == "__main__":

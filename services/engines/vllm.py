@@ -76,7 +76,7 @@ class VllmEngine:
             "model": str(base),
             "enable_lora": True,
             "max_loras": max_adapters,
-            "max_lora_rank": _pick_rank(adapter),
+            "max_lora_rank": pick_rank(adapter),
             "max_num_seqs": max_running,
             "max_model_len": context_tokens,
             "gpu_memory_utilization": gpu_memory,
@@ -303,7 +303,7 @@ def _logprob(token: int, table: Any, count: int) -> TokenLogprob:
     return TokenLogprob(token, float(table[token].logprob), tuple(best[:count]))
 
 
-def _pick_rank(adapter: Path | None) -> int:
+def pick_rank(adapter: Path | None) -> int:
     """Return the LoRA rank to reserve: the adapter's, and at least 64 for later versions."""
     if adapter is None:
         return 64
