@@ -138,11 +138,16 @@ def sample_answers(
         prompts: asked together.
         max_new_tokens: where an answer is cut.
         generator: on the model's device; equal states give equal answers.
+
+    Raises:
+        FloatingPointError: the model's probabilities are not numbers.
     """
     import torch
 
     def draw(logits: torch.Tensor) -> torch.Tensor:
         shares = torch.softmax(logits.float() / temperature, dim=-1)
+        if not torch.isfinite(shares).all():  # a GPU could not be used again after drawing from them
+            raise FloatingPointError("the model's probabilities are not numbers")
         return torch.multinomial(shares, 1, generator=generator)[:, 0]
 
     with torch.no_grad():

@@ -85,10 +85,16 @@ class Groups:
         return Batch(rows, layout, (), torch.zeros(len(rows) * self.sequences_of_row))
 
     def compute_loss(self, model: Any, batch: Batch) -> Tensor:
-        """Sample a group for each prompt of a batch, and return the sum of the losses of the answers."""
+        """Sample a group for each prompt of a batch, and return the sum of the losses of the answers.
+
+        A model that has no answers, because its probabilities are not numbers, has such a loss.
+        """
         if not batch.rows:
             return batch.layout.answer_logits(model).sum()
-        answers = self._sample(model, batch)
+        try:
+            answers = self._sample(model, batch)
+        except FloatingPointError:
+            return batch.layout.answer_logits(model).sum() * torch.nan
         rewards = self._reward(batch.rows, answers)
         advantages = compare_in_groups(torch.tensor(rewards), self.sequences_of_row).to(batch.units.device)
         sequences = [
@@ -116,11 +122,13 @@ class Groups:
     def take_figures(self) -> dict[str, float]:
         """Return the mean reward of the update, and the share of answers that passed each check.
 
-        `compared` is the share of groups whose answers differ in worth, which alone teach something.
+        `compared` is the share of groups whose answers differ in worth, which alone teach something. There
+        is nothing to tell of a model that has no answers.
         """
         found = [figures for share in gather(self._figures) for figures in share]
         self._figures = []
-        return {name: fmean(figures[name] for figures in found) for name in ("reward", *CHECKS, COMPARED)}
+        names = ("reward", *CHECKS, COMPARED) if found else ()
+        return {name: fmean(figures[name] for figures in found) for name in names}
 
     def measure(self, model: Any, arrange: Arrange) -> None:
         """Return None: the validation rows are asked of every method."""
@@ -135,9 +143,11 @@ class Groups:
         prompts = [self._prompts[row] for row in batch.rows for _ in range(self.sequences_of_row)]
         was_training = own.training
         own.eval()
-        with attending(own, self._attention):
-            found = sample_answers(own, self.tokenizer, prompts, self.limit, self.temperature, generator)
-        own.train(was_training)
+        try:
+            with attending(own, self._attention):
+                found = sample_answers(own, self.tokenizer, prompts, self.limit, self.temperature, generator)
+        finally:
+            own.train(was_training)
         size = self.sequences_of_row
         return [found[first : first + size] for first in range(0, len(found), size)]
 
