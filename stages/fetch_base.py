@@ -27,6 +27,7 @@ from stages.common.errors import InputError, TransientError
 from stages.common.licenses import to_spdx
 from stages.common.logs import get_logger, run_stage
 from stages.common.params.loading import load_params
+from stages.common.storage.hub import download_model
 from stages.common.task.settings import TaskSettings
 
 logger = get_logger("fetch_base")
@@ -38,8 +39,6 @@ NETWORK_TROUBLE = re.compile(
     r"connection (?:broken|error)|timed? ?out|not enough bytes|HTTP error 5\d\d", re.I
 )
 ROOMY_MIB = 1024  # a download that fails with less than this left may have filled the disk
-# Weights as safetensors only: a .bin is a pickle, which can run code when it is read.
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +125,7 @@ def find_on_hub(name: str, revision: str | None) -> Found:
     Raises:
         InputError: no such model, no permission, no safetensors in it, or no network and nothing cached.
     """
-    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     asked = f"{name} at {revision or 'main'}"
@@ -152,7 +151,7 @@ def find_on_hub(name: str, revision: str | None) -> Found:
         why = f"the network does not answer ({type(error).__name__}: {error})"
         return _find_in_hub_cache(name, revision, why, TransientError)
     try:
-        folder = snapshot_download(name, revision=commit, allow_patterns=HUB_FILES, ignore_patterns=["*/*"])
+        folder = download_model(name, commit, ["README.md"])
     except Exception as error:  # of the network or the disk
         of_the_network = isinstance(error, ConnectionError | TimeoutError)
         if isinstance(error, OSError) and error.errno is not None and not of_the_network:
@@ -161,7 +160,7 @@ def find_on_hub(name: str, revision: str | None) -> Found:
             f"the download of {asked} failed: {_last_lines(str(error), 3)}",
             "run again: the download is resumed",
         ) from None
-    return _hub_snapshot(Path(folder), name)
+    return _hub_snapshot(folder, name)
 
 
 def _find_in_hub_cache(name: str, revision: str | None, why: str, error_type: type[InputError]) -> Found:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.common.errors import InputError
 from stages.common.machine.devices import check_batch_size, check_devices, inspect_host
-from stages.common.machine.memory import format_bytes, read_total_memory
-from stages.common.machine.training_memory import count_state_bytes
 from stages.common.model.adapter import (
     HEAD,
     LORA_METHODS,
     PROMPT_METHODS,
     REPLACED_METHODS,
-    SHARDED_METHODS,
     STARTED_METHODS,
     describe_missing_start,
     find_files,
@@ -30,10 +27,9 @@ from stages.common.model.loading import (
     load_tokenizer,
     make_empty,
     pick_device,
-    pick_dtype,
     read_position_limit,
 )
-from stages.common.model.nf4 import NF4_BYTES, check_nf4
+from stages.common.model.nf4 import check_nf4
 from stages.common.model.replaced import (
     check_not_quantized,
     check_shardable,
@@ -51,6 +47,7 @@ from stages.common.model.targets import (
 from stages.common.model.teacher import check_same_tokens, find_teacher
 from stages.common.model.virtual_tokens import check_count, check_init_text, check_keys, count_values
 from stages.common.storage.remote_folder import RemoteFolder
+from stages.preflight.memory_checks import find_memory_problems, find_memory_problems_of_teacher
 
 if TYPE_CHECKING:
     from stages.common.params.finetune import Finetune
@@ -73,6 +70,7 @@ class Training:
         trained_parameters: weights that training changes or adds.
         reach: share of the transformer blocks that a backward pass goes through.
         quantized_parameters: of the base model, those that are held in 4 bits.
+        teacher_parameters: weights of the teacher, if there is one.
     """
 
     method: str
@@ -80,6 +78,7 @@ class Training:
     trained_parameters: int
     reach: float
     quantized_parameters: int = 0
+    teacher_parameters: int = 0
 
     def describe(self) -> dict[str, Any]:
         """Return it as evidence."""
@@ -173,10 +172,15 @@ def find_finetune_problems(
 ) -> tuple[Training | None, list[InputError]]:
     """Return what is trained, and why it cannot be, or not from the adapter or the text to start from."""
     training, problems = find_method_problems(config, finetune, labels)
+    teacher, of_teacher = find_teacher_problems(finetune, tokenizer)
+    if teacher:
+        weights = count_parameters(teacher)
+        of_teacher = find_memory_problems_of_teacher(weights, finetune, training)
+        training = replace(training, teacher_parameters=weights) if training else None
     others = [
         *find_adapter_problems(finetune, labels),
         *find_init_problems(tokenizer, finetune),
-        *find_teacher_problems(finetune, tokenizer),
+        *of_teacher,
         *find_store_problems(finetune.checkpoint_url),
         *find_device_problems(finetune),
     ]
@@ -205,47 +209,6 @@ def find_method_problems(
     except InputError as error:
         return None, [error]
     return training, find_memory_problems(training, finetune)
-
-
-def find_memory_problems(training: Training, finetune: Finetune) -> list[InputError]:
-    """Return whether weights, gradients and averages alone are more than the memory of this machine.
-
-    On a Ray cluster others train; each refuses then what its own memory cannot hold.
-    """
-    if finetune.launcher == "ray":
-        return []
-    device = pick_device()
-    element_bytes = pick_dtype(device, finetune.dtype).itemsize
-    replaced = training.method in REPLACED_METHODS
-    needed = count_state_bytes(training.parameters, training.trained_parameters, element_bytes, replaced)
-    needed -= int(training.quantized_parameters * (element_bytes - NF4_BYTES))
-    has = measure_memory(device.type) * count_sharing(finetune, device.type)
-    if needed <= has or (can_be_shared(finetune) and finetune.launcher != "local"):
-        return []  # how many hosts there will be is not known here
-    return [
-        InputError(
-            f"finetune.method {training.method} needs {format_bytes(needed)} for weights, gradients and "
-            f"averages of {training.trained_parameters:,} trained weights, and this machine has "
-            f"{format_bytes(has)} of memory",
-            "train fewer weights (finetune.method: lora, or fewer finetune.trained_modules), or choose a "
-            "smaller base model",
-        )
-    ]
-
-
-def can_be_shared(finetune: Finetune) -> bool:
-    """Return whether several processes may share the model."""
-    return finetune.sharding != "none" and finetune.method in SHARDED_METHODS
-
-
-def count_sharing(finetune: Finetune, kind: str) -> int:
-    """Return how many GPUs of this machine can share the model; on a CPU all processes have one memory."""
-    if kind != "cuda" or not can_be_shared(finetune):
-        return 1
-    import torch
-
-    wanted = finetune.devices
-    return min(torch.cuda.device_count(), finetune.batch_size) if wanted == "auto" else wanted
 
 
 def find_adapter_problems(finetune: Finetune, labels: Sequence[str] = ()) -> list[InputError]:
@@ -291,30 +254,17 @@ def find_stopping_problems(finetune: Finetune, task: Task, answers: Sequence[str
     return []
 
 
-def find_teacher_problems(finetune: Finetune, tokenizer: Any) -> list[InputError]:
-    """Return why the teacher of a distillation cannot teach this base model; it is fetched if need be."""
+def find_teacher_problems(finetune: Finetune, tokenizer: Any) -> tuple[Path | None, list[InputError]]:
+    """Return the folder of the teacher, which is fetched if need be, and why it cannot teach this model."""
     if finetune.taught_by is None:
-        return []
+        return None, []
     try:
         folder = find_teacher(finetune.taught_by)
         if finetune.distill == "logits":
             check_same_tokens(load_tokenizer(folder), tokenizer, finetune.taught_by)
     except InputError as error:
-        return [error]
-    if finetune.launcher == "ray":
-        return []
-    device = pick_device()
-    needed = count_parameters(folder) * pick_dtype(device, finetune.dtype).itemsize
-    has = measure_memory(device.type)
-    if needed <= has:
-        return []
-    return [
-        InputError(
-            f"the weights of the teacher {finetune.taught_by} take {format_bytes(needed)}, and this machine "
-            f"has {format_bytes(has)} of memory",
-            "choose a smaller teacher",
-        )
-    ]
+        return None, [error]
+    return folder, []
 
 
 def find_store_problems(url: str | None) -> list[InputError]:
@@ -387,12 +337,3 @@ def count_checkpoint_bytes(training: Training | None, finetune: Finetune) -> int
     """Return the space on the disk for the checkpoints of a training and for what it trains."""
     each = DISK_BYTES + (BEST_BYTES if finetune.early_stopping else 0)
     return each * training.trained_parameters if training else 0
-
-
-def measure_memory(device: str) -> int:
-    """Return the bytes of memory of the GPU, or of the machine."""
-    if device != "cuda":
-        return read_total_memory()
-    import torch
-
-    return int(torch.cuda.get_device_properties(0).total_memory)

@@ -11,10 +11,15 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import save_file
 
 from stages.common.artifacts import hash_file, read_json
 from stages.common.errors import InputError, TransientError
+from stages.common.model.loading import count_parameters
+from stages.common.model.teacher import find_teacher
 from stages.fetch_base import find_in_folder, find_on_hub, main, normalize_license
 from tests.tiny import make_model, make_tokenizer, save_model
 
@@ -244,6 +249,34 @@ def test_a_cached_hub_model_is_found_without_network_and_its_commit_recorded(tin
     )
     assert f"revision='{commit}'" in result.stdout
     assert "license='gemma'" in result.stdout
+
+
+@pytest.mark.parametrize("shards", ["20KB", "1GB"])
+def test_weights_that_the_hub_has_a_second_time_are_neither_downloaded_nor_counted(
+    shards, tmp_path, monkeypatch
+):
+    hub = save_model(tmp_path / "hub")
+    (hub / "model.safetensors").unlink()
+    make_model().save_pretrained(hub, max_shard_size=shards)
+    save_file({"again": torch.zeros(1000)}, hub / "consolidated.safetensors")
+    got = tmp_path / ("0" * 40)
+
+    def download(name, *, revision, allow_patterns, ignore_patterns, **_):
+        files = [str(path.relative_to(hub)) for path in hub.rglob("*")]
+        for file in filter_repo_objects(
+            files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        ):
+            got.mkdir(exist_ok=True)
+            shutil.copyfile(hub / file, got / file)
+        return str(got)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert find_teacher("owner/model") == got
+    names = {path.name for path in hub.iterdir()}
+    assert (len([name for name in names if name.startswith("model-")]) > 1) == (shards == "20KB")
+    assert {path.name for path in got.iterdir()} == names - {"consolidated.safetensors"}
+    expected = sum(weights.numel() for weights in make_model().parameters())
+    assert count_parameters(got) == count_parameters(hub) == expected
 
 
 def test_a_name_that_is_no_hub_id_is_refused():

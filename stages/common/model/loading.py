@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,9 @@ from stages.common.model.virtual_tokens import check_shape, has_virtual_tokens, 
 
 if TYPE_CHECKING:
     import torch
+
+WEIGHTS = "model.safetensors"  # of a model in one file
+INDEX = "model.safetensors.index.json"  # or which file has which weight
 
 MAX_REASON_CHARS = 300  # of a library's message in ours: it may list every tensor
 
@@ -101,12 +105,32 @@ def read_config(folder: Path) -> Any:
     return AutoConfig.from_pretrained(folder, local_files_only=True)
 
 
+def read_index(folder: Path) -> list[str]:
+    """Return the names of the files that have the weights of a model; none where no index names them."""
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        return sorted({Path(name).name for name in index["weight_map"].values()})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return []
+
+
+def list_weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a model folder that transformers reads.
+
+    Others may have the same weights again, as the `consolidated.safetensors` of Mistral's models.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    named = [folder / name for name in read_index(folder)]
+    return [path for path in named if path.is_file()] or sorted(folder.glob("*.safetensors"))
+
+
 def count_parameters(base: Path) -> int:
     """Return the number of weights in the safetensors files of a model, from their headers."""
     from safetensors import safe_open
 
     total = 0
-    for path in sorted(base.glob("*.safetensors")):
+    for path in list_weight_files(base):
         with safe_open(path, framework="numpy") as file:
             total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     return total
@@ -117,7 +141,7 @@ def is_stored_in_bfloat16(base: Path) -> bool:
     from safetensors import safe_open
 
     kinds = set()
-    for path in base.glob("*.safetensors"):
+    for path in list_weight_files(base):
         with safe_open(path, framework="numpy") as file:
             kinds |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     return kinds == {"BF16"}

@@ -7,10 +7,10 @@ from typing import Any
 
 from stages.common.artifacts import hash_file
 from stages.common.errors import InputError, TransientError
+from stages.common.model.loading import list_weight_files
+from stages.common.storage.hub import download_model
 
 FIRST_ANSWER_S = 10  # a hub that is silent for this long counts as no network
-# Weights as safetensors only: a .bin is a pickle, which can run code when it is read.
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
 def find_teacher(name: str) -> Path:
@@ -34,20 +34,11 @@ def find_teacher(name: str) -> Path:
 
 
 def _fetch(name: str) -> Path:
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     model, _, revision = name.partition("@")
     try:
-        return Path(
-            snapshot_download(
-                model,
-                revision=revision or None,
-                allow_patterns=HUB_FILES,
-                ignore_patterns=["*/*"],
-                etag_timeout=FIRST_ANSWER_S,
-            )
-        )
+        return download_model(model, revision or None, etag_timeout=FIRST_ANSWER_S)
     except HFValidationError:
         raise InputError(
             f"finetune.teacher: {name!r} is neither a folder nor a hub id", "write it as owner/model"
@@ -83,5 +74,5 @@ def check_same_tokens(teacher: Any, tokenizer: Any, name: str) -> None:
 
 def describe_teacher(folder: Path) -> dict[str, str]:
     """Return the hash of each file that decides what a teacher answers."""
-    files = [*folder.glob("*.json"), *folder.glob("*.safetensors"), *folder.glob("*.jinja")]
+    files = [*folder.glob("*.json"), *list_weight_files(folder), *folder.glob("*.jinja")]
     return {path.name: hash_file(path) for path in sorted(files)}

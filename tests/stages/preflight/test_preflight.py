@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -16,13 +17,14 @@ from stages.common.chat.template import Encoded, encode_example, fix_argument
 from stages.common.chat.tools_template import adapt_template
 from stages.common.errors import InputError
 from stages.common.messages import Message, Tool, ToolCall
+from stages.common.model.loading import read_config
 from stages.common.model.replaced import measure_reach, select_weights
 from stages.common.params.compress import Compress
 from stages.common.params.finetune import EarlyStopping
 from stages.common.params.loading import load_params
 from stages.common.records import make_row, write_rows
 from stages.preflight import __main__ as preflight
-from stages.preflight import base_checks, finetune_checks
+from stages.preflight import base_checks, finetune_checks, memory_checks
 from stages.preflight.finetune_checks import find_method_problems
 from stages.preflight.page import render_page
 from tests.stages.common.chat.tool_templates import QWEN_3 as THINKS
@@ -674,10 +676,28 @@ def test_weights_that_are_quantized_are_not_trained(lay_out, set_params):
 def test_a_training_that_the_memory_cannot_hold_is_refused(lay_out, set_params, monkeypatch):
     lay_out()
     set_params(finetune__method="full")
-    monkeypatch.setattr(finetune_checks, "measure_memory", lambda device: 1000)
+    monkeypatch.setattr(memory_checks, "measure_memory", lambda device: 1000)
     with pytest.raises(InputError, match=r"and this machine has 0 MiB of memory") as error:
         preflight.main()
     assert "finetune.method: lora" in error.value.fix
+
+
+def test_a_teacher_that_stays_beside_the_model_is_counted_with_it(lay_out, set_params, monkeypatch):
+    lay_out()
+    shutil.copytree("artifacts/fetch_base", "teacher")
+    set_params(finetune__method="distill", finetune__teacher="teacher", finetune__dtype="float32")
+    params = load_params().finetune
+    training, _ = find_method_problems(read_config(Path("artifacts/fetch_base")), params)
+    own, teacher = memory_checks.count_own_bytes(training, params), 4 * training.parameters
+    monkeypatch.setattr(memory_checks, "measure_memory", lambda device: own + teacher)
+    preflight.main()
+    assert found()["training"]["teacher_parameters"] == training.parameters
+    monkeypatch.setattr(memory_checks, "measure_memory", lambda device: own + teacher - 1)
+    with pytest.raises(InputError, match=r"teacher teacher take 0 MiB beside 0 MiB of the model") as error:
+        preflight.main()
+    assert "finetune.distill: answers" in error.value.fix
+    set_params(finetune__method="distill", finetune__teacher="teacher", finetune__distill="answers")
+    preflight.main()  # it has left before the model that learns is loaded
 
 
 def test_gpus_that_share_a_model_have_their_memory_together(lay_out, set_params, monkeypatch):
@@ -685,11 +705,11 @@ def test_gpus_that_share_a_model_have_their_memory_together(lay_out, set_params,
     set_params(finetune__method="full")
     finetune = load_params().finetune
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
-    assert finetune_checks.count_sharing(finetune, "cuda") == min(8, finetune.batch_size)
-    assert finetune_checks.count_sharing(finetune, "cpu") == 1
+    assert memory_checks.count_sharing(finetune, "cuda") == min(8, finetune.batch_size)
+    assert memory_checks.count_sharing(finetune, "cpu") == 1
     for change in ({"sharding": "none"}, {"method": "grpo"}):
-        assert finetune_checks.count_sharing(finetune.model_copy(update=change), "cuda") == 1
-    monkeypatch.setattr(finetune_checks, "measure_memory", lambda device: 1000)
+        assert memory_checks.count_sharing(finetune.model_copy(update=change), "cuda") == 1
+    monkeypatch.setattr(memory_checks, "measure_memory", lambda device: 1000)
     set_params(finetune__method="full", finetune__launcher="torchrun")
     preflight.main()  # how many hosts there will be is not known
 
