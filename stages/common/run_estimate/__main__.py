@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from stages.common.machine.training_memory import Batch, estimate_training_memor
 from stages.common.model.adapter import LORA_METHODS, REPLACED_METHODS
 from stages.common.model.loading import count_parameters, pick_device, pick_dtype
 from stages.common.model.nf4 import NF4_BYTES
+from stages.common.run_estimate.methods import PLAIN, MethodWork, read_method
 from stages.common.run_estimate.seconds import (
     STAGES,
     Estimate,
@@ -33,6 +35,15 @@ from stages.common.run_estimate.seconds import (
     read_model_size,
 )
 from stages.common.run_estimate.work import Work, list_learned_sides, read_work
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """About what a training takes, in parts that processes share, and whether layers are computed twice."""
+
+    needed: int
+    shards: int
+    computes_twice: bool
 
 
 def format_minutes(seconds: float) -> str:
@@ -70,7 +81,7 @@ def describe_machine(device: Any) -> str:
     return f"this machine: {cores} cores, {memory}{gpu}"
 
 
-def describe_memory(
+def choose_memory(
     params: Any,
     counted: Mapping[str, Any],
     base: Path,
@@ -78,8 +89,11 @@ def describe_memory(
     free: int,
     processes: int = 1,
     has_gpus: bool = False,
-) -> str | None:
-    """Return about how much memory the training takes, as a line; None where the base model is another kind.
+    method: MethodWork = PLAIN,
+) -> Memory | None:
+    """Return about how much memory the training takes, in the fastest way that fits.
+
+    None where the base model is of another kind.
 
     Args:
         counted: by `preflight`.
@@ -89,38 +103,45 @@ def describe_memory(
     finetune, train, training = params.finetune, list_learned_sides(counted)["train"], counted.get("training")
     replaced = training["trained_parameters"] if training and finetune.method in REPLACED_METHODS else 0
     rank = finetune.rank if finetune.method in LORA_METHODS else 0
-    rows = -(-min(finetune.batch_size, train["rows"]) // processes)
+    rows = method.in_memory * -(-min(finetune.batch_size, train["rows"]) // processes)
     element_bytes = 4 if dtype == "float32" else 2
     batch = Batch(rows, finetune.virtual_tokens + train["longest"], train["longest_answer"])
     try:
         config = json.loads((base / "config.json").read_text(encoding="utf-8"))
         weights = count_parameters(base)
         state = (config, weights, rank, batch, element_bytes, replaced)
-        ways = list_ways(finetune.sharding, finetune.gradient_checkpointing, processes, finetune.method)
+        sharding = "none" if finetune.taught_by else finetune.sharding
+        ways = list_ways(sharding, finetune.gradient_checkpointing, processes, finetune.method)
         each = [
             estimate_training_memory(*state, is_averaged=processes > 1, checkpointing=twice, shards=shards)
             for shards, twice in ways
         ]
-        quantized = training.get("quantized_parameters", 0) if training else 0
-        saved = int(quantized * (element_bytes - NF4_BYTES))
-        needs = [(needed - saved) * (1 if has_gpus else processes) for needed in each]
     except (OSError, KeyError):
         return None
+    quantized = training.get("quantized_parameters", 0) if training else 0
+    more = method.teacher * element_bytes * method.is_beside - int(quantized * (element_bytes - NF4_BYTES))
+    needs = [(needed + more) * (1 if has_gpus else processes) for needed in each]
     place = next((place for place, needed in enumerate(needs) if needed <= free), -1)
-    needed, (shards, twice) = needs[place], ways[place]
+    return Memory(needs[place], *ways[place])
+
+
+def describe_memory(
+    memory: Memory, finetune: Any, free: int, processes: int = 1, has_gpus: bool = False
+) -> str:
+    """Return about how much memory the training takes, as a line."""
     where = ""
     if processes > 1:
         where = f" on each of {processes} GPUs" if has_gpus else f" in {processes} processes"
-    line = f"  memory: finetune takes about {format_bytes(needed)}{where}"
-    if shards > 1:
+    line = f"  memory: finetune takes about {format_bytes(memory.needed)}{where}"
+    if memory.shards > 1:
         line += ", which share the model (finetune.sharding)"
-    if twice:
+    if memory.computes_twice:
         line += ", computing each layer twice (finetune.gradient_checkpointing)"
-    if needed > free:
+    if memory.needed > free:
         line += (
             f", and {format_bytes(free)} are free: lower finetune.batch_size (and raise "
             "finetune.gradient_accumulation by as much) or finetune.max_length"
-            + (", or train fewer weights (finetune.method)" if replaced else "")
+            + (", or train fewer weights (finetune.method)" if finetune.method in REPLACED_METHODS else "")
         )
     return line
 
@@ -160,7 +181,8 @@ def main() -> None:
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_code)
-    finetune = params.finetune
+    finetune, training = params.finetune, counted.get("training")
+    method = read_method(finetune, training.get("teacher_parameters", 0) if training else 0)
     work = read_work(
         list_learned_sides(counted),
         finetune.epochs,
@@ -168,6 +190,7 @@ def main() -> None:
         choose_max_test_rows(params.ask_base.max_rows),
         finetune.validate_every,
         finetune.validation_rows,
+        method.trained,
     )
     base = artifacts("fetch_base")
     device = pick_device()
@@ -176,7 +199,8 @@ def main() -> None:
     dtype = str(pick_dtype(device, finetune.dtype)).removeprefix("torch.")
     speed = measure_product_speed(dtype, device.type)
     paged = device.type == "cpu" and params.export.gguf and params.ask_base.engine != "transformers"
-    training = counted.get("training")
+    free = torch.cuda.mem_get_info(device)[0] if has_gpus else read_free_memory()
+    memory = choose_memory(params, counted, base, dtype, free, processes, has_gpus, method)
     estimate = estimate_run(
         work,
         read_model_size(base),
@@ -185,14 +209,13 @@ def main() -> None:
         paged,
         read_gradients(training),
         processes if has_gpus else 1,  # processes on a CPU share its cores
+        method,
+        memory.computes_twice if memory else finetune.gradient_checkpointing is True,
     )
     stages = [stage for stage in STAGES if stage in sys.argv[1:]] or STAGES
     lines: list[str | None] = [describe_machine(device), describe(work, estimate, stages)]
-    if "finetune" in stages:
-        free = read_free_memory()
-        if has_gpus:
-            free, _ = torch.cuda.mem_get_info(device)
-        lines.append(describe_memory(params, counted, base, dtype, free, processes, has_gpus))
+    if memory and "finetune" in stages:
+        lines.append(describe_memory(memory, finetune, free, processes, has_gpus))
     lines.append(describe_costs(estimate.sum_of(stages), params.flows.training))
     sys.stdout.write("".join(f"{line}\n" for line in lines if line))
 

@@ -12,7 +12,7 @@ class Work:
     """What a run computes on.
 
     Attributes:
-        train_tokens, train_answer_tokens: of the training rows, all epochs; the second are part of the first.
+        train_tokens, train_answer_tokens: that are trained on, all epochs; the second are part of the first.
         test_tokens: of prompts and references of the test rows.
         train_repeated, test_repeated: of these tokens, those that are not computed: all rows begin alike, and
             a beginning is computed once a batch of the training, and once by the service's CPU engine.
@@ -30,6 +30,7 @@ class Work:
     validation_answer_tokens: int = 0
     train_repeated: int = 0
     test_repeated: int = 0
+    epochs: int = 1
 
 
 def list_learned_sides(counted: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
@@ -46,30 +47,34 @@ def read_work(
     max_test_rows: int | None,
     validate_every: float | None = None,
     validation_rows: int = 0,
+    times: int = 1,
 ) -> Work:
     """Return what a run computes on.
 
     Args:
         sides: what `preflight` counted in each side of the split.
         batch_size, validate_every, validation_rows: as in `finetune`.
+        times: that a row is in its batch, with an answer of the model's own each time.
     """
     validation = sides["validation"]
-    times = count_asked_rows(validate_every, validation_rows, validation["rows"]) / max(1, validation["rows"])
+    points = count_asked_rows(validate_every, validation_rows, validation["rows"])
+    asked_again = points / max(1, validation["rows"])
     train, test = sides["train"], sides["test"]
     asked = min(test["rows"], max_test_rows or test["rows"])
     trained = epochs * train["rows"]
     return Work(
         train_rows=train["rows"],
-        train_tokens=epochs * train["tokens"],
-        train_answer_tokens=epochs * train["learned_tokens"],
+        train_tokens=times * epochs * train["tokens"],
+        train_answer_tokens=times * epochs * train["learned_tokens"],
         test_rows=asked,
         test_tokens=round(test["tokens"] * asked / max(1, test["rows"])),
         longest_answer=test["longest_answer"],
-        validation_tokens=round(validation["tokens"] * times),
-        validation_answer_tokens=round(validation["learned_tokens"] * times),
+        validation_tokens=round(validation["tokens"] * asked_again),
+        validation_answer_tokens=round(validation["learned_tokens"] * asked_again),
         # Preferences are not looked at for it: a row of theirs has two answers to one prompt.
-        train_repeated=train.get("shared_tokens", 0) * (trained - count_batches(trained, batch_size)),
+        train_repeated=train.get("shared_tokens", 0) * (times * trained - count_batches(trained, batch_size)),
         test_repeated=test.get("shared_tokens", 0) * max(0, asked - 1),
+        epochs=epochs,
     )
 
 

@@ -18,7 +18,14 @@ from stages.common.machine.training_memory import Batch, count_state_bytes, esti
 from stages.common.messages import Message
 from stages.common.params.loading import load_params
 from stages.common.records import make_row
-from stages.common.run_estimate.__main__ import describe, describe_memory, format_minutes, main
+from stages.common.run_estimate.__main__ import (
+    choose_memory,
+    describe,
+    describe_memory,
+    format_minutes,
+    main,
+)
+from stages.common.run_estimate.methods import PLAIN, MethodWork, read_method
 from stages.common.run_estimate.seconds import (
     ANSWERING_SHARE,
     DEFAULT_SIZE,
@@ -40,6 +47,11 @@ ROOT = Path(__file__).parents[3]
 
 SIDES = ("train", "validation", "test")
 WORK = Work(1000, 50_000, 20_000, 100, 5000, 40)
+
+
+def tell_memory(params, counted, base, dtype, free, processes=1, has_gpus=False, method=PLAIN):
+    memory = choose_memory(params, counted, base, dtype, free, processes, has_gpus, method)
+    return memory and describe_memory(memory, params.finetune, free, processes, has_gpus)
 
 
 def test_the_size_of_a_model_is_that_of_its_matrices(tmp_path):
@@ -132,7 +144,7 @@ def test_several_processes_have_a_part_of_the_rows_each_and_the_model_and_its_st
     assert each > estimate_training_memory(config, weights, *settings)
 
     def tell(*where):
-        return describe_memory(params, counted, tmp_path, "float32", 8 << 30, *where)
+        return tell_memory(params, counted, tmp_path, "float32", 8 << 30, *where)
 
     assert tell(2, True) == f"  memory: finetune takes about {format_bytes(each)} on each of 2 GPUs"
     assert tell(2) == f"  memory: finetune takes about {format_bytes(2 * each)} in 2 processes"
@@ -161,7 +173,7 @@ def test_processes_share_a_model_that_does_not_fit_one_device(tmp_path):
             update={"batch_size": 4, "gradient_checkpointing": False, **changes}
         )
         own = params.model_copy(update={"finetune": finetune})
-        return describe_memory(own, counted, tmp_path, "float32", free, 2, True)
+        return tell_memory(own, counted, tmp_path, "float32", free, 2, True)
 
     assert "share the model" not in tell(whole)
     assert tell(whole - 1).endswith(
@@ -246,7 +258,12 @@ def test_the_command_reads_preflights_counts_and_says_where_there_are_none(tmp_p
     main()
     found = capsys.readouterr().out
     assert re.search(r"memory: finetune takes about 5\d\d MiB\n", found)
-    assert re.search(r"it takes about \S+ Wh at 100 W, \S+ g CO2, a price of \S+\n", found)
+    minutes = float(re.search(r"about (\S+) min on this machine", found)[1])
+    costs = r"it takes about (\S+) Wh at 100 W, (\S+) g CO2, a price of (\S+)\n"
+    watt_hours, grams, price = map(float, re.search(costs, found).groups())
+    assert watt_hours == pytest.approx(100 * minutes / 60, abs=100 * 0.26 / 60)  # to half a minute
+    assert grams == pytest.approx(0.4 * watt_hours, rel=0.02)
+    assert price == pytest.approx(0.02 * watt_hours, rel=0.02)
 
 
 def test_a_training_that_does_not_fit_names_what_to_lower_and_another_architecture_is_not_judged(
@@ -255,17 +272,15 @@ def test_a_training_that_does_not_fit_names_what_to_lower_and_another_architectu
     params = load_params(ROOT / "params.yaml")
     counted = {"sides": {"train": {"rows": 1000, "longest": 500, "longest_answer": 100}}}
     make_model().save_pretrained(tmp_path)
-    whole = describe_memory(params, counted, tmp_path, "float32", 8 << 30)
+    whole = tell_memory(params, counted, tmp_path, "float32", 8 << 30)
     assert whole.endswith("MiB")
     less = (int(whole.split()[4]) - 1) << 20
-    twice = describe_memory(params, counted, tmp_path, "float32", less)
+    twice = tell_memory(params, counted, tmp_path, "float32", less)
     assert twice.endswith("MiB, computing each layer twice (finetune.gradient_checkpointing)")
     assert twice.split()[4] < whole.split()[4]
-    assert "are free: lower finetune.batch_size" in describe_memory(
-        params, counted, tmp_path, "float32", 1 << 20
-    )
+    assert "are free: lower finetune.batch_size" in tell_memory(params, counted, tmp_path, "float32", 1 << 20)
     (tmp_path / "config.json").write_text(json.dumps({"n_embd": 8}))
-    assert describe_memory(params, counted, tmp_path, "float32", 8 << 30) is None
+    assert tell_memory(params, counted, tmp_path, "float32", 8 << 30) is None
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(4, "0.5 min"), (95, "1.5 min"), (600, "10 min")])
@@ -281,6 +296,102 @@ def test_the_text_names_the_stages_that_run_with_their_rows_and_minutes():
     part = describe(WORK, estimate, ["finetune", "evaluate"])
     assert part.startswith("about 5.5 min")
     assert "ask_base" not in part
+
+
+def with_method(**changes):
+    return load_params(ROOT / "params.yaml").finetune.model_copy(update=changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"method": "lora"}, PLAIN),
+        ({"method": "lora", "teacher": "t"}, PLAIN),  # which it does not learn from
+        ({"method": "dpo"}, MethodWork(in_memory=2, scored_before=1)),
+        ({"method": "orpo"}, MethodWork(in_memory=2)),
+        ({"method": "kto"}, MethodWork(scored_before=2, scored=1)),
+        ({"method": "grpo", "group_size": 6}, MethodWork(6, 6, sampled=6)),
+        ({"method": "grpo", "group_size": 6, "kl_weight": 0.1}, MethodWork(6, 6, scored=1, sampled=6)),
+        ({"method": "distill", "teacher": "t"}, MethodWork(teacher=9, is_beside=True)),
+        ({"method": "full", "teacher": "t", "distill": "answers"}, MethodWork(teacher=9)),
+    ],
+)
+def test_each_method_has_its_work(changes, expected):
+    assert read_method(with_method(**changes), 9 if "teacher" in changes else 0) == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        (MethodWork(in_memory=2), 0),
+        (MethodWork(scored_before=1), 1 / 3),  # of three epochs, whose forward passes are half of the work
+        (MethodWork(scored=1), 1),
+        (MethodWork(scored_before=2, scored=1), 5 / 3),
+    ],
+)
+def test_what_is_scored_without_gradients_takes_the_time_of_forward_passes(method, more):
+    work = replace(WORK, epochs=3)
+    plain, found = (
+        estimate_run(work, DEFAULT_SIZE, "float32", 1e11, method=one).finetune_s - OVERHEAD_S
+        for one in (PLAIN, method)
+    )
+    assert found / plain == pytest.approx(1 + more / 2)
+
+
+def test_layers_that_are_computed_twice_take_a_third_pass():
+    once, twice = (
+        estimate_run(WORK, DEFAULT_SIZE, "float32", 1e11, computes_twice=again).finetune_s
+        for again in (False, True)
+    )
+    layers = 2 * 50_000 * DEFAULT_SIZE.layers
+    assert twice - once == pytest.approx(layers / (TRAINING_SHARE["float32"] * 1e11))
+
+
+def test_a_teacher_reads_each_batch_or_writes_an_answer_to_each_row_once():
+    def estimate(epochs=2, **changes):
+        work = replace(WORK, train_repeated=10_000, epochs=epochs)
+        return estimate_run(work, DEFAULT_SIZE, "float32", 1e11, method=MethodWork(**changes)).finetune_s
+
+    beside, writing = (estimate(teacher=10**9, is_beside=yes) - estimate() for yes in (True, False))
+    assert beside == pytest.approx(2e9 * 50_000 / (TRAINING_SHARE["float32"] * 1e11))
+    once = 25_000 / ANSWERING_SHARE["float32"] + 10_000 / TRANSFORMERS_SHARE
+    assert writing == pytest.approx(2e9 * once / 1e11)
+
+
+def test_grpo_trains_on_a_group_for_each_prompt_and_writes_it_first():
+    side = {"rows": 10, "tokens": 1000, "learned_tokens": 200, "longest": 99, "longest_answer": 30}
+    sides = {name: {**side, "shared_tokens": 7} for name in SIDES}
+    one, six = (read_work(sides, 2, 5, None, times=times) for times in (1, 6))
+    assert (six.train_tokens, six.train_answer_tokens) == (6 * one.train_tokens, 6 * one.train_answer_tokens)
+    assert six.train_repeated == 7 * (6 * 2 * 10 - 4)  # once in each of four batches
+    sampled = MethodWork(6, 6, sampled=6)
+    found, plain = (
+        estimate_run(six, DEFAULT_SIZE, "float32", 1e11, gpus=2, method=method).finetune_s
+        for method in (sampled, PLAIN)
+    )
+    weights = DEFAULT_SIZE.layers + DEFAULT_SIZE.output
+    written = 12_000 / ANSWERING_SHARE["float32"] + 2400 / TRANSFORMERS_SHARE
+    assert found - plain == pytest.approx(2 * weights * written / 2e11)
+
+
+def test_the_memory_is_that_of_all_sequences_of_a_batch_and_of_a_teacher_beside_it(tmp_path):
+    params = load_params(ROOT / "params.yaml")
+    counted = {"sides": {"train": {"rows": 1000, "longest": 500, "longest_answer": 100}}}
+    make_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    weights = sum(p.numel() for p in make_model().parameters())
+
+    def need(method):
+        return choose_memory(params, counted, tmp_path, "float32", 8 << 30, method=method).needed
+
+    size, rank = params.finetune.batch_size, params.finetune.rank
+    for sequences in (1, 2, 8):
+        batch = Batch(sequences * size, 500, 100)
+        assert need(MethodWork(in_memory=sequences)) == estimate_training_memory(
+            config, weights, rank, batch, 4
+        )
+    assert need(MethodWork(teacher=1000, is_beside=True)) - need(PLAIN) == 4000
+    assert need(MethodWork(teacher=1000)) == need(PLAIN)
 
 
 def test_what_is_learned_from_preferences_is_estimated_by_their_tokens():
