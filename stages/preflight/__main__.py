@@ -71,7 +71,6 @@ from stages.preflight.call_checks import find_call_problems
 from stages.preflight.changed_text import describe_text
 from stages.preflight.findings import count_unserved, count_unwritten_thoughts, report_findings
 from stages.preflight.finetune_checks import (
-    Training,
     count_checkpoint_bytes,
     find_finetune_problems,
     find_stopping_problems,
@@ -85,6 +84,7 @@ from stages.preflight.languages import (
     list_unstated,
     to_evidence,
 )
+from stages.preflight.memory_checks import Training
 from stages.preflight.page import render_page
 from stages.preflight.preference_checks import (
     count_preferences,

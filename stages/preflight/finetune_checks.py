@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +47,11 @@ from stages.common.model.targets import (
 from stages.common.model.teacher import check_same_tokens, find_teacher
 from stages.common.model.virtual_tokens import check_count, check_init_text, check_keys, count_values
 from stages.common.storage.remote_folder import RemoteFolder
-from stages.preflight.memory_checks import find_memory_problems, find_memory_problems_of_teacher
+from stages.preflight.memory_checks import (
+    Training,
+    find_memory_problems,
+    find_memory_problems_of_teacher,
+)
 
 if TYPE_CHECKING:
     from stages.common.params.finetune import Finetune
@@ -59,30 +63,6 @@ BEST_BYTES = 4 * 4  # and with early stopping, of four copies of the best weight
 
 # A peak rate above it is one for adapters: a training of the weights themselves mostly diverges.
 HIGH_RATE = 5e-4
-
-
-@dataclass(frozen=True, slots=True)
-class Training:
-    """What is trained.
-
-    Attributes:
-        parameters: weights of the base model.
-        trained_parameters: weights that training changes or adds.
-        reach: share of the transformer blocks that a backward pass goes through.
-        quantized_parameters: of the base model, those that are held in 4 bits.
-        teacher_parameters: weights of the teacher, if there is one.
-    """
-
-    method: str
-    parameters: int
-    trained_parameters: int
-    reach: float
-    quantized_parameters: int = 0
-    teacher_parameters: int = 0
-
-    def describe(self) -> dict[str, Any]:
-        """Return it as evidence."""
-        return asdict(self)
 
 
 def count_training(config: Any, finetune: Finetune, labels: Sequence[str] = ()) -> Training:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from stages.common.errors import InputError
 from stages.common.machine.memory import format_bytes, read_total_memory
@@ -13,7 +14,30 @@ from stages.common.model.nf4 import NF4_BYTES
 
 if TYPE_CHECKING:
     from stages.common.params.finetune import Finetune
-    from stages.preflight.finetune_checks import Training
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """What is trained.
+
+    Attributes:
+        parameters: weights of the base model.
+        trained_parameters: weights that training changes or adds.
+        reach: share of the transformer blocks that a backward pass goes through.
+        quantized_parameters: of the base model, those that are held in 4 bits.
+        teacher_parameters: weights of the teacher, if there is one.
+    """
+
+    method: str
+    parameters: int
+    trained_parameters: int
+    reach: float
+    quantized_parameters: int = 0
+    teacher_parameters: int = 0
+
+    def describe(self) -> dict[str, Any]:
+        """Return it as evidence."""
+        return asdict(self)
 
 
 def find_memory_problems(training: Training, finetune: Finetune) -> list[InputError]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +18,10 @@ from stages.common.model.adapter import (
 from stages.common.model.label_head import put_head
 from stages.common.model.replaced import put_weights, read_weights
 from stages.common.model.virtual_tokens import check_shape, has_virtual_tokens, read_behind
+from stages.common.storage.hub import list_weight_files
 
 if TYPE_CHECKING:
     import torch
-
-WEIGHTS = "model.safetensors"  # of a model in one file
-INDEX = "model.safetensors.index.json"  # or which file has which weight
 
 MAX_REASON_CHARS = 300  # of a library's message in ours: it may list every tensor
 
@@ -103,26 +100,6 @@ def read_config(folder: Path) -> Any:
 
     _check_folder(folder)
     return AutoConfig.from_pretrained(folder, local_files_only=True)
-
-
-def read_index(folder: Path) -> list[str]:
-    """Return the names of the files that have the weights of a model; none where no index names them."""
-    try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        return sorted({Path(name).name for name in index["weight_map"].values()})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return []
-
-
-def list_weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a model folder that transformers reads.
-
-    Others may have the same weights again, as the `consolidated.safetensors` of Mistral's models.
-    """
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    named = [folder / name for name in read_index(folder)]
-    return [path for path in named if path.is_file()] or sorted(folder.glob("*.safetensors"))
 
 
 def count_parameters(base: Path) -> int:

@@ -7,8 +7,7 @@ from typing import Any
 
 from stages.common.artifacts import hash_file
 from stages.common.errors import InputError, TransientError
-from stages.common.model.loading import list_weight_files
-from stages.common.storage.hub import download_model
+from stages.common.storage.hub import download_model, list_weight_files
 
 FIRST_ANSWER_S = 10  # a hub that is silent for this long counts as no network
 
