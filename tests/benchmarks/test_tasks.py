@@ -2,12 +2,14 @@
 
 import io
 import json
+import shutil
 import subprocess
 import tarfile
 import zipfile
 from dataclasses import replace
 
 import pytest
+import yaml
 
 from benchmarks import tasks
 from benchmarks.own_data_sets import DataSet
@@ -201,3 +203,22 @@ def test_a_clone_of_tldr_is_needed_only_for_the_tasks_that_read_it(tmp_path, mon
     assert "--tldr is needed for summary;" in capsys.readouterr().err
     assert tasks.main(["--folder", str(tmp_path), "--only", "home", "boolq"]) == 0
     assert tasks.main(["--folder", str(tmp_path), "--only", "summary", "--tldr", str(tmp_path)]) == 0
+
+
+def test_what_a_person_must_say_of_rows_is_set_before_the_run_and_only_there(tmp_path, monkeypatch):
+    seen = {}
+
+    def measure(command, home, log, **_):
+        groups = yaml.safe_load((home / "params.yaml").read_text())["check_bias"]["groups"]
+        seen[command[2]] = groups
+        return {"exit": 1 if command[2] == "benchmarks.prompting" else 0, "seconds": 1.0}
+
+    shutil.copy("params.yaml", tmp_path)
+    monkeypatch.setattr(tasks, "measured", measure)
+    monkeypatch.setattr(tasks.subprocess, "run", lambda *_, **__: None)
+    monkeypatch.setattr(
+        tasks, "WRITERS", {"boolq": lambda *_: tasks.DataSet("boolq", tmp_path / "rows.jsonl", "mit", 1)}
+    )
+    assert tasks.run_task(tmp_path, "boolq", None, tmp_path, 20)["failed"] == "prompting"
+    assert "person_gender" in seen["flows.init"]
+    assert seen["flows.training"] == ["source"]
