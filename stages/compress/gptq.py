@@ -36,6 +36,23 @@ def fit_weights(
     Raises:
         InputError: a weight or an input is not a finite number.
     """
+    change_layers(model, rows, round_weights, on_progress)
+
+
+def change_layers(
+    model: Any,
+    rows: Sequence[list[int]],
+    change: Callable[[Tensor, Tensor, str], Tensor],
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Replace the weights of the linear layers in all blocks, each on the outputs of the changed ones before.
+
+    Args:
+        change: returns the new weights of a layer, from its weights [outputs, inputs], the second moments of
+            its inputs, and its name.
+
+    The others are those of `fit_weights`.
+    """
     import torch
 
     names = list_blocks(model)
@@ -46,7 +63,7 @@ def fit_weights(
             layers = _list_layers(block)
             moments = _measure_moments(block, layers, states, settings[number])
             for name, layer in layers.items():
-                layer.weight.copy_(round_weights(layer.weight, moments[name], f"{names[number]}.{name}"))
+                layer.weight.copy_(change(layer.weight, moments[name], f"{names[number]}.{name}"))
             states = [_run(block, state, one) for state, one in zip(states, settings[number], strict=True)]
             on_progress(number + 1, len(blocks))
 
