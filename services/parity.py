@@ -29,7 +29,7 @@ from stages.common.chat.template import encode_prompt, hash_template
 from stages.common.errors import InputError
 from stages.common.logs import set_quiet_environment, show_progress
 from stages.common.messages import Message, ToolCall, format_arguments, format_malformed
-from stages.common.model.exported import SERVING, find_exported
+from stages.common.model.exported import SERVING, find_exported, find_tokenizer
 from stages.common.model.loading import load_tokenizer
 from stages.common.params.loading import Params, load_params
 from stages.common.records import Row, read_rows
@@ -117,7 +117,7 @@ def read_trainer_side(root: Path, max_rows: int | None) -> TrainerSide:
     answers = dict(zip(table["id"], table["tuned"], strict=True))
     rows = [row for row in read_rows(root / artifacts("split") / "test.parquet") if row.id in answers]
     rows = rows[:max_rows]
-    tokenizer = load_tokenizer(root / artifacts("fetch_base"))
+    tokenizer = load_tokenizer(find_tokenizer(root))
     return TrainerSide(
         tuple(rows),
         tuple(answers[row.id] for row in rows),

@@ -23,10 +23,19 @@ from stages.common.model.generation import (
     EvalPrompt,
     answer_questions,
     check_fit,
+    encode_questions,
     measure_latencies,
 )
-from stages.common.model.loading import load_base, load_tuned, pick_device, pick_dtype, read_position_limit
+from stages.common.model.loading import (
+    load_base,
+    load_tokenizer,
+    load_tuned,
+    pick_device,
+    pick_dtype,
+    read_position_limit,
+)
 from stages.common.model.virtual_tokens import count_virtual_tokens
+from stages.common.records import Row
 from stages.common.spool import view
 
 if TYPE_CHECKING:
@@ -50,6 +59,19 @@ class ModelFolders:
 
 
 @dataclass(frozen=True, slots=True)
+class Asking:
+    """Questions in the tokens of a model's own vocabulary.
+
+    Attributes:
+        limit: tokens after which an answer is cut.
+    """
+
+    tokenizer: Any
+    questions: Sequence[EvalPrompt]
+    limit: int
+
+
+@dataclass(frozen=True, slots=True)
 class ModelAnswers:
     """A model's answers, and how they were computed.
 
@@ -68,6 +90,18 @@ class ModelAnswers:
 def answer_limit(questions: Sequence[EvalPrompt], max_new_tokens: int) -> int:
     """Return after how many tokens an answer is cut: room for the longest reference, within the limit."""
     return limit_answer(max(len(q.reference) for q in questions), max_new_tokens)
+
+
+def prepare_asking(folder: Path, rows: Sequence[Row], limit: int, max_new_tokens: int) -> Asking:
+    """Return rows in the tokens of the tokenizer in a folder.
+
+    Args:
+        limit: of the base model's answers; where the references take more tokens than there, there is more.
+        max_new_tokens: the most that it may be.
+    """
+    tokenizer = load_tokenizer(folder)
+    questions = encode_questions(tokenizer, rows)
+    return Asking(tokenizer, questions, max(limit, answer_limit(questions, max_new_tokens)))
 
 
 def ask_model(

@@ -77,7 +77,7 @@ def compare_variants(params: Params, folder: Path) -> dict[str, Any]:
     asked: dict[str, Asked] = {}
     for name, path in files.items():
         logger.info("asking %s", name)
-        asked[name] = ask_in_process(name, path, limit, params.ask_base.dtype)
+        asked[name] = ask_in_process(name, path, limit, params.ask_base)
     rows = pick_asked(
         read_rows(artifacts("split") / "test.parquet"),
         read_answers(artifacts("ask_base") / "answers.parquet"),

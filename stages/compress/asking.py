@@ -12,13 +12,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
-from services.engines.offline import ModelAnswers, ModelFolders, ask_model, load_asker
+from services.engines.offline import ModelAnswers, ModelFolders, ask_model, load_asker, prepare_asking
 from stages.common.artifacts import artifacts
 from stages.common.errors import InputError
 from stages.common.machine.memory import read_peak_memory
 from stages.common.machine.parent import end_with_parent
-from stages.common.model.generation import EvalPrompt, encode_questions, pick_asked, read_answers
-from stages.common.model.loading import load_tokenizer
+from stages.common.model.generation import EvalPrompt, pick_asked, read_answers
+from stages.common.params.stages import AskBase
 from stages.common.records import read_rows
 
 SPEED_ROWS = 32  # as many as answer together in a busy service
@@ -41,12 +41,13 @@ class Asked:
     together_tokens_per_s: float
 
 
-def ask_in_process(name: str, gguf: Path, limit: int, dtype: str) -> Asked:
+def ask_in_process(name: str, gguf: Path, limit: int, settings: AskBase) -> Asked:
     """Return what a model answers to the test questions, by the paged engine in a process of its own.
 
     Args:
         name: of the model, for an error.
-        limit: tokens after which an answer is cut.
+        gguf: beside its tokenizer.
+        limit: of the base model's answers (`prepare_asking`).
 
     Raises:
         InputError: the process was ended, mostly because memory ran out.
@@ -54,7 +55,7 @@ def ask_in_process(name: str, gguf: Path, limit: int, dtype: str) -> Asked:
     context = get_context("spawn")
     with ProcessPoolExecutor(1, context, initializer=end_with_parent, initargs=(os.getpid(),)) as pool:
         try:
-            return pool.submit(_ask, gguf, limit, dtype).result()
+            return pool.submit(_ask, gguf, limit, settings).result()
         except BrokenProcessPool:
             raise InputError(
                 f"the process that asked {name} was ended from outside, mostly because memory ran out",
@@ -62,16 +63,16 @@ def ask_in_process(name: str, gguf: Path, limit: int, dtype: str) -> Asked:
             ) from None
 
 
-def _ask(gguf: Path, limit: int, dtype: str) -> Asked:
-    tokenizer = load_tokenizer(artifacts("fetch_base"))
+def _ask(gguf: Path, limit: int, settings: AskBase) -> Asked:
     asked = read_answers(artifacts("ask_base") / "answers.parquet")
     rows = pick_asked(read_rows(artifacts("split") / "test.parquet"), asked)
-    questions = encode_questions(tokenizer, rows)
+    own = prepare_asking(gguf.parent, rows, limit, settings.max_new_tokens)
+    questions, dtype = own.questions, settings.dtype
     model = ModelFolders(artifacts("fetch_base"), artifacts("finetune"), gguf)
-    found = ask_model(model, "paged", tokenizer, questions, 1, limit, dtype)
+    found = ask_model(model, "paged", own.tokenizer, questions, 1, own.limit, dtype)
     peak = read_peak_memory()
     some = list(questions[:: max(1, len(questions) // SPEED_ROWS)])[:SPEED_ROWS]
-    ask = load_asker(model, "paged", tokenizer, 1, limit, dtype)
+    ask = load_asker(model, "paged", own.tokenizer, 1, own.limit, dtype)
 
     def measure(batches: Sequence[Sequence[EvalPrompt]]) -> float:
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Leave out what a model needs least: whole blocks, or channels of the feed-forward layers.
+"""Leave out what a model needs least: whole blocks, channels of the feed-forward layers, or tokens.
 
 What is needed is measured on training rows. A block that hardly changes the direction of its input is needed
 least (Men et al. 2024, "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect",
@@ -13,7 +13,7 @@ is left from the larger one.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -115,6 +115,42 @@ def measure_activations(model: Any, layers: Sequence[Any], rows: Sequence[list[i
         for row in rows:
             _read(model, row)
     return [total.sqrt() for total in sums]
+
+
+def keep_tokens(model: Any, kept: Sequence[int]) -> Any:
+    """Return a model that knows only these tokens, each by its place among them."""
+    import torch
+
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
+    state, rows = dict(model.state_dict()), torch.tensor(kept)
+    for key in [f"{name}.{part}" for name in names for part in ("weight", "bias")]:
+        if key in state:
+            state[key] = state[key][rows]
+    places = {old: new for new, old in enumerate(kept)}
+    config = _change_config(model.config, vocab_size=len(kept), **_renumber_ids(model.config, places))
+    smaller = _build(model, config, state)
+    for name, value in _renumber_ids(smaller.generation_config, places).items():
+        setattr(smaller.generation_config, name, value)
+    return smaller
+
+
+def list_token_ids(model: Any) -> set[int]:
+    """Return the ids of the tokens that the settings of a model name."""
+    found = [*_read_ids(model.config).values(), *_read_ids(model.generation_config).values()]
+    return {number for value in found for number in (value if isinstance(value, list) else [value])}
+
+
+def _read_ids(config: Any) -> dict[str, int | list[int]]:
+    return {n: v for n, v in config.to_dict().items() if n.endswith("_token_id") and v is not None}
+
+
+def _renumber_ids(config: Any, places: Mapping[int, int]) -> dict[str, int | list[int] | None]:
+    """Return the ids in a configuration as they are now; one of no token that is left is None."""
+    return {
+        name: [places[n] for n in value if n in places] if isinstance(value, list) else places.get(value)
+        for name, value in _read_ids(config).items()
+    }
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from stages.common.records import Row, read_rows
 from stages.compress.gptq import fit_weights
 from stages.compress.healing import heal_model
 from stages.compress.shrinking import drop_blocks, drop_channels
+from stages.compress.vocabulary import complete_tokenizer, cut_vocabulary
 
 logger = get_logger("compress")
 
@@ -27,9 +28,9 @@ KEPT = ("bytes", "quantization", "tensors_by_type", "tensor_errors")
 
 
 def make_variant(name: str, params: Params, folder: Path) -> dict[str, Any]:
-    """Write the GGUF of a variant into a new folder; return the evidence.
+    """Write the GGUF of a variant into a new folder, beside its tokenizer; return the evidence.
 
-    A model of another shape gets its `config.json`, too.
+    A model of another shape gets its own `config.json`; the rest is the export's.
     """
     import torch
 
@@ -40,9 +41,12 @@ def make_variant(name: str, params: Params, folder: Path) -> dict[str, Any]:
     model, evidence = _change(name, model, tokenizer, params, folder)
     if VARIANTS[name] is None:
         model.config.save_pretrained(folder)
+    complete_tokenizer(folder)
     quantization = VARIANTS[name] or params.export.quantization
     path = folder / GGUF
-    found, _ = write_checked(model, tokenizer, [], quantization, params.model_card.name, path, logger)
+    found, _ = write_checked(
+        model, load_tokenizer(folder), [], quantization, params.model_card.name, path, logger
+    )
     return {key: found[key] for key in KEPT} | evidence
 
 
@@ -51,6 +55,13 @@ def _change(
 ) -> tuple[Any, dict[str, Any]]:
     """Return the model of a variant before it is written, and what was done to it."""
     settings = params.compress
+    if name == "small_vocabulary":
+        train, others = (
+            read_rows(artifacts("split") / f"{side}.parquet") for side in ("train", "validation")
+        )
+        smaller, found = cut_vocabulary(model, tokenizer, train, others, settings.kept_tokens, folder)
+        logger.info("%s: %d tokens are left", name, found["tokens"])
+        return smaller, found
     if name not in ("int4", "fewer_layers", "pruned") or (name == "int4" and not settings.calibration_rows):
         return model, {}
     train = read_rows(artifacts("split") / "train.parquet")

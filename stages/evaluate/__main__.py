@@ -24,6 +24,7 @@ from services.engines.offline import (
     ask_model,
     compute_throughput,
     load_asker,
+    prepare_asking,
     score_references,
 )
 from services.engines.support import EngineName, pick_engine
@@ -37,10 +38,11 @@ from stages.common.artifacts import (
     write_lines,
     write_text,
 )
+from stages.common.chat.preferences import encode_pairs
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage, show_progress
 from stages.common.model.adapter import PREFERENCE_METHODS, count_virtual_tokens, read_initial_adapter
-from stages.common.model.exported import GGUF, SERVING, find_exported
+from stages.common.model.exported import GGUF, SERVING, find_exported, find_tokenizer
 from stages.common.model.generation import Answer, EvalPrompt, encode_questions, pick_asked, read_answers
 from stages.common.model.loading import count_context_tokens, load_tokenizer, read_config
 from stages.common.model.results import (
@@ -200,12 +202,16 @@ def compare_preferences(
     base_answers: Mapping[str, Answer],
     tuned_answers: Sequence[Answer],
     tokenizer: Any,
+    own_tokenizer: Any,
     params: Params,
 ) -> dict[str, Any] | None:
     """Return the preference on the test pairs of the model that training started from and of the tuned one.
 
     None where no test row has a rejected answer. A start from an adapter is computed by transformers: it has
     no GGUF.
+
+    Args:
+        own_tokenizer: of the tuned model; `tokenizer` where it is that of the base model.
     """
     found = find_pairs(rows, tokenizer, params.evaluate.min_preference_pairs)
     if found is None:
@@ -216,21 +222,23 @@ def compare_preferences(
     initial = read_initial_adapter(Path(folder)) if folder else None
     tuned, engine = _find_tuned(asks, params.export.gguf)
 
-    def score_with(model: ModelFolders, engine: EngineName) -> Score:
+    def score_with(model: ModelFolders, engine: EngineName, tokenizer: Any) -> Score:
         size, dtype = asks.batch_size, asks.dtype
         return lambda questions: score_references(model, engine, tokenizer, questions, size, dtype)
 
     before = (
-        Scorer(score_with(ModelFolders(tuned.base, initial.folder), "transformers"))
+        Scorer(score_with(ModelFolders(tuned.base, initial.folder), "transformers", tokenizer))
         if initial
-        else Scorer(score_with(ModelFolders(tuned.base), engine), base_answers)
+        else Scorer(score_with(ModelFolders(tuned.base), engine, tokenizer), base_answers)
     )
     asked = {row.id: answer for row, answer in zip(rows, tuned_answers, strict=True)}
+    same = own_tokenizer is tokenizer
+    pairs = None if same else encode_pairs(own_tokenizer, [pair.row for pair in found.pairs])[0]
     settings = params.evaluate
     report = measure_preferences(
         found,
         before,
-        Scorer(score_with(tuned, engine), asked),
+        Scorer(score_with(tuned, engine, own_tokenizer), asked, pairs),
         Sampling(settings.confidence, settings.resamples, settings.seed),
     )
     report["started_from"] = initial.version if initial else "base"
@@ -286,11 +294,13 @@ def main() -> None:
     all_rows = read_rows(artifacts("split") / "test.parquet")
     rows = pick_asked(all_rows, base_answers)
     check_references(rows, task)
-    tokenizer = load_tokenizer(artifacts("fetch_base"))
-    questions = encode_questions(tokenizer, rows)
-    limit = base_report["answer_limit_tokens"]
     compression = find_compression(_find_tuned(params.ask_base, params.export.gguf)[1])
-    asked = ask_tuned(questions, tokenizer, params.ask_base, limit, params.export.gguf)
+    base, folder = artifacts("fetch_base"), find_tokenizer()
+    own = prepare_asking(folder, rows, base_report["answer_limit_tokens"], params.ask_base.max_new_tokens)
+    # A perplexity is by token: both models' are by the base model's.
+    tokenizer = own.tokenizer if folder == base else load_tokenizer(base)
+    questions = own.questions if folder == base else encode_questions(tokenizer, rows)
+    asked = ask_tuned(own.questions, own.tokenizer, params.ask_base, own.limit, params.export.gguf)
     answers = {"base": list(base_answers.values()), "tuned": asked.answers}
     metrics = {name: score(rows, questions, answers[name], task) for name in answers}
     for name in metrics:
@@ -307,7 +317,7 @@ def main() -> None:
         "dtype": asked.dtype,
         "compression": compression,
         "test_rows": base_report["test_rows"],
-        "answer_limit_tokens": limit,
+        "answer_limit_tokens": own.limit,
         "references_over_limit": base_report["references_over_limit"],
         **summarise(rows, metrics, task, params.task.slices, sampling),
         "classes": compute_class_results(rows, tuned, task),
@@ -320,8 +330,10 @@ def main() -> None:
             "by_type": dict(sorted(Counter(wrong.error_type for wrong in errors).items())),
             "right_in_base_only": sum(wrong.base_was_right for wrong in errors),
         },
-        "preferences": compare_preferences(rows, base_answers, asked.answers, tokenizer, params),
-        "simulation": run_simulation(all_rows, simulator, tokenizer, task, params, limit),
+        "preferences": compare_preferences(
+            rows, base_answers, asked.answers, tokenizer, own.tokenizer, params
+        ),
+        "simulation": run_simulation(all_rows, simulator, own.tokenizer, task, params, own.limit),
         "throughput": {"tuned": compute_throughput(asked)},
     }
 

@@ -35,10 +35,12 @@ class Scorer:
         score: computes the losses of references.
         answers: its answers by the id of their row, with the losses of the better answers; None if it was
             not asked.
+        pairs: the pairs in the tokens of its own vocabulary; None if that is the base model's.
     """
 
     score: Score
     answers: Mapping[str, Answer] | None = None
+    pairs: Sequence[Pair] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,7 @@ def measure_preferences(
     if found.skipped is not None:
         return {**counts, "skipped": found.skipped}
     metrics = {
-        name: compute_preference(_measure_gaps(found.pairs, scorer))
+        name: compute_preference(_measure_gaps(scorer.pairs or found.pairs, scorer))
         for name, scorer in (("before", before), ("tuned", tuned))
     }
     groups = [pair.row.group for pair in found.pairs]

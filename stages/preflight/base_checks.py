@@ -15,7 +15,7 @@ from stages.common.chat.template import end_of_turn_ids
 from stages.common.errors import InputError
 from stages.common.gguf.architectures import find_architecture
 from stages.common.gguf.model import count_block, find_uneven_tensor, list_tensors
-from stages.common.gguf.quantization import VARIANTS
+from stages.common.gguf.quantization import HEALED, VARIANTS
 from stages.common.gguf.vocabulary import read_vocabulary
 from stages.common.licenses import to_spdx
 from stages.common.model.blocks import check_shrinkable
@@ -191,7 +191,7 @@ def count_healing_bytes(parameters: int, settings: Compress) -> int:
     In float32: its weights before and after, three checkpoints of the weights and two moments, and the whole
     model if it teaches.
     """
-    healed = any(VARIANTS[name] is None for name in settings.variants) and settings.healing_rows != 0
+    healed = any(name in HEALED for name in settings.variants) and settings.healing_rows != 0
     teacher = 1 if settings.healing_teacher_weight else 0
     return parameters * 4 * (1 + 3 * 3 + 1 + teacher) if healed else 0
 

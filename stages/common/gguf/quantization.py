@@ -18,7 +18,15 @@ Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
 # Variants of `compress.variants` → the quantization of their GGUF; None: that of the export.
-VARIANTS = {"int8": "q8_0", "int4": "q4_0", "q4_k": "q4_k", "fewer_layers": None, "pruned": None}
+VARIANTS = {
+    "int8": "q8_0",
+    "int4": "q4_0",
+    "q4_k": "q4_k",
+    "fewer_layers": None,
+    "pruned": None,
+    "small_vocabulary": None,
+}
+HEALED = ("fewer_layers", "pruned")  # trained on after parts were left out
 
 GROUP = 32  # numbers that share a scale
 LOWEST, HIGHEST = -8, 7  # of 4 bits with a sign

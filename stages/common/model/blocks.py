@@ -1,4 +1,4 @@
-"""Whether blocks of a model, or channels of them, can be left out (variants `fewer_layers`, `pruned`)."""
+"""Whether blocks of a model, channels of them, or tokens can be left out (variants of another shape)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def check_shrinkable(config: Any, variant: str, model: Any) -> None:
     """Check that a model can be made smaller by a variant.
 
     Args:
-        variant: `fewer_layers` or `pruned`.
+        variant: `fewer_layers`, `pruned` or `small_vocabulary`.
         model: of the configuration; its weights may be without values (torch's device `meta`).
 
     Raises:

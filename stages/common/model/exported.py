@@ -47,6 +47,16 @@ def find_exported(root: Path = Path()) -> Path:
     return chosen
 
 
+def find_tokenizer(root: Path = Path()) -> Path:
+    """Return the folder with the tokenizer of the pipeline's newest model: its own, or the base model's.
+
+    Raises:
+        InputError: as `find_exported`.
+    """
+    exported = find_exported(root)
+    return exported if exported == root / CHOSEN else root / artifacts("fetch_base")
+
+
 def compute_version(folder: Path, base: Path, adapter: Path) -> str:
     """Return 12 hex digits that name what is served: the tokenizer, and the GGUF or base and adapter."""
     files = [path for path in sorted(folder.iterdir()) if path.name in (GGUF, *TOKENIZER_FILES)]

@@ -11,7 +11,7 @@ from typing_extensions import override
 from stages.common.params.checked_yaml import Section
 from stages.common.params.types import Count, NotNegative, Positive, PositiveCount, Seed, Share
 
-Variant = Literal["int8", "int4", "q4_k", "fewer_layers", "pruned"]
+Variant = Literal["int8", "int4", "q4_k", "fewer_layers", "pruned", "small_vocabulary"]
 
 
 class Compress(Section):
@@ -21,6 +21,7 @@ class Compress(Section):
     calibration_rows: Count = 128
     kept_layers: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
     kept_channels: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    kept_tokens: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.25
     healing_rows: Count | None = None
     healing_epochs: PositiveCount = 1
     healing_rate: Positive = 0.0003

@@ -10,14 +10,16 @@ import pytest
 import torch
 import yaml
 
+from services.parity import read_trainer_side
 from services.versions.store import read_pipeline_tag
 from stages import ask_base
 from stages.common.artifacts import read_json, write_json
+from stages.common.chat.template import encode_prompt
 from stages.common.errors import InputError
 from stages.common.messages import Message
 from stages.common.model.exported import CHOSEN, find_exported
 from stages.common.model.generation import encode_questions
-from stages.common.model.loading import load_base
+from stages.common.model.loading import load_base, load_tokenizer
 from stages.common.params.loading import load_params
 from stages.common.records import make_row, write_rows
 from stages.common.task.kinds import TASK_FILE
@@ -33,7 +35,7 @@ from tests.stages.finetune.project import rows as finetune_rows
 from tests.tiny import make_model, make_tokenizer, save_model
 
 ROOT = Path(__file__).parents[3]
-MERGES = (("a", "b"), ("t", "h"))
+MERGES = (("a", "b"), ("t", "h"), ("t", "r"), ("e", "s"))
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 512, "initializer_range": 0.2}
 
 
@@ -194,6 +196,33 @@ def test_the_chosen_model_is_measured_evaluated_and_served(project, monkeypatch)
     assert judged["compression"] == "fewer_layers"
     assert judged["tuned"]["perplexity"]["value"] == pytest.approx(losses["fewer_layers"], abs=2e-6)
     check_served(folder, serving, models["fewer_layers"]["bytes"], monkeypatch)
+
+
+@pytest.mark.slow
+def test_a_model_of_few_tokens_is_asked_compared_and_served_by_them(project, monkeypatch):
+    """The training rows have the pair "tr" alone, and every test row has "es": it takes one token more."""
+    folder = project(variants=["small_vocabulary"], choose="small_vocabulary", kept_tokens=0.0)
+    whole = load_tokenizer(Path("artifacts/fetch_base"))
+    compress.main()
+    found = report()["models"]
+    small, own = found["small_vocabulary"], load_tokenizer(CHOSEN)
+    assert small["tokens"] == len(own) == len(whole) - 3 and small["longer_texts"] == 1.0
+    assert "tr" in own.get_vocab() and "es" not in own.get_vocab()
+    assert small["bytes"] < found["exported"]["bytes"] and "healing_rows" not in small
+    serving = read_json(CHOSEN / "serving.json")
+    exported = Path("artifacts/export")
+    assert (CHOSEN / "Modelfile").read_bytes() == (exported / "Modelfile").read_bytes()
+    assert read_json(CHOSEN / "config.json")["vocab_size"] == len(own)
+
+    evaluate.main()
+    judged = json.loads(Path("reports/evaluate/metrics.json").read_text())
+    assert judged["compression"] == "small_vocabulary"
+    loss = small["results"]["perplexity"]["value"]
+    assert judged["tuned"]["perplexity"]["value"] == pytest.approx(loss, abs=2e-6)
+    trainer = read_trainer_side(folder, None)
+    longer = [len(encode_prompt(whole, row.prompt)) + 1 for row in trainer.rows]
+    assert [*trainer.prompt_tokens] == longer == [len(encode_prompt(own, row.prompt)) for row in trainer.rows]
+    check_served(folder, serving, small["bytes"], monkeypatch)
 
 
 def check_served(folder, serving, size, monkeypatch):

@@ -14,8 +14,9 @@ from stages.common.model.generation import encode_questions
 from stages.common.model.loading import load_base, load_tokenizer, load_tuned
 from stages.common.model.results import Sampling, compare, with_intervals
 from stages.common.records import make_row, read_rows
-from stages.evaluate.preferences import compute_preference
+from stages.evaluate.preferences import PairsFound, Scorer, compute_preference, measure_preferences
 from tests.stages.evaluate.test_evaluate import json_rows, models, project, run  # noqa: F401  two are fixtures
+from tests.tiny import make_tokenizer
 
 CPU = torch.device("cpu")
 SAMPLING = Sampling(0.95, 500, 7)
@@ -105,6 +106,23 @@ def test_both_engines_score_a_reference_alike(project):  # noqa: F811
         for engine in ("paged", "transformers")
     )
     assert paged == pytest.approx(plain, rel=1e-4)
+
+
+def test_a_model_with_a_vocabulary_of_its_own_scores_the_answers_in_its_tokens():
+    rows, seen = paired_rows(), []
+    whole, own = (make_tokenizer(merges) for merges in ((("t", "u"), ("i", "t")), ()))
+    pairs, own_pairs = (encode_pairs(one, rows)[0] for one in (whole, own))
+
+    def score(questions):
+        seen.append([[*one.prompt, *one.reference] for one in questions])
+        return [float(len(one.reference)) for one in questions]
+
+    measure_preferences(PairsFound(pairs, {}, None), Scorer(score), Scorer(score, pairs=own_pairs), SAMPLING)
+    worse, better = (
+        [[getattr(pair, name).input_ids for pair in found] for found in (pairs, own_pairs)]
+        for name in ("rejected", "chosen")
+    )
+    assert seen == [worse[0], better[0], worse[1], better[1]] and worse[0] != worse[1]
 
 
 def test_a_clear_preference_has_a_small_p_value_and_equal_answers_count_half():

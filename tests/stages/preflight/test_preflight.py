@@ -447,6 +447,7 @@ def test_a_disk_that_is_too_full_is_refused(tmp_path):
         for weight in (0.0, 1.0)
     )
     assert taught - alone == 4 * 10**9  # the whole model, beside the one that is healed
+    assert base_checks.count_healing_bytes(10**9, Compress(variants=("small_vocabulary",))) == 0
 
 
 def test_smaller_models_that_the_base_cannot_have_are_refused_with_the_tensor(lay_out, set_params):
