@@ -35,7 +35,7 @@ ARCHITECTURE = "qwen3-4b"
 CLIENTS = (1, 8, 64)
 WORDS = 32_000
 ROUNDS = 2
-CHANGE_WITHIN_S = 30.0  # of the versions that are served
+CHANGE_WITHIN_S, TINY_CHANGE_WITHIN_S = 30.0, 240.0  # of the versions that are served
 SETTINGS = {
     "max_running: 32 #": "max_running: 64 #",
     "default_max_tokens: 256 #": "default_max_tokens: 128 #",
@@ -109,9 +109,10 @@ async def _measure(folder: Path, options: argparse.Namespace, with_vllm: bool, n
         for count in clients:
             found["throughput"][str(count)] = await compare(served, count, seconds, tokens)
             note(found)
-        found["swap"] = await swap(ours, folder, tags, clients[1])
+        within_s = TINY_CHANGE_WITHIN_S if options.tiny else CHANGE_WITHIN_S
+        found["swap"] = await swap(ours, folder, tags, clients[1], within_s)
         note(found)
-        found["two_versions"] = await ask_two(ours, folder, tags, clients[1], tokens, seconds)
+        found["two_versions"] = await ask_two(ours, folder, tags, clients[1], tokens, seconds, within_s)
     finally:
         await asyncio.gather(*(asyncio.to_thread(child.end) for child in children))
     return found
@@ -281,7 +282,7 @@ def read_run(run: Any, tokens: int) -> Figures:
     }
 
 
-async def swap(ours: Any, folder: Path, tags: Sequence[str], clients: int) -> Figures:
+async def swap(ours: Any, folder: Path, tags: Sequence[str], clients: int, within_s: float) -> Figures:
     """Make the second version the champion while clients ask."""
     from benchmarks.serving_load import load
     from benchmarks.serving_peers import about
@@ -294,7 +295,7 @@ async def swap(ours: Any, folder: Path, tags: Sequence[str], clients: int) -> Fi
     begun = time.monotonic()
     write_aliases(folder / ALIASES, Aliases(tags[1], history=(tags[0],)))
     version = tags[1].split(":")[1]
-    until = begun + CHANGE_WITHIN_S
+    until = begun + within_s
     while (now := (await about(ours.port)).get("version")) != version and time.monotonic() < until:
         await asyncio.sleep(0.1)
     await asyncio.sleep(1.0)
@@ -310,14 +311,14 @@ async def swap(ours: Any, folder: Path, tags: Sequence[str], clients: int) -> Fi
 
 
 async def ask_two(
-    ours: Any, folder: Path, tags: Sequence[str], clients: int, tokens: int, seconds: float
+    ours: Any, folder: Path, tags: Sequence[str], clients: int, tokens: int, seconds: float, within_s: float
 ) -> Figures:
     """Let two versions answer half of the users each."""
     from benchmarks.serving_load import get, load
     from services.versions.aliases import ALIASES, Aliases, Challenger, write_aliases
 
     write_aliases(folder / ALIASES, Aliases(tags[1], Challenger(tags[0], 0.5, "canary", time.time())))
-    until = time.monotonic() + CHANGE_WITHIN_S
+    until = time.monotonic() + within_s
     while time.monotonic() < until:
         _, body = await get(ours.port, "/v1/models")
         if b"challenger" in body:
