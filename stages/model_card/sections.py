@@ -27,6 +27,15 @@ OBJECTIVE_NAMES = {
     "grpo": "Group Relative Policy Optimization (GRPO), from rewards by the checks of its own answers",
     "kto": "Kahneman-Tversky Optimization (KTO), on answers that people rated",
 }
+# The figures of a training that rewards the model's own answers (grpo).
+SAMPLED_NAMES = {
+    "reward": "mean reward",
+    "valid": "share of valid ones",
+    "schema": "share that fits the schema",
+    "match": "share that means the same as the reference",
+    "answer_tokens": "mean length of an answer in tokens",
+    "compared": "share of prompts whose answers differ in worth",
+}
 PROMPT_NAMES = {"prompt_tuning": "prompt tuning", "prefix_tuning": "prefix tuning"}
 
 # The names under which the Hugging Face hub knows our metrics.
@@ -171,6 +180,15 @@ def describe_measured(held_out: Mapping[str, Any] | None) -> str:
     if "pairs" in held_out:
         return _many(held_out["pairs"], "pair")
     return f"{held_out['good']:,} good and {held_out['bad']:,} bad answers"
+
+
+def describe_sampled(figures: Mapping[str, Mapping[str, float]] | None) -> str:
+    """Return what the answers that a training sampled were worth, at its beginning and its end."""
+    if not figures:
+        return ""
+    found = ((told, figures[name]) for name, told in SAMPLED_NAMES.items() if name in figures)
+    parts = [f"{told} {one['first']:.3f} and {one['last']:.3f}" for told, one in found]
+    return "; ".join(parts)
 
 
 def describe_preferences(report: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -500,6 +500,57 @@ def test_the_card_of_trained_weights_names_them_and_how_they_are_loaded(project,
     assert "peft" not in text
 
 
+GOOD_AND_BAD = {"good": 20, "bad": 22, "accuracy": 0.875, "margin": 1.25}
+
+
+@pytest.mark.parametrize(
+    ("method", "adapter", "found", "expected"),
+    [
+        ("rslora", {"use_rslora": True}, {}, ["rsLoRA of rank 16 on q_proj; the loss"]),
+        ("dora", {"use_dora": True}, {}, ["DoRA of rank 16 on q_proj; the loss"]),
+        ("qlora", {}, {}, ["LoRA of rank 16 on q_proj; the loss", "- qlora\n"]),
+        (
+            "kto",
+            {},
+            {"held_out": GOOD_AND_BAD},
+            [
+                ", by Kahneman-Tversky Optimization (KTO)",
+                "on 20 good and 22 bad answers that were not learned",
+            ],
+        ),
+        (
+            "orpo",
+            {},
+            {"held_out": {"pairs": 42, "accuracy": 0.875, "margin": 1.25}},
+            [", by Odds Ratio Preference Optimization (ORPO)", "on 42 pairs that were not learned"],
+        ),
+        ("distill", {}, {"teacher": "big"}, [", by distillation of a teacher; the loss"]),
+        (
+            "grpo",
+            {},
+            {"figures": {"reward": {"first": 0.5, "last": 0.75}, "compared": {"first": 0.4, "last": 0.3}}},
+            [
+                ", by Group Relative Policy Optimization (GRPO)",
+                "**Sampled answers** in the first tenth of the updates, and in the last: mean reward 0.500 "
+                "and 0.750; share of prompts whose answers differ in worth 0.400 and 0.300.",
+            ],
+        ),
+    ],
+)
+def test_the_card_of_a_method_names_it_and_its_figures(project, method, adapter, found, expected):
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    params["finetune"] |= {"method": method, "teacher": found.get("teacher")}
+    write_text(Path("params.yaml"), yaml.safe_dump(params))
+    config = Path("artifacts/finetune/adapter_config.json")
+    write_json(config, read_json(config) | adapter)
+    change("finetune", method=method, **found)
+    text = card()
+    for part in expected:
+        assert part in text
+    assert ("**Preference** on" in text) == ("held_out" in found)
+    assert ("**Sampled answers**" in text) == ("figures" in found)
+
+
 def test_the_card_of_preferences_names_the_objective_and_how_well_it_was_learned(project):
     params = yaml.safe_load(Path("params.yaml").read_text())
     params["finetune"]["method"] = "dpo"
