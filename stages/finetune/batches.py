@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -24,53 +23,14 @@ from stages.common.chat.template import Encoded
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, show_progress
 from stages.common.messages import LearnedTurns
-from stages.common.model.adapter import InitialAdapter
 from stages.common.model.label_head import encode_label
 from stages.common.records import Row
-from stages.common.spool import pick, view
+from stages.common.spool import view
 
 logger = get_logger("finetune")
 
 # Rows of about one length share a batch; rows this many batches apart never do, so the order stays random.
 BATCHES_SORTED_TOGETHER = 20
-
-
-def select_rows(
-    rows: Sequence[Row],
-    initial: InitialAdapter | None,
-    trained_ids: Set[str],
-    replay_share: float,
-    seed: int,
-) -> Sequence[Row]:
-    """Return the rows that are new to the adapter of `initial`, and a share of those it was trained on.
-
-    The share is drawn by a hash of the row ids and differs between initial adapters, so that over several
-    retrainings every row has its turn. Without an initial adapter every row is new.
-
-    Args:
-        trained_ids: ids of the rows that the adapter was trained on.
-
-    Raises:
-        InputError: no row is left.
-    """
-    if initial is None:
-        return rows
-    if replay_share < 1 and not trained_ids:
-        logger.warning(
-            "the adapter of %s does not record the rows it was trained on: all rows are used", initial.version
-        )
-
-    def is_drawn(row: Row) -> bool:
-        digest = hashlib.blake2b(f"{seed}/{initial.version}/{row.id}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest) < replay_share * 2**64
-
-    chosen = [n for n, row in enumerate(rows) if row.id not in trained_ids or is_drawn(row)]
-    if rows and not chosen:
-        raise InputError(
-            f"the adapter of {initial.version} was trained on all {len(rows)} training rows already",
-            "raise finetune.replay_share, or set finetune.warm_start_from: null",
-        )
-    return pick(rows, chosen)
 
 
 def encode_rows(

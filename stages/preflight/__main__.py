@@ -84,6 +84,7 @@ from stages.preflight.languages import (
     list_unstated,
     to_evidence,
 )
+from stages.preflight.learned_rows import find_learned_problems
 from stages.preflight.memory_checks import Training
 from stages.preflight.page import render_page
 from stages.preflight.preference_checks import (
@@ -313,6 +314,7 @@ def main() -> None:
     limit_of_row = limit_length(params.finetune.max_length, config, params.finetune.virtual_tokens)
     preferences = count_preferences(params.finetune, tokenizer, sides["train"], limit_of_row)
     problems += find_preference_problems(params.finetune, preferences)
+    problems += find_learned_problems(params, tokenizer, sides["train"], limit_of_row)
     answers = [turn.answer for row, _ in fitting["validation"] for turn in unroll([row], params.task.turns)]
     problems += find_stopping_problems(params.finetune, task, answers)
     stated = params.model_card.language

@@ -1,22 +1,30 @@
 """Rows that a model can be trained on or asked: the chat template writes them, and they are not too long.
 
 `preflight` counts and names the others before anything is trained; each later stage excludes the same rows.
+Of those that an adapter was trained on, a training that starts from it takes a share.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stages.common.chat.template import Encoded, TemplateRefusal, encode_conversation, render_example
 from stages.common.chat.turns import list_learned
-from stages.common.logs import ROWS_A_STEP
+from stages.common.errors import InputError
+from stages.common.logs import ROWS_A_STEP, get_logger
 from stages.common.messages import LearnedTurns
 from stages.common.records import Row, count_chars
-from stages.common.spool import Spool, spool
+from stages.common.spool import Spool, pick, spool
+
+if TYPE_CHECKING:
+    from stages.common.model.adapter import InitialAdapter
+
+logger = get_logger("finetune")
 
 REFUSED = "refused_by_template"
 LONG = "too_long"
@@ -125,9 +133,73 @@ def select_askable(
     return askable, misfits
 
 
+def select_rows(
+    rows: Sequence[Row],
+    initial: InitialAdapter | None,
+    trained_ids: Set[str],
+    replay_share: float,
+    seed: int,
+) -> Sequence[Row]:
+    """Return the rows that are new to the adapter of `initial`, and a share of those it was trained on.
+
+    The share is drawn by a hash of the row ids and differs between initial adapters, so that over several
+    retrainings every row has its turn. Without an initial adapter every row is new.
+
+    Args:
+        trained_ids: ids of the rows that the adapter was trained on.
+
+    Raises:
+        InputError: no row is left.
+    """
+    if initial is None:
+        return rows
+    if replay_share < 1 and not trained_ids:
+        logger.warning(
+            "the adapter of %s does not record the rows it was trained on: all rows are used", initial.version
+        )
+
+    def is_drawn(row: Row) -> bool:
+        digest = hashlib.blake2b(f"{seed}/{initial.version}/{row.id}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest) < replay_share * 2**64
+
+    chosen = [n for n, row in enumerate(rows) if row.id not in trained_ids or is_drawn(row)]
+    if rows and not chosen:
+        raise InputError(
+            f"the adapter of {initial.version} was trained on all {len(rows)} training rows already",
+            "raise finetune.replay_share, or set finetune.warm_start_from: null",
+        )
+    return pick(rows, chosen)
+
+
 def limit_answer(longest: int, max_new_tokens: int) -> int:
     """Return after how many tokens an answer is cut: room for the longest reference, within the limit."""
     return min(max_new_tokens, math.ceil(longest * ANSWER_ROOM))
+
+
+def list_with_room(
+    examples: Iterable[Encoded], rows: int, limit: int, max_new_tokens: int
+) -> tuple[list[int], int]:
+    """Return which prompts leave room for a sampled answer, and how many tokens it may have.
+
+    A sampled answer can be as long as any reference.
+
+    Args:
+        rows: how many were asked for, also those that are too long themselves.
+        limit: the most tokens of a prompt with its answer.
+        max_new_tokens: where an answer is cut at the latest.
+
+    Raises:
+        InputError: none does.
+    """
+    sizes = [(example.prompt_length, example.learned_count) for example in examples]
+    room = limit_answer(max((learned for _, learned in sizes), default=0), max_new_tokens)
+    asked = [number for number, (prompt, _) in enumerate(sizes) if prompt + room <= limit]
+    if not asked:
+        raise InputError(
+            f"none of {rows} prompts leaves room for an answer of {room} tokens within {limit}",
+            "raise finetune.max_length, or lower ask_base.max_new_tokens",
+        )
+    return asked, room
 
 
 def suggest_for_long(limit: int, max_length: int, virtual_tokens: int = 0) -> str:

@@ -16,8 +16,9 @@ from stages.common.chat.fitting import (
     count_reasons,
     describe_misfits,
     encode_fitting,
-    limit_answer,
+    list_with_room,
     select_misfits,
+    select_rows,
     suggest_for_long,
 )
 from stages.common.chat.preferences import Pair, RatedAnswer, encode_pairs, encode_ratings
@@ -31,7 +32,7 @@ from stages.common.params.loading import Params
 from stages.common.records import Row, read_rows
 from stages.common.spool import join, pick, view
 from stages.common.task.kinds import read_task
-from stages.finetune.batches import encode_rows, select_rows
+from stages.finetune.batches import encode_rows
 from stages.finetune.objectives.rewards import make_checks
 
 if TYPE_CHECKING:
@@ -156,15 +157,8 @@ def _read_prompts(everything: Params, tokenizer: Any, rows: Sequence[Row], limit
     params, task = everything.finetune, read_task()
     fitting, misfits = encode_fitting(tokenizer, rows, limit, _follow(rows))
     _check_long(misfits, params.on_long_row, params.max_length, limit)
-    longest = max((example.learned_count for _, example in fitting), default=0)
-    room = limit_answer(longest, everything.ask_base.max_new_tokens)
-    # A sampled answer can be as long as any reference.
-    asked = [number for number, (_, example) in enumerate(fitting) if example.prompt_length + room <= limit]
-    if not asked:
-        raise InputError(
-            f"none of {len(rows)} prompts leaves room for an answer of {room} tokens within {limit}",
-            "raise finetune.max_length, or lower ask_base.max_new_tokens",
-        )
+    examples = view(fitting, itemgetter(1))
+    asked, room = list_with_room(examples, len(rows), limit, everything.ask_base.max_new_tokens)
     if len(asked) < len(fitting):
         logger.warning(
             "%d prompts are not asked: with an answer of %d tokens they exceed %d",
@@ -249,6 +243,9 @@ def _read_ratings(
     _check_long(misfits, params.on_long_row, params.max_length, limit)
     asked = encode_ratings(tokenizer, validation, limit)[0]
     learned, held_out = hold_out(rated, asked if _has_both(asked) else [], params.held_out_share, params.seed)
+    if _has_both(rated) and not _has_both(learned):
+        logger.warning("no ratings are held out: without them there would be only good or only bad answers")
+        learned, held_out = rated, []
     if not _has_both(learned):
         good, bad = count_ratings(learned)
         raise InputError(

@@ -1,40 +1,15 @@
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
 from stages.common.chat.template import encode_example
 from stages.common.errors import InputError
 from stages.common.messages import Message
-from stages.common.model.adapter import InitialAdapter
 from stages.common.model.loading import load_tokenizer
 from stages.common.records import make_row
-from stages.finetune.batches import encode_rows, plan_batches, select_rows
+from stages.finetune.batches import encode_rows, plan_batches
 from tests.stages.finetune.project import rows
 from tests.tiny import save_model
-
-
-def test_each_start_has_another_share_of_the_old_rows_and_all_the_new(caplog):
-    old, new = rows(400), rows(5, start=2000)
-
-    def chosen(share, version):
-        start = InitialAdapter(Path("start"), version, "base")
-        return {row.id for row in select_rows([*old, *new], start, known, share, seed=7)}
-
-    known = {row.id for row in old}
-    fresh = {row.id for row in new}
-    one, other = chosen(0.25, "v1"), chosen(0.25, "v2")
-    assert one == chosen(0.25, "v1") != other
-    assert fresh < one and fresh < other and 60 < len(one) < 145
-    assert chosen(0.0, "v1") == fresh and len(chosen(1.0, "v1")) == 405
-    assert len(select_rows(old, None, set(), 0.0, seed=7)) == 400
-    assert not caplog.messages
-    start = InitialAdapter(Path("start"), "v1", "base")
-    assert len(select_rows(old, start, set(), 0.25, seed=7)) == 400
-    assert "the adapter of v1 does not record the rows it was trained on" in caplog.text
-    with pytest.raises(InputError, match="trained on all 400 training rows already") as error:
-        select_rows(old, start, known, 0.0, seed=7)
-    assert "finetune.replay_share" in error.value.fix
 
 
 def test_every_epoch_takes_each_row_once_in_an_order_of_its_own():

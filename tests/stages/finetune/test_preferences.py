@@ -8,12 +8,15 @@ from dataclasses import replace
 
 import pytest
 
+from stages.common.chat.preferences import RatedAnswer
+from stages.common.chat.template import Encoded
 from stages.common.errors import InputError
 from stages.common.messages import Message
 from stages.common.model.adapter import read_settings, read_trained_ids
 from stages.common.params.loading import ParamsError
 from stages.common.records import make_row, read_rows, write_rows
 from stages.finetune.__main__ import main
+from stages.finetune.objectives.data import hold_out
 from tests.stages.finetune.project import (
     adapter,
     change_finetune,
@@ -111,6 +114,28 @@ def test_answers_that_people_rated_are_learned_as_good_or_bad(pairs, caplog):
     assert (metrics["train_rows"], metrics["refused_rows_read"], metrics["rows_held_out"]) == (9, 3, 0)
     assert metrics["held_out"] == {"good": 0, "bad": 0}
     assert "finetune.undesirable_weight between 1.50 and 2.00" in caplog.text
+
+
+@pytest.mark.parametrize("pairs", ["kto"], indirect=True)
+def test_the_only_bad_answer_is_learned_whatever_share_is_held_out(pairs, caplog):
+    split = pairs / "artifacts/split"
+    write_rows(split / "train.parquet", [replace(row, tags={"feedback": "thumb"}) for row in rows(6)])
+    (bad,) = rows(1, 100)
+    write_rows(split / "refused.parquet", [replace(bad, is_desirable=False)])
+    write_rows(split / "validation.parquet", rows(4, 1000))
+    # The seed that takes it: by the hash of its group.
+    seed = next(seed for seed in range(100) if not _is_learned(bad, seed))
+    change_finetune(pairs, held_out_share=0.5, seed=seed)
+    main()
+    assert (evidence(pairs)["good_answers"], evidence(pairs)["bad_answers"]) == (6, 1)
+    assert evidence(pairs)["rows_held_out"] == 0
+    assert "no ratings are held out" in caplog.text
+
+
+def _is_learned(bad, seed):
+    answer = Encoded([1, 2], 1)
+    rated = [RatedAnswer(one, answer, one is not bad) for one in (*rows(6), bad)]
+    return any(not one.is_desirable for one in hold_out(rated, [], 0.5, seed)[0])
 
 
 @pytest.mark.parametrize("pairs", ["dpo"], indirect=True)

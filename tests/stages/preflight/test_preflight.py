@@ -17,6 +17,7 @@ from stages.common.chat.template import Encoded, encode_example, fix_argument
 from stages.common.chat.tools_template import adapt_template
 from stages.common.errors import InputError
 from stages.common.messages import Message, Tool, ToolCall
+from stages.common.model.adapter import write_trained_ids
 from stages.common.model.loading import read_config
 from stages.common.model.replaced import measure_reach, select_weights
 from stages.common.params.compress import Compress
@@ -764,6 +765,35 @@ def test_ratings_are_counted_and_both_kinds_are_needed(lay_out, set_params):
     preflight.main()
     counted = found()["preferences"]
     assert (counted["good_answers"], counted["bad_answers"], counted["rows_without_preference"]) == (6, 4, 24)
+
+
+def test_prompts_none_of_which_leaves_room_for_an_answer_are_refused_with_grpo(lay_out, set_params):
+    lay_out(train=[row(n, question=f"{n} {'x' * 200}") for n in range(30)])
+    set_params(finetune__method="grpo", finetune__max_length=230)
+    with pytest.raises(
+        InputError, match="none of 30 prompts leaves room for an answer of 10 tokens"
+    ) as error:
+        preflight.main()
+    assert "raise finetune.max_length" in error.value.fix
+    set_params(finetune__method="grpo", finetune__max_length=512)
+    preflight.main()
+
+
+def test_rows_that_the_start_was_trained_on_are_refused_where_none_is_gone_over_again(lay_out, set_params):
+    train = [row(n) for n in range(30)]
+    lay_out(train=train)
+    write_json(Path("reports/fetch_base/metrics.json"), {"license": "apache-2.0", "sha256": "base"})
+    start = Path("artifacts/initial_adapter")
+    write_json(start / "adapter_config.json", {"r": 16, "lora_alpha": 32})
+    save_file({"a": np.ones(1)}, start / "adapter_model.safetensors")
+    write_json(start / "origin.json", {"version": "v1", "base_sha256": "base"})
+    write_trained_ids([one.id for one in train], start)
+    set_params(finetune__replay_share=0.0)
+    with pytest.raises(InputError, match="v1 was trained on all 30 training rows already") as error:
+        preflight.main()
+    assert "raise finetune.replay_share" in error.value.fix
+    write_trained_ids([one.id for one in train[1:]], start)
+    preflight.main()
 
 
 def test_a_metric_that_cannot_stop_a_training_is_refused_before_anything_costly(lay_out, set_params):
