@@ -232,7 +232,8 @@ def train(
         batch = objective.collate(items[0] or [shortest], arrange)
         return _inputs(batch if items[0] else make_idle(batch))
 
-    objective.prepare(model, Start(plan, arrange, checkpoints, attention))
+    with explain_full_memory(memory, *sizes):
+        objective.prepare(model, Start(plan, arrange, checkpoints, attention))
 
     validation_points = (
         Validation(watch, len(tokens_of_step), attention, checkpoints, sizes[0]) if watch else None
@@ -268,9 +269,11 @@ def train(
     check_weights(model, kept_step, checkpoints)
     release_freed_memory()
     batches = plan_batches([len(e.input_ids) for e in validation], recipe.batch_size, 1, recipe.seed)
-    validation_loss = compute_mean_loss(model, (arrange([validation[i] for i in batch]) for batch in batches))
-    check_final_loss(validation_loss)
-    held_out = objective.measure(model, arrange)
+    with explain_full_memory(memory, *sizes):
+        layouts = (arrange([validation[i] for i in batch]) for batch in batches)
+        validation_loss = compute_mean_loss(model, layouts)
+        check_final_loss(validation_loss)
+        held_out = objective.measure(model, arrange)
     return TrainingResult(
         curve=[
             LossPoint(entry["step"], entry["loss"], entry["learning_rate"], read_figures(entry))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -68,7 +69,9 @@ class Pairs:
         self._held_out_batches = plan_batches(lengths, max(map(len, start.plan)), 1, 0)
 
         def compute() -> dict[str, list[Any]]:
-            scores = score_batches(model, batches, self.list_sequences, start.arrange)
+            scores = score_batches(
+                model, batches, self.list_sequences, start.arrange, partial(_read_id, self.pairs)
+            )
             return {
                 "learned": order_by_row(batches, list(map(_pair_up, scores))),
                 "held_out": self._score_held_out(model, start.arrange),
@@ -117,7 +120,9 @@ class Pairs:
     def _score_held_out(self, model: Any, arrange: Arrange) -> list[list[float]]:
         """Return the log-probabilities of both answers of each pair, or their means by token."""
         batches = self._held_out_batches
-        scores = score_batches(model, batches, lambda rows: _list_answers(self.held_out, rows), arrange)
+        scores = score_batches(
+            model, batches, partial(_list_answers, self.held_out), arrange, partial(_read_id, self.held_out)
+        )
         found: list[list[float]] = order_by_row(batches, list(map(_pair_up, scores)))
         if self.has_reference:
             return found
@@ -129,6 +134,10 @@ class Pairs:
 
 def _list_answers(pairs: Sequence[Pair], rows: Sequence[int]) -> list[Encoded]:
     return [answer for row in rows for pair in [pairs[row]] for answer in (pair.chosen, pair.rejected)]
+
+
+def _read_id(pairs: Sequence[Pair], row: int) -> str:
+    return pairs[row].row.id
 
 
 def _pair_up(scores: Sequence[float]) -> list[list[float]]:

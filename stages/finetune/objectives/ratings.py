@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -72,11 +73,12 @@ class Ratings:
         self._held_out_batches = plan_batches(lengths, max(map(len, start.plan)), 1, 0)
 
         def compute() -> dict[str, list[Any]]:
-            others = score_batches(model, batches, self._list_others, start.arrange)
+            learned, others = (
+                score_batches(model, batches, listed, start.arrange, partial(_read_id, self.answers))
+                for listed in (self.list_sequences, self._list_others)
+            )
             return {
-                "learned": order_by_row(
-                    batches, score_batches(model, batches, self.list_sequences, start.arrange)
-                ),
+                "learned": order_by_row(batches, learned),
                 "others": order_by_row(batches, others),
                 "held_out": self._score_held_out(model, start.arrange),
             }
@@ -135,8 +137,18 @@ class Ratings:
 
     def _score_held_out(self, model: Any, arrange: Arrange) -> list[float]:
         batches, answers = self._held_out_batches, self.held_out
-        scores = score_batches(model, batches, lambda rows: [answers[row].answer for row in rows], arrange)
+        scores = score_batches(
+            model,
+            batches,
+            lambda rows: [answers[row].answer for row in rows],
+            arrange,
+            partial(_read_id, answers),
+        )
         return order_by_row(batches, scores)
+
+
+def _read_id(answers: Sequence[RatedAnswer], row: int) -> str:
+    return answers[row].row.id
 
 
 def choose_partners(batches: Sequence[Sequence[int]], groups: Sequence[str]) -> dict[int, int]:

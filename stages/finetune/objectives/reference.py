@@ -7,6 +7,7 @@ it off would be wrong where training starts from an adapter.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from stages.common.logs import get_logger
 from stages.finetune.devices.group import count_processes, gather, get_rank, is_main
 from stages.finetune.objectives.log_probabilities import sum_log_probabilities
 from stages.finetune.objectives.protocol import Arrange
+from stages.finetune.progress.divergence import name_rows
 from stages.finetune.progress.validation import merge_shares
 
 logger = get_logger("finetune")
@@ -34,10 +36,17 @@ def score_batches(
     batches: Sequence[Sequence[int]],
     list_sequences: Callable[[Sequence[int]], list[Encoded]],
     arrange: Arrange,
+    name_row: Callable[[int], str] = "number {}".format,
 ) -> list[list[float]]:
     """Return the log-probability of each sequence of the rows of each batch.
 
     Each process computes its share of the batches; all return the same.
+
+    Args:
+        name_row: returns the id of a row, for the message.
+
+    Raises:
+        InputError: one is not a number.
     """
     was_training = model.training
     model.eval()
@@ -49,7 +58,26 @@ def score_batches(
             learned = [example.learned_count for example in sequences]
             found.append(sum_log_probabilities(model, layout, learned).tolist())
     model.train(was_training)
-    return merge_shares(gather(found))
+    scores = merge_shares(gather(found))
+    broken = [
+        row
+        for rows, own in zip(batches, scores, strict=True)
+        for row, score in zip(rows, _split(own, len(rows)), strict=True)
+        if not all(map(math.isfinite, score))
+    ]
+    if broken:
+        raise InputError(
+            f"the log-probability of an answer is not a number: rows {name_rows(broken, name_row)}",
+            "look at these rows, lower finetune.learning_rate if they were trained on, set "
+            "finetune.dtype: float32, or choose another base model",
+        )
+    return scores
+
+
+def _split(scores: Sequence[float], rows: int) -> list[Sequence[float]]:
+    """Return the scores of each row of a batch."""
+    each = len(scores) // rows
+    return [scores[first : first + each] for first in range(0, len(scores), each)]
 
 
 def order_by_row(batches: Sequence[Sequence[int]], scores: Sequence[list[Any]]) -> list[Any]:

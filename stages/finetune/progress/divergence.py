@@ -60,7 +60,7 @@ def check_update(
     batches = [batch for part in gather(own) for batch in part if batch.rows]
     broken = [number for number, batch in enumerate(batches) if not math.isfinite(float(batch.loss))]
     lines = [
-        f"  batch {number + 1} of {len(batches)}: rows {_name_rows(batches[number].rows, name_row)}"
+        f"  batch {number + 1} of {len(batches)}: rows {name_rows(batches[number].rows, name_row)}"
         for number in broken or range(len(batches))
     ]
     raise InputError(
@@ -103,7 +103,8 @@ def check_final_loss(loss: float | None) -> None:
         raise InputError(f"training has diverged: the loss of the validation rows is {loss}", SLOWER)
 
 
-def _name_rows(rows: Sequence[int], name_row: Callable[[int], str]) -> str:
+def name_rows(rows: Sequence[int], name_row: Callable[[int], str]) -> str:
+    """Return the ids of the first rows as text, and how many more there are."""
     names = ", ".join(name_row(row) for row in rows[:SHOWN_ROWS])
     return names if len(rows) <= SHOWN_ROWS else f"{names} and {len(rows) - SHOWN_ROWS} more"
 

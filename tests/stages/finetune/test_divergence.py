@@ -7,7 +7,8 @@ from stages.common.messages import Message
 from stages.common.records import make_row, read_rows, write_rows
 from stages.finetune.__main__ import main
 from stages.finetune.checkpoints import find_checkpoint
-from tests.stages.finetune.project import adapter, change_finetune
+from stages.finetune.objectives.pairs import Pairs
+from tests.stages.finetune.project import adapter, change_finetune, make_project
 from tests.tiny import make_tokenizer, save_model
 
 SPLIT = ("artifacts", "split")
@@ -25,9 +26,10 @@ def break_letter(project, letter):
     save_file(weights, base / "model.safetensors", {"format": "pt"})
 
 
-def add_row(project, side):
+def add_row(project, side, rejected=None):
     path = project.joinpath(*SPLIT, f"{side}.parquet")
-    write_rows(path, [*read_rows(path), ODD])
+    odd = make_row(ODD.messages, "toy", "cc0-1.0", rejected=rejected)
+    write_rows(path, [*read_rows(path), odd])
 
 
 # grpo samples answers before there is a loss, so cold that no other row is answered with the letter.
@@ -64,3 +66,29 @@ def test_a_validation_loss_that_is_no_number_leaves_the_adapter_of_the_run_befor
     with pytest.raises(InputError, match="validation rows is nan"):
         main()
     assert adapter(project) == before
+
+
+@pytest.mark.parametrize("side", ["train", "validation"])
+@pytest.mark.parametrize("method", ["dpo", "orpo", "kto"])
+def test_a_start_whose_probability_is_no_number_names_the_rows(tmp_path, monkeypatch, method, side):
+    project = make_project(tmp_path, method=method)
+    monkeypatch.chdir(project)
+    break_letter(project, "z")
+    add_row(project, side, rejected=Message("assistant", '{"n":2}'))
+    # Without a reference, orpo learns the row as the methods for answers do.
+    found = "training has diverged: the loss is nan" if (method, side) == ("orpo", "train") else ""
+    with pytest.raises(InputError, match=found or "log-probability of an answer is not a number") as error:
+        main()
+    (row,) = (one for one in read_rows(project.joinpath(*SPLIT, f"{side}.parquet")) if one.question == "z")
+    assert row.id in error.value.what
+
+
+@pytest.mark.parametrize("step", ["prepare", "measure"])
+def test_memory_that_is_full_before_or_after_the_updates_is_an_error_with_what_would_fit(
+    tmp_path, monkeypatch, step
+):
+    monkeypatch.chdir(make_project(tmp_path, method="dpo"))
+    monkeypatch.setattr(Pairs, step, lambda *_: torch.empty(1 << 55))
+    with pytest.raises(InputError, match=r"the memory is full: .*allocate memory") as error:
+        main()
+    assert "finetune.batch_size: 2 and finetune.gradient_accumulation: 2" in error.value.fix
