@@ -46,7 +46,8 @@ class TrainingResult:
         validation: the points at which validation rows were asked.
         kept_step: the update after which the adapter was as it is kept; the last one, or the best.
         learned_rows: numbers of the rows that were learned up to there.
-        train_tokens: of all updates; `answer_tokens` are those that were learned of them.
+        train_tokens: of all updates, with the rows' own answers where others are sampled; `answer_tokens` are
+            those that were learned of them.
         seconds: of this process, without those of the validation: the rest of the training if it resumed.
         tokens: trained on in those seconds.
         cost: energy, price and share of the machine.

@@ -43,7 +43,7 @@ from stages.finetune.devices.sharding import is_sharded
 from stages.finetune.devices.whole_checkpoints import WholeCheckpointTrainer
 from stages.finetune.kernels.checkpointing import checkpoint_layers, decide_checkpointing, list_layers
 from stages.finetune.objectives.answers import Answers
-from stages.finetune.objectives.protocol import Batch, Objective, Start, make_idle
+from stages.finetune.objectives.protocol import Batch, Objective, Pass, Start, make_idle
 from stages.finetune.progress.asking import Validation, estimate_answers
 from stages.finetune.progress.cost import Prices, read_taken, write_taken
 from stages.finetune.progress.divergence import BatchLoss, check_final_loss, check_update, check_weights
@@ -100,14 +100,17 @@ class PlannedTrainer(WholeCheckpointTrainer):
         assert num_items_in_batch is not None  # Trainer counts the labels
         batch: Batch = inputs["batch"].to(model.device)
         place = self.state.global_step, len(self.batch_losses)
-        self.freed.make_room(batch.layout.input_ids.numel())
-        own = self.objective.compute_loss(model, replace(batch, place=place))
+        own = self.objective.compute_loss(model, replace(batch, place=place, hear=self.hear))
         mean: Tensor = own * self.accelerator.num_processes / num_items_in_batch
         self.batch_losses.append(BatchLoss(batch.rows, mean.detach()))
-        if self.meter:
-            sequences, width = batch.layout.input_ids.shape
-            self.meter.count(sequences, width, len(batch.layout.targets))
         return mean
+
+    def hear(self, one: Pass) -> None:
+        """Make room for a pass that keeps activations, and count it."""
+        if one.reader is None:
+            self.freed.make_room(one.sequences * one.width)
+        if self.meter:
+            self.meter.count(one)
 
 
 class TrainingMonitor(TrainerCallback):
@@ -300,7 +303,7 @@ def train(
         seconds=seconds - asked_seconds,
         validation_seconds=asked_seconds,
         cost=meter.finish(seconds - asked_seconds, estimate.peak if estimate else None),
-        tokens=sum(tokens_of_step[first_step:steps]),
+        tokens=sum(gather(meter.tokens)),
         peak_rss_mib=sum(gather(measure_peak_rss_mib())),
         held_out=held_out,
     )

@@ -24,10 +24,13 @@ from stages.common.records import Row
 from stages.finetune.devices.group import gather, get_rank
 from stages.finetune.objectives.log_probabilities import read_log_probabilities
 from stages.finetune.objectives.losses import compare_in_groups, compute_grpo_losses
-from stages.finetune.objectives.protocol import Arrange, Batch, Start
+from stages.finetune.objectives.protocol import Arrange, Batch, Pass, Start
 from stages.finetune.objectives.reference import switch_off_dropout
 from stages.finetune.objectives.rewards import CHECKS, COMPARED, Checks
 from stages.finetune.progress.validation import attending
+from stages.finetune.shared_prefix import Layout
+
+LENGTH = "answer_tokens"  # the figure of the length of a sampled answer
 
 
 class Groups:
@@ -90,11 +93,13 @@ class Groups:
         A model that has no answers, because its probabilities are not numbers, has such a loss.
         """
         if not batch.rows:
+            batch.tell(batch.layout)
             return batch.layout.answer_logits(model).sum()
         try:
             answers = self._sample(model, batch)
         except FloatingPointError:
             return batch.layout.answer_logits(model).sum() * torch.nan
+        batch.hear(self._count_sampling(model, batch.rows, answers))
         rewards = self._reward(batch.rows, answers)
         advantages = compare_in_groups(torch.tensor(rewards), self.sequences_of_row).to(batch.units.device)
         sequences = [
@@ -106,9 +111,11 @@ class Groups:
         lengths = [one.learned_count for one in sequences]
         reference = None
         if self.kl_weight:
+            batch.tell(layout, reader=model)
             with torch.no_grad(), self._at_start(model):
-                reference = read_log_probabilities(layout.answer_logits(model), layout.targets)
-        found = read_log_probabilities(layout.answer_logits(model), layout.targets)
+                reference = self._read(model, layout)
+        batch.tell(layout, sum(len(one.input_ids) for one in sequences))
+        found = self._read(model, layout)
         each = compute_grpo_losses(
             found,
             found.detach(),
@@ -120,14 +127,14 @@ class Groups:
         return torch.stack([part.mean() for part in each.split(lengths)]).sum()
 
     def take_figures(self) -> dict[str, float]:
-        """Return the mean reward of the update, and the share of answers that passed each check.
+        """Return the mean reward and length of the answers, and the share that passed each check.
 
         `compared` is the share of groups whose answers differ in worth, which alone teach something. There
         is nothing to tell of a model that has no answers.
         """
         found = [figures for share in gather(self._figures) for figures in share]
         self._figures = []
-        names = ("reward", *CHECKS, COMPARED) if found else ()
+        names = ("reward", *CHECKS, COMPARED, LENGTH) if found else ()
         return {name: fmean(figures[name] for figures in found) for name in names}
 
     def measure(self, model: Any, arrange: Arrange) -> None:
@@ -151,6 +158,18 @@ class Groups:
         size = self.sequences_of_row
         return [found[first : first + size] for first in range(0, len(found), size)]
 
+    def _count_sampling(
+        self, model: Any, rows: Sequence[int], answers: Sequence[Sequence[list[int]]]
+    ) -> Pass:
+        """Return what was computed to sample answers: the prompts once for each, and each token by itself."""
+        prompts = len(rows) * self.sequences_of_row * max(len(self._prompts[row]) for row in rows)
+        written = sum(len(tokens) for group in answers for tokens in group)
+        return Pass(1, prompts + written, written, reader=model)
+
+    def _read(self, model: Any, layout: Layout) -> Tensor:
+        """Return the log-probability of each token of the answers, by the policy that samples them."""
+        return read_log_probabilities(layout.answer_logits(model), layout.targets, self.temperature)
+
     def _reward(self, rows: Sequence[int], answers: Sequence[Sequence[list[int]]]) -> list[float]:
         ends = end_of_turn_ids(self.tokenizer)
         rewards = []
@@ -164,8 +183,8 @@ class Groups:
             own = [self.checks.weigh(one) for one in passed]
             is_compared = float(max(own) != min(own))
             self._figures += [
-                {"reward": reward, **one, COMPARED: is_compared}
-                for reward, one in zip(own, passed, strict=True)
+                {"reward": reward, **one, COMPARED: is_compared, LENGTH: float(len(tokens))}
+                for reward, one, tokens in zip(own, passed, group, strict=True)
             ]
             rewards += own
         return rewards

@@ -38,8 +38,8 @@ def compute_log_probabilities(model: Any, batch: Batch) -> Tensor:
     return sum_log_probabilities(model, batch.layout, batch.learned)
 
 
-def read_log_probabilities(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return log softmax(logits)[target] of each row, computed in float32.
+def read_log_probabilities(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return log softmax(logits / temperature)[target] of each row, computed in float32.
 
     Where gradients are wanted the logits are overwritten with theirs, as in `sum_cross_entropy`.
 
@@ -47,28 +47,28 @@ def read_log_probabilities(logits: Tensor, targets: Tensor) -> Tensor:
         logits: shape (rows, words), of any float dtype.
         targets: shape (rows,).
     """
-    found: Tensor = _LogProbabilities.apply(logits, targets)
+    found: Tensor = _LogProbabilities.apply(logits, targets, temperature)
     return found
 
 
 class _LogProbabilities(Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
         found = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
         gradient = logits.detach()
         for start in range(0, logits.shape[0], _CHUNK):
             part, wanted = gradient[start : start + _CHUNK], targets[start : start + _CHUNK, None]
-            wide = torch.log_softmax(part, dim=-1, dtype=torch.float32)
+            wide = torch.log_softmax(part.float() / temperature, dim=-1)
             found[start : start + _CHUNK] = wide.gather(1, wanted)[:, 0]
             if ctx.needs_input_grad[0]:
                 # The target's minus each word's probability.
                 wide = wide.exp_().neg_()
                 wide.scatter_add_(1, wanted, torch.ones_like(wanted, dtype=torch.float32))
-                part.copy_(wide)
+                part.copy_(wide.div_(temperature))
         ctx.save_for_backward(gradient)
         return found
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient.mul_(grads[0].to(gradient.dtype)[:, None]), None
+        return gradient.mul_(grads[0].to(gradient.dtype)[:, None]), None, None

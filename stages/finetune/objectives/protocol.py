@@ -33,6 +33,28 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True)
+class Pass:
+    """Sequences that go through a model.
+
+    Attributes:
+        sequences: how many; `width` tokens of each are computed, with padding.
+        answers: tokens at which the output layer is computed.
+        tokens: of the sequences that are learned, without padding.
+        reader: the model, where it only reads; None for the one that is trained, with gradients.
+    """
+
+    sequences: int
+    width: int
+    answers: int
+    tokens: int = 0
+    reader: Any = None
+
+
+def ignore(one: Pass) -> None:
+    """Do nothing with a pass."""
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """Rows of a batch (of several processes: of this one's share), laid out.
 
@@ -43,6 +65,7 @@ class Batch:
         units: one element for each thing over which the loss is averaged, such as tokens or pairs.
         others: further sequences, without gradients.
         place: the update that the batch is for, and its number in that update.
+        hear: is told of each pass that the loss takes, one with gradients before it is computed.
     """
 
     rows: Sequence[int]
@@ -51,6 +74,12 @@ class Batch:
     units: Tensor
     others: Layout | None = None
     place: tuple[int, int] = (0, 0)
+    hear: Callable[[Pass], None] = ignore
+
+    def tell(self, layout: Layout, tokens: int = 0, reader: Any = None) -> None:
+        """Tell of the pass of a layout; arguments as the attributes of `Pass`."""
+        sequences, width = layout.input_ids.shape
+        self.hear(Pass(sequences, width, len(layout.targets), tokens, reader))
 
     def to(self, device: torch.device) -> Batch:
         """Return the same batch on a device."""
@@ -84,7 +113,7 @@ class Objective(Protocol):
         ...
 
     def compute_loss(self, model: Any, batch: Batch) -> Tensor:
-        """Return the sum of the losses of a batch over its units."""
+        """Return the sum of the losses of a batch over its units, and tell the batch of each pass."""
         ...
 
     def take_figures(self) -> dict[str, float]:

@@ -35,8 +35,12 @@ class StepWork:
         return tokens * self.each_token + answer_tokens * self.each_answer_token
 
 
-def count_work(model: Any) -> StepWork:
-    """Return the work of a model, from its matrices: those with two dimensions that are no embedding."""
+def count_work(model: Any, learns: bool = True) -> StepWork:
+    """Return the work of a model, from its matrices: those with two dimensions that are no embedding.
+
+    Args:
+        learns: whether there is a backward pass; without one each weight takes two operations.
+    """
     head = model.get_output_embeddings()
     tables = {id(module.weight) for module in model.modules() if isinstance(module, Embedding)}
     outputs = {id(weight) for weight in head.parameters()} if head is not None else set()
@@ -44,10 +48,12 @@ def count_work(model: Any) -> StepWork:
     for weight in model.parameters():  # in the order of their use
         reached = reached or weight.requires_grad
         if weight.dim() == 2 and id(weight) not in tables | outputs:
-            layers += _count_operations(weight, reached)
+            layers += _count_operations(weight, reached, learns)
     heads = [weight for weight in head.parameters() if weight.dim() == 2] if head is not None else []
-    return StepWork(layers, sum(_count_operations(weight, reached=True) for weight in heads))
+    return StepWork(layers, sum(_count_operations(weight, True, learns) for weight in heads))
 
 
-def _count_operations(weight: Tensor, reached: bool) -> int:
+def _count_operations(weight: Tensor, reached: bool, learns: bool) -> int:
+    if not learns:
+        return count_numbers(weight) * UNREACHED
     return count_numbers(weight) * (TRAINED if weight.requires_grad else FROZEN if reached else UNREACHED)

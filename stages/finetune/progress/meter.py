@@ -12,10 +12,11 @@ import torch
 from stages.common.machine.memory import format_bytes, read_held_memory
 from stages.common.machine.products import measure_product_speed
 from stages.common.model.virtual_tokens import count_computed_tokens
-from stages.finetune.devices.group import gather, is_first_of_host, wait_for_all
+from stages.finetune.devices.group import count_processes, gather, is_first_of_host, wait_for_all
+from stages.finetune.objectives.protocol import Pass
 from stages.finetune.progress.cost import Cost, Prices, Taken
 from stages.finetune.progress.energy import EnergyMeter
-from stages.finetune.progress.flops import count_work
+from stages.finetune.progress.flops import StepWork, count_work
 
 PROBE_S = 0.2  # of plain products, before the first step
 
@@ -60,16 +61,25 @@ class Meter:
         self._energy = EnergyMeter(self._device.type, self._prices.power_watts)
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
-        self._operations = 0
+        self._operations = self.tokens = 0
+        self._readers: dict[int, StepWork] = {}
         self._started = time.monotonic()
 
     def start(self) -> None:
         """Start the clock."""
         self._started = time.monotonic()
 
-    def count(self, sequences: int, width: int, answer_tokens: int) -> None:
-        """Count a batch: its sequences, the tokens of each that are computed, and those of answers."""
-        self._operations += self._work.count(sequences * (self._virtual + width), answer_tokens)
+    def count(self, one: Pass) -> None:
+        """Count the operations of a pass, and the tokens that it learns."""
+        self.tokens += one.tokens
+        if one.reader is None:
+            computed = one.sequences * (self._virtual + one.width)
+            self._operations += self._work.count(computed, one.answers)
+            return
+        reader = getattr(one.reader, "module", one.reader)  # inside what averages its gradients
+        if id(reader) not in self._readers:
+            self._readers[id(reader)] = count_work(reader, learns=False)
+        self._operations += self._readers[id(reader)].count(one.sequences * one.width, one.answers)
 
     def read(self, step: int, paused: float = 0.0) -> Reading:
         """Return the state after an update.
@@ -79,8 +89,10 @@ class Meter:
         """
         self._energy.read()  # the counters of processors begin again: they must be read now and then
         elapsed = time.monotonic() - self._started - paused
-        speed = sum(self._tokens_of_step[self._first_step : step]) / elapsed
-        left = int(sum(self._tokens_of_step[step:]) / speed)
+        # The plan knows the lengths of all updates, but not those of answers that will be sampled.
+        done = sum(self._tokens_of_step[self._first_step : step])
+        left = int(elapsed * sum(self._tokens_of_step[step:]) / done)
+        speed = self.tokens * count_processes() / elapsed
         return Reading(speed, self._operations / elapsed / self._limit, left)
 
     def describe(self, reading: Reading) -> str:

@@ -12,12 +12,14 @@ from stages.common.chat.template import Encoded
 from stages.common.errors import InputError
 from stages.common.machine.memory import format_bytes, read_free_memory, read_held_memory, read_total_memory
 from stages.common.model.generation import EvalPrompt, _choose_likeliest, _prefill, _reference_losses, _write
+from stages.common.model.loading import load_base
 from stages.finetune.__main__ import main
 from stages.finetune.adapter import build_model
 from stages.finetune.answer_loss import sum_answer_loss
 from stages.finetune.checkpoints import mark_complete
 from stages.finetune.devices import group
 from stages.finetune.devices.choice import Place
+from stages.finetune.objectives.protocol import Pass
 from stages.finetune.progress import energy as energy_module
 from stages.finetune.progress import meter as meter_module
 from stages.finetune.progress.asking import estimate_answers
@@ -58,6 +60,18 @@ def test_operations_are_four_of_a_frozen_weight_and_six_of_a_trained_one(model):
     assert work.each_token == 4 * frozen - 2 * first + 6 * trained
     assert work.each_answer_token == 4 * 16 * 258
     assert work.count(10, 3) == 10 * work.each_token + 3 * work.each_answer_token
+
+
+def test_a_pass_that_only_reads_is_two_operations_of_every_weight_and_learns_no_token(model, tmp_path):
+    meter = Meter(model, torch.float32, [1], 0)
+    teacher = load_base(tmp_path, torch.float32, torch.device("cpu"))
+    work = count_work(teacher, learns=False)
+    weights = 2 * (16 * 16 * 2 + 16 * 8 * 2 + 3 * 16 * 32)
+    assert (work.each_token, work.each_answer_token) == (2 * weights, 2 * 16 * 258)
+    meter.count(Pass(3, 10, 5, reader=teacher))
+    assert (meter._operations, meter.tokens) == (work.count(30, 5), 0)
+    meter.count(Pass(3, 10, 5, tokens=28))
+    assert (meter._operations, meter.tokens) == (work.count(30, 5) + count_work(model).count(30, 5), 28)
 
 
 def test_operations_of_a_block_before_all_trained_ones_are_two_of_a_weight(model):

@@ -1,6 +1,7 @@
 """Sampling answers, rewarding them, and learning from them."""
 
 import csv
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from stages.common.records import make_row
 from stages.common.task.json_task import JsonTask
 from stages.finetune.__main__ import main
 from stages.finetune.objectives.groups import Groups
-from stages.finetune.objectives.protocol import Batch
+from stages.finetune.objectives.protocol import Batch, Pass
 from stages.finetune.objectives.rewards import make_checks
 from tests.stages.finetune.objectives.examples import arrange, start
 from tests.stages.finetune.project import adapter, change_finetune, evidence, make_project, rows
@@ -63,11 +64,11 @@ def test_an_answer_is_worth_what_it_passes():
     assert {answer: checks.weigh(checks.run(row, answer)) for answer in worth} == worth
 
 
-def make_groups(size=4, kl_weight=0.0):
+def make_groups(size=4, kl_weight=0.0, temperature=1.0):
     tokenizer, some = make_tokenizer(), rows(3)
     checks = make_checks(JsonTask(None), [row.answer for row in some], {"valid": 1.0})
     examples = [encode_example(tokenizer, row.messages) for row in some]
-    return Groups(some, examples, tokenizer, checks, size, 6, 1.0, kl_weight, 0.2, 7)
+    return Groups(some, examples, tokenizer, checks, size, 6, temperature, kl_weight, 0.2, 7)
 
 
 def test_what_is_sampled_follows_from_the_update_and_not_from_what_was_drawn_before(tmp_path):
@@ -125,6 +126,21 @@ def test_the_divergence_is_that_from_the_weights_at_the_start(tmp_path, monkeypa
     assert all(map(torch.equal, model.parameters(), moved))
 
 
+def test_what_is_computed_is_told_with_the_answers_that_were_sampled(tmp_path, monkeypatch):
+    model, groups, told = make_model(1), make_groups(size=2, kl_weight=0.5), []
+    groups.prepare(model, start(tmp_path))
+    monkeypatch.setattr(groups, "_sample", lambda model, batch: [[[40, 41, 1], [50, 51, 52, 1]]])
+    groups.compute_loss(model, replace(groups.collate([0], arrange), hear=told.append))
+    prompt = len(groups._prompts[0])
+    sampled, reference, learned = told
+    assert sampled == Pass(1, 2 * prompt + 7, 7, reader=model)
+    assert learned == Pass(2, learned.width, 7, tokens=2 * prompt + 7)
+    assert prompt + 3 <= learned.width <= prompt + 4
+    assert reference == replace(learned, tokens=0, reader=model)
+    figures = groups.take_figures()
+    assert figures["answer_tokens"] == 3.5
+
+
 @pytest.fixture
 def grpo(tmp_path, monkeypatch):
     settings = {"method": "grpo", "group_size": 8, "rewards": {"valid": 1.0, "schema": 0.0}}
@@ -137,10 +153,20 @@ def test_a_training_samples_rewards_and_logs_and_gives_the_same_bytes_again(grpo
     main()
     metrics = evidence(grpo)
     assert metrics["method"] == "grpo" and metrics["steps"] == 10
-    assert set(metrics["figures"]) == {"reward", "valid", "schema", "match", "compared"}
+    assert set(metrics["figures"]) == {"reward", "valid", "schema", "match", "compared", "answer_tokens"}
     with (grpo / "reports/finetune/loss.csv").open() as file:
         curve = list(csv.DictReader(file))
-    names = ["step", "loss", "learning_rate", "reward", "valid", "schema", "match", "compared"]
+    names = [
+        "step",
+        "loss",
+        "learning_rate",
+        "reward",
+        "valid",
+        "schema",
+        "match",
+        "compared",
+        "answer_tokens",
+    ]
     assert list(curve[0]) == names
     assert any(float(point["reward"]) > 0 for point in curve)
     before = adapter(grpo), metrics

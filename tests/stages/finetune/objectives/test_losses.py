@@ -23,15 +23,17 @@ def sigmoid(x):
     return 1 / (1 + math.exp(-x))
 
 
-def test_log_probabilities_and_their_gradients_are_those_of_pytorch_over_several_chunks():
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probabilities_and_their_gradients_are_those_of_pytorch_over_several_chunks(temperature):
     logits, targets = torch.randn(300, 11, requires_grad=True), torch.randint(11, (300,))
     weights = torch.randn(300)
-    expected = torch.log_softmax(logits, dim=-1).gather(1, targets[:, None])[:, 0]
+    expected = torch.log_softmax(logits / temperature, dim=-1).gather(1, targets[:, None])[:, 0]
     (expected_gradient,) = torch.autograd.grad((expected * weights).sum(), logits)
-    found = read_log_probabilities(logits * 1.0, targets)
+    found = read_log_probabilities(logits * 1.0, targets, temperature)
     torch.testing.assert_close(found, expected)
     leaf = logits.detach().clone().requires_grad_()
-    (gradient,) = torch.autograd.grad((read_log_probabilities(leaf * 1.0, targets) * weights).sum(), leaf)
+    again = read_log_probabilities(leaf * 1.0, targets, temperature)
+    (gradient,) = torch.autograd.grad((again * weights).sum(), leaf)
     torch.testing.assert_close(gradient, expected_gradient)
 
 

@@ -1,12 +1,14 @@
 """What each objective lays out, keeps of the reference, and leaves to other processes."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from stages.finetune.objectives.answers import Answers
 from stages.finetune.objectives.data import count_ratings, describe_imbalance, hold_out
+from stages.finetune.objectives.distillation import Distillation
 from stages.finetune.objectives.pairs import Pairs
 from stages.finetune.objectives.protocol import make_idle
 from stages.finetune.objectives.ratings import Ratings, choose_partners
@@ -22,6 +24,7 @@ def make(kind):
         "answers": lambda: Answers([pair.chosen for pair in pairs]),
         "dpo": lambda: Pairs(pairs, pairs[:1], 0.1, has_reference=True),
         "orpo": lambda: Pairs(pairs, pairs[:1], 0.1, has_reference=False),
+        "distill": lambda: Distillation([pair.chosen for pair in pairs], make_model(2), 1, 0.5, 1.0),
         "kto": lambda: Ratings(ratings[:3], ratings[:2], 0.1, (1.0, 1.0)),
     }[kind]()
 
@@ -50,6 +53,22 @@ def test_a_process_without_a_row_computes_along_and_learns_nothing(tmp_path, kin
     loss.backward()
     assert loss.item() == 0.0
     assert all(weight.grad is not None and not weight.grad.any() for weight in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["answers", "dpo", "kto", "distill"])
+def test_every_pass_is_told_with_the_model_that_only_reads(tmp_path, kind):
+    model, objective, told = make_model(1), make(kind), []
+    objective.prepare(model, start(tmp_path))
+    batch = replace(objective.collate([0, 2], arrange), hear=told.append)
+    objective.compute_loss(model, batch)
+    (learned,) = (one for one in told if one.reader is None)
+    assert (learned.sequences, learned.width) == tuple(batch.layout.input_ids.shape)
+    assert learned.answers == len(batch.layout.targets)
+    assert learned.tokens == objective.lengths[0] + objective.lengths[2]
+    readers = {"kto": model, "distill": getattr(objective, "teacher", None)}
+    read = [one for one in told if one.reader is not None]
+    assert [one.reader for one in read] == ([readers[kind]] if kind in readers else [])
+    assert all((one.sequences, one.tokens) == (2, 0) for one in read)
 
 
 @pytest.mark.parametrize("kind", ["dpo", "kto"])

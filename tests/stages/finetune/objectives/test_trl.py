@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from stages.finetune.objectives.losses import compute_orpo_losses
+from stages.finetune.objectives.losses import compare_in_groups, compute_orpo_losses
 from stages.finetune.objectives.pairs import Pairs
 from stages.finetune.objectives.ratings import Ratings
 from tests.stages.finetune.objectives.examples import arrange, make_pairs, make_ratings, start
+from tests.stages.finetune.objectives.test_groups import make_groups
 from tests.tiny import make_model, make_tokenizer
 
 pytestmark = pytest.mark.slow  # trl and datasets take seconds to import
@@ -113,3 +114,22 @@ def test_orpo():
     chosen, rejected = torch.tensor([-0.5, -2.0, -0.01]), torch.tensor([-1.5, -0.3, -4.0])
     theirs = ORPOTrainer.odds_ratio_loss(trainer, chosen, rejected)[0]
     torch.testing.assert_close(compute_orpo_losses(chosen, rejected, 0.3), -chosen - theirs)
+
+
+def test_grpo_reads_the_probabilities_at_the_temperature_that_sampled(tmp_path, monkeypatch):
+    from trl.trainer.utils import selective_log_softmax
+
+    model, groups = make_model(1), make_groups(size=2, temperature=2.0)
+    groups.prepare(model, start(tmp_path))
+    answers = [[[40, 41, 1], [50, 51, 52, 1]]]
+    monkeypatch.setattr(groups, "_sample", lambda model, batch: answers)
+    monkeypatch.setattr(groups, "_reward", lambda rows, found: [1.0, 0.0])
+    prompt, plain = groups._prompts[0], make_like(model)
+    groups.compute_loss(plain, groups.collate([0], arrange)).backward()
+    for tokens, advantage in zip(answers[0], compare_in_groups(torch.tensor([1.0, 0.0]), 2), strict=True):
+        logits = model(torch.tensor([[*prompt, *tokens]])).logits[:, len(prompt) - 1 : -1]
+        theirs = selective_log_softmax(logits, torch.tensor([tokens]), temperature=2.0)
+        # trl's loss at a ratio of 1, whose gradient is that of the log-probability.
+        (-advantage * torch.exp(theirs - theirs.detach())).mean().backward()
+    for (name, weight), (_, other) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
+        torch.testing.assert_close(other.grad, weight.grad, rtol=1e-4, atol=1e-6, msg=name)
