@@ -13,7 +13,7 @@ from services.engines.calls.notation import read_marks
 from services.engines.grammar import Grammars
 from services.engines.paged.model import PagedModel, StepInput
 from services.engines.protocol import Sampling
-from stages.common.artifacts import make_folder
+from stages.common.artifacts import make_folder, read_json, write_json
 from stages.common.chat.template import encode_example, encode_prompt, encode_text, hash_template
 from stages.common.chat.tools_template import adapt_template
 from stages.common.errors import InputError
@@ -45,7 +45,7 @@ def cut(tmp_path, monkeypatch):
     """A function that leaves out tokens of a model like this; it returns both, with their tokenizers."""
     monkeypatch.chdir(tmp_path)
 
-    def run(texts=TEXTS, share=0.0, **changes):
+    def run(texts=TEXTS, share=0.0, tokenizer_class=None, **changes):
         tokenizer = learned("smollm")
         tokenizer.chat_template = adapt_template(tokenizer, {}, True, "default")
         exported, folder = Path("artifacts/export"), tmp_path / "small"
@@ -53,6 +53,8 @@ def cut(tmp_path, monkeypatch):
         model = make_model(3, vocab_size=450, initializer_range=0.3, **changes)
         model.config.save_pretrained(exported)
         tokenizer.save_pretrained(exported)
+        if tokenizer_class:
+            set_class(exported / "tokenizer_config.json", tokenizer_class, tokenizer)
         tokenizer = load_tokenizer(exported)
         rows = make_rows(texts)
         write_corpus(exported / "draft_corpus.npz", encode_corpus(tokenizer, rows, 10))
@@ -60,6 +62,14 @@ def cut(tmp_path, monkeypatch):
         return model, tokenizer, smaller, load_tokenizer(folder), found
 
     return run
+
+
+def set_class(path, name, tokenizer):
+    """Name a class of transformers, and the added tokens with their ids, as older versions wrote them."""
+    kinds = ("content", "special", "lstrip", "rstrip", "normalized", "single_word")
+    added = tokenizer.added_tokens_decoder.items()
+    decoder = {str(number): {kind: getattr(token, kind) for kind in kinds} for number, token in added}
+    write_json(path, read_json(path) | {"tokenizer_class": name, "added_tokens_decoder": decoder})
 
 
 def compute(model, ids):
@@ -81,6 +91,16 @@ def test_a_text_of_kept_tokens_gets_the_very_logits_of_the_whole_model(cut, tied
         torch.testing.assert_close(compute(smaller, new), compute(model, ids)[:, kept], rtol=0, atol=1e-6)
     shared = smaller.get_output_embeddings().weight is smaller.get_input_embeddings().weight
     assert shared == tied
+
+
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "Qwen2Tokenizer"])
+def test_a_class_that_builds_its_tokenizer_itself_gets_the_new_ids(cut, name, tmp_path):
+    _, tokenizer, _, own, found = cut(tokenizer_class=name)
+    assert type(own).__name__ == type(tokenizer).__name__ == name
+    assert found["tokens"] == len(own) < len(tokenizer)
+    added = read_json(tmp_path / "small/tokenizer_config.json")["added_tokens_decoder"]
+    named = {token["content"]: int(number) for number, token in added.items()}
+    assert named and named.items() <= own.get_added_vocab().items()
 
 
 def test_settings_marks_and_drafts_have_the_new_ids(cut, tmp_path):
