@@ -200,7 +200,8 @@ def factorise(inputs: Inputs, share: float, is_weighted: bool) -> tuple[Any, int
     model, factors = inputs.load(), Factors()
 
     def change(weights: Weights, moments: Weights, name: str) -> Weights:
-        rank = find_rank(*weights.shape, share)
+        height, width = weights.shape
+        rank = find_rank(height, width, share)
         factors[name] = approximate(weights, moments if is_weighted else None, rank)
         return factors[name][0] @ factors[name][1]
 
