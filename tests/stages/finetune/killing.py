@@ -1,7 +1,9 @@
 """Trainings in processes of their own, which are killed."""
 
+import logging
 import multiprocessing
 import os
+import re
 import time
 
 # Each process forks from one that has imported everything: that takes longer than such a training.
@@ -24,6 +26,18 @@ def kill_in_the_middle(project, checkpoints="checkpoint-1[0-9]"):
         training.kill()
         training.join()
     assert not (project / "artifacts" / "finetune").exists()
+
+
+def resume(project, monkeypatch, caplog, least=9):
+    """Train where a process was killed, and check that this goes on from a step of at least so many."""
+    from stages.finetune.__main__ import main
+
+    monkeypatch.chdir(project)
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        main()
+    found = re.search(r"resuming from step (\d+) of", caplog.text)
+    assert found and int(found[1]) >= least
 
 
 def _train(project):

@@ -1,9 +1,7 @@
 import csv
 import errno
 import json
-import logging
 import os
-import re
 import shutil
 
 import pytest
@@ -13,10 +11,13 @@ from stages.common.artifacts import write_json
 from stages.common.errors import InputError
 from stages.common.logs import HIDDEN_PACKAGES
 from stages.common.model.adapter import read_trained_ids
+from stages.common.model.teacher import find_teacher
+from stages.common.params.loading import load_params
 from stages.common.records import read_rows, write_rows
 from stages.finetune import batches
 from stages.finetune.__main__ import main
-from tests.stages.finetune.killing import kill_in_the_middle
+from stages.finetune.objectives import teaching
+from tests.stages.finetune.killing import kill_in_the_middle, resume
 from tests.stages.finetune.project import (
     SHOWING_IMPORTS,
     adapter,
@@ -70,25 +71,35 @@ def test_two_runs_write_the_same_bytes(project):
         {"method": "orpo"},
         {"method": "kto"},
         {"method": "distill", "teacher": "teacher"},
+        {"method": "distill", "teacher": "teacher", "distill": "answers"},
     ],
 )
 def test_a_run_killed_in_the_middle_ends_with_the_adapter_of_an_unbroken_run(
     tmp_path, settings, monkeypatch, caplog
 ):
-    unbroken = make_project(tmp_path / "unbroken", 160, **settings)
+    unbroken, killed = (make_project(tmp_path / name, 160, **settings) for name in ("unbroken", "killed"))
+    if settings.get("distill") == "answers":
+        for project in (unbroken, killed):
+            monkeypatch.chdir(project)
+            keep_taught_answers(project)
     monkeypatch.chdir(unbroken)
     main()
-    killed = make_project(tmp_path / "killed", 160, **settings)
     kill_in_the_middle(killed)
-    monkeypatch.chdir(killed)
-    with caplog.at_level(logging.INFO):
-        main()
-    assert int(re.search(r"resuming from step (\d+) of", caplog.text)[1]) >= 9
+    resume(killed, monkeypatch, caplog)
     assert adapter(killed) == adapter(unbroken)
     assert evidence(killed) == evidence(unbroken)
     for name in ("loss.csv", "loss.svg", "validation.csv"):
         one, other = (p / "reports" / "finetune" / name for p in (killed, unbroken))
         assert one.read_bytes() == other.read_bytes()
+
+
+def keep_taught_answers(project):
+    """Keep answers as if the teacher, a random model that ends none, had given them to an earlier process."""
+    train = read_rows(project / "artifacts/split/train.parquet")
+    tokens = load_params().ask_base.max_new_tokens
+    teaching._read_answers(find_teacher("teacher"), train, tokens, "float32")
+    (path,) = (project / "checkpoints/teacher").iterdir()
+    write_json(path, ['{"n":7}' if n % 10 else None for n in range(len(train))])
 
 
 @pytest.mark.slow
@@ -105,7 +116,7 @@ def test_a_process_takes_the_memory_that_is_estimated_and_imports_no_hidden_pack
     [{"dropout": 0.1}, {"method": "grpo", "group_size": 4, "kl_weight": 0.1, "gradient_accumulation": 2}],
 )
 def test_a_run_that_went_on_from_an_adapter_and_is_killed_ends_as_an_unbroken_one(
-    tmp_path, monkeypatch, settings
+    tmp_path, monkeypatch, caplog, settings
 ):
     unbroken = make_project(tmp_path / "unbroken", 160, epochs=2)
     monkeypatch.chdir(unbroken)
@@ -120,8 +131,7 @@ def test_a_run_that_went_on_from_an_adapter_and_is_killed_ends_as_an_unbroken_on
         shutil.copytree(unbroken / folder, killed / folder)
     main()
     kill_in_the_middle(killed)
-    monkeypatch.chdir(killed)
-    main()
+    resume(killed, monkeypatch, caplog)
     assert evidence(killed)["started_from"] == "0123456789ab"
     assert evidence(killed) == evidence(unbroken)
     assert adapter(killed) == adapter(unbroken) != started

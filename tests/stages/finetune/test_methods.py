@@ -14,7 +14,7 @@ from stages.finetune.__main__ import main
 from stages.finetune.adapter import build_model
 from stages.finetune.progress import meter
 from stages.finetune.recipe import Recipe
-from tests.stages.finetune.killing import kill_in_the_middle
+from tests.stages.finetune.killing import kill_in_the_middle, resume
 from tests.stages.finetune.project import (
     adapter,
     change_finetune,
@@ -214,7 +214,7 @@ def test_a_head_over_a_single_label_is_refused_before_anything_is_trained(projec
     ],
 )
 def test_a_method_that_is_killed_ends_with_the_bytes_of_an_unbroken_run(
-    tmp_path, monkeypatch, method, settings
+    tmp_path, monkeypatch, caplog, method, settings
 ):
     if method == "qlora":
         pytest.importorskip("bitsandbytes")
@@ -226,8 +226,7 @@ def test_a_method_that_is_killed_ends_with_the_bytes_of_an_unbroken_run(
     monkeypatch.chdir(unbroken)
     main()
     kill_in_the_middle(killed, "checkpoint-[69]")
-    monkeypatch.chdir(killed)
-    main()
+    resume(killed, monkeypatch, caplog, 6)
     assert evidence(killed) == evidence(unbroken)
     assert adapter(killed) == adapter(unbroken)
     assert (killed / "reports/finetune/loss.csv").read_bytes() == (

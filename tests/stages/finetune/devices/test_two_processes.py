@@ -107,9 +107,20 @@ def test_two_processes_have_the_losses_of_one_whoever_starts_them(tmp_path, monk
 
 
 @TWO_CORES
-@pytest.mark.parametrize("method", ["prompt_tuning", "head"])
-def test_two_processes_have_the_losses_of_one_without_an_adapter_in_the_layers(tmp_path, monkeypatch, method):
-    projects = [make_project(tmp_path / str(n), 17, method=method, devices=n) for n in (1, 2)]
+@pytest.mark.parametrize(
+    ("method", "settings", "updates"),
+    [
+        ("prompt_tuning", {}, 5),
+        ("head", {}, 5),
+        ("dpo", {}, 5),
+        ("kto", {}, 9),  # both answers of a pair are rated
+        ("distill", {"teacher": "teacher"}, 5),
+    ],
+)
+def test_two_processes_have_the_losses_of_one_whatever_the_method(
+    tmp_path, monkeypatch, method, settings, updates
+):
+    projects = [make_project(tmp_path / str(n), 17, method=method, devices=n, **settings) for n in (1, 2)]
     for project in projects:
         if method == "head":
             make_labels(project)
@@ -117,7 +128,7 @@ def test_two_processes_have_the_losses_of_one_without_an_adapter_in_the_layers(t
         main()
     assert [evidence(project)["processes"] for project in projects] == [1, 2]
     one, two = map(curve, projects)
-    assert len(one) == 5 and two == pytest.approx(one, rel=1e-4)
+    assert len(one) == updates and two == pytest.approx(one, rel=1e-4)
 
 
 @TWO_CORES
