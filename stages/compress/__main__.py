@@ -1,22 +1,26 @@
 """Compress: make smaller models of the exported one, measure each as it would be served, and choose one.
 
-In: `artifacts/export`, `artifacts/fetch_base`, `artifacts/finetune`, `artifacts/ask_base`,
-`artifacts/split`, `artifacts/curate/task.json`, `reports/fetch_base/metrics.json`.
+In: `artifacts/export`, `artifacts/fetch_base`, `artifacts/finetune`, `artifacts/split`,
+`artifacts/curate/task.json`, `reports/fetch_base/metrics.json`.
 Out: `artifacts/compress/chosen`, a folder like `artifacts/export`, if `compress.choose` takes one: then it is
 evaluated, registered and served. `reports/compress/metrics.json`, in which only the throughput changes
 between identical runs; `reports/compress/comparison` with `table.md` and `pareto.svg`.
 Run: `python -m stages.compress`
 
-Without `compress.variants` it makes nothing and takes no time.
+What is compared, and chosen by, are answers to validation rows: the test rows judge the chosen model, which a
+choice by them would flatter. Without `compress.variants` it makes nothing and takes no time.
 """
 
 from __future__ import annotations
 
+import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from services.engines.offline import answer_limit
 from services.engines.support import pick_engine
 from stages.common.artifacts import (
     artifacts,
@@ -27,14 +31,17 @@ from stages.common.artifacts import (
     write_json,
     write_lines,
 )
+from stages.common.chat.fitting import select_askable
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, run_stage
 from stages.common.model.exported import CHOSEN, GGUF, SERVING, compute_version, write_serving
-from stages.common.model.generation import encode_questions, pick_asked, read_answers
-from stages.common.model.loading import load_tokenizer
+from stages.common.model.generation import encode_questions
+from stages.common.model.loading import count_context_tokens, load_tokenizer, read_config
 from stages.common.model.results import Sampling
 from stages.common.params.loading import Params, load_params
-from stages.common.records import read_rows
+from stages.common.records import Row, read_rows, write_rows
+from stages.common.spool import pick, view
+from stages.common.statistics.sizes import choose_max_test_rows
 from stages.common.task.kinds import read_task
 from stages.compress.asking import Asked, ask_in_process
 from stages.compress.plots import draw_fronts
@@ -59,6 +66,25 @@ def complete_folder(folder: Path, variant: str, evidence: Mapping[str, Any]) -> 
     return version
 
 
+def choose_rows(params: Params, tokenizer: Any) -> Sequence[Row]:
+    """Return the validation rows that are asked: those that fit, and at most as many as test rows are.
+
+    Raises:
+        InputError: there are none.
+    """
+    context = count_context_tokens(read_config(artifacts("fetch_base")))
+    rows = read_rows(artifacts("split") / "validation.parquet")
+    askable, _ = select_askable(tokenizer, rows, params.ask_base.max_new_tokens, context)
+    if not askable:
+        raise InputError(
+            "compress.variants are compared on validation rows, and there are none that can be asked",
+            "raise split.validation_fraction, or set compress.variants: []",
+        )
+    count = min(len(askable), choose_max_test_rows(params.ask_base.max_rows) or len(askable))
+    chosen = sorted(random.Random(params.compress.seed).sample(range(len(askable)), count))
+    return pick(view(askable, itemgetter(0)), chosen)
+
+
 def compare_variants(params: Params, folder: Path) -> dict[str, Any]:
     """Make every variant in a folder of its own, ask all, and return the report."""
     settings, base = params.compress, artifacts("fetch_base")
@@ -73,16 +99,16 @@ def compare_variants(params: Params, folder: Path) -> dict[str, Any]:
     for variant in settings.variants:
         evidence[variant] = make_variant(variant, params, folder / variant)
         files[variant] = folder / variant / GGUF
-    limit = read_json(reports("ask_base") / "metrics.json")["answer_limit_tokens"]
+    tokenizer = load_tokenizer(base)
+    rows, file = choose_rows(params, tokenizer), folder / "asked.parquet"
+    questions = encode_questions(tokenizer, rows)
+    limit = answer_limit(questions, params.ask_base.max_new_tokens)
+    write_rows(file, rows)
     asked: dict[str, Asked] = {}
     for name, path in files.items():
-        logger.info("asking %s", name)
-        asked[name] = ask_in_process(name, path, limit, params.ask_base)
-    rows = pick_asked(
-        read_rows(artifacts("split") / "test.parquet"),
-        read_answers(artifacts("ask_base") / "answers.parquet"),
-    )
-    questions = encode_questions(load_tokenizer(base), rows)
+        logger.info("asking %s %d validation rows", name, len(rows))
+        asked[name] = ask_in_process(name, path, file, limit, params.ask_base)
+    file.unlink()
     sampling = Sampling(params.evaluate.confidence, params.evaluate.resamples, params.evaluate.seed)
     report = build_report(rows, questions, asked, evidence, read_task(), sampling)
     chosen, reason = choose_model(report, settings.choose, settings.max_lost_points)

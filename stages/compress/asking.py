@@ -1,4 +1,4 @@
-"""Ask a model the test questions in a process of its own, which shows how much memory it takes."""
+"""Ask a model the validation questions in a process of its own, which shows how much memory it takes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stages.common.artifacts import artifacts
 from stages.common.errors import InputError
 from stages.common.machine.memory import read_peak_memory
 from stages.common.machine.parent import end_with_parent
-from stages.common.model.generation import EvalPrompt, pick_asked, read_answers
+from stages.common.model.generation import EvalPrompt
 from stages.common.params.stages import AskBase
 from stages.common.records import read_rows
 
@@ -41,12 +41,13 @@ class Asked:
     together_tokens_per_s: float
 
 
-def ask_in_process(name: str, gguf: Path, limit: int, settings: AskBase) -> Asked:
-    """Return what a model answers to the test questions, by the paged engine in a process of its own.
+def ask_in_process(name: str, gguf: Path, asked: Path, limit: int, settings: AskBase) -> Asked:
+    """Return what a model answers to some rows, by the paged engine in a process of its own.
 
     Args:
         name: of the model, for an error.
         gguf: beside its tokenizer.
+        asked: file of the rows.
         limit: of the base model's answers (`prepare_asking`).
 
     Raises:
@@ -55,7 +56,7 @@ def ask_in_process(name: str, gguf: Path, limit: int, settings: AskBase) -> Aske
     context = get_context("spawn")
     with ProcessPoolExecutor(1, context, initializer=end_with_parent, initargs=(os.getpid(),)) as pool:
         try:
-            return pool.submit(_ask, gguf, limit, settings).result()
+            return pool.submit(_ask, gguf, asked, limit, settings).result()
         except BrokenProcessPool:
             raise InputError(
                 f"the process that asked {name} was ended from outside, mostly because memory ran out",
@@ -63,10 +64,8 @@ def ask_in_process(name: str, gguf: Path, limit: int, settings: AskBase) -> Aske
             ) from None
 
 
-def _ask(gguf: Path, limit: int, settings: AskBase) -> Asked:
-    asked = read_answers(artifacts("ask_base") / "answers.parquet")
-    rows = pick_asked(read_rows(artifacts("split") / "test.parquet"), asked)
-    own = prepare_asking(gguf.parent, rows, limit, settings.max_new_tokens)
+def _ask(gguf: Path, asked: Path, limit: int, settings: AskBase) -> Asked:
+    own = prepare_asking(gguf.parent, read_rows(asked), limit, settings.max_new_tokens)
     questions, dtype = own.questions, settings.dtype
     model = ModelFolders(artifacts("fetch_base"), artifacts("finetune"), gguf)
     found = ask_model(model, "paged", own.tokenizer, questions, 1, own.limit, dtype)

@@ -30,7 +30,9 @@ def draw_fronts(path: Path, report: Mapping[str, Any]) -> None:
         left.set(xlabel="size of the file, MiB (left is better)", ylabel=primary.replace("_", " "))
         right.set(xlabel="tokens a second, one request at a time (right is better)")
         percent = f"{100 * report['confidence']:g} %"
-        figure.suptitle(f"Smaller models on {report['rows']} test rows, with {percent} intervals", size=11)
+        figure.suptitle(
+            f"Smaller models on {report['rows']} validation rows, with {percent} intervals", size=11
+        )
 
 
 def _draw(

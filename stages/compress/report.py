@@ -135,9 +135,9 @@ def format_table(report: Report) -> Iterator[str]:
         return
     primary = report["primary"]
     yield (
-        f"On {report['rows']} test rows in {report['groups']} groups, with {100 * report['confidence']:g} % "
-        "intervals, compared with the exported model. Tokens a second of requests one by one, and of many at "
-        "once; the memory is that of the whole process.\n\n"
+        f"On {report['rows']} validation rows in {report['groups']} groups, with "
+        f"{100 * report['confidence']:g} % intervals, compared with the exported model. Tokens a second of "
+        "requests one by one, and of many at once; the memory is that of the whole process.\n\n"
     )
     yield f"| model | MiB | {primary} | lost points | p | tokens/s alone | together | memory, MiB |\n"
     yield "|---|---:|---:|---:|---:|---:|---:|---:|\n"

@@ -239,6 +239,13 @@ def find_size_problems(
         ),
     }
     problems = []
+    if params.compress.variants and not fitting["validation"]:
+        problems.append(
+            InputError(
+                "compress.variants are compared on validation rows, and there are none",
+                "raise split.validation_fraction, or set compress.variants: []",
+            )
+        )
     for side, wanted in least.items():
         left, out = len(fitting[side]), misfits[side]
         if left < wanted:

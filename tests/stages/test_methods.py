@@ -17,6 +17,7 @@ from flows.gate.private_server import PrivateServer
 from flows.gate.verdict import read_verdict
 from flows.registry.verify_adapter import compare
 from services.engines.offline import ModelFolders, answer_limit, ask_model
+from services.engines.paged.engine import PagedEngine
 from services.engines.select import choose_kind, load_engine
 from services.engines.transformers import TransformersEngine
 from services.model_pool import LoadedModel
@@ -30,6 +31,7 @@ from stages.common.model.generation import answer_questions, encode_questions
 from stages.common.model.loading import load_base, load_tokenizer, load_tuned
 from stages.common.params.loading import load_params
 from stages.common.records import make_row, read_rows, write_rows
+from stages.compress import __main__ as compress
 from stages.evaluate import __main__ as evaluate
 from stages.export import __main__ as export
 from stages.finetune import __main__ as finetune
@@ -97,6 +99,8 @@ def judge_served(tag, monkeypatch):
 
     def load(files):
         tokenizer = load_tokenizer(files.tokenizer)
+        if files.base is None:  # a compressed model has its GGUF alone
+            return LoadedModel(files, tokenizer, PagedEngine(files.gguf, tokenizer, precision="float32"))
         if read_settings(files.adapter)["method"] == HEAD:
             return LoadedModel(files, tokenizer, load_engine(files, tokenizer, load_params().services.engine))
         return LoadedModel(files, tokenizer, load_exact(files.base, files.adapter))
@@ -123,6 +127,26 @@ def check_judged(tag, monkeypatch):
     assert judged["better_than_base"].value == change["value"]
     assert judged["better_than_base"].passed == (change["low"] > 0)
     assert judged["card"].summary.startswith("reports/model_card/README.md does not exist")
+
+
+@pytest.mark.slow
+def test_a_model_that_was_made_smaller_is_chosen_and_judged_as_it_is_served(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "bentoml"))
+    smaller = {"compress__variants": ["pruned"], "compress__choose": "pruned", "compress__kept_channels": 0.5}
+    answering = {"ask_base__engine": "paged", "ask_base__dtype": "float32"}
+    write_project("llama", numbered("llama"), **answering, **smaller)
+    for stage in (preflight, ask_base, finetune, export, compress, evaluate):
+        stage.main()
+    report = json.loads(Path("reports/compress/metrics.json").read_text())
+    assert report["rows"] == 4, "the validation rows, and no test row"
+    pruned, whole = (report["models"][name] for name in ("pruned", "exported"))
+    assert pruned["channels"] == 32 and pruned["bytes"] < whole["bytes"]
+    evaluated = json.loads(Path("reports/evaluate/metrics.json").read_text())
+    assert (evaluated["compression"], evaluated["rows"]) == ("pruned", 8)
+    stored = get_version(add_pipeline_output())
+    assert stored.base is None and stored.gguf.stat().st_size == pruned["bytes"]
+    check_judged(stored.tag, monkeypatch)
 
 
 @pytest.mark.slow

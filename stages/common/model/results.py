@@ -60,7 +60,7 @@ def check_finite(metrics: Metrics, model: str) -> None:
     value = metrics["perplexity"].value()
     if not math.isfinite(value):
         raise InputError(
-            f"the {model} model's perplexity of the test answers is {value}",
+            f"the {model} model's perplexity of the rows' answers is {value}",
             "the training has diverged: lower finetune.learning_rate and train again"
             if model == "tuned"
             else "the base model's weights are broken: remove artifacts/fetch_base and fetch it again",

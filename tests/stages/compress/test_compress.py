@@ -20,12 +20,14 @@ from stages.common.messages import Message
 from stages.common.model.exported import CHOSEN, find_exported
 from stages.common.model.generation import encode_questions
 from stages.common.model.loading import load_base, load_tokenizer
+from stages.common.model.results import score
 from stages.common.params.loading import load_params
-from stages.common.records import make_row, write_rows
+from stages.common.records import make_row, read_rows, write_rows
 from stages.common.task.kinds import TASK_FILE
 from stages.common.task.text_task import TextTask
 from stages.compress import __main__ as compress
 from stages.compress import healing
+from stages.compress.asking import ask_in_process
 from stages.compress.healing import heal_model
 from stages.compress.shrinking import drop_blocks
 from stages.evaluate import __main__ as evaluate
@@ -194,7 +196,8 @@ def test_the_chosen_model_is_measured_evaluated_and_served(project, monkeypatch)
     evaluate.main()
     judged = json.loads(Path("reports/evaluate/metrics.json").read_text())
     assert judged["compression"] == "fewer_layers"
-    assert judged["tuned"]["perplexity"]["value"] == pytest.approx(losses["fewer_layers"], abs=2e-6)
+    assert (judged["rows"], found["rows"]) == (12, 4)
+    assert judged["tuned"]["perplexity"]["value"] == pytest.approx(measure_on_test_rows(), abs=2e-6)
     check_served(folder, serving, models["fewer_layers"]["bytes"], monkeypatch)
 
 
@@ -217,12 +220,19 @@ def test_a_model_of_few_tokens_is_asked_compared_and_served_by_them(project, mon
     evaluate.main()
     judged = json.loads(Path("reports/evaluate/metrics.json").read_text())
     assert judged["compression"] == "small_vocabulary"
-    loss = small["results"]["perplexity"]["value"]
-    assert judged["tuned"]["perplexity"]["value"] == pytest.approx(loss, abs=2e-6)
+    assert judged["tuned"]["perplexity"]["value"] == pytest.approx(measure_on_test_rows(), abs=2e-6)
     trainer = read_trainer_side(folder, None)
     longer = [len(encode_prompt(whole, row.prompt)) + 1 for row in trainer.rows]
     assert [*trainer.prompt_tokens] == longer == [len(encode_prompt(own, row.prompt)) for row in trainer.rows]
     check_served(folder, serving, small["bytes"], monkeypatch)
+
+
+def measure_on_test_rows():
+    """Return the perplexity of the chosen file, asked as `compress` asks each file."""
+    path = Path("artifacts/split/test.parquet")
+    asked = ask_in_process("chosen", CHOSEN / "model.gguf", path, 8, load_params().ask_base)
+    questions = encode_questions(load_tokenizer(Path("artifacts/fetch_base")), read_rows(path))
+    return score(read_rows(path), questions, asked.found.answers, TextTask())["perplexity"].value()
 
 
 def check_served(folder, serving, size, monkeypatch):

@@ -24,6 +24,7 @@ from stages.common.params.compress import Compress
 from stages.common.params.finetune import EarlyStopping
 from stages.common.params.loading import load_params
 from stages.common.records import make_row, write_rows
+from stages.common.task.kinds import read_task
 from stages.preflight import __main__ as preflight
 from stages.preflight import base_checks, finetune_checks, memory_checks
 from stages.preflight.finetune_checks import find_method_problems
@@ -700,6 +701,17 @@ def test_a_teacher_that_stays_beside_the_model_is_counted_with_it(lay_out, set_p
     assert "finetune.distill: answers" in error.value.fix
     set_params(finetune__method="distill", finetune__teacher="teacher", finetune__distill="answers")
     preflight.main()  # it has left before the model that learns is loaded
+
+
+def test_variants_need_validation_rows_to_be_compared_on(lay_out, set_params):
+    lay_out()
+    fitting, misfits = ({side: [] for side in preflight.SIDES} for _ in range(2))
+    params = load_params()
+    params = params.model_copy(update={"compress": Compress(variants=("int8",))})
+    problems = preflight.find_size_problems(params, read_task(), fitting, misfits)
+    assert [one.what for one in problems if "compress.variants are compared on validation rows" in one.what]
+    problems = preflight.find_size_problems(load_params(), read_task(), fitting, misfits)
+    assert not [one.what for one in problems if "compress" in one.what]
 
 
 def test_gpus_that_share_a_model_have_their_memory_together(lay_out, set_params, monkeypatch):
