@@ -100,12 +100,12 @@ class PlannedTrainer(WholeCheckpointTrainer):
         assert num_items_in_batch is not None  # Trainer counts the labels
         batch: Batch = inputs["batch"].to(model.device)
         place = self.state.global_step, len(self.batch_losses)
-        own = self.objective.compute_loss(model, replace(batch, place=place, hear=self.hear))
+        own = self.objective.compute_loss(model, replace(batch, place=place, record=self.record))
         mean: Tensor = own * self.accelerator.num_processes / num_items_in_batch
         self.batch_losses.append(BatchLoss(batch.rows, mean.detach()))
         return mean
 
-    def hear(self, one: Pass) -> None:
+    def record(self, one: Pass) -> None:
         """Make room for a pass that keeps activations, and count it."""
         if one.reader is None:
             self.freed.make_room(one.sequences * one.width)

@@ -34,9 +34,9 @@ class AnswerRows:
         layout = arrange(self.list_sequences(rows))
         return Batch(rows, layout, tuple(self.learned_counts[row] for row in rows), layout.targets)
 
-    def tell(self, batch: Batch) -> None:
-        """Tell of the pass that learns the rows of a batch."""
-        batch.tell(batch.layout, sum(self.lengths[row] for row in batch.rows))
+    def record(self, batch: Batch) -> None:
+        """Record the pass that learns the rows of a batch."""
+        batch.record_layout(batch.layout, sum(self.lengths[row] for row in batch.rows))
 
     def take_figures(self) -> dict[str, float]:
         """Return nothing: the loss is all that there is to log."""
@@ -52,5 +52,5 @@ class Answers(AnswerRows):
 
     def compute_loss(self, model: Any, batch: Batch) -> Tensor:
         """Return the sum of the negative log-probabilities of the answers' tokens."""
-        self.tell(batch)
+        self.record(batch)
         return sum_answer_loss(model, batch.layout)

@@ -43,11 +43,11 @@ class Distillation(AnswerRows):
 
     def compute_loss(self, model: Any, batch: Batch) -> Tensor:
         """Return the sum of the losses of the answers' tokens."""
-        self.tell(batch)
+        self.record(batch)
         logits, targets = batch.layout.answer_logits(model), batch.layout.targets
         if batch.others is None:  # of a process that computes along
             return sum_cross_entropy(logits, targets)
-        batch.tell(batch.others, reader=self.teacher)
+        batch.record_layout(batch.others, reader=self.teacher)
         with torch.no_grad():
             taught = batch.others.to(self.teacher.device).answer_logits(self.teacher).to(logits.device)
         return sum_distillation(logits, taught, targets, self.weight, self.temperature)

@@ -93,13 +93,13 @@ class Groups:
         A model that has no answers, because its probabilities are not numbers, has such a loss.
         """
         if not batch.rows:
-            batch.tell(batch.layout)
+            batch.record_layout(batch.layout)
             return batch.layout.answer_logits(model).sum()
         try:
             answers = self._sample(model, batch)
         except FloatingPointError:
             return batch.layout.answer_logits(model).sum() * torch.nan
-        batch.hear(self._count_sampling(model, batch.rows, answers))
+        batch.record(self._count_sampling(model, batch.rows, answers))
         rewards = self._reward(batch.rows, answers)
         advantages = compare_in_groups(torch.tensor(rewards), self.sequences_of_row).to(batch.units.device)
         sequences = [
@@ -111,10 +111,10 @@ class Groups:
         lengths = [one.learned_count for one in sequences]
         reference = None
         if self.kl_weight:
-            batch.tell(layout, reader=model)
+            batch.record_layout(layout, reader=model)
             with torch.no_grad(), self._at_start(model):
                 reference = self._read(model, layout)
-        batch.tell(layout, sum(len(one.input_ids) for one in sequences))
+        batch.record_layout(layout, sum(len(one.input_ids) for one in sequences))
         found = self._read(model, layout)
         each = compute_grpo_losses(
             found,

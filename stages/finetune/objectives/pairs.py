@@ -90,7 +90,7 @@ class Pairs:
 
     def compute_loss(self, model: Any, batch: Batch) -> Tensor:
         """Return the sum of the losses of the pairs of a batch."""
-        batch.tell(batch.layout, sum(self.lengths[row] for row in batch.rows))
+        batch.record_layout(batch.layout, sum(self.lengths[row] for row in batch.rows))
         found = compute_log_probabilities(model, batch)
         if not batch.rows:
             return found.sum()

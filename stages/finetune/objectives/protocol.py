@@ -65,7 +65,7 @@ class Batch:
         units: one element for each thing over which the loss is averaged, such as tokens or pairs.
         others: further sequences, without gradients.
         place: the update that the batch is for, and its number in that update.
-        hear: is told of each pass that the loss takes, one with gradients before it is computed.
+        record: called with each pass that the loss takes, one with gradients before it is computed.
     """
 
     rows: Sequence[int]
@@ -74,12 +74,12 @@ class Batch:
     units: Tensor
     others: Layout | None = None
     place: tuple[int, int] = (0, 0)
-    hear: Callable[[Pass], None] = ignore
+    record: Callable[[Pass], None] = ignore
 
-    def tell(self, layout: Layout, tokens: int = 0, reader: Any = None) -> None:
-        """Tell of the pass of a layout; arguments as the attributes of `Pass`."""
+    def record_layout(self, layout: Layout, tokens: int = 0, reader: Any = None) -> None:
+        """Record the pass of a layout; arguments as the attributes of `Pass`."""
         sequences, width = layout.input_ids.shape
-        self.hear(Pass(sequences, width, len(layout.targets), tokens, reader))
+        self.record(Pass(sequences, width, len(layout.targets), tokens, reader))
 
     def to(self, device: torch.device) -> Batch:
         """Return the same batch on a device."""
@@ -113,7 +113,7 @@ class Objective(Protocol):
         ...
 
     def compute_loss(self, model: Any, batch: Batch) -> Tensor:
-        """Return the sum of the losses of a batch over its units, and tell the batch of each pass."""
+        """Return the sum of the losses of a batch over its units, and record each pass."""
         ...
 
     def take_figures(self) -> dict[str, float]:

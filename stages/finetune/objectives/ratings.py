@@ -96,7 +96,7 @@ class Ratings:
     def compute_loss(self, model: Any, batch: Batch) -> Tensor:
         """Return the sum of the losses of the answers of a batch."""
         divergence = self._estimate_divergence(model, batch)
-        batch.tell(batch.layout, sum(self.lengths[row] for row in batch.rows))
+        batch.record_layout(batch.layout, sum(self.lengths[row] for row in batch.rows))
         found = compute_log_probabilities(model, batch)
         if not batch.rows:
             return found.sum()
@@ -124,7 +124,7 @@ class Ratings:
         """
         total = 0.0
         if batch.others:
-            batch.tell(batch.others, reader=model)
+            batch.record_layout(batch.others, reader=model)
             learned = [example.learned_count for example in self._list_others(batch.rows)]
             with torch.no_grad():
                 found = sum_log_probabilities(model, batch.others, learned).tolist()

@@ -130,7 +130,7 @@ def test_what_is_computed_is_told_with_the_answers_that_were_sampled(tmp_path, m
     model, groups, told = make_model(1), make_groups(size=2, kl_weight=0.5), []
     groups.prepare(model, start(tmp_path))
     monkeypatch.setattr(groups, "_sample", lambda model, batch: [[[40, 41, 1], [50, 51, 52, 1]]])
-    groups.compute_loss(model, replace(groups.collate([0], arrange), hear=told.append))
+    groups.compute_loss(model, replace(groups.collate([0], arrange), record=told.append))
     prompt = len(groups._prompts[0])
     sampled, reference, learned = told
     assert sampled == Pass(1, 2 * prompt + 7, 7, reader=model)

@@ -59,7 +59,7 @@ def test_a_process_without_a_row_computes_along_and_learns_nothing(tmp_path, kin
 def test_every_pass_is_told_with_the_model_that_only_reads(tmp_path, kind):
     model, objective, told = make_model(1), make(kind), []
     objective.prepare(model, start(tmp_path))
-    batch = replace(objective.collate([0, 2], arrange), hear=told.append)
+    batch = replace(objective.collate([0, 2], arrange), record=told.append)
     objective.compute_loss(model, batch)
     (learned,) = (one for one in told if one.reader is None)
     assert (learned.sequences, learned.width) == tuple(batch.layout.input_ids.shape)
