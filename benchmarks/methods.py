@@ -205,11 +205,11 @@ def learn_own_errors(workspace: Path, count: int, task: Task, max_new_tokens: in
     base, gguf = workspace / artifacts("fetch_base"), workspace / artifacts("export") / GGUF
     errors = find_errors(base, gguf, [*train, *validation], count, task, max_new_tokens)
     learned, held_out = share_out(errors)
-    apart = {row.id for row in held_out}
+    apart = {row.group for row in held_out}
     pairs = {row.id: row for row in learned}
-    kept = [pairs.pop(row.id, row) for row in train if row.id not in apart]
+    kept = [pairs.pop(row.id, row) for row in train if row.group not in apart]
     write_rows(split / "train.parquet", [*kept, *pairs.values()])  # behind: the learned validation rows
-    known = apart | {row.id for row in learned}
+    known = {row.id for row in (*held_out, *learned)}
     write_rows(split / "validation.parquet", [*(row for row in validation if row.id not in known), *held_out])
 
 

@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,9 +23,10 @@ from stages.finetune.checkpoints import COMPLETE, KEPT, PREFIX, find_problem, ge
 
 logger = get_logger("finetune")
 
-# How long a training waits for a copy, to be made or fetched. Several processes give up on each other after
-# ten minutes.
+# How long a training waits for a copy to be made, or for an answer when one is fetched. Several processes
+# give up on each other after ten minutes.
 COPY_PATIENCE_S = 300.0
+SLOWEST_BYTES_PER_S = 1 << 20  # of a file that is fetched: it is waited for so much longer
 _COMPLETE_COPY = re.compile(rf"{PREFIX}(\d+)/{COMPLETE}")
 
 
@@ -65,21 +67,6 @@ class CheckpointStore:
         Raises:
             InputError: the store cannot be read in time, or the disk is too full.
         """
-        fetched: Path | None = self._read_in_time(lambda: self._fetch(step, folder))
-        return fetched
-
-    def _read_in_time(self, work: Callable[[], Any]) -> Any:
-        try:
-            return run_in_time(work, COPY_PATIENCE_S)
-        except InputError:
-            raise
-        except Exception as error:  # each library has errors of its own
-            raise InputError(
-                f"the checkpoints at {self.url} cannot be read: {type(error).__name__}: {error}",
-                "run again when the store answers, or set finetune.checkpoint_url: null to do without them",
-            ) from error
-
-    def _fetch(self, step: int, folder: Path) -> Path | None:
         name = f"{PREFIX}{step}"
         target = folder / name
         try:
@@ -93,8 +80,20 @@ class CheckpointStore:
         logger.info("%s was fetched from %s", target, self.url)
         return target
 
+    def _read_in_time(self, work: Callable[[], Any], size: int = 0) -> Any:
+        """Return what a call of the store returns that reads so many bytes."""
+        try:
+            return run_in_time(work, COPY_PATIENCE_S + size / SLOWEST_BYTES_PER_S)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # each library has errors of its own
+            raise InputError(
+                f"the checkpoints at {self.url} cannot be read: {type(error).__name__}: {error}",
+                "run again when the store answers, or set finetune.checkpoint_url: null to do without them",
+            ) from error
+
     def _fetch_files(self, name: str, target: Path) -> None:
-        data = self._store.read(f"{self._run}/{name}/{COMPLETE}")
+        data = self._read_in_time(lambda: self._store.read(f"{self._run}/{name}/{COMPLETE}"))
         try:
             sizes = {str(path): int(entry["size"]) for path, entry in json.loads(data).items()}
         except (ValueError, AttributeError, TypeError, KeyError):
@@ -109,8 +108,9 @@ class CheckpointStore:
                 f"{needed >> 20} MiB",
                 "free some space",
             )
-        for path in sizes:
-            self._store.get(f"{self._run}/{name}/{path}", target / path)
+        for path, size in sizes.items():
+            place = f"{self._run}/{name}/{path}", target / path
+            self._read_in_time(partial(self._store.get, *place), size)
         (target / COMPLETE).write_bytes(data)
 
     def copy(self, checkpoint: Path) -> None:

@@ -19,6 +19,7 @@ from stages.finetune.devices.group import gather, is_first_of_host
 RAPL = Path("/sys/class/powercap")
 PACKAGES = "intel-rapl:[0-9]*"  # AMD's processors have the same name; `intel-rapl:0:0` is a part of `:0`
 JOULES_PER_WATT_HOUR = 3600.0
+THEN = "; then "  # between the sources of parts of a training
 PART = ", of a part of the training only"  # the rest is not known
 COUNTED = {"RAPL": "hosts", "NVML": "GPUs"}  # what each counter is one of
 
@@ -107,8 +108,8 @@ def join(first: Energy, second: Energy) -> Energy:
         return second if second.watt_hours is None else _mark_part(second)
     if second.watt_hours is None:
         return _mark_part(first)
-    source = first.source if first.source == second.source else f"{first.source}; then {second.source}"
-    return Energy(first.watt_hours + second.watt_hours, source)
+    sources = dict.fromkeys([*first.source.split(THEN), *second.source.split(THEN)])
+    return Energy(first.watt_hours + second.watt_hours, THEN.join(sources))
 
 
 def _mark_part(energy: Energy) -> Energy:

@@ -82,14 +82,15 @@ def test_a_store_that_is_silent_when_a_training_resumes_is_not_waited_for(silent
     store = CheckpointStore(f"file://{tmp_path}/store", "run")
     store.copy(make_checkpoint(tmp_path / "here", 3))
     (tmp_path / "there").mkdir()
-    answered = threading.Event()
-    monkeypatch.setattr(checkpoint_store, "COPY_PATIENCE_S", 0.2)
-    monkeypatch.setattr(RemoteFolder, silent, lambda *_: answered.wait(20))
+    asked, answered = threading.Event(), threading.Event()
+    monkeypatch.setattr(checkpoint_store, "COPY_PATIENCE_S", 2.0)
+    monkeypatch.setattr(RemoteFolder, silent, lambda *_: asked.set() or answered.wait(60))
     try:
         with pytest.raises(InputError, match="run cannot be read: TimeoutError: no answer within"):
             store.find_newest(tmp_path / "there", None)
     finally:
         answered.set()
+    assert asked.is_set()
 
 
 def test_a_list_of_files_that_leads_out_of_the_checkpoint_is_not_used(tmp_path, caplog):

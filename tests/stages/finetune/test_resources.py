@@ -253,7 +253,9 @@ def test_the_parts_of_a_resumed_training_are_added_up():
         Energy(None, "not known"),
     )
     assert join(read, read) == Energy(4.0, "measured: RAPL")
-    assert join(read, assumed) == Energy(3.0, "measured: RAPL; then assumed: 60 W")
+    both = Energy(3.0, "measured: RAPL; then assumed: 60 W")
+    assert join(read, assumed) == both
+    assert join(both, read) == Energy(5.0, both.source)
     part = Energy(2.0, "measured: RAPL, of a part of the training only")
     assert join(read, nothing) == join(nothing, read) == join(nothing, part) == part
     assert join(nothing, nothing) == nothing
