@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.task import make_tiny_inputs
+from benchmarks.gpu.models import make_tiny_split
 from benchmarks.machine import machine
 from services.engines.offline import answer_limit
 from stages.common.artifacts import artifacts, write_json
@@ -94,7 +94,7 @@ def main(words: Sequence[str] | None = None) -> int:
         folder = Path(name) if options.tiny else options.folder.resolve()
         params = load_params((ROOT if options.tiny else folder) / "params.yaml")
         if options.tiny:
-            make_tiny_inputs(folder)
+            make_tiny_split(folder)
         try:
             with chdir(folder):
                 found = measure(read_inputs(options, params), options.shares)

@@ -24,8 +24,8 @@ from typing import Any, get_args
 
 import yaml
 
-from benchmarks.gpu.models import ROOT
-from benchmarks.gpu.task import TINY_SETTINGS, make_tiny_inputs, run_stage
+from benchmarks.gpu.models import ROOT, make_tiny_split
+from benchmarks.gpu.task import run_stage
 from benchmarks.machine import machine
 from stages.common.artifacts import artifacts, write_json
 from stages.common.logs import set_quiet_environment
@@ -35,6 +35,14 @@ from stages.common.records import read_rows, write_rows
 
 # Of weights themselves and of virtual tokens: what is usual elsewhere. Others have the rate of params.yaml.
 WEIGHTS_RATE, TOKENS_RATE = 0.00005, 0.03
+TINY_SETTINGS = {  # of a model of two blocks; `partial` trains one
+    "batch_size": 4,
+    "max_length": 256,
+    "rank": 4,
+    "trained_modules": 1,
+    "checkpoint_every_steps": 100,
+    "epochs": 1,
+}
 MIB = 1 << 20
 
 
@@ -61,7 +69,7 @@ def measure(method: str, rate: float | None, options: argparse.Namespace) -> dic
         folder = Path(name)
         if options.tiny:
             finetune.update(TINY_SETTINGS)
-            make_tiny_inputs(folder)
+            make_tiny_split(folder)
         else:
             lay_out(folder, options.rows)
         rate = rate or choose_rate(method, finetune)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import random
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
+from stages.common.artifacts import artifacts, write_json
 from stages.common.chat.template import Encoded
+from stages.common.messages import Message
 from stages.common.params.loading import load_params
+from stages.common.records import Row, make_row, write_rows
+from stages.common.task.kinds import TASK_FILE
 from stages.finetune.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,3 +100,18 @@ def make_tokenizer(words: int) -> Any:
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     return make_of_bytes(tuple(islice(product(alphabet, alphabet), words - 258)))
+
+
+def make_tiny_split(folder: Path) -> None:
+    """Write what `finetune` and later stages read: a tiny random model, rows, and the kind of the task."""
+
+    def make(number: int) -> Row:
+        question, answer = f"question {number} of {number % 7}", json.dumps({"n": number % 5})
+        return make_row([Message("user", question), Message("assistant", answer)], "toy", "cc0-1.0")
+
+    base = folder / artifacts("fetch_base")
+    make_model(make_config("llama-8b", tiny=True), "float32", "cpu").save_pretrained(base)
+    make_tokenizer(512).save_pretrained(base)
+    for name, numbers in (("train", range(48)), ("validation", range(1000, 1008))):
+        write_rows(folder / artifacts("split") / f"{name}.parquet", [make(number) for number in numbers])
+    write_json(folder / TASK_FILE, {"kind": "json", "label_key": None})

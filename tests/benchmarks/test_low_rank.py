@@ -59,13 +59,14 @@ def test_channels_are_left_out_up_to_the_size_of_the_factors():
     assert not any("lm_head" in name or "embed" in name for name in sizes) and len(sizes) == 14
 
 
+@pytest.mark.slow
 def test_each_model_is_asked_before_and_after_its_healing(tmp_path, capsys):
     out = tmp_path / "out.json"
-    low_rank.main(["--tiny", "--shares", "0.9", "0.6", "--healing-rows", "16", "--out", str(out)])
+    low_rank.main(["--tiny", "--shares", "0.6", "--healing-rows", "16", "--out", str(out)])
     found = json.loads(out.read_text())
     whole, *others = found["models"]
     assert [(one["model"], one["share"]) for one in others] == [
-        (name, share) for share in (0.9, 0.6) for name in ("svd", "weighted", "pruned")
+        (name, 0.6) for name in ("svd", "weighted", "pruned")
     ]
     for one in others:
         assert one["weights"] < whole["weights"] * (1.0 if one["model"] == "pruned" else one["share"])
