@@ -2,10 +2,11 @@
 
 The largest batch goes through a copy of the model whose tensors have shapes and no values, and what autograd
 keeps of it for the backward pass is counted. So the number is that of this architecture, this method and this
-attention. Added are the weights, which are there already, gradients and AdamW's two averages of what is
-trained, and the room of one part of the logits. With gradient checkpointing what the layers keep is their
-inputs, and twice what one layer keeps. Validation rows are asked between steps, when a step's activations are
-gone: their keys, values and logits count where they are more than those.
+attention. The backward pass begins with all of that, and holds the gradients of one layer. Added are the
+weights, which are there already, gradients and AdamW's two averages of what is trained, and the room of one
+part of the logits. With gradient checkpointing what the layers keep is their inputs, and twice what one layer
+keeps. Validation rows are asked between steps, when a step's activations are gone: their keys, values and
+logits count where they are more than those.
 """
 
 from __future__ import annotations
@@ -101,11 +102,11 @@ class Kept:
     inputs: int
 
     def count(self, checkpointing: bool) -> int:
-        """Return the most that is kept at once."""
+        """Return the most that there is at once: what is kept, and the gradients of what one layer keeps."""
+        largest = max(self.layers, default=0)
         if not checkpointing:
-            return self.outside + sum(self.layers)
-        # Of the layer that is computed again, what it keeps and its gradients.
-        return self.outside + self.inputs + 2 * max(self.layers, default=0)
+            return self.outside + sum(self.layers) + largest
+        return self.outside + self.inputs + 2 * largest  # one layer is computed again
 
 
 class MemoryPlan:

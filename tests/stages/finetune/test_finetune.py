@@ -10,10 +10,11 @@ import torch
 from stages.common.artifacts import write_json
 from stages.common.errors import InputError
 from stages.common.logs import HIDDEN_PACKAGES
+from stages.common.messages import Message
 from stages.common.model.adapter import read_trained_ids
 from stages.common.model.teacher import find_teacher
 from stages.common.params.loading import load_params
-from stages.common.records import read_rows, write_rows
+from stages.common.records import make_row, read_rows, write_rows
 from stages.finetune import batches
 from stages.finetune.__main__ import main
 from stages.finetune.objectives import teaching
@@ -29,6 +30,7 @@ from tests.stages.finetune.project import (
     rows,
     start_stage,
 )
+from tests.tiny import save_model
 
 
 def test_training_lowers_the_loss_and_leaves_adapter_evidence_curve_and_picture(project):
@@ -104,6 +106,20 @@ def keep_taught_answers(project):
 
 @pytest.mark.slow
 def test_a_process_takes_the_memory_that_is_estimated_and_imports_no_hidden_package(project):
+    shutil.rmtree(project / "artifacts" / "fetch_base")
+    # Of a width with which a batch takes some 450 MiB, as much as the process with torch holds before.
+    wide = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 3}
+    save_model(project / "artifacts" / "fetch_base", **wide)
+    long = [
+        make_row(
+            [Message("user", "abcdefg"[n % 7] * (150 + n)), Message("assistant", f'{{"n":{n % 5}}}')],
+            "toy",
+            "cc0-1.0",
+        )
+        for n in range(40)
+    ]
+    write_rows(project / "artifacts" / "split" / "train.parquet", long)
+    change_finetune(project, batch_size=20)
     imported = finish_with_imports(start_stage(project, SHOWING_IMPORTS, OMP_NUM_THREADS="1"))
     assert {"peft", "transformers"} <= imported and not imported & set(HIDDEN_PACKAGES)
     took = json.loads((project / "reports" / "finetune" / "metrics.json").read_text())["throughput"]
