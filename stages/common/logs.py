@@ -32,6 +32,8 @@ QUIET_ENVIRONMENT = {
 # tenth. Only the method qlora, which shows bitsandbytes, and development install them.
 HIDDEN_PACKAGES = ("bitsandbytes", "datasets")
 
+KERNELS_KEPT = 128  # of oneDNN: a training step has some fifty products, each length of a batch its own
+
 PROGRESS_INTERVAL_S = 1.0
 ROWS_A_STEP = 500  # from one report of progress to the next, where a row takes little time
 
@@ -100,6 +102,8 @@ def configure_process() -> None:
     # How long a thread of torch spins before it sleeps. The default is for a machine of one's own: next to
     # a service on the same cores a training was three times slower with it, and alone no faster.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # By default oneDNN keeps the code of 1,024 products. With rows of many lengths that is a gigabyte.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS_KEPT))
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
     logging.captureWarnings(True)
     for noisy in ("httpx", "urllib3", "filelock", "great_expectations", "matplotlib", "py.warnings"):

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from stages.common.chat.template import Encoded
 from stages.common.errors import InputError
-from stages.common.logs import get_logger, is_full_memory
+from stages.common.logs import KERNELS_KEPT, get_logger, is_full_memory
 from stages.common.machine.memory import format_bytes, read_free_memory, read_held_memory, read_peak_memory
 from stages.finetune.answer_loss import find_chunked_head, measure_chunk, sum_answer_loss
 from stages.finetune.devices.group import count_local_processes, count_processes
@@ -46,6 +46,7 @@ FRAGMENTATION = 1.1
 UNCERTAINTY = 0.1  # of the estimate; docs/benchmarks.md has the measured differences
 PLAIN_UNCERTAINTY = 0.3  # where a batch is padded rows: torch's attention keeps other tensors with a mask
 ADAMW_BYTES = 8  # two averages in float32
+KERNEL_BYTES = 1 << 20  # of the code of a product of bfloat16 on a CPU, each length of a batch has its own
 LOGITS_AT_ONCE = 128  # rows that the loss widens to float32, twice
 
 
@@ -139,6 +140,8 @@ class MemoryPlan:
         self.checkpointing = self.can_checkpoint = False
         self.count_answers: Callable[[int], int] = lambda rows: 0
         self._packed = is_packed(model)
+        compiles = model.device.type == "cpu" and model.dtype == torch.bfloat16
+        self._kernels = KERNELS_KEPT * KERNEL_BYTES if compiles else 0
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._model = _copy_without_values(model, self._mode)
         self._own = {_key(t) for t in chain(self._model.parameters(), self._model.buffers())}
@@ -174,7 +177,7 @@ class MemoryPlan:
         logits = 2 * 4 * min(LOGITS_AT_ONCE, answers) * self._words
         if self._chunk is not None:  # of the output layer, which autograd keeps otherwise
             logits += min(answers, self._chunk.rows) * self._chunk.row_bytes
-        logits += self._gathered
+        logits += self._gathered + self._kernels
         asked = self.count_answers(round(times * len(rows)))
         tokens = int(times * batch.input_ids.numel())
         return MemoryEstimate(held, self._optimizer, int(kept * FRAGMENTATION) + logits, asked, tokens)
