@@ -49,7 +49,7 @@ from stages.common.task.kinds import read_task
 from stages.common.task.protocol import Task
 from stages.compress.gptq import change_layers
 from stages.compress.shrinking import drop_channels
-from stages.compress.variants import choose_rows
+from stages.compress.variants import draw_calibration
 
 ROOT = Path(__file__).parents[1]
 DAMPING = 1e-4  # of the mean of the moments' diagonal: inputs that never vary
@@ -142,7 +142,7 @@ def read_inputs(options: argparse.Namespace, params: Params) -> Inputs:
         read_task(),
         rows,
         encode_questions(tokenizer, rows),
-        choose_rows(train, tokenizer, settings.calibration_rows or len(train), longest, settings.seed),
+        draw_calibration(train, tokenizer, settings.calibration_rows or len(train), longest, settings.seed),
         [example for example in healing if len(example.input_ids) <= longest],
         params,
     )

@@ -11,7 +11,7 @@ from services.engines.protocol import Engine, EngineError
 from services.engines.support import check_engine
 from stages.common.errors import InputError
 from stages.common.model.adapter import HEAD, VLLM_METHODS, read_settings
-from stages.common.model.draft_corpus import read_corpus
+from stages.common.model.draft_corpus import CORPUS, read_corpus
 
 if TYPE_CHECKING:
     from stages.common.params.services import EngineSettings
@@ -99,7 +99,7 @@ def _load_on_openvino(
 
     if kind == "paged":
         try:
-            return PagedEngine(gguf, tokenizer, examples=read_corpus(folder / "draft_corpus.npz"), **common)
+            return PagedEngine(gguf, tokenizer, examples=read_corpus(folder / CORPUS), **common)
         except EngineError as error:
             if not fall_back:
                 raise InputError(

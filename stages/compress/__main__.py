@@ -1,7 +1,7 @@
 """Compress: make smaller models of the exported one, measure each as it would be served, and choose one.
 
-In: `artifacts/export`, `artifacts/fetch_base`, `artifacts/finetune`, `artifacts/split`,
-`artifacts/curate/task.json`, `reports/fetch_base/metrics.json`.
+In: `artifacts/export`, `artifacts/fetch_base`, `artifacts/finetune`, `artifacts/split` (of test rows only
+how long they are in a small vocabulary), `artifacts/curate/task.json`, `reports/fetch_base/metrics.json`.
 Out: `artifacts/compress/chosen`, a folder like `artifacts/export`, if `compress.choose` takes one: then it is
 evaluated, registered and served. `reports/compress/metrics.json`, in which only the throughput changes
 between identical runs; `reports/compress/comparison` with `table.md` and `pareto.svg`.
@@ -32,7 +32,9 @@ from stages.common.artifacts import (
     write_lines,
 )
 from stages.common.chat.fitting import select_askable
+from stages.common.chat.turns import unroll
 from stages.common.errors import InputError
+from stages.common.gguf.quantization import HEALED
 from stages.common.logs import get_logger, run_stage
 from stages.common.model.exported import CHOSEN, GGUF, SERVING, compute_version, write_serving
 from stages.common.model.generation import encode_questions
@@ -66,14 +68,16 @@ def complete_folder(folder: Path, variant: str, evidence: Mapping[str, Any]) -> 
     return version
 
 
-def choose_rows(params: Params, tokenizer: Any) -> Sequence[Row]:
+def draw_compared(params: Params, tokenizer: Any) -> Sequence[Row]:
     """Return the validation rows that are asked: those that fit, and at most as many as test rows are.
+
+    A row for each learned turn, as `split` makes of the test side.
 
     Raises:
         InputError: there are none.
     """
     context = count_context_tokens(read_config(artifacts("fetch_base")))
-    rows = read_rows(artifacts("split") / "validation.parquet")
+    rows = unroll(read_rows(artifacts("split") / "validation.parquet"), params.task.turns)
     askable, _ = select_askable(tokenizer, rows, params.ask_base.max_new_tokens, context)
     if not askable:
         raise InputError(
@@ -93,14 +97,14 @@ def compare_variants(params: Params, folder: Path) -> dict[str, Any]:
             "compress.variants are GGUF files for CPUs, and transformers answers the test questions here",
             "set compress.variants: [], or run on a machine without a GPU and with ask_base.engine: auto",
         )
+    tokenizer = load_tokenizer(base)
+    rows, file = draw_compared(params, tokenizer), folder / "asked.parquet"
     files = {EXPORTED: artifacts("export") / GGUF}
     size = files[EXPORTED].stat().st_size
     evidence = {EXPORTED: {"bytes": size, "quantization": params.export.quantization}}
-    for variant in settings.variants:
+    for variant in sorted(settings.variants, key=HEALED.__contains__):  # a training comes last
         evidence[variant] = make_variant(variant, params, folder / variant)
-        files[variant] = folder / variant / GGUF
-    tokenizer = load_tokenizer(base)
-    rows, file = choose_rows(params, tokenizer), folder / "asked.parquet"
+    files |= {variant: folder / variant / GGUF for variant in settings.variants}
     questions = encode_questions(tokenizer, rows)
     limit = answer_limit(questions, params.ask_base.max_new_tokens)
     write_rows(file, rows)

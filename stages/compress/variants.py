@@ -10,17 +10,24 @@ from typing import Any
 from stages.common.artifacts import artifacts
 from stages.common.chat.fitting import find_refused
 from stages.common.chat.template import encode_example
+from stages.common.chat.turns import unroll
 from stages.common.gguf.checked import write_checked
-from stages.common.gguf.quantization import VARIANTS
+from stages.common.gguf.quantization import HEALED, VARIANTS
 from stages.common.logs import get_logger, show_progress
 from stages.common.model.exported import GGUF
-from stages.common.model.loading import limit_length, load_tokenizer, load_tuned, read_config
+from stages.common.model.loading import (
+    count_context_tokens,
+    limit_length,
+    load_tokenizer,
+    load_tuned,
+    read_config,
+)
 from stages.common.params.loading import Params
 from stages.common.records import Row, read_rows
 from stages.compress.gptq import fit_weights
 from stages.compress.healing import heal_model
 from stages.compress.shrinking import drop_blocks, drop_channels
-from stages.compress.vocabulary import complete_tokenizer, cut_vocabulary
+from stages.compress.vocabulary import check_room, complete_tokenizer, cut_vocabulary
 
 logger = get_logger("compress")
 
@@ -56,17 +63,20 @@ def _change(
     """Return the model of a variant before it is written, and what was done to it."""
     settings = params.compress
     if name == "small_vocabulary":
-        train, others = (
-            read_rows(artifacts("split") / f"{side}.parquet") for side in ("train", "validation")
+        train, others, test = (
+            read_rows(artifacts("split") / f"{side}.parquet") for side in ("train", "validation", "test")
         )
         smaller, found = cut_vocabulary(model, tokenizer, train, others, settings.kept_tokens, folder)
+        own, context = load_tokenizer(folder), count_context_tokens(smaller.config)
+        for asked in (unroll(others, params.task.turns), test):
+            check_room(tokenizer, own, asked, params.ask_base.max_new_tokens, context)
         logger.info("%s: %d tokens are left", name, found["tokens"])
         return smaller, found
-    if name not in ("int4", "fewer_layers", "pruned") or (name == "int4" and not settings.calibration_rows):
+    if name not in ("int4", *HEALED) or (name == "int4" and not settings.calibration_rows):
         return model, {}
     train = read_rows(artifacts("split") / "train.parquet")
     longest = limit_length(params.finetune.max_length, read_config(artifacts("fetch_base")))
-    rows = choose_rows(train, tokenizer, settings.calibration_rows or len(train), longest, settings.seed)
+    rows = draw_calibration(train, tokenizer, settings.calibration_rows or len(train), longest, settings.seed)
     evidence: dict[str, Any] = {"calibration_rows": len(rows)}
     whole = model
     if name == "int4":
@@ -98,7 +108,7 @@ def _change(
     return model, evidence | {"healing_rows": healing}
 
 
-def choose_rows(
+def draw_calibration(
     rows: Sequence[Row], tokenizer: Any, count: int, max_tokens: int, seed: int
 ) -> list[list[int]]:
     """Return the token ids of some training rows, cut at `max_tokens`."""

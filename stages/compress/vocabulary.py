@@ -9,20 +9,21 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from stages.common.artifacts import artifacts, read_json, write_json
+from stages.common.chat.fitting import describe_misfits, select_askable
 from stages.common.chat.template import TemplateRefusal, encode_example
 from stages.common.errors import InputError
 from stages.common.gguf.trimming import choose_tokens, describe_tokenizer, renumber_settings, trim_tokenizer
-from stages.common.model.draft_corpus import read_corpus, write_corpus
+from stages.common.model.draft_corpus import CORPUS, read_corpus, write_corpus
 from stages.common.model.exported import TOKENIZER_FILES
 from stages.common.model.loading import load_tokenizer
 from stages.common.records import Row
+from stages.common.spool import view
 from stages.compress.shrinking import keep_tokens, list_token_ids
-
-CORPUS = "draft_corpus.npz"
 
 
 def cut_vocabulary(
@@ -104,6 +105,27 @@ def complete_tokenizer(folder: Path) -> None:
     for name in TOKENIZER_FILES:
         if (artifacts("export") / name).exists() and not (folder / name).exists():
             shutil.copyfile(artifacts("export") / name, folder / name)
+
+
+def check_room(
+    whole: Any, own: Any, rows: Iterable[Row], max_new_tokens: int, context_tokens: int | None
+) -> None:
+    """Check that each row that can be asked in the whole vocabulary can be asked in the smaller one, too.
+
+    Args:
+        max_new_tokens, context_tokens: as for `select_askable`.
+
+    Raises:
+        InputError: one is too long in it.
+    """
+    askable, _ = select_askable(whole, rows, max_new_tokens, context_tokens)
+    _, misfits = select_askable(own, view(askable, itemgetter(0)), max_new_tokens, context_tokens)
+    if misfits:
+        raise InputError(
+            f"{len(misfits)} validation or test rows have no room in the context in a small vocabulary:\n"
+            f"{describe_misfits(misfits, 3)}",
+            "raise compress.kept_tokens, or take small_vocabulary out of compress.variants",
+        )
 
 
 def check_alike(whole: Any, own: Any, kept: Sequence[int], rows: Sequence[Row]) -> None:

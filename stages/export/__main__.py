@@ -32,7 +32,7 @@ from stages.common.gguf.architectures import find_architecture
 from stages.common.gguf.checked import write_checked
 from stages.common.logs import get_logger, run_stage
 from stages.common.model.adapter import count_virtual_tokens, find_weights
-from stages.common.model.draft_corpus import encode_corpus, write_corpus
+from stages.common.model.draft_corpus import CORPUS, encode_corpus, write_corpus
 from stages.common.model.exported import GGUF, SERVING, TOKENIZER_FILES, compute_version, write_serving
 from stages.common.model.loading import count_context_tokens, load_tokenizer, load_tuned, read_config
 from stages.common.params.loading import load_params
@@ -152,7 +152,7 @@ def main() -> None:
             gguf, speed = export_gguf(base, adapter, rows, settings.quantization, name, folder / GGUF)
             gguf["ollama_template"] = write_modelfile(folder, system_prompt)
         corpus = encode_corpus(tokenizer, rows, settings.draft_rows)
-        write_corpus(folder / "draft_corpus.npz", corpus)
+        write_corpus(folder / CORPUS, corpus)
         serving = {
             "adapter_sha256": hash_file(find_weights(adapter)),
             "answer_schema": answers.schema,

@@ -13,6 +13,7 @@ from stages.common.chat.template import encode_example, read_answer_frame
 from stages.common.records import Row
 
 Example = tuple[list[int], list[int]]
+CORPUS = "draft_corpus.npz"  # the file in a model's folder
 # The last tokens of a prompt: those before them predict little of the answer, and training data that is not
 # needed should not be exported.
 PROMPT_TOKENS = 64

@@ -26,7 +26,7 @@ from stages.common.records import make_row, read_rows, write_rows
 from stages.common.task.kinds import TASK_FILE
 from stages.common.task.text_task import TextTask
 from stages.compress import __main__ as compress
-from stages.compress import healing
+from stages.compress import healing, variants
 from stages.compress.asking import ask_in_process
 from stages.compress.healing import heal_model
 from stages.compress.shrinking import drop_blocks
@@ -89,6 +89,12 @@ def project(tmp_path, monkeypatch):
     return lay_out
 
 
+def set_params(section, **settings):
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    params[section] |= settings
+    Path("params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+
+
 def report():
     return json.loads(Path("reports/compress/metrics.json").read_text())
 
@@ -110,6 +116,41 @@ def test_a_choice_made_from_another_export_is_refused(project):
         InputError, match=f"made from version 000000000000, and artifacts/export has {serving['version']}"
     ):
         read_pipeline_tag(folder)
+
+
+def test_each_learned_turn_of_a_validation_row_is_asked(project):
+    project(variants=["int8"])
+    turns = ("user", "one"), ("assistant", "a"), ("user", "two"), ("assistant", "b")
+    row = make_row([Message(*turn) for turn in turns], "toy", "mit")
+    write_rows(Path("artifacts/split/validation.parquet"), [row])
+    tokenizer = load_tokenizer(Path("artifacts/fetch_base"))
+    answers = []
+    for wanted in ("all", "last"):
+        set_params("task", learned_turns=wanted)
+        answers.append([one.answer for one in compress.draw_compared(load_params(), tokenizer)])
+    assert answers == [["a", "b"], ["b"]]
+
+
+def test_without_a_row_to_ask_no_variant_is_made(project, monkeypatch):
+    project(variants=["int8"])
+    write_rows(Path("artifacts/split/validation.parquet"), [])
+    monkeypatch.delattr(compress, "make_variant")
+    with pytest.raises(InputError, match="and there are none that can be asked"):
+        compress.main()
+
+
+@pytest.mark.parametrize("side", ["validation", "test"])
+def test_a_row_that_a_small_vocabulary_makes_too_long_is_refused_before_a_training(
+    project, side, monkeypatch
+):
+    """The pair "es" is in no training row: 245 tokens become 490, and with an answer more than 512."""
+    project(variants=["fewer_layers", "small_vocabulary"], kept_tokens=0.0)
+    monkeypatch.delattr(variants, "heal_model")
+    long = make_row([Message("user", "es" * 245), Message("assistant", "answer 1")], "toy", "mit")
+    write_rows(Path(f"artifacts/split/{side}.parquet"), [*rows_of(side, 2), long])
+    with pytest.raises(InputError, match=f"1 validation or test rows have no room.*\n.*{long.id}") as refused:
+        compress.main()
+    assert "raise compress.kept_tokens" in refused.value.fix
 
 
 @pytest.mark.parametrize("launcher", ["ray", "torchrun", "local"])
