@@ -91,4 +91,4 @@ def test_memory_that_is_full_before_or_after_the_updates_is_an_error_with_what_w
     monkeypatch.setattr(Pairs, step, lambda *_: torch.empty(1 << 55))
     with pytest.raises(InputError, match=r"the memory is full: .*allocate memory") as error:
         main()
-    assert "finetune.batch_size: 2 and finetune.gradient_accumulation: 2" in error.value.fix
+    assert "finetune.gradient_checkpointing: true, which takes" in error.value.fix
