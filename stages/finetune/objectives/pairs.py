@@ -21,6 +21,7 @@ from stages.finetune.objectives.reference import (
     keep_scores,
     list_first_epoch,
     order_by_row,
+    read_id,
     score_batches,
     switch_off_dropout,
 )
@@ -70,7 +71,7 @@ class Pairs:
 
         def compute() -> dict[str, list[Any]]:
             scores = score_batches(
-                model, batches, self.list_sequences, start.arrange, partial(_read_id, self.pairs)
+                model, batches, self.list_sequences, start.arrange, partial(read_id, self.pairs)
             )
             return {
                 "learned": order_by_row(batches, list(map(_pair_up, scores))),
@@ -122,7 +123,7 @@ class Pairs:
         """Return the log-probabilities of both answers of each pair, or their means by token."""
         batches = self._held_out_batches
         scores = score_batches(
-            model, batches, partial(_list_answers, self.held_out), arrange, partial(_read_id, self.held_out)
+            model, batches, partial(_list_answers, self.held_out), arrange, partial(read_id, self.held_out)
         )
         found: list[list[float]] = order_by_row(batches, list(map(_pair_up, scores)))
         if self.has_reference:
@@ -135,10 +136,6 @@ class Pairs:
 
 def _list_answers(pairs: Sequence[Pair], rows: Sequence[int]) -> list[Encoded]:
     return [answer for row in rows for pair in [pairs[row]] for answer in (pair.chosen, pair.rejected)]
-
-
-def _read_id(pairs: Sequence[Pair], row: int) -> str:
-    return pairs[row].row.id
 
 
 def _pair_up(scores: Sequence[float]) -> list[list[float]]:

@@ -22,6 +22,7 @@ from stages.finetune.objectives.reference import (
     keep_scores,
     list_first_epoch,
     order_by_row,
+    read_id,
     score_batches,
     switch_off_dropout,
 )
@@ -74,7 +75,7 @@ class Ratings:
 
         def compute() -> dict[str, list[Any]]:
             learned, others = (
-                score_batches(model, batches, listed, start.arrange, partial(_read_id, self.answers))
+                score_batches(model, batches, listed, start.arrange, partial(read_id, self.answers))
                 for listed in (self.list_sequences, self._list_others)
             )
             return {
@@ -144,13 +145,9 @@ class Ratings:
             batches,
             lambda rows: [answers[row].answer for row in rows],
             arrange,
-            partial(_read_id, answers),
+            partial(read_id, answers),
         )
         return order_by_row(batches, scores)
-
-
-def _read_id(answers: Sequence[RatedAnswer], row: int) -> str:
-    return answers[row].row.id
 
 
 def choose_partners(batches: Sequence[Sequence[int]], groups: Sequence[str]) -> dict[int, int]:

@@ -31,6 +31,12 @@ FILE = "reference.json"
 Scores = dict[str, list[Any]]
 
 
+def read_id(items: Sequence[Any], number: int) -> str:
+    """Return the id of the row that a pair or an answer is of."""
+    row_id: str = items[number].row.id
+    return row_id
+
+
 def score_batches(
     model: Any,
     batches: Sequence[Sequence[int]],
