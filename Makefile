@@ -13,6 +13,9 @@ BIN := $(VENV)/bin
 # Every recipe takes python from the environment, as DVC's stages must.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# pip compiles nothing below, so Python has to keep what it compiles at a first import. Images that forbid it would
+# compile torch and all the rest again in every process: seven seconds for torch alone.
+unexport PYTHONDONTWRITEBYTECODE
 # All but gpu: vLLM's pins conflict with ours, and it has its own environment.
 LOCKED_EXTRAS := --extra core --extra serve --extra postgres --extra monitor --extra sweep --extra ray --extra embeddings --extra dev
 # --no-compile: half of the time. Python compiles what is imported, when it is.
