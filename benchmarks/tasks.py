@@ -171,7 +171,9 @@ def _write(path: Path, name: str, license: str, rows: Sequence[Mapping[str, str]
 READ_TLDR = ("summary", "commands")
 # Rows that `check_bias` refuses until a person says that they are as intended: of BoolQ's 190 passages with a
 # person, 21 % have women, and 54 % persons of no gender.
-INTENDED: Mapping[str, Mapping[str, Any]] = {"boolq": {"check_bias.groups": ["source"]}}
+INTENDED: Mapping[str, Mapping[str, Any]] = {
+    "boolq": {"check_bias.groups": {"source": {"min_representation_ratio": None, "max_cramers_v": None}}}
+}
 WRITERS: Mapping[str, Callable[[Path, Path], DataSet] | None] = {
     "home": None,
     "tools": None,

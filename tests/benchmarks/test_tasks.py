@@ -15,6 +15,7 @@ from benchmarks import tasks
 from benchmarks.own_data_sets import DataSet
 from stages.common.artifacts import hash_file
 from stages.common.errors import InputError
+from stages.common.params.loading import load_params
 
 INTERVAL = {"value": 0.5, "low": 0.4, "high": 0.6}
 FOUND = {
@@ -221,4 +222,5 @@ def test_what_a_person_must_say_of_rows_is_set_before_the_run_and_only_there(tmp
     )
     assert tasks.run_task(tmp_path, "boolq", None, tmp_path, 20)["failed"] == "prompting"
     assert "person_gender" in seen["flows.init"]
-    assert seen["flows.training"] == ["source"]
+    assert [*seen["flows.training"]] == ["source"]
+    load_params(tmp_path / "params.yaml")
