@@ -315,19 +315,16 @@ def families_page() -> str:
     ]
     for known in KNOWN.values():
         fast = "all" if known.fast == EVERY_PART else ", ".join(known.fast)
-        gguf = {None: "yes", "all": "tokenizer"}.get(known.sentencepiece, f"not {known.sentencepiece}")
-        has_gguf = known.gguf and known.sentencepiece != "all"
-        engines = [
-            "no" if not computes else gguf if known.sentencepiece else "yes"
-            for computes in (known.paged, known.openvino)
-        ]
+        gguf = f"not {known.stripping}" if known.stripping else "yes"
+        openvino = f"not {known.sentencepiece}" if known.sentencepiece else gguf
+        engines = [gguf if known.paged else "no", openvino if known.openvino else "no"]
         cells = [
             known.models,
             f"`{known.model_type}`",
             "yes",
             fast,
             gguf if known.gguf else "no",
-            "`paged`" if known.paged and has_gguf else "`transformers`",
+            "`paged`" if known.paged else "`transformers`",
             *engines,
             "listed" if known.adapters else "no adapters",
             "yes",
@@ -342,13 +339,15 @@ FAMILY_NOTES = """\
   and backward took 1.9 times as long for a Llama, 2.1 for Qwen 3, 2.5 for Gemma 3 and 1.7 for GPT-NeoX: six
   layers of random weights as wide as the default model's, 16 rows of 52 tokens that begin with the same 17,
   bfloat16, two cores with other work on them, medians of four, 2026-11-29. GPT-2 was not measured.
-- *not …*, *tokenizer*: the GGUF export has tokenizers of byte-level BPE only, and those models have one of
-  SentencePiece. `preflight` refuses them before training and names `export.gguf: false`.
+- *not Phi 3*: its tokenizer strips the blanks after control tokens, which a GGUF cannot say. `preflight`
+  compares the tokens of training rows with those that llama.cpp would give, and names `export.gguf: false`.
+- A GGUF has tokenizers of byte-level BPE and of SentencePiece's BPE (Llama 2, Mistral 7B, Gemma), not of
+  Unigram. Tests compare llama.cpp's own tokens with the tokenizer's.
 - `paged` and `openvino` read the GGUF. Without one, or where both columns have *no*, `auto` takes
   `transformers` on a CPU, which is [many times slower](../adr/0005-the-engine-on-a-cpu.md) than `paged`. An
   engine that is named in `params.yaml` and does not compute the model is refused before training.
 - `openvino` is not given scaled positions (Llama 3.1 and later) or a Llama with biases: its answers
-  would be wrong.
+  would be wrong. It cannot read a tokenizer of SentencePiece from a GGUF.
 - *listed*: in vLLM's list of models that take adapters. Tested here with Llama only.
 - Of a mixture of experts attention, experts and router are trained; *all* is without the latter two there.
 - Other families that transformers loads as causal language models are trained the same way. What is fast is

@@ -40,15 +40,15 @@ def check_engine(kind: str, folder: Path, has_gguf: bool) -> str | None:
 
     Args:
         kind: as in `services.engine.kind`.
-        folder: has the model's `config.json`.
+        folder: has the model's `config.json` and `tokenizer.json`.
         has_gguf: whether the model has, or will have, a GGUF file.
     """
-    checks = {"paged": check_paged, "openvino": check_openvino}
-    if kind not in checks:
+    if kind not in ("paged", "openvino"):
         return None
     if not has_gguf:
         return "the model has no GGUF (export.gguf in params.yaml)"
-    return checks[kind](json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return check_paged(config) if kind == "paged" else check_openvino(config) or _check_tokenizer(folder)
 
 
 def pick_engine(wanted: str, base: Path, exports_gguf: bool) -> EngineName:
@@ -108,6 +108,14 @@ def check_openvino(config: Mapping[str, Any]) -> str | None:
         return f"it does not compute positions scaled by {rotation!r}"
     if kind == "llama" and (config.get("attention_bias") or config.get("mlp_bias")):
         return "it does not compute a Llama with biases"
+    return None
+
+
+def _check_tokenizer(folder: Path) -> str | None:
+    """Return why OpenVINO GenAI does not load the tokenizer of the folder's GGUF; None if it does."""
+    path = folder / "tokenizer.json"
+    if path.exists() and json.loads(path.read_text(encoding="utf-8"))["model"].get("byte_fallback"):
+        return "it cannot read GGUF files with a tokenizer of SentencePiece"
     return None
 
 

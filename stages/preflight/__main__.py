@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,7 @@ from stages.preflight.base_checks import (
     find_export_problems,
     find_license_problems,
     find_template_problems,
+    find_token_problems,
     find_unknown_tokens,
     find_variant_problems,
     list_quantizations,
@@ -96,6 +97,7 @@ from stages.preflight.preference_checks import (
 logger = get_logger("preflight")
 
 SIDES = ("train", "validation", "test")
+COMPARED_ROWS = 200  # training rows whose tokens in llama.cpp are compared; export compares the test rows
 SHOWN = 10  # rows in a message; the files of rejects have all
 
 Sides = Mapping[str, Sequence[Row]]
@@ -309,12 +311,16 @@ def main() -> None:
         write_json(folder / "metrics.json", {"success": False, "problems": [p.what for p in problems]})
         raise_problems(problems)
     size = count_embedding_rows(config)
+    refused: list[InputError] = []
     if params.export.gguf:
         refused = find_export_problems(tokenizer, config, size)
         problems += refused or find_variant_problems(
             params.compress.variants, params.ask_base.engine, base, config
         )
     fitting, misfits = encode_sides(params, config, tokenizer, sides)
+    if params.export.gguf and not refused:
+        compared = (row for row, _ in islice(fitting["train"], COMPARED_ROWS))
+        problems += find_token_problems(tokenizer, size, compared)
     problems += find_row_problems(params, task, config, fitting, misfits)
     left = (row for row, _ in chain.from_iterable(fitting.values()))
     problems += find_call_problems(tokenizer, left, params.task.turns, params.services.engine.kind)

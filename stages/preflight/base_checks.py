@@ -11,12 +11,12 @@ from typing import Any
 
 from services.engines.support import check_engine, pick_engine
 from stages.common.chat.day import writes_the_day_of_use
-from stages.common.chat.template import end_of_turn_ids
+from stages.common.chat.template import end_of_turn_ids, render_whole
 from stages.common.errors import InputError
 from stages.common.gguf.architectures import find_architecture
 from stages.common.gguf.model import count_block, find_uneven_tensor, list_tensors
 from stages.common.gguf.quantization import HEALED, VARIANTS
-from stages.common.gguf.vocabulary import read_vocabulary
+from stages.common.gguf.vocabulary import count_equal, read_vocabulary
 from stages.common.licenses import to_spdx
 from stages.common.model.blocks import check_shrinkable
 from stages.common.model.loading import make_empty
@@ -76,9 +76,25 @@ def find_export_problems(tokenizer: Any, config: Any, embedding_rows: int) -> li
     problems = _collect([lambda: find_architecture(config)])
     if not problems:
         problems = _collect([lambda: _list_tensor_names(config)])
-    if max(tokenizer.get_vocab().values()) < embedding_rows:  # else it is a problem of its own
+    if _fits(tokenizer, embedding_rows):  # else it is a problem of its own
         problems += _collect([lambda: read_vocabulary(tokenizer, embedding_rows)])
     return problems
+
+
+def find_token_problems(tokenizer: Any, embedding_rows: int, rows: Iterable[Row]) -> list[InputError]:
+    """Return whether rows would have other tokens in llama.cpp: `find_export_problems` found none.
+
+    A tokenizer may strip the blanks after its control tokens, as Phi 3's does and no GGUF can say.
+    """
+    if not _fits(tokenizer, embedding_rows):
+        return []
+    vocabulary = read_vocabulary(tokenizer, embedding_rows)
+    texts = (render_whole(tokenizer, row.messages, row.tools) for row in rows)
+    return _collect([lambda: count_equal(vocabulary, tokenizer, texts, Path("the GGUF export"))])
+
+
+def _fits(tokenizer: Any, embedding_rows: int) -> bool:
+    return int(max(tokenizer.get_vocab().values())) < embedding_rows
 
 
 def find_engine_problems(kinds: Mapping[str, str], base: Path, exports_gguf: bool) -> list[InputError]:

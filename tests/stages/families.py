@@ -10,6 +10,7 @@ from stages.common.artifacts import write_json
 from stages.common.messages import Message
 from stages.common.records import make_row, write_rows
 from tests.stages.common.chat_templates import FAMILIES, make_family_tokenizer
+from tests.stages.common.sentencepiece import make_learned_tokenizer
 
 ROOT = Path(__file__).parents[2]
 TEXT = {
@@ -64,7 +65,8 @@ class Known:
         gguf: whether GGUF and llama.cpp know the architecture.
         paged, openvino: whether that engine computes it from its GGUF.
         adapters: whether vLLM's own list of models has adapters for it.
-        sentencepiece: of the models, those whose tokenizer no GGUF export has.
+        stripping: of the models, those whose tokenizer strips blanks after control tokens; no GGUF says so.
+        sentencepiece: of the models, those whose tokenizer is of SentencePiece, which openvino cannot read.
     """
 
     models: str
@@ -76,6 +78,7 @@ class Known:
     paged: bool = True
     openvino: bool = False
     adapters: bool = True
+    stripping: str | None = None
     sentencepiece: str | None = None
 
 
@@ -90,14 +93,10 @@ KNOWN = {
     "mistral": Known(
         "Mistral 7B and Nemo", "mistral-3", "mistral", TEXT, openvino=True, sentencepiece="Mistral 7B"
     ),
-    "gemma2": Known("Gemma 2", "gemma-2", "gemma2", TEXT | GEMMA, paged=False, sentencepiece="all"),
-    "gemma3-text": Known(
-        "Gemma 3 270M and 1B", "gemma-3", "gemma3_text", TEXT | GEMMA_3, sentencepiece="all"
-    ),
-    "gemma3": Known(
-        "Gemma 3 from 4B on (text)", "gemma-3", "gemma3", NESTED, paged=False, sentencepiece="all"
-    ),
-    "phi3": Known("Phi 3 mini (4k), Phi 4", "phi-3", "phi3", TEXT, sentencepiece="Phi 3"),
+    "gemma2": Known("Gemma 2", "gemma-2", "gemma2", TEXT | GEMMA, paged=False),
+    "gemma3-text": Known("Gemma 3 270M and 1B", "gemma-3", "gemma3_text", TEXT | GEMMA_3),
+    "gemma3": Known("Gemma 3 from 4B on (text)", "gemma-3", "gemma3", NESTED, paged=False),
+    "phi3": Known("Phi 3 mini (4k), Phi 4", "phi-3", "phi3", TEXT, stripping="Phi 3"),
     "smollm3": Known("SmolLM 3", "smollm-3", "smollm3", TEXT | {"num_hidden_layers": 4}),
     "granite": Known("Granite 3", "granite", "granite", TEXT | GRANITE),
     "olmo2": Known("OLMo 2", "olmo-2", "olmo2", TEXT),
@@ -151,9 +150,14 @@ def round_weights(model):
     return model
 
 
-def make_base(folder, family):
-    """Save a random model of a family with a byte-level tokenizer of its tokens and template."""
-    tokenizer = make_family_tokenizer(FAMILIES[KNOWN[family].template])
+def make_base(folder, family, blanks=None):
+    """Save a random model of a family with a tokenizer of its tokens and template.
+
+    Args:
+        blanks: how a SentencePiece tokenizer treats them, one of `STYLES`; None: the tokenizer is byte-level.
+    """
+    described = FAMILIES[KNOWN[family].template]
+    tokenizer = make_learned_tokenizer(blanks, described) if blanks else make_family_tokenizer(described)
     tokenizer.pad_token = tokenizer.eos_token
     ids = {
         "bos_token_id": tokenizer.bos_token_id,
@@ -173,13 +177,13 @@ def row(question, answer, system=None):
     return make_row([*messages, Message("user", question), Message("assistant", answer)], "toy", "cc0-1.0")
 
 
-def write_project(family, make_row, kind="json", **changes):
+def write_project(family, make_row, kind="json", blanks=None, **changes):
     """Write a family's model, 24, 4 and 8 rows of the sides, and parameters, changed as `section__key=value`.
 
     Args:
         make_row: from a number to the row.
     """
-    make_base(Path("artifacts/fetch_base"), family)
+    make_base(Path("artifacts/fetch_base"), family, blanks)
     sides = {"train": range(24), "validation": range(100, 104), "test": range(200, 208)}
     for side, numbers in sides.items():
         write_rows(Path(f"artifacts/split/{side}.parquet"), [make_row(n) for n in numbers])

@@ -7,6 +7,7 @@ it (`architectures.py`).
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -229,7 +230,8 @@ def _add_settings(
     import gguf
 
     kinds = {name: f"MOSTLY_{kind}" for name, kind in TYPES.items()} | {"q4_k": "MOSTLY_Q4_K_S"}
-    writer.add_name(name)
+    # llama.cpp strips blanks after the control tokens of any model with this in its name.
+    writer.add_name(re.sub(r"(?i)phi-?3", "Phi 3", name))
     writer.add_file_type(gguf.LlamaFileType[kinds[quantization]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(len(vocabulary.tokens))

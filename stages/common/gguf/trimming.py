@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer with fewer tokens, which cuts texts of kept tokens as the whole one does.
+"""A BPE tokenizer with fewer tokens, which cuts texts of kept tokens as the whole one does.
 
 A word is cut by merging, again and again, the pair that stands first in the list of merges. With each kept
 token all tokens are kept from which it grows in that way. So a word whose tokens are kept grows by the same
@@ -13,6 +13,8 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
+
+from stages.common.gguf.sentencepiece import is_byte
 
 Described = Mapping[str, Any]  # a tokenizer.json
 Pair = tuple[str, str]
@@ -30,7 +32,7 @@ def choose_tokens(described: Described, used: Iterable[int], share: float) -> li
     They are those used, all added tokens, all bytes, and what the first merges make.
 
     Args:
-        described: of a byte-level BPE (`find_pre_tokenizer` refuses others).
+        described: of a BPE that GGUF has (`read_vocabulary` refuses others).
         used: token ids; those that the tokenizer lacks are passed over.
         share: of the merges, the most frequent in the texts from which the tokenizer was made.
     """
@@ -42,6 +44,7 @@ def choose_tokens(described: Described, used: Iterable[int], share: float) -> li
     wanted = set(used) | set(added.values())
     kept = {text for text, number in ids.items() if number in wanted}
     kept |= {*pre_tokenizers.ByteLevel.alphabet(), model.get("unk_token")} & ids.keys()
+    kept |= {text for text in ids if model.get("byte_fallback") and is_byte(text)}
     kept |= {left + right for left, right in merges[: round(share * len(merges))]}
     ranks = {pair: rank for rank, pair in enumerate(merges)}
     grown = {part for text in kept - added.keys() for part in list_parts(text, ranks)}

@@ -1,20 +1,22 @@
-"""The tokenizer in a GGUF file: a list of tokens, merges, and the name of a pre-tokenizer.
+"""The tokenizer in a GGUF file: a list of tokens, merges or scores, and the name of a pre-tokenizer.
 
 llama.cpp has its pre-tokenizers built in, and a GGUF file contains only the name of one. A wrong name loads
 and answers without an error, with other tokens than the model was trained on. So the name is derived from the
 tokenizer's own pre-tokenizer, never from the name of the model, and the written file is read and compared.
+Byte-level BPE has merges; SentencePiece's BPE has scores (`stages.common.gguf.sentencepiece`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.common.chat.template import end_of_turn_ids, write_served_template
 from stages.common.errors import InputError
+from stages.common.gguf import sentencepiece
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, GGUFWriter
@@ -67,9 +69,12 @@ class Vocabulary:
     """The tokenizer in a GGUF file.
 
     Attributes:
+        pre: the pre-tokenizer of byte-level BPE, or `SENTENCEPIECE`.
         tokens: by id, one for each row of the embedding.
         types: of each token, as `gguf.TokenType`.
         merges: pairs of tokens with a space between, in the order in which they are merged.
+        scores: of each token of SentencePiece, which has no merges.
+        space_prefix: whether a blank is put before each stretch of text between control tokens.
         ends: ids that end an answer: the end of turn first, then others.
     """
 
@@ -77,10 +82,16 @@ class Vocabulary:
     tokens: tuple[str, ...]
     types: tuple[int, ...]
     merges: tuple[str, ...]
+    scores: tuple[float, ...]
+    space_prefix: bool
     ends: tuple[int, ...]
     bos: int | None
     pad: int | None
+    unknown: int | None
     chat_template: str
+
+
+SENTENCEPIECE = "default"  # llama.cpp has one pre-tokenizer for it
 
 
 def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
@@ -89,55 +100,99 @@ def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
     Raises:
         InputError: GGUF or llama.cpp does not support this tokenizer.
     """
-    from gguf import TokenType
-
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise InputError("the base model's tokenizer is not a fast one (tokenizer.json)", FIX)
     described = json.loads(backend.to_str())
-    pre_tokenizer = find_pre_tokenizer(described)
-    by_id = {index: token for token, index in tokenizer.get_vocab().items()}
+    pre, space_prefix = _find_splitting(described)
+    # Of two names of one id that of the byte, which llama.cpp looks for.
+    names = sorted(tokenizer.get_vocab().items(), key=lambda item: sentencepiece.is_byte(item[0]))
+    by_id = {index: token for token, index in names}
     if max(by_id) >= size:
         raise InputError(
             f"the tokenizer has the token id {max(by_id)}, and the model's embedding {size} rows", FIX
         )
     if not described["model"]["merges"]:
         raise InputError("the base model's tokenizer has no merges, which llama.cpp requires", FIX)
-    special = {token["id"]: token["special"] for token in described["added_tokens"]}
-    tokens, types = [], []
-    for index in range(size):
-        tokens.append(by_id.get(index, f"[PAD{index}]"))
-        if index not in by_id:
-            types.append(TokenType.UNUSED)
-        elif index in special:
-            types.append(TokenType.CONTROL if special[index] else TokenType.USER_DEFINED)
-        else:
-            types.append(TokenType.NORMAL)
-    merges = [m if isinstance(m, str) else " ".join(m) for m in described["model"]["merges"]]
+    tokens = tuple(by_id.get(index, f"[PAD{index}]") for index in range(size))
+    merges = [_read_merge(merge) for merge in described["model"]["merges"]]
     ends = end_of_turn_ids(tokenizer)
     return Vocabulary(
-        pre=pre_tokenizer.pre,
-        tokens=tuple(tokens),
-        types=tuple(int(kind) for kind in types),
-        merges=tuple(merges),
+        pre=pre,
+        tokens=tokens,
+        types=tuple(_list_types(described, [index in by_id for index in range(size)], tokens)),
+        merges=() if pre == SENTENCEPIECE else tuple(" ".join(merge) for merge in merges),
+        scores=tuple(_list_scores(described, merges, tokens)) if pre == SENTENCEPIECE else (),
+        space_prefix=space_prefix,
         # llama.cpp's page and Ollama show the first as the model's end: the tokenizer's own, if there is one.
         ends=tuple(sorted(ends, key=lambda end: end != tokenizer.eos_token_id)),
         bos=tokenizer.bos_token_id,
         pad=tokenizer.pad_token_id,
+        unknown=tokenizer.unk_token_id if pre == SENTENCEPIECE else None,
         chat_template=write_served_template(tokenizer),
     )
 
 
+def _read_merge(merge: str | list[str]) -> tuple[str, str]:
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return left, right
+
+
+def _find_splitting(described: dict[str, Any]) -> tuple[str, bool]:
+    """Return the name of a tokenizer's pre-tokenizer, and whether blanks are put before stretches of text."""
+    model = described["model"]
+    if model.get("type") != "BPE" or not model.get("byte_fallback"):
+        return find_pre_tokenizer(described).pre, False
+    steps = (
+        _flat(described.get(part), key)
+        for part, key in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers"))
+    )
+    try:
+        return SENTENCEPIECE, sentencepiece.find_space_prefix(*steps)
+    except ValueError as error:
+        raise sentencepiece.explain(error, FIX) from None
+
+
+def _list_types(described: dict[str, Any], used: list[bool], tokens: tuple[str, ...]) -> Iterator[int]:
+    """Yield the type of each token, as `gguf.TokenType`."""
+    from gguf import TokenType
+
+    model = described["model"]
+    special = {token["id"]: token["special"] for token in described["added_tokens"]}
+    for index, token in enumerate(tokens):
+        if not used[index]:
+            yield int(TokenType.UNUSED)
+        elif model.get("byte_fallback") and token == model.get("unk_token"):
+            yield int(TokenType.UNKNOWN)
+        elif index in special:
+            yield int(TokenType.CONTROL if special[index] else TokenType.USER_DEFINED)
+        elif model.get("byte_fallback") and sentencepiece.is_byte(token):
+            yield int(TokenType.BYTE)
+        else:
+            yield int(TokenType.NORMAL)
+
+
+def _list_scores(
+    described: dict[str, Any], merges: list[tuple[str, str]], tokens: tuple[str, ...]
+) -> Iterator[float]:
+    """Yield the score of each token of SentencePiece; of one that no merge makes, the lowest."""
+    added = [token["content"] for token in described["added_tokens"]]
+    try:
+        scores = sentencepiece.read_scores(described["model"]["vocab"], merges, added)
+    except ValueError as error:
+        raise sentencepiece.explain(error, FIX) from None
+    return (scores.get(token, -float(len(tokens) + len(merges))) for token in tokens)
+
+
 def find_pre_tokenizer(described: dict[str, Any]) -> PreTokenizer:
-    """Return the pre-tokenizer of llama.cpp that splits text as a tokenizer.json does.
+    """Return the pre-tokenizer of llama.cpp that splits text as the tokenizer.json of a byte-level BPE does.
 
     Raises:
-        InputError: it is not byte-level BPE, or llama.cpp has no equal pre-tokenizer.
+        InputError: it is not BPE, or llama.cpp has no equal pre-tokenizer.
     """
     model = described["model"]
-    if model.get("type") != "BPE" or model.get("byte_fallback"):
-        kind = "BPE with byte fallback (SentencePiece)" if model.get("byte_fallback") else model.get("type")
-        raise InputError(f"the base model's tokenizer is {kind}, not byte-level BPE", FIX)
+    if model.get("type") != "BPE":
+        raise InputError(f"the base model's tokenizer is {model.get('type')}, not BPE", FIX)
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise InputError(f"the base model's tokenizer has the {key} {model[key]!r}", FIX)
@@ -177,11 +232,18 @@ def _step(part: dict[str, Any]) -> str:
 
 def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
     """Write the vocabulary into the metadata of a GGUF file."""
-    writer.add_tokenizer_model("gpt2")  # GGUF's word for any byte-level BPE
+    # GGUF's words for any byte-level BPE, and for any BPE of SentencePiece.
+    writer.add_tokenizer_model("llama" if vocabulary.pre == SENTENCEPIECE else "gpt2")
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(list(vocabulary.tokens))
     writer.add_token_types(list(vocabulary.types))
-    writer.add_token_merges(list(vocabulary.merges))
+    if vocabulary.pre == SENTENCEPIECE:
+        writer.add_token_scores(list(vocabulary.scores))
+        writer.add_add_space_prefix(vocabulary.space_prefix)
+    else:
+        writer.add_token_merges(list(vocabulary.merges))
+    if vocabulary.unknown is not None:
+        writer.add_unk_token_id(vocabulary.unknown)
     if vocabulary.bos is not None:
         writer.add_bos_token_id(vocabulary.bos)
     if vocabulary.pad is not None:
@@ -206,19 +268,30 @@ def read_gguf_vocabulary(reader: GGUFReader) -> Vocabulary:
         pre=value("ggml.pre"),
         tokens=tuple(value("ggml.tokens")),
         types=tuple(value("ggml.token_type")),
-        merges=tuple(value("ggml.merges")),
+        merges=tuple(value("ggml.merges") or ()),
+        scores=tuple(value("ggml.scores") or ()),
+        space_prefix=bool(value("ggml.add_space_prefix")),
         ends=tuple(end for end in ends if end is not None),
         bos=value("ggml.bos_token_id"),
         pad=value("ggml.padding_token_id"),
+        unknown=value("ggml.unknown_token_id"),
         chat_template=value("chat_template"),
     )
 
 
-def build_tokenizer(vocabulary: Vocabulary) -> Any:
-    """Build a tokenizer from the vocabulary alone, as llama.cpp does."""
+def build_encoder(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
+    """Return a function that gives a text its token ids from the vocabulary alone, as llama.cpp does."""
     from gguf import TokenType
     from tokenizers import AddedToken, Tokenizer, models
 
+    marks = {
+        token: kind == TokenType.CONTROL
+        for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
+        if kind in (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
+    }
+    if vocabulary.pre == SENTENCEPIECE:
+        tokens, scores = vocabulary.tokens, vocabulary.scores
+        return sentencepiece.build_encoder(tokens, scores, marks, vocabulary.space_prefix)
     pre_tokenizer = next(
         pre_tokenizer for pre_tokenizer in PRE_TOKENIZERS if pre_tokenizer.pre == vocabulary.pre
     )
@@ -226,13 +299,8 @@ def build_tokenizer(vocabulary: Vocabulary) -> Any:
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in vocabulary.merges)]
     built = Tokenizer(models.BPE(vocab=ids, merges=pairs, ignore_merges=pre_tokenizer.ignore_merges))
     built.pre_tokenizer = _build_pre_tokenizer(pre_tokenizer)
-    marks = [
-        AddedToken(token, normalized=False, special=kind == TokenType.CONTROL)
-        for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
-        if kind in (TokenType.CONTROL, TokenType.USER_DEFINED)
-    ]
-    built.add_tokens(marks)
-    return built
+    built.add_tokens([AddedToken(mark, normalized=False, special=control) for mark, control in marks.items()])
+    return lambda text: list(built.encode(text, add_special_tokens=False).ids)
 
 
 def _build_pre_tokenizer(pre_tokenizer: PreTokenizer) -> Any:
@@ -252,16 +320,16 @@ def _build_pre_tokenizer(pre_tokenizer: PreTokenizer) -> Any:
 def count_equal(vocabulary: Vocabulary, tokenizer: Any, texts: Iterable[str], file: Path) -> int:
     """Return how many texts have the same token ids in the vocabulary as in the tokenizer.
 
-    They may differ only where the tokenizer normalizes the text first (NFC), which llama.cpp does not do.
+    They may differ only where a byte-level tokenizer normalizes the text first (NFC), as llama.cpp does not.
 
     Raises:
         InputError: the ids of any other text differ; the message has the first such text.
     """
-    built = build_tokenizer(vocabulary)
-    normalizer = tokenizer.backend_tokenizer.normalizer
+    encode = build_encoder(vocabulary)
+    normalizer = None if vocabulary.pre == SENTENCEPIECE else tokenizer.backend_tokenizer.normalizer
     equal = 0
     for text in texts:
-        ours = built.encode(text, add_special_tokens=False).ids
+        ours = encode(text)
         theirs = tokenizer(text, add_special_tokens=False)["input_ids"]
         if ours == theirs:
             equal += 1

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from safetensors.numpy import save_file
+from tokenizers import AddedToken
 from transformers import T5Config
 
 from stages.common.artifacts import write_json
@@ -356,6 +357,18 @@ def test_an_added_token_that_nothing_needs_stops_only_a_gguf_export(lay_out, set
     tokenizer.add_tokens(["<image>"])
     lay_out(tokenizer=tokenizer)
     with pytest.raises(InputError, match="<image>") as error:
+        preflight.main()
+    assert "export.gguf: false" in error.value.fix
+    set_params(export__gguf=False)
+    preflight.main()
+
+
+def test_control_tokens_that_strip_blanks_are_found_before_training(lay_out, set_params):
+    tokenizer = make_tokenizer(MERGES)
+    stripping = AddedToken("<|im_end|>", normalized=False, special=True, rstrip=True)
+    tokenizer.add_tokens([stripping], special_tokens=True)
+    lay_out(tokenizer=tokenizer)
+    with pytest.raises(InputError, match=r"the GGUF export gives .* other tokens") as error:
         preflight.main()
     assert "export.gguf: false" in error.value.fix
     set_params(export__gguf=False)

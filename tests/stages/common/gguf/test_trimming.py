@@ -16,7 +16,9 @@ from stages.common.gguf.trimming import (
 )
 from stages.common.gguf.vocabulary import read_vocabulary
 from tests.llama_cpp import LlamaCpp
+from tests.stages.common.chat_templates import FAMILIES
 from tests.stages.common.gguf.test_vocabulary import LEARNED_FROM, PRE_TOKENIZERS, TRICKY, learned
+from tests.stages.common.sentencepiece import CORPUS, make_learned_tokenizer
 from tests.tiny import make_model, make_tokenizer
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -46,6 +48,19 @@ def test_texts_of_kept_tokens_are_cut_alike_and_others_lose_no_letter(pre, tmp_p
             encode(whole, text), skip_special_tokens=False
         )
     check_llama_cpp(own, tokenizer, texts, tmp_path)
+
+
+@pytest.mark.parametrize("style", ["prefix", "plain"])
+def test_texts_of_kept_pieces_are_cut_alike_and_others_become_bytes(style, tmp_path):
+    tokenizer = make_learned_tokenizer(style, FAMILIES["chatml"])
+    whole = tokenizer.backend_tokenizer
+    kept, own = trim(describe_tokenizer(tokenizer), encode(whole, CORPUS[0]))
+    assert 256 < len(kept) < len(tokenizer) and own.get_vocab_size() == len(kept)
+    for text in (CORPUS[0], "the lights<|im_end|>", "Turn on 2024"):
+        assert [kept[n] for n in encode(own, text)] == encode(whole, text)
+    assert len(encode(own, "bananas")) > len(encode(whole, "bananas"))
+    assert own.decode(encode(own, CORPUS[2])) == whole.decode(encode(whole, CORPUS[2]))
+    check_llama_cpp(own, tokenizer, [*TRICKY, *CORPUS], tmp_path)
 
 
 def check_llama_cpp(own, tokenizer, texts, folder):

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 from gguf import GGUFReader, TokenType
@@ -16,6 +17,8 @@ from stages.common.gguf.vocabulary import (
     read_vocabulary,
 )
 from tests.llama_cpp import LlamaCpp
+from tests.stages.common.chat_templates import FAMILIES
+from tests.stages.common.sentencepiece import CORPUS, STYLES, make_learned_tokenizer
 from tests.tiny import make_model, make_tokenizer
 
 LEARNED_FROM = [
@@ -91,6 +94,65 @@ def test_llama_cpp_splits_text_into_the_tokens_of_the_tokenizer(pre, tmp_path):
         assert llama_cpp.tokens(text) == tokenizer(text, add_special_tokens=False)["input_ids"], text
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_llama_cpp_splits_text_into_the_tokens_of_sentencepiece(style, tmp_path):
+    tokenizer = make_learned_tokenizer(style, FAMILIES["chatml"])
+    vocabulary = write(tmp_path / "model.gguf", tokenizer, len(tokenizer) + 5)
+    assert vocabulary.pre == "default" and vocabulary.space_prefix == (style == "prefix")
+    assert read_gguf_vocabulary(GGUFReader(tmp_path / "model.gguf")) == vocabulary
+    llama_cpp = LlamaCpp(tmp_path / "model.gguf")
+    begin = "<|im_start|>" if style == "first" else ""
+    texts = [begin + text for text in (*TRICKY, *CORPUS, "bananasbananana", "été 我 <unk>", "a " * 40)]
+    for text in texts:
+        assert llama_cpp.tokens(text) == tokenizer(text, add_special_tokens=False)["input_ids"], text
+    assert count_equal(vocabulary, tokenizer, texts, tmp_path / "model.gguf") == len(texts)
+    if style == "first":
+        with pytest.raises(InputError, match="gives 'the lights' other tokens"):
+            count_equal(vocabulary, tokenizer, ["the lights"], tmp_path / "model.gguf")
+
+
+def test_the_types_of_sentencepiece_are_those_that_llama_cpp_looks_for():
+    tokenizer = make_learned_tokenizer("plain", replace(FAMILIES["chatml"], added=("<tool>",)))
+    vocabulary = read_vocabulary(tokenizer, len(tokenizer) + 1)
+    kinds = dict(zip(vocabulary.tokens, vocabulary.types, strict=True))
+    assert kinds["<unk>"] == TokenType.UNKNOWN and kinds["<0x0A>"] == TokenType.BYTE
+    assert kinds["<|im_end|>"] == TokenType.CONTROL and kinds["<tool>"] == TokenType.USER_DEFINED
+    assert kinds["▁the"] == TokenType.NORMAL and TokenType.UNUSED in vocabulary.types
+    assert vocabulary.merges == () and len(vocabulary.scores) == len(vocabulary.tokens)
+
+
+def describe_sentencepiece(**changes):
+    tokenizer = make_learned_tokenizer("plain", FAMILIES["chatml"])
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    described |= {key: value for key, value in changes.items() if key in described}
+    described["model"] |= {key: value for key, value in changes.items() if key in described["model"]}
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(described))
+    return tokenizer
+
+
+def mixed_merges():
+    merges = describe_sentencepiece()._tokenizer
+    found = json.loads(merges.to_str())["model"]["merges"]
+    several = next(n for n, pair in enumerate(found) if "".join(pair) == "".join(found[n + 1]))
+    return [*found[:several], *found[several + 1 :], found[several]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"normalizer": {"type": "Lowercase"}}, "normalizers .*Lowercase"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "pre-tokenizers .*Whitespace"),
+        ({"merges": mixed_merges()}, "are mixed"),
+        ({"merges": mixed_merges()[:-1]}, "the merges lack a pair that makes"),
+    ],
+)
+def test_a_sentencepiece_that_llama_cpp_would_cut_otherwise_is_refused(changes, message):
+    tokenizer = describe_sentencepiece(**changes)
+    with pytest.raises(InputError, match=message) as error:
+        read_vocabulary(tokenizer, len(tokenizer))
+    assert "export.gguf: false" in error.value.fix
+
+
 @pytest.mark.parametrize("pre", PRE_TOKENIZERS)
 def test_the_vocabulary_read_back_gives_the_tokens_of_the_tokenizer(pre, tmp_path):
     tokenizer = learned(pre)
@@ -137,8 +199,7 @@ def described(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": {"type": "Unigram"}}, "is Unigram, not byte-level BPE"),
-        ({"model": {"type": "BPE", "byte_fallback": True}}, "SentencePiece"),
+        ({"model": {"type": "Unigram"}}, "is Unigram, not BPE"),
         ({"normalizer": {"type": "Lowercase"}}, "changes its text .Lowercase."),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "no known equivalent in llama.cpp"),
         ({"pre_tokenizer": None}, "no known equivalent in llama.cpp"),
