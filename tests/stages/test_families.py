@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM
 
 from services.engines.openvino import OpenvinoEngine
 from services.engines.paged.engine import PagedEngine
@@ -97,6 +98,28 @@ def test_a_family_is_trained_exported_evaluated_and_served(project, family, blan
             engine.close()
         text = "".join(load_tokenizer(Path("artifacts/export")).decode(number).split())
         assert text and text.startswith('{"n":'[: len(text)]), kind  # a random model may write blanks
+
+
+@pytest.mark.slow
+def test_weights_in_several_files_and_a_tokenizer_without_a_pad_token(project):
+    write_project("llama", numbered("llama"), ask_base__engine="auto")
+    base = Path("artifacts/fetch_base")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    (base / "model.safetensors").unlink()
+    model.config.pad_token_id = model.generation_config.pad_token_id = None
+    model.save_pretrained(base, max_shard_size="50KB")
+    assert len([*base.glob("model-*.safetensors")]) > 2
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    del settings["pad_token"]
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    for stage in (preflight, ask_base, finetune, export, evaluate):
+        stage.main()
+    assert json.loads(Path("reports/evaluate/metrics.json").read_text())["rows"] == 8
+    engine = load_engine("paged")
+    try:
+        assert asyncio.run(ask(engine)) == generate()
+    finally:
+        engine.close()
 
 
 @pytest.mark.parametrize(("family", "method"), [("gpt2", "prefix_tuning"), ("qwen3-moe", "prompt_tuning")])

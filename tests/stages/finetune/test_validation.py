@@ -17,7 +17,7 @@ from stages.finetune.progress.asking import MOST_AT_ONCE, Validation, explain_fu
 from stages.finetune.progress.early_stopping import EarlyStopping
 from stages.finetune.progress.validation import ValidationPoint, draw_sample, merge_shares, plan_points
 from stages.finetune.progress.watch import Watch
-from tests.stages.finetune.project import adapter, change_finetune, evidence, rows
+from tests.stages.finetune.project import adapter, change_finetune, evidence, make_labels, rows
 from tests.tiny import make_model, make_tokenizer, save_model
 
 
@@ -70,6 +70,21 @@ def test_a_training_that_gets_no_better_stops_and_keeps_its_best_adapter(project
     # Rows of later batches were not learned: the next training takes them as new.
     assert len(read_trained_ids(project / "artifacts" / "finetune")) == 4
     assert 3 * 4 * 40 < found["train_tokens"] < 3 * 4 * 100
+
+
+def test_a_training_on_labels_stops_at_the_best_f1_of_the_classes(project, caplog):
+    caplog.set_level("INFO")
+    make_labels(project)
+    stopping = {"metric": "macro_f1", "patience": 3}
+    change_finetune(project, method="head", epochs=9, validate_every=0.02, early_stopping=stopping)
+    main()
+    found = evidence(project)
+    points = found["validation_points"]
+    best = max(points, key=lambda point: point["macro_f1"])
+    assert best["macro_f1"] > 0 and best not in points[-3:]
+    assert found["kept_step"] == best["step"] == points[-4]["step"]
+    assert found["steps"] == points[-1]["step"] < 90
+    assert f"stopping: macro_f1 was best after update {best['step']} " in caplog.text
 
 
 def test_early_stopping_without_its_metric_or_rows_is_refused_before_training(project):
