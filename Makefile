@@ -53,8 +53,8 @@ bento: $(VENV)/.$(SERVE_EXTRAS) ## pack the champion and the service for another
 test: $(VENV)/.dev ## the fast tests (five to ten minutes on two cores, no GPU, no network)
 	@python -m pytest -m "not slow" --numprocesses "$$(python -c '$(WORKERS)')" --dist loadfile
 
-test-slow: $(VENV)/.dev .venv-clients/.installed .venv-federated/.installed ## the slow tests: the real base model, servers, a browser
-	@python -m pytest -m slow --numprocesses 2 --dist loadfile --timeout 1800
+test-slow: $(VENV)/.dev .venv-clients/.installed .venv-federated/.installed ## the slow tests: the real base model, servers, a browser; MINUTES=45: begins none after that
+	@python -m pytest -m slow --numprocesses 2 --dist loadfile --timeout 1800 -r s $(if $(MINUTES),--minutes $(MINUTES))
 
 test-all: test test-slow ## every test
 

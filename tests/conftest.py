@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+STARTED = time.monotonic()
 TESTS = Path(__file__).parent
 # Files that share what takes long to make run in one worker.
 TOGETHER = {
@@ -40,6 +42,19 @@ LONGEST = (
     "test_first_hour.py",
     *TOGETHER["the packaged conversations"],
 )
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--minutes", type=float, help="begin no test after so many minutes; those left are skipped, and counted"
+    )
+
+
+def pytest_runtest_setup(item):
+    """Skip what is left once the minutes of `--minutes` are over; each worker has a clock of its own."""
+    limit = item.config.getoption("--minutes")
+    if limit is not None and time.monotonic() - STARTED >= limit * 60:
+        pytest.skip(f"not begun after {limit:g} minutes")
 
 
 def pytest_configure(config):

@@ -330,3 +330,11 @@ def test_nothing_committed_names_a_machine():
         ):
             text = path.read_text(encoding="utf-8", errors="ignore")
             assert not leak.search(text), f"{name}: {leak.search(text)}"
+
+
+@pytest.mark.parametrize(("minutes", "found"), [("0", "skipped"), ("9", "passed")])
+def test_no_test_begins_once_the_minutes_are_over(minutes, found):
+    command = [sys.executable, "-m", "pytest", "tests/stages/common/test_escaping.py", "--minutes", minutes]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    [last] = re.findall(r"^\d+ (passed|skipped) in .*$", done.stdout, re.M)
+    assert last == found
