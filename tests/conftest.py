@@ -46,7 +46,9 @@ LONGEST = (
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--minutes", type=float, help="begin no test after so many minutes; those left are skipped, and counted"
+        "--minutes",
+        type=float,
+        help="begin no test after so many minutes; those left are skipped, and counted",
     )
 
 
