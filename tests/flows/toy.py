@@ -100,7 +100,7 @@ class Toy:
 
     def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         process = self.start(*arguments, **environment)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=300)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def dvc(self, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -145,7 +145,7 @@ class Toy:
         lock = yaml.safe_load((self.root / "dvc.lock").read_text())
         return {"dvc.lock": lock, **{name: (self.root / name).read_bytes() for name in names}}
 
-    def wait_for(self, stage: str, timeout_s: float = 60) -> None:
+    def wait_for(self, stage: str, timeout_s: float = 300) -> None:
         """Wait until a stage has begun."""
         deadline = time.monotonic() + timeout_s
         while stage not in self.begun():

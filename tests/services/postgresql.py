@@ -47,7 +47,7 @@ class Server:
                 **self._user,
             )
         ready = [self._bin / "pg_isready", "-h", "127.0.0.1", "-p", str(self.port)]
-        until = time.monotonic() + 60
+        until = time.monotonic() + 300
         while subprocess.run(ready, capture_output=True).returncode:
             assert time.monotonic() < until and self._process.poll() is None, self.log.read_text()
             time.sleep(0.05)

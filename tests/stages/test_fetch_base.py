@@ -215,7 +215,7 @@ def test_a_hub_model_without_network_names_the_id_and_three_ways_out(tmp_path):
     code = "from stages.fetch_base import find_on_hub; find_on_hub('owner/some-model', None)"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
     assert "InputError" in result.stderr
     for part in ("owner/some-model", "HF_HUB_OFFLINE", "network", "HF_HOME", "origin: folder"):

@@ -456,7 +456,7 @@ def test_candidate_and_champion_answer_on_a_private_server(project):
     root, environment = project
     before = (root / ALIASES).read_bytes()
     command = [sys.executable, "-m", "flows.gate", f"tiny:{'b' * 12}"]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     verdict = read_verdict(root, f"tiny:{'b' * 12}")
     by_name = {criterion.name: criterion for criterion in verdict.criteria}
@@ -471,7 +471,7 @@ def test_candidate_and_champion_answer_on_a_private_server(project):
     assert not (root / ".perennial/events.db").exists(), "the gate's questions are no traffic"
     assert list((root / ".perennial").glob("gate-service-*")) == []
 
-    again = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
+    again = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0 and "the answers of both models are read from" in again.stderr
     assert read_verdict(root, f"tiny:{'b' * 12}").criteria == verdict.criteria
 
@@ -499,7 +499,7 @@ def test_a_killed_gate_leaves_no_server_running(project):
         run_id = read_json(folder / "owner.json")["run_id"]
         assert len(processes.find_orphans(run_id)) >= 2, "BentoML's parent and its worker"
         owner.send_signal(signal.SIGKILL)
-    until = time.monotonic() + 120
+    until = time.monotonic() + 300
     while processes.find_orphans(run_id) and time.monotonic() < until:
         time.sleep(0.2)
     assert processes.find_orphans(run_id) == []

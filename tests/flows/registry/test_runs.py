@@ -340,7 +340,7 @@ def test_a_record_that_was_killed_goes_on_and_is_one_run_with_one_version(tmp_pa
     points = [("log_artifact", 5), ("create_model_version", 0), ("set_terminated", 0)]
     for what, when in points:
         process = start(tmp_path, "-c", KILLED, what, str(when))
-        process.communicate(timeout=100)
+        process.communicate(timeout=300)
         assert process.returncode == -signal.SIGKILL
     candidate = register_candidate(registry_of(tmp_path), params_of(tmp_path))
     client = open_tracking(tmp_path, SQLITE)
@@ -355,7 +355,7 @@ def test_a_record_that_was_killed_goes_on_and_is_one_run_with_one_version(tmp_pa
 def test_two_that_record_at_once_into_a_new_database_make_one_run(tmp_path):
     make_output(tmp_path)
     both = [start(tmp_path, "-c", KILLED, "set_terminated", "9") for _ in range(2)]
-    errors = [process.communicate(timeout=100)[1] for process in both]
+    errors = [process.communicate(timeout=300)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], errors
     client = open_tracking(tmp_path, SQLITE)
     experiment = client.get_experiment_by_name("perennial")

@@ -121,10 +121,10 @@ def test_ctrl_c_ends_a_sweep_in_order_and_a_second_one_is_refused(tmp_path, clea
     try:
         wait_until((toy.root / "reports/sweep/trials.csv").exists, first)
         second = start(toy.root, environment)
-        out, _ = second.communicate(timeout=120)
+        out, _ = second.communicate(timeout=300)
         assert second.returncode == 1 and "another sweep is at work in this folder" in out
         first.send_signal(signal.SIGINT)
-        out, _ = first.communicate(timeout=120)
+        out, _ = first.communicate(timeout=300)
         assert first.returncode == 130, out
         assert "the next sweep goes on from there" in out and "Traceback" not in out
     finally:

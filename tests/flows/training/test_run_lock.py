@@ -55,7 +55,7 @@ def test_a_killed_run_is_told_and_its_processes_are_ended(tmp_path, caplog):
     other = sleeper(PERENNIAL_RUN_ID="another run")
     try:
         with run_lock.hold(tmp_path):
-            ours.wait(timeout=45)
+            ours.wait(timeout=300)
             assert other.poll() is None, "a process of another run is left alone"
     finally:
         for process in (ours, other):
@@ -96,5 +96,5 @@ def test_a_process_that_ignores_gentle_signals_is_killed():
     quick = tuple((number, 0.3) for number, _ in processes.TERMINATION)
 
     assert processes.terminate_orphans("stubborn", quick) == 1
-    assert not psutil.pid_exists(process.pid) or process.wait(timeout=45) == -9
+    assert not psutil.pid_exists(process.pid) or process.wait(timeout=300) == -9
     process.stdout.close()

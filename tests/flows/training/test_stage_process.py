@@ -114,7 +114,7 @@ def test_a_stage_that_ignores_the_interrupt_is_killed_in_the_end(offline, monkey
         time.sleep(0.05)
 
     processes.stop(signal.SIGINT)
-    thread.join(timeout=60)
+    thread.join(timeout=300)
 
     assert outcomes[0].how == "failed"
     assert offline.processes() == []

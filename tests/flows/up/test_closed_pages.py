@@ -67,7 +67,7 @@ def wait_until_up(dashboard, process, out):
 
 def wait_for_flows(dashboard):
     """Return the status once Prefect has answered the page; on a busy machine it can miss one refresh."""
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300
     while True:
         status = httpx.get(f"{dashboard}/api/status", timeout=60).json()
         if status["flows"]["up"]:

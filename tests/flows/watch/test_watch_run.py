@@ -49,7 +49,7 @@ class Production:
     def watch(self):
         with self.start_watch() as process:
             try:
-                out, err = process.communicate(timeout=120)
+                out, err = process.communicate(timeout=300)
             finally:
                 process.kill()
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)

@@ -48,7 +48,7 @@ def project(tmp_path):
             env={**os.environ, "BENTOML_HOME": str(tmp_path / "bentoml"), "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         )
 
     return tmp_path, run

@@ -51,7 +51,7 @@ def test_two_processes_take_turns(tmp_path):
         process.stdin.write("go\n")
         process.stdin.flush()
     for process in both:
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
     assert [process.returncode for process in both] == [0, 0]
     assert (tmp_path / "number").read_text() == "80"
 

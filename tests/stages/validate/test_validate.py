@@ -352,7 +352,7 @@ def test_a_browser_without_network_draws_the_page(project, tmp_path):
         ["chromium", *flags, f"--user-data-dir={tmp_path / 'profile'}", page],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     ).stdout
     assert "1 critical expectation failed" in dom and "odd" in dom
 
