@@ -68,10 +68,12 @@ def read_scores(
     for place, (left, right) in enumerate(merges):
         lefts.setdefault(left + right, set()).add(len(left))
         ends[left + right] = place
-    for token in tokens.keys() - set(added):
-        ways = {end for end in range(1, len(token)) if token[:end] in tokens and token[end:] in tokens}
-        if not is_byte(token) and ways != lefts.get(token, set()):
-            raise ValueError(f"the merges lack a pair that makes {token!r}, or have one of no tokens")
+    merged = tokens.keys() - set(added)
+    for token in merged:
+        # An added token is no part of another: it is cut out first, and converters may leave out its merges.
+        needed = {end for end in range(1, len(token)) if token[:end] in merged and token[end:] in merged}
+        if not is_byte(token) and not needed <= lefts.get(token, set()):
+            raise ValueError(f"the merges lack a pair that makes {token!r}")
     scores: dict[str, float] = {}
     score, until, first = 0.0, -1, ""
     for place, (left, right) in enumerate(merges):

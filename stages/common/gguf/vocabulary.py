@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from stages.common.chat.template import end_of_turn_ids, write_served_template
 from stages.common.errors import InputError
 from stages.common.gguf import sentencepiece
+from stages.common.gguf.trimming import list_merges
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, GGUFWriter
@@ -115,7 +116,7 @@ def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
     if not described["model"]["merges"]:
         raise InputError("the base model's tokenizer has no merges, which llama.cpp requires", FIX)
     tokens = tuple(by_id.get(index, f"[PAD{index}]") for index in range(size))
-    merges = [_read_merge(merge) for merge in described["model"]["merges"]]
+    merges = list_merges(described)
     ends = end_of_turn_ids(tokenizer)
     return Vocabulary(
         pre=pre,
@@ -133,11 +134,6 @@ def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
     )
 
 
-def _read_merge(merge: str | list[str]) -> tuple[str, str]:
-    left, right = merge.split(" ") if isinstance(merge, str) else merge
-    return left, right
-
-
 def _find_splitting(described: dict[str, Any]) -> tuple[str, bool]:
     """Return the name of a tokenizer's pre-tokenizer, and whether blanks are put before stretches of text."""
     model = described["model"]
@@ -148,6 +144,8 @@ def _find_splitting(described: dict[str, Any]) -> tuple[str, bool]:
         for part, key in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers"))
     )
     try:
+        if model.get("ignore_merges"):
+            raise ValueError("ignore_merges is true")
         return SENTENCEPIECE, sentencepiece.find_space_prefix(*steps)
     except ValueError as error:
         raise sentencepiece.explain(error, FIX) from None

@@ -142,6 +142,7 @@ def mixed_merges():
     [
         ({"normalizer": {"type": "Lowercase"}}, "normalizers .*Lowercase"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "pre-tokenizers .*Whitespace"),
+        ({"ignore_merges": True}, "ignore_merges is true"),
         ({"merges": mixed_merges()}, "are mixed"),
         ({"merges": mixed_merges()[:-1]}, "the merges lack a pair that makes"),
     ],
