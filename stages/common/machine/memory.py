@@ -33,7 +33,13 @@ def read_held_memory() -> int:
 
 
 def read_peak_memory() -> int:
-    """Return the most bytes of memory that this process has held."""
+    """Return the most bytes of memory that this process has held.
+
+    Linux counts what the parent held at the fork in `ru_maxrss`, also after exec; not so in VmHWM (proc(5)).
+    """
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("VmHWM:"))) << 10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak << 10
 
