@@ -30,7 +30,7 @@ SERVE_EXTRAS := serve
 # One more than the cores, up to four: a fifth of the time a fast test waits for a server or a process.
 WORKERS := import os; print(min(4, 1 + (os.cpu_count() or 1)))
 
-.PHONY: help init run serve watch retrain sweep federated demo parity bento test test-slow test-all test-vllm lint format docs lock check-wheels check-pythons up schedule check-params clean
+.PHONY: help init run serve watch retrain sweep federated gptq demo parity bento test test-slow test-all test-vllm lint format docs lock check-wheels check-pythons up schedule check-params clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -88,6 +88,9 @@ sweep: $(VENV)/.core $(VENV)/.sweep ## train with other values of finetune, comp
 federated: .venv-federated/.installed ## train one adapter on the rows of four simulated clients, by Flower: make federated ARGS="--by source"
 	@.venv-federated/bin/python -m docs.examples.federated $(ARGS)
 
+gptq: .venv-gptq/.installed ## round the tuned model to 4 bits, as vLLM serves it on a GPU, by LLM Compressor: make gptq ARGS=artifacts/gptq
+	@.venv-gptq/bin/python -m docs.examples.gptq $(ARGS)
+
 demo: $(VENV)/.core $(VENV)/.$(SERVE_EXTRAS) ## run the whole loop on generated traffic: drift, retraining, gate, canary, promotion (20 minutes to an hour and a half)
 	@perennial demo
 
@@ -116,7 +119,7 @@ lock: $(VENV)/.dev ## re-resolve the four locks for every supported Python and p
 	  --output-file docs/examples/federated/requirements.lock docs/examples/federated/requirements.in > /dev/null
 
 clean: ## remove the environments and everything a run made; data/ and git are kept
-	@rm -rf $(VENV) .venv-gpu .venv-vllm .venv-clients .venv-federated reports checkpoints .perennial dvc.lock .dvc/cache .dvc/tmp *.egg-info
+	@rm -rf $(VENV) .venv-gpu .venv-vllm .venv-clients .venv-federated .venv-gptq reports checkpoints .perennial dvc.lock .dvc/cache .dvc/tmp *.egg-info
 	@find artifacts -mindepth 1 -not -path artifacts/initial_adapter -not -path artifacts/initial_adapter/README.md -delete
 
 # The stamp is touched last, so an interrupted installation is repeated.
@@ -147,15 +150,25 @@ $(VENV)/.dev: pyproject.toml requirements.lock | $(BIN)/python
 	@.venv-clients/bin/python -m pip install --quiet --no-compile --requirement tests/clients/requirements.lock
 	@touch $@
 
-# Flower's pins exclude the project's. Here is what it needs in other versions; all else is that of .venv, which comes
-# after it on the path.
+# What an environment lacks is that of .venv, which comes after it on the path: $(call SEE_PROJECT,folder)
+SEE_PROJECT = python -c "import sysconfig; print(f'import site; site.addsitedir({sysconfig.get_path(\"purelib\")!r})')" \
+	  > "$$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/project.pth"
+
+# Flower's pins exclude the project's. Here is what it needs in other versions.
 .venv-federated/.installed: docs/examples/federated/requirements.lock | $(VENV)/.core
 	@echo "installing Flower (a few seconds) …"
 	@python -m venv .venv-federated
-	@python -c "import sysconfig; print(f'import site; site.addsitedir({sysconfig.get_path(\"purelib\")!r})')" \
-	  > "$$(.venv-federated/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/project.pth"
+	@$(call SEE_PROJECT,.venv-federated)
 	@.venv-federated/bin/python -m pip install --quiet --no-compile --no-deps \
 	  --requirement docs/examples/federated/requirements.lock
+	@touch $@
+
+# LLM Compressor's torch and transformers are other ones.
+.venv-gptq/.installed: | $(VENV)/.core
+	@echo "installing LLM Compressor and its torch (a few minutes, 3 GB) …"
+	@python -m venv .venv-gptq
+	@.venv-gptq/bin/python -m pip install --quiet --no-compile llmcompressor==0.14.0.1
+	@$(call SEE_PROJECT,.venv-gptq)
 	@touch $@
 
 # A new pip: that of Python 3.11 finds no versions that BentoML and vLLM both take. The CPU build of vLLM does not pin

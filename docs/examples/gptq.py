@@ -2,7 +2,7 @@
 
 In: what `dvc repro finetune` leaves: `artifacts/fetch_base`, `artifacts/finetune`, `artifacts/split`.
 Out: FOLDER, a model with its tokenizer; what it loses on validation rows is printed.
-Run: `.venv-gptq/bin/python -m docs.examples.gptq FOLDER`; docs/how-to/compress.md makes this environment.
+Run: `make gptq ARGS=FOLDER`; LLM Compressor has an environment of its own.
 """
 
 from __future__ import annotations
