@@ -7,7 +7,8 @@ Needs `artifacts/fetch_base`, `artifacts/curate` and `artifacts/split` (`dvc rep
 tiny model and rows. Each method is the stage `finetune` itself, in a folder of its own and with the
 parameters of the checkout, but for the method, its learning rate, and one point of validation, at the end.
 Methods that need more than rows with answers (pairs, rewards, a teacher, labels) are left out.
-Prints the table that `docs/how-to/methods.md` keeps, and writes a JSON object.
+Prints the table that `docs/how-to/methods.md` keeps, and writes a JSON object. `processor s` is the processor
+time of the whole stage: with one thread (`OMP_NUM_THREADS=1`) other programs on the machine change it least.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import json
 import math
 import random
+import resource
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -82,7 +84,9 @@ def measure(method: str, rate: float | None, options: argparse.Namespace) -> dic
             validation_rows=options.validation_rows,
         )
         (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         run_stage(folder, "finetune")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
         found = json.loads((folder / "reports/finetune/metrics.json").read_text(encoding="utf-8"))
         files = [path for path in (folder / "artifacts/finetune").rglob("*") if path.is_file()]
         took = found["throughput"]
@@ -92,6 +96,9 @@ def measure(method: str, rate: float | None, options: argparse.Namespace) -> dic
             "trained_parameters": found["trained_parameters"],
             "train_tokens": found["train_tokens"],
             "seconds": took["seconds"],
+            "processor_seconds": round(
+                after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1
+            ),
             "tokens_per_second": took["tokens_per_second"],
             "peak_mib": took["peak_device_mib"] or took["peak_rss_mib"],
             "validation_loss": found["validation_loss"],
@@ -116,17 +123,18 @@ def lay_out(folder: Path, rows: int) -> None:
 def format_table(found: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the results as Markdown."""
     lines = [
-        "| method | rate | trained weights | tokens/s | seconds | peak, MiB | loss | metric | MB |",
-        "|---|---:|---:|---:|---:|---:|---:|---|---:|",
+        "| method | rate | trained weights | tokens/s | seconds | processor s | peak MiB | loss | metric | MB |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---|---:|",
     ]
     for method, one in found.items():
         if "failed" in one:
-            lines.append(f"| `{method}` | – | – | – | – | – | – | {one['failed']} | – |")
+            lines.append(f"| `{method}` | – | – | – | – | – | – | – | {one['failed']} | – |")
             continue
         name, value = next((pair for pair in one["metrics"].items() if pair[0] != "loss"), ("loss", 0.0))
         lines.append(
             f"| `{method}` | {one['learning_rate']:.2g} | {one['trained_parameters']:,} | "
-            f"{one['tokens_per_second']:,.0f} | {one['seconds']:,.0f} | {one['peak_mib']:,} | "
+            f"{one['tokens_per_second']:,.0f} | {one['seconds']:,.0f} | "
+            f"{one['processor_seconds']:,.0f} | {one['peak_mib']:,} | "
             f"{one['validation_loss']:.3f} | {name} {value:.3f} | {one['adapter_bytes'] / 1e6:,.1f} |"
         )
     return "\n".join(lines)

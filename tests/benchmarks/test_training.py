@@ -41,6 +41,7 @@ def test_each_method_is_trained_on_the_same_rows_and_has_a_line(tmp_path):
     found, table = run("method_costs", tmp_path, "--methods", "lora", "partial", "--validation-rows", "4")
     lora, partial = (found["methods"][name] for name in ("lora", "partial"))
     assert lora["train_tokens"] == partial["train_tokens"] > 0
+    assert lora["processor_seconds"] > 0
     assert lora["adapter_bytes"] < partial["adapter_bytes"]
     assert "exact_match" in lora["metrics"] and "| `partial` | 5e-05 |" in table
 
