@@ -123,7 +123,7 @@ def lay_out(folder: Path, rows: int) -> None:
 def format_table(found: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the results as Markdown."""
     lines = [
-        "| method | rate | trained weights | tokens/s | seconds | processor s | peak MiB | loss | metric | MB |",
+        "| method | rate | trained weights | tokens/s | seconds | processor s | MiB | loss | metric | MB |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---|---:|",
     ]
     for method, one in found.items():
