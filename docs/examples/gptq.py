@@ -15,7 +15,7 @@ from typing import Any
 
 from stages.common.artifacts import artifacts, atomic_dir
 from stages.common.errors import InputError
-from stages.common.logs import get_logger, run_stage
+from stages.common.logs import get_logger, run_stage, show_packages
 from stages.common.model.adapter import read_settings
 from stages.common.model.generation import Answer, answer_questions, encode_questions
 from stages.common.model.loading import load_tokenizer, load_tuned, pick_device, pick_dtype
@@ -82,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=256, help="training rows to calibrate with")
     parser.add_argument("--asked", type=int, default=200, help="validation rows to compare the answers of")
     options = parser.parse_args(arguments)
+    show_packages(["datasets"])  # LLM Compressor's calibration rows
     from transformers import AutoModelForCausalLM
 
     params, base = load_params(), artifacts("fetch_base")
