@@ -60,7 +60,7 @@ def test_rates_are_those_of_the_how_to_unless_they_are_given():
 
 
 def test_a_method_that_fails_has_a_line_with_its_reason():
-    assert "| `dora` | – | – | – | – | – | – | no such module | – |" in method_costs.format_table(
+    assert "| `dora` | – | – | – | – | – | – | – | no such module | – |" in method_costs.format_table(
         {"dora": {"failed": "no such module"}}
     )
 
