@@ -342,7 +342,8 @@ FAMILY_NOTES = """\
 - *not Phi 3*: its tokenizer strips the blanks after control tokens, which a GGUF cannot say. `preflight`
   compares the tokens of training rows with those that llama.cpp would give, and names `export.gguf: false`.
 - A GGUF has tokenizers of byte-level BPE and of SentencePiece's BPE (Llama 2, Mistral 7B, Gemma), not of
-  Unigram. Tests compare llama.cpp's own tokens with the tokenizer's.
+  Unigram. Tests compare llama.cpp's own tokens with those of tokenizers made for it; by hand also Mistral's
+  own vocabularies, all equal. Gemma's and Llama 2's own were not at hand: `preflight` compares yours.
 - `paged` and `openvino` read the GGUF. Without one, or where both columns have *no*, `auto` takes
   `transformers` on a CPU, which is [many times slower](../adr/0005-the-engine-on-a-cpu.md) than `paged`. An
   engine that is named in `params.yaml` and does not compute the model is refused before training.

@@ -311,14 +311,12 @@ def main() -> None:
         write_json(folder / "metrics.json", {"success": False, "problems": [p.what for p in problems]})
         raise_problems(problems)
     size = count_embedding_rows(config)
-    refused: list[InputError] = []
     if params.export.gguf:
-        refused = find_export_problems(tokenizer, config, size)
-        problems += refused or find_variant_problems(
+        problems += find_export_problems(config) or find_variant_problems(
             params.compress.variants, params.ask_base.engine, base, config
         )
     fitting, misfits = encode_sides(params, config, tokenizer, sides)
-    if params.export.gguf and not refused:
+    if params.export.gguf:
         compared = (row for row, _ in islice(fitting["train"], COMPARED_ROWS))
         problems += find_token_problems(tokenizer, size, compared)
     problems += find_row_problems(params, task, config, fitting, misfits)

@@ -71,30 +71,28 @@ def find_unknown_tokens(tokenizer: Any, embedding_rows: int, exports_gguf: bool)
     ]
 
 
-def find_export_problems(tokenizer: Any, config: Any, embedding_rows: int) -> list[InputError]:
+def find_export_problems(config: Any) -> list[InputError]:
     """Return why the model cannot become a GGUF file; its tensors are listed without their values."""
     problems = _collect([lambda: find_architecture(config)])
     if not problems:
         problems = _collect([lambda: _list_tensor_names(config)])
-    if _fits(tokenizer, embedding_rows):  # else it is a problem of its own
-        problems += _collect([lambda: read_vocabulary(tokenizer, embedding_rows)])
     return problems
 
 
 def find_token_problems(tokenizer: Any, embedding_rows: int, rows: Iterable[Row]) -> list[InputError]:
-    """Return whether rows would have other tokens in llama.cpp: `find_export_problems` found none.
+    """Return why a GGUF cannot hold the tokenizer, or which row would have other tokens in llama.cpp.
 
     A tokenizer may strip the blanks after its control tokens, as Phi 3's does and no GGUF can say.
     """
-    if not _fits(tokenizer, embedding_rows):
+    if max(tokenizer.get_vocab().values()) >= embedding_rows:  # a problem of its own
         return []
-    vocabulary = read_vocabulary(tokenizer, embedding_rows)
-    texts = (render_whole(tokenizer, row.messages, row.tools) for row in rows)
-    return _collect([lambda: count_equal(vocabulary, tokenizer, texts, Path("the GGUF export"))])
 
+    def compare() -> None:
+        vocabulary = read_vocabulary(tokenizer, embedding_rows)
+        texts = (render_whole(tokenizer, row.messages, row.tools) for row in rows)
+        count_equal(vocabulary, tokenizer, texts, Path("the GGUF export"))
 
-def _fits(tokenizer: Any, embedding_rows: int) -> bool:
-    return int(max(tokenizer.get_vocab().values())) < embedding_rows
+    return _collect([compare])
 
 
 def find_engine_problems(kinds: Mapping[str, str], base: Path, exports_gguf: bool) -> list[InputError]:

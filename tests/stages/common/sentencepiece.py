@@ -12,12 +12,12 @@ STYLES = ("prefix", "plain", "first")
 RUN = 16  # Llama 2's longest run of blanks
 
 
-def make_learned_tokenizer(style: str, family: Family | None = None):
-    """Return a tokenizer with the tokens and the template of a family; without one it has no template."""
+def make_learned_tokenizer(style: str, family: Family):
+    """Return a tokenizer with the tokens and the template of a family."""
     from tokenizers import AddedToken, Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
-    special = ["<unk>", *(family.special if family else ("<s>", "</s>"))]
+    special = ["<unk>", *family.special]
     pieces, merges = learn_pieces(special)
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
     built = Tokenizer(
@@ -27,14 +27,11 @@ def make_learned_tokenizer(style: str, family: Family | None = None):
     parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     built.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)] if style == "prefix" else parts)
     built.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in special])
-    built.add_tokens(
-        [AddedToken(text, normalized=False) for text in (family.added if family else ["<tool>"])]
-    )
+    built.add_tokens([AddedToken(text, normalized=False) for text in family.added])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=built, unk_token="<unk>", bos_token=special[1], eos_token=special[2]
     )
-    if family:
-        tokenizer.chat_template = family.template
+    tokenizer.chat_template = family.template
     return tokenizer
 
 
