@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -30,6 +29,7 @@ from benchmarks.machine import machine
 from monitoring.drift.baseline import Baseline, prepare_baseline
 from monitoring.drift.compare import compare_window, has_drifted
 from monitoring.drift.session_sums import sum_sessions
+from stages.common.machine.memory import MIB, read_peak_memory
 from stages.common.params.loading import load_params
 from stages.common.statistics.intervals import compute_clopper_pearson
 
@@ -292,7 +292,7 @@ def _cost(rows: int, vectors: bool) -> None:
     began = time.perf_counter()
     compare_window(baseline, sum_sessions(drawn(), baseline.binning), load_params().monitoring.drift)
     seconds = time.perf_counter() - began - drawing
-    print(f"{seconds:.1f} {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f}")
+    print(f"{seconds:.1f} {read_peak_memory() / MIB:.0f}")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import errno
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +21,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from stages.common.chat.template import Encoded
 from stages.common.errors import InputError
 from stages.common.logs import get_logger, show_progress
-from stages.common.machine.memory import release_freed_memory
+from stages.common.machine.memory import MIB, read_peak_memory, release_freed_memory
 from stages.common.model.loading import pick_dtype
 from stages.common.model.replaced import list_trained
 from stages.finetune.answer_loss import compute_mean_loss, unchunk_head
@@ -304,7 +302,7 @@ def train(
         validation_seconds=asked_seconds,
         cost=meter.finish(seconds - asked_seconds, estimate.peak if estimate else None),
         tokens=sum(gather(meter.tokens)),
-        peak_rss_mib=sum(gather(measure_peak_rss_mib())),
+        peak_rss_mib=sum(gather(read_peak_memory() // MIB)),
         held_out=held_out,
     )
 
@@ -376,9 +374,3 @@ def _clear_failures(folder: Path) -> Iterator[None]:
             f"the disk of {folder} is full: {error}",
             "free some space and run again: training resumes from the last complete checkpoint",
         ) from None
-
-
-def measure_peak_rss_mib() -> int:
-    """Return the most memory that this process has held, in MiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak >> (20 if sys.platform == "darwin" else 10)

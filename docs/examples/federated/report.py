@@ -9,10 +9,10 @@ from typing import Any
 from docs.examples.federated.adapters import Adapter, write_adapter
 from docs.examples.federated.rounds import Round
 from stages.common.artifacts import artifacts, atomic_dir, reports, write_json
+from stages.common.machine.memory import MIB, read_peak_memory
 from stages.common.svg import draw_figure
 from stages.finetune.progress.validation import ValidationPoint
 from stages.finetune.result import LossPoint, write_loss_csv, write_validation_csv
-from stages.finetune.trainer import measure_peak_rss_mib
 
 
 def write_result(adapter: Adapter, rounds: Sequence[Round], rate: float, counts: Mapping[str, Any]) -> None:
@@ -64,7 +64,7 @@ def summarise(
         "throughput": {
             "seconds": round(seconds, 1),
             "tokens_per_second": round(tokens / max(seconds, 0.1), 1),
-            "peak_rss_mib": measure_peak_rss_mib(),
+            "peak_rss_mib": read_peak_memory() // MIB,
         },
     }
 
