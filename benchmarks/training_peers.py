@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -202,6 +203,7 @@ def run_llamafactory(inputs: Inputs, settings: dict[str, Any], python: str) -> F
             "stage": "sft",
             "do_train": True,
             "model_name_or_path": str(inputs.base.resolve()),
+            "dataset": "rows",  # it wants one named, and reads the tokenized one
             "tokenized_path": str(folder / "rows"),
             "template": "empty",
             "finetuning_type": "lora",
@@ -219,20 +221,23 @@ def run_llamafactory(inputs: Inputs, settings: dict[str, Any], python: str) -> F
             "adam_beta2": recipe.adam_beta2,
             "max_grad_norm": recipe.max_grad_norm,
             "bf16": recipe.dtype == "bfloat16",
+            "use_cpu": not torch.cuda.is_available(),
             "disable_gradient_checkpointing": True,
             "report_to": "none",
             "save_strategy": "no",
             "seed": recipe.seed,
             **settings,
         }
-        (folder / "train.json").write_text(json.dumps(config), encoding="utf-8")
+        (folder / "train.yaml").write_text(json.dumps(config), encoding="utf-8")
         # Its own packages, not those of this process.
         environment = {**os.environ, "PYTHONPATH": "", "DISABLE_VERSION_CHECK": "1"}
-        command = [str(Path(python).with_name("llamafactory-cli")), "train", str(folder / "train.json")]
+        command = [str(Path(python).with_name("llamafactory-cli")), "train", str(folder / "train.yaml")]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode:
             raise RuntimeError((done.stdout + done.stderr)[-1500:])
         taken = json.loads((folder / "out" / "train_results.json").read_text(encoding="utf-8"))
         model = AutoModelForCausalLM.from_pretrained(inputs.base, dtype=getattr(torch, recipe.dtype))
         tuned = PeftModel.from_pretrained(model, str(folder / "out"))
-        return make_figures(inputs, float(taken["train_runtime"]), compute_loss(tuned, inputs))
+        figures = make_figures(inputs, float(taken["train_runtime"]), compute_loss(tuned, inputs))
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # of the command, not of this process
+        return figures | {"peak_rss_mib": peak >> 10}
