@@ -33,6 +33,9 @@ def draw_fronts(path: Path, report: Mapping[str, Any]) -> None:
         figure.suptitle(
             f"Smaller models on {report['rows']} validation rows, with {percent} intervals", size=11
         )
+        figure.draw_without_rendering()  # where names are in the way of each other shows in the layout
+        for axes, places in ((left, sizes), (right, speeds)):
+            name_points(axes, {name: (place, results[name]["value"]) for name, place in places.items()})
 
 
 def _draw(
@@ -57,9 +60,18 @@ def _draw(
             markersize=6,
             capsize=2.5,
         )
-        axes.annotate(name, (place, found["value"]), (6, 6), textcoords="offset points", size=8)
     axes.margins(x=0.18)
     axes.grid(color="#DDDDDD", linewidth=0.7)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+
+
+def name_points(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
+    """Write names beside points, from the lowest on, each above those that it would cover."""
+    taken: list[Any] = []
+    for name, point in sorted(points.items(), key=lambda item: item[1][1]):
+        label = axes.annotate(name, point, (6, 6), textcoords="offset points", size=8)
+        while any(label.get_window_extent().overlaps(other) for other in taken):
+            label.xyann = (6, label.xyann[1] + 2)
+        taken.append(label.get_window_extent())

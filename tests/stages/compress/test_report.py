@@ -1,8 +1,10 @@
 """Which models are on the front, and which one is chosen."""
 
+from itertools import combinations
+
 import pytest
 
-from stages.compress.plots import draw_fronts
+from stages.compress.plots import draw_fronts, name_points
 from stages.compress.report import choose_model, find_front, format_table
 
 
@@ -76,3 +78,22 @@ def test_the_table_and_the_picture_name_every_model(tmp_path):
     assert all(f">{name}<" in svg for name in FOUND["models"])
     draw_fronts(tmp_path / "again.svg", FOUND | {"chosen": "int8"})
     assert (tmp_path / "again.svg").read_text() == svg
+
+
+def test_names_of_models_that_are_as_fast_and_as_good_do_not_cover_each_other():
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.0, 4.2))
+    axes = figure.subplots()
+    points = {
+        "int4": (29.5, 0.862),
+        "pruned": (29.7, 0.889),
+        "int8": (30.1, 0.882),
+        "fewer_layers": (39.6, 0.74),
+    }
+    axes.scatter(*zip(*points.values(), strict=True))
+    figure.draw_without_rendering()
+    name_points(axes, points)
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert [text.get_text() for text in axes.texts] == ["fewer_layers", "int4", "int8", "pruned"]
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
