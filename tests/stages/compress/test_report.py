@@ -89,11 +89,11 @@ def test_names_of_models_that_are_as_fast_and_as_good_do_not_cover_each_other():
         "int4": (29.5, 0.862),
         "pruned": (29.7, 0.889),
         "int8": (30.1, 0.882),
-        "fewer_layers": (39.6, 0.74),
+        "halved": (39.6, 0.7),
     }
     axes.scatter(*zip(*points.values(), strict=True))
     figure.draw_without_rendering()
     name_points(axes, points)
     boxes = [text.get_window_extent() for text in axes.texts]
-    assert [text.get_text() for text in axes.texts] == ["fewer_layers", "int4", "int8", "pruned"]
+    assert [text.get_text() for text in axes.texts] == ["halved", "int4", "int8", "pruned"]
     assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
