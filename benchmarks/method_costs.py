@@ -83,6 +83,7 @@ def measure(method: str, rate: float | None, options: argparse.Namespace) -> dic
             validate_every=1.0,
             validation_rows=options.validation_rows,
         )
+        params["export"]["gguf"] = method not in PROMPT_METHODS  # which have no weights that it could hold
         (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         run_stage(folder, "finetune")

@@ -20,6 +20,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from services.engines.support import pick_engine
 from stages.common.artifacts import artifacts, read_json, reports, write_json, write_lines, write_text
 from stages.common.chat.common_prefix import count_common_prefix
 from stages.common.chat.day import writes_date
@@ -338,6 +339,7 @@ def main() -> None:
     learned = (fitting["train"], fitting["validation"])
     unwritten = count_unwritten_thoughts(tokenizer, chain(*learned), params.task.turns)
     unserved = count_unserved(chain(*learned), params.services.guard)
+    answered_by = None if problems else pick_engine(params.ask_base.engine, base, params.export.gguf)
     evidence = {
         "success": not problems,
         "problems": [problem.what for problem in problems],
@@ -349,6 +351,7 @@ def main() -> None:
         "thoughts_fix": suggest_for_thoughts(tokenizer) if unwritten else None,
         "learned_rows_refused_by_the_guard": unserved,
         "training": training.describe() if training else None,
+        "answered_by": answered_by,
         **({"preferences": preferences} if preferences else {}),
         "languages": to_evidence(languages) if languages else None,
     }

@@ -38,11 +38,12 @@ def test_ours_and_trl_train_the_same_rows_to_the_same_loss(tmp_path):
 
 @pytest.mark.slow
 def test_each_method_is_trained_on_the_same_rows_and_has_a_line(tmp_path):
-    found, table = run("method_costs", tmp_path, "--methods", "lora", "partial", "--validation-rows", "4")
-    lora, partial = (found["methods"][name] for name in ("lora", "partial"))
+    names = ("lora", "partial", "prompt_tuning")
+    found, table = run("method_costs", tmp_path, "--validation-rows", "4", "--methods", *names)
+    lora, partial, tokens = (found["methods"][name] for name in names)
     assert lora["train_tokens"] == partial["train_tokens"] > 0
     assert lora["processor_seconds"] > 0
-    assert lora["adapter_bytes"] < partial["adapter_bytes"]
+    assert tokens["adapter_bytes"] < lora["adapter_bytes"] < partial["adapter_bytes"]
     assert "exact_match" in lora["metrics"] and "| `partial` | 5e-05 |" in table
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 from stages.common.errors import InputError
 from stages.common.model.loading import pick_device
@@ -42,6 +43,29 @@ def inspect_host() -> Host:
         can_tell = hasattr(os, "sched_getaffinity")
         return Host(kind, len(os.sched_getaffinity(0)) if can_tell else os.cpu_count() or 1)
     return Host(kind, 1)
+
+
+def find_nvml_device() -> tuple[Any, Any]:
+    """Return the module of NVIDIA's management library, and its handle of the GPU that torch uses.
+
+    Raises:
+        Exception: there is none, or it cannot tell: no driver, an old GPU, a GPU in parts.
+    """
+    import pynvml  # type: ignore[import-untyped]
+    import torch
+
+    pynvml.nvmlInit()
+    uuid = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+    return pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid)
+
+
+def read_gpu_watts() -> float | None:
+    """Return the most power that the GPU that torch uses is allowed; None where it cannot tell."""
+    try:
+        nvml, handle = find_nvml_device()
+        return float(nvml.nvmlDeviceGetEnforcedPowerLimit(handle)) / 1000.0
+    except Exception:  # as above
+        return None
 
 
 def check_devices(wanted: int, host: Host, reason: str) -> None:

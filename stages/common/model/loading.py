@@ -104,13 +104,18 @@ def read_config(folder: Path) -> Any:
 
 def count_parameters(base: Path) -> int:
     """Return the number of weights in the safetensors files of a model, from their headers."""
+    return sum(read_weight_sizes(base))
+
+
+def read_weight_sizes(base: Path) -> list[int]:
+    """Return the number of weights of each tensor in the safetensors files of a model, from their headers."""
     from safetensors import safe_open
 
-    total = 0
+    sizes = []
     for path in list_weight_files(base):
         with safe_open(path, framework="numpy") as file:
-            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    return total
+            sizes += [math.prod(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
+    return sizes
 
 
 def is_stored_in_bfloat16(base: Path) -> bool:

@@ -9,7 +9,6 @@ where the probe, which is short, shares the machine. The first updates of a trai
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Collection, Mapping
@@ -19,6 +18,7 @@ from typing import Any
 
 from stages.common.artifacts import artifacts, read_json, reports
 from stages.common.errors import InputError
+from stages.common.machine.devices import read_gpu_watts
 from stages.common.machine.memory import format_bytes, read_free_memory, read_total_memory
 from stages.common.machine.products import measure_product_speed
 from stages.common.machine.training_memory import Batch, estimate_training_memory, list_ways
@@ -33,6 +33,7 @@ from stages.common.run_estimate.seconds import (
     estimate_run,
     read_gradients,
     read_model_size,
+    read_text_config,
 )
 from stages.common.run_estimate.work import Work, list_learned_sides, read_work
 
@@ -107,7 +108,7 @@ def choose_memory(
     element_bytes = 4 if dtype == "float32" else 2
     batch = Batch(rows, finetune.virtual_tokens + train["longest"], train["longest_answer"])
     try:
-        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        config = read_text_config(base / "config.json")
         weights = count_parameters(base)
         state = (config, weights, rank, batch, element_bytes, replaced)
         sharding = "none" if finetune.taught_by else finetune.sharding
@@ -126,9 +127,11 @@ def choose_memory(
 
 
 def describe_memory(
-    memory: Memory, finetune: Any, free: int, processes: int = 1, has_gpus: bool = False
+    memory: Memory | None, finetune: Any, free: int, processes: int = 1, has_gpus: bool = False
 ) -> str:
     """Return about how much memory the training takes, as a line."""
+    if memory is None:
+        return "  memory: not known before finetune has loaded this kind of model, and says what it takes"
     where = ""
     if processes > 1:
         where = f" on each of {processes} GPUs" if has_gpus else f" in {processes} processes"
@@ -146,21 +149,26 @@ def describe_memory(
     return line
 
 
-def describe_costs(seconds: float, settings: Any) -> str | None:
-    """Return about what the run takes in energy and money, as a line; None where neither is known.
+def describe_costs(seconds: float, settings: Any, gpu_watts: float | None = None) -> str:
+    """Return about what the run takes in energy and money, as a line.
 
     Args:
         settings: the section `flows.training`.
+        gpu_watts: the most that all GPUs together may take; `power_watts` comes before it.
     """
-    hours, found = seconds / 3600, []
-    if settings.power_watts is not None:
-        watt_hours = settings.power_watts * hours
-        found.append(f"{watt_hours:.3g} Wh at {settings.power_watts:g} W")
+    hours = seconds / 3600
+    watts = gpu_watts if settings.power_watts is None else settings.power_watts
+    if watts is None:
+        found = ["energy not known (flows.training.power_watts)"]
+    else:
+        of = "" if settings.power_watts is not None else "the most that the GPUs may take, "
+        watt_hours = watts * hours
+        found = [f"about {watt_hours:.3g} Wh at {of}{watts:g} W"]
         if settings.co2_g_per_kwh is not None:
             found.append(f"{watt_hours * settings.co2_g_per_kwh / 1000:.3g} g CO2")
     if settings.price_per_hour is not None:
-        found.append(f"a price of {settings.price_per_hour * hours:.3g}")
-    return f"  it takes about {', '.join(found)}" if found else None
+        found.append(f"a price of about {settings.price_per_hour * hours:.3g}")
+    return f"  costs: {', '.join(found)}"
 
 
 def main() -> None:
@@ -198,7 +206,7 @@ def main() -> None:
     processes = count_processes(finetune.devices, finetune.batch_size, device.type)
     dtype = str(pick_dtype(device, finetune.dtype)).removeprefix("torch.")
     speed = measure_product_speed(dtype, device.type)
-    paged = device.type == "cpu" and params.export.gguf and params.ask_base.engine != "transformers"
+    paged = device.type == "cpu" and counted["answered_by"] == "paged"
     free = torch.cuda.mem_get_info(device)[0] if has_gpus else read_free_memory()
     memory = choose_memory(params, counted, base, dtype, free, processes, has_gpus, method)
     estimate = estimate_run(
@@ -213,11 +221,15 @@ def main() -> None:
         memory.computes_twice if memory else finetune.gradient_checkpointing is True,
     )
     stages = [stage for stage in STAGES if stage in sys.argv[1:]] or STAGES
-    lines: list[str | None] = [describe_machine(device), describe(work, estimate, stages)]
-    if memory and "finetune" in stages:
+    each = read_gpu_watts() if has_gpus else None
+    gpu_watts = each * processes if each else None
+    lines = [describe_machine(device), describe(work, estimate, stages)]
+    if "finetune" in stages:
         lines.append(describe_memory(memory, finetune, free, processes, has_gpus))
-    lines.append(describe_costs(estimate.sum_of(stages), params.flows.training))
-    sys.stdout.write("".join(f"{line}\n" for line in lines if line))
+    lines.append(describe_costs(estimate.sum_of(stages), params.flows.training, gpu_watts))
+    if params.compress.variants and "evaluate" in stages:
+        lines.append(f"  compress ({', '.join(params.compress.variants)}) is not in it")
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.common.model.adapter import REPLACED_METHODS
+from stages.common.model.loading import read_weight_sizes
 from stages.common.run_estimate.methods import PLAIN, MethodWork
 from stages.common.run_estimate.work import Work
 
@@ -70,21 +71,42 @@ class Estimate:
 
 
 def read_model_size(base: Path) -> ModelSize:
-    """Return the size of the model in a folder; that of the default base model where there is none."""
+    """Return the size of the model in a folder; that of the default base model where there is none.
+
+    Where its configuration has other names than most, its files tell how many weights it has. Of a model that
+    also sees or hears, it is the size of the part that reads text.
+    """
     path = base / "config.json"
     if not path.is_file():
         return DEFAULT_SIZE
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_text_config(path)
     try:
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
         head = config.get("head_dim") or hidden // heads
         kv = config.get("num_key_value_heads") or heads
         attention = hidden * head * (2 * heads + 2 * kv)
-        feed_forward = 3 * hidden * config["intermediate_size"]
-        layers = config["num_hidden_layers"] * (attention + feed_forward)
+        inner = config["intermediate_size"]
+        if experts := config.get("num_experts_per_tok"):  # of which each token has a few
+            inner = experts * config["moe_intermediate_size"]
+        layers = config["num_hidden_layers"] * (attention + 3 * hidden * inner)
         return ModelSize(layers, hidden * config["vocab_size"])
     except KeyError:  # an architecture with other names
+        return _count_matrices(base)
+
+
+def read_text_config(path: Path) -> dict[str, Any]:
+    """Return a config.json, of a model that also sees or hears the part on text."""
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return {**config, **config.get("text_config", {})}
+
+
+def _count_matrices(base: Path) -> ModelSize:
+    """Return the size of a model by its files: the largest tensor, which is the embedding, and all others."""
+    try:
+        *others, embedding = sorted(read_weight_sizes(base))
+    except (OSError, ValueError):  # not fetched yet
         return DEFAULT_SIZE
+    return ModelSize(sum(others), embedding)
 
 
 def estimate_run(

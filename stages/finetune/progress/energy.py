@@ -12,8 +12,8 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from stages.common.machine.devices import find_nvml_device
 from stages.finetune.devices.group import gather, is_first_of_host
 
 RAPL = Path("/sys/class/powercap")
@@ -158,13 +158,8 @@ def _read_number(path: Path) -> int:
 def _find_gpu_counter() -> Callable[[], float] | None:
     """Return a function that reads the joules of the GPU that torch uses; None where it has no counter."""
     try:
-        import pynvml  # type: ignore[import-untyped]
-        import torch
-
-        pynvml.nvmlInit()
-        uuid = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
-        handle: Any = pynvml.nvmlDeviceGetHandleByUUID(uuid)
-        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+        nvml, handle = find_nvml_device()
+        nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
     except Exception:  # no driver, an old GPU, a GPU in parts: whatever it is, there is no counter
         return None
-    return lambda: float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000.0
+    return lambda: float(nvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000.0

@@ -4,6 +4,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ import yaml
 from stages.common.artifacts import write_json
 from stages.common.chat.common_prefix import count_common_prefix
 from stages.common.chat.fitting import encode_fitting
+from stages.common.machine import devices
+from stages.common.machine.devices import read_gpu_watts
 from stages.common.machine.memory import format_bytes
 from stages.common.machine.products import measure_product_speed
 from stages.common.machine.training_memory import Batch, count_state_bytes, estimate_training_memory
@@ -21,6 +24,7 @@ from stages.common.records import make_row
 from stages.common.run_estimate.__main__ import (
     choose_memory,
     describe,
+    describe_costs,
     describe_memory,
     format_minutes,
     main,
@@ -41,6 +45,7 @@ from stages.common.run_estimate.seconds import (
 )
 from stages.common.run_estimate.work import Work, count_asked_rows, list_learned_sides, read_work
 from stages.preflight.__main__ import describe_side
+from tests.stages.families import build_config, build_model
 from tests.tiny import make_model, make_tokenizer
 
 ROOT = Path(__file__).parents[3]
@@ -51,7 +56,7 @@ WORK = Work(1000, 50_000, 20_000, 100, 5000, 40)
 
 def tell_memory(params, counted, base, dtype, free, processes=1, has_gpus=False, method=PLAIN):
     memory = choose_memory(params, counted, base, dtype, free, processes, has_gpus, method)
-    return memory and describe_memory(memory, params.finetune, free, processes, has_gpus)
+    return describe_memory(memory, params.finetune, free, processes, has_gpus)
 
 
 def test_the_size_of_a_model_is_that_of_its_matrices(tmp_path):
@@ -62,10 +67,29 @@ def test_the_size_of_a_model_is_that_of_its_matrices(tmp_path):
     assert read_model_size(tmp_path) == ModelSize(sum(matrices.values()), output)
 
 
-def test_without_a_known_model_the_size_is_that_of_the_default(tmp_path):
+def test_without_a_model_the_size_is_that_of_the_default(tmp_path):
     assert read_model_size(tmp_path) == DEFAULT_SIZE
     (tmp_path / "config.json").write_text(json.dumps({"n_embd": 8}))
     assert read_model_size(tmp_path) == DEFAULT_SIZE
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma3", "qwen3-moe"])
+def test_the_size_of_another_architecture_is_that_of_the_weights_that_a_token_meets(tmp_path, family):
+    config = build_config(family, 1000)
+    model = build_model(config)
+    model.save_pretrained(tmp_path)
+    text = config.get_text_config()
+    output = 1000 * text.hidden_size
+    found = read_model_size(tmp_path)
+    assert found.output == output
+    # Matrices of the blocks; of the experts, as many as a token is sent to.
+    layers = sum(
+        weights.numel() * (text.num_experts_per_tok / text.num_experts if ".experts." in name else 1)
+        for name, weights in model.named_parameters()
+        if weights.dim() > 1 and re.search(r"\.(layers|h)\.\d", name) and "vision" not in name
+    )
+    positions = getattr(text, "n_positions", 0) * text.hidden_size  # a table that is small in real models
+    assert found.layers == pytest.approx(layers + positions, rel=0.1)
 
 
 def test_twice_the_rows_or_half_the_speed_take_twice_as_long():
@@ -245,12 +269,13 @@ def test_the_command_reads_preflights_counts_and_says_where_there_are_none(tmp_p
         main()
     assert "no tokens: the chat template writes no end of turn" in capsys.readouterr().err
     side = {"rows": 1234, "tokens": 99_000, "learned_tokens": 5000, "longest": 99, "longest_answer": 40}
-    write_json(metrics, {"success": True, "problems": [], "sides": dict.fromkeys(SIDES, side)})
+    counted = {"success": True, "problems": [], "sides": dict.fromkeys(SIDES, side)}
+    write_json(metrics, counted | {"answered_by": "paged"})
     main()
     found = capsys.readouterr().out
     assert "finetune: 1,234 rows (99,000 tokens)" in found
     assert re.match(r"this machine: \d+ cores, \S+ [MG]iB of memory, \S+ [MG]iB of it free\n", found)
-    assert "takes about" not in found  # neither memory nor costs are known
+    assert "memory: not known before finetune" in found and "costs: energy not known" in found
     make_model().save_pretrained("artifacts/fetch_base")
     params = yaml.safe_load(Path("params.yaml").read_text())
     params["flows"]["training"] |= {"power_watts": 100, "co2_g_per_kwh": 400, "price_per_hour": 2}
@@ -259,11 +284,24 @@ def test_the_command_reads_preflights_counts_and_says_where_there_are_none(tmp_p
     found = capsys.readouterr().out
     assert re.search(r"memory: finetune takes about 5\d\d MiB\n", found)
     minutes = float(re.search(r"about (\S+) min on this machine", found)[1])
-    costs = r"it takes about (\S+) Wh at 100 W, (\S+) g CO2, a price of (\S+)\n"
+    costs = r"costs: about (\S+) Wh at 100 W, (\S+) g CO2, a price of about (\S+)\n"
     watt_hours, grams, price = map(float, re.search(costs, found).groups())
     assert watt_hours == pytest.approx(100 * minutes / 60, abs=100 * 0.26 / 60)  # to half a minute
     assert grams == pytest.approx(0.4 * watt_hours, rel=0.02)
     assert price == pytest.approx(0.02 * watt_hours, rel=0.02)
+
+
+def test_the_energy_of_a_gpu_is_at_most_its_limit_times_the_time(monkeypatch):
+    settings = load_params(ROOT / "params.yaml").flows.training
+    assert describe_costs(1800, settings) == "  costs: energy not known (flows.training.power_watts)"
+    of_gpus = describe_costs(1800, settings, 1400.0)
+    assert of_gpus == "  costs: about 700 Wh at the most that the GPUs may take, 1400 W"
+    known = settings.model_copy(update={"power_watts": 60, "price_per_hour": 3.0})
+    assert describe_costs(1800, known, 1400.0) == "  costs: about 30 Wh at 60 W, a price of about 1.5"
+    assert read_gpu_watts() is None  # no GPU that torch uses, or no library for it
+    library = SimpleNamespace(nvmlDeviceGetEnforcedPowerLimit={"handle": 700_000}.get)
+    monkeypatch.setattr(devices, "find_nvml_device", lambda: (library, "handle"))
+    assert read_gpu_watts() == 700
 
 
 def test_a_training_that_does_not_fit_names_what_to_lower_and_another_architecture_is_not_judged(
@@ -280,7 +318,7 @@ def test_a_training_that_does_not_fit_names_what_to_lower_and_another_architectu
     assert twice.split()[4] < whole.split()[4]
     assert "are free: lower finetune.batch_size" in tell_memory(params, counted, tmp_path, "float32", 1 << 20)
     (tmp_path / "config.json").write_text(json.dumps({"n_embd": 8}))
-    assert tell_memory(params, counted, tmp_path, "float32", 8 << 30) is None
+    assert "not known before finetune" in tell_memory(params, counted, tmp_path, "float32", 8 << 30)
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(4, "0.5 min"), (95, "1.5 min"), (600, "10 min")])

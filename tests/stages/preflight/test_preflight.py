@@ -609,6 +609,14 @@ def test_a_language_that_is_no_code_is_refused_by_name(set_params, lay_out):
         preflight.main()
 
 
+@pytest.mark.parametrize(("exports", "engine"), [(True, "paged"), (False, "transformers")])
+def test_which_engine_will_answer_is_kept_for_the_estimate(lay_out, set_params, exports, engine):
+    lay_out()
+    set_params(export__gguf=exports)
+    preflight.main()
+    assert found()["answered_by"] == engine
+
+
 def test_what_a_method_trains_is_counted(lay_out, set_params):
     lay_out(model=make_model(vocab_size=SIZE, num_hidden_layers=3))
     set_params(finetune__rank=2)
