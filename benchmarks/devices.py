@@ -4,7 +4,7 @@
         [--sharding none | full]
     python -m benchmarks.devices --simulate [--rows 256] [--batch-size 16] [--processes 16] [--repeats 1]
 
-Needs `artifacts/fetch_base` and `artifacts/split` (`dvc repro split`), and as many free cores. The same rows
+Needs `artifacts/fetch_base`, `artifacts/curate` and `artifacts/split` (`dvc repro split`), and as many free cores. The same rows
 in the same batches, in turns; the time is that of the training, including the first, slow step. Prints a
 JSON object with the tokens per second and their ratio; `docs/benchmarks.md` keeps the results.
 
@@ -39,11 +39,11 @@ ROOT = Path(__file__).parents[1]
 
 
 def make_project(folder: Path, rows: list[Row], **settings: Any) -> None:
-    """Lay out what the stage reads: the base model of this checkout, some of its rows, and params.yaml."""
-    base = artifacts("fetch_base").resolve()
+    """Lay out what the stage reads: base model and task of this checkout, some of its rows, and params.yaml."""
     split = folder / artifacts("split")
     split.mkdir(parents=True)
-    (folder / artifacts("fetch_base")).symlink_to(base)
+    for stage in ("fetch_base", "curate"):
+        (folder / artifacts(stage)).symlink_to(artifacts(stage).resolve())
     write_rows(split / "train.parquet", rows)
     write_rows(split / "validation.parquet", [])
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))

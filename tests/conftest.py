@@ -83,9 +83,10 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_modifyitems(items):
-    """Put the tests of the longest files first."""
+    """Put the tests of the longest files first, then those of stages: a slow machine skips the last."""
     ranks = {TESTS / name: rank for rank, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+    stages = TESTS / "stages"
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks) + (stages not in item.path.parents)))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -25,7 +25,7 @@ from stages.common.params.checked_yaml import Section
 from stages.common.params.loading import Params
 from tests.environments.wheels import GLIBC_MINOR, MACOS, PYTHONS
 from tests.services.api.openai_gaps import GAPS, ROUTES, TAKEN, TAKEN_WITHIN
-from tests.stages.families import EVERY_PART, KNOWN
+from tests.stages.families import EVERY_PART, KNOWN, Known
 
 ROOT = Path(__file__).parents[2]
 HERE = ROOT / "docs" / "reference"
@@ -324,13 +324,20 @@ def families_page() -> str:
             "yes",
             fast,
             gguf if known.gguf else "no",
-            "`paged`" if known.paged else "`transformers`",
+            _name_evaluating(known),
             *engines,
             "listed" if known.adapters else "no adapters",
             "yes",
         ]
         out.append(f"| {' | '.join(cells)} |")
     return "\n".join([*out, "", FAMILY_NOTES])
+
+
+def _name_evaluating(known: Known) -> str:
+    """Return which engine answers the test rows on a CPU."""
+    if not known.paged:
+        return "`transformers`"
+    return f"`paged`; {known.stripping} by `transformers`" if known.stripping else "`paged`"
 
 
 FAMILY_NOTES = """\

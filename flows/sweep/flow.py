@@ -110,7 +110,8 @@ def _run_trials(root: Path, params: Params, baseline: Baseline, study: SweepStud
     logger.info("study %s: %d of %d trials are done", baseline.name, len(results), settings.trials)
     if len(results) < settings.trials:
         for line in estimate_lines(root, [TRAINED]):
-            logger.info("a trial that is not stopped early: %s", line)
+            logger.info("each trial that is not stopped early: %s", line)
+        logger.info("%d trials are left", settings.trials - len(results))
     processes = StageProcesses(baseline.checkout)
     with processes.ending(), processes.stopping_on(signal.SIGINT, signal.SIGTERM):
         while len(results) < settings.trials and processes.stopped_by is None:

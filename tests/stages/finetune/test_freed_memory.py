@@ -34,11 +34,13 @@ def test_freed_blocks_are_given_back_when_a_batch_may_pass_the_estimate():
     freed.make_room(60)
     assert read_held_memory() < before + 50 * MIB
 
-    # Not for each batch anew, but at once where the process is larger already.
+    # Not for each batch anew, but at once for one that would pass it by far, or where the process is larger.
     stays += leave_freed_blocks(200)
     kept = read_held_memory()
     freed.make_room(60)
     assert read_held_memory() > kept - 20 * MIB
+    freed.make_room(100)
+    assert read_held_memory() < before + 50 * MIB
     stays += leave_freed_blocks(400)
     assert read_held_memory() > before + 320 * MIB
     freed.make_room(1)
