@@ -4,9 +4,10 @@
         [--sharding none | full]
     python -m benchmarks.devices --simulate [--rows 256] [--batch-size 16] [--processes 16] [--repeats 1]
 
-Needs `artifacts/fetch_base`, `artifacts/curate` and `artifacts/split` (`dvc repro split`), and as many free cores. The same rows
-in the same batches, in turns; the time is that of the training, including the first, slow step. Prints a
-JSON object with the tokens per second and their ratio; `docs/benchmarks.md` keeps the results.
+Needs `artifacts/fetch_base`, `artifacts/curate` and `artifacts/split` (`dvc repro split`), and as many free
+cores. The same rows in the same batches, in turns; the time is that of the training, including the first,
+slow step. Prints a JSON object with the tokens per second and their ratio; `docs/benchmarks.md` keeps the
+results.
 
 With `--simulate` one core is enough, and the numbers of processes are 2, 4 and so on up to `--processes`: the
 computing of each share of a batch is measured in one process with one thread, and the exchange is computed
@@ -39,7 +40,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def make_project(folder: Path, rows: list[Row], **settings: Any) -> None:
-    """Lay out what the stage reads: base model and task of this checkout, some of its rows, and params.yaml."""
+    """Lay out what the stage reads: base model and task of this checkout, some of its rows, parameters."""
     split = folder / artifacts("split")
     split.mkdir(parents=True)
     for stage in ("fetch_base", "curate"):
