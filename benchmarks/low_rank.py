@@ -52,7 +52,8 @@ from stages.compress.shrinking import drop_channels
 from stages.compress.variants import draw_calibration
 
 ROOT = Path(__file__).parents[1]
-DAMPING = 1e-4  # of the mean of the moments' diagonal: inputs that never vary
+# Of the mean of the moments' diagonal: inputs that never vary; more where sums were rounded by more.
+DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1)
 HEALING_BATCH = 8  # rows of an update
 MIB = 1 << 20
 
@@ -223,7 +224,11 @@ def approximate(weights: Weights, moments: Weights | None, rank: int) -> tuple[W
         left, values, right = torch.linalg.svd(weights, full_matrices=False)
         return left[:, :rank] * values[:rank], right[:rank]
     mean = moments.diagonal().mean().clamp(min=1e-8)
-    spread = torch.linalg.cholesky((moments + torch.eye(len(moments)) * DAMPING * mean).double())
+    for damping in DAMPINGS:
+        damped = moments.double() + torch.eye(len(moments)).double() * damping * mean
+        spread, problem = torch.linalg.cholesky_ex(damped)
+        if not problem:
+            break
     left, values, right = torch.linalg.svd(weights.double() @ spread, full_matrices=False)
     undone = torch.linalg.solve_triangular(spread, right[:rank], upper=False, left=False)
     return (left[:, :rank] * values[:rank]).float(), undone.float()

@@ -41,6 +41,13 @@ def test_weighted_factors_change_the_outputs_on_such_inputs_least():
     assert weighted < 0.8 * plain and weighted == pytest.approx(best, rel=0.01)
 
 
+def test_moments_that_rounding_made_indefinite_still_weight_the_factors():
+    torch.manual_seed(2)
+    moments = torch.diag(torch.cat([torch.full((15,), 1.0), torch.tensor([-0.005])]))
+    left, right = low_rank.approximate(torch.randn(24, 16), moments, 16)
+    assert torch.isfinite(left).all() and torch.isfinite(right).all()
+
+
 def test_a_rank_takes_at_most_its_share_of_the_weights():
     for outputs, inputs, share in ((576, 576, 0.5), (1536, 576, 0.9), (192, 576, 0.75)):
         rank = low_rank.find_rank(outputs, inputs, share)
