@@ -206,7 +206,7 @@ def main() -> None:
     processes = count_processes(finetune.devices, finetune.batch_size, device.type)
     dtype = str(pick_dtype(device, finetune.dtype)).removeprefix("torch.")
     speed = measure_product_speed(dtype, device.type)
-    paged = device.type == "cpu" and counted["answered_by"] == "paged"
+    paged = device.type == "cpu" and counted.get("answered_by") == "paged"
     free = torch.cuda.mem_get_info(device)[0] if has_gpus else read_free_memory()
     memory = choose_memory(params, counted, base, dtype, free, processes, has_gpus, method)
     estimate = estimate_run(

@@ -34,7 +34,7 @@ def test_the_estimate_of_the_stages_that_run_is_logged_once(tmp_path, caplog, mo
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     side = {"rows": 9, "tokens": 180, "learned_tokens": 36, "longest": 20, "longest_answer": 4}
     sides = dict.fromkeys(("train", "validation", "test"), side)
-    counted = {"success": True, "problems": [], "sides": sides}
+    counted = {"success": True, "problems": [], "sides": sides, "answered_by": "paged"}
     write_json(tmp_path / "reports/preflight/metrics.json", counted)
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
@@ -44,8 +44,9 @@ def test_the_estimate_of_the_stages_that_run_is_logged_once(tmp_path, caplog, mo
             with cores.hold(logger):
                 pass
     lines = [record.message for record in caplog.records]
-    assert len(lines) == 4
+    assert len(lines) == 6
     assert lines[0].startswith("this machine: ") and "finetune: 9 rows" in lines[2]
+    assert "memory: " in lines[4] and "costs: " in lines[5]
 
 
 def test_without_rows_there_is_no_estimate(tmp_path, monkeypatch):
