@@ -219,6 +219,9 @@ def approximate(weights: Weights, moments: Weights | None, rank: int) -> tuple[W
 
     Args:
         moments: second moments of the inputs: the outputs on such inputs are nearest; None: the weights are.
+
+    Raises:
+        ArithmeticError: the moments are further from those of any inputs than rounding makes them.
     """
     if moments is None:
         left, values, right = torch.linalg.svd(weights, full_matrices=False)
@@ -229,6 +232,8 @@ def approximate(weights: Weights, moments: Weights | None, rank: int) -> tuple[W
         spread, problem = torch.linalg.cholesky_ex(damped)
         if not problem:
             break
+    else:
+        raise ArithmeticError(f"the moments of {len(moments)} inputs cannot be factorized, also damped")
     left, values, right = torch.linalg.svd(weights.double() @ spread, full_matrices=False)
     undone = torch.linalg.solve_triangular(spread, right[:rank], upper=False, left=False)
     return (left[:, :rank] * values[:rank]).float(), undone.float()

@@ -7,7 +7,7 @@ Needs `artifacts/fetch_base`, `artifacts/curate` and `artifacts/split` (`dvc rep
 tiny model and rows. Each method is the stage `finetune` itself, in a folder of its own and with the
 parameters of the checkout, but for the method, its learning rate, and one point of validation, at the end.
 Methods that need more than rows with answers (pairs, rewards, a teacher, labels) are left out.
-Prints a table, which `docs/benchmarks.md` keeps, and writes a JSON object. `processor s` is the processor
+Prints the table that `docs/how-to/methods.md` keeps, and writes a JSON object. `processor s` is the processor
 time of the whole stage: with one thread (`OMP_NUM_THREADS=1`) other programs on the machine change it least.
 """
 

@@ -239,5 +239,5 @@ def run_llamafactory(inputs: Inputs, settings: dict[str, Any], python: str) -> F
         model = AutoModelForCausalLM.from_pretrained(inputs.base, dtype=getattr(torch, recipe.dtype))
         tuned = PeftModel.from_pretrained(model, str(folder / "out"))
         figures = make_figures(inputs, float(taken["train_runtime"]), compute_loss(tuned, inputs))
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # of the command, not of this process
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # the command's, which holds more
         return figures | {"peak_rss_mib": peak >> 10}

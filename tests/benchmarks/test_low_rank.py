@@ -46,6 +46,8 @@ def test_moments_that_rounding_made_indefinite_still_weight_the_factors():
     moments = torch.diag(torch.cat([torch.full((15,), 1.0), torch.tensor([-0.005])]))
     left, right = low_rank.approximate(torch.randn(24, 16), moments, 16)
     assert torch.isfinite(left).all() and torch.isfinite(right).all()
+    with pytest.raises(ArithmeticError, match="moments of 16 inputs"):
+        low_rank.approximate(torch.randn(24, 16), -moments, 16)
 
 
 def test_a_rank_takes_at_most_its_share_of_the_weights():

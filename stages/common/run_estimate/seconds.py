@@ -87,7 +87,7 @@ def read_model_size(base: Path) -> ModelSize:
         attention = hidden * head * (2 * heads + 2 * kv)
         inner = config["intermediate_size"]
         if experts := config.get("num_experts_per_tok"):  # of which each token has a few
-            inner = experts * config["moe_intermediate_size"]
+            inner = experts * config.get("moe_intermediate_size", inner)
         layers = config["num_hidden_layers"] * (attention + 3 * hidden * inner)
         return ModelSize(layers, hidden * config["vocab_size"])
     except KeyError:  # an architecture with other names
@@ -95,9 +95,12 @@ def read_model_size(base: Path) -> ModelSize:
 
 
 def read_text_config(path: Path) -> dict[str, Any]:
-    """Return a config.json, of a model that also sees or hears the part on text."""
+    """Return a config.json, of a model that also sees or hears the part on text.
+
+    Without transformers, whose import takes longer than the estimate (`read_config` has it).
+    """
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return {**config, **config.get("text_config", {})}
+    return {**config, **(config.get("text_config") or {})}
 
 
 def _count_matrices(base: Path) -> ModelSize:

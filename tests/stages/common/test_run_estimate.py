@@ -92,6 +92,14 @@ def test_the_size_of_another_architecture_is_that_of_the_weights_that_a_token_me
     assert found.layers == pytest.approx(layers + positions, rel=0.1)
 
 
+def test_the_size_of_a_mixture_has_the_experts_of_a_token_also_where_their_width_has_the_usual_name(tmp_path):
+    names = ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "vocab_size")
+    config = dict(zip(names, (8, 2, 3, 20, 100), strict=True))
+    config |= {"num_experts_per_tok": 2, "num_local_experts": 4, "text_config": None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_model_size(tmp_path) == ModelSize(3 * (4 * 8 * 8 + 2 * 3 * 8 * 20), 800)
+
+
 def test_twice_the_rows_or_half_the_speed_take_twice_as_long():
     once = estimate_run(WORK, DEFAULT_SIZE, "float32", 1e11)
     double = Work(2000, 100_000, 40_000, 100, 5000, 40)
