@@ -8,7 +8,8 @@ from stages.finetune.progress.memory import MemoryEstimate
 # The pages that are given back are zeroed for the next batch again, which takes up to a tenth of its time.
 BATCHES_BETWEEN = 8
 # Of the estimate, by how much a batch may exceed it until then: with what a step adds, less than a tenth.
-SURPLUS = 0.04
+# Only where a batch is such a share of it: a smaller one cannot pass it by far, and only time is lost.
+SURPLUS, LARGE = 0.04, 0.25
 # Of what a batch takes, what does not fit into the places of others, though one of them was as large.
 MISFIT = 0.5
 
@@ -40,8 +41,9 @@ class FreedMemory:
         needed = self._estimate.activations * tokens / self._estimate.tokens
         needed *= 1 if tokens > self._largest else MISFIT
         held, peak = read_held_memory(), self._estimate.peak
-        is_due = self._batches >= BATCHES_BETWEEN
-        if held > peak or held + needed > peak * (1 if is_due else 1 + SURPLUS):
+        is_large = self._estimate.activations > LARGE * peak
+        is_due = self._batches >= BATCHES_BETWEEN or (is_large and held + needed > peak * (1 + SURPLUS))
+        if held > peak or (is_due and held + needed > peak):
             release_freed_memory()
             self._largest = self._batches = 0
         self._largest = max(self._largest, tokens)

@@ -5,6 +5,7 @@ import torch
 
 from stages.common.machine.memory import read_held_memory, release_freed_memory
 from stages.finetune.fast_lora import keep_freed_memory
+from stages.finetune.progress import freed_memory
 from stages.finetune.progress.freed_memory import FreedMemory
 from stages.finetune.progress.memory import MemoryEstimate
 
@@ -21,7 +22,8 @@ def leave_freed_blocks(count):
 
 
 @pytest.mark.skipif(not keep_freed_memory(), reason="only glibc keeps what is freed")
-def test_freed_blocks_are_given_back_when_a_batch_may_pass_the_estimate():
+def test_freed_blocks_are_given_back_when_a_batch_may_pass_the_estimate(monkeypatch):
+    monkeypatch.setattr(freed_memory, "LARGE", 0.0)  # of whatever this process holds already
     release_freed_memory()
     before = read_held_memory()
     freed = FreedMemory(MemoryEstimate(before, 0, 300 * MIB, tokens=100))
@@ -39,6 +41,10 @@ def test_freed_blocks_are_given_back_when_a_batch_may_pass_the_estimate():
     kept = read_held_memory()
     freed.make_room(60)
     assert read_held_memory() > kept - 20 * MIB
+    monkeypatch.setattr(freed_memory, "LARGE", 1.0)
+    freed.make_room(60)
+    assert read_held_memory() > kept - 20 * MIB  # a small batch waits
+    monkeypatch.setattr(freed_memory, "LARGE", 0.0)
     freed.make_room(100)
     assert read_held_memory() < before + 50 * MIB
     stays += leave_freed_blocks(400)
