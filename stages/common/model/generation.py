@@ -130,25 +130,31 @@ def sample_answers(
     prompts: Sequence[list[int]],
     max_new_tokens: int,
     temperature: float,
-    generator: torch.Generator,
+    numbers: torch.Tensor,
 ) -> list[list[int]]:
     """Return an answer to each prompt, drawn by the model's probabilities, up to its end of turn or cut.
 
     Args:
         prompts: asked together.
         max_new_tokens: where an answer is cut.
-        generator: on the model's device; equal states give equal answers.
+        numbers: what each token is drawn with, of [0, 1), by inverting the cumulated probabilities; shape
+            (prompts, max_new_tokens). Equal numbers give equal answers, whatever else is asked with them.
 
     Raises:
         FloatingPointError: the model's probabilities are not numbers.
     """
     import torch
 
-    def draw(logits: torch.Tensor) -> torch.Tensor:
+    numbers = numbers.to(model.device)
+
+    def draw(logits: torch.Tensor, rows: Sequence[int], step: int) -> torch.Tensor:
         shares = torch.softmax(logits.float() / temperature, dim=-1)
-        if not torch.isfinite(shares).all():  # a GPU could not be used again after drawing from them
+        if not torch.isfinite(shares).all():
             raise FloatingPointError("the model's probabilities are not numbers")
-        return torch.multinomial(shares, 1, generator=generator)[:, 0]
+        cumulated = shares.cumsum(dim=-1)
+        # Of their sum, which rounding leaves a little above or below 1.
+        wanted = numbers[list(rows), step, None] * cumulated[:, -1:]
+        return torch.searchsorted(cumulated, wanted, right=True)[:, 0].clamp(max=shares.shape[-1] - 1)
 
     with torch.no_grad():
         state = _prefill(model, prompts, tokenizer.pad_token_id)
@@ -331,7 +337,7 @@ def _nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return losses.cpu().double()  # in this order: Metal has no float64
 
 
-def _choose_likeliest(logits: torch.Tensor) -> torch.Tensor:
+def _choose_likeliest(logits: torch.Tensor, rows: Sequence[int], step: int) -> torch.Tensor:
     return logits.argmax(dim=-1)
 
 
@@ -340,12 +346,13 @@ def _write(
     state: _Prefilled,
     ends: Sequence[int],
     max_new_tokens: int,
-    choose: Callable[[torch.Tensor], torch.Tensor],
+    choose: Callable[[torch.Tensor, Sequence[int], int], torch.Tensor],
 ) -> list[list[int]]:
     """Return what each row writes, up to and with an end of turn or up to the limit.
 
     Args:
-        choose: returns the next token of each row, from logits of shape (rows, words).
+        choose: returns the next token of each row that still writes, from logits of shape (rows, words), the
+            numbers of these rows, and that of the token.
     """
     import torch
 
@@ -353,7 +360,7 @@ def _write(
     rows = list(range(len(written)))
     logits = state.logits
     for step in range(max_new_tokens):
-        tokens = choose(logits)
+        tokens = choose(logits, rows, step)
         for row, token in zip(rows, tokens.tolist(), strict=True):
             written[row].append(token)
         still = [place for place, row in enumerate(rows) if written[row][-1] not in ends]

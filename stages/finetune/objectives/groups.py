@@ -2,8 +2,8 @@
 
 Shao et al. 2024, DeepSeekMath (arXiv 2402.03300), section 4. Every group is sampled by the model as it is at
 the update that learns from it, so the ratio of the new to the old policy is 1 at each update and its clipping
-never cuts; what is sampled follows from the seed, the update and the process, so that a run that resumes
-samples the same.
+never cuts; what is sampled of a row follows from the seed and the update, so that a run that resumes samples
+the same, and so do several processes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from stages.common.chat.template import Encoded, end_of_turn_ids
 from stages.common.model.generation import sample_answers
 from stages.common.model.replaced import list_trained
 from stages.common.records import Row
-from stages.finetune.devices.group import gather, get_rank
+from stages.finetune.devices.group import gather
 from stages.finetune.objectives.log_probabilities import read_log_probabilities
 from stages.finetune.objectives.losses import compare_in_groups, compute_grpo_losses
 from stages.finetune.objectives.protocol import Arrange, Batch, Pass, Start
@@ -143,20 +143,24 @@ class Groups:
 
     def _sample(self, model: Any, batch: Batch) -> list[list[list[int]]]:
         """Return the answers of the group of each row, as token ids with their end of turn."""
-        update, part = batch.place
         own = getattr(model, "module", model)  # of several processes each samples by itself
-        generator = torch.Generator(own.device)
-        generator.manual_seed(hash((self.seed, update, part, get_rank())) % 2**63)
+        numbers = torch.cat([self._draw_numbers(row, batch.place) for row in batch.rows])
         prompts = [self._prompts[row] for row in batch.rows for _ in range(self.sequences_of_row)]
         was_training = own.training
         own.eval()
         try:
             with attending(own, self._attention):
-                found = sample_answers(own, self.tokenizer, prompts, self.limit, self.temperature, generator)
+                found = sample_answers(own, self.tokenizer, prompts, self.limit, self.temperature, numbers)
         finally:
             own.train(was_training)
         size = self.sequences_of_row
         return [found[first : first + size] for first in range(0, len(found), size)]
+
+    def _draw_numbers(self, row: int, place: tuple[int, int]) -> Tensor:
+        """Return the numbers that the group of a row is sampled with; shape (group, tokens of an answer)."""
+        generator = torch.Generator()
+        generator.manual_seed(hash((self.seed, *place, row)) % 2**63)
+        return torch.rand(self.sequences_of_row, self.limit, generator=generator)
 
     def _count_sampling(
         self, model: Any, rows: Sequence[int], answers: Sequence[Sequence[list[int]]]

@@ -115,6 +115,10 @@ def test_two_processes_have_the_losses_of_one_whoever_starts_them(tmp_path, monk
         ("dpo", {}, 5),
         ("kto", {}, 9),  # both answers of a pair are rated
         ("distill", {"teacher": "teacher"}, 5),
+        ("orpo", {}, 5),
+        ("prefix_tuning", {}, 5),
+        ("partial", {"trained_modules": 1}, 5),
+        ("grpo", {"kl_weight": 0.1, "rewards": {"valid": 0.0, "schema": 0.0, "match": 1.0}}, 5),
     ],
 )
 def test_two_processes_have_the_losses_of_one_whatever_the_method(

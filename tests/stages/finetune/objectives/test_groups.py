@@ -25,26 +25,31 @@ from tests.tiny import make_model, make_tokenizer
 WEIGHTS = {"valid": 0.25, "schema": 0.25, "match": 1.0}
 
 
-def generator(seed):
-    return torch.Generator().manual_seed(seed)
+def numbers(seed, prompts=3, tokens=12):
+    return torch.rand(prompts, tokens, generator=torch.Generator().manual_seed(seed))
 
 
-def test_an_answer_is_drawn_by_the_models_probabilities_and_the_same_from_the_same_state():
+def test_an_answer_is_drawn_by_the_models_probabilities_and_the_same_from_the_same_numbers():
     model, tokenizer = make_model(1), make_tokenizer()
     questions = encode_questions(tokenizer, rows(3))
     prompts = [question.prompt for question in questions]
     first, again, other = (
-        sample_answers(model, tokenizer, prompts, 12, 1.0, generator(seed)) for seed in (1, 1, 2)
+        sample_answers(model, tokenizer, prompts, 12, 1.0, numbers(seed)) for seed in (1, 1, 2)
     )
     assert first == again != other
     assert all(0 < len(tokens) <= 12 for tokens in first)
-    cold = sample_answers(model, tokenizer, prompts, 12, 1e-4, generator(1))
+    alone = [
+        sample_answers(model, tokenizer, [prompt], 12, 1.0, numbers(1)[place : place + 1])
+        for place, prompt in enumerate(prompts)
+    ]
+    assert [tokens for (tokens,) in alone] == first
+    cold = sample_answers(model, tokenizer, prompts, 12, 1e-4, numbers(1))
     likeliest = [answer.text for answer in answer_questions(model, tokenizer, questions, 3, 12)]
     ends = {tokenizer.eos_token_id}
     assert [tokenizer.decode([t for t in tokens if t not in ends]) for tokens in cold] == likeliest
     # One token after one prompt, often: the shares are the model's.
     model.lm_head.weight.data *= 8
-    many = sample_answers(model, tokenizer, [prompts[0]] * 4000, 1, 1.0, generator(3))
+    many = sample_answers(model, tokenizer, [prompts[0]] * 4000, 1, 1.0, numbers(3, 4000, 1))
     counts = torch.bincount(torch.tensor(many).flatten(), minlength=258) / 4000
     shares = torch.softmax(model(torch.tensor([prompts[0]])).logits[0, -1], dim=-1)
     assert float((counts - shares).abs().max()) < 0.05
@@ -79,6 +84,7 @@ def test_what_is_sampled_follows_from_the_update_and_not_from_what_was_drawn_bef
     one = groups._sample(model, batch)
     assert len(one) == 2 and all(len(group) == 4 for group in one)
     assert groups._sample(model, batch) == one
+    assert groups._sample(model, groups.collate([2], arrange)) == one[1:]  # as another process has it
     moved = Batch(batch.rows, batch.layout, batch.learned, batch.units, place=(1, 0))
     assert groups._sample(model, moved) != one
 
