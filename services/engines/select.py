@@ -178,10 +178,11 @@ def _reason_against_vllm(base: Path | None, adapter: Path | None) -> str | None:
         return "vLLM is not installed (pip install 'perennial[gpu]')"
     if base is None:
         return "the model's safetensors are missing"
-    method = read_settings(adapter)["method"] if adapter is not None else None
-    if method is not None and method not in VLLM_METHODS:
+    if adapter is None:
+        return None
+    if (method := read_settings(adapter)["method"]) not in VLLM_METHODS:
         return f"vLLM loads adapters of the methods {', '.join(VLLM_METHODS)}, and this is one of {method}"
-    return None
+    return check_engine("vllm", base, has_gguf=False)
 
 
 def _reason_against_paged(folder: Path, gguf: Path | None) -> str | None:

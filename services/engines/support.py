@@ -28,6 +28,8 @@ PAGED_TYPES = {
     "olmo2": "olmo2",
     "gemma3_text": "gemma3",
 }
+# Those that have no LoRA in vLLM's own list of models (supported_models, of 0.23).
+WITHOUT_VLLM_ADAPTERS = ("gpt2", "gpt_neox")
 # Those that OpenVINO GenAI can read from GGUF.
 OPENVINO_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _PAGED_ROTATIONS = ("default", "llama3", "linear")
@@ -43,12 +45,21 @@ def check_engine(kind: str, folder: Path, has_gguf: bool) -> str | None:
         folder: has the model's `config.json` and `tokenizer.json`.
         has_gguf: whether the model has, or will have, a GGUF file.
     """
-    if kind not in ("paged", "openvino"):
+    if kind not in ("paged", "openvino", "vllm"):
         return None
-    if not has_gguf:
+    if kind != "vllm" and not has_gguf:
         return "the model has no GGUF (export.gguf in params.yaml)"
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if kind == "vllm":
+        return check_vllm(config)
     return check_paged(config) if kind == "paged" else check_openvino(config) or _check_tokenizer(folder)
+
+
+def check_vllm(config: Mapping[str, Any]) -> str | None:
+    """Return why vLLM does not load adapters of an architecture; None if it does, or is not known not to."""
+    if (found := config["model_type"]) in WITHOUT_VLLM_ADAPTERS:
+        return f"vLLM loads no adapters of the architecture {found}"
+    return None
 
 
 def pick_engine(wanted: str, base: Path, exports_gguf: bool) -> EngineName:

@@ -23,6 +23,7 @@ from stages.finetune import __main__ as finetune
 from stages.finetune.adapter import build_model
 from stages.finetune.recipe import Recipe
 from stages.preflight import __main__ as preflight
+from stages.preflight.base_checks import find_engine_problems
 from tests.stages.families import KNOWN, ROOT, make_base, row, takes_system, write_project
 
 
@@ -138,6 +139,14 @@ def test_a_family_without_gguf_is_refused_before_training_unless_no_gguf_is_want
     with pytest.raises(InputError, match=f"'{KNOWN[family].model_type}' has no GGUF export") as error:
         preflight.main()
     assert "export.gguf: false" in error.value.fix
+
+
+@pytest.mark.parametrize(("family", "known"), KNOWN.items())
+def test_vllm_is_refused_for_a_family_of_which_it_has_no_adapters(tmp_path, family, known):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": known.model_type}))
+    (*problems,) = find_engine_problems({"services.engine.kind": "vllm"}, tmp_path, exports_gguf=False)
+    told = f"services.engine.kind is vllm, and vLLM loads no adapters of the architecture {known.model_type}"
+    assert [problem.what for problem in problems] == ([] if known.adapters else [told])
 
 
 def test_a_model_that_also_reads_pictures_gets_an_adapter_for_its_text_only(tmp_path):

@@ -56,7 +56,9 @@ def test_a_gpu_that_is_reserved_gets_vllm_and_else_transformers(machine, caplog)
         ("replaced_config.json", {"method": "full"}, "full"),
     ],
 )
-def test_what_vllm_cannot_load_is_served_by_transformers_or_refused(machine, tmp_path, name, config, method):
+def test_what_vllm_cannot_load_is_served_by_transformers_or_refused(
+    machine, monkeypatch, tmp_path, name, config, method
+):
     machine(gpus=1, wheels=("openvino_genai", "vllm"))
     (tmp_path / name).write_text(json.dumps(config))
     assert choose(gpus=1, adapter=tmp_path) == "transformers"
@@ -65,6 +67,10 @@ def test_what_vllm_cannot_load_is_served_by_transformers_or_refused(machine, tmp
     (tmp_path / name).unlink()
     (tmp_path / "adapter_config.json").write_text('{"use_rslora": true}')
     assert choose(gpus=1, adapter=tmp_path) == "vllm"
+    monkeypatch.setattr("services.engines.support.WITHOUT_VLLM_ADAPTERS", ("llama",))
+    assert choose(gpus=1, adapter=tmp_path) == "transformers"
+    with pytest.raises(InputError, match="vLLM loads no adapters of the architecture llama"):
+        choose("vllm", gpus=1, adapter=tmp_path)
 
 
 def test_a_gpu_that_is_not_reserved_is_left_alone(machine, caplog):
