@@ -13,7 +13,10 @@ from typing import Any
 
 from stages.common.model.adapter import SHARDED_METHODS
 
-PROGRAM_BYTES = 560 << 20  # Python with torch, transformers and peft, measured
+PROGRAM_BYTES = 690 << 20  # Python with torch, transformers and peft, measured
+# Of the products of bfloat16 on a CPU, the code that oneDNN and torch compile for each length of a batch, and of
+# how many lengths they keep it: measured with a Llama's layers (docs/benchmarks.md, Memory of a training).
+KERNEL_BYTES, LENGTHS_KEPT = 11 << 20, 23
 TRAINED_BYTES = 16  # of a trained weight in float32, its gradient and AdamW's two averages
 BUCKET_BYTES = 4  # and of its gradient again, where several processes average theirs
 LOGITS_AT_ONCE = 128  # rows that the loss widens to float32, twice
@@ -40,6 +43,16 @@ def list_ways(
     parts = {"none": [1], "full": [processes], "auto": [1, processes]}[sharding] if can_share else [1]
     twice = [False, True] if checkpointing == "auto" else [bool(checkpointing)]
     return [(shards, again) for shards in parts for again in twice]
+
+
+def count_kernel_bytes(element_bytes: int, device: str, batches: int) -> int:
+    """Return the bytes of the code of products that a training of so many batches keeps at most.
+
+    Args:
+        element_bytes: of a number in the format of training.
+        device: as torch names it.
+    """
+    return KERNEL_BYTES * min(batches, LENGTHS_KEPT) if device == "cpu" and element_bytes == 2 else 0
 
 
 def count_gathered_bytes(weights: int, outside: int, layers: int, element_bytes: int, replaced: bool) -> int:

@@ -21,7 +21,12 @@ from stages.common.errors import InputError
 from stages.common.machine.devices import read_gpu_watts
 from stages.common.machine.memory import format_bytes, read_free_memory, read_total_memory
 from stages.common.machine.products import measure_product_speed
-from stages.common.machine.training_memory import Batch, estimate_training_memory, list_ways
+from stages.common.machine.training_memory import (
+    Batch,
+    count_kernel_bytes,
+    estimate_training_memory,
+    list_ways,
+)
 from stages.common.model.adapter import LORA_METHODS, REPLACED_METHODS
 from stages.common.model.loading import count_parameters, pick_device, pick_dtype
 from stages.common.model.nf4 import NF4_BYTES
@@ -121,6 +126,8 @@ def choose_memory(
         return None
     quantized = training.get("quantized_parameters", 0) if training else 0
     more = method.teacher * element_bytes * method.is_beside - int(quantized * (element_bytes - NF4_BYTES))
+    batches = -(-train["rows"] // finetune.batch_size) * finetune.epochs
+    more += count_kernel_bytes(element_bytes, "cuda" if has_gpus else "cpu", batches)
     needs = [(needed + more) * (1 if has_gpus else processes) for needed in each]
     place = next((place for place, needed in enumerate(needs) if needed <= free), -1)
     return Memory(needs[place], *ways[place])

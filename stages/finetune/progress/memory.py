@@ -24,8 +24,9 @@ from torch import Tensor
 
 from stages.common.chat.template import Encoded
 from stages.common.errors import InputError
-from stages.common.logs import KERNELS_KEPT, get_logger, is_full_memory
+from stages.common.logs import get_logger, is_full_memory
 from stages.common.machine.memory import format_bytes, read_free_memory, read_held_memory, read_peak_memory
+from stages.common.machine.training_memory import count_kernel_bytes
 from stages.finetune.answer_loss import find_chunked_head, measure_chunk, sum_answer_loss
 from stages.finetune.devices.group import count_local_processes, count_processes
 from stages.finetune.devices.sharding import (
@@ -46,7 +47,6 @@ FRAGMENTATION = 1.1
 UNCERTAINTY = 0.1  # of the estimate; docs/benchmarks.md has the measured differences
 PLAIN_UNCERTAINTY = 0.3  # where a batch is padded rows: torch's attention keeps other tensors with a mask
 ADAMW_BYTES = 8  # two averages in float32
-KERNEL_BYTES = 1 << 20  # of the code of a product of bfloat16 on a CPU, each length of a batch has its own
 LOGITS_AT_ONCE = 128  # rows that the loss widens to float32, twice
 
 
@@ -58,6 +58,7 @@ class MemoryEstimate:
         held: by the process before the first step, with the weights.
         optimizer: gradients and averages of the trained weights.
         activations: of the largest batch, kept for the backward pass; and what is gathered of a shared model.
+        kernels: of the code of products that has been compiled by the end.
         answers: of the validation rows that are asked at once, while there are no activations.
         tokens: that are computed of the largest batch.
         reached: the most that the process has held so far: reading the weights can take more than the steps.
@@ -66,6 +67,7 @@ class MemoryEstimate:
     held: int
     optimizer: int
     activations: int
+    kernels: int = 0
     answers: int = 0
     tokens: int = 1
     reached: int = 0
@@ -78,15 +80,16 @@ class MemoryEstimate:
     @property
     def added(self) -> int:
         """What the training takes in addition to what is held."""
-        return self.optimizer + max(self.activations, self.answers)
+        return self.optimizer + self.kernels + max(self.activations, self.answers)
 
     def describe(self) -> str:
         """Return the parts of the estimate as text."""
         asked = f" or {format_bytes(self.answers)} for validation rows" if self.answers else ""
+        code = f", {format_bytes(self.kernels)} for the code of products" if self.kernels else ""
         return (
             f"{format_bytes(self.held + self.added)}: {format_bytes(self.held)} before the first step, "
             f"{format_bytes(self.optimizer)} for the optimizer, {format_bytes(self.activations)} for a batch"
-            f"{asked}"
+            f"{asked}{code}"
         )
 
 
@@ -118,6 +121,7 @@ class MemoryPlan:
         examples: all rows.
         share_prefix: whether a batch is one sequence.
         sequences_of_row: how many of the examples a row of a batch has.
+        batches: of the training; each may have a length of its own.
 
     Attributes:
         checkpointing: whether layers are computed again in the backward pass.
@@ -132,6 +136,7 @@ class MemoryPlan:
         pad_id: int,
         share_prefix: bool,
         sequences_of_row: int = 1,
+        batches: int = 1,
     ) -> None:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -140,8 +145,7 @@ class MemoryPlan:
         self.checkpointing = self.can_checkpoint = False
         self.count_answers: Callable[[int], int] = lambda rows: 0
         self._packed = is_packed(model)
-        compiles = model.device.type == "cpu" and model.dtype == torch.bfloat16
-        self._kernels = KERNELS_KEPT * KERNEL_BYTES if compiles else 0
+        self._kernels = count_kernel_bytes(model.dtype.itemsize, model.device.type, batches)
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._model = _copy_without_values(model, self._mode)
         self._own = {_key(t) for t in chain(self._model.parameters(), self._model.buffers())}
@@ -177,10 +181,11 @@ class MemoryPlan:
         logits = 2 * 4 * min(LOGITS_AT_ONCE, answers) * self._words
         if self._chunk is not None:  # of the output layer, which autograd keeps otherwise
             logits += min(answers, self._chunk.rows) * self._chunk.row_bytes
-        logits += self._gathered + self._kernels
+        logits += self._gathered
         asked = self.count_answers(round(times * len(rows)))
         tokens = int(times * batch.input_ids.numel())
-        return MemoryEstimate(held, self._optimizer, int(kept * FRAGMENTATION) + logits, asked, tokens)
+        taken = int(kept * FRAGMENTATION) + logits
+        return MemoryEstimate(held, self._optimizer, taken, self._kernels, asked, tokens)
 
     def fits(self, rows: Sequence[Encoded]) -> bool:
         """Return whether the steps of a batch of these rows will certainly fit into the free memory."""
@@ -251,11 +256,16 @@ class MemoryPlan:
 
 
 def plan_memory(
-    model: Any, examples: Sequence[Encoded], pad_id: int, share_prefix: bool, sequences_of_row: int = 1
+    model: Any,
+    examples: Sequence[Encoded],
+    pad_id: int,
+    share_prefix: bool,
+    sequences_of_row: int = 1,
+    batches: int = 1,
 ) -> MemoryPlan | None:
     """Return the plan of a training; None for a model whose shapes alone cannot be computed."""
     try:
-        plan = MemoryPlan(model, examples, pad_id, share_prefix, sequences_of_row)
+        plan = MemoryPlan(model, examples, pad_id, share_prefix, sequences_of_row, batches)
         plan.estimate(1, 0)
     except Exception as error:  # models are others' code: what it raises without values can be anything
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]

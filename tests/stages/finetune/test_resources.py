@@ -165,7 +165,7 @@ def test_a_training_whose_layers_are_computed_twice_learns_the_same_adapter(proj
 def test_answers_to_validation_rows_count_where_they_take_more_than_a_step(model):
     estimate = MemoryEstimate(100, 10, 50, answers=80)
     assert (estimate.peak, estimate.added) == (190, 90)
-    assert "80 MiB for validation rows" in MemoryEstimate(0, 0, 0, 80 * MIB).describe()
+    assert "80 MiB for validation rows" in MemoryEstimate(0, 0, 0, answers=80 * MIB).describe()
     questions = [EvalPrompt(list(range(2, 2 + n)), [5, 6, 7, 1]) for n in (60, 100)]
     sample = Sample(None, None, [], questions, 24)
     with torch.inference_mode(), LiveBytes() as live:
@@ -174,6 +174,18 @@ def test_answers_to_validation_rows_count_where_they_take_more_than_a_step(model
         _write(model, prefilled, [], sample.limit, _choose_likeliest)
     # Beside what it counts there are masks and positions, which only a model this small has more of.
     assert 0.5 * live.peak < estimate_answers(model, sample, 2) < 4 * live.peak
+
+
+@pytest.mark.parametrize(
+    ("dtype", "batches", "lengths"), [("bfloat16", 5, 5), ("bfloat16", 500, 23), ("float32", 500, 0)]
+)
+def test_the_code_of_products_is_counted_by_lengths_of_batches(model, dtype, batches, lengths):
+    model.to(getattr(torch, dtype))
+    plan = MemoryPlan(model, EXAMPLES, 1, share_prefix=False, batches=batches)
+    estimate = plan.estimate(4, 0)
+    assert estimate.kernels == lengths * 11 * MIB
+    assert estimate.peak == estimate.optimizer + estimate.activations + estimate.kernels
+    assert ("for the code of products" in estimate.describe()) == (lengths > 0)
 
 
 def test_memory_that_is_full_in_a_step_is_an_error_with_what_would_fit(model):
