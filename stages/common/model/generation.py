@@ -128,24 +128,24 @@ def sample_answers(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[list[int]],
-    max_new_tokens: int,
     temperature: float,
     numbers: torch.Tensor,
-) -> list[list[int]]:
-    """Return an answer to each prompt, drawn by the model's probabilities, up to its end of turn or cut.
+) -> list[list[list[int]]]:
+    """Return a group of answers to each prompt, drawn by the model's probabilities, up to their end or cut.
 
     Args:
-        prompts: asked together.
-        max_new_tokens: where an answer is cut.
+        prompts: asked together; each is read once.
         numbers: what each token is drawn with, of [0, 1), by inverting the cumulated probabilities; shape
-            (prompts, max_new_tokens). Equal numbers give equal answers, whatever else is asked with them.
+            (prompts, answers of a group, most tokens of an answer). Equal numbers give equal answers,
+            whatever else is asked with them.
 
     Raises:
         FloatingPointError: the model's probabilities are not numbers.
     """
     import torch
 
-    numbers = numbers.to(model.device)
+    _, size, max_new_tokens = numbers.shape
+    numbers = numbers.to(model.device).flatten(0, 1)
 
     def draw(logits: torch.Tensor, rows: Sequence[int], step: int) -> torch.Tensor:
         shares = torch.softmax(logits.float() / temperature, dim=-1)
@@ -158,7 +158,9 @@ def sample_answers(
 
     with torch.no_grad():
         state = _prefill(model, prompts, tokenizer.pad_token_id)
-        return _write(model, state, end_of_turn_ids(tokenizer), max_new_tokens, draw)
+        state.repeat(size)
+        found = _write(model, state, end_of_turn_ids(tokenizer), max_new_tokens, draw)
+    return [found[first : first + size] for first in range(0, len(found), size)]
 
 
 def measure_latencies(answer: Callable[[EvalPrompt], object], questions: Sequence[EvalPrompt]) -> list[float]:
@@ -237,6 +239,13 @@ class _Prefilled:
         """Leave all but these rows, so that the others cost nothing any more."""
         self.cache.batch_select_indices(rows)
         self.mask, self.positions = self.mask[rows], self.positions[rows]
+
+    def repeat(self, times: int) -> None:
+        """Have each row several times, one behind the other."""
+        self.cache.batch_repeat_interleave(times)
+        self.logits, self.mask, self.positions = (
+            each.repeat_interleave(times, dim=0) for each in (self.logits, self.mask, self.positions)
+        )
 
     def read(self, model: Any, tokens: torch.Tensor) -> torch.Tensor:
         """Read the next tokens of each row, shape (rows, n), and return the logits behind each."""

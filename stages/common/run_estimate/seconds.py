@@ -144,7 +144,8 @@ def estimate_run(
     weights = size.layers + size.output
     writing = 0.0
     if method.sampled:
-        writing = _write(weights, work.train_tokens, work.train_answer_tokens, dtype)
+        # The answers to one prompt begin with the same reading of it.
+        writing = _write(weights, work.train_tokens / method.sampled, work.train_answer_tokens, dtype)
     elif method.teacher and not method.is_beside:
         once = work.train_tokens / work.epochs, work.train_answer_tokens / work.epochs
         writing = _write(method.teacher, *once, dtype)

@@ -144,17 +144,15 @@ class Groups:
     def _sample(self, model: Any, batch: Batch) -> list[list[list[int]]]:
         """Return the answers of the group of each row, as token ids with their end of turn."""
         own = getattr(model, "module", model)  # of several processes each samples by itself
-        numbers = torch.cat([self._draw_numbers(row, batch.place) for row in batch.rows])
-        prompts = [self._prompts[row] for row in batch.rows for _ in range(self.sequences_of_row)]
+        numbers = torch.stack([self._draw_numbers(row, batch.place) for row in batch.rows])
+        prompts = [self._prompts[row] for row in batch.rows]
         was_training = own.training
         own.eval()
         try:
             with attending(own, self._attention):
-                found = sample_answers(own, self.tokenizer, prompts, self.limit, self.temperature, numbers)
+                return sample_answers(own, self.tokenizer, prompts, self.temperature, numbers)
         finally:
             own.train(was_training)
-        size = self.sequences_of_row
-        return [found[first : first + size] for first in range(0, len(found), size)]
 
     def _draw_numbers(self, row: int, place: tuple[int, int]) -> Tensor:
         """Return the numbers that the group of a row is sampled with; shape (group, tokens of an answer)."""
@@ -165,8 +163,8 @@ class Groups:
     def _count_sampling(
         self, model: Any, rows: Sequence[int], answers: Sequence[Sequence[list[int]]]
     ) -> Pass:
-        """Return what was computed to sample answers: the prompts once for each, and each token by itself."""
-        prompts = len(rows) * self.sequences_of_row * max(len(self._prompts[row]) for row in rows)
+        """Return what was computed to sample answers: each prompt once, and each token by itself."""
+        prompts = len(rows) * max(len(self._prompts[row]) for row in rows)
         written = sum(len(tokens) for group in answers for tokens in group)
         return Pass(1, prompts + written, written, reader=model)
 

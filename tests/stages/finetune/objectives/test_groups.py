@@ -25,8 +25,8 @@ from tests.tiny import make_model, make_tokenizer
 WEIGHTS = {"valid": 0.25, "schema": 0.25, "match": 1.0}
 
 
-def numbers(seed, prompts=3, tokens=12):
-    return torch.rand(prompts, tokens, generator=torch.Generator().manual_seed(seed))
+def numbers(seed, prompts=3, size=2, tokens=12):
+    return torch.rand(prompts, size, tokens, generator=torch.Generator().manual_seed(seed))
 
 
 def test_an_answer_is_drawn_by_the_models_probabilities_and_the_same_from_the_same_numbers():
@@ -34,22 +34,22 @@ def test_an_answer_is_drawn_by_the_models_probabilities_and_the_same_from_the_sa
     questions = encode_questions(tokenizer, rows(3))
     prompts = [question.prompt for question in questions]
     first, again, other = (
-        sample_answers(model, tokenizer, prompts, 12, 1.0, numbers(seed)) for seed in (1, 1, 2)
+        sample_answers(model, tokenizer, prompts, 1.0, numbers(seed)) for seed in (1, 1, 2)
     )
     assert first == again != other
-    assert all(0 < len(tokens) <= 12 for tokens in first)
-    alone = [
-        sample_answers(model, tokenizer, [prompt], 12, 1.0, numbers(1)[place : place + 1])
-        for place, prompt in enumerate(prompts)
-    ]
-    assert [tokens for (tokens,) in alone] == first
-    cold = sample_answers(model, tokenizer, prompts, 12, 1e-4, numbers(1))
+    assert all(0 < len(tokens) <= 12 and len(group) == 2 for group in first for tokens in group)
+    for place, number in ((0, 1), (2, 0)):  # an answer alone is the one that it is among others
+        alone = sample_answers(
+            model, tokenizer, [prompts[place]], 1.0, numbers(1)[place : place + 1, number : number + 1]
+        )
+        assert alone == [[first[place][number]]]
+    cold = [group[0] for group in sample_answers(model, tokenizer, prompts, 1e-4, numbers(1))]
     likeliest = [answer.text for answer in answer_questions(model, tokenizer, questions, 3, 12)]
     ends = {tokenizer.eos_token_id}
     assert [tokenizer.decode([t for t in tokens if t not in ends]) for tokens in cold] == likeliest
     # One token after one prompt, often: the shares are the model's.
     model.lm_head.weight.data *= 8
-    many = sample_answers(model, tokenizer, [prompts[0]] * 4000, 1, 1.0, numbers(3, 4000, 1))
+    many = sample_answers(model, tokenizer, [prompts[0]], 1.0, numbers(3, 1, 4000, 1))
     counts = torch.bincount(torch.tensor(many).flatten(), minlength=258) / 4000
     shares = torch.softmax(model(torch.tensor([prompts[0]])).logits[0, -1], dim=-1)
     assert float((counts - shares).abs().max()) < 0.05
@@ -139,7 +139,7 @@ def test_what_is_computed_is_told_with_the_answers_that_were_sampled(tmp_path, m
     groups.compute_loss(model, replace(groups.collate([0], arrange), record=told.append))
     prompt = len(groups._prompts[0])
     sampled, reference, learned = told
-    assert sampled == Pass(1, 2 * prompt + 7, 7, reader=model)
+    assert sampled == Pass(1, prompt + 7, 7, reader=model)
     assert learned == Pass(2, learned.width, 7, tokens=2 * prompt + 7)
     assert prompt + 3 <= learned.width <= prompt + 4
     assert reference == replace(learned, tokens=0, reader=model)
