@@ -102,8 +102,8 @@ def configure_process() -> None:
     # How long a thread of torch spins before it sleeps. The default is for a machine of one's own: next to
     # a service on the same cores a training was three times slower with it, and alone no faster.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    # By default oneDNN keeps the code of 1,024 products, and torch that of 1,024, too (LRU_CACHE_CAPACITY). With
-    # rows of many lengths both are a gigabyte. Without torch's, a step is a third slower.
+    # By default oneDNN keeps the code of 1,024 products, and torch that of 1,024, too (LRU_CACHE_CAPACITY).
+    # With rows of many lengths both are a gigabyte. Without torch's, a step is a third slower.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS_KEPT))
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
     logging.captureWarnings(True)

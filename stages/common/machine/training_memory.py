@@ -14,7 +14,7 @@ from typing import Any
 from stages.common.model.adapter import SHARDED_METHODS
 
 PROGRAM_BYTES = 690 << 20  # Python with torch, transformers and peft, measured
-# The code that oneDNN and torch compile for the products of bfloat16 on a CPU, for each length of a batch, and
+# The code that oneDNN and torch compile for the products of bfloat16 on a CPU for each length of a batch, and
 # of how many lengths they keep it: measured with a Llama's layers (docs/benchmarks.md, Memory of a training).
 KERNEL_BYTES, LENGTHS_KEPT = 11 << 20, 23
 TRAINED_BYTES = 16  # of a trained weight in float32, its gradient and AdamW's two averages
