@@ -30,6 +30,7 @@ NEEDED = (
     "split.test_answers",
     *(f"split.groups.{side}" for side in SIDES),
     *(f"split.{key}" for key in ("rows_in", "test_rows_over_cap", "train_rows_over_cap")),
+    "split.train_rows_not_drawn",
     "split.train_rows_removed_as_near_duplicates",
     "split.rows_removed_as_known_answers",
     "curate.rows_changed",
@@ -71,6 +72,7 @@ AGREEMENTS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (
         (
             *("split.rows.*", "split.test_rows_over_cap", "split.train_rows_over_cap"),
+            "split.train_rows_not_drawn",
             "split.train_rows_removed_as_near_duplicates",
             "split.rows_removed_as_known_answers",
             "split.feedback_rows_of_held_out_groups",

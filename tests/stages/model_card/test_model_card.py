@@ -99,6 +99,7 @@ def evidence():
             "feedback_rows_of_held_out_groups": 0,
             "test_rows_over_cap": 1,
             "train_rows_over_cap": 0,
+            "train_rows_not_drawn": 0,
             "train_rows_removed_as_near_duplicates": 1,
             "rows_removed_as_known_answers": 0,
             "labels_without_test_rows": ["HassBroadcast"],
@@ -316,6 +317,12 @@ def test_missing_statements_are_shown_as_not_stated(project):
     text = card()
     assert "**Intended use:** not stated." in text and "**Out of scope:** not stated." in text
     assert "Languages: not stated." in text and "\nlanguage:" not in text
+
+
+def test_the_card_says_how_many_rows_were_not_drawn(project):
+    assert "split.max_train_rows" not in card()
+    change("split", test_rows_over_cap=0, train_rows_not_drawn=1)
+    assert "1 rows were not drawn (`split.max_train_rows`).\n\n**Validation:**" in card()
 
 
 def test_the_card_has_no_empty_sections(project):
