@@ -28,7 +28,7 @@ PAGED_TYPES = {
     "olmo2": "olmo2",
     "gemma3_text": "gemma3",
 }
-# Those that have no LoRA in vLLM's own list of models (supported_models, of 0.23).
+# Those that have no LoRA in vLLM's own list of supported models.
 WITHOUT_VLLM_ADAPTERS = ("gpt2", "gpt_neox")
 # Those that OpenVINO GenAI can read from GGUF.
 OPENVINO_TYPES = ("llama", "mistral", "qwen2", "qwen3")

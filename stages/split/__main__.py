@@ -53,11 +53,13 @@ def check_sizes(
     groups_in: int,
     min_train_rows: int,
     min_test_rows: int,
+    max_train_rows: int | None = None,
 ) -> None:
     """Check that the split is large enough to train and to evaluate.
 
     Args:
         gone: how many rows were dropped on the way here, by reason.
+        max_train_rows: as `split.max_train_rows`.
 
     Raises:
         InputError: with the numbers of both sides, and where the rows went.
@@ -76,7 +78,9 @@ def check_sizes(
         "raise split.test_fraction or split.max_test_rows_per_group, or set split.min_train_rows, "
         "split.min_test_rows and evaluate.min_test_rows to lower numbers"
     )
-    if sum(gone.values()) > rows_in / 2:
+    if max_train_rows is not None and len(sides.train) < min_train_rows and max_train_rows < min_train_rows:
+        fix = f"raise split.max_train_rows from {max_train_rows} to {min_train_rows} or more"
+    elif sum(gone.values()) > rows_in / 2:
         fix = f"most rows went for the reasons above: look at these first; then {fix}"
     raise InputError(
         f"the split of {rows_in} rows in {groups_in} groups is too small\n" + "\n".join(problems), fix
@@ -166,6 +170,7 @@ def main() -> None:
         len(labels),
         choose_min_train_rows(params.min_train_rows, len(set(labels.values()) - {""})),
         choose_min_test_rows(params.min_test_rows),
+        params.max_train_rows,
     )
     report = {
         "rows_in": len(rows),

@@ -289,6 +289,13 @@ def test_a_rare_label_keeps_a_row_when_rows_are_drawn():
     assert len(draw_training_rows(rows, groups, 3, seed=7)) == 3
 
 
+def test_a_limit_of_the_training_rows_below_what_is_required_is_named(project):
+    project(many(60), max_train_rows=5)
+    with pytest.raises(InputError, match="train: 5 rows, and 10 are required") as error:
+        main()
+    assert error.value.fix == "raise split.max_train_rows from 5 to 10 or more"
+
+
 def test_the_rows_that_are_not_drawn_are_counted_and_feedback_is_kept(project):
     project([*many(60), *feedback_rows(8)], max_train_rows=20)
     main()
