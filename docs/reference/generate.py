@@ -354,8 +354,8 @@ FAMILY_NOTES = """\
   own vocabularies, all equal. Gemma's and Llama 2's own were not at hand: `preflight` compares yours.
 - `paged` and `openvino` read the GGUF. Without one, or where both columns have *no*, `auto` takes
   `transformers` on a CPU. With the default model it is 19 times slower than `paged` for one request, and 45
-  times for 32 at once ([measured](../benchmarks.md#serving)). An engine that is named in `params.yaml` and does
-  not compute the model is refused before training.
+  times for 32 at once ([measured](../benchmarks.md#serving)). An engine that is named in `params.yaml` and
+  does not compute the model is refused before training.
 - `openvino` is not given scaled positions (Llama 3.1 and later) or a Llama with biases: its answers
   would be wrong. It cannot read a tokenizer of SentencePiece from a GGUF.
 - *listed*: in vLLM's list of models that take adapters. Tested here with Llama only.
