@@ -5,7 +5,7 @@
     # dpo and kto, on errors of the model itself:
     make run && python -m benchmarks.methods --methods dpo kto --rates 0.00005 --own-errors 4000
     # grpo, against the adapter of lora that it starts from:
-    make run && python -m benchmarks.methods --methods grpo --rates 0.00005 --rows 400
+    make run && python -m benchmarks.methods --methods grpo --rates 0.0001 --rows 1200
 
 Needs a checkout in which the pipeline has run. Where a retraining has run there, training starts from its
 initial adapter, and the questions that feedback held out are asked beside the old test rows ("new"); else

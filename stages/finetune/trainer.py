@@ -207,9 +207,9 @@ def train(
         logger.info("resuming from step %d of %d (%s)", first_step, len(tokens_of_step), resumed_from)
     trained_parameters = sum(weights.numel() for weights in list_trained(model).values())
     check_free_space(checkpoints, trained_parameters, keeps_best=bool(watch and watch.stopping))
-    memory = plan_memory(
-        model, objective.sequences, pad_id, share_prefix, objective.sequences_of_row, len(plan)
-    )
+    memory = plan_memory(model, objective.sequences, pad_id, share_prefix, objective.sequences_of_row)
+    if memory:
+        memory.batches = len(plan)
     sizes = -(-recipe.batch_size // count_processes()), recipe.gradient_accumulation
     heaviest = max(plan, key=lambda batch: len(batch) * max(lengths[row] for row in batch))
     heaviest_share = objective.list_sequences(heaviest[:: count_processes()])

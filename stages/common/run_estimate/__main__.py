@@ -40,7 +40,7 @@ from stages.common.run_estimate.seconds import (
     read_model_size,
     read_text_config,
 )
-from stages.common.run_estimate.work import Work, list_learned_sides, read_work
+from stages.common.run_estimate.work import Work, count_batches, list_learned_sides, read_work
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +126,7 @@ def choose_memory(
         return None
     quantized = training.get("quantized_parameters", 0) if training else 0
     more = method.teacher * element_bytes * method.is_beside - int(quantized * (element_bytes - NF4_BYTES))
-    batches = -(-train["rows"] // finetune.batch_size) * finetune.epochs
+    batches = count_batches(finetune.epochs * train["rows"], finetune.batch_size)
     more += count_kernel_bytes(element_bytes, "cuda" if has_gpus else "cpu", batches)
     needs = [(needed + more) * (1 if has_gpus else processes) for needed in each]
     place = next((place for place, needed in enumerate(needs) if needed <= free), -1)

@@ -121,9 +121,9 @@ class MemoryPlan:
         examples: all rows.
         share_prefix: whether a batch is one sequence.
         sequences_of_row: how many of the examples a row of a batch has.
-        batches: of the training; each may have a length of its own.
 
     Attributes:
+        batches: of the training; each may have a length of its own.
         checkpointing: whether layers are computed again in the backward pass.
         can_checkpoint: whether they could be, and are not.
         count_answers: returns the bytes of the answers to validation rows asked at once, by rows of a batch.
@@ -136,16 +136,16 @@ class MemoryPlan:
         pad_id: int,
         share_prefix: bool,
         sequences_of_row: int = 1,
-        batches: int = 1,
     ) -> None:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         self.device = model.device
         self.uncertainty = UNCERTAINTY if share_prefix else PLAIN_UNCERTAINTY
+        self.batches = 1
         self.checkpointing = self.can_checkpoint = False
         self.count_answers: Callable[[int], int] = lambda rows: 0
         self._packed = is_packed(model)
-        self._kernels = count_kernel_bytes(model.dtype.itemsize, model.device.type, batches)
+        self._element_bytes = model.dtype.itemsize
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._model = _copy_without_values(model, self._mode)
         self._own = {_key(t) for t in chain(self._model.parameters(), self._model.buffers())}
@@ -185,7 +185,8 @@ class MemoryPlan:
         asked = self.count_answers(round(times * len(rows)))
         tokens = int(times * batch.input_ids.numel())
         taken = int(kept * FRAGMENTATION) + logits
-        return MemoryEstimate(held, self._optimizer, taken, self._kernels, asked, tokens)
+        kernels = count_kernel_bytes(self._element_bytes, self.device.type, self.batches)
+        return MemoryEstimate(held, self._optimizer, taken, kernels, asked, tokens)
 
     def fits(self, rows: Sequence[Encoded]) -> bool:
         """Return whether the steps of a batch of these rows will certainly fit into the free memory."""
@@ -256,16 +257,11 @@ class MemoryPlan:
 
 
 def plan_memory(
-    model: Any,
-    examples: Sequence[Encoded],
-    pad_id: int,
-    share_prefix: bool,
-    sequences_of_row: int = 1,
-    batches: int = 1,
+    model: Any, examples: Sequence[Encoded], pad_id: int, share_prefix: bool, sequences_of_row: int = 1
 ) -> MemoryPlan | None:
     """Return the plan of a training; None for a model whose shapes alone cannot be computed."""
     try:
-        plan = MemoryPlan(model, examples, pad_id, share_prefix, sequences_of_row, batches)
+        plan = MemoryPlan(model, examples, pad_id, share_prefix, sequences_of_row)
         plan.estimate(1, 0)
     except Exception as error:  # models are others' code: what it raises without values can be anything
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]

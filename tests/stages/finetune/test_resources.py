@@ -181,7 +181,8 @@ def test_answers_to_validation_rows_count_where_they_take_more_than_a_step(model
 )
 def test_the_code_of_products_is_counted_by_lengths_of_batches(model, dtype, batches, lengths):
     model.to(getattr(torch, dtype))
-    plan = MemoryPlan(model, EXAMPLES, 1, share_prefix=False, batches=batches)
+    plan = MemoryPlan(model, EXAMPLES, 1, share_prefix=False)
+    plan.batches = batches
     estimate = plan.estimate(4, 0)
     assert estimate.kernels == lengths * 11 * MIB
     assert estimate.peak == estimate.optimizer + estimate.activations + estimate.kernels
